@@ -1,0 +1,48 @@
+# make demo, make test: both set up .venv at the first run and reuse it afterwards.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, THREADS.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= What is the capital of France? Answer in one sentence.
+BIN := $(VENV)/bin
+DEMO := artifacts/smollm2-135m-cpu
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Compile a small chat model and let it answer PROMPT.
+	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
+	$(BIN)/belle-compile build build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu --force -o $(DEMO)
+	$(BIN)/belle-run $(DEMO) "$(PROMPT)"
+
+test: $(VENV)/.installed ## Run the tests.
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev ## Check style, imports and types.
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## Measure the demo's engine, building it first if needed.
+	test -e $(DEMO)/manifest.json || $(MAKE) demo
+	$(BIN)/python -m benchmarks.engine_speed $(DEMO)
+
+clean: ## Remove what was built; keeps the environment and artifacts.
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "belle-compile needs Python 3.10 or newer: run make with PYTHON=/path/to/python3 (now: $(PYTHON))." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: run 'apt install python3-venv' (Debian, Ubuntu) and try again." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Speed and accuracy, measured; results are committed under results/."""

@@ -1,0 +1,89 @@
+"""How fast memory can be read here: the roofline of decoding, measured with the engine's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tvm_ffi
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
+from compiler.backends.tvm.kernels.base import Kernel
+from compiler.backends.tvm.library import compile_library
+from compiler.backends.tvm.tir import Buffer, Expr, T
+
+STREAMS = 4  # places a task reads at once, as the linear kernels do
+PREFETCH_BYTES = 2048
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ReadBytes(Kernel):
+    """Sums `chunks` pieces of 1 MiB; as little else as reading allows."""
+
+    kind: ClassVar[str] = "read"
+    chunks: int
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("data", "int32"), ("sums", "int32"))
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        data, sums = buffers
+        piece = MEBIBYTE // 4 // STREAMS
+
+        def chunk(index: Expr) -> None:
+            acc = tir.Registers(STREAMS, tir.I16, tir.splat_i32(0))
+
+            def step(i: Expr) -> None:
+                for s in range(STREAMS):
+                    place = tir.bind(index * (MEBIBYTE // 4) + s * piece + i * tir.LANES)
+                    tir.prefetch(data, place + PREFETCH_BYTES // 4)
+                    acc[s] = acc[s] + tir.load(data, place)
+
+            tir.for_range(piece // tir.LANES, step)
+            total = acc[0]
+            for s in range(1, STREAMS):
+                total = total + acc[s]
+            tir.store(sums, index * tir.LANES, total)
+
+        tir.parallel(T.int64(self.chunks), chunk)
+
+
+class ReadBandwidth:
+    """Reads `mebibytes` of memory with `threads` threads; call `measure` between the runs it is compared with."""
+
+    def __init__(self, threads: int, mebibytes: int = 1536) -> None:
+        flags = Path("/proc/cpuinfo").read_text()
+        kernel = ReadBytes(mebibytes)
+        with tempfile.NamedTemporaryFile(suffix=".so", delete=False) as file:
+            file.write(compile_library([kernel], AVX512VNNI if "avx512_vnni" in flags else AVX2))
+        self._module: Any = tvm_ffi.load_module(file.name)
+        Path(file.name).unlink()
+        tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
+        raw = np.ones(mebibytes * MEBIBYTE + 4096, np.uint8)
+        self._keep = raw
+        self._bytes = mebibytes * MEBIBYTE
+        sums = np.zeros(mebibytes * 16 + 16, np.int32)
+        self._sums = sums
+        self._args = [ctypes.c_void_p(-(-array.ctypes.data // 64) * 64) for array in (raw, sums)]
+        self._function = self._module[kernel.name]
+
+    def measure(self, repeats: int = 5) -> float:
+        """GB/s, the best of `repeats` reads: what the memory can do."""
+        return max(self._once() for _ in range(repeats))
+
+    def median(self, repeats: int = 5) -> float:
+        """GB/s, the median of `repeats` reads."""
+        return statistics.median(self._once() for _ in range(repeats))
+
+    def _once(self) -> float:
+        start = time.perf_counter()
+        self._function(*self._args)
+        return self._bytes / (time.perf_counter() - start) / 1e9

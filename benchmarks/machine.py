@@ -1,0 +1,38 @@
+"""What a result must say about where it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, memory, system, versions, date and command of this run."""
+    cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    cpu = {key.strip(): value.strip() for key, value in cpu.items()}
+    flags = set(cpu.get("flags", "").split())
+    return {
+        "processor": f"{cpu.get('model name', platform.processor())} (family {cpu.get('cpu family', '?')}, model {cpu.get('model', '?')})",
+        "cores": len(os.sched_getaffinity(0)),
+        "instruction_sets": [name for name in ("avx2", "avx512_vnni", "amx_int8") if name in flags],
+        "last_level_cache": cpu.get("cache size", "?"),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "date": date.today().isoformat(),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,79 @@
+"""The arithmetic of an INT8 engine in plain torch on a Transformers model: the reference for accuracy, slow and literal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+Tensor = torch.Tensor
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per row as `belle::QuantizeTokens` means it: (integers as float32, absmax/127 per row)."""
+    absmax = x.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
+    return torch.round(x * inverse), absmax / 127.0
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per output channel: (integers as float32, scale [outputs])."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127.0
+    integers = torch.where(scale > 0, torch.round(weight / scale), torch.zeros_like(weight)).clamp(-127, 127)
+    return integers, scale[:, 0]
+
+
+class W8A8Linear(torch.nn.Module):
+    """A linear layer with integer products; sums are exact because float64 holds them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        integers, self.scale = quantize_weight(linear.weight.detach())
+        self.integers = integers.double()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        xq, xs = quantize_rows(x)
+        y = (xq.double() @ self.integers.T).float() * self.scale * xs
+        return y if self.bias is None else y + self.bias
+
+
+class W8Embedding(torch.nn.Module):
+    """An embedding table of int8 rows."""
+
+    def __init__(self, embedding: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.integers, self.scale = quantize_weight(embedding.weight.detach())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.integers[ids] * self.scale[ids][..., None]
+
+
+class HalfCache(DynamicCache):
+    """Keys and values are kept in float16, as an INT8 engine keeps them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().update(key_states.half().float(), value_states.half().float(), layer_idx, *args, **kwargs)
+
+
+def simulate(model: torch.nn.Module) -> torch.nn.Module:
+    """Replace every linear layer and embedding of a Transformers model in place; head and embedding included."""
+    for name, module in list(model.named_modules()):
+        replacement: torch.nn.Module
+        if isinstance(module, torch.nn.Linear):
+            replacement = W8A8Linear(module)
+        elif isinstance(module, torch.nn.Embedding):
+            replacement = W8Embedding(module)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: list[int], *, half_cache: bool) -> Tensor:
+    """float32 [tokens, vocabulary] of one sequence."""
+    cache = HalfCache() if half_cache else DynamicCache()
+    return model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].float()  # type: ignore[no-any-return]

@@ -1,0 +1,34 @@
+"""The instruction sets a fat CPU engine carries, best last, and how LLVM is told about each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One version of the kernels.
+
+    `mcpu` is the oldest processor that must run it. `dot` names the int8 product: "maddubs" (AVX2, exact because both
+    operands stay within +-127), "vnni" (vpdpbusd, unsigned activations and a column correction). `amx` adds tile
+    products for many rows; `emulate_amx` replaces the tile instructions by calls to C functions, for tests on hosts
+    without them.
+    """
+
+    name: str
+    mcpu: str
+    dot: str
+    amx: bool = False
+    emulate_amx: bool = False
+
+    def target(self) -> dict[str, str]:
+        """The LLVM target in TVM's form."""
+        return {"kind": "llvm", "mcpu": self.mcpu, "mtriple": "x86_64-linux-gnu"}
+
+
+AVX2 = Isa("avx2", "haswell", "maddubs")
+AVX512VNNI = Isa("avx512vnni", "cascadelake", "vnni")
+AMX = Isa("amx", "sapphirerapids", "vnni", amx=True)
+AMX_EMULATED = Isa("amx-emulated", "cascadelake", "vnni", amx=True, emulate_amx=True)
+
+ISAS: dict[str, Isa] = {isa.name: isa for isa in (AVX2, AVX512VNNI, AMX)}

@@ -1,0 +1,67 @@
+"""The nonlinearities of the feed-forward layers, with the quantization of their result in the same pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import pi, sqrt
+from typing import ClassVar
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.rowwise import each, quantize_row
+from compiler.backends.tvm.tir import Buffer, Expr
+
+
+@dataclass(frozen=True)
+class Activation(Kernel):
+    """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`)."""
+
+    kind: ClassVar[str] = "activation"
+    function: str
+    width: int
+    quantize: bool
+    x: View
+    up: View | None
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        up = (("up", "float32"),) if self.up else ()
+        out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
+        return (("rows", "int32"), ("x", "float32"), *up, *out)
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        assert (self.function, self.up is None) in (("gelu", True), ("swiglu", False)), self
+        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+
+        def activate(row: Expr) -> None:
+            starts = {"x": tir.bind(self.x.row(row))}
+            if self.up is not None:
+                starts["up"] = tir.bind(self.up.row(row))
+
+            def value(c: Expr, lanes: int) -> Expr:
+                x, *up = (tir.bind(tir.load(named[name], start + c, lanes)) for name, start in starts.items())
+                return _silu(x, lanes) * up[0] if up else _gelu(x, lanes)
+
+            target = tir.bind(self.out.row(row))
+            kept, start = (tir.local(self.width), tir.i64(0)) if self.quantize else (named["out"], target)
+            each(self.width, lambda c, lanes: tir.store(kept, start + c, value(c, lanes), lanes))
+            if self.quantize:
+                quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], target, named["xs"], row)
+
+        tir.for_rows(tir.rows_of(named["rows"]), activate)
+
+
+def _scaled_sigmoid(x: Expr, argument: Expr, lanes: int) -> Expr:
+    """x * sigmoid(argument). tir.exp stays finite, so the quotient does too."""
+    return x / (tir.splat(1.0, lanes) + tir.exp(tir.splat(0.0, lanes) - argument, lanes))
+
+
+def _silu(x: Expr, lanes: int) -> Expr:
+    return _scaled_sigmoid(x, x, lanes)
+
+
+def _gelu(x: Expr, lanes: int) -> Expr:
+    """0.5 * x * (1 + tanh(u)) = x * sigmoid(2 * u) with u = sqrt(2/pi) * (x + 0.044715 * x**3)"""
+    linear, cubic = 2 * sqrt(2 / pi), 2 * sqrt(2 / pi) * 0.044715
+    return _scaled_sigmoid(x, x * (tir.splat(linear, lanes) + tir.splat(cubic, lanes) * (x * x)), lanes)

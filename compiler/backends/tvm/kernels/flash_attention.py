@@ -1,0 +1,264 @@
+"""Attention of a few query vectors over one key/value head, 128 tokens of context at a time, with a running softmax.
+
+After Dao et al., FlashAttention (arXiv:2205.14135): scores of a chunk, the new maximum, and the sums so far scaled
+down to it. Keys lie transposed in the cache (16 tokens side by side), so scores need no reduction across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.append_kv import BLOCK
+from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.tvm.kernels.rotary import rotate_head
+from compiler.backends.tvm.kernels.rowwise import each
+from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
+
+if TYPE_CHECKING:
+    from compiler.backends.tvm.kernels.attention import Attention
+
+CHUNK = 128  # tokens between two corrections of the running maximum
+BLOCKS = CHUNK // BLOCK
+LOWEST = -1.0e30  # stands for minus infinity, but differences of it are numbers
+
+
+class FlashAttention:
+    """Emits the code of one task: up to `rows` neighbouring rows, with all query heads of one key/value head.
+
+    Query vector m is row m // group, head m % group of the group. All state is on the stack of the task.
+    """
+
+    def __init__(self, shape: Attention, isa: Isa, rows: int) -> None:
+        self.shape, self.rows, self.dim, self.group = shape, rows, shape.head_dim, shape.group
+        wide = isa.dot == "vnni"  # 32 registers of 16 floats, else 16 of 8
+        queries = rows * self.group
+        passes = -(-queries // (8 if wide else 4))
+        self.tall = -(-queries // passes)  # query vectors in registers at once
+        self.queries = passes * self.tall if rows == 1 else round_up(queries, self.tall)
+        accumulators = 16 if wide else 4
+        self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
+        self.columns_at_once = max(1, accumulators // self.tall)
+        self.padded = round_up(self.dim, LANES)
+        self.part_stride = self.padded + 2 * LANES
+
+    def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:
+        """Read, rotate and scale the queries of `count` rows from `row`; zero the running sums."""
+        shape = self.shape
+        self.named, self.row, self.kv_head = named, row, kv_head
+        self.first_position = tir.opaque(tir.i64(named["positions"][row]))
+        self.table = tir.opaque(tir.i64(named["sequences"][row]) * shape.max_blocks)
+        self.used = tir.opaque(count * self.group)
+        self.tiles = tir.opaque(T.floordiv(self.used + (self.tall - 1), self.tall))
+        self.length = tir.opaque(self.first_position + count)  # tokens seen by the last row
+        self.q, self.sums = tir.local(self.queries * self.dim), tir.local(self.queries * self.padded)
+        self.scores = tir.local(self.queries * CHUNK)
+        self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
+        self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
+        if shape.alibi:
+            self.slopes = tir.local(self.queries)
+
+        def zero(m: Expr) -> None:
+            tir.store(self.maxima, m, T.float32(LOWEST), 1)
+            tir.store(self.shrink, m, T.float32(1.0), 1)
+            tir.store(self.weights, m * LANES, tir.splat(0.0))
+            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
+
+        def read(m: Expr) -> None:
+            source_row = tir.opaque(row + T.floordiv(m, self.group))
+            head = tir.opaque(kv_head * self.group + T.floormod(m, self.group))
+            source, target = tir.opaque(shape.q.row(source_row) + head * self.dim), tir.bind(m * self.dim)
+            rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"), source_row,
+                        lambda c, lanes, value: tir.store(self.q, target + c, value * tir.splat(shape.scale, lanes), lanes))  # fmt: skip
+            if shape.alibi:
+                tir.store(self.slopes, m, named["slopes"][head], 1)
+
+        def pad(m: Expr) -> None:
+            each(self.dim, lambda c, lanes: tir.store(self.q, m * self.dim + c, tir.splat(0.0, lanes), lanes))
+
+        padded = tir.opaque(self.tiles * self.tall)
+        tir.for_range(padded, zero)
+        tir.for_range(self.used, read)
+        tir.for_range(padded - self.used, lambda m: pad(self.used + m))
+
+    def chunk(self, index: Expr) -> None:
+        """Take the next 128 tokens in."""
+        start = tir.opaque(index * CHUNK)
+        tokens = tir.opaque(T.min(self.length - start, tir.i64(CHUNK)))
+        first = tir.opaque(self.table + index * BLOCKS)
+        blocks = tir.opaque(T.floordiv(tokens + (BLOCK - 1), BLOCK))
+
+        def base(block: Expr) -> Expr:
+            """Where a block of the chunk starts in either cache; past the last one, the last one again (masked later)."""
+            entry = first + T.min(block, blocks - 1)
+            physical = tir.i64(self.named["block_table"][entry])
+            return tir.opaque((physical * self.shape.num_kv_heads + self.kv_head) * (self.dim * BLOCK))
+
+        self._score(blocks, base)
+        tir.for_range(self.used, lambda m: self._soften(m, start))
+        self._accumulate(tokens, blocks, base)
+
+    def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
+        return tir.bind(T.cast(tir.load(self.named[cache], index, lanes), tir.float_type(lanes)))
+
+    def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """scores[m][token] = q[m] . K[token]"""
+        tall, wide = self.tall, self.blocks_at_once
+
+        def some_blocks(step: Expr) -> None:
+            bases = [base(step * wide + i) for i in range(wide)]
+
+            def tile(index: Expr) -> None:
+                acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
+                queries = tir.bind(index * (tall * self.dim))
+
+                def element(d: Expr) -> None:
+                    keys = [self._read("kcache", start + d * BLOCK, LANES) for start in bases]
+                    for m in range(tall):
+                        q = tir.bind(tir.splat(self.q[queries + m * self.dim + d]))
+                        for i, key in enumerate(keys):
+                            acc[m * wide + i] = acc[m * wide + i] + q * key
+
+                tir.for_range(self.dim, element)
+                for m in range(tall):
+                    for i in range(wide):
+                        target = (index * tall + m) * CHUNK + (step * wide + i) * BLOCK
+                        tir.store(self.scores, target, acc[m * wide + i])
+
+            tir.for_range(self.tiles, tile)
+
+        tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+
+    def _soften(self, m: Expr, start: Expr) -> None:
+        """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see."""
+        line = tir.bind(m * CHUNK)
+        position = self.first_position + T.floordiv(m, self.group)
+        last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
+
+        def whole(masked: bool) -> None:
+            def visible(v: int) -> Expr:
+                return tir.lane_numbers(v * LANES) <= tir.splat(last)
+
+            def score(v: int) -> Expr:
+                value = tir.load(self.scores, line + v * LANES)
+                if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
+                    distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
+                    value = value + tir.splat(self.slopes[m]) * distance
+                return tir.bind(T.Select(visible(v), value, tir.splat(LOWEST)) if masked else value)
+
+            scores = [score(v) for v in range(BLOCKS)]
+            old = tir.bind(self.maxima[m])
+            highest = scores
+            while len(highest) > 1:
+                highest = [T.max(a, b) for a, b in zip(highest[::2], highest[1::2], strict=True)]
+            maximum = tir.bind(T.max(tir.reduce_lanes(highest[0], T.max), old))
+            shrink = tir.bind(tir.exp(old - maximum, 1))
+            powers = [tir.bind(tir.exp(value - tir.splat(maximum))) for value in scores]
+            if masked:
+                powers = [tir.bind(T.Select(visible(v), power, tir.splat(0.0))) for v, power in enumerate(powers)]
+            for v, power in enumerate(powers):
+                tir.store(self.scores, line + v * LANES, power)
+            while len(powers) > 1:
+                powers = [a + b for a, b in zip(powers[::2], powers[1::2], strict=True)]
+            weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + powers[0]
+            tir.store(self.weights, m * LANES, weights)
+            tir.store(self.maxima, m, maximum, 1)
+            tir.store(self.shrink, m, shrink, 1)
+
+        tir.either(last >= CHUNK - 1, lambda: whole(False), lambda: whole(True))
+
+    def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """sums[m] = sums[m] * shrink[m] + sum over tokens of power * V[token]; tokens never written are not read."""
+        tall = self.tall
+        columns = _columns(self.dim)
+        for first in range(0, len(columns), self.columns_at_once):
+            some = columns[first : first + self.columns_at_once]
+
+            def tile(index: Expr, some: list[tuple[int, int]] = some) -> None:
+                head = tir.opaque(index * tall)
+                acc = [tir.Registers(tall, tir.float_type(lanes)) for _, lanes in some]
+                places = [(m, c, column, lanes) for m in range(tall) for c, (column, lanes) in enumerate(some)]
+                for m, c, column, lanes in places:
+                    old = tir.load(self.sums, (head + m) * self.padded + column, lanes)
+                    acc[c][m] = old * tir.splat(self.shrink[head + m], lanes)
+
+                def block(b: Expr) -> None:
+                    start = base(b)
+
+                    def token(t: Expr) -> None:
+                        values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
+                        for m in range(tall):
+                            power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])
+                            for c, (_, lanes) in enumerate(some):
+                                acc[c][m] = acc[c][m] + tir.splat(power, lanes) * values[c]
+
+                    tir.for_range(T.min(tokens - b * BLOCK, tir.i64(BLOCK)), token)
+
+                tir.for_range(blocks, block)
+                for m, c, column, lanes in places:
+                    tir.store(self.sums, (head + m) * self.padded + column, acc[c][m], lanes)
+
+            tir.for_range(self.tiles, tile)
+
+    def finish(self) -> None:
+        """Divide by the weights and write the heads to their rows."""
+        shape = self.shape
+
+        def write(m: Expr) -> None:
+            total = tir.reduce_lanes(tir.load(self.weights, m * LANES), tir.add)
+            inverse = tir.bind(T.float32(1.0) / total)
+            head = self.kv_head * self.group + T.floormod(m, self.group)
+            target = tir.bind(shape.out.row(self.row + T.floordiv(m, self.group)) + head * self.dim)
+            source = tir.opaque(m * self.padded)
+            each(self.dim, lambda c, lanes: tir.store(self.named["out"], target + c, tir.load(
+                self.sums, source + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip
+
+        tir.for_range(self.used, write)
+
+    def save_parts(self, parts: Buffer, start: Expr) -> None:
+        """For each query: its sums, its 16 partial weights, its maximum 16 times."""
+
+        def save(m: Expr) -> None:
+            target = tir.bind(start + m * self.part_stride)
+            each(self.padded, lambda c, lanes: tir.store(parts, target + c, tir.load(
+                self.sums, m * self.padded + c, lanes), lanes))  # fmt: skip
+            tir.store(parts, target + self.padded, tir.load(self.weights, m * LANES))
+            tir.store(parts, target + self.padded + LANES, tir.splat(self.maxima[m]))
+
+        tir.for_range(self.used, save)
+
+
+def _columns(dim: int) -> list[tuple[int, int]]:
+    """(first column, lanes) of vectors that cover a row of V exactly: reading past it could leave the cache."""
+    columns, at = [], 0
+    for lanes in (16, 8, 4, 2, 1):
+        while dim - at >= lanes:
+            columns.append((at, lanes))
+            at += lanes
+    return columns
+
+
+def merge(dim: int, parts: Buffer, start: Expr, splits: Expr, stride: int, out: Buffer, target: Expr) -> None:
+    """out[target:] = softmax-weighted mean of the `splits` parts of one query, `stride` floats apart."""
+    padded = round_up(dim, LANES)
+    target = tir.bind(target)
+    maximum, weights = tir.Registers(1, tir.F16, tir.splat(LOWEST)), tir.Registers(1, tir.F16, tir.splat(0.0))
+    sums = tir.local(padded)
+    each(padded, lambda c, lanes: tir.store(sums, c, tir.splat(0.0, lanes), lanes))
+
+    def highest(part: Expr) -> None:
+        maximum[0] = T.max(maximum[0], tir.load(parts, start + part * stride + padded + LANES))
+
+    def gather(part: Expr) -> None:
+        source = tir.opaque(start + part * stride)
+        share = tir.bind(tir.exp(tir.load(parts, source + padded + LANES) - maximum[0]))
+        weights[0] = weights[0] + share * tir.load(parts, source + padded)
+        tir.for_range(padded // LANES, lambda v: tir.store(sums, v * LANES, tir.load(
+            sums, v * LANES) + share * tir.load(parts, source + v * LANES)))  # fmt: skip
+
+    tir.for_range(splits, highest)
+    tir.for_range(splits, gather)
+    inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(weights[0], tir.add))
+    each(dim, lambda c, lanes: tir.store(out, target + c, tir.load(sums, c, lanes) * tir.splat(inverse, lanes), lanes))

@@ -1,0 +1,54 @@
+"""float32 linear layer for unquantized engines, over weights in panels [outputs/16][inputs][16]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from compiler.backends.tvm.tir import Buffer, Expr
+
+
+@dataclass(frozen=True)
+class FloatLinear(Kernel):
+    """out[t, n] = sum_k x[t, k] * w[n, k] + bias[n]"""
+
+    kind: ClassVar[str] = "linear"
+    outputs: int
+    inputs: int
+    bias: bool
+    x: View
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        bias = (("bias", "float32"),) if self.bias else ()
+        return (("rows", "int32"), ("x", "float32"), ("weight", "float32"), *bias, ("out", "float32"))
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        rows, x, weight, *rest = buffers
+        bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
+        wide, tall = (4, 6) if isa.dot == "vnni" else (2, 3)
+
+        def block(panel: Expr, width: int, row: Expr, height: int) -> None:
+            starts = [tir.bind((row + m) * self.x.stride + self.x.offset) for m in range(height)]
+            bases = [tir.bind((panel + p) * (self.inputs * PANEL)) for p in range(width)]
+            acc = tir.Registers(height * width, tir.F16, tir.splat(0.0))
+
+            def step(k: Expr) -> None:
+                weights = [tir.bind(tir.load(weight, base + k * PANEL)) for base in bases]
+                for m, start in enumerate(starts):
+                    value = tir.bind(tir.splat(x[start + k]))
+                    for p in range(width):
+                        acc[m * width + p] = acc[m * width + p] + value * weights[p]
+
+            tir.for_range(self.inputs, step)
+            for m in range(height):
+                for p in range(width):
+                    column = (panel + p) * PANEL
+                    total = acc[m * width + p] if bias is None else acc[m * width + p] + tir.load(bias, column)
+                    tir.store(out, (row + m) * self.out.stride + self.out.offset + column, total)
+
+        for_blocks(tir.rows_of(rows), round_up(self.outputs, PANEL) // PANEL, wide, tall, block)

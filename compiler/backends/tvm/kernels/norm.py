@@ -1,0 +1,93 @@
+"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.rowwise import Values, each, quantize_row, row_sum
+from compiler.backends.tvm.tir import Buffer, Expr, T
+
+
+@dataclass(frozen=True)
+class Norm(Kernel):
+    """out = norm(x + r) * scale + bias, and the sum itself to `total`.
+
+    `norm` is "layer" (mean, then centred variance, as torch computes it) or "rms" (no mean). Without `r` it
+    normalizes x. `total` may be None when nobody else reads the sum, or name the same memory as x or r.
+    """
+
+    kind: ClassVar[str] = "norm"
+    norm: str
+    width: int
+    epsilon: float
+    bias: bool
+    quantize: bool
+    x: View
+    r: View | None
+    total: View | None
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        residual = (("r", "float32"),) if self.r else ()
+        bias = (("bias", "float32"),) if self.bias else ()
+        total = (("total", "float32"),) if self.total else ()
+        out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
+        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *out)
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+        tir.for_rows(tir.rows_of(named["rows"]), lambda row: self._row(row, named))
+
+    def _row(self, row: Expr, named: dict[str, Buffer]) -> None:
+        normed = self._normalized(self._input(row, named), named)
+        target = tir.bind(self.out.row(row))
+        if not self.quantize:
+            each(self.width, lambda c, lanes: tir.store(named["out"], target + c, normed(c, lanes), lanes))
+            return
+        kept = tir.local(self.width)
+        each(self.width, lambda c, lanes: tir.store(kept, c, normed(c, lanes), lanes))
+        quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], target, named["xs"], row)
+
+    def _input(self, row: Expr, named: dict[str, Buffer]) -> Values:
+        """x, or x + r, which is written to `total` first if that is wanted."""
+        x, start = named["x"], tir.bind(self.x.row(row))
+        if self.r is None:
+            return lambda c, lanes: tir.load(x, start + c, lanes)
+        r, other = named["r"], tir.bind(self.r.row(row))
+
+        def added(c: Expr, lanes: int) -> Expr:
+            return tir.load(x, start + c, lanes) + tir.load(r, other + c, lanes)
+
+        if self.total is None:
+            return added
+        total, sums = named["total"], tir.bind(self.total.row(row))
+        each(self.width, lambda c, lanes: tir.store(total, sums + c, added(c, lanes), lanes))
+        return lambda c, lanes: tir.load(total, sums + c, lanes)
+
+    def _normalized(self, values: Values, named: dict[str, Buffer]) -> Values:
+        width, scale, bias = self.width, named["scale"], named.get("bias")
+        if self.norm == "layer":
+            mean = tir.bind(row_sum(width, values) / T.float32(width))
+
+            def centred(c: Expr, lanes: int) -> Expr:
+                return values(c, lanes) - tir.splat(mean, lanes)
+        else:
+            assert self.norm == "rms", self.norm
+            centred = values
+
+        def square(c: Expr, lanes: int) -> Expr:
+            value = tir.bind(centred(c, lanes))
+            return value * value
+
+        variance = row_sum(width, square) / T.float32(width)
+        inverse = tir.bind(T.float32(1.0) / tir.pure("float32", "llvm.sqrt", variance + T.float32(self.epsilon)))
+
+        def normed(c: Expr, lanes: int) -> Expr:
+            value = centred(c, lanes) * tir.splat(inverse, lanes) * tir.load(scale, c, lanes)
+            return value if bias is None else value + tir.load(bias, c, lanes)
+
+        return normed

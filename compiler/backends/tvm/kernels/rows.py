@@ -1,0 +1,62 @@
+"""Kernels that move or add whole rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.rowwise import each
+from compiler.backends.tvm.tir import Buffer, Expr
+
+
+@dataclass(frozen=True)
+class GatherRows(Kernel):
+    """out[i] = x[indices[i]]: the rows whose logits are wanted."""
+
+    kind: ClassVar[str] = "gather"
+    width: int
+    x: View
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("indices", "int32"), ("x", "float32"), ("out", "float32"))
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        rows, indices, x, out = buffers
+
+        def gather(row: Expr) -> None:
+            source = tir.bind(self.x.row(tir.i64(indices[row])))
+            target = tir.bind(self.out.row(row))
+            each(self.width, lambda c, lanes: tir.store(out, target + c, tir.load(x, source + c, lanes), lanes))
+
+        tir.for_rows(tir.rows_of(rows), gather)
+
+
+@dataclass(frozen=True)
+class Add(Kernel):
+    """out = x + r"""
+
+    kind: ClassVar[str] = "add"
+    width: int
+    x: View
+    r: View
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("x", "float32"), ("r", "float32"), ("out", "float32"))
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        rows, x, r, out = buffers
+
+        def add(row: Expr) -> None:
+            left, right, target = (tir.bind(view.row(row)) for view in (self.x, self.r, self.out))
+
+            def write(c: Expr, lanes: int) -> None:
+                tir.store(out, target + c, tir.load(x, left + c, lanes) + tir.load(r, right + c, lanes), lanes)
+
+            each(self.width, write)
+
+        tir.for_rows(tir.rows_of(rows), add)

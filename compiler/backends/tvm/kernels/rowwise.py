@@ -1,0 +1,63 @@
+"""What kernels that treat each row on its own share: loops over a row, reductions, and the quantization of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.tir import Buffer, Expr, T
+
+CHAINS = 4  # independent accumulators of a reduction, enough to hide the latency of an addition
+Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> that many values of the row
+
+
+def each(width: int, body: Callable[[Expr, int], None]) -> None:
+    """`body(column, lanes)` over a row: 16 lanes at a time, then one by one."""
+    tir.for_width(width, lambda c: body(c, tir.LANES), lambda c: body(c, 1))
+
+
+def absolute(value: Expr, lanes: int = tir.LANES) -> Expr:
+    """|value|"""
+    return tir.pure(tir.float_type(lanes), "llvm.fabs", value)
+
+
+def _reduce(width: int, values: Values, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """`combine` over a row, from 0; always in the same order."""
+    acc = tir.Registers(CHAINS, tir.F16, tir.splat(0.0))
+    rest = tir.scalar(0.0)
+    chain = cycle(range(CHAINS))
+
+    def vector(column: Expr) -> None:
+        slot = next(chain)
+        acc[slot] = combine(acc[slot], values(column, tir.LANES))
+
+    def tail(column: Expr) -> None:
+        rest[0] = combine(rest[0], values(column, 1))
+
+    tir.for_width(width, vector, tail, unroll=CHAINS)
+    total = combine(combine(acc[0], acc[1]), combine(acc[2], acc[3]))
+    return tir.bind(combine(tir.reduce_lanes(total, combine), rest[0]))
+
+
+def row_sum(width: int, values: Values) -> Expr:
+    """The sum of a row."""
+    return _reduce(width, values, tir.add)
+
+
+def row_absmax(width: int, values: Values) -> Expr:
+    """The largest magnitude in a row."""
+    return _reduce(width, lambda c, lanes: absolute(values(c, lanes), lanes), T.max)
+
+
+def quantize_row(width: int, values: Values, xq: Buffer, start: Expr, xs: Buffer, row: Expr) -> None:
+    """belle::QuantizeTokens for one row: bytes 128 + rint(value * 127 / absmax) from `start`, scale absmax / 127."""
+    absmax = row_absmax(width, values)
+    inverse = tir.bind(T.Select(absmax > T.float32(0.0), T.float32(127.0) / absmax, T.float32(0.0)))
+    tir.store(xs, row, absmax / T.float32(127.0), 1)
+
+    def write(column: Expr, lanes: int) -> None:
+        integer = T.cast(tir.rint(values(column, lanes) * tir.splat(inverse, lanes), lanes), tir.int_type(lanes))
+        tir.store(xq, start + column, T.cast(integer + tir.splat_i32(128, lanes), tir.with_lanes("uint8", lanes)), lanes)
+
+    each(width, write)

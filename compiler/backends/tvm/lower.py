@@ -1,0 +1,221 @@
+"""Lowers a graph to a flat list of kernel calls over buffers, and the buffers to a memory plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.backends.tvm import packing
+from compiler.backends.tvm.kernels.base import ROW_ALIGNMENT, Kernel, View, round_up
+from compiler.backends.tvm.memory_plan import Lifetime, plan_memory
+from compiler.errors import CompileError
+from compiler.ir.ops import attributes_of
+from runtime.program import KV, Arena, Arg, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+
+Rows = Literal["T", "R"]
+MAX_TOKENS = 512  # of one step; prompts beyond it are read in several
+MAX_ROWS = 64  # rows of logits of one step
+MAX_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A tensor of the engine; `pack` reads its source and lays it out, nothing is kept."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pack: Callable[[], npt.NDArray[Any]]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Rows of activations; its place in the arena comes from the memory plan."""
+
+    rows: Rows
+    stride: int  # elements from row to row
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        rows = MAX_TOKENS if self.rows == "T" else MAX_ROWS
+        return rows * self.stride * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: a buffer, from an element of each row on."""
+
+    buffer: Buffer
+    offset: int
+    width: int
+
+    @property
+    def view(self) -> View:
+        return View(self.buffer.stride, self.offset)
+
+
+Operand = Place | Arg
+
+
+@dataclass(frozen=True)
+class PendingCall:
+    """A call whose buffers have no addresses yet."""
+
+    kernel: Kernel
+    node: str
+    rows: Rows
+    operands: tuple[Operand, ...]
+
+
+@dataclass
+class Lowering:
+    """What the rules in `rules.py` append to; one per graph."""
+
+    model: ir.Model
+    kv_dtype: str
+    max_blocks: int
+    places: dict[ir.Value, Place] = field(default_factory=dict)
+    weights: dict[str, PackedWeight] = field(default_factory=dict)
+    calls: list[PendingCall] = field(default_factory=list)
+
+    def place(self, value: ir.Value | None) -> Place:
+        """Where an activation lies."""
+        assert value is not None
+        if value not in self.places:
+            raise CompileError("tvm", f"value {value.name}", found="used before it is computed", expected="a node's output")
+        return self.places[value]
+
+    def allocate(self, value: ir.Value) -> Place:
+        """A new buffer for a node's output. Quantized activations are uint8 (int8 + 128); per-token scales have stride 1."""
+        assert value.shape is not None
+        rows, *rest = value.shape
+        symbol = rows.value if isinstance(rows, ir.SymbolicDim) else rows
+        if symbol not in ("T", "R"):
+            raise CompileError("tvm", f"value {value.name}", found=f"rows {symbol}", expected="T or R")
+        width = int(rest[0]) if rest else 1  # type: ignore[arg-type]
+        dtype = "uint8" if value.dtype == ir.DataType.INT8 else "float32"
+        stride = round_up(width, ROW_ALIGNMENT) if rest else 1
+        place = Place(Buffer("T" if symbol == "T" else "R", stride, dtype), 0, width)
+        self.places[value] = place
+        return place
+
+    def call(self, kernel: Kernel, node: ir.Node, rows: Rows, *operands: Operand) -> None:
+        """Append a call; operands follow the row count in the order of `kernel.pointers()`."""
+        expected = len(kernel.pointers())
+        if len(operands) + 1 != expected:
+            raise CompileError("tvm", f"kernel {kernel.name}", found=f"{len(operands) + 1} arguments", expected=str(expected))
+        self.calls.append(PendingCall(kernel, str(node.name), rows, (Input(rows), *operands)))
+
+    # Weights, by initializer; asking twice gives the same tensor, so tied weights are stored once.
+
+    def vector(self, value: ir.Value | None) -> Weight:
+        """A float32 vector, padded to whole registers."""
+        tensor, name = _tensor(value)
+        size = round_up(int(tensor.shape[0]), packing.VECTOR_ALIGNMENT)
+        return self._weight(name, "float32", (size,), lambda: packing.pack_vector(tensor.numpy()))
+
+    def int8_panels(self, value: ir.Value | None) -> Weight:
+        """int8 [outputs, inputs] in panels."""
+        tensor, name = _tensor(value)
+        shape = packing.int8_panels_shape(*_matrix(tensor))
+        return self._weight(name, "int8", shape, lambda: packing.pack_int8(tensor.numpy()))
+
+    def correction(self, value: ir.Value | None) -> Weight:
+        """int32 [outputs]: what int8 + 128 activations add to the sums."""
+        tensor, name = _tensor(value)
+        size = round_up(int(tensor.shape[0]), packing.VECTOR_ALIGNMENT)
+        return self._weight(
+            f"{name}.correction", "int32", (size,), lambda: packing.pack_vector(packing.correction(tensor.numpy()))
+        )
+
+    def float_panels(self, value: ir.Value | None) -> Weight:
+        """float32 [outputs, inputs] in panels."""
+        tensor, name = _tensor(value)
+        shape = packing.float_panels_shape(*_matrix(tensor))
+        return self._weight(name, "float32", shape, lambda: packing.pack_float(tensor.numpy()))
+
+    def _weight(self, name: str, dtype: str, shape: tuple[int, ...], pack: Callable[[], npt.NDArray[Any]]) -> Weight:
+        known = self.weights.setdefault(name, PackedWeight(name, dtype, shape, pack))
+        if (known.dtype, known.shape) != (dtype, shape):
+            raise CompileError("tvm", f"weight {name}", found=f"two layouts, {known.shape} and {shape}", expected="one")
+        return Weight(name)
+
+
+def _tensor(value: ir.Value | None) -> tuple[ir.TensorProtocol, str]:
+    if value is None or value.const_value is None:
+        raise CompileError("tvm", f"weight {value.name if value else ''}", found="a computed value", expected="an initializer")
+    return value.const_value, str(value.name)
+
+
+def _matrix(tensor: ir.TensorProtocol) -> tuple[int, int]:
+    return int(tensor.shape[0]), int(tensor.shape[1])
+
+
+def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[PackedWeight], list[Kernel]]:
+    """The program, the weights in the order of their first use, and the kernels of a graph."""
+    from compiler.backends.tvm.rules import RULES
+
+    metadata = model.metadata_props
+    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
+    lowering = Lowering(model, "float16" if quantized else "float32", -(-int(metadata["max_position"]) // 16))
+    for node in model.graph:
+        rule = RULES.get(node.op_type)
+        if rule is None:
+            raise CompileError(
+                "tvm", f"op {node.op_type}", node=str(node.name), found="no kernel", expected=", ".join(sorted(RULES)),
+                remedy="run the fuse passes or add a rule to compiler/backends/tvm/rules.py",
+            )  # fmt: skip
+        rule(lowering, node, attributes_of(node))
+    logits = lowering.place(model.graph.outputs[0])
+    offsets, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
+    calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
+    program = Program(
+        max_tokens=MAX_TOKENS,
+        max_rows=MAX_ROWS,
+        max_sequences=MAX_SEQUENCES,
+        max_blocks=lowering.max_blocks,
+        arena_bytes=arena_bytes,
+        vocab_size=logits.width,
+        logits=Logits(offsets[logits.buffer], logits.buffer.stride),
+        kv=KVLayout(*(int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim")), dtype=lowering.kv_dtype),
+        calls=calls,
+        kernel_calls=FusionCalls(calls_before_fusion, len(calls)),
+    )
+    return program, list(lowering.weights.values()), list({call.kernel: None for call in lowering.calls})
+
+
+def _buffers(call: PendingCall) -> Iterable[Buffer]:
+    return (operand.buffer for operand in call.operands if isinstance(operand, Place))
+
+
+def _place_buffers(calls: list[PendingCall], logits: Buffer) -> tuple[dict[Buffer, int], int]:
+    spans: dict[Buffer, tuple[int, int]] = {}
+    for index, call in enumerate(calls):
+        for buffer in _buffers(call):
+            spans[buffer] = (spans.get(buffer, (index, index))[0], index)
+    spans[logits] = (spans[logits][0], len(calls))
+    plan = plan_memory([Lifetime(buffer.bytes, first, last) for buffer, (first, last) in spans.items()])
+    return dict(zip(spans, plan.offsets, strict=True)), plan.arena_bytes
+
+
+def _finish(call: PendingCall, offsets: dict[Buffer, int], weights: dict[str, PackedWeight]) -> Call:
+    args = tuple(Arena(offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
+    read = sum(weights[arg.name].bytes for arg in args if isinstance(arg, Weight))
+    if "embedding" in call.kernel.kind:
+        read = 0  # one row per token, not the table
+    return Call(kind=call.kernel.kind, node=call.node, rows=call.rows, args=args, kernel=call.kernel.name, bytes=read)
+
+
+def cache_parts(layer: int) -> tuple[KV, KV]:
+    """The key and the value cache of a layer as arguments."""
+    return KV(layer, "k"), KV(layer, "v")

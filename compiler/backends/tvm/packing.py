@@ -1,0 +1,50 @@
+"""How weights lie in the engine: panels of 16 outputs, padded so that every kernel reads whole registers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.tvm.kernels.panels import PANEL
+from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
+
+VECTOR_ALIGNMENT = 16  # 64 bytes of float32 or int32
+
+
+def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
+    """[outputs/16][inputs/4][16][4]"""
+    return (round_up(outputs, PANEL) // PANEL, round_up(inputs, INPUT_ALIGNMENT) // 4, PANEL, 4)
+
+
+def pack_int8(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """[outputs, inputs] to panels; padding is zero."""
+    panels, groups, _, _ = int8_panels_shape(*weight.shape)
+    padded = np.zeros((panels * PANEL, groups * 4), np.int8)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    return np.ascontiguousarray(padded.reshape(panels, PANEL, groups, 4).transpose(0, 2, 1, 3))
+
+
+def float_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
+    """[outputs/16][inputs][16]"""
+    return (round_up(outputs, PANEL) // PANEL, inputs, PANEL)
+
+
+def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[outputs, inputs] to panels; padding is zero."""
+    panels, inputs, _ = float_panels_shape(*weight.shape)
+    padded = np.zeros((panels * PANEL, inputs), np.float32)
+    padded[: weight.shape[0]] = weight
+    return np.ascontiguousarray(padded.reshape(panels, PANEL, inputs).transpose(0, 2, 1))
+
+
+def pack_vector(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """A vector padded with zeros to 64 bytes."""
+    padded = np.zeros(round_up(values.size, VECTOR_ALIGNMENT), values.dtype)
+    padded[: values.size] = values.reshape(-1)
+    return padded
+
+
+def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
+    """What unsigned activations add to each output: 128 times the sum of its weights."""
+    return (128 * weight.sum(axis=1, dtype=np.int64)).astype(np.int32)

@@ -1,0 +1,177 @@
+"""One rule per op: which kernel runs it and with which operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from compiler.backends.tvm.kernels.activation import Activation
+from compiler.backends.tvm.kernels.append_kv import AppendKV
+from compiler.backends.tvm.kernels.attention import Attention
+from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
+from compiler.backends.tvm.kernels.float_linear import FloatLinear
+from compiler.backends.tvm.kernels.norm import Norm
+from compiler.backends.tvm.kernels.quantize import QuantizeTokens
+from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from compiler.backends.tvm.kernels.rotary import RotaryTable
+from compiler.backends.tvm.kernels.rows import Add, GatherRows
+from compiler.backends.tvm.lower import Lowering, Operand, Place, cache_parts
+from runtime.program import Input
+
+Attributes = dict[str, Any]
+Rule = Callable[[Lowering, ir.Node, Attributes], None]
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    """An optional input, None when left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _graph_input(value: ir.Value | None) -> Input:
+    assert value is not None and value.name is not None and value.is_graph_input()
+    return Input(value.name)
+
+
+def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """A view: no call, the parts are columns of the buffer that is there."""
+    source = low.place(node.inputs[0])
+    offset = source.offset
+    for output in node.outputs:
+        assert output.shape is not None
+        width = int(output.shape[1])  # type: ignore[arg-type]
+        low.places[output] = Place(source.buffer, offset, width)
+        offset += width
+
+
+def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """The embedding where the table is a weight, else the rows whose logits are wanted."""
+    table, indices = node.inputs
+    assert table is not None and indices is not None
+    out = low.allocate(node.outputs[0])
+    if table.is_initializer():
+        assert table.shape is not None
+        embedding = FloatEmbedding(int(table.shape[0]), out.width, out.view)  # type: ignore[arg-type]
+        low.call(embedding, node, out.buffer.rows, _graph_input(indices), low.float_panels(table), out)
+    else:
+        x = low.place(table)
+        low.call(GatherRows(x.width, x.view, out.view), node, out.buffer.rows, _graph_input(indices), x, out)
+
+
+def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    ids, table, scales = node.inputs
+    assert table is not None and table.shape is not None
+    out = low.allocate(node.outputs[0])
+    kernel = QuantizedEmbedding(int(table.shape[0]), out.width, out.view)  # type: ignore[arg-type]
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.int8_panels(table), low.vector(scales), out)
+
+
+def add(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, r = low.place(node.inputs[0]), low.place(node.inputs[1])
+    out = low.allocate(node.outputs[0])
+    low.call(Add(x.width, x.view, r.view, out.view), node, out.buffer.rows, x, r, out)
+
+
+def linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, weight, bias = low.place(node.inputs[0]), node.inputs[1], _input(node, 2)
+    out = low.allocate(node.outputs[0])
+    kernel = FloatLinear(out.width, x.width, bias is not None, x.view, out.view)
+    operands: list[Operand] = [x, low.float_panels(weight)]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    xq, xs, weight, scale, bias = (low.place(node.inputs[0]), low.place(node.inputs[1]), node.inputs[2], node.inputs[3],
+                                   _input(node, 4))  # fmt: skip
+    out = low.allocate(node.outputs[0])
+    kernel = QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    operands: list[Operand] = [xq, xs, low.int8_panels(weight), low.vector(scale), low.correction(weight)]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x = low.place(node.inputs[0])
+    xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
+    low.call(QuantizeTokens(x.width, x.view, xq.view), node, xq.buffer.rows, x, xq, xs)
+
+
+def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
+    """The norms are one kernel: with or without a residual sum before and quantization after."""
+
+    def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+        x = low.place(node.inputs[0])
+        r = low.place(node.inputs[1]) if adds else None
+        scale, bias = node.inputs[1 + adds], _input(node, 2 + adds)
+        outputs = [low.allocate(output) for output in node.outputs]
+        total = outputs.pop(0) if adds else None
+        kernel = Norm(
+            norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
+            quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
+        )  # fmt: skip
+        operands: list[Operand] = [x, *([r] if r else []), low.vector(scale)]
+        operands += [low.vector(bias)] if bias is not None else []
+        operands += [total] if total else []
+        low.call(kernel, node, outputs[0].buffer.rows, *operands, *outputs)
+
+    return rule
+
+
+def _activation_rule(kind: str, quantizes: bool) -> Rule:
+    def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+        x = low.place(node.inputs[0])
+        up = low.place(node.inputs[1]) if kind == "swiglu" else None
+        outputs = [low.allocate(output) for output in node.outputs]
+        kernel = Activation(kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view)
+        low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *outputs)
+
+    return rule
+
+
+def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    positions, sequences, inv_freq = node.inputs
+    out = low.allocate(node.outputs[0])
+    kernel = RotaryTable(head_dim=out.width, **attributes)
+    low.call(kernel, node, out.buffer.rows, _graph_input(positions), _graph_input(sequences), low.vector(inv_freq), out)
+
+
+def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """Two calls: keys and values go into the cache, then the queries read it."""
+    q, k, v = (low.place(value) for value in node.inputs[:3])
+    where = [_graph_input(value) for value in node.inputs[3:6]]
+    cos_sin, slopes = _input(node, 6), _input(node, 7)
+    table: list[Operand] = [low.place(cos_sin)] if cos_sin is not None else []
+    out = low.allocate(node.outputs[0])
+    layer, kv_heads, head_dim = attributes["layer"], attributes["num_kv_heads"], attributes["head_dim"]
+    append = AppendKV(kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None)
+    attend = Attention(
+        attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks, low.kv_dtype,
+        cos_sin is not None, slopes is not None,
+    )  # fmt: skip
+    low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer))
+    biases: list[Operand] = [low.vector(slopes)] if slopes is not None else []
+    low.call(attend, node, "T", q, *where, *table, *biases, *cache_parts(layer), out)
+
+
+RULES: dict[str, Rule] = {
+    "Split": split,
+    "Gather": gather,
+    "Add": add,
+    "Gemm": linear,
+    "LayerNormalization": _norm_rule("layer", adds=False, quantizes=False),
+    "RMSNormalization": _norm_rule("rms", adds=False, quantizes=False),
+    "AddNorm": _norm_rule(None, adds=True, quantizes=False),
+    "NormQuantize": _norm_rule(None, adds=False, quantizes=True),
+    "AddNormQuantize": _norm_rule(None, adds=True, quantizes=True),
+    "Gelu": _activation_rule("gelu", quantizes=False),
+    "GeluQuantize": _activation_rule("gelu", quantizes=True),
+    "SwiGLU": _activation_rule("swiglu", quantizes=False),
+    "SwiGLUQuantize": _activation_rule("swiglu", quantizes=True),
+    "QuantizeTokens": quantize_tokens,
+    "QuantizedEmbedding": quantized_embedding,
+    "QuantizedLinear": quantized_linear,
+    "RotaryTable": rotary_table,
+    "Attention": attention,
+}

@@ -1,0 +1,231 @@
+"""A thin layer over TVM's TIR builder: pointer kernels, 16-lane vectors and the few intrinsics the kernels share.
+
+Every vector is written 16 lanes wide; LLVM splits it in two where the instruction set has 256-bit registers. All
+indices are int64: a 250,880 x 4096 table times four bytes does not fit in 31 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+LANES = 16
+F16 = "float32x16"
+I16 = "int32x16"
+Expr = Any  # TIR expressions have no useful static type
+Buffer = Any
+
+
+def prim_func(name: str, pointers: Sequence[tuple[str, str]], body: Callable[..., None]) -> tvm.tirx.PrimFunc:
+    """An exported function of pointers only; `body` gets one flat buffer for each (name, dtype)."""
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            handles = [T.arg(pointer, T.ptr(dtype)) for pointer, dtype in pointers]
+            body(*[T.decl_buffer((1 << 40,), dtype, data=h) for h, (_, dtype) in zip(handles, pointers, strict=True)])
+    return builder.get()
+
+
+def with_lanes(dtype: str, lanes: int) -> str:
+    """The type of `lanes` values; one lane is a scalar."""
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def float_type(lanes: int) -> str:
+    """float32 with this many lanes."""
+    return with_lanes("float32", lanes)
+
+
+def int_type(lanes: int) -> str:
+    """int32 with this many lanes."""
+    return with_lanes("int32", lanes)
+
+
+def i64(value: Expr) -> Expr:
+    """An int64 constant or cast."""
+    return T.int64(value) if isinstance(value, int) else T.cast(value, "int64")
+
+
+def bind(value: Expr) -> Expr:
+    """Evaluate once, here.
+
+    Indices pass through a variable in memory, which LLVM removes: TVM's simplifier puts a bound index back into every use,
+    and its bounds of nested min and floordiv take time exponential in the depth (attention: minutes instead of seconds).
+    """
+    if not hasattr(value, "ty") or str(value.ty.dtype) != "int64":  # comparisons have no type yet
+        return T.bind(value)
+    slot = T.alloc_buffer((1,), "int64")
+    T.buffer_store(slot, value, [0])
+    return T.bind(slot[0])
+
+
+def load(buffer: Buffer, index: Expr, lanes: int = LANES) -> Expr:
+    """`lanes` neighbours from `index`."""
+    return buffer[T.ramp(i64(index), i64(1), lanes)] if lanes > 1 else buffer[i64(index)]
+
+
+def store(buffer: Buffer, index: Expr, value: Expr, lanes: int = LANES) -> None:
+    """Write `lanes` neighbours from `index`."""
+    T.buffer_store(buffer, value, [T.ramp(i64(index), i64(1), lanes) if lanes > 1 else i64(index)])
+
+
+def splat(value: Expr, lanes: int = LANES) -> Expr:
+    """The same float or scalar expression in every lane."""
+    value = T.float32(value) if isinstance(value, (int, float)) else value
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def splat_i32(value: int, lanes: int = LANES) -> Expr:
+    """The same int32 constant in every lane."""
+    return T.broadcast(T.int32(value), lanes) if lanes > 1 else T.int32(value)
+
+
+def pure(dtype: str, intrinsic: str, *args: Expr) -> Expr:
+    """A call to an LLVM intrinsic without side effects."""
+    return T.call_llvm_pure_intrin(dtype, intrinsic, *args)
+
+
+class Registers:
+    """`count` vectors that LLVM keeps in registers: every index is a Python int."""
+
+    def __init__(self, count: int, dtype: str = F16, initial: Expr | None = None) -> None:
+        # One allocation each: TVM moves allocations of 1 KiB and more off the stack, where LLVM cannot promote them.
+        self.buffers = [T.alloc_buffer((1,), dtype) for _ in range(count)]
+        if initial is not None:
+            for i in range(count):
+                self[i] = initial
+
+    def __getitem__(self, index: int) -> Expr:
+        return self.buffers[index][0]
+
+    def __setitem__(self, index: int, value: Expr) -> None:
+        T.buffer_store(self.buffers[index], value, [0])
+
+
+def scalar(value: Expr, dtype: str = "float32") -> Registers:
+    """A mutable scalar, read and written as `x[0]`."""
+    return Registers(1, dtype, T.float32(value) if isinstance(value, (int, float)) and dtype == "float32" else value)
+
+
+def local(size: int, dtype: str = "float32") -> Buffer:
+    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on)."""
+    return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": True})
+
+
+def opaque(value: Expr, dtype: str = "int64") -> Expr:
+    """Evaluate once, here, and hide the formula from TVM, whose simplifier takes minutes over nested min, floordiv and
+    loads once they stand in the conditions of an if."""
+    return scalar(value, dtype)[0]
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Statements that run only if `condition` holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def either(condition: Expr, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """If and else."""
+    with T.If(condition):
+        with T.Then():
+            yes()
+        with T.Else():
+            no()
+
+
+def for_range(stop: Expr, body: Callable[[Expr], None], start: Expr = 0) -> None:
+    """A serial loop over int64."""
+    with T.serial(i64(start), i64(stop)) as index:
+        body(index)
+
+
+def parallel(extent: Expr, body: Callable[[Expr], None]) -> None:
+    """A loop shared out among the threads of the pool, in contiguous chunks."""
+    with T.parallel(i64(0), i64(extent)) as index:
+        body(index)
+
+
+def for_rows(rows: Expr, body: Callable[[Expr], None], serial_below: int = 2) -> None:
+    """`body(row)` for every row; in the calling thread when waking the others would cost more than it saves."""
+    either(rows < i64(serial_below), lambda: for_range(rows, body), lambda: parallel(rows, body))
+
+
+def rows_of(pointer: Buffer) -> Expr:
+    """The number of rows of this step."""
+    return bind(i64(pointer[i64(0)]))
+
+
+def for_width(width: int, vector: Callable[[Expr], None], tail: Callable[[Expr], None], unroll: int = 1) -> None:
+    """`vector(column)` for every full vector of a row of `width` elements, `tail(column)` for each one left over."""
+    whole = width // LANES
+    bulk = whole // unroll
+
+    def step(i: Expr) -> None:
+        for u in range(unroll):
+            vector((i * unroll + u) * LANES)
+
+    if bulk:
+        for_range(bulk, step)
+    for v in range(bulk * unroll, whole):
+        vector(i64(v * LANES))
+    if width % LANES:
+        for_range(width % LANES, lambda i: tail(i + whole * LANES))
+
+
+def lane_numbers(first: Expr = 0, lanes: int = LANES) -> Expr:
+    """first, first + 1, ... as int32."""
+    first = T.int32(first) if isinstance(first, int) else T.cast(first, "int32")
+    return T.ramp(first, T.int32(1), lanes) if lanes > 1 else first
+
+
+def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32") -> Expr:
+    """Combine the 16 lanes pairwise, always in the same order."""
+    lanes = local(LANES, dtype)
+    store(lanes, 0, vector)
+    values = [lanes[i64(i)] for i in range(LANES)]
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [combine(values[i], values[i + half]) for i in range(half)]
+    return bind(values[0])
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    return a + b
+
+
+def prefetch(buffer: Buffer, index: Expr) -> None:
+    """Ask for a cache line that will be read soon."""
+    address = T.address_of(buffer[i64(index)])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(3), T.int32(1)))
+
+
+def rint(value: Expr, lanes: int = LANES) -> Expr:
+    """Round to the nearest integer, halves to even."""
+    return pure(float_type(lanes), "llvm.rint", value)
+
+
+def exp(x: Expr, lanes: int = LANES) -> Expr:
+    """e**x to 2 units in the last place for -87.3 <= x <= 88, clamped beyond (Cephes' polynomial; LLVM has no vector exp).
+
+    x = n*ln2 + r with |r| <= ln2/2; ln2 is taken in two parts so that r is exact.
+    """
+
+    def constant(value: float) -> Expr:
+        return splat(value, lanes)
+
+    x = bind(T.max(T.min(x, constant(88.0)), constant(-87.33654)))
+    n = bind(rint(x * constant(1.4426950408889634), lanes))
+    r = bind(x - n * constant(0.693359375) - n * constant(-2.12194440e-4))
+    p = constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + constant(coefficient)
+    p = bind(p * (r * r) + r + constant(1.0))
+    power = T.shift_left(T.cast(n, int_type(lanes)) + splat_i32(127, lanes), splat_i32(23, lanes))
+    return p * T.reinterpret(float_type(lanes), power)

@@ -1,0 +1,27 @@
+"""Generation defaults: generation_config.json over the values of the BELLE-7B model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# https://huggingface.co/BelleGroup/BELLE-7B-2M, "Use model"
+BELLE = {"max_new_tokens": 200, "temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}
+# What Transformers does with keys that a generation_config.json leaves out.
+TRANSFORMERS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+def generation_defaults(stated: dict[str, Any]) -> dict[str, Any]:
+    """max_new_tokens, temperature (0 = greedy), top_k (0 = off), top_p and repetition_penalty.
+
+    `stated` is generation_config.json. One that says nothing of sampling (BELLE's hold only token ids) leaves the card's
+    values. One that says do_sample false asks for greedy decoding. One that states some settings was tuned by its author for
+    Transformers, so the others are Transformers' defaults and not the card's.
+    """
+    given = {key: value for key in BELLE if isinstance(value := stated.get(key), (int, float)) and not isinstance(value, bool)}
+    if stated.get("do_sample") is False:
+        penalty = {"repetition_penalty": given["repetition_penalty"]} if "repetition_penalty" in given else {}
+        return {"max_new_tokens": int(given.get("max_new_tokens", BELLE["max_new_tokens"])), **GREEDY, **penalty}
+    tuned = stated.get("do_sample") is True or any(key in given for key in TRANSFORMERS)
+    defaults = {**BELLE, **(TRANSFORMERS if tuned else {}), **given}
+    return {**defaults, "max_new_tokens": int(defaults["max_new_tokens"]), "top_k": int(defaults["top_k"])}

@@ -1,0 +1,69 @@
+"""The tokenizer in a GGUF file's metadata as a tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+from compiler.checkpoint.tensors import STAGE
+from compiler.checkpoint.tokenizers import check_merges
+from compiler.errors import CompileError
+
+# Names of tokenizer.ggml.pre, grouped by what llama.cpp does for them (src/llama-vocab.cpp).
+GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
+DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+LLAMA3 = {"llama3", "llama-v3", "llama-bpe"}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def gguf_tokenizer(file: Path, get: Any) -> str:
+    """The text of a tokenizer.json; `get(key, default)` reads the metadata."""
+    tokens, kind = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.model")
+    if not tokens:
+        raise _unsupported(file, "no tokenizer.ggml.tokens in its metadata", "a tokenizer")
+    if kind not in {"gpt2", "llama"}:
+        raise _unsupported(file, f"tokenizer.ggml.model {kind!r}", "gpt2 or llama")
+    pre = get("tokenizer.ggml.pre", "gpt-2")  # a wrong split would give wrong ids without any error
+    if kind == "gpt2" and pre not in GPT2 | DIGITS_GPT2 | LLAMA3:
+        raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(GPT2 | DIGITS_GPT2 | LLAMA3)))
+    types = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    try:
+        tokenizer = _byte_level(tokens, types, pre, get) if kind == "gpt2" else _sentencepiece(tokens, types, get)
+        return str(tokenizer.to_str())
+    except Exception as e:  # the tokenizers library raises plain Exception
+        raise _unsupported(file, f"metadata that makes no tokenizer ({e})", "tokens and merges that fit together") from e
+
+
+def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> Tokenizer:
+    scores = get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    unknown = tokens[get("tokenizer.ggml.unknown_token_id", 0)]
+    return spm_tokenizer(list(zip(tokens, scores, types, strict=True)), unknown=unknown, byte_fallback=True,
+                         prefix_space=get("tokenizer.ggml.add_space_prefix", True), legacy=True)
+
+
+def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Tokenizer:
+    """Byte-level BPE, split as `pre` says."""
+    merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges", [])]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    check_merges(vocab, merges)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
+    if pre in LLAMA3:
+        split: list[Any] = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS_GPT2 else []
+        split = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)
+                          for token, kind in zip(tokens, types, strict=True) if kind in {CONTROL, USER_DEFINED}])
+    return tokenizer
+
+
+def _unsupported(file: Path, found: str, expected: str) -> CompileError:
+    return CompileError(STAGE, f"tokenizer of {file}", found=found, expected=expected,
+                        remedy="put the tokenizer.json of the model beside it and give the directory")

@@ -1,0 +1,85 @@
+"""Safetensors files: the header is verified when opened, values are fetched through the safetensors library when read."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from compiler.checkpoint.tensors import STAGE, LazyTensor
+from compiler.errors import CompileError
+
+# Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
+DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+          "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+          "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)}
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+def open_safetensors(file: Path) -> list[LazyTensor]:
+    """The tensors of one file, under the names stored in it."""
+    header, data_bytes = _header(file)
+    tensors = []
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, item_bytes = DTYPES.get(entry["dtype"], (str(entry["dtype"]), 0))
+            shape = tuple(int(n) for n in entry["shape"])
+            start, stop = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise _broken(file, f"no dtype, shape and data_offsets for tensor {name}") from e
+        if min((*shape, start, stop - start)) < 0 or (item_bytes and prod(shape) * item_bytes != stop - start):
+            raise _broken(file, f"{stop - start} bytes for tensor {name} of dtype {dtype} and shape {list(shape)}")
+        end = max(end, stop)
+        tensors.append(LazyTensor(name, shape, dtype, file, _Loader(file, name)))
+    if end > data_bytes:
+        raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
+    return tensors
+
+
+class _Loader:
+    """Opens the file for one read and closes it, so that no page of it stays mapped."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+
+    def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
+                part = f.get_slice(self.name)
+                tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
+                values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # the original lies in the mapping
+                return values
+        except (SafetensorError, OSError) as e:
+            raise CompileError(STAGE, f"tensor {self.name} in {self.file}", expected="the file the build began with",
+                               found=f"a file that changed or cannot be read ({e})", remedy="start the build again") from e
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The parsed header and the number of bytes after it."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+            found = f"a header of {length} bytes in a file of {size} bytes" if size >= 8 else f"a file of {size} bytes"
+            raise _broken(file, found)
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise _broken(file, "a header that is not JSON") from e
+    if not isinstance(header, dict):
+        raise _broken(file, "a header that is not a JSON object")
+    return header, size - 8 - length
+
+
+def _broken(file: Path, found: str) -> CompileError:
+    return CompileError(STAGE, f"weights {file}", found=found, expected="a complete safetensors file",
+                        remedy="it is truncated or damaged: download it again")

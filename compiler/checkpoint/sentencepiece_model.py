@@ -1,0 +1,120 @@
+"""Converts a sentencepiece `tokenizer.model` to a tokenizer.json that gives the same ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from compiler.checkpoint.tensors import STAGE
+from compiler.errors import CompileError
+
+SPACE = "▁"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
+BPE = 2  # TrainerSpec.ModelType
+
+# Encoded by both tokenizers after the conversion; a difference means that the model uses something not converted here.
+SAMPLES = (
+    "Hello, world! The quick brown fox jumps over 13 lazy dogs.",
+    "Human: \n写一首关于春天的诗，题目是《北京的春天》。\n\nAssistant: \n",
+    "def f(x):\n    return x ** 2  # square\n\n\tprint(f(3))",
+    "  two leading spaces, a   gap and a trailing space ",
+    "naïve café — ½ ﬁ 🙂 한국어 عربى",
+)
+
+
+def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
+    """The text of a tokenizer.json with the ids of this model, and notes.
+
+    `legacy` as in Transformers' LlamaTokenizer (and as sentencepiece does it): a space goes before every text, and before
+    what follows a special token; otherwise only before the first text that does not begin with one.
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+        reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except Exception as e:  # protobuf's DecodeError and sentencepiece's RuntimeError
+        raise CompileError(STAGE, f"tokenizer {file}", found=f"a file that sentencepiece cannot read ({e})",
+                           expected="a sentencepiece model", remedy="download it again") from e
+    if proto.trainer_spec.model_type != BPE:
+        raise CompileError(STAGE, f"tokenizer {file}", found="a sentencepiece model that is not BPE",
+                           expected="BPE, as in LLaMA releases", remedy="put a tokenizer.json beside it")
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    spec = proto.normalizer_spec
+    tokenizer = spm_tokenizer(pieces, unknown=proto.trainer_spec.unk_piece, byte_fallback=proto.trainer_spec.byte_fallback,
+                              prefix_space=spec.add_dummy_prefix, legacy=legacy,
+                              charsmap=spec.precompiled_charsmap, squeeze=spec.remove_extra_whitespaces)
+    return tokenizer.to_str(), _notes(file, pieces, tokenizer, reference if legacy else None)
+
+
+def spm_tokenizer(
+    pieces: list[tuple[str, float, int]], *, unknown: str, byte_fallback: bool, prefix_space: bool, legacy: bool,
+    charsmap: bytes = b"", squeeze: bool = False,
+) -> Tokenizer:
+    """A BPE tokenizer from (piece, score, type) in id order; merges follow the scores, as sentencepiece applies them."""
+    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(pieces, vocab), unk_token=unknown, fuse_unk=True,
+                                     byte_fallback=byte_fallback))
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if squeeze:
+        steps += [normalizers.Strip(), normalizers.Replace(_regex(" {2,}"), " ")]
+    if prefix_space and legacy:
+        steps.append(normalizers.Prepend(SPACE))
+    if legacy or not prefix_space:
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    else:
+        tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+    strip = [decoders.Strip(content=" ", left=1)] if prefix_space else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=kind != USER_DEFINED)
+                          for piece, _, kind in pieces if kind in {UNKNOWN, CONTROL, USER_DEFINED}])
+    return tokenizer
+
+
+def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best score first.
+
+    Equal scores are ordered by the position of the piece; sentencepiece orders them by the position in the text.
+    """
+    mergeable = {piece for piece, _, kind in pieces if kind in {NORMAL, UNUSED}}
+    merges = []
+    for piece, score, kind in pieces:
+        if kind != NORMAL:
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in mergeable and right in mergeable:
+                merges.append((-score, vocab[piece], vocab[left], vocab[right], left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenizer, reference: Any) -> list[str]:
+    """Sentences on what may differ; raises when the samples do differ without an excuse."""
+    scores = Counter(score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1)
+    tied = sum(count for count in scores.values() if count > 1)
+    notes = []
+    if tied:
+        notes.append(f"{file.name}: {tied} pieces share their score with another; where two such pieces overlap in a text, the "
+                     "converted tokenizer may choose the other one than sentencepiece")
+    for sample in SAMPLES if reference is not None else ():
+        ids = tokenizer.encode(sample, add_special_tokens=False).ids
+        if ids != reference.encode(sample):
+            if tied:
+                notes.append(f"{file.name}: the converted tokenizer and sentencepiece encode {sample!r} differently")
+                continue
+            raise CompileError(STAGE, f"tokenizer {file}", expected="a model that normalises as LLaMA's does",
+                               found=f"other ids than sentencepiece's for {sample!r} after conversion",
+                               remedy="put a tokenizer.json beside it")
+    return notes
+
+
+def _regex(pattern: str) -> Any:
+    from tokenizers import Regex
+
+    return Regex(pattern)

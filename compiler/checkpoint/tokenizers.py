@@ -1,0 +1,74 @@
+"""The tokenizer of a checkpoint as the text of a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from compiler.checkpoint.contents import read_json
+from compiler.checkpoint.sentencepiece_model import convert
+from compiler.checkpoint.tensors import STAGE
+from compiler.errors import CompileError
+
+
+def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
+    """tokenizer.json (converted when there is only tokenizer.model), the files read, notes, and implied tokenizer_config."""
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        return check_tokenizer(json.dumps(read_json(file), ensure_ascii=False), str(file)), [file], [], {}
+    file = directory / "tokenizer.model"
+    if file.is_file():
+        return _from_sentencepiece(directory, file)
+    raise CompileError(STAGE, f"tokenizer of {directory}", found="neither tokenizer.json nor tokenizer.model",
+                       expected="one of them beside the weights", remedy="copy it from the release the weights came from")
+
+
+def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
+    """tokenizer.model, and the tokens that fine-tuning added to it (tokenizer_config.json or added_tokens.json)."""
+    config_file, added_file = directory / "tokenizer_config.json", directory / "added_tokens.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    text, notes = convert(file, legacy=config.get("legacy") is not False)
+    tokenizer = Tokenizer.from_str(text)
+    added = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    files = [file]
+    if added_file.is_file():
+        files.append(added_file)
+        added = {index: {"content": word} for word, index in read_json(added_file).items()} | added
+    for index, token in sorted(added.items()):
+        word = token["content"]
+        if tokenizer.token_to_id(word) is None:
+            tokenizer.add_tokens([AddedToken(word, special=bool(token.get("special", True)), normalized=False)])
+        if tokenizer.token_to_id(word) != index:
+            raise CompileError(STAGE, f"added token {word!r} of {directory}", found=f"id {index} stated for it",
+                               expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
+                               remedy="put a tokenizer.json beside it")
+    # What the slow LlamaTokenizer of these releases does when nothing is stated; also the sentencepiece words for BOS and EOS.
+    implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    return str(tokenizer.to_str()), files, notes, implied
+
+
+def check_tokenizer(text: str, source: str) -> str:
+    """The text, once the tokenizers library has read it; truncation and padding, which would alter prompts, are taken out."""
+    try:
+        model = json.loads(text).get("model") or {}
+        if model.get("type") == "BPE" and not model.get("continuing_subword_prefix"):
+            merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+            check_merges(model["vocab"], merges)
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as e:  # what the library raises
+        raise CompileError(STAGE, f"tokenizer {source}", found=f"a file that the tokenizers library cannot read ({e})",
+                           expected="a tokenizer.json", remedy="download it again") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return str(tokenizer.to_str())
+
+
+def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:
+    """Raise ValueError for a merge outside of the vocabulary; the tokenizers library may end the process on one."""
+    for left, right in merges:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ValueError(f"the merge of {left!r} and {right!r} is not in the vocabulary")

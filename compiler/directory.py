@@ -1,0 +1,217 @@
+"""An output directory that appears whole or not at all, whatever happens to the build that makes it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from compiler.errors import CompileError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class AtomicDirectory:
+    """`with AtomicDirectory(out) as directory:` write below `directory.path`, then `directory.commit()`.
+
+    The content grows in the sibling `.NAME.building-<pid>` and is renamed to `out` by `commit`; leaving the block
+    without it, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A lock on the sibling `.NAME.lock` keeps a second build
+    away from the same output. Who holds it knows that any `.NAME.building-*` beside it was left by a killed build and
+    removes it.
+
+    An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`.
+    `needed` is an estimate in bytes, checked against the free space before anything is written.
+    """
+
+    def __init__(
+        self, out: Path, *, replace: bool = False, replaceable: Callable[[Path], bool] = lambda path: False, needed: int = 0
+    ) -> None:
+        self.out = Path(os.path.abspath(out))  # not resolve(): an output that is a symbolic link is refused below
+        self.path = self.out.parent / f".{self.out.name}.building-{os.getpid()}"
+        self._aside = self.out.parent / f".{self.out.name}.replaced"
+        self._lock_path = self.out.parent / f".{self.out.name}.lock"
+        self._replace, self._replaceable, self._needed = replace, replaceable, needed
+        self._lock: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._made_parents: list[Path] = []
+
+    def __enter__(self) -> AtomicDirectory:
+        self._catch_signals()
+        try:
+            self._check_output()
+            self._make_parents()
+            self._take_lock()
+            self._remove_leftovers()
+            self._check_output()
+            self.check_space(self._needed)
+            self.path.mkdir(mode=0o755)
+            self.path.chmod(0o755)  # the engine's permissions do not depend on the umask
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError):
+                raise self.explain(error) from error
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def check_space(self, needed: int) -> None:
+        """Raises CompileError when fewer than `needed` bytes are free where the output goes; kept for later messages."""
+        self._needed = max(self._needed, needed)
+        if shutil.disk_usage(self.out.parent).free < needed:
+            raise self._disk_full("not enough free space")
+
+    def explain(self, error: OSError) -> CompileError:
+        """What to tell the user when writing below `path` failed with `error`."""
+        if error.errno in _OUT_OF_SPACE:
+            return self._disk_full(f"{error.strerror or 'out of space'} while writing")
+        return CompileError(
+            "output",
+            f"cannot write {self.out}",
+            found=f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else ""),
+            remedy="choose another -o or change the permissions",
+        )
+
+    def commit(self) -> None:
+        """Puts the content in place as `out`, replacing an engine that is there, and makes that last through a power cut."""
+        self._check_output()
+        try:
+            for folder, _, _ in os.walk(self.path):
+                _sync(Path(folder))
+            if self.out.exists():
+                self._exchange()  # self.path is the old engine from here on; _close removes it
+            else:
+                os.rename(self.path, self.out)
+            self._made_parents.clear()
+            _sync(self.out.parent)
+        except OSError as error:
+            raise self.explain(error) from error
+
+    def _check_output(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if not self._replace:
+            raise CompileError(
+                "output", f"{self.out} exists already", remedy="choose another -o or pass --force to replace an engine"
+            )
+        if self.out.is_symlink() or not self._replaceable(self.out):
+            raise CompileError(
+                "output",
+                f"--force replaces engine directories only and {self.out} is none",
+                expected="a directory with manifest.json",
+                remedy="choose another -o or move it away yourself",
+            )
+
+    def _make_parents(self) -> None:
+        missing = [folder for folder in self.out.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made_parents.append(folder)
+
+    def _take_lock(self) -> None:
+        while True:
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise CompileError(
+                    "output",
+                    f"another build is writing {self.out}",
+                    found=f"{self._lock_path.name} locked",
+                    remedy="wait for it to end or choose another -o",
+                ) from None
+            except BaseException:
+                os.close(lock)
+                raise
+            # The build before may have removed the file between our open and our flock: then we hold nobody's lock.
+            try:
+                if os.path.samestat(os.fstat(lock), os.stat(self._lock_path)):
+                    self._lock = lock
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+
+    def _remove_leftovers(self) -> None:
+        if self._aside.exists() and not self.out.exists():
+            os.rename(self._aside, self.out)  # killed between the two renames of _exchange
+        building = re.compile(re.escape(f".{self.out.name}.building-") + r"\d+")
+        for folder in self.out.parent.iterdir():
+            if folder == self._aside or building.fullmatch(folder.name):
+                _remove(folder)
+
+    def _exchange(self) -> None:
+        """Swaps `path` and `out` in one step, or in renames where the file system cannot (NFS)."""
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        names = _AT_FDCWD, os.fsencode(self.path), _AT_FDCWD, os.fsencode(self.out), _RENAME_EXCHANGE
+        if renameat2 is None or renameat2(*names) != 0:
+            os.rename(self.out, self._aside)
+            os.rename(self.path, self.out)
+            os.rename(self._aside, self.path)
+
+    def _close(self) -> None:
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        try:
+            if self._lock is not None:
+                _remove(self.path)
+                if self._aside.exists() and not self.out.exists():
+                    os.rename(self._aside, self.out)
+                self._lock_path.unlink(missing_ok=True)
+                os.close(self._lock)
+                self._lock = None
+            for folder in reversed(self._made_parents):
+                try:
+                    folder.rmdir()
+                except OSError:  # someone else uses it now
+                    break
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._handlers.clear()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+
+    def _catch_signals(self) -> None:
+        """Turns SIGTERM and SIGHUP into an exception that cleans up, unless the program handles or ignores them itself."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                self._handlers[number] = signal.signal(number, _terminate)
+
+    def _disk_full(self, what: str) -> CompileError:
+        return CompileError(
+            "output",
+            f"{what} ({self.out})",
+            found=f"{shutil.disk_usage(self.out.parent).free} bytes free",
+            expected=f"{self._needed} bytes needed" if self._needed else "",
+            remedy="free some space or choose another -o",
+        )
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,44 @@
+"""What an engine directory is, as one plain object: for `belle-compile inspect`, `verify` and a build's summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from runtime import artifact, host
+from runtime.schema import to_plain
+
+# Parts of an engine that sizes are summed by: name and what its files end in, first match wins.
+_PARTS = (
+    ("weights", ".safetensors"),
+    ("runtime library", "libtvm_runtime.so"),
+    ("kernels", ".so"),
+    ("program", "program.json"),
+    ("tokenizer", "tokenizer.json"),
+    ("other", ""),
+)
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """The manifest of the engine in `directory`, with sizes by part; reads no weights. Raises EngineError."""
+    manifest = artifact.read_manifest(directory)
+    sizes: dict[str, int] = {}
+    for path, record in manifest.files.items():
+        part = next(part for part, end in _PARTS if path.endswith(end))
+        sizes[part] = sizes.get(part, 0) + record.bytes
+    plain: dict[str, Any] = to_plain(manifest)
+    return {"engine": str(directory), "bytes": sum(sizes.values()), "bytes_by_part": sizes, **plain}
+
+
+def verify(directory: str | Path, progress: artifact.Progress | None = None) -> dict[str, Any]:
+    """Checks all digests, then that this host can run the engine; raises EngineError at the first thing that is wrong."""
+    manifest = artifact.read_manifest(directory)
+    artifact.verify_files(directory, manifest, full=True, progress=progress)
+    artifact.check_host(manifest)
+    usable = [isa for isa in host.host_isas() if isa in manifest.target.isas]
+    return {
+        "engine": str(directory),
+        "files": len(manifest.files),
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "isa": usable[0],
+    }

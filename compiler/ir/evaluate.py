@@ -1,0 +1,83 @@
+"""Run a graph by the NumPy meaning of its ops."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.errors import CompileError
+from compiler.ir.cache import PagedCache
+from compiler.ir.ops import attributes_of, spec_of
+from compiler.ir.signature import TensorSpec, dtype_name
+
+__all__ = ["PagedCache", "evaluate"]
+
+Array = npt.NDArray[Any]
+
+
+def evaluate(
+    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
+) -> dict[str, Array]:
+    """Outputs of one step by name; the cache is read and written. `also` names other values to return.
+
+    Weights are read when a node needs them and dropped after it. Raises CompileError where an input is missing or has
+    another dtype or shape than the graph says.
+    """
+    values = _checked(model, inputs)
+    wanted = {*also, *(str(output.name) for output in model.graph.outputs)}
+    uses = {value: len(value.uses()) for node in model.graph for value in node.outputs}
+    result: dict[str, Array] = {str(value.name): array for value, array in values.items() if value.name in wanted}
+    for node in model.graph:
+        spec = spec_of(node)
+        arrays = [None if value is None else _read(value, values) for value in node.inputs]
+        arrays += [None] * (len(spec.inputs) - len(arrays))
+        keywords = {name: value for name, value in attributes_of(node).items() if name in spec.meaningful}
+        if spec.stateful:
+            keywords["cache"] = cache
+        produced = spec.meaning(*arrays, **keywords)
+        for value, array in zip(node.outputs, produced if isinstance(produced, tuple) else (produced,), strict=True):
+            values[value] = array
+            if value.name in wanted:
+                result[value.name] = array
+        for value in {value for value in node.inputs if value in uses}:
+            uses[value] -= sum(other is value for other in node.inputs)
+            if not uses[value]:
+                del values[value]
+    missing = wanted - result.keys()
+    if missing:
+        raise CompileError("evaluate", "values asked for", found=", ".join(sorted(missing)), expected="names of the graph")
+    return result
+
+
+def _read(value: ir.Value, values: Mapping[ir.Value, Array]) -> Array:
+    if value in values:
+        return values[value]
+    assert value.const_value is not None, f"{value.name} has no producer"
+    return value.const_value.numpy()
+
+
+def _checked(model: ir.Model, inputs: Mapping[str, Array]) -> dict[ir.Value, Array]:
+    sizes: dict[str, int] = {}
+    values: dict[ir.Value, Array] = {}
+    for value in model.graph.inputs:
+        spec = TensorSpec.of(value)
+        name = str(value.name)
+        if name not in inputs:
+            raise CompileError("evaluate", f"input {name}", found="nothing", expected=str(spec))
+        array = np.asarray(inputs[name])
+        fits = str(array.dtype) == dtype_name(spec.dtype) and array.ndim == len(spec.dims)
+        fits = fits and all(
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for dim, size in zip(spec.dims, array.shape, strict=True)
+        )
+        if not fits:
+            known = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
+            raise CompileError(
+                "evaluate", f"input {name}", found=f"{array.dtype}{list(array.shape)}", expected=f"{spec} with {known}"
+            )
+        values[value] = array
+    return values

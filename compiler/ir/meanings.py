@@ -1,0 +1,219 @@
+"""What each op computes, in NumPy: the oracle of every kernel and every pass.
+
+Arithmetic is float32 throughout, one rounding per operation written; integer parts are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compiler.ir.cache import Floats, Integers, PagedCache
+
+Bytes = npt.NDArray[np.int8]
+
+
+def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
+    """Rows of x."""
+    return x[indices]
+
+
+def identity(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The value itself."""
+    return x
+
+
+def split(x: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Consecutive parts of the last axis."""
+    return tuple(np.split(x, np.cumsum(sizes)[:-1], axis=-1))
+
+
+def add(x: Floats, r: Floats) -> Floats:
+    """x + r."""
+    return x + r
+
+
+def layer_norm(x: Floats, scale: Floats, bias: Floats | None, *, epsilon: float) -> Floats:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis."""
+    centred: Floats = x - x.mean(axis=-1, keepdims=True)
+    variance: Floats = (centred * centred).mean(axis=-1, keepdims=True)
+    normed: Floats = centred / np.sqrt(variance + np.float32(epsilon)) * scale
+    return normed if bias is None else normed + bias
+
+
+def rms_norm(x: Floats, scale: Floats, *, epsilon: float) -> Floats:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis."""
+    mean_square: Floats = (x * x).mean(axis=-1, keepdims=True)
+    normed: Floats = x / np.sqrt(mean_square + np.float32(epsilon))
+    return normed * scale
+
+
+def norm(x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> Floats:
+    """The norm that `kind` names: "layer" or "rms" (which has no bias)."""
+    return layer_norm(x, scale, bias, epsilon=epsilon) if kind == "layer" else rms_norm(x, scale, epsilon=epsilon)
+
+
+def linear(x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+    """x @ weight.T + bias: ONNX Gemm with transB=1."""
+    product: Floats = x @ weight.T
+    return product if bias is None else product + bias
+
+
+def gelu(x: Floats) -> Floats:
+    """Gelu with the tanh approximation: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    bounded: Floats = np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x))
+    result: Floats = np.float32(0.5) * x * (np.float32(1) + bounded)
+    return result
+
+
+def swiglu(gate: Floats, up: Floats) -> Floats:
+    """silu(gate) * up."""
+    with np.errstate(over="ignore"):  # exp(-gate) = inf for very negative gates gives the right limit, 0
+        result: Floats = gate / (np.float32(1) + np.exp(-gate)) * up
+    return result
+
+
+def quantize_tokens(x: Floats) -> tuple[Bytes, Floats]:
+    """One scale per token (row): xs = absmax / 127, xq = x * (127 / absmax) rounded half to even; zeros for a zero row."""
+    absmax = np.abs(x).max(axis=-1)
+    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
+    return np.rint(x * inverse[:, None]).astype(np.int8), absmax / np.float32(127)
+
+
+def integer_linear(xq: Bytes, wq: Bytes) -> Integers:
+    """xq @ wq.T, exact. float64 holds every partial sum exactly and multiplies faster than integers do."""
+    product: npt.NDArray[np.float64] = xq.astype(np.float64) @ wq.astype(np.float64).T
+    return product.astype(np.int32)
+
+
+def dequantize(acc: Integers, xs: Floats, ws: Floats, bias: Floats | None) -> Floats:
+    """(acc * ws[n]) * xs[t] + bias[n]."""
+    scaled = acc.astype(np.float32) * ws * xs[:, None]
+    return scaled if bias is None else scaled + bias
+
+
+def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats) -> Floats:
+    """Rows of the table wq * ws."""
+    return wq[token_ids].astype(np.float32) * ws[token_ids, None]
+
+
+def quantized_linear(xq: Bytes, xs: Floats, wq: Bytes, ws: Floats, bias: Floats | None) -> Floats:
+    """IntegerLinear, then Dequantize."""
+    return dequantize(integer_linear(xq, wq), xs, ws, bias)
+
+
+def add_norm(x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> tuple[Floats, Floats]:
+    """The sum, and its norm."""
+    total = x + r
+    return total, norm(total, scale, bias, kind=kind, epsilon=epsilon)
+
+
+def norm_quantize(x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> tuple[Bytes, Floats]:
+    """The norm, quantized per token."""
+    return quantize_tokens(norm(x, scale, bias, kind=kind, epsilon=epsilon))
+
+
+def add_norm_quantize(
+    x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float
+) -> tuple[Floats, Bytes, Floats]:
+    """The sum, and its norm quantized per token."""
+    total, normed = add_norm(x, r, scale, bias, kind=kind, epsilon=epsilon)
+    return total, *quantize_tokens(normed)
+
+
+def gelu_quantize(x: Floats) -> tuple[Bytes, Floats]:
+    """Gelu, quantized per token."""
+    return quantize_tokens(gelu(x))
+
+
+def swiglu_quantize(gate: Floats, up: Floats) -> tuple[Bytes, Floats]:
+    """SwiGLU, quantized per token."""
+    return quantize_tokens(swiglu(gate, up))
+
+
+def rotary_table(
+    positions: Integers,
+    sequences: Integers,
+    inv_freq: Floats,
+    *,
+    attention_scaling: float,
+    dynamic_factor: float,
+    original_max: int,
+    base: float,
+) -> Floats:
+    """[T, D]: cos(position * inv_freq) in the first half of a row, sin in the second, both times attention_scaling.
+
+    With a dynamic factor (dynamic NTK, `_compute_dynamic_ntk_parameters` of Transformers) a sequence longer than
+    original_max gets frequencies of a base grown with its length: 1 + its largest position in this step.
+    """
+    frequencies = np.broadcast_to(inv_freq, (len(positions), len(inv_freq))).copy()
+    if dynamic_factor:
+        dim = 2 * len(inv_freq)
+        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        for row, sequence in enumerate(sequences):
+            length = 1 + positions[sequences == sequence].max()
+            if length > original_max:
+                stretch = np.float32(dynamic_factor * length) / np.float32(original_max) - np.float32(dynamic_factor - 1)
+                grown = np.float32(base) * stretch ** np.float32(dim / (dim - 2))
+                frequencies[row] = np.float32(1) / grown**exponents
+    angles = positions.astype(np.float32)[:, None] * frequencies
+    scaling = np.float32(attention_scaling)
+    return np.concatenate([np.cos(angles) * scaling, np.sin(angles) * scaling], axis=-1)
+
+
+def rotate(x: Floats, cos_sin: Floats) -> Floats:
+    """Half-rotation RoPE as in Transformers' LLaMA: x [T, heads, D] by the rows of cos_sin [T, D]."""
+    half = x.shape[-1] // 2
+    cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def softmax(x: Floats) -> Floats:
+    """exp(x) / sum(exp(x)) over the last axis."""
+    powers: Floats = np.exp(x - x.max(axis=-1, keepdims=True))
+    total: Floats = powers.sum(axis=-1, keepdims=True)
+    return powers / total
+
+
+def attention(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    positions: Integers,
+    sequences: Integers,
+    block_table: Integers,
+    cos_sin: Floats | None,
+    slopes: Floats | None,
+    *,
+    cache: PagedCache,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+) -> Floats:
+    """Causal attention of each token over its own sequence, after the step's k and v went into the cache.
+
+    RoPE is applied to q and k when cos_sin is given. slopes (ALiBi) add slope * position of the key, as Transformers'
+    BLOOM does. Query head h reads key/value head h // (num_heads / num_kv_heads).
+    """
+    q = q.reshape(-1, num_heads, head_dim)
+    k, v = k.reshape(-1, num_kv_heads, head_dim), v.reshape(-1, num_kv_heads, head_dim)
+    if cos_sin is not None:
+        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+    for token, (position, sequence) in enumerate(zip(positions, sequences, strict=True)):
+        cache.write(layer, block_table[sequence], int(position), k[token], v[token])
+    result = np.empty_like(q)
+    for token, (position, sequence) in enumerate(zip(positions, sequences, strict=True)):
+        length = int(position) + 1
+        keys, values = cache.read(layer, block_table[sequence], length)
+        grouped = q[token].reshape(num_kv_heads, -1, head_dim)  # the query heads of each key/value head
+        scores = (grouped @ keys.transpose(0, 2, 1) * np.float32(scale)).reshape(num_heads, length)
+        if slopes is not None:
+            scores = scores + slopes[:, None] * np.arange(length, dtype=np.float32)
+        weights = softmax(scores).reshape(num_kv_heads, -1, length)
+        result[token] = (weights @ values).reshape(num_heads, head_dim)
+    return result.reshape(-1, num_heads * head_dim)

@@ -1,0 +1,202 @@
+"""The ops a graph may hold: standard ONNX where ONNX has them, domain `belle` where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+
+from compiler.errors import CompileError
+from compiler.ir import meanings, signature
+from compiler.ir.signature import Operand, TensorSpec
+
+ONNX_OPSET = 23
+BELLE = "belle"
+BELLE_OPSET = 1
+
+ShapeRule = Callable[[Sequence["TensorSpec | None"], ir.Node], list[TensorSpec]]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute: its Python type, its default (None: it must be given) and, where not all are, the values allowed."""
+
+    type: type[int] | type[float] | type[str]
+    default: int | float | str | None = None
+    allowed: tuple[int | float | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op. `takes` and `gives` are signatures (see signature.py) and the shape rule, unless `rule` replaces it.
+
+    `meaning` gets the inputs in order (None for one left out) and, by name, the attributes that `meaningful` lists,
+    which are those an implementation depends on; a stateful op also gets `cache`, the PagedCache.
+    """
+
+    domain: str
+    name: str
+    takes: str
+    gives: str
+    meaning: Callable[..., Any]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    stateful: bool = False
+    rule: ShapeRule | None = None
+    variadic: bool = False
+
+    @cached_property
+    def inputs(self) -> tuple[Operand, ...]:
+        return signature.parse(self.takes)
+
+    @cached_property
+    def outputs(self) -> tuple[Operand, ...]:
+        return signature.parse(self.gives)
+
+    @cached_property
+    def meaningful(self) -> frozenset[str]:
+        return frozenset(name for name, attribute in self.attributes.items() if not attribute.allowed or name == "kind")
+
+
+def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    x, sizes = given[0], node.inputs[1]
+    assert x is not None
+    if sizes is None or sizes.const_value is None:
+        raise CompileError("verify", "input sizes", found="a computed value", expected="an int64 initializer")
+    widths = [int(size) for size in sizes.const_value.numpy()]
+    if sizes.const_value.dtype != ir.DataType.INT64 or sum(widths) != x.dims[-1] or min(widths) <= 0:
+        raise CompileError("verify", "input sizes", found=str(widths), expected=f"int64 parts that add up to {x.dims[-1]}")
+    return [TensorSpec(x.dtype, (*x.dims[:-1], width)) for width in widths]
+
+
+def _identity(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    assert given[0] is not None
+    return [given[0]]
+
+
+_LAST_AXIS = {
+    "axis": Attribute(int, -1, allowed=(-1,)),
+    "epsilon": Attribute(float, 1e-5),
+    "stash_type": Attribute(int, 1, allowed=(1,)),
+}
+_NORM = {"kind": Attribute(str, allowed=("rms", "layer")), "epsilon": Attribute(float)}
+_GEMM = {
+    "alpha": Attribute(float, 1.0, allowed=(1.0,)),
+    "beta": Attribute(float, 1.0, allowed=(1.0,)),
+    "transA": Attribute(int, 0, allowed=(0,)),
+    "transB": Attribute(int, 0, allowed=(1,)),
+}
+_ROTARY = {
+    "attention_scaling": Attribute(float, 1.0),
+    "dynamic_factor": Attribute(float, 0.0),
+    "original_max": Attribute(int, 0),
+    "base": Attribute(float, 0.0),
+}
+_ATTENTION = {
+    "layer": Attribute(int),
+    "num_heads": Attribute(int),
+    "num_kv_heads": Attribute(int),
+    "head_dim": Attribute(int),
+    "scale": Attribute(float),
+}
+
+SPECS: tuple[OpSpec, ...] = (
+    # ONNX ops that frontends emit. RMSNormalization is in ONNX from opset 23 on and has no bias.
+    OpSpec("", "Identity", "x:float32[T,K]", "y:float32[T,K]", meanings.identity, rule=_identity),
+    OpSpec("", "Gather", "x:float32[N,K] indices:int32[R]", "y:float32[R,K]", meanings.gather,
+           {"axis": Attribute(int, 0, allowed=(0,))}),
+    OpSpec("", "Split", "x:float32[T,K] sizes:int64[P]", "", meanings.split,
+           {"axis": Attribute(int, 0, allowed=(-1,))}, rule=_split, variadic=True),
+    OpSpec("", "Add", "x:float32[T,K] r:float32[T,K]", "sum:float32[T,K]", meanings.add),
+    OpSpec("", "LayerNormalization", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "normed:float32[T,K]",
+           meanings.layer_norm, _LAST_AXIS),
+    OpSpec("", "RMSNormalization", "x:float32[T,K] scale:float32[K]", "normed:float32[T,K]", meanings.rms_norm, _LAST_AXIS),
+    OpSpec("", "Gemm", "x:float32[T,K] weight:float32[N,K] bias?:float32[N]", "y:float32[T,N]", meanings.linear, _GEMM),
+    OpSpec("", "Gelu", "x:float32[T,K]", "y:float32[T,K]", meanings.gelu,
+           {"approximate": Attribute(str, "none", allowed=("tanh",))}),
+    # What ONNX lacks.
+    OpSpec(BELLE, "SwiGLU", "gate:float32[T,F] up:float32[T,F]", "y:float32[T,F]", meanings.swiglu),
+    OpSpec(BELLE, "RotaryTable", "positions:int32[T] sequences:int32[T] inv_freq:float32[H]", "cos_sin:float32[T,2*H]",
+           meanings.rotary_table, _ROTARY),
+    OpSpec(BELLE, "Attention",
+           "q:float32[T,num_heads*head_dim] k:float32[T,num_kv_heads*head_dim] v:float32[T,num_kv_heads*head_dim] "
+           "positions:int32[T] sequences:int32[T] block_table:int32[B,MB] "
+           "cos_sin?:float32[T,head_dim] slopes?:float32[num_heads]",
+           "y:float32[T,num_heads*head_dim]", meanings.attention, _ATTENTION, stateful=True),
+    # INT8: per-output-channel weights, per-token activations.
+    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K]", "xq:int8[T,K] xs:float32[T]", meanings.quantize_tokens),
+    OpSpec(BELLE, "IntegerLinear", "xq:int8[T,K] wq:int8[N,K]", "acc:int32[T,N]", meanings.integer_linear),
+    OpSpec(BELLE, "Dequantize", "acc:int32[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
+           meanings.dequantize),
+    OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V]", "y:float32[T,K]",
+           meanings.quantized_embedding),
+    # Fusions.
+    OpSpec(BELLE, "QuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
+           "y:float32[T,N]", meanings.quantized_linear),
+    OpSpec(BELLE, "AddNorm", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
+           "sum:float32[T,K] normed:float32[T,K]", meanings.add_norm, _NORM),
+    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "xq:int8[T,K] xs:float32[T]",
+           meanings.norm_quantize, _NORM),
+    OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
+           "sum:float32[T,K] xq:int8[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM),
+    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8[T,K] xs:float32[T]", meanings.gelu_quantize),
+    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F]", "xq:int8[T,F] xs:float32[T]",
+           meanings.swiglu_quantize),
+)  # fmt: skip
+
+REGISTRY: Mapping[str, OpSpec] = {spec.name: spec for spec in SPECS}
+
+
+def spec_of(node: ir.Node) -> OpSpec:
+    """The spec of a node's op; raises CompileError for an op that is not in the registry."""
+    spec = REGISTRY.get(node.op_type)
+    if spec is None or spec.domain != node.domain:
+        what = f"op {node.domain or 'ai.onnx'}::{node.op_type}"
+        raise CompileError("verify", what, node=str(node.name), expected="an op of compiler/ir/ops.py")
+    return spec
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """All attributes of a node as Python values, defaults included; raises CompileError where they do not fit."""
+    spec, name = spec_of(node), str(node.name)
+    unknown = node.attributes.keys() - spec.attributes.keys()
+    if unknown:
+        raise CompileError(
+            "verify", f"attributes of {spec.name}", node=name, found=", ".join(sorted(unknown)),
+            expected=", ".join(spec.attributes) or "none",
+        )  # fmt: skip
+    values: dict[str, Any] = {}
+    for key, attribute in spec.attributes.items():
+        value = node.attributes[key].value if key in node.attributes else attribute.default
+        wanted = " or ".join(repr(choice) for choice in attribute.allowed) or f"a value of type {attribute.type.__name__}"
+        if type(value) is not attribute.type or (attribute.allowed and value not in attribute.allowed):
+            raise CompileError("verify", f"attribute {key} of {spec.name}", node=name, found=repr(value), expected=wanted)
+        values[key] = value
+    return values
+
+
+def infer_outputs(node: ir.Node) -> list[TensorSpec]:
+    """Specs of a node's outputs by the shape rule of its op; raises CompileError naming the node."""
+    spec = spec_of(node)
+    attributes = attributes_of(node)
+    if len(node.inputs) > len(spec.inputs):
+        raise CompileError(
+            "verify", f"inputs of {spec.name}", node=str(node.name), found=str(len(node.inputs)), expected=str(len(spec.inputs))
+        )
+    given = [None if value is None else TensorSpec.of(value) for value in node.inputs]
+    given += [None] * (len(spec.inputs) - len(given))
+    try:
+        if spec.rule is not None:
+            for operand, found in zip(spec.inputs, given, strict=True):
+                if found is None:
+                    raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
+            return spec.rule(given, node)
+        if attributes.get("kind") == "rms" and given[-1] is not None:
+            raise CompileError("verify", "input bias", found=str(given[-1]), expected="none with kind='rms'")
+        return signature.infer(spec.inputs, spec.outputs, given, attributes)
+    except CompileError as error:
+        raise CompileError(
+            "verify", f"{spec.name}: {error.what}", node=str(node.name), found=error.found, expected=error.expected
+        ) from None

@@ -1,0 +1,114 @@
+"""Operand signatures such as "xq:int8[T,K] bias?:float32[N]": the shape rule of most ops, written as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from compiler.errors import CompileError
+
+Dim = int | str
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "int8": ir.DataType.INT8,
+    "int32": ir.DataType.INT32,
+    "int64": ir.DataType.INT64,
+}
+_OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?:(?P<dtype>\w+)\[(?P<dims>[^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Element type and dimensions of a tensor; a symbolic dimension is its name."""
+
+    dtype: ir.DataType
+    dims: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}[{', '.join(str(dim) for dim in self.dims)}]"
+
+    @classmethod
+    def of(cls, value: ir.Value) -> TensorSpec:
+        """What a value records of itself; raises CompileError where dtype or a dimension is unknown."""
+        if value.dtype is None or value.shape is None or value.shape.has_unknown_dim():
+            raise CompileError(
+                "verify", f"value {value.name}", found=f"{value.dtype}{value.shape}", expected="a known dtype and shape"
+            )
+        return cls(value.dtype, tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input or output of an op. A dimension is a letter, a number, an attribute's name or a product of these."""
+
+    name: str
+    dtype: ir.DataType
+    dims: tuple[str, ...]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}[{', '.join(self.dims)}]"
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    """NumPy's name of an element type, e.g. float32."""
+    return str(dtype.numpy())
+
+
+def parse(text: str) -> tuple[Operand, ...]:
+    """Operands of a signature, e.g. "x:float32[T,K] bias?:float32[N]"."""
+    operands = []
+    for word in text.split():
+        match = _OPERAND.fullmatch(word)
+        assert match, f"not an operand: {word!r}"
+        dims = tuple(match["dims"].split(","))
+        operands.append(Operand(match["name"], _DTYPES[match["dtype"]], dims, bool(match["optional"])))
+    return tuple(operands)
+
+
+def infer(
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    given: Sequence[TensorSpec | None],
+    attributes: Mapping[str, object],
+) -> list[TensorSpec]:
+    """Outputs' specs from the inputs'. `given` has one entry per input, None where an optional one is left out.
+
+    A letter takes the dimension it first meets and must meet the same one everywhere else. Raises CompileError.
+    """
+    bound: dict[str, Dim] = {name: value for name, value in attributes.items() if isinstance(value, int)}
+    for operand, spec in zip(inputs, given, strict=True):
+        if spec is None:
+            if not operand.optional:
+                raise CompileError("verify", f"input {operand.name}", found="nothing", expected=str(operand))
+            continue
+        fits = spec.dtype == operand.dtype and len(spec.dims) == len(operand.dims)
+        fits = fits and all(_unify(pattern, dim, bound) for pattern, dim in zip(operand.dims, spec.dims, strict=True))
+        if not fits:
+            known = {name: bound[name] for name in _names(operand) if name in bound}
+            where = " where " + ", ".join(f"{name} = {dim}" for name, dim in known.items()) if known else ""
+            raise CompileError("verify", f"input {operand.name}", found=str(spec), expected=f"{operand}{where}")
+    return [TensorSpec(operand.dtype, tuple(_evaluate(dim, bound) for dim in operand.dims)) for operand in outputs]
+
+
+def _unify(pattern: str, dim: Dim, bound: dict[str, Dim]) -> bool:
+    if pattern.isidentifier() and pattern not in bound:
+        bound[pattern] = dim
+    return _evaluate(pattern, bound) == dim
+
+
+def _evaluate(pattern: str, bound: Mapping[str, Dim]) -> Dim:
+    factors: list[Dim] = [int(factor) if factor.isdigit() else bound[factor] for factor in pattern.split("*")]
+    product = factors[0]
+    for factor in factors[1:]:
+        if isinstance(product, str) or isinstance(factor, str):
+            raise CompileError("verify", f"dimension {pattern}", found=f"{product} * {factor}", expected="fixed dimensions")
+        product *= factor
+    return product
+
+
+def _names(operand: Operand) -> list[str]:
+    return [factor for dim in operand.dims for factor in dim.split("*") if not factor.isdigit()]

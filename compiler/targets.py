@@ -1,0 +1,80 @@
+"""What an engine is built for: the target's name, the instruction sets it carries kernels for, its ranks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from compiler.errors import CompileError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of host and how many ranks of it serve one engine.
+
+    `name` is what the user typed in its shortest form ("cpu"), `arch` the machine of the serving host as `uname -m`
+    prints it, `isas` the instruction sets the fat engine carries kernels for, best first,
+    and `ranks` the processes that share one model.
+    """
+
+    name: str
+    arch: str
+    isas: tuple[str, ...]
+    ranks: int
+    description: str
+
+
+CPU = Target(
+    name="cpu",
+    arch="x86_64",
+    isas=("amx", "avx512vnni", "avx2"),
+    ranks=1,
+    description="x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
+)
+
+SUPPORTED = (CPU,)
+
+# Names of devices a target can be asked for by, so that a request for one is told from a typing error.
+RECOGNISED = {
+    "v100": "NVIDIA V100 (sm_70)",
+    "t4": "NVIDIA T4 (sm_75)",
+    "a100": "NVIDIA A100 (sm_80)",
+    "a30": "NVIDIA A30 (sm_80)",
+    "a10": "NVIDIA A10 (sm_86)",
+    "l4": "NVIDIA L4 (sm_89)",
+    "l40s": "NVIDIA L40S (sm_89)",
+    "h100": "NVIDIA H100 (sm_90)",
+    "h200": "NVIDIA H200 (sm_90)",
+}
+
+_NAME = re.compile(r"(?P<device>[a-z][a-z0-9-]*?)(?:x(?P<ranks>[1-9][0-9]*))?")
+
+
+def parse(text: str) -> Target:
+    """The target called `text`: a device, with `xN` behind it for N ranks ("cpu", "a100x4"); upper or lower case.
+
+    Raises CompileError for a device or a number of ranks this release does not build for.
+    """
+    match = _NAME.fullmatch(text.strip().lower())
+    device = match["device"] if match else ""
+    ranks = int(match["ranks"] or 1) if match else 1
+    names = ", ".join(target.name for target in SUPPORTED)
+    for target in SUPPORTED:
+        if device == target.name:
+            if ranks != target.ranks:
+                raise CompileError(
+                    "target",
+                    f"{target.name} engines have {target.ranks} rank",
+                    found=f"{ranks} ranks in {text!r}",
+                    remedy=f"use --target {target.name}",
+                )
+            return target
+    if device in RECOGNISED:
+        raise CompileError(
+            "target",
+            f"{RECOGNISED[device]} is known but this release does not build for it yet",
+            found=repr(text),
+            expected=names,
+            remedy=f"use --target {names}",
+        )
+    raise CompileError("target", "unknown target", found=repr(text), expected=names, remedy="see `belle-compile targets`")

@@ -1,0 +1,92 @@
+"""What the commands print: aligned text for people, and progress bars on stderr when that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Hears of a stage's work: `done` of `total`; a total of 0 is a stage of unknown length."""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None: ...
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Draws what it hears, one bar a stage; says nothing when stderr is no terminal or rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+    except ModuleNotFoundError:
+        yield lambda stage, done=0, total=0: None
+        return
+    if not sys.stderr.isatty():
+        yield lambda stage, done=0, total=0: None
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def hear(stage: str, done: int = 0, total: int = 0) -> None:
+            if stage not in tasks:
+                for task in tasks.values():  # a new stage begins when the last one is over
+                    length = bars.tasks[task].total or 1
+                    bars.update(task, total=length, completed=length)
+                tasks[stage] = bars.add_task(stage, total=None)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield hear
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Lines of two columns, the first as wide as its longest entry."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def size(count: int) -> str:
+    """Bytes for people: "134.5 MB" (powers of ten, as disks are sold)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of `inspect` for what `compiler.inspection.inspect` returns."""
+    model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
+    calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
+    rows = [
+        ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
+        ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
+        ("dimensions", ", ".join(f"{name} {value}" for name, value in model["dimensions"].items())),
+        ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
+        ("needs", f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory"),
+        ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
+        ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
+        ("prompt template", template["name"]),
+        ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
+        ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
+    ]
+    rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
+    rows += [(f"pass {record['name']}", _pass_line(record)) for record in engine["passes"]]
+    rows += [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
+    return rows
+
+
+def _pass_line(record: dict[str, Any]) -> str:
+    options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items())
+    line = f"{record['changes']} changes" + (f" ({options})" if options else "")
+    first, count = next(iter(record["refusals"]), ""), len(record["refusals"])
+    return line + (f"; {count} {'notes, the first' if count > 1 else 'note'}: {first}" if count else "")
+
+
+def _phrase(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_phrase(item)}" for name, item in value.items())
+    return ", ".join(map(_phrase, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,175 @@
+"""Writes an engine directory: files with their digests, weights one tensor at a time, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from compiler.directory import AtomicDirectory
+from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
+from runtime.program import ALIGNMENT
+
+_CHUNK = 8 << 20
+_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
+_SAFETENSORS_NAMES = {
+    "int8": "I8", "uint8": "U8", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "int64": "I64",
+}  # fmt: skip
+
+
+class PackedTensor(Protocol):
+    """A tensor as the kernels read it; `pack` computes it when its turn comes and nobody keeps the result."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def pack(self) -> Callable[[], npt.NDArray[Any]]: ...
+
+
+class EngineWriter:
+    """`with EngineWriter(out) as writer:` write files and tensors, then `writer.finish(manifest)`.
+
+    Nothing is seen at `out` before `finish`, and leaving the block without it leaves nothing (see `AtomicDirectory`).
+    An existing engine is replaced with `force`, and only by a finished one. The same calls give the same bytes and the same
+    permissions: 0644 for files, 0755 for directories.
+    """
+
+    def __init__(self, out: str | Path, *, force: bool = False, needed: int = 0) -> None:
+        self._directory = AtomicDirectory(Path(out), replace=force, replaceable=is_engine, needed=needed)
+        self.files: dict[str, FileRecord] = {}
+
+    def __enter__(self) -> EngineWriter:
+        self._directory.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._directory.__exit__(kind, error, trace)
+
+    def check_space(self, needed: int) -> None:
+        """Raises CompileError when the output's file system has fewer than `needed` bytes free."""
+        self._directory.check_space(needed)
+
+    def write(self, path: str, content: bytes) -> None:
+        """Writes one file at `path`, relative to the engine and with "/" between its parts."""
+        with _File(self._directory, path) as file:
+            file.write(content)
+        self.files[path] = file.entry()
+
+    def write_tensors(
+        self, path: str, tensors: Sequence[PackedTensor], on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Writes a safetensors file, packing one tensor at a time in the order given.
+
+        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels:
+        the header is padded with spaces, and tensors must have sizes that are multiples of 64 since the format allows no holes.
+        `on_progress` hears the bytes written so far and the bytes in all.
+        """
+        header, total = safetensors_header(tensors)
+        done = 0
+        with _File(self._directory, path) as file:
+            file.write(header)
+            for tensor in tensors:
+                array = np.ascontiguousarray(tensor.pack())
+                if (array.dtype.name, array.shape) != (tensor.dtype, tuple(tensor.shape)):
+                    raise AssertionError(
+                        f"{tensor.name} was announced as {tensor.dtype}{list(tensor.shape)} and packed as "
+                        f"{array.dtype.name}{list(array.shape)}"
+                    )
+                file.write(array.reshape(-1).view(np.uint8).data)
+                done += array.nbytes
+                on_progress(done, total)
+        self.files[path] = file.entry()
+
+    def finish(self, manifest: Manifest) -> Path:
+        """Writes manifest.json with the records of all files written so far and puts the engine in place."""
+        complete = replace(manifest, files=dict(sorted(self.files.items())))
+        self.write(MANIFEST_NAME, manifest_text(complete).encode())
+        read_manifest(self._directory.path)  # what the runtime would refuse is refused here
+        self._directory.commit()
+        return self._directory.out
+
+
+def is_engine(path: Path) -> bool:
+    """Whether `path` is a directory that a build made, told by its manifest."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def safetensors_header(tensors: Sequence[PackedTensor]) -> tuple[bytes, int]:
+    """The bytes in front of the tensors' data, a multiple of 64, and the size of that data."""
+    entries: dict[str, dict[str, object]] = {}
+    offset = 0
+    for tensor in tensors:
+        size = tensor_bytes(tensor)
+        if size % ALIGNMENT or not size or tensor.name in entries:
+            raise AssertionError(f"{tensor.name}: {size} bytes, or its name, cannot go into an aligned file")
+        entries[tensor.name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def tensor_bytes(tensor: PackedTensor) -> int:
+    """The size of a tensor's data."""
+    return prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+
+
+class _File:
+    """A new file below the directory under construction; hashed as it is written, on the disk when closed."""
+
+    def __init__(self, directory: AtomicDirectory, path: str) -> None:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts:
+            raise AssertionError(f"{path!r} is not a path below the engine directory")
+        self._directory, self._path = directory, directory.path.joinpath(*parts)
+        self._hash, self._bytes = hashlib.sha256(), 0
+
+    def __enter__(self) -> _File:
+        try:
+            if not self._path.parent.exists():
+                self._path.parent.mkdir(parents=True)
+                self._path.parent.chmod(0o755)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.fchmod(self._descriptor, 0o644)
+        except OSError as error:
+            raise self._directory.explain(error) from error
+        return self
+
+    def write(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:
+                written = os.write(self._descriptor, rest[:_CHUNK])
+                self._hash.update(rest[:written])
+                self._bytes += written
+                rest = rest[written:]
+        except OSError as error:
+            raise self._directory.explain(error) from error
+
+    def entry(self) -> FileRecord:
+        return FileRecord(self._hash.hexdigest(), self._bytes)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+        except OSError as failure:
+            raise self._directory.explain(failure) from failure

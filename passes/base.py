@@ -1,0 +1,110 @@
+"""What a pass is: a frozen dataclass whose fields are its options, run on a model in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import onnx_ir as ir
+
+Match = TypeVar("Match")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """How many places a pass changed, and one sentence for each place it refused, with the reason."""
+
+    changes: int = 0
+    refusals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Changes a model in place; run again, it finds nothing left to change."""
+
+    @property
+    def name(self) -> str:
+        """The class's name as the command line and the manifest write it: FuseAddNorm is fuse-add-norm."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The pass's fields by name, as JSON has them: tuples are lists."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @abstractmethod
+    def run(self, model: ir.Model) -> PassResult:
+        """Change the model and say what was changed and what was not."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`nodes` (new, in order) take the place of `old`; each old value's uses, and its name, go to a new one."""
+
+    old: Sequence[ir.Node]
+    nodes: Sequence[ir.Node]
+    values: Mapping[ir.Value, ir.Value]
+
+
+class RewritePass(Pass, Generic[Match]):
+    """A pass that looks at each node once: `pattern` finds a match, `check` may refuse it, `rewrite` replaces it."""
+
+    @abstractmethod
+    def pattern(self, node: ir.Node) -> Match | None:
+        """The match that this node stands for, None when there is none. Each match has one such node."""
+
+    @abstractmethod
+    def check(self, match: Match) -> str:
+        """Why the match must stay as it is; empty when it may be rewritten."""
+
+    @abstractmethod
+    def rewrite(self, match: Match, graph: ir.Graph) -> Replacement:
+        """The nodes that replace the match; new weights are registered in the graph here."""
+
+    def run(self, model: ir.Model) -> PassResult:
+        """Rewrite what matches, drop weights that nothing reads any more, and keep the nodes in order."""
+        changes, refusals = 0, []
+        for node in list(model.graph):
+            if node.graph is None:  # replaced together with an earlier node
+                continue
+            match = self.pattern(node)
+            if match is None:
+                continue
+            reason = self.check(match)
+            if reason:
+                refusals.append(f"{node.name}: {reason}")
+                continue
+            apply(self.rewrite(match, model.graph), model.graph)
+            changes += 1
+        if changes:
+            model.graph.sort()
+        return PassResult(changes, tuple(refusals))
+
+
+def apply(replacement: Replacement, graph: ir.Graph) -> None:
+    """Put a replacement into the graph; values keep their names, weights that lost their last use go."""
+    read = {value for node in replacement.old for value in node.inputs if value is not None}
+    graph.insert_before(replacement.old[0], replacement.nodes)
+    for old, new in replacement.values.items():
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name = old.name
+    graph.remove(replacement.old, safe=True)
+    for value in read:
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            del graph.initializers[str(value.name)]
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is an initializer and so known at compile time."""
+    return value is not None and value.is_initializer() and not value.is_graph_input()
+
+
+def other_readers(value: ir.Value, *known: ir.Node) -> list[str]:
+    """What else than the known nodes reads a value: names of nodes, and "the graph's output"."""
+    names = [str(node.name) for node in value.consumers() if node not in known]
+    return names + (["the graph's output"] if value.is_graph_output() else [])

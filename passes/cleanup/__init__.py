@@ -1,0 +1,1 @@
+"""Passes that take away what computes nothing new."""

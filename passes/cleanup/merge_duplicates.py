@@ -1,0 +1,41 @@
+"""The same computation is done once (common subexpressions)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from compiler.ir.ops import attributes_of, spec_of
+from passes.base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class MergeDuplicates(Pass):
+    """a = f(x); b = f(x); g(a, b)   becomes   a = f(x); g(a, a)
+
+    Refuses when the second result is the graph's output, and for ops with state, whose every run has an effect.
+    """
+
+    def run(self, model: ir.Model) -> PassResult:
+        seen: dict[Hashable, ir.Node] = {}
+        changes, refusals = 0, []
+        for node in list(model.graph):
+            first = seen.setdefault(_computation(node), node)
+            if first is node:
+                continue
+            if spec_of(node).stateful:
+                refusals.append(f"{node.name}: computes the same as {first.name} but {node.op_type} has state")
+            elif any(value.is_graph_output() for value in node.outputs):
+                refusals.append(f"{node.name}: computes the same as {first.name} but is the graph's output")
+            else:
+                for old, new in zip(node.outputs, first.outputs, strict=True):
+                    old.replace_all_uses_with(new)
+                model.graph.remove(node, safe=True)
+                changes += 1
+        return PassResult(changes, tuple(refusals))
+
+
+def _computation(node: ir.Node) -> Hashable:
+    return node.domain, node.op_type, tuple(node.inputs), tuple(sorted(attributes_of(node).items()))

@@ -1,0 +1,34 @@
+"""What no output depends on is neither computed nor stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from compiler.ir.ops import spec_of
+from passes.base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class RemoveUnused(Pass):
+    """y = f(x, w) with y never read   becomes   nothing, and w goes with it when nothing else reads it
+
+    Refuses to remove ops with state: they fill the cache that later steps read.
+    """
+
+    def run(self, model: ir.Model) -> PassResult:
+        changes, refusals = 0, []
+        for node in reversed(list(model.graph)):
+            if any(value.uses() or value.is_graph_output() for value in node.outputs):
+                continue
+            if spec_of(node).stateful:
+                refusals.append(f"{node.name}: its result is not used but {node.op_type} writes the cache")
+                continue
+            model.graph.remove(node, safe=True)
+            changes += 1
+        for name, value in list(model.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del model.graph.initializers[name]
+                changes += 1
+        return PassResult(changes, tuple(refusals))

@@ -1,0 +1,1 @@
+"""Passes that make one kernel call out of several."""

@@ -1,0 +1,46 @@
+"""A norm's result leaves its kernel as INT8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from compiler.ir.build import make_node
+from compiler.ir.ops import attributes_of
+from passes.base import Replacement, RewritePass, other_readers
+from passes.fusion.fuse_add_norm import NORMS
+
+
+@dataclass(frozen=True)
+class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
+    """xq, xs = QuantizeTokens(Norm(x, scale, bias))   becomes   xq, xs = NormQuantize(x, scale, bias)
+
+    s, n = AddNorm(x, r, scale, bias); xq, xs = QuantizeTokens(n)   becomes   s, xq, xs = AddNormQuantize(x, r, scale, bias)
+
+    Refuses when something else reads the float32 result, as the residual stream does in BLOOM checkpoints with
+    apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
+    """
+
+    def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+        normed = node.inputs[0] if node.op_type == "QuantizeTokens" else None
+        norm = None if normed is None else normed.producer()
+        if norm is None or not (norm.op_type in NORMS or (norm.op_type == "AddNorm" and normed is norm.outputs[1])):
+            return None
+        return norm, node
+
+    def check(self, match: tuple[ir.Node, ir.Node]) -> str:
+        norm, quantize = match
+        readers = other_readers(norm.outputs[-1], quantize)
+        return f"the float32 result of {norm.name} is also read by {', '.join(readers)}" if readers else ""
+
+    def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
+        norm, quantize = match
+        attributes = attributes_of(norm)
+        if norm.op_type == "AddNorm":
+            node = make_node("AddNormQuantize", norm.inputs, str(norm.name), attributes=attributes)
+        else:
+            attributes = {"kind": NORMS[norm.op_type], "epsilon": attributes["epsilon"]}
+            node = make_node("NormQuantize", norm.inputs, str(norm.name), attributes=attributes)
+        old = [*norm.outputs[:-1], *quantize.outputs]
+        return Replacement(match, [node], dict(zip(old, node.outputs, strict=True)))

@@ -1,0 +1,1 @@
+"""Passes that turn float weights and activations into INT8."""

@@ -1,0 +1,35 @@
+"""The embedding table is stored as INT8; one that is tied to the LM head is stored once for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from compiler.ir.build import make_node
+from passes.base import Replacement, RewritePass, is_weight, other_readers
+from passes.quantization.weights import quantized_weight
+
+
+@dataclass(frozen=True)
+class QuantizeEmbedding(RewritePass[ir.Node]):
+    """x = Gather(table, token_ids)   becomes   x = QuantizedEmbedding(token_ids, table.int8, table.scale)
+
+    Refuses when something else reads the float32 table, which would then be stored in both forms. Needs
+    QuantizeLinears to have run: a tied LM head reads the INT8 table then.
+    """
+
+    def pattern(self, node: ir.Node) -> ir.Node | None:
+        return node if node.op_type == "Gather" and is_weight(node.inputs[0]) else None
+
+    def check(self, match: ir.Node) -> str:
+        table = match.inputs[0]
+        assert table is not None
+        readers = other_readers(table, match)
+        return f"its table {table.name} is also read as float32 by {', '.join(readers)}" if readers else ""
+
+    def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
+        table, token_ids = match.inputs
+        assert table is not None
+        node = make_node("QuantizedEmbedding", [token_ids, *quantized_weight(table, graph)], str(match.name))
+        return Replacement([match], [node], {match.outputs[0]: node.outputs[0]})

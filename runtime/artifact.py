@@ -1,0 +1,255 @@
+"""The engine directory's manifest: what an engine is, what it needs, and the digest of each of its files.
+
+Compatibility: `format_version` is one integer. A runtime reads the versions in `READABLE_VERSIONS` and no other; any new,
+removed or re-interpreted field makes a new version, so within a version every field must be there and no other may be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runtime import host
+from runtime.errors import EngineError
+from runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
+
+FORMAT_VERSION = 1
+READABLE_VERSIONS = (1,)
+MANIFEST_NAME = "manifest.json"
+STAGE = "engine"
+
+# Files up to this size are digested at every load; larger ones (the weights) by size, and in full on request.
+ALWAYS_DIGESTED_BYTES = 64 << 20
+_CHUNK = 4 << 20
+_REBUILD = "rebuild the engine with belle-compile build"
+
+# Called while digesting: (relative path, bytes digested of all files so far, bytes to digest in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The checkpoint: `dimensions` are the architecture's sizes (hidden_size, num_layers, …), digests are SHA-256."""
+
+    family: str
+    name: str
+    parameters: int
+    dimensions: dict[str, int]
+    source_digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache."""
+
+    arch: str
+    isa: tuple[str, ...]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """The target built for; `isas` are the kernel sets the engine carries, best first."""
+
+    name: str
+    isas: tuple[str, ...]
+    requires: Requirements
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass as it ran: its options, the number of changes, and what it refused with the reason."""
+
+    name: str
+    options: dict[str, Any]
+    changes: int
+    refusals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KernelCalls:
+    """Kernel calls of one step before and after fusion."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Jinja template over `messages`, `add_generation_prompt`, `bos_token`, `eos_token`."""
+
+    name: str
+    jinja: str
+    bos_token: str
+    eos_token: str
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids; `eos` are all ids that end an answer, `add_bos` puts `bos` before every prompt."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    add_bos: bool
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Sampling where a request says nothing; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the engine: SHA-256 in hex and size."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted."""
+
+    model: ModelInfo
+    target: TargetInfo
+    passes: tuple[PassRecord, ...]
+    quantization: dict[str, Any]
+    kernel_calls: KernelCalls
+    prompt_template: PromptTemplate
+    special_tokens: SpecialTokens
+    generation: GenerationDefaults
+    toolchain: dict[str, str]
+    files: dict[str, FileRecord]
+    accuracy: dict[str, Any] | None = None
+    format_version: int = field(default=FORMAT_VERSION)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Canonical JSON: the same manifest gives the same bytes."""
+    return canonical_json(to_plain(manifest))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write manifest.json into `directory`; validates first, so that what is written can be read."""
+    _check_values(manifest, directory / MANIFEST_NAME)
+    path = directory / MANIFEST_NAME
+    path.write_bytes(manifest_text(manifest).encode())
+    return path
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON Schema of manifest.json."""
+    return json_schema(Manifest, "belle-compile engine manifest")
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Read and validate manifest.json; raises `EngineError` when it is missing, of another version or malformed."""
+    path = Path(directory) / MANIFEST_NAME
+    if not path.is_file():
+        remedy = "give the directory that belle-compile build wrote"
+        raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
+    try:
+        plain = json.loads(path.read_bytes().decode())
+    except ValueError as error:
+        raise EngineError(STAGE, f"{path} is not JSON", found=str(error), remedy=_REBUILD) from None
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        readable = " or ".join(map(str, READABLE_VERSIONS))
+        found = "none" if version is None else json.dumps(version)
+        remedy = f"{_REBUILD} of this version, or install the runtime that belongs to the engine"
+        raise EngineError(STAGE, f"format version of {path}", found=found, expected=readable, remedy=remedy)
+    manifest = from_plain(Manifest, plain, refuse_from(f"{STAGE}: {path}", _REBUILD))
+    _check_values(manifest, path)
+    return manifest
+
+
+def _check_values(manifest: Manifest, path: Path) -> None:
+    """What types alone do not say: paths stay inside, digests and sizes are possible, ISAs are known."""
+    refuse = refuse_from(f"{STAGE}: {path}", _REBUILD)
+    for name, record in manifest.files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name or name == ".":
+            raise refuse("files", f"path {json.dumps(name)}", "a relative path inside the engine directory")
+        if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
+            raise refuse(f"files.{name}.sha256", json.dumps(record.sha256[:70]), "64 hexadecimal digits")
+        if record.bytes < 0:
+            raise refuse(f"files.{name}.bytes", str(record.bytes), "a size")
+    known = ", ".join(host.ISA_FLAGS)
+    for where, isas in (("target.isas", manifest.target.isas), ("target.requires.isa", manifest.target.requires.isa)):
+        for isa in isas:
+            if isa not in host.ISA_FLAGS:
+                raise refuse(where, isa, f"among {known}")
+
+
+def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None) -> None:
+    """Check every file of the manifest: there, a regular file inside the directory, of its size and digest.
+
+    Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so loading reads no weights.
+    """
+    root = Path(directory).resolve()
+    for name, record in manifest.files.items():
+        _check_entry(root, name, record)
+    digested = {name: r for name, r in manifest.files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
+    total, done = sum(record.bytes for record in digested.values()), 0
+    for name, record in digested.items():
+        digest = hashlib.sha256()
+        with open(root / name, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(name, done, total)
+        if digest.hexdigest() != record.sha256:
+            found, expected = f"SHA-256 {digest.hexdigest()[:12]}…", f"{record.sha256[:12]}…"
+            remedy = "the file was changed after the build: copy the engine again or rebuild it"
+            raise EngineError(STAGE, f"digest of {name}", found=found, expected=expected, remedy=remedy)
+
+
+def _check_entry(root: Path, name: str, record: FileRecord) -> None:
+    path = root / name
+    copy_again = "copy the engine again or rebuild it"
+    try:
+        entry = path.stat()
+    except OSError:
+        raise EngineError(STAGE, f"file {name} is missing from {root}", remedy=copy_again) from None
+    if not path.resolve().is_relative_to(root):
+        raise EngineError(STAGE, f"file {name} is a link out of {root}", found=str(path.resolve()), remedy=copy_again)
+    if not stat.S_ISREG(entry.st_mode) or entry.st_size != record.bytes:
+        found = f"{entry.st_size} bytes" if stat.S_ISREG(entry.st_mode) else "no regular file"
+        raise EngineError(STAGE, f"size of {name}", found=found, expected=f"{record.bytes} bytes", remedy=copy_again)
+
+
+def check_host(manifest: Manifest) -> None:
+    """Raise `EngineError` when this host cannot run the engine: system, architecture, instruction set, memory."""
+    requires = manifest.target.requires
+    what = f"this host cannot run the engine built for {manifest.target.name}"
+    system, machine = host.host_arch()
+    if (system, machine) != ("Linux", requires.arch):
+        raise EngineError(
+            STAGE, what, found=f"{system} {machine}", expected=f"Linux {requires.arch}", remedy="run it on such a host"
+        )
+    isas = host.host_isas()
+    if not set(isas) & set(requires.isa):
+        missing = "; ".join(f"{isa} lacks {', '.join(host.missing_flags(isa))}" for isa in requires.isa)
+        raise EngineError(
+            STAGE, what, found=f"instruction sets {', '.join(isas) or 'none known'} ({missing})",
+            expected=f"one of {', '.join(requires.isa)}", remedy="run it on a newer CPU or rebuild it for this one",
+        )  # fmt: skip
+    memory = host.memory_bytes()
+    if memory < requires.memory_bytes:
+        raise EngineError(
+            STAGE, what, found=f"{memory / 2**30:.1f} GiB of memory", expected=f"{requires.memory_bytes / 2**30:.1f} GiB",
+            remedy="run it on a larger host or raise the container's memory limit",
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""belle-run: ask an engine from the command line, once or as a chat."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.engine import Engine, Prompt, Result, Stream
+from runtime.errors import BelleError
+from runtime.sampling import SamplingParams
+
+EXAMPLES = """
+\b
+Examples:
+  belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"
+  belle-run artifacts/belle-7b-cpu                        chat; /reset forgets, /exit or Ctrl-D leaves
+  belle-run artifacts/belle-7b-cpu --temperature 0 --json "1+1=?"
+  belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--temperature", type=float, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0 is off.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens of this mass; 1 is off.")
+@click.option("--repetition-penalty", type=float, help="Above 1 discourages what was said already.")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--max-new-tokens", type=int, help="End the answer after this many tokens.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
+@click.option("--threads", type=int, help="Threads of the kernels.  [default: all usable cores]")
+@click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
+@click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
+@click.option("--verify", is_flag=True, help="Check the digest of every file, weights included, before loading.")
+def main(engine: Path, prompt: str | None, **options: Any) -> None:
+    """Answer PROMPT with the engine in directory ENGINE, or chat when no PROMPT is given.
+
+    What is not set here comes from the engine's generation defaults.
+    """
+    try:
+        fields = {field.name for field in dataclasses.fields(SamplingParams)}
+        params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
+        load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
+        with Engine.load(engine, verify="full" if options["verify"] else "header", **load) as loaded:
+            answer = _answer_json if options["as_json"] else _answer_streamed
+            if prompt is not None:
+                answer(loaded, prompt, params, options["raw"])
+            else:
+                _chat(loaded, params, options["raw"], answer)
+    except BelleError as error:
+        click.echo(f"{error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        sys.exit(130)
+
+
+def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:
+    """Turns until the input ends. The history goes into every prompt, except with `raw`, where each turn stands alone."""
+    history: list[dict[str, str]] = []
+    interactive = sys.stdin.isatty()
+    for line in _turns(interactive):
+        if line == "/reset":
+            history.clear()
+            continue
+        question = {"role": "user", "content": line}
+        prompt: Prompt = line if raw else [*history, question]
+        try:
+            result = answer(engine, prompt, params, raw)
+        except BelleError as error:
+            if not interactive:
+                raise
+            click.echo(f"{error} /reset starts a new chat.", err=True)
+            continue
+        if result is not None:
+            history += [question, {"role": "assistant", "content": result.text.strip()}]
+
+
+def _turns(interactive: bool) -> Iterator[str]:
+    """Lines of input that are not empty, up to /exit or the end."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and history)
+    while True:
+        try:
+            line = input("> ") if interactive else sys.stdin.readline()
+        except EOFError:
+            click.echo()
+            return
+        if not interactive and not line:
+            return
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool) -> Result | None:
+    """Print the answer as it comes, its speed on stderr; None when Ctrl-C broke it off in a chat at a terminal."""
+    stream: Stream
+    with engine.stream(prompt, params, raw=raw) as stream:
+        try:
+            for piece in stream:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            click.echo()
+            return None
+    click.echo()
+    timings, count = stream.result.timings, len(stream.result.token_ids)
+    speed = f"{timings.tokens_per_second:.1f} tokens/s, " if timings.tokens_per_second else ""
+    click.echo(f"[{count} token{'s' * (count != 1)}, {speed}first after {timings.first_token_s:.2f} s]", err=True)
+    return stream.result
+
+
+def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool) -> Result:
+    """Print the whole answer as one line of JSON."""
+    (result,) = engine.generate([prompt], params, raw=raw)
+    plain = dataclasses.asdict(result)
+    plain["timings"]["load_s"] = engine.load_s
+    click.echo(json.dumps(plain, ensure_ascii=False))
+    return result

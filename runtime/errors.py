@@ -1,0 +1,23 @@
+"""Errors a user can act on: one sentence that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class BelleError(Exception):
+    """Something the user gave or has does not fit.
+
+    `stage` is the part that noticed, `what` the thing it looked at; `found`, `expected` and `remedy` are phrases
+    without a full stop, left out of the sentence when empty. `node` names a graph node or a layer.
+    """
+
+    def __init__(self, stage: str, what: str, *, found: str = "", expected: str = "", remedy: str = "", node: str = "") -> None:
+        self.stage, self.what, self.found, self.expected, self.remedy, self.node = stage, what, found, expected, remedy, node
+        facts = [f"found {found}" if found else "", f"expected {expected}" if expected else ""]
+        sentence = f"{stage}: {what}" + (f" (node {node})" if node else "")
+        if any(facts):
+            sentence += ": " + ", ".join(fact for fact in facts if fact)
+        super().__init__(sentence + (f"; {remedy}" if remedy else "") + ".")
+
+
+class EngineError(BelleError):
+    """An engine directory, its host or a request does not fit the runtime."""

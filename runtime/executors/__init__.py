@@ -1,0 +1,71 @@
+"""What runs a step: the protocol between scheduler and executor, and the buffers they share."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.kv_cache import BLOCK_SIZE
+
+
+class StepBatch:
+    """The inputs of one step: int32 buffers of the executor, allocated once, filled in place by the scheduler.
+
+    `token_ids`, `positions`, `sequences` [max_tokens]: the first `tokens` entries count; a token's sequence is its row of
+    `block_table` [max_sequences, max_blocks], its position counts from 0. A sequence's tokens lie in ascending positions.
+    `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are wanted.
+    """
+
+    def __init__(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        block_table: NDArray[np.int32],
+        logit_rows: NDArray[np.int32],
+    ) -> None:
+        self.token_ids = token_ids
+        self.positions = positions
+        self.sequences = sequences
+        self.block_table = block_table
+        self.logit_rows = logit_rows
+        self.tokens = 0
+        self.rows = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the largest step."""
+        return len(self.token_ids)
+
+    @property
+    def max_rows(self) -> int:
+        """Logit rows of the largest step."""
+        return len(self.logit_rows)
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that can have a row of the block table at the same time."""
+        return len(self.block_table)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.block_table.shape[1]) * BLOCK_SIZE
+
+
+class Executor(Protocol):
+    """Runs steps over a paged KV cache of `num_blocks` blocks that it owns; used by one thread at a time."""
+
+    batch: StepBatch
+    vocab_size: int
+    num_blocks: int
+
+    def step(self) -> NDArray[np.float32]:
+        """Run what `batch` holds; logits [batch.rows, vocab_size], scratch that is valid until the next step."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; the executor is not used afterwards."""
+        ...

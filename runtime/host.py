@@ -1,0 +1,72 @@
+"""What the serving host offers: instruction sets, cores, memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+
+# Kernel sets best first, with the CPU flags (as in /proc/cpuinfo) each one's instructions need.
+ISA_FLAGS: dict[str, frozenset[str]] = {
+    "amx": _AVX512VNNI | {"amx_int8", "amx_tile"},
+    "avx512vnni": _AVX512VNNI,
+    "avx2": _AVX2,
+}
+
+
+def cpu_flags() -> frozenset[str]:
+    """Feature flags of the first CPU in /proc/cpuinfo; empty where there is no such file or line."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def host_isas() -> tuple[str, ...]:
+    """Names of the kernel sets this CPU can run, best first."""
+    flags = cpu_flags()
+    return tuple(isa for isa, needed in ISA_FLAGS.items() if needed <= flags)
+
+
+def missing_flags(isa: str) -> list[str]:
+    """CPU flags that `isa` needs and this host lacks, sorted."""
+    return sorted(ISA_FLAGS[isa] - cpu_flags())
+
+
+def host_arch() -> tuple[str, str]:
+    """(operating system, machine), such as ("Linux", "x86_64")."""
+    return platform.system(), platform.machine()
+
+
+def usable_cores() -> list[int]:
+    """CPUs this process may run on, fewer when the container's CPU quota is smaller than that."""
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        limit = max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores
+    return cores[:limit]
+
+
+def memory_bytes() -> int:
+    """Memory this process could get at most: the machine's, or its container's limit where that is smaller.
+
+    Weights are mapped and their pages reclaimable, so what is free at this moment says little.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return total

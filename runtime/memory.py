@@ -1,0 +1,91 @@
+"""Aligned memory for kernels: anonymous pages, and tensors mapped from a safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+from runtime.program import ALIGNMENT
+
+_HUGE_PAGE = 2 << 20
+_MAP_NORESERVE = 0x4000  # Linux's value; the module has the name since Python 3.12 only
+_REMEDY = "copy the engine again or rebuild it"
+
+
+def anonymous(size: int) -> NDArray[np.uint8]:
+    """`size` zero bytes, page aligned. Pages cost nothing until they are touched; large maps ask for huge pages."""
+    try:
+        mapped = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        remedy = "load with fewer kv_tokens or on a larger host"
+        raise EngineError("cpu", "memory", found=f"{error} for {size / 2**30:.1f} GiB", remedy=remedy) from None
+    if size >= 4 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)
+
+
+class WeightsFile:
+    """Tensors of a safetensors file, mapped and never read here. Addresses stay good while this object lives."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check its header; raises `EngineError` when it is damaged or a tensor is not aligned."""
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise EngineError("engine", f"file {path} is missing", remedy=_REMEDY) from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+        self._bytes = np.frombuffer(self._mapped, np.uint8)
+        self._offsets: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        self._read_header()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file."""
+        return len(self._bytes)
+
+    def address(self, name: str) -> int:
+        """Where a tensor lies in memory."""
+        return int(self._bytes.ctypes.data) + self._offsets[name]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `EngineError` when a tensor is missing."""
+        missing = sorted(set(names) - set(self._offsets))
+        if missing:
+            found = f"{len(missing)} missing, the first of them {missing[0]}"
+            raise EngineError("engine", f"tensors of {self.path}", found=found, remedy=_REMEDY)
+
+    def _read_header(self) -> None:
+        size = len(self._bytes)
+        if size < 8:
+            raise self._damaged(f"{size} bytes")
+        (length,) = struct.unpack("<Q", self._mapped[:8])
+        start = 8 + length
+        if start > size:
+            raise self._damaged(f"a header of {length} bytes in a file of {size}")
+        try:
+            header = json.loads(self._mapped[8:start])
+            spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            for name, (first, last) in spans.items():
+                if not 0 <= first <= last <= size - start:
+                    raise self._damaged(f"tensor {name} at bytes {first} to {last} of {size - start}")
+                if (start + first) % ALIGNMENT:
+                    raise self._damaged(f"tensor {name} at byte {start + first}, not a multiple of {ALIGNMENT}")
+                self._offsets[name], self.sizes[name] = start + first, last - first
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(f"a header that does not parse: {error}") from None
+
+    def _damaged(self, found: str) -> EngineError:
+        return EngineError("engine", f"weights {self.path}", found=found, expected="aligned safetensors", remedy=_REMEDY)

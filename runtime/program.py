@@ -1,0 +1,270 @@
+"""program.json: the flat list of kernel calls of one step over a memory plan; written by a backend, run by an executor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import EngineError
+from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
+
+PROGRAM_FORMAT = 1
+PROGRAM_NAME = "program.json"
+BLOCK_SIZE = 16
+ALIGNMENT = 64
+INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "T", "R", "kv_blocks")
+KV_DTYPES = {"float32": 4, "float16": 2}
+_REBUILD = "rebuild the engine with belle-compile build"
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A buffer in the arena; JSON {"arena": byte offset}."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of weights.safetensors; JSON {"weight": name}."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of the step's input buffers, see `INPUTS`; JSON {"input": name}."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class KV:
+    """The key or value cache of a layer; JSON {"kv": layer, "part": "k" | "v"}."""
+
+    layer: int
+    part: Literal["k", "v"]
+
+
+Arg = Arena | Weight | Input | KV
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call. All arguments are pointers.
+
+    `rows` says which count ("T" tokens or "R" logit rows) picks among `variants`: (largest row count or None for any,
+    kernel name), ascending; the first whose bound holds is run. With `kernel` alone there is one variant, for any count.
+    `kind` and `node` are for reports; `bytes` are the weight bytes the call reads.
+    """
+
+    kind: str
+    node: str
+    rows: Literal["T", "R"]
+    args: tuple[Arg, ...]
+    kernel: str | None = None
+    variants: tuple[tuple[int | None, str], ...] = ()
+    bytes: int = 0
+
+    def kernels(self) -> tuple[tuple[int | None, str], ...]:
+        """The variants, or the one kernel for any count."""
+        return self.variants or ((None, self.kernel or ""),)
+
+    def kernel_for(self, rows: int) -> str:
+        """Name of the kernel that runs `rows` rows."""
+        return next(name for bound, name in self.kernels() if bound is None or bound >= rows)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Where logits[R, V] (float32) lie: byte offset in the arena, row stride in elements."""
+
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """KV cache: per layer k[num_blocks][kv_heads][head_dim][16] and v[num_blocks][kv_heads][16][head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def part_block_bytes(self) -> int:
+        """Bytes of one block of one part (k or v) of one layer."""
+        return self.kv_heads * self.head_dim * BLOCK_SIZE * KV_DTYPES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return 2 * self.layers * self.part_block_bytes
+
+
+@dataclass(frozen=True)
+class FusionCalls:
+    """Kernel calls of one step before and after fusion."""
+
+    before_fusion: int
+    after_fusion: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step of at most `max_tokens` tokens, `max_rows` logit rows, `max_sequences` sequences of `max_blocks` blocks."""
+
+    max_tokens: int
+    max_rows: int
+    max_sequences: int
+    max_blocks: int
+    arena_bytes: int
+    vocab_size: int
+    logits: Logits
+    kv: KVLayout
+    calls: tuple[Call, ...]
+    kernel_calls: FusionCalls
+    block_size: int = BLOCK_SIZE
+    format: int = PROGRAM_FORMAT
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_blocks * self.block_size
+
+    def kernel_names(self) -> tuple[str, ...]:
+        """Every kernel the library must export, sorted."""
+        return tuple(sorted({name for call in self.calls for _, name in call.kernels()}))
+
+    def weight_names(self) -> tuple[str, ...]:
+        """Every tensor the weights file must hold, sorted."""
+        return tuple(sorted({arg.name for call in self.calls for arg in call.args if isinstance(arg, Weight)}))
+
+    def to_json(self) -> str:
+        """Canonical JSON; raises `EngineError` when the program is inconsistent."""
+        _check(self, refuse_from("program", "fix the backend that wrote it"))
+        return canonical_json(to_plain(self) | {"calls": [_call_to_plain(call) for call in self.calls]})
+
+
+def read_program(directory: str | Path) -> Program:
+    """Read and validate program.json of a rank's directory."""
+    path = Path(directory) / PROGRAM_NAME
+    try:
+        return program_from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except FileNotFoundError:
+        raise EngineError("engine", f"file {path} is missing", remedy="copy the engine again or rebuild it") from None
+
+
+def program_from_json(text: str, where: str = PROGRAM_NAME) -> Program:
+    """Parse and validate; errors name `where` and the field."""
+    refuse = refuse_from(f"engine: {where}", _REBUILD)
+    try:
+        plain = json.loads(text)
+    except ValueError as error:
+        raise EngineError("engine", f"{where} is not JSON", found=str(error), remedy=_REBUILD) from None
+    if not isinstance(plain, dict) or plain.get("format") != PROGRAM_FORMAT:
+        found = str(plain.get("format", "none")) if isinstance(plain, dict) else "no object"
+        raise EngineError("engine", f"format of {where}", found=found, expected=str(PROGRAM_FORMAT), remedy=_REBUILD)
+    calls = plain.get("calls")
+    if not isinstance(calls, list):
+        raise refuse("calls", "no list", "a list")
+    program = from_plain(Program, plain | {"calls": []}, refuse)
+    parsed = tuple(_call_from_plain(call, refuse, f"calls[{i}]") for i, call in enumerate(calls))
+    program = Program(**{**program.__dict__, "calls": parsed})
+    _check(program, refuse)
+    return program
+
+
+def _call_to_plain(call: Call) -> dict[str, Any]:
+    plain: dict[str, Any] = {"kind": call.kind, "node": call.node, "rows": call.rows, "bytes": call.bytes}
+    plain["args"] = [_arg_to_plain(arg) for arg in call.args]
+    if call.kernel is not None:
+        plain["kernel"] = call.kernel
+    if call.variants:
+        plain["variants"] = {"any" if bound is None else str(bound): name for bound, name in call.variants}
+    return plain
+
+
+def _arg_to_plain(arg: Arg) -> dict[str, Any]:
+    match arg:
+        case Arena(offset):
+            return {"arena": offset}
+        case Weight(name):
+            return {"weight": name}
+        case Input(name):
+            return {"input": name}
+        case KV(layer, part):
+            return {"kv": layer, "part": part}
+
+
+def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
+    match plain:
+        case {"arena": int(offset), **rest} if not rest:
+            return Arena(offset)
+        case {"weight": str(name), **rest} if not rest:
+            return Weight(name)
+        case {"input": str(name), **rest} if not rest:
+            return Input(name)
+        case {"kv": int(layer), "part": "k" | "v" as part, **rest} if not rest:
+            return KV(layer, part)
+    raise refuse(where, json.dumps(plain)[:80], "an arena, weight, input or kv argument")
+
+
+def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
+    fields = {"kind": str, "node": str, "rows": str, "args": list, "kernel": str, "variants": dict, "bytes": int}
+    if not isinstance(plain, dict):
+        raise refuse(where, "no object", "an object")
+    for name, value in plain.items():
+        if name not in fields or type(value) is not fields[name]:
+            raise refuse(f"{where}.{name}", json.dumps(value)[:80], f"a call's fields {', '.join(fields)}")
+    for name in ("kind", "node", "rows", "args"):
+        if name not in plain:
+            raise refuse(f"{where}.{name}", "nothing", "a value")
+    variants: list[tuple[int | None, str]] = []
+    for bound, name in plain.get("variants", {}).items():
+        if not isinstance(name, str) or not (bound == "any" or (bound.isdecimal() and int(bound) > 0)):
+            raise refuse(f"{where}.variants", f"{bound}: {name}", 'a row count or "any", and a kernel name')
+        variants.append((None if bound == "any" else int(bound), name))
+    variants.sort(key=lambda variant: (variant[0] is None, variant[0] or 0))  # JSON's sorted keys put "16" before "4"
+    args = tuple(_arg_from_plain(arg, refuse, f"{where}.args[{i}]") for i, arg in enumerate(plain["args"]))
+    return Call(plain["kind"], plain["node"], plain["rows"], args, plain.get("kernel"), tuple(variants), plain.get("bytes", 0))
+
+
+def _check(program: Program, refuse: Refuse) -> None:
+    """Sizes are possible, arguments lie where they may, every call has a kernel for every row count."""
+    for name in ("max_tokens", "max_rows", "max_sequences", "max_blocks", "vocab_size"):
+        if getattr(program, name) < 1:
+            raise refuse(name, str(getattr(program, name)), "at least 1")
+    if program.block_size != BLOCK_SIZE:
+        raise refuse("block_size", str(program.block_size), str(BLOCK_SIZE))
+    if program.kv.dtype not in KV_DTYPES:
+        raise refuse("kv.dtype", program.kv.dtype, " or ".join(KV_DTYPES))
+    logits = program.logits
+    end = logits.offset + 4 * logits.stride * program.max_rows
+    if logits.offset < 0 or logits.offset % ALIGNMENT or logits.stride < program.vocab_size or end > program.arena_bytes:
+        raise refuse("logits", f"bytes {logits.offset} to {end}, stride {logits.stride}", "rows of the vocabulary in the arena")
+    for i, call in enumerate(program.calls):
+        where = f"calls[{i}] ({call.node})"
+        if call.rows not in ("T", "R"):
+            raise refuse(f"{where}.rows", str(call.rows), "T or R")
+        most = program.max_tokens if call.rows == "T" else program.max_rows
+        last_bound, last_name = call.kernels()[-1]
+        if not last_name or (last_bound is not None and last_bound < most):
+            raise refuse(f"{where}.kernel", last_name or "none", f"a kernel for up to {most} rows")
+        for arg in call.args:
+            _check_arg(program, arg, refuse, where)
+
+
+def _check_arg(program: Program, arg: Arg, refuse: Refuse, where: str) -> None:
+    match arg:
+        case Arena(offset) if offset < 0 or offset >= program.arena_bytes or offset % ALIGNMENT:
+            raise refuse(f"{where}.args", f"arena offset {offset}", f"a multiple of 64 below {program.arena_bytes}")
+        case Input(name) if name not in INPUTS:
+            raise refuse(f"{where}.args", f"input {name}", "one of " + ", ".join(INPUTS))
+        case KV(layer, _) if not 0 <= layer < program.kv.layers:
+            raise refuse(f"{where}.args", f"kv layer {layer}", f"a layer below {program.kv.layers}")
+        case _:
+            return

@@ -1,0 +1,141 @@
+"""Strict JSON for dataclasses: typed reading with errors that name the field, canonical writing, JSON Schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from runtime.errors import EngineError
+
+T = TypeVar("T")
+SCALARS: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_PHRASES = {
+    "object": "an object",
+    "array": "a list",
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+}
+
+# Raises the caller's error for one field: (field, found, expected).
+Refuse = Callable[[str, str, str], EngineError]
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, two-space indent, UTF-8 characters as they are, a newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def refuse_from(stage: str, remedy: str) -> Refuse:
+    """The `Refuse` of one file: errors start with `stage` and end with `remedy`."""
+
+    def refuse(field: str, found: str, expected: str) -> EngineError:
+        return EngineError(stage, f"field {field} does not fit", found=found, expected=expected, remedy=remedy)
+
+    return refuse
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as the dicts and lists that JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[T], value: Any, refuse: Refuse, where: str = "") -> T:
+    """Build dataclass `cls` from decoded JSON; every field must be there, of its type, and no other.
+
+    Raises what `refuse(field, found, expected)` returns, at the first field that does not fit.
+    """
+    if not isinstance(value, dict):
+        raise refuse(where or "(whole file)", _kind(value), "an object")
+    hints = _hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for name in names:
+        if name not in value:
+            raise refuse(prefix + name, "nothing", _describe(hints[name]))
+    for name in value:
+        if name not in hints:
+            raise refuse(prefix + name, "an unknown field", "one of " + ", ".join(names))
+    return cls(**{name: _read(hints[name], value[name], refuse, prefix + name) for name in names})
+
+
+def json_schema(cls: type, title: str = "") -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a dataclass, for documentation and other tools."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title or cls.__name__}
+    return schema | _schema(cls)
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _read(hint: Any, value: Any, refuse: Refuse, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        (only,) = [option for option in options if option is not type(None)]
+        return _read(only, value, refuse, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise refuse(where, _kind(value), _describe(hint))
+        return tuple(_read(typing.get_args(hint)[0], item, refuse, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise refuse(where, _kind(value), _describe(hint))
+        return {key: _read(typing.get_args(hint)[1], item, refuse, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_plain(typing.cast("type[Any]", hint), value, refuse, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # bool is an int in Python and must not pass for one
+        raise refuse(where, _kind(value), _describe(hint))
+    return value
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return {}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [{"type": "null"} if option is type(None) else _schema(option) for option in typing.get_args(hint)]}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(typing.get_args(hint)[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(typing.get_args(hint)[1])}
+    if dataclasses.is_dataclass(hint):
+        names = [field.name for field in dataclasses.fields(hint)]
+        hints = _hints(typing.cast("type[Any]", hint))
+        properties = {name: _schema(hints[name]) for name in names}
+        return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+    return {"type": SCALARS[hint]}
+
+
+def _describe(hint: Any) -> str:
+    """A phrase for the type: what the reader would have to write."""
+    schema = _schema(hint)
+    if "anyOf" in schema:
+        return " or ".join("null" if option.get("type") == "null" else "a value" for option in reversed(schema["anyOf"]))
+    return _PHRASES.get(schema.get("type", ""), "a value")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value, ensure_ascii=False)[:60]

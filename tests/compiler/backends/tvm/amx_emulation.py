@@ -1,0 +1,27 @@
+"""Runs the AMX kernels anywhere with AVX512-VNNI: their tile instructions become calls to amx_emulation.c."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from compiler.backends.tvm.isa import AMX_EMULATED, Isa
+from runtime.host import host_isas
+
+
+def _load() -> tuple[Isa, ...]:
+    if "avx512vnni" not in host_isas():
+        return ()
+    compiler = sysconfig.get_config_var("CC").split()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "amx_emulation.so"
+        source = Path(__file__).with_suffix(".c")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return (AMX_EMULATED,)
+
+
+AMX_TEST_ISAS = _load()

@@ -1,0 +1,128 @@
+"""The paged cache kernels against compiler.ir.meanings.attention, which fills unwritten slots with NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.append_kv import AppendKV
+from compiler.backends.tvm.kernels.attention import Attention
+from compiler.backends.tvm.kernels.base import View
+from compiler.ir import meanings
+from compiler.ir.cache import PagedCache
+from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
+
+MAX_BLOCKS = 40
+NUM_BLOCKS = 130
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of attention, with q, k and v side by side in one buffer as a fused projection leaves them."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    cache: str = "float32"
+    rotary: bool = False
+    alibi: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        return self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim
+
+    @property
+    def views(self) -> list[View]:
+        stride = View.of_width(sum(self.widths)).stride
+        return [View(stride, sum(self.widths[:i])) for i in range(3)]
+
+    @property
+    def attention(self) -> Attention:
+        return Attention(self.heads, self.kv_heads, self.dim, self.dim**-0.5, self.views[0],
+                         View.of_width(self.widths[0]), MAX_BLOCKS, self.cache, self.rotary, self.alibi)  # fmt: skip
+
+    @property
+    def append(self) -> AppendKV:
+        return AppendKV(self.kv_heads, self.dim, self.views[1], self.views[2], MAX_BLOCKS, self.cache, self.rotary)
+
+    def __str__(self) -> str:
+        extra = "-rotary" * self.rotary + "-alibi" * self.alibi
+        return f"{self.heads}of{self.kv_heads}x{self.dim}-{self.cache}{extra}"
+
+
+CASES = [
+    Case(3, 3, 8, alibi=True),
+    Case(2, 2, 64, "float16", alibi=True),
+    Case(1, 1, 128, rotary=True),
+    Case(9, 3, 40, rotary=True),
+    Case(8, 2, 128, "float16", rotary=True),
+    Case(8, 1, 20),
+]
+
+# Steps as (sequence, first position, tokens): prompts, mixed steps, decoding across the borders of blocks and chunks.
+STEPS: dict[str, list[list[tuple[int, int, int]]]] = {
+    "one_token": [[(0, 0, 1)], [(0, 1, 1)]],
+    "decode": [[(0, 0, 127)], [(0, 127, 1)], [(0, 128, 1)], [(0, 129, 1)]],
+    "long": [[(0, 0, 300)], [(0, 300, 270)], [(0, 570, 1)]],
+    "ragged": [
+        [(2, 0, 37), (0, 0, 5), (1, 0, 130)],
+        [(0, 5, 1), (2, 37, 1), (1, 130, 1)],
+        [(1, 131, 3), (3, 0, 50), (0, 6, 1), (2, 38, 17)],
+        [(3, 50, 1), (0, 7, 1), (1, 134, 1), (2, 55, 1), (3, 51, 1), (0, 8, 2)],
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def library(isa: Isa) -> Library:
+    return Library([kernel for case in CASES for kernel in (case.append, case.attention)], isa)
+
+
+def rounded(values: Array, cache: str) -> Array:
+    """What the cache keeps of a value."""
+    return values.astype(cache).astype(np.float32)
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int, int]]]) -> None:
+    generator = np.random.default_rng(0)
+    scrambled = generator.permutation(NUM_BLOCKS)[: 3 * MAX_BLOCKS].reshape(3, MAX_BLOCKS)
+    table = aligned_copy(np.concatenate([scrambled, np.full((1, MAX_BLOCKS), NUM_BLOCKS - 1)]), np.int32)
+    table[3, :8] = np.setdiff1d(np.arange(NUM_BLOCKS), scrambled)[:8]
+    oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS)
+    kcache = garbage((NUM_BLOCKS, case.kv_heads, case.dim, 16), case.cache)
+    vcache = garbage((NUM_BLOCKS, case.kv_heads, 16, case.dim), case.cache)
+    slopes = aligned_copy(0.5 ** np.arange(1, 17), np.float32)
+    for step in steps:
+        positions = ints(*[p for _, first, n in step for p in range(first, first + n)])
+        sequences = ints(*[s for s, _, n in step for _ in range(n)])
+        rows = len(positions)
+        q, k, v = (generator.standard_normal((rows, width), np.float32) for width in case.widths)
+        angles = positions[:, None] * 0.9 ** np.arange(case.dim // 2)
+        cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        qkv = place(np.concatenate([q, k, v], axis=1), View(case.views[0].stride))
+        batch = [positions, sequences, table]
+        tables = [place(cos_sin, View.of_width(case.dim))] if case.rotary else []
+        out = garbage((rows, case.attention.out.stride))
+        library.call(case.append, ints(rows), qkv, qkv, *batch, *tables, kcache, vcache)
+        library.call(case.attention, ints(rows), qkv, *batch, *tables, *([slopes] if case.alibi else []), kcache, vcache, out)
+
+        if case.rotary:  # before the call, so that the oracle's cache can be rounded like the kernel's
+            q = meanings.rotate(q.reshape(rows, -1, case.dim), cos_sin).reshape(rows, -1)
+            k = meanings.rotate(k.reshape(rows, -1, case.dim), cos_sin).reshape(rows, -1)
+        expected = meanings.attention(
+            q, rounded(k, case.cache), rounded(v, case.cache), positions, sequences, table, None,
+            slopes[: case.heads] if case.alibi else None, cache=oracle, layer=0, num_heads=case.heads,
+            num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
+        # float32 scores of the oracle grow with slope * position; a rotated key may round to the neighbouring float16
+        exact = case.cache == "float32"
+        tolerance = 2e-6 if exact and not case.alibi else 2e-5 if exact else 1e-3 if case.rotary else 3e-5
+        np.testing.assert_allclose(out[:, : case.widths[0]], expected, rtol=0, atol=tolerance)
+    written = ~np.isnan(oracle.k[0])
+    np.testing.assert_array_equal(np.isnan(kcache), ~written)
+    np.testing.assert_allclose(kcache[written], oracle.k[0][written], rtol=1e-6 if case.cache == "float32" else 1e-3, atol=1e-6)
+    np.testing.assert_array_equal(vcache, oracle.v[0].astype(case.cache))

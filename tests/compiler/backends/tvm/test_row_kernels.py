@@ -1,0 +1,198 @@
+"""Kernels that treat each row on its own, against their NumPy meanings."""
+
+from __future__ import annotations
+
+import subprocess
+
+import numpy as np
+import pytest
+
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.activation import Activation
+from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
+from compiler.backends.tvm.kernels.norm import Norm
+from compiler.backends.tvm.kernels.quantize import QuantizeTokens
+from compiler.backends.tvm.kernels.rotary import RotaryTable
+from compiler.backends.tvm.kernels.rows import Add, GatherRows
+from compiler.backends.tvm.packing import pack_float, pack_int8, pack_vector
+from compiler.ir import meanings
+from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place, taken
+
+WIDTHS = (5, 37, 64, 176)
+ROWS = (1, 7)
+VOCAB = 37
+
+
+def own(width: int) -> View:
+    return View.of_width(width)
+
+
+def part(width: int) -> View:
+    """A view into a wider row, at an offset that is no multiple of anything."""
+    return View(own(2 * width + 3).stride, width + 3)
+
+
+def norm(kind: str, width: int, *, add: bool, quantize: bool, total: bool = True) -> Norm:
+    view = own(width)
+    return Norm(kind, width, 1e-5, kind == "layer", quantize, part(width), view if add else None,
+                view if add and total else None, view)  # fmt: skip
+
+
+def activation(function: str, width: int, quantize: bool) -> Activation:
+    swiglu = function == "swiglu"
+    stride = own(2 * width).stride
+    return Activation(function, width, quantize, View(stride), View(stride, width) if swiglu else None, own(width))
+
+
+NORMS = [norm(kind, width, add=add, quantize=q) for kind in ("layer", "rms") for width in WIDTHS for add in (False, True)
+         for q in (False, True)]  # fmt: skip
+SUM_UNUSED = norm("rms", 37, add=True, quantize=False, total=False)
+ACTIVATIONS = [activation(f, width, q) for f in ("gelu", "swiglu") for width in WIDTHS for q in (False, True)]
+ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 2048, 10000.0),
+            RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
+KERNELS: list[Kernel] = [
+    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTARIES,
+    *[QuantizeTokens(width, part(width), own(width)) for width in WIDTHS],
+    *[GatherRows(width, part(width), own(width)) for width in WIDTHS],
+    *[Add(width, part(width), own(width), own(width)) for width in WIDTHS],
+    *[FloatEmbedding(VOCAB, width, own(width)) for width in WIDTHS],
+    *[QuantizedEmbedding(VOCAB, width, own(width)) for width in WIDTHS],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(isa: Isa) -> Library:
+    return Library(KERNELS, isa)
+
+
+def values(rows: int, width: int, seed: int = 0) -> Array:
+    """Rows of different magnitude; from three rows on, one of zeros and one with halves that must round to even."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((rows, width), np.float32) * np.float32(10.0) ** generator.integers(-3, 3, (rows, 1))
+    x = x.astype(np.float32)
+    if rows >= 3:
+        x[1] = 0
+        x[2] = generator.integers(-126, 126, width) + 0.5
+        x[2, 0] = 127
+    return x
+
+
+def assert_quantized(library: Library, xq: Array, xs: Array, x: Array) -> None:
+    """The integers and scales are exactly those of NumPy for these floats."""
+    expected_xq, expected_xs = meanings.quantize_tokens(x)
+    np.testing.assert_array_equal(xq.astype(np.int32) - 128, expected_xq)
+    np.testing.assert_array_equal(xs, expected_xs)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_quantize_tokens_is_exact(library: Library, width: int, rows: int) -> None:
+    kernel = QuantizeTokens(width, part(width), own(width))
+    x = values(rows, width)
+    xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
+    library.call(kernel, ints(rows), place(x, kernel.x), xq, xs)
+    assert_quantized(library, xq[:, :width], xs, x)
+
+
+@pytest.mark.parametrize("kernel", [k for k in NORMS if not k.quantize], ids=lambda k: k.name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm(library: Library, kernel: Norm, rows: int) -> None:
+    width = kernel.width
+    x, r = values(rows, width), values(rows, width, 1)
+    scale, bias = values(1, width, 2)[0], values(1, width, 3)[0]
+    total = x + r if kernel.r else x
+    parts = [place(r, kernel.r)] if kernel.r else []
+    outs = [garbage((rows, kernel.total.stride))] if kernel.total else []
+    out = garbage((rows, kernel.out.stride))
+    weights = [pack_vector(w) for w in ([scale, bias] if kernel.bias else [scale])]
+    library.call(kernel, ints(rows), place(x, kernel.x), *parts, *map(aligned_copy, weights), *outs, out)
+    expected = meanings.norm(total, scale, bias if kernel.bias else None, kind=kernel.norm, epsilon=kernel.epsilon)
+    np.testing.assert_allclose(out[:, :width], expected, rtol=5e-6, atol=5e-6 * np.abs(expected).max())
+    for written in outs:
+        np.testing.assert_array_equal(written[:, :width], total)
+    if rows > 1 and kernel.r is None:
+        return
+    quantized = norm(kernel.norm, width, add=kernel.r is not None, quantize=True)
+    xq, xs = garbage((rows, quantized.out.stride), np.uint8), garbage(rows)
+    library.call(quantized, ints(rows), place(x, kernel.x), *parts, *map(aligned_copy, weights), *outs, xq, xs)
+    assert_quantized(library, xq[:, :width], xs, out[:, :width])
+
+
+def test_norm_in_place_and_with_an_unused_sum(library: Library) -> None:
+    """`total` may be the memory of r; and may be left out."""
+    kernel, rows = norm("rms", 37, add=True, quantize=False), 7
+    x, r, scale = values(rows, 37), values(rows, 37, 1), values(1, 37, 2)[0]
+    stream, out, other = place(r, own(37)), garbage((rows, 64)), garbage((rows, 64))
+    library.call(kernel, ints(rows), place(x, kernel.x), stream, aligned_copy(pack_vector(scale)), stream, out)
+    np.testing.assert_array_equal(stream[:, :37], x + r)
+    library.call(SUM_UNUSED, ints(rows), place(x, kernel.x), place(r, own(37)), aligned_copy(pack_vector(scale)), other)
+    np.testing.assert_array_equal(out[:, :37], other[:, :37])
+
+
+@pytest.mark.parametrize("kernel", [k for k in ACTIVATIONS if not k.quantize], ids=lambda k: k.name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_activation(library: Library, kernel: Activation, rows: int) -> None:
+    width = kernel.width
+    both = values(rows, 2 * width)
+    both[0, : min(width, 8)] = [-1e4, 1e4, -90, 90, 0, -20, -5, 3][: min(width, 8)]  # where exp would overflow
+    x, up = both[:, :width], both[:, width:]
+    buffers = [place(both, View(kernel.x.stride))] * (2 if kernel.up else 1)
+    out = garbage((rows, kernel.out.stride))
+    library.call(kernel, ints(rows), *buffers, out)
+    expected = meanings.swiglu(x, up) if kernel.up else meanings.gelu(x)
+    np.testing.assert_allclose(out[:, :width], expected, rtol=1e-6, atol=2e-6)
+    quantized = activation(kernel.function, width, True)
+    xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
+    library.call(quantized, ints(rows), *buffers, xq, xs)
+    assert_quantized(library, xq[:, :width], xs, out[:, :width])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gather_and_add(library: Library, width: int) -> None:
+    x, r = values(9, width), values(9, width, 1)
+    gather, add = GatherRows(width, part(width), own(width)), Add(width, part(width), own(width), own(width))
+    out = garbage((9, own(width).stride))
+    library.call(gather, ints(3), ints(8, 0, 5), place(x, gather.x), out)
+    np.testing.assert_array_equal(out[:3, :width], x[[8, 0, 5]])
+    assert np.isnan(out[3:]).all()
+    library.call(add, ints(9), place(x, add.x), place(r, add.r), out)
+    np.testing.assert_array_equal(out[:, :width], x + r)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_embeddings_read_the_tables_of_the_linear_layers(library: Library, width: int) -> None:
+    table, tokens = values(VOCAB, width), ints(0, 36, 15, 16, 5)
+    out = garbage((5, own(width).stride))
+    library.call(FloatEmbedding(VOCAB, width, own(width)), ints(5), tokens, aligned_copy(pack_float(table)), out)
+    np.testing.assert_array_equal(out[:, :width], table[tokens])
+    wq = np.random.default_rng(0).integers(-127, 128, (VOCAB, width), np.int8)
+    ws = np.random.default_rng(1).random(VOCAB, np.float32)
+    kernel = QuantizedEmbedding(VOCAB, width, own(width))
+    library.call(kernel, ints(5), tokens, aligned_copy(pack_int8(wq)), aligned_copy(pack_vector(ws)), out)
+    np.testing.assert_array_equal(out[:, :width], meanings.quantized_embedding(tokens, wq, ws))
+
+
+@pytest.mark.parametrize("kernel", ROTARIES, ids=lambda k: k.name)
+def test_rotary_table(library: Library, kernel: RotaryTable) -> None:
+    """Ragged positions up to 32,000; with dynamic NTK one sequence is short and two are long."""
+    dim = kernel.head_dim
+    positions, sequences = ints(0, 1, 99, 5, 100, 31999, 7, 2), ints(0, 0, 0, 2, 2, 1, 1, 2)
+    inv_freq = (1 / kernel.base ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+    out = garbage((8, View.of_width(dim).stride))
+    library.call(kernel, ints(8), positions, sequences, aligned_copy(inv_freq), out)
+    expected = meanings.rotary_table(positions, sequences, inv_freq, attention_scaling=kernel.attention_scaling,
+                                     dynamic_factor=kernel.dynamic_factor, original_max=kernel.original_max,
+                                     base=kernel.base)  # fmt: skip
+    # A frequency may differ by one rounding, which its position then magnifies.
+    tolerance = 3e-7 * np.maximum(1, positions if kernel.dynamic_factor else 1)
+    assert (np.abs(out[:, :dim] - expected).max(axis=1) <= tolerance).all()
+
+
+def test_the_library_needs_no_libm(library: Library) -> None:
+    """The engine must load wherever it is copied: apart from TVM's runtime, only symbols of libc."""
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library.file)], capture_output=True, text=True, check=True)
+    names = {line.split()[-1].partition("@")[0] for line in listing.stdout.splitlines()}
+    allowed = {"__cxa_finalize", "__gmon_start__", "memcpy", "memset", "memmove", "_ITM_deregisterTMCloneTable",
+               "_ITM_registerTMCloneTable"}  # fmt: skip
+    assert {name for name in names if not name.startswith(("TVM", "__tvm"))} <= allowed

@@ -1,0 +1,172 @@
+"""GGUF: config, names, row permutation and block quantisation, against the tensors it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+from tokenizers import Tokenizer
+
+from compiler.checkpoint import open_checkpoint
+from compiler.checkpoint.gguf_files import NAMES
+from compiler.errors import CompileError
+from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`."""
+    stem, kind = name.rsplit(".", 1)
+    layer = "blk.0." if stem.startswith("model.layers.0.") else ""
+    part = {hf: part for part, hf in NAMES.items()}[stem.removeprefix("model.layers.0.")]
+    return f"{layer}{part}.{kind}"
+
+
+def permuted(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """As llama.cpp's convert_hf_to_gguf.py stores Q and K."""
+    rows = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    stored: np.ndarray[Any, Any] = np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(values.shape)
+    return stored
+
+
+def write_gguf(file: Path, *, arch: str = "llama", tied: bool = False, kind: str = "F32", extra: dict[str, Any] | None = None,
+               tensor: str = "", pre: str = "gpt-2", model: str = "gpt2") -> dict[str, np.ndarray[Any, Any]]:
+    """Write a tiny LLaMA; returns the values that reading must give, under Hugging Face names."""
+    w = gguf.GGUFWriter(file, arch)
+    w.add_context_length(128)
+    w.add_embedding_length(32)
+    w.add_block_count(1)
+    w.add_feed_forward_length(64)
+    w.add_head_count(HEADS)
+    w.add_head_count_kv(KV_HEADS)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(50000.0)
+    w.add_rope_dimension_count(HEAD_DIM)
+    vocab = byte_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=lambda word: vocab[word]), "ab", "abc"]
+    tokens += [f"<extra {i}>" for i in range(VOCAB - len(tokens))]
+    w.add_tokenizer_model(model)
+    w.add_tokenizer_pre(pre)
+    w.add_token_list(tokens)
+    w.add_token_types([3] * 4 + [1] * (VOCAB - 4))
+    w.add_token_merges(["a b", "ab c"])
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    w.add_uint32("tokenizer.ggml.eot_token_id", 3)
+    w.add_chat_template(TEMPLATE)
+    for key, value in (extra or {}).items():
+        w.add_string(key, value) if isinstance(value, str) else w.add_float32(key, value) if isinstance(value, float) else (
+            w.add_uint32(key, value))
+    expected = {}
+    for name, torch_values in llama_tensors().items():
+        values = torch_values.numpy()
+        if name == "lm_head.weight" and tied:
+            continue
+        if "mlp" in name:  # Q8_0 needs rows of 32 k
+            values = np.random.default_rng(len(name)).normal(size=(32, 64) if "down" in name else (64, 32)).astype(np.float32)
+        q_or_k = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+        stored = permuted(values, q_or_k) if q_or_k else values
+        if values.ndim == 2 and kind == "Q8_0":
+            w.add_tensor(gguf_name(name), quantize(stored, Q8), raw_dtype=Q8)
+            expected[name] = dequantize(quantize(values, Q8), Q8)
+        elif values.ndim == 2 and kind == "F16":
+            w.add_tensor(gguf_name(name), stored.astype(np.float16))
+            expected[name] = values.astype(np.float16).astype(np.float32)
+        else:
+            w.add_tensor(gguf_name(name), stored)
+            expected[name] = values
+    if tensor:
+        w.add_tensor(tensor, np.ones(4, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_tensors(tmp_path: Path, kind: str) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", kind=kind)
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == set(expected)
+    for name, values in expected.items():
+        tensor = checkpoint.tensors[name]
+        assert tensor.shape == values.shape and tensor.read().dtype == np.float32
+        np.testing.assert_array_equal(tensor.read(), values, name)
+        for start, stop in ((0, 1), (3, 13), (len(values) - 1, len(values)), (5, 5)):  # within, across and at the end of heads
+            np.testing.assert_array_equal(tensor.rows(start, stop), values[start:stop], name)
+    noted = "m.gguf is quantised already (Q8_0): its errors add to those of this build"
+    assert checkpoint.notes == ((noted,) if kind == "Q8_0" else ())
+
+
+def test_only_the_wanted_rows_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "m.gguf", kind="Q8_0")
+    seen: list[int] = []
+
+    def spy(rows: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
+        seen.append(len(rows))
+        values: np.ndarray[Any, Any] = dequantize(rows, kind)
+        return values
+
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf.quants, "dequantize", spy)
+    checkpoint.tensors["lm_head.weight"].rows(7, 9)
+    checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].rows(7, 10)
+    assert seen == [2, 3]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_config_tokenizer_and_template(tmp_path: Path, tied: bool) -> None:
+    write_gguf(tmp_path / "m.gguf", tied=tied)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.config == {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": 300, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": None}
+    assert checkpoint.special["eos_token_ids"] == [2, 3] and checkpoint.special["bos_token"] == "<s>"
+    assert checkpoint.template.jinja == TEMPLATE
+    assert list(checkpoint.digests()) == ["m.gguf"]
+    assert Tokenizer.from_str(checkpoint.tokenizer_json).encode("abc</s>").tokens == ["abc", "</s>"]
+
+
+def test_tokenizer_json_beside_it_is_preferred(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", pre="qwen2")
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert set(open_checkpoint(tmp_path).digests()) == {"m.gguf", "tokenizer.json"}
+    with pytest.raises(CompileError, match=r"found tokenizer\.ggml\.pre 'qwen2', expected .*smollm.*; put the tokenizer\.json"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_linear_rope_scaling(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", extra={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    assert open_checkpoint(tmp_path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"arch": "bloom"}, "found architecture bloom, expected llama; give the Hugging Face checkpoint"),
+    ({"extra": {"split.count": 3}}, "found one of 3 parts, expected one whole file; merge the parts"),
+    ({"extra": {"llama.expert_count": 8}}, "found partial rotary, uneven heads or experts, expected a plain LLaMA"),
+    ({"tensor": "rope_freqs.weight"}, r"tensor rope_freqs\.weight in .*: found a tensor that a plain LLaMA does not have"),
+    ({"model": "bert"}, r"found tokenizer\.ggml\.model 'bert', expected gpt2 or llama"),
+])
+def test_other_models(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    write_gguf(tmp_path / "m.gguf", **options)
+    with pytest.raises(CompileError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 2000, -100])
+def test_truncated(tmp_path: Path, keep: int) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content[:keep])
+    with pytest.raises(CompileError, match=r"found a file of \d+ bytes that does not parse .*; it is truncated or damaged"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,85 @@
+"""Paths, GGUF files and Hub names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from compiler.checkpoint import open_checkpoint
+from compiler.checkpoint.locate import locate
+from compiler.errors import CompileError
+from tests.compiler.checkpoint.models import write_llama
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    message = r"path .*/none: found nothing there, expected a checkpoint directory, .*; check the path"
+    with pytest.raises(CompileError, match=message):
+        open_checkpoint(tmp_path / "none")
+
+
+def test_a_weight_file_instead_of_its_directory(llama: Path) -> None:
+    message = r"found a file, expected a checkpoint directory or a \.gguf file; give the directory that"
+    with pytest.raises(CompileError, match=message):
+        open_checkpoint(llama / "model.safetensors")
+
+
+def test_several_gguf_files(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    message = r"found 2 GGUF files, expected one; give the path of one of them, such as .*a\.gguf"
+    with pytest.raises(CompileError, match=message):
+        open_checkpoint(tmp_path)
+
+
+class Hub:
+    """Stands in for the Hub: lists `files`, or raises `error`; the cache holds nothing, or `cached`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, files: list[str] | None = None, error: Exception | None = None,
+                 cached: Path | None = None) -> None:
+        self.files, self.error, self.cached = files or [], error, cached
+        self.patterns: list[str] = []
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+
+    def model_info(self, name: str) -> Any:
+        if self.error is not None:
+            raise self.error
+        siblings = [type("Sibling", (), {"rfilename": file}) for file in self.files]
+        return type("Info", (), {"siblings": siblings})
+
+    def snapshot_download(self, name: str, *, allow_patterns: list[str] | None = None, local_files_only: bool = False) -> str:
+        if local_files_only and self.cached is None:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        self.patterns = allow_patterns or []
+        return str(self.cached)
+
+
+@pytest.mark.parametrize(("files", "pattern"), [
+    (["config.json", "model.safetensors", "pytorch_model.bin"], "*.safetensors"), (["pytorch_model.bin"], "*.bin"),
+    (["x.gguf"], "*.gguf")])
+def test_one_kind_of_weights_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pattern: str
+) -> None:
+    hub = Hub(monkeypatch, files=files, cached=tmp_path)
+    assert locate("BelleGroup/BELLE-7B-2M") == tmp_path
+    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", pattern]
+
+
+def test_a_local_directory_outranks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, error=AssertionError("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "group" / "model")
+    assert open_checkpoint("group/model").family == "llama"
+
+
+def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, error=ConnectionError("no route"))
+    message = (r"checkpoint BelleGroup/BELLE-7B-2M: found no such local path, and the Hugging Face Hub cannot be reached "
+               r"\(ConnectionError\), expected a local checkpoint or a network; download it where")
+    with pytest.raises(CompileError, match=message):
+        open_checkpoint("BelleGroup/BELLE-7B-2M")
+    Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)
+    assert locate("BelleGroup/BELLE-7B-2M") == tmp_path

@@ -1,0 +1,163 @@
+"""Building, printing, saving, evaluating and lazy weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from compiler.errors import CompileError
+from compiler.ir.build import GraphBuilder
+from compiler.ir.evaluate import PagedCache, evaluate
+from compiler.ir.lazy import Shared, lazy
+from compiler.ir.text import save_onnx, to_text
+from compiler.ir.verify import verify
+
+
+def small() -> ir.Model:
+    """One layer with scopes, a split, grouped-query attention with RoPE and a tied head."""
+    b = GraphBuilder("small")
+    random = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> ir.Value:
+        return b.weight(name, random.standard_normal(shape).astype(np.float32))
+
+    table = weight("table", 10, 8)
+    step = b.inputs
+    x = b.op("Gather", table, step.token_ids, name="embed")
+    cos_sin = b.op("RotaryTable", step.positions, step.sequences, weight("inv_freq", 2), name="rotary")
+    with b.scope("h.0"):
+        n = b.op("RMSNormalization", x, weight("h.0.norm.weight", 8), name="norm", epsilon=1e-6)
+        with b.scope("attn"):
+            q, k, v = b.split(b.op("Gemm", n, weight("h.0.attn.qkv.weight", 16, 8), name="qkv", transB=1), [8, 4, 4], "split")
+            a = b.op(
+                "Attention", q, k, v, step.positions, step.sequences, step.block_table, cos_sin,
+                name="attend", layer=0, num_heads=2, num_kv_heads=1, head_dim=4, scale=0.5,
+            )  # fmt: skip
+        x = b.op("Add", x, a, name="add")
+    rows = b.op("Gather", x, step.logit_rows, name="rows")
+    return b.finish(b.op("Gemm", rows, table, name="head", transB=1), {"num_layers": "1", "family": "llama"})
+
+
+def inputs(tokens: list[int], start: int = 0) -> dict[str, np.ndarray]:
+    count = len(tokens)
+    arrays = {
+        "token_ids": tokens,
+        "positions": range(start, start + count),
+        "sequences": [0] * count,
+        "block_table": [[1, 0]],
+        "logit_rows": range(count),
+    }
+    return {name: np.array(array, np.int32) for name, array in arrays.items()}
+
+
+def test_text(golden: Callable[[str, str], None]) -> None:
+    model = small()
+    golden("ir-small", to_text(model))
+    assert to_text(model) == to_text(model.clone()) == to_text(small())
+
+
+def test_onnx_without_weights(tmp_path: Path) -> None:
+    model = small()
+    before = to_text(model)
+    save_onnx(model, tmp_path / "small.onnx")
+    assert to_text(model) == before
+    proto = onnx.load(str(tmp_path / "small.onnx"), load_external_data=False)
+    assert all(not tensor.raw_data for tensor in proto.graph.initializer if tensor.data_type != onnx.TensorProto.INT64)
+    loaded = ir.from_proto(proto)
+    verify(loaded)
+    assert [line.split(" {")[0] for line in to_text(loaded).splitlines()] == [
+        line.split(" {")[0] for line in before.splitlines()
+    ]
+
+
+def test_whole_model_as_onnx(tmp_path: Path) -> None:
+    model = small()
+    ir.save(model, tmp_path / "small.onnx", external_data="small.data")
+    results = [
+        evaluate(each, inputs([1, 2, 3]), PagedCache(1, 1, 4, 2))["logits"]
+        for each in (model, ir.load(tmp_path / "small.onnx"))
+    ]
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)  # epsilon and scale become float32
+
+
+def test_prompt_at_once_is_prompt_token_by_token() -> None:
+    model, tokens = small(), [1, 2, 3, 9, 0, 4] * 4  # 24 tokens: two blocks
+    whole = evaluate(model, inputs(tokens), PagedCache(1, 1, 4, 2))["logits"]
+    cache = PagedCache(1, 1, 4, 2)
+    single = [evaluate(model, inputs([token], at), cache)["logits"][0] for at, token in enumerate(tokens)]
+    np.testing.assert_allclose(np.stack(single), whole, rtol=0, atol=1e-5)
+    assert whole.shape == (24, 10) and whole.dtype == np.float32
+
+
+def test_other_values_on_request() -> None:
+    found = evaluate(small(), inputs([1, 2]), PagedCache(1, 1, 4, 2), also=["h.0.attn.qkv", "token_ids"])
+    assert {name: array.shape for name, array in found.items()} == {
+        "logits": (2, 10),
+        "h.0.attn.qkv": (2, 16),
+        "token_ids": (2,),
+    }
+    with pytest.raises(CompileError, match=r"values asked for: found h.1, expected names of the graph"):
+        evaluate(small(), inputs([1, 2]), PagedCache(1, 1, 4, 2), also=["h.1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": None}, r"input positions: found nothing, expected int32\[T\]"),
+        ({"positions": np.zeros(3, np.int32)}, r"input positions: found int32\[3\], expected int32\[T\] with T = 2"),
+        ({"positions": np.zeros(2, np.int64)}, r"input positions: found int64\[2\]"),
+        ({"block_table": np.zeros(2, np.int32)}, r"input block_table: found int32\[2\], expected int32\[B, MB\]"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict[str, np.ndarray | None], message: str) -> None:
+    given = {name: array for name, array in (inputs([1, 2]) | change).items() if array is not None}
+    with pytest.raises(CompileError, match=message):
+        evaluate(small(), given, PagedCache(1, 1, 4, 2))
+
+
+def test_names_are_unique() -> None:
+    b = GraphBuilder()
+    table = b.weight("table", np.ones((10, 8), np.float32))
+    assert b.weight("table", np.zeros((1, 1), np.float32)) is table  # tied weights: the first stays
+    b.op("Gather", table, b.inputs.token_ids, name="embed")
+    with pytest.raises(CompileError, match=r"build: value embed: found a second value of that name"):
+        b.op("Gather", table, b.inputs.token_ids, name="embed")
+    with pytest.raises(CompileError, match=r"build: op Conv \(node conv\)"):
+        b.op("Conv", table, name="conv")
+
+
+def test_lazy_reads_on_every_use_and_checks_what_it_gets() -> None:
+    reads = []
+
+    def compute() -> np.ndarray:
+        reads.append(1)
+        return np.zeros((2, 3), np.float32)
+
+    tensor = lazy("w", compute, (2, 3), np.float32)
+    assert not reads and tensor.shape == (2, 3) and tensor.dtype == ir.DataType.FLOAT
+    assert tensor.numpy().shape == tensor.numpy().shape == (2, 3) and len(reads) == 2
+    wrong = lazy("w", compute, (3, 2), np.float32)
+    with pytest.raises(CompileError, match=r"weights: tensor w: found float32\[2, 3\], expected float32\[3, 2\]"):
+        wrong.numpy()
+    with pytest.raises(CompileError, match=r"found float32\[2, 3\], expected int8\[2, 3\]"):
+        lazy("w", compute, (2, 3), np.int8).numpy()
+
+
+def test_shared_keeps_the_last_source_only() -> None:
+    computed = []
+
+    def source(name: str) -> Shared:
+        def compute() -> tuple[np.ndarray, ...]:
+            computed.append(name)
+            return np.array([1]), np.array([2])
+
+        return Shared(compute)
+
+    first, second = source("first"), source("second")
+    assert (first[0], first[1], second[1], second[0]) == (1, 2, 2, 1) and computed == ["first", "second"]
+    assert first[0] == 1 and computed == ["first", "second", "first"]

@@ -1,0 +1,212 @@
+"""The command line: results on stdout, one sentence on stderr and an exit status when something does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+import pytest
+
+from compiler import cli, targets
+from runtime import host
+from tests.compiler.engines import write_engine
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return write_engine(tmp_path / "engine")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command in this process."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence a failing command says."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("belle-compile: ") and err.endswith(".\n") and err.count("\n") == 1
+    return err
+
+
+def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], *([name] for name in cli.cli.commands)):
+        status, out, _ = run(capsys, *command, "--help")
+        assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
+    assert sorted(cli.cli.commands) == ["build", "inspect", "targets", "verify"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[1].startswith("belle-compile, version 0.1")
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "targets")[1].startswith("cpu  ")
+    found = json.loads(run(capsys, "targets", "--json")[1])
+    assert [target["name"] for target in found["targets"]] == [target.name for target in targets.SUPPORTED]
+
+
+def test_inspect_says_what_the_engine_is(capsys: pytest.CaptureFixture[str], engine: Path) -> None:
+    status, out, _ = run(capsys, "inspect", engine)
+    assert status == 0
+    for phrase in ("llama", "30 a step; 70 before fusion", "belle-llama", "not measured", "hidden_size 32", "fuse-add-norm"):
+        assert phrase in out
+    found = json.loads(run(capsys, "inspect", engine, "--json")[1])
+    assert found["kernel_calls"] == {"before": 70, "after": 30}
+    assert found["bytes"] == sum(found["bytes_by_part"].values())
+    assert set(found["bytes_by_part"]) == {"weights", "kernels", "program", "tokenizer"}
+
+
+def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "is not an engine: found no manifest.json" in fail(capsys, "inspect", tmp_path)
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
+    status, out, _ = run(capsys, "verify", engine)
+    assert status == 0 and "all digests match" in out
+    assert json.loads(run(capsys, "verify", engine, "--json")[1])["isa"] == "avx2"
+
+
+def test_verify_finds_a_changed_byte_of_the_weights(capsys: pytest.CaptureFixture[str], engine: Path) -> None:
+    weights = engine / "rank0" / "weights.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert "digest of rank0/weights.safetensors" in fail(capsys, "verify", engine)
+
+
+def test_verify_on_a_host_that_is_too_old(
+    capsys: pytest.CaptureFixture[str], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"sse2"}))
+    assert "this host cannot run the engine" in fail(capsys, "verify", engine)
+
+
+def test_build_refuses_an_unknown_target_before_anything_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    assert "unknown target: found 'tpu', expected cpu" in fail(capsys, "build", "missing", "-o", out, "--target", "tpu")
+    assert "does not build for it yet" in fail(capsys, "build", "missing", "-o", out, "--target", "a100x4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_of_a_checkpoint_that_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert "belle-compile: checkpoint: " in fail(capsys, "build", tmp_path / "model", "-o", tmp_path / "engine")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_build_onto_something_that_exists(capsys: pytest.CaptureFixture[str], engine: Path) -> None:
+    assert "exists already" in fail(capsys, "build", "missing", "-o", engine)
+    (engine / "manifest.json").unlink()
+    assert "--force replaces engine directories only" in fail(capsys, "build", "missing", "-o", engine, "--force")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["build"], ["build", "x"], ["build", "x", "-o", "y", "--quant", "int3"], ["nothing"], ["inspect"], ["--oops"]]
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "") and err.startswith("Usage: belle-compile")
+
+
+def test_errors_of_any_kind_are_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from compiler import inspection
+
+    for error, sentence in (
+        (PermissionError(13, "Permission denied", "/models/x"), "file: Permission denied: /models/x."),
+        (MemoryError(), "memory: the host has too little of it"),
+        (RuntimeError("two\nlines"), "internal error: RuntimeError: two lines; run again with BELLE_TRACEBACK=1"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "run `pip install 'belle-compile[build]'`."),
+    ):
+
+        def broken(path: Path, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(inspection, "inspect", broken)
+        assert sentence in fail(capsys, "inspect", "x")
+    monkeypatch.setenv("BELLE_TRACEBACK", "1")
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["inspect", "x"])
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from compiler import inspection
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect", interrupted)
+    status, out, err = run(capsys, "inspect", "x")
+    assert (status, out, err.strip()) == (130, "", "belle-compile: interrupted."), "click ends the line that shows ^C"
+
+
+# Runs a command as if only the runtime's dependencies were installed.
+RUNTIME_ONLY = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "torch transformers onnx onnx_ir tvm gguf safetensors rich ml_dtypes".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from compiler.cli import main
+main(sys.argv[1:])
+"""
+
+
+def run_runtime_only(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUNTIME_ONLY, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_without_the_build_extra_engines_can_be_inspected_and_builds_say_what_to_install(engine: Path) -> None:
+    for command in (["inspect", engine], ["targets"]):
+        done = run_runtime_only(*command)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = run_runtime_only("verify", engine)
+    assert done.returncode == 0 or "this host cannot run the engine" in done.stderr
+    done = run_runtime_only("build", "x", "-o", engine.parent / "new")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("belle-compile: build: the Python package ")
+    assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
+
+
+def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    script = """
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from compiler import cli, driver
+        def slow(*args, **kwargs):
+            print("ready", flush=True)
+            time.sleep(60)
+        driver.open_checkpoint = slow
+        cli.main(["build", "x", "-o", sys.argv[1]])
+    """
+    build = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "engine")], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert build.stdout is not None and build.stdout.readline() == "ready\n"
+    assert len(os.listdir(tmp_path)) == 2
+    build.send_signal(signal.SIGINT)
+    _, err = build.communicate(timeout=20)
+    assert (build.returncode, err.strip()) == (130, "belle-compile: interrupted.")
+    assert os.listdir(tmp_path) == []
+
+
+def test_options_are_these_and_no_more() -> None:
+    parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
+    options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
+    assert options == {"--target", "-o", "--output", "--quant", "--template", "--dump-ir", "--force", "--json"}

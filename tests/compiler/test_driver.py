@@ -1,0 +1,120 @@
+"""A build end to end, with kernels stood in for by a few bytes: compiling them takes long and has its own tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file
+
+from compiler import driver
+from compiler.backends.tvm import Lowered
+from compiler.backends.tvm.lower import lower
+from compiler.driver import BuildRequest, build
+from compiler.errors import CompileError
+from passes.pipeline import PRESETS
+from runtime.artifact import Manifest, read_manifest, verify_files
+from runtime.program import read_program
+from tests.parity.variants import VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_graph(model: ir.Model, isas: tuple[str, ...], *, calls_before_fusion: int) -> Lowered:
+        program, weights, _ = lower(model, calls_before_fusion)
+        return Lowered(program, weights, {f"kernels-{isa}.so": isa.encode() for isa in isas} | {"libtvm_runtime.so": b"tvm"})
+
+    monkeypatch.setattr(driver, "compile_graph", compile_graph)
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return VARIANTS["bloom"](tmp_path_factory.mktemp("checkpoints") / "tiny-bloom")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return VARIANTS["llama_gqa"](tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
+
+
+def manifest_of(request: BuildRequest) -> Manifest:
+    return read_manifest(build(request))
+
+
+@pytest.mark.parametrize("quantization", PRESETS)
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_the_engine_is_whole_and_says_what_it_is(
+    family: str, quantization: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    checkpoint = request.getfixturevalue(family)
+    out = tmp_path / "engine"
+    manifest = manifest_of(BuildRequest(checkpoint, out, quantization=quantization))
+    verify_files(out, manifest, full=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert (manifest.model.family, manifest.model.name) == (family, f"tiny-{family}")
+    assert manifest.model.dimensions["hidden_size"] == config["hidden_size"]
+    assert manifest.model.dimensions["vocab_size"] == config["vocab_size"]
+    assert manifest.model.source_digests["config.json"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
+    assert manifest.prompt_template.name == f"belle-{family}"
+    assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
+    assert manifest.quantization["scheme"] == {"int8": "w8a8", "none": "none"}[quantization]
+    assert manifest.kernel_calls.before > manifest.kernel_calls.after > 0
+    assert manifest.target.requires.memory_bytes > sum(record.bytes for record in manifest.files.values())
+    program = read_program(out / "rank0")
+    assert len(program.calls) == manifest.kernel_calls.after
+    weights = load_file(out / "rank0" / "weights.safetensors")
+    assert set(weights) == set(program.weight_names())
+    assert any(array.dtype == np.int8 for array in weights.values()) == (quantization == "int8")
+
+
+def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
+    tensors = load_file(bloom / "model.safetensors")
+    untied = {name: array for name, array in tensors.items() if name != "lm_head.weight"}
+    parameters = sum(prod(array.shape) for array in untied.values())
+    assert manifest_of(BuildRequest(bloom, tmp_path / "engine")).model.parameters == parameters
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    first, second = (build(BuildRequest(llama, tmp_path / name)) for name in ("a", "b"))
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 8
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    build(BuildRequest(llama, tmp_path / "engine", dump_ir=tmp_path / "ir", on_progress=lambda *told: heard.append(told)))
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == ["open", "digest", "optimize", "compile", "weights"]
+    for stage in ("digest", "weights"):
+        done = [(done, total) for name, done, total in heard if name == stage]
+        assert done == sorted(done) and done[-1][0] == done[-1][1] > 0
+    dumped = sorted(path.name for path in (tmp_path / "ir").glob("*.txt"))
+    assert dumped == ["00-frontend.txt", *(f"{i:02d}-{step.name}.txt" for i, step in enumerate(PRESETS["int8"], 1))]
+
+
+def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
+    manifest = manifest_of(BuildRequest(llama, tmp_path / "engine", template="raw"))
+    assert manifest.prompt_template.name == "raw"
+    assert manifest.passes[0].options == {"template": "raw"}
+
+
+def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CompileError, match=r"^quantization: unknown preset: found 'int4', expected int8 or none"):
+        build(BuildRequest(llama, tmp_path / "engine", quantization="int4"))
+    with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
+        build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
+
+    def full(model: ir.Model, **options: object) -> Lowered:
+        raise CompileError("tvm", "op Conv", found="no kernel")
+
+    monkeypatch.setattr(driver, "compile_graph", full)
+    with pytest.raises(CompileError, match=r"^tvm: op Conv"):
+        build(BuildRequest(llama, tmp_path / "engine"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,276 @@
+"""The engine directory appears whole or not at all, and its bytes are a function of what was written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from compiler import directory
+from compiler.errors import CompileError
+from compiler.writer import EngineWriter
+from runtime.artifact import read_manifest, verify_files
+from runtime.errors import EngineError
+from tests.compiler.engines import MANIFEST, Tensor, tensors, write_engine
+
+ROOT = Path(__file__).parents[2]
+USAGE = namedtuple("USAGE", "total used free")
+
+# A build that says it is ready when all but the last tensor is written, and then hangs.
+BUILD = """
+import sys, time
+from pathlib import Path
+from tests.compiler.engines import write_engine
+def hang():
+    print("ready", flush=True)
+    time.sleep(60)
+write_engine(Path(sys.argv[1]), force="--force" in sys.argv, before=hang)
+"""
+
+
+def heed_signals() -> None:
+    """Undoes what nohup and shells' background jobs hand down."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start_build(out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD, str(out), *options]
+    build = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_signals)
+    assert build.stdout is not None and build.stdout.readline() == "ready\n"
+    return build
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", stat.S_IMODE(path.stat().st_mode))
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def test_what_is_written_can_be_read_by_the_runtime_and_by_safetensors(tmp_path: Path) -> None:
+    out = write_engine(tmp_path / "engine")
+    manifest = read_manifest(out)
+    verify_files(out, manifest, full=True)
+    assert list(manifest.files) == sorted(
+        ["rank0/kernels-avx2.so", "rank0/program.json", "rank0/weights.safetensors", "tokenizer.json"]
+    )
+    weights = out / "rank0" / "weights.safetensors"
+    assert manifest.files["rank0/weights.safetensors"].sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    loaded = load_file(weights)
+    for tensor in tensors():
+        np.testing.assert_array_equal(loaded[tensor.name], tensor.array)
+    header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    header = json.loads(weights.read_bytes()[8:header_bytes])
+    assert all((header_bytes + entry["data_offsets"][0]) % 64 == 0 for entry in header.values())
+    assert entries(tmp_path) == ["engine"]
+
+
+def test_same_calls_give_the_same_bytes_and_permissions_whatever_the_umask(tmp_path: Path) -> None:
+    first = content(write_engine(tmp_path / "a"))
+    previous = os.umask(0o077)
+    try:
+        second = content(write_engine(tmp_path / "b"))
+    finally:
+        os.umask(previous)
+    assert first == second
+    assert {mode for _, mode in first.values()} == {0o644, 0o755}
+
+
+def test_tensors_are_packed_one_at_a_time_and_progress_is_told(tmp_path: Path) -> None:
+    events: list[str] = []
+    both = [Tensor(t.name, t.array, lambda name=t.name: events.append(name)) for t in tensors()]
+    with EngineWriter(tmp_path / "engine") as writer:
+        writer.write_tensors("w.safetensors", both, lambda done, total: events.append(f"{done}/{total}"))
+    assert events == ["layer.weight", "512/640", "layer.weight.scale", "640/640"]
+
+
+def test_a_tensor_unlike_its_announcement_is_a_bug_and_leaves_nothing(tmp_path: Path) -> None:
+    class Wrong(Tensor):
+        def pack(self) -> np.ndarray:
+            return self.array.T
+
+    with pytest.raises(AssertionError, match=r"w was announced as int8\[2, 64\] and packed as int8\[64, 2\]"):
+        with EngineWriter(tmp_path / "engine") as writer:
+            writer.write_tensors("w.safetensors", [Wrong("w", np.zeros((2, 64), np.int8))])
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("bad layer"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_nothing_not_even_the_folders_it_made(tmp_path: Path, error: BaseException) -> None:
+    def fail() -> None:
+        assert entries(tmp_path / "new" / "folders") == [f".engine.building-{os.getpid()}", ".engine.lock"]
+        raise error
+
+    with pytest.raises(type(error)):
+        write_engine(tmp_path / "new" / "folders" / "engine", before=fail)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, None)])
+def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: int, status: int | None) -> None:
+    build = start_build(tmp_path / "engine")
+    assert len(entries(tmp_path)) == 2
+    build.send_signal(number)
+    build.wait(10)
+    assert status is None or build.returncode == status
+    assert entries(tmp_path) == []
+
+
+def test_what_sigkill_leaves_is_no_engine_and_the_next_build_removes_it(tmp_path: Path) -> None:
+    build = start_build(tmp_path / "engine")
+    build.kill()
+    build.wait(10)
+    assert entries(tmp_path) == [f".engine.building-{build.pid}", ".engine.lock"]
+    neighbour = tmp_path / ".engine2.building-1"
+    neighbour.mkdir()
+    write_engine(tmp_path / "engine")
+    assert entries(tmp_path) == [neighbour.name, "engine"]
+
+
+def test_output_in_use_by_another_build(tmp_path: Path) -> None:
+    build = start_build(tmp_path / "engine")
+    try:
+        with pytest.raises(CompileError, match=r"^output: another build is writing .*/engine: .*wait for it to end"):
+            write_engine(tmp_path / "engine")
+        write_engine(tmp_path / "other")
+        assert f".engine.building-{build.pid}" in entries(tmp_path), "the running build keeps its files"
+    finally:
+        build.kill()
+        build.wait(10)
+
+
+def test_output_exists(tmp_path: Path) -> None:
+    write_engine(tmp_path / "engine")
+    with pytest.raises(CompileError, match=r"^output: .*/engine exists already; .*pass --force to replace an engine\.$"):
+        write_engine(tmp_path / "engine")
+    assert entries(tmp_path) == ["engine"]
+
+
+def test_force_replaces_an_engine_with_a_finished_one_only(tmp_path: Path) -> None:
+    out = write_engine(tmp_path / "engine")
+    before = content(out)
+    build = start_build(out, "--force")
+    assert content(out) == before
+    build.terminate()
+    build.wait(10)
+    assert content(out) == before
+    write_engine(out, force=True, tokenizer=b'{"new": 1}')
+    assert (out / "tokenizer.json").read_bytes() == b'{"new": 1}'
+    assert entries(tmp_path) == ["engine"]
+
+
+def test_force_without_an_exchanging_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_engine(tmp_path / "engine")
+    monkeypatch.setattr(directory.ctypes, "CDLL", lambda *args, **kwargs: object())
+    write_engine(out, force=True, tokenizer=b"[]")
+    assert (out / "tokenizer.json").read_bytes() == b"[]"
+    assert entries(tmp_path) == ["engine"]
+
+
+def test_an_engine_moved_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None:
+    write_engine(tmp_path / "engine").rename(tmp_path / ".engine.replaced")
+    with pytest.raises(CompileError, match="exists already"):
+        write_engine(tmp_path / "engine")
+    assert entries(tmp_path) == ["engine"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_force_touches_engines_only(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "mine"
+    if kind == "folder":
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+    elif kind == "file":
+        out.write_text("precious")
+    else:
+        out.symlink_to(write_engine(tmp_path / "engine"))
+    before = entries(tmp_path)
+    with pytest.raises(CompileError, match=r"^output: --force replaces engine directories only and .*/mine is none"):
+        write_engine(out, force=True)
+    assert entries(tmp_path) == before
+
+
+def test_disk_full_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: USAGE(10_000, 9_000, 1_000))
+    message = r"^output: not enough free space .*/engine\): found 1000 bytes free, expected 5000 bytes needed; free some space"
+    with pytest.raises(CompileError, match=message):
+        with EngineWriter(tmp_path / "engine", needed=5_000):
+            pytest.fail("the build went on")
+    with pytest.raises(CompileError, match=message):
+        with EngineWriter(tmp_path / "engine") as writer:
+            writer.check_space(5_000)
+    assert entries(tmp_path) == []
+
+
+def test_disk_full_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = r"^output: No space left on device while writing .*: found [0-9]+ bytes free, expected 640 bytes needed"
+    with pytest.raises(CompileError, match=message):
+        with EngineWriter(tmp_path / "engine", needed=640) as writer:
+            monkeypatch.setattr(os, "write", full)
+            writer.write_tensors("w.safetensors", tensors())
+    assert entries(tmp_path) == []
+
+
+def test_a_file_size_limit_ends_like_a_full_disk(tmp_path: Path) -> None:
+    script = BUILD.replace('print("ready", flush=True)', "return")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "engine")], cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256)),
+    )  # fmt: skip
+    assert "CompileError: output: File too large while writing" in done.stderr
+    assert entries(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompileError, match=r"^output: cannot write .*/file/engine: found Not a directory at .*; choose"):
+        write_engine(tmp_path / "file" / "engine")
+
+
+def test_a_manifest_the_runtime_would_refuse_is_not_put_in_place(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"field target\.isas does not fit: found sse9"):
+        with EngineWriter(tmp_path / "engine") as writer:
+            writer.finish(replace(MANIFEST, target=replace(MANIFEST.target, isas=("sse9",))))
+    assert entries(tmp_path) == []
+
+
+def test_many_builds_of_one_output_at_once_make_one_engine(tmp_path: Path) -> None:
+    script = BUILD.replace('print("ready", flush=True)', "return")
+    builds = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "engine")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    errors = [build.communicate(timeout=30)[1] for build in builds]
+    assert [build.returncode for build in builds].count(0) == 1
+    assert all(not error or "another build is writing" in error or "exists already" in error for error in errors)
+    assert entries(tmp_path) == ["engine"]
+    verify_files(tmp_path / "engine", read_manifest(tmp_path / "engine"), full=True)
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    write_engine(tmp_path / "engine", before=lambda: time.sleep(0))
+    assert signal.getsignal(signal.SIGTERM) is before

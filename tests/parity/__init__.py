@@ -1,0 +1,1 @@
+"""Numbers: this project against Transformers on tiny random models."""

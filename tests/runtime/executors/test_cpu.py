@@ -1,0 +1,246 @@
+"""CpuExecutor with real kernels: a table lookup, a cache write and a head of two variants."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import Engine, SamplingParams, host
+from runtime.errors import EngineError
+from runtime.executors import cpu
+from runtime.executors.cpu import CpuExecutor, choose_isa
+from runtime.program import KV, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
+from tests.runtime.test_memory import write_weights
+
+tvm = pytest.importorskip("tvm")
+
+pytestmark = pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")
+
+HIDDEN, STRIDE, MAX_TOKENS, MAX_ROWS = 64, 320, 24, 8
+X, LOGITS = 0, MAX_TOKENS * HIDDEN * 4
+PROGRAM = Program(
+    max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_sequences=3, max_blocks=4, arena_bytes=LOGITS + MAX_ROWS * STRIDE * 4,
+    vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE), kv=KVLayout(2, 1, 16, "float32"),
+    calls=(
+        Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
+        Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("kv_blocks"), KV(1, "v")), kernel="mark"),
+        Call("linear", "head", "R", (Input("R"), Input("logit_rows"), Arena(X), Weight("head"), Arena(LOGITS)),
+             variants=((1, "head_one"), (None, "head_any"))),
+    ),
+    kernel_calls=FusionCalls(3, 3),
+)  # fmt: skip
+
+
+def lookup() -> Any:
+    """x[t, :] = table[token_ids[t], :]"""
+
+    def body(T: Any, count: Any, ids: Any, table: Any, x: Any) -> None:
+        with T.parallel(0, count[0]) as t, T.serial(0, HIDDEN) as i:
+            T.buffer_store(x, table[ids[t] * HIDDEN + i], [t * HIDDEN + i])
+
+    return kernel("lookup", ["int32", "int32", "float32", "float32"], body)
+
+
+def mark() -> Any:
+    """v[positions[t]] = number of blocks"""
+
+    def body(T: Any, count: Any, positions: Any, blocks: Any, v: Any) -> None:
+        with T.serial(0, count[0]) as t:
+            T.buffer_store(v, T.Cast("float32", blocks[0]), [positions[t]])
+
+    return kernel("mark", ["int32", "int32", "int32", "float32"], body)
+
+
+def head(name: str, bonus: float) -> Any:
+    """logits[r, v] = bonus + sum of x[logit_rows[r], :] * head[v, :]"""
+
+    def body(T: Any, count: Any, rows: Any, x: Any, w: Any, logits: Any) -> None:
+        with T.serial(0, count[0]) as r, T.serial(0, VOCABULARY) as v:
+            T.buffer_store(logits, T.float32(bonus), [r * STRIDE + v])
+            with T.serial(0, HIDDEN) as i:
+                product = x[rows[r] * HIDDEN + i] * w[v * HIDDEN + i]
+                T.buffer_store(logits, logits[r * STRIDE + v] + product, [r * STRIDE + v])
+
+    return kernel(name, ["int32", "int32", "float32", "float32", "float32"], body)
+
+
+def kernel(name: str, dtypes: list[str], body: Callable[..., None]) -> Any:
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            pointers = [T.arg(f"p{i}", T.ptr(dtype)) for i, dtype in enumerate(dtypes)]
+            buffers = [T.decl_buffer((1 << 20,), dtype, data=p) for p, dtype in zip(pointers, dtypes, strict=True)]
+            body(T, *buffers)
+    return builder.get()
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=(VOCABULARY, HIDDEN)).astype(np.float32) for name in ("table", "head")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, np.ndarray]) -> Path:
+    """rank0 of an engine for AVX2 and, with the same code, AVX512-VNNI."""
+    rank = tmp_path_factory.mktemp("engine") / "rank0"
+    rank.mkdir()
+    functions = {"lookup": lookup(), "mark": mark(), "head_one": head("head_one", 1000.0), "head_any": head("head_any", 0.0)}
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "haswell"})
+    tvm.compile(tvm.IRModule(functions), target=target).export_library(str(rank / "kernels-avx2.so"))
+    shutil.copy(rank / "kernels-avx2.so", rank / "kernels-avx512vnni.so")
+    shutil.copy(Path(tvm.__file__).parent / "lib" / cpu.LIBRARY_NAME, rank / cpu.LIBRARY_NAME)
+    write_weights(rank / cpu.WEIGHTS_NAME, weights)
+    (rank / "program.json").write_text(PROGRAM.to_json())
+    return rank
+
+
+@pytest.fixture
+def rank(built: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(built, tmp_path / "rank0"))
+
+
+def load(rank: Path, **options: Any) -> CpuExecutor:
+    return CpuExecutor(rank, ("avx2",), **{"kv_tokens": 100, "threads": 2, **options})
+
+
+def step(executor: CpuExecutor, tokens: list[int], rows: list[int]) -> np.ndarray:
+    batch = executor.batch
+    batch.token_ids[: len(tokens)] = tokens
+    batch.positions[: len(tokens)] = np.arange(len(tokens))
+    batch.logit_rows[: len(rows)] = rows
+    batch.tokens, batch.rows = len(tokens), len(rows)
+    return executor.step()
+
+
+def test_steps_of_any_row_count_take_the_right_variant(built: Path, weights: dict[str, np.ndarray]) -> None:
+    executor = load(built)
+    for tokens, rows in [([5, 7, 299], [2, 0]), ([3], [0]), (list(range(24)), [23, 1, 2, 3, 4, 5, 6, 7]), ([8, 9], [1])]:
+        found = step(executor, tokens, rows)
+        expected = weights["table"][np.array(tokens)[rows]] @ weights["head"].T + (1000 if len(rows) == 1 else 0)
+        assert found.shape == (len(rows), VOCABULARY) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-3)
+    assert len(executor._lists) == 2
+    executor.close()
+
+
+def test_without_rows_the_head_is_left_out(built: Path) -> None:
+    executor = load(built)
+    step(executor, [1, 2], [1])[:] = 77
+    assert step(executor, [1, 2, 3], []).shape == (0, VOCABULARY)
+    assert (executor._logits[0] == 77).all()
+
+
+def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
+    executor = load(built, kv_tokens=100)
+    assert executor.num_blocks == 7
+    step(executor, [1, 2, 3], [0])
+    part = 7 * 16 * 16
+    cache = executor._kv.view(np.float32)
+    assert cache.size == 4 * part and cache[3 * part : 3 * part + 4].tolist() == [7, 7, 7, 0] and not cache[: 3 * part].any()
+
+
+def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = PROGRAM.max_sequences * PROGRAM.max_blocks
+    assert load(built, kv_tokens=None).num_blocks == most
+    size = (built / cpu.WEIGHTS_NAME).stat().st_size
+    monkeypatch.setattr(host, "memory_bytes", lambda: size + 10 * PROGRAM.kv.block_bytes)
+    assert load(built, kv_tokens=None).num_blocks == 5
+    with pytest.raises(EngineError, match=r"kv_tokens: found 1000000 tokens, .* GiB, expected 1 token to"):
+        load(built, kv_tokens=10**6)
+
+
+def test_every_address_is_aligned(built: Path) -> None:
+    executor = load(built)
+    for call in PROGRAM.calls:
+        assert all((executor._pointer(arg).value or 1) % 64 == 0 for arg in call.args)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_of_the_pool_on_whatever_thread_steps(built: Path, threads: int) -> None:
+    executor, counts = load(built, threads=threads), []
+
+    def run() -> None:
+        step(executor, [1, 2], [0])
+        counts.append(executor._ffi.get_global_func("runtime.NumThreads")())
+
+    for _ in range(2):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert counts == [threads, threads]
+    assert os.sched_getaffinity(0) >= set(host.usable_cores())
+
+
+def test_engine_over_kernels(rank: Path) -> None:
+    contents = {f"rank0/{path.name}": path.read_bytes() for path in rank.iterdir()}
+    contents["tokenizer.json"] = byte_tokenizer().to_str().encode()
+    directory = make_directory(rank.parent / "engine", contents)
+    with Engine.load(directory, verify="full", isa="avx2", kv_tokens=64) as engine:
+        results = engine.generate([[3, 4], [5]], SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=5))
+        assert [len(result.token_ids) for result in results] == [5, 5] and engine.load_s > 0
+        logits = engine.logits([3, 4])
+        assert results[0].token_ids[0] == int(logits[1].argmax())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "program.json", "kernels-avx2.so"])
+def test_missing_file_is_named(rank: Path, name: str) -> None:
+    (rank / name).unlink()
+    with pytest.raises(EngineError, match=rf"{name} is missing; copy the engine again"):
+        load(rank)
+
+
+def test_kernel_and_tensor_that_are_missing(rank: Path, weights: dict[str, np.ndarray]) -> None:
+    program = (rank / "program.json").read_text()
+    (rank / "program.json").write_text(program.replace('"lookup"', '"look"'))
+    with pytest.raises(EngineError, match=r"kernel look is missing from .*kernels-avx2\.so"):
+        load(rank)
+    write_weights(rank / "weights.safetensors", {"table": weights["table"]})
+    with pytest.raises(EngineError, match=r"tensors of .*: found 1 missing, the first of them head"):
+        load(rank)
+
+
+def test_impossible_thread_count(built: Path) -> None:
+    with pytest.raises(EngineError, match="cpu: threads: found 0, expected 1 or more"):
+        load(built, threads=0)
+
+
+def test_isa_is_the_best_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["amx"])
+    monkeypatch.setattr(cpu, "_allow_amx", lambda: True)
+    everything = ("avx2", "amx", "avx512vnni")
+    assert choose_isa(everything) == "amx"
+    assert choose_isa(("avx2", "avx512vnni")) == "avx512vnni"
+    assert choose_isa(everything, "avx2") == "avx2"
+    monkeypatch.setenv("BELLE_ISA", "avx512vnni")
+    assert choose_isa(everything) == "avx512vnni" and choose_isa(everything, "avx2") == "avx2"
+    monkeypatch.delenv("BELLE_ISA")
+    monkeypatch.setattr(cpu, "_allow_amx", lambda: False)
+    assert choose_isa(everything) == "avx512vnni"
+    with pytest.raises(EngineError, match=r"the operating system refuses AMX; use Linux 5\.16 or newer"):
+        choose_isa(everything, "amx")
+
+
+def test_isa_that_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
+    with pytest.raises(EngineError, match="this host lacks amx: found no amx_int8, amx_tile, avx512_vnni"):
+        choose_isa(("avx2", "amx"), "amx")
+    with pytest.raises(EngineError, match="the engine has no kernels for amx: found avx2; choose one of these"):
+        choose_isa(("avx2",), "amx")
+    with pytest.raises(EngineError, match="instruction set: found sse9, expected one of amx, avx512vnni, avx2"):
+        choose_isa(("avx2",), "sse9")
+    with pytest.raises(EngineError, match="no instruction set of the engine: found avx2, expected one of avx512vnni"):
+        choose_isa(("avx512vnni",))

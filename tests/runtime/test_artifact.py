@@ -1,0 +1,170 @@
+"""Manifest: round trip, and a clear sentence for everything that does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import host
+from runtime.artifact import (
+    FileRecord,
+    Requirements,
+    TargetInfo,
+    check_host,
+    manifest_schema,
+    manifest_text,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from runtime.errors import EngineError
+from tests.runtime.fakes import make_directory, manifest
+
+CONTENTS = {"tokenizer.json": b"{}", "rank0/program.json": b"{ }\n", "rank0/weights.safetensors": bytes(range(200))}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return make_directory(tmp_path / "engine", CONTENTS)
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_round_trip_is_exact_and_canonical(tmp_path: Path) -> None:
+    written = manifest({"a/b.bin": FileRecord("ab" * 32, 3)}, accuracy={"kl": 0.01})
+    text = write_manifest(tmp_path, written).read_text(encoding="utf-8")
+    assert read_manifest(tmp_path) == written
+    assert text == manifest_text(read_manifest(tmp_path))
+    assert text.endswith("}\n") and list(json.loads(text)) == sorted(json.loads(text))
+
+
+def test_whole_directory_verifies_with_progress(directory: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    verify_files(directory, read_manifest(directory), full=True, progress=lambda *args: seen.append(args))
+    total = sum(map(len, CONTENTS.values()))
+    assert {name for name, _, _ in seen} == set(CONTENTS)
+    assert seen[-1][1:] == (total, total)
+
+
+def test_header_check_skips_large_files_and_full_does_not(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.artifact.ALWAYS_DIGESTED_BYTES", 100)
+    (directory / "rank0/weights.safetensors").write_bytes(bytes(200))
+    verify_files(directory, read_manifest(directory), full=False)
+    with pytest.raises(EngineError, match=r"digest of rank0/weights\.safetensors: found SHA-256 .*rebuild"):
+        verify_files(directory, read_manifest(directory), full=True)
+
+
+def test_tampered_file_is_named(directory: Path) -> None:
+    (directory / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(EngineError, match=r"digest of tokenizer\.json: found .*the file was changed after the build"):
+        verify_files(directory, read_manifest(directory), full=False)
+
+
+def test_truncated_file_is_named_with_both_sizes(directory: Path) -> None:
+    os.truncate(directory / "rank0/weights.safetensors", 10)
+    with pytest.raises(EngineError, match=r"size of rank0/weights\.safetensors: found 10 bytes, expected 200 bytes; copy"):
+        verify_files(directory, read_manifest(directory), full=False)
+
+
+def test_missing_file_is_named(directory: Path) -> None:
+    (directory / "rank0/program.json").unlink()
+    with pytest.raises(EngineError, match=r"file rank0/program\.json is missing from .*; copy the engine again"):
+        verify_files(directory, read_manifest(directory), full=False)
+
+
+def test_link_out_of_the_directory_is_refused(directory: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(CONTENTS["tokenizer.json"])
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").symlink_to(outside)
+    with pytest.raises(EngineError, match=r"tokenizer\.json is a link out of"):
+        verify_files(directory, read_manifest(directory), full=False)
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../b", "a\\b", "a//b", ".", ""])
+def test_path_that_escapes_is_refused(directory: Path, path: str) -> None:
+    edit(directory, files={path: {"sha256": "0" * 64, "bytes": 1}})
+    with pytest.raises(EngineError, match=r"field files does not fit: found path .*expected a relative path inside"):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize(("version", "found"), [(2, "2"), ("1", '"1"'), (True, "true")])
+def test_other_format_version(directory: Path, version: object, found: str) -> None:
+    edit(directory, format_version=version)
+    with pytest.raises(EngineError, match=rf"format version of .*: found {found}, expected 1; rebuild the engine"):
+        read_manifest(directory)
+
+
+def test_directory_that_is_no_engine(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"is not an engine: found no manifest\.json; give the directory"):
+        read_manifest(tmp_path)
+
+
+def test_manifest_that_is_not_json(directory: Path) -> None:
+    (directory / "manifest.json").write_bytes(b'{"format_version": \xff')
+    with pytest.raises(EngineError, match=r"manifest\.json is not JSON: found .*; rebuild"):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surprise": 1}, "field surprise does not fit: found an unknown field, expected one of model"),
+        ({"model": {"family": "bloom"}}, r"field model\.name does not fit: found nothing, expected a string"),
+        ({"special_tokens": None}, "field special_tokens does not fit: found null, expected an object"),
+        ({"kernel_calls": {"before": True, "after": 1}}, r"kernel_calls\.before does not fit: found true, expected an integer"),
+        ({"passes": {}}, "field passes does not fit: found an object, expected a list"),
+        ({"files": {"a": {"sha256": "xyz", "bytes": 1}}}, r'files\.a\.sha256 does not fit: found "xyz", expected 64 hex'),
+        ({"files": {"a": {"sha256": "0" * 64, "bytes": -1}}}, r"files\.a\.bytes does not fit: found -1"),
+    ],
+)
+def test_malformed_field_is_named(directory: Path, changes: dict[str, Any], message: str) -> None:
+    edit(directory, **changes)
+    with pytest.raises(EngineError, match=message):
+        read_manifest(directory)
+
+
+def test_unknown_isa_is_refused_when_written(tmp_path: Path) -> None:
+    target = TargetInfo("cpu", ("neon",), Requirements("x86_64", ("neon",), 0))
+    with pytest.raises(EngineError, match=r"target\.isas does not fit: found neon, expected among amx, avx512vnni, avx2"):
+        write_manifest(tmp_path, manifest(target=target))
+
+
+def test_schema_names_every_field(directory: Path) -> None:
+    schema = manifest_schema()
+    assert set(schema["required"]) == set(json.loads((directory / "manifest.json").read_text()))
+    assert schema["properties"]["special_tokens"]["properties"]["eos"] == {"type": "array", "items": {"type": "integer"}}
+
+
+def need(isa: str, memory: int = 0, arch: str = "x86_64") -> TargetInfo:
+    return TargetInfo("cpu", (isa,), Requirements(arch, (isa,), memory))
+
+
+def test_host_lacks_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    check_host(manifest(target=need("avx2")))
+    with pytest.raises(EngineError, match=r"found instruction sets avx2 \(avx512vnni lacks avx512_vnni, .*expected one of avx"):
+        check_host(manifest(target=need("avx512vnni")))
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset())
+    with pytest.raises(EngineError, match=r"found instruction sets none known \(avx2 lacks avx2, f16c, fma\)"):
+        check_host(manifest(target=need("avx2")))
+
+
+def test_host_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "host_arch", lambda: ("Linux", "aarch64"))
+    with pytest.raises(EngineError, match="found Linux aarch64, expected Linux x86_64"):
+        check_host(manifest(target=need("avx2")))
+
+
+def test_host_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["amx"])
+    monkeypatch.setattr(host, "memory_bytes", lambda: 2 << 30)
+    with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 8\.0 GiB; run it on a larger host"):
+        check_host(manifest(target=need("amx", 8 << 30)))

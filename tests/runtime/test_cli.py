@@ -1,0 +1,138 @@
+"""belle-run over a fake engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from runtime import Engine, EngineError
+from runtime.cli import main
+from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
+
+ANSWER = "你好,世界"
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Engine.load gives an engine that answers every prompt with ANSWER; the arguments of each load."""
+    calls: list[dict[str, Any]] = []
+
+    def load(directory: Path, **options: Any) -> Engine:
+        calls.append({"directory": directory, **options})
+        engine = make_engine()
+        answer = engine.tokenizer.encode(ANSWER)
+
+        def rule(context: list[int]) -> Any:
+            said = next((n for n in range(len(answer), 0, -1) if context[-n:] == answer[:n]), 0)
+            return script_rule(len(context) - said, answer)(context)
+
+        return make_engine(FakeExecutor(rule, max_blocks=16))
+
+    monkeypatch.setattr(Engine, "load", load)
+    return calls
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, ["engine", *arguments], input=stdin)
+
+
+@pytest.mark.usefixtures("loads")
+def test_answer_on_stdout_and_speed_on_stderr() -> None:
+    result = run("hello")
+    assert result.exit_code == 0 and result.stdout == ANSWER + "\n"
+    assert "tokens/s, first after" in result.stderr
+
+
+@pytest.mark.usefixtures("loads")
+def test_json_is_one_object() -> None:
+    result = run("hello", "--json", "--temperature", "0")
+    plain = json.loads(result.stdout)
+    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}
+    assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
+    assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
+    assert ANSWER in result.stdout and result.stderr == ""
+
+
+@pytest.mark.usefixtures("loads")
+def test_sampling_options_reach_the_request() -> None:
+    assert json.loads(run("x", "--json", "--max-new-tokens", "1").stdout)["finish_reason"] == "length"
+    assert json.loads(run("x", "--json", "--stop", "世", "--stop", "q").stdout)["text"] == "你好,"
+    raw = json.loads(run("hello", "--json", "--raw").stdout)["prompt_token_ids"]
+    assert raw == make_engine().tokenizer.encode("hello")
+
+
+def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:
+    run("x", "--threads", "3", "--isa", "avx2", "--kv-tokens", "64", "--verify")
+    run("x")
+    assert loads[0] == {"directory": Path("engine"), "threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
+    assert loads[1] == {"directory": Path("engine"), "threads": None, "isa": None, "kv_tokens": None, "verify": "header"}
+
+
+@pytest.mark.usefixtures("loads")
+def test_lines_of_a_pipe_are_turns_of_one_chat() -> None:
+    result = run("--json", stdin="first\n\nsecond\n/reset\nthird\n/exit\nnever\n")
+    tokenizer = make_engine().tokenizer
+    prompts = [tokenizer.decode(json.loads(line)["prompt_token_ids"]) for line in result.stdout.splitlines()]
+    assert prompts == [
+        "user: first\nassistant:",
+        f"user: first\nassistant: {ANSWER}\nuser: second\nassistant:",
+        "user: third\nassistant:",
+    ]
+
+
+@pytest.mark.usefixtures("loads")
+def test_raw_turns_stand_alone() -> None:
+    result = run("--json", "--raw", stdin="first\nsecond")
+    ids = [json.loads(line)["prompt_token_ids"] for line in result.stdout.splitlines()]
+    assert ids == [make_engine().tokenizer.encode(text) for text in ("first", "second")]
+
+
+@pytest.mark.usefixtures("loads")
+def test_errors_are_one_sentence_and_exit_code_1() -> None:
+    for arguments, sentence in [
+        (["x", "--top-p", "3"], "sampling: top_p: found 3.0, expected above 0 and at most 1.\n"),
+        (["x" * 400], "request: the prompt and one token are too long: found "),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 1 and result.stdout == ""
+        assert result.stderr.startswith(sentence) and result.stderr.count("\n") == 1
+
+
+def test_errors_of_loading(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [str(tmp_path), "x"])
+    assert result.exit_code == 1 and "is not an engine: found no manifest.json" in result.stderr
+    directory = make_directory(tmp_path / "e", {"tokenizer.json": b"{}"})
+    (directory / "tokenizer.json").write_bytes(b"[]")
+    result = CliRunner().invoke(main, [str(directory), "x"])
+    assert result.exit_code == 1 and "digest of tokenizer.json" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Engine:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "load", load)
+    assert run("x").exit_code == 130
+
+
+def test_bug_is_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Engine:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Engine, "load", load)
+    assert isinstance(run("x").exception, ZeroDivisionError)
+
+
+def test_help_shows_examples() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    for text in ("Examples:", 'belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"', "--repetition-penalty", "/reset"):
+        assert text in result.stdout
+
+
+def test_error_class_is_the_runtime_s() -> None:
+    assert issubclass(EngineError, Exception)

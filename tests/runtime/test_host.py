@@ -1,0 +1,58 @@
+"""What is read from /proc and /sys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime import host
+
+
+def flags_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: x\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t: fpu\n")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+
+
+AVX2 = "fpu avx2 fma f16c"
+VNNI = f"{AVX2} avx512f avx512bw avx512vl avx512dq avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("flags", "isas"),
+    [
+        ("fpu sse2", ()),
+        ("avx2 fma", ()),
+        (AVX2, ("avx2",)),
+        (f"{VNNI} amx_tile", ("avx512vnni", "avx2")),
+        (f"{VNNI} amx_tile amx_int8", ("amx", "avx512vnni", "avx2")),
+        (f"{AVX2} amx_tile amx_int8", ("avx2",)),
+    ],
+)
+def test_isas_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, isas: tuple[str, ...]) -> None:
+    flags_file(tmp_path, monkeypatch, flags)
+    assert host.host_isas() == isas
+
+
+def test_missing_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags_file(tmp_path, monkeypatch, VNNI)
+    assert host.missing_flags("amx") == ["amx_int8", "amx_tile"]
+
+
+def test_no_cpuinfo_is_no_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "none")
+    assert host.cpu_flags() == frozenset()
+
+
+def test_container_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8, 9})
+    assert host.usable_cores() == [3, 5, 8, 9]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert host.usable_cores() == [3, 5, 8, 9]
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert host.usable_cores() == [3, 5]
+    whole = host.memory_bytes()
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert host.memory_bytes() == 1048576 < whole

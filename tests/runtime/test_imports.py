@@ -1,0 +1,39 @@
+"""What `import runtime` pulls in: the serving host has neither compiler nor torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOREIGN = {"torch", "transformers", "onnx", "onnx_ir", "tvm", "pydantic", "rich", "safetensors", "compiler", "passes"}
+HEAVY = {"numpy", "tokenizers", "jinja2", "tvm_ffi", "click"}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys, json; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("statement", ["import runtime", "import runtime.artifact, runtime.program, runtime.errors"])
+def test_light_imports(statement: str) -> None:
+    assert not modules_after(statement) & (FOREIGN | HEAVY)
+
+
+@pytest.mark.parametrize(
+    "statement", ["from runtime import Engine, SamplingParams", "import runtime.executors.cpu, runtime.cli"]
+)
+def test_runtime_needs_no_compiler(statement: str) -> None:
+    assert not modules_after(statement) & (FOREIGN | {"tvm_ffi"})
+
+
+def test_unknown_name() -> None:
+    import runtime
+
+    with pytest.raises(AttributeError, match="module 'runtime' has no attribute 'Motor'"):
+        _ = runtime.Motor

@@ -1,0 +1,97 @@
+"""Anonymous pages and mapped weights."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import EngineError
+from runtime.memory import WeightsFile, anonymous
+
+
+def write_weights(path: Path, tensors: dict[str, np.ndarray], align: int = 64) -> Path:
+    """safetensors whose data begins at a multiple of `align` bytes."""
+    names = {"float32": "F32", "int8": "I8", "uint8": "U8"}
+    header, offset = {"__metadata__": {"format": "belle"}}, 0
+    for name, tensor in tensors.items():
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": names[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": span}  # type: ignore[assignment]
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensor.tobytes() for tensor in tensors.values()))
+    return path
+
+
+TENSORS = {"a": np.arange(32, dtype=np.float32), "b": np.arange(-64, 64, dtype=np.int8).reshape(2, 64)}
+
+
+def test_tensors_lie_where_the_header_says(tmp_path: Path) -> None:
+    weights = WeightsFile(write_weights(tmp_path / "w", TENSORS))
+    for name, tensor in TENSORS.items():
+        assert weights.address(name) % 64 == 0 and weights.sizes[name] == tensor.nbytes
+        assert ctypes.string_at(weights.address(name), tensor.nbytes) == tensor.tobytes()
+    weights.require(["a", "b"])
+
+
+def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
+    numpy_io = pytest.importorskip("safetensors.numpy")
+    data = bytearray(numpy_io.save(TENSORS))
+    (length,) = struct.unpack("<Q", data[:8])
+    padding = -(8 + length) % 64
+    data[:8] = struct.pack("<Q", length + padding)
+    data[8 + length : 8 + length] = b" " * padding
+    (tmp_path / "w").write_bytes(data)
+    weights = WeightsFile(tmp_path / "w")
+    assert ctypes.string_at(weights.address("b"), 128) == TENSORS["b"].tobytes()
+
+
+def test_missing_tensor_and_file(tmp_path: Path) -> None:
+    weights = WeightsFile(write_weights(tmp_path / "w", TENSORS))
+    with pytest.raises(EngineError, match=r"tensors of .*w: found 2 missing, the first of them head; copy"):
+        weights.require(["a", "tail", "head"])
+    with pytest.raises(EngineError, match="none is missing; copy the engine again"):
+        WeightsFile(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "found cannot mmap an empty file"),
+        (b"1234", "found 4 bytes"),
+        (struct.pack("<Q", 1000) + b"{}", "found a header of 1000 bytes in a file of 10"),
+        (struct.pack("<Q", 2) + b"[]", "found a header that does not parse"),
+        (struct.pack("<Q", 2) + b"{x", "found a header that does not parse"),
+        (struct.pack("<Q", 24) + b'{"a": {"dtype": "F32"}  ', "found a header that does not parse"),
+    ],
+)
+def test_damaged_file(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "w").write_bytes(data)
+    with pytest.raises(EngineError, match=f"weights .*: {message}.*expected aligned safetensors; copy"):
+        WeightsFile(tmp_path / "w")
+
+
+def test_truncated_and_unaligned_tensors(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "w", TENSORS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(EngineError, match="found tensor b at bytes 128 to 256 of 255"):
+        WeightsFile(path)
+    odd = {"a": np.zeros(4, np.float32), **TENSORS}
+    with pytest.raises(EngineError, match=r"found tensor \w at byte \d+, not a multiple of 64"):
+        WeightsFile(write_weights(tmp_path / "odd", {"z": np.zeros(5, np.float32), **odd}))
+
+
+@pytest.mark.skipif(Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2", reason="needs overcommit")
+def test_anonymous_memory_is_zero_writable_and_free_until_touched() -> None:
+    small = anonymous(100)
+    assert small.ctypes.data % 64 == 0 and not small.any() and len(small) == 100
+    huge = anonymous(1 << 42)  # 4 TiB: more than any test host has
+    huge[1 << 41] = 7
+    assert huge[1 << 41] == 7
+    with pytest.raises(EngineError, match=r"memory: found .* for 1073741824\.0 GiB; load with fewer kv_tokens"):
+        anonymous(1 << 60)

@@ -1,0 +1,107 @@
+"""program.json: round trip and validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import EngineError
+from runtime.program import (
+    KV,
+    Arena,
+    Call,
+    FusionCalls,
+    Input,
+    KVLayout,
+    Logits,
+    Program,
+    Weight,
+    program_from_json,
+    read_program,
+)
+
+CALLS = (
+    Call("embedding", "embed", "T", (Input("token_ids"), Weight("table"), Arena(0), Input("T")), kernel="gather", bytes=512),
+    Call("attention", "h.0", "T", (Arena(0), KV(0, "k"), KV(0, "v")), variants=((1, "a1"), (16, "a16"), (None, "a"))),
+    Call("linear", "head", "R", (Arena(0), Weight("head")), variants=((4, "l4"), (8, "l8"))),
+)
+PROGRAM = Program(
+    max_tokens=32, max_rows=8, max_sequences=4, max_blocks=4, arena_bytes=8192, vocab_size=100, logits=Logits(4096, 128),
+    kv=KVLayout(2, 2, 16, "float16"), calls=CALLS, kernel_calls=FusionCalls(9, 3),
+)  # fmt: skip
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    text = PROGRAM.to_json()
+    (tmp_path / "program.json").write_text(text)
+    read = read_program(tmp_path)
+    assert read == PROGRAM and read.to_json() == text
+    assert json.loads(text)["calls"][1]["variants"] == {"1": "a1", "16": "a16", "any": "a"}
+    assert json.loads(text)["calls"][1]["args"][1] == {"kv": 0, "part": "k"}
+
+
+def test_variants_come_in_row_order_whatever_the_order_in_the_file() -> None:
+    call = program_from_json(PROGRAM.to_json()).calls[1]
+    assert [call.kernel_for(rows) for rows in (1, 2, 16, 17, 400)] == ["a1", "a16", "a16", "a", "a"]
+    assert CALLS[0].kernel_for(3) == "gather"
+
+
+def test_names_and_sizes() -> None:
+    assert PROGRAM.kernel_names() == ("a", "a1", "a16", "gather", "l4", "l8")
+    assert PROGRAM.weight_names() == ("head", "table")
+    assert PROGRAM.max_context == 64
+    assert PROGRAM.kv.part_block_bytes == 2 * 16 * 16 * 2
+    assert PROGRAM.kv.block_bytes == 4 * PROGRAM.kv.part_block_bytes
+
+
+def spoil(change: Callable[[dict[str, Any]], object]) -> str:
+    plain = json.loads(PROGRAM.to_json())
+    change(plain)
+    return json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update(format=2), r"format of program\.json: found 2, expected 1; rebuild"),
+        (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
+        (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
+        (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
+        (lambda p: p.update(max_rows=0), "field max_rows does not fit: found 0, expected at least 1"),
+        (lambda p: p["kv"].update(dtype="int8"), r"kv\.dtype does not fit: found int8, expected float32 or float16"),
+        (lambda p: p["logits"].update(stride=64), "field logits does not fit: found bytes 4096 to 6144, stride 64"),
+        (lambda p: p["logits"].update(offset=4160), "field logits does not fit"),
+        (lambda p: p["calls"][0]["args"].append({"arena": 8}), r"calls\[0\] \(embed\)\.args does not fit: found arena off"),
+        (lambda p: p["calls"][0]["args"].append({"arena": 8192}), "found arena offset 8192, expected a multiple of 64 below"),
+        (lambda p: p["calls"][0]["args"].append({"kv": 2, "part": "k"}), "found kv layer 2, expected a layer below 2"),
+        (lambda p: p["calls"][0]["args"].append({"input": "mask"}), "found input mask, expected one of token_ids"),
+        (lambda p: p["calls"][0]["args"].append({"kv": 0, "part": "q"}), r"calls\[0\]\.args\[4\] does not fit"),
+        (lambda p: p["calls"][0].update(rows="B"), r"calls\[0\] \(embed\)\.rows does not fit: found B, expected T or R"),
+        (lambda p: p["calls"][0].pop("kernel"), r"\(embed\)\.kernel does not fit: found none, expected a kernel for up to 32"),
+        (lambda p: p["calls"][2]["variants"].pop("8"), r"\(head\)\.kernel does not fit: found l4, expected a kernel for up"),
+        (lambda p: p["calls"][2]["variants"].update(many="x"), r"variants does not fit: found many: x, expected a row count"),
+        (lambda p: p["calls"][0].update(bytes="1"), r"calls\[0\]\.bytes does not fit"),
+        (lambda p: p["calls"][0].pop("node"), r"calls\[0\]\.node does not fit: found nothing"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        program_from_json(spoil(change))
+
+
+def test_inconsistent_program_is_not_written() -> None:
+    with pytest.raises(EngineError, match=r"program: field logits does not fit.*fix the backend"):
+        dataclasses.replace(PROGRAM, arena_bytes=4096).to_json()
+
+
+def test_missing_and_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"program\.json is missing; copy the engine again"):
+        read_program(tmp_path)
+    (tmp_path / "program.json").write_text("{")
+    with pytest.raises(EngineError, match=r"program\.json is not JSON"):
+        read_program(tmp_path)

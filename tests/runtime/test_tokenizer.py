@@ -1,0 +1,140 @@
+"""Streaming text: the pieces add up, characters stay whole, stop strings are cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import EngineError
+from runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
+from tests.runtime.fakes import byte_tokenizer, sentencepiece_tokenizer, special_tokens
+
+BYTES = Tokenizer(byte_tokenizer(), special_tokens())
+SENTENCEPIECE = Tokenizer(sentencepiece_tokenizer(), special_tokens())
+TEXTS = st.text(alphabet=st.characters(exclude_characters="\ufffd", exclude_categories=("Cs",)), max_size=30)
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_pieces_add_up_and_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert pieces[-1] == "" and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_chinese_comes_with_its_last_byte() -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_vocabulary(), []))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare = Tokenizer(tokenizer, special_tokens())
+    assert stream(bare, bare.encode("你a好")) == ["", "", "你", "a", "", "", "好", ""]
+
+
+def byte_vocabulary() -> dict[str, int]:
+    return {char: index for index, char in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def test_token_that_ends_one_character_and_begins_the_next() -> None:
+    """BLOOM's merges cross characters; the finished one does not wait for the other."""
+    vocabulary = byte_vocabulary()
+    first, across, last = byte_chars("你")[:2], byte_chars("你")[2] + byte_chars("好")[0], byte_chars("好")[1:]
+    for piece in (first, across, last):
+        vocabulary[piece] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    ids = [vocabulary[piece] for piece in (first, across, last)]
+    assert stream(Tokenizer(tokenizer, special_tokens()), ids) == ["", "你", "好", ""]
+
+
+def byte_chars(text: str) -> str:
+    """ByteLevel's printable characters for the bytes of a text."""
+    normalized: str = tokenizers.normalizers.ByteLevel().normalize_str(text)
+    return normalized
+
+
+def test_sentencepiece_keeps_the_spaces_between_words() -> None:
+    ids = [SENTENCEPIECE._tokenizer.token_to_id(piece) for piece in ("▁Hello", "▁world", "▁", "▁world", "!")]
+    assert stream(SENTENCEPIECE, ids) == ["Hello", " world", " ", " world", "!", ""]
+
+
+def test_special_token_between_words_costs_no_space() -> None:
+    ids = [SENTENCEPIECE._tokenizer.token_to_id(piece) for piece in ("▁Hello", "</s>", "▁world")]
+    assert stream(SENTENCEPIECE, ids) == ["Hello", "", " world", ""]
+
+
+def test_unfinished_character_shows_at_the_end() -> None:
+    assert stream(BYTES, byte_ids("好")[:2]) == ["", "", "\ufffd"]
+
+
+def byte_ids(text: str) -> list[int]:
+    return [BYTES._tokenizer.token_to_id(char) for char in byte_chars(text)]
+
+
+def test_what_never_becomes_text_is_not_held_for_ever() -> None:
+    lonely = byte_ids("好")[1]
+    pieces = stream(BYTES, [lonely] * 20)
+    assert "".join(pieces) == BYTES.decode([lonely] * 20)
+    assert any(pieces[:12])
+
+
+def test_bos_is_added_once_and_only_where_wanted() -> None:
+    tokenizer = Tokenizer(byte_tokenizer(), special_tokens(add_bos=True))
+    assert tokenizer.encode("hello")[0] == 1 and tokenizer.encode("hello")[1] != 1
+    assert tokenizer.encode("<s>hello") == tokenizer.encode("hello")
+    assert BYTES.encode("hello")[0] != 1
+
+
+def test_saved_truncation_and_padding_are_off() -> None:
+    raw = byte_tokenizer()
+    raw.enable_truncation(2)
+    raw.enable_padding(length=8)
+    assert Tokenizer(raw, special_tokens()).encode("assistant: user") == BYTES.encode("assistant: user")
+
+
+def test_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"a": 1}))
+    with pytest.raises(EngineError, match=r"tokenizer\.json is no tokenizer: found .*; rebuild"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json", special_tokens())
+
+
+@settings(deadline=None)
+@given(
+    text=st.text("abc", max_size=20),
+    cuts=st.lists(st.integers(0, 20)),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_cut_wherever_the_borders_are(text: str, cuts: list[int], stops: list[str]) -> None:
+    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stop = StopStrings(stops)
+    out = ""
+    for first, last in itertools.pairwise(borders):
+        out += stop.push(text[first:last])
+        if stop.found:
+            break
+    starts = [text.index(s) for s in stops if s in text]
+    assert stop.found == bool(starts)
+    if stop.found:
+        # The first stop string to be complete wins, so one that begins earlier but ends later may be cut by another.
+        ends = min(text.index(s) + len(s) for s in stops if s in text)
+        assert text.startswith(out) and len(out) < ends and not any(s in out for s in stops)
+    else:
+        assert out + stop.flush() == text
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
+    stop = StopStrings(["Human:"])
+    assert [stop.push(piece) for piece in ("Hi\nHu", "ma", "t Human", ": x")] == ["Hi\n", "", "Humat ", ""]
+    assert stop.found

@@ -1,0 +1,92 @@
+"""Imports go one way, and `import runtime` stays small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("compiler", "passes", "runtime")
+NOT_IN_RUNTIME = ("torch", "transformers", "onnx", "onnx_ir", "tvm", "compiler", "passes", "pydantic", "rich")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules a file imports, those inside functions too."""
+    names: set[str] = set()
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, *modules: str) -> bool:
+    """Whether a name is one of the modules or something inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def sources(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"no sources in {package}/"
+    return found
+
+
+def offenders(
+    package: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = (), besides: tuple[str, ...] = ()
+) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(package)
+        if str(path.relative_to(ROOT)) not in besides
+        for name in sorted(imports(path))
+        if within(name, *forbidden) and not within(name, *allowed)
+    ]
+
+
+def test_passes_import_only_the_ir_and_the_errors() -> None:
+    assert offenders("passes", OURS, allowed=("passes", "compiler.ir", "compiler.errors")) == []
+
+
+def test_only_the_driver_imports_passes() -> None:
+    assert offenders("compiler", ("passes",), besides=("compiler/driver.py",)) == []
+
+
+def test_runtime_imports_neither_sibling_nor_their_needs() -> None:
+    assert offenders("runtime", NOT_IN_RUNTIME) == []
+
+
+def test_ir_imports_nothing_else_of_the_compiler() -> None:
+    assert offenders("compiler/ir", OURS, allowed=("compiler.ir", "compiler.errors")) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("import torch.nn as nn", "torch.nn"),
+        ("from compiler import driver", "compiler.driver"),
+        ("from ..ir import text", "compiler.ir.text"),
+        ("def f():\n    from passes.base import Pass", "passes.base.Pass"),
+    ],
+)
+def test_imports_are_seen(statement: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "compiler/backends/module.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(statement, encoding="utf-8")
+    assert imports(path) == {name}
+    assert within(name, name.split(".")[0]) and not within("torchvision", "torch")
+
+
+def test_import_runtime_pulls_in_nothing_of_the_compiler() -> None:
+    code = f"import sys, runtime; print(sorted(set(sys.modules) & set({NOT_IN_RUNTIME!r})))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
