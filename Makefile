@@ -1,5 +1,5 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, THREADS.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,9 +26,12 @@ lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## Measure the demo's engine, building it first if needed.
+bench: $(VENV)/.installed ## Measure accuracy, and speed against memory bandwidth (some minutes, 5 GB of disk).
 	test -e $(DEMO)/manifest.json || $(MAKE) demo
-	$(BIN)/python -m benchmarks.engine_speed $(DEMO)
+	$(BIN)/python -m benchmarks.accuracy --engine $(DEMO)
+	$(BIN)/python -m benchmarks.checkpoints llama-1b build/checkpoints/llama-1b
+	$(BIN)/belle-compile build build/checkpoints/llama-1b --target cpu --force -o build/engines/llama-1b
+	$(BIN)/python -m benchmarks.decode build/engines/llama-1b --out benchmarks/results/decode-llama-1b.json
 
 clean: ## Remove what was built; keeps the environment and artifacts.
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

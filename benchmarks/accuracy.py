@@ -12,15 +12,13 @@ import json
 import math
 import pydoc_data.topics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks import machine
 from benchmarks.fetch_smollm2 import fetch
-from benchmarks.simulation import logits, simulate
+from benchmarks.simulation import load_fp32, logits, simulate
 from runtime import Engine
 
 WINDOW = 512
@@ -70,10 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     gguf = fetch(Path("build/smollm2"))
 
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).eval()
-
-    reference, simulation = load(), simulate(load())
+    reference, simulation = load_fp32(gguf), simulate(load_fp32(gguf))
     comparisons = {name: Comparison() for name in ("engine against fp32", "simulation against fp32", "engine against simulation")}
     with Engine.load(arguments.engine) as engine:
         windows = documentation_windows(engine, arguments.windows)

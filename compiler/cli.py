@@ -44,6 +44,7 @@ def cli() -> None:
     "--quant", type=click.Choice(["int8", "none"]), default="int8", show_default=True,
     help="int8: weights per output channel, activations per token. none: float32, for comparison.",
 )  # fmt: skip
+@click.option("--isa", "isas", multiple=True, metavar="NAME", help="Carry kernels for this instruction set only; repeatable.")
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each pass, as text.")
 @click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
@@ -53,6 +54,7 @@ def build(
     target: str,
     output: Path,
     quant: str,
+    isas: tuple[str, ...],
     template: str | None,
     dump_ir: Path | None,
     force: bool,
@@ -73,8 +75,8 @@ def build(
     started = time.perf_counter()
     with terminal.progress_bars() as progress:
         request = driver.BuildRequest(
-            checkpoint=checkpoint, output=output, target=target, quantization=quant, template=template, dump_ir=dump_ir,
-            force=force, on_progress=progress,
+            checkpoint=checkpoint, output=output, target=target, quantization=quant, isas=isas, template=template,
+            dump_ir=dump_ir, force=force, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -44,6 +44,7 @@ class AtomicDirectory:
         self._replace, self._replaceable, self._needed = replace, replaceable, needed
         self._lock: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._stopped_by: int | None = None
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> AtomicDirectory:
@@ -66,6 +67,8 @@ class AtomicDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
+        if isinstance(error, Exception):
+            self._raise_if_stopped(error)
 
     def check_space(self, needed: int) -> None:
         """Raises CompileError when fewer than `needed` bytes are free where the output goes; kept for later messages."""
@@ -86,6 +89,7 @@ class AtomicDirectory:
 
     def commit(self) -> None:
         """Puts the content in place as `out`, replacing an engine that is there, and makes that last through a power cut."""
+        self._raise_if_stopped()
         self._check_output()
         try:
             for folder, _, _ in os.walk(self.path):
@@ -184,12 +188,23 @@ class AtomicDirectory:
             signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
     def _catch_signals(self) -> None:
-        """Turns SIGTERM and SIGHUP into an exception that cleans up, unless the program handles or ignores them itself."""
+        """Turns SIGTERM and SIGHUP into an exception that cleans up, as SIGINT is, unless the program has its own way."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                self._handlers[number] = signal.signal(number, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                self._handlers[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopped_by = number
+        self._raise_if_stopped()
+
+    def _raise_if_stopped(self, error: Exception | None = None) -> None:
+        """Native code that a signal's exception passes through may swallow it or make another one of it, as TVM does."""
+        if self._stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        if self._stopped_by is not None:
+            raise SystemExit(128 + self._stopped_by) from error
 
     def _disk_full(self, what: str) -> CompileError:
         return CompileError(
@@ -199,10 +214,6 @@ class AtomicDirectory:
             expected=f"{self._needed} bytes needed" if self._needed else "",
             remedy="free some space or choose another -o",
         )
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _sync(folder: Path) -> None:

@@ -47,13 +47,15 @@ _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for what, and where to. `quantization` names a preset of passes; `on_progress(stage, done, total)`
-    hears how far the build is, with total 0 for a stage whose length is unknown."""
+    """What to compile, for what, and where to. `quantization` names a preset of passes; `isas` keeps some of the target's
+    instruction sets (all by default); `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage
+    whose length is unknown."""
 
     checkpoint: str | Path
     output: Path
     target: str = "cpu"
     quantization: str = "int8"
+    isas: tuple[str, ...] = ()
     template: str | None = None
     dump_ir: Path | None = None
     force: bool = False
@@ -66,7 +68,8 @@ def build(request: BuildRequest) -> Path:
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
     give the same bytes. Peak memory is a few tensors, whatever the checkpoint's size.
     """
-    say, target, preset = request.on_progress, targets.parse(request.target), _preset(request.quantization)
+    target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
+    say = request.on_progress
     with EngineWriter(request.output, force=request.force) as writer:
         say("open", 0, 0)
         checkpoint = open_checkpoint(request.checkpoint, template=request.template)

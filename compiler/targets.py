@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from compiler.errors import CompileError
 
@@ -22,6 +23,13 @@ class Target:
     isas: tuple[str, ...]
     ranks: int
     description: str
+
+    def carrying(self, isas: Sequence[str]) -> Target:
+        """The same target with only some of its instruction sets; all of them for none named."""
+        if unknown := [isa for isa in isas if isa not in self.isas]:
+            what, known = f"instruction set of {self.name}", ", ".join(self.isas)
+            raise CompileError("target", what, found=", ".join(unknown), expected=known)
+        return replace(self, isas=tuple(isa for isa in self.isas if not isas or isa in isas))
 
 
 CPU = Target(

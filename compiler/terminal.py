@@ -80,7 +80,7 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pass_line(record: dict[str, Any]) -> str:
-    options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items())
+    options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items() if value not in ([], {}))
     line = f"{record['changes']} changes" + (f" ({options})" if options else "")
     first, count = next(iter(record["refusals"]), ""), len(record["refusals"])
     return line + (f"; {count} {'notes, the first' if count > 1 else 'note'}: {first}" if count else "")

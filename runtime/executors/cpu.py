@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ class CpuExecutor:
         cores. Threads are not bound to these CPUs: two engines on a host would be bound to the same ones.
         """
         os.environ.setdefault("TVM_BIND_THREADS", "0")
+        # Workers spin (yielding) this often for the next kernel before they sleep: about a millisecond, more than lies between
+        # the kernels of a step. TVM's default of 300,000 uses up their share of a core that others want too.
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
         cores = host.usable_cores()
         one_core_per_thread = -2  # takes effect with TVM_BIND_THREADS=1 only
         cpus = [str(cores[i % len(cores)]) for i in range(self.threads)]
@@ -189,7 +193,8 @@ def _thread_count(threads: int | None) -> int:
 def _load_tvm(library: Path) -> Any:
     """tvm_ffi with TVM's runtime library, which finds libtvm_ffi.so only when tvm_ffi was imported before."""
     try:
-        import tvm_ffi
+        with _torch_hidden():
+            import tvm_ffi
     except ImportError:
         raise EngineError("cpu", "the package apache-tvm-ffi is missing", remedy="pip install apache-tvm-ffi") from None
     # A second copy in one process would register its functions twice: the first engine's, or the compiler's, serves all.
@@ -202,6 +207,19 @@ def _load_tvm(library: Path) -> Any:
             remedy = "install the apache-tvm-ffi version of the manifest's toolchain"
             raise EngineError("cpu", f"{library} does not load", found=str(error), remedy=remedy) from None
     return tvm_ffi
+
+
+@contextlib.contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """tvm_ffi imports torch where it is installed, to exchange tensors: seconds and 200 MB that kernels by address waste."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int) -> int:

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from compiler import driver
 from compiler.backends.tvm import Lowered
+from compiler.backends.tvm.isa import AVX2
+from compiler.backends.tvm.library import compile_library
 from compiler.backends.tvm.lower import lower
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
@@ -100,8 +102,10 @@ def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
-    manifest = manifest_of(BuildRequest(llama, tmp_path / "engine", template="raw"))
+    manifest = manifest_of(BuildRequest(llama, tmp_path / "engine", template="raw", isas=("avx2",)))
     assert manifest.prompt_template.name == "raw"
+    assert manifest.target.isas == manifest.target.requires.isa == ("avx2",)
+    assert {name for name in manifest.files if "kernels-" in name} == {"rank0/kernels-avx2.so"}
     assert manifest.passes[0].options == {"template": "raw"}
 
 
@@ -118,3 +122,11 @@ def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypat
     with pytest.raises(CompileError, match=r"^tvm: op Conv"):
         build(BuildRequest(llama, tmp_path / "engine"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_c_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(CompileError, match=r"^tvm: no C compiler to link the kernels with; install one, .*apt install gcc"):
+        compile_library([], AVX2)

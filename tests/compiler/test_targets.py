@@ -32,6 +32,13 @@ def test_other_names_list_what_there_is(text: str) -> None:
         targets.parse(text)
 
 
+def test_some_of_the_instruction_sets() -> None:
+    assert targets.CPU.carrying(()) == targets.CPU
+    assert targets.CPU.carrying(("avx2", "amx")).isas == ("amx", "avx2"), "best first, whatever the order asked for"
+    with pytest.raises(CompileError, match=r"^target: instruction set of cpu: found sse4, expected amx, avx512vnni, avx2\.$"):
+        targets.CPU.carrying(("avx2", "sse4"))
+
+
 def test_cpu_has_one_rank() -> None:
     with pytest.raises(CompileError, match=r"cpu engines have 1 rank: found 4 ranks in 'cpux4'; use --target cpu\."):
         targets.parse("cpux4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -15,13 +16,15 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from compiler import directory
 from compiler.errors import CompileError
 from compiler.writer import EngineWriter
 from runtime.artifact import read_manifest, verify_files
@@ -98,7 +101,7 @@ def test_same_calls_give_the_same_bytes_and_permissions_whatever_the_umask(tmp_p
 
 def test_tensors_are_packed_one_at_a_time_and_progress_is_told(tmp_path: Path) -> None:
     events: list[str] = []
-    both = [Tensor(t.name, t.array, lambda name=t.name: events.append(name)) for t in tensors()]
+    both = [Tensor(t.name, t.array, partial(events.append, t.name)) for t in tensors()]
     with EngineWriter(tmp_path / "engine") as writer:
         writer.write_tensors("w.safetensors", both, lambda done, total: events.append(f"{done}/{total}"))
     assert events == ["layer.weight", "512/640", "layer.weight.scale", "640/640"]
@@ -106,8 +109,9 @@ def test_tensors_are_packed_one_at_a_time_and_progress_is_told(tmp_path: Path) -
 
 def test_a_tensor_unlike_its_announcement_is_a_bug_and_leaves_nothing(tmp_path: Path) -> None:
     class Wrong(Tensor):
-        def pack(self) -> np.ndarray:
-            return self.array.T
+        def pack(self) -> npt.NDArray[Any]:
+            transposed: npt.NDArray[Any] = self.array.T
+            return transposed
 
     with pytest.raises(AssertionError, match=r"w was announced as int8\[2, 64\] and packed as int8\[64, 2\]"):
         with EngineWriter(tmp_path / "engine") as writer:
@@ -133,6 +137,23 @@ def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: int, stat
     build.send_signal(number)
     build.wait(10)
     assert status is None or build.returncode == status
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_signal_is_not_lost_in_native_code(
+    tmp_path: Path, number: signal.Signals, ending: type[BaseException], swallowed: bool
+) -> None:
+    def native() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            if not swallowed:
+                raise RuntimeError("an error of the library") from None
+
+    with pytest.raises(ending):
+        write_engine(tmp_path / "engine", before=native)
     assert entries(tmp_path) == []
 
 
@@ -181,7 +202,7 @@ def test_force_replaces_an_engine_with_a_finished_one_only(tmp_path: Path) -> No
 
 def test_force_without_an_exchanging_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write_engine(tmp_path / "engine")
-    monkeypatch.setattr(directory.ctypes, "CDLL", lambda *args, **kwargs: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
     write_engine(out, force=True, tokenizer=b"[]")
     assert (out / "tokenizer.json").read_bytes() == b"[]"
     assert entries(tmp_path) == ["engine"]

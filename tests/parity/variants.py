@@ -59,7 +59,7 @@ LLAMAS: Mapping[str, dict[str, Any]] = {
     "llama_linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     # Prompts of the tests are longer than 16 tokens, so the base grows.
     "llama_dynamic_rope": {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0},
         "max_position_embeddings": 16,
     },
     "llama3_rope": {"rope_parameters": _LLAMA3, "num_key_value_heads": 2},

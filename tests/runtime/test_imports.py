@@ -32,6 +32,12 @@ def test_runtime_needs_no_compiler(statement: str) -> None:
     assert not modules_after(statement) & (FOREIGN | {"tvm_ffi"})
 
 
+def test_tvm_ffi_brings_no_torch() -> None:
+    """It would where torch is installed, as on a build host."""
+    found = modules_after("from runtime.executors import cpu\nwith cpu._torch_hidden():\n    import tvm_ffi")
+    assert "tvm_ffi" in found and not found & FOREIGN
+
+
 def test_unknown_name() -> None:
     import runtime
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import tvm
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
+from tvm.tirx.script.builder import ir as builder_ir
 
 LANES = 16
 F16 = "float32x16"
 I16 = "int32x16"
 Expr = Any  # TIR expressions have no useful static type
 Buffer = Any
+T: Any = builder_ir  # TVM's names for statements and expressions
 
 
 def prim_func(name: str, pointers: Sequence[tuple[str, str]], body: Callable[..., None]) -> tvm.tirx.PrimFunc:
@@ -220,12 +221,13 @@ def exp(x: Expr, lanes: int = LANES) -> Expr:
     def constant(value: float) -> Expr:
         return splat(value, lanes)
 
-    x = bind(T.max(T.min(x, constant(88.0)), constant(-87.33654)))
-    n = bind(rint(x * constant(1.4426950408889634), lanes))
-    r = bind(x - n * constant(0.693359375) - n * constant(-2.12194440e-4))
+    dtype = float_type(lanes)
+    x = opaque(T.max(T.min(x, constant(88.0)), constant(-87.33654)), dtype)
+    n = opaque(rint(x * constant(1.4426950408889634), lanes), dtype)
+    r = opaque(x - n * constant(0.693359375) - n * constant(-2.12194440e-4), dtype)
     p = constant(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = p * r + constant(coefficient)
-    p = bind(p * (r * r) + r + constant(1.0))
+    p = p * (r * r) + r + constant(1.0)
     power = T.shift_left(T.cast(n, int_type(lanes)) + splat_i32(127, lanes), splat_i32(23, lanes))
     return p * T.reinterpret(float_type(lanes), power)

@@ -34,13 +34,13 @@ class FlashAttention:
     def __init__(self, shape: Attention, isa: Isa, rows: int) -> None:
         self.shape, self.rows, self.dim, self.group = shape, rows, shape.head_dim, shape.group
         wide = isa.dot == "vnni"  # 32 registers of 16 floats, else 16 of 8
+        tallest, accumulators = (8, 24) if wide else (6, 6)
         queries = rows * self.group
-        passes = -(-queries // (8 if wide else 4))
-        self.tall = -(-queries // passes)  # query vectors in registers at once
-        self.queries = passes * self.tall if rows == 1 else round_up(queries, self.tall)
-        accumulators = 16 if wide else 4
+        self.tall = -(-queries // -(-queries // tallest))  # query vectors in registers at once
+        self.queries = round_up(queries, self.tall)
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
+        self.line = 16 if shape.cache_dtype == "float32" else 32  # elements of a cache line
         self.padded = round_up(self.dim, LANES)
         self.part_stride = self.padded + 2 * LANES
 
@@ -51,6 +51,7 @@ class FlashAttention:
         self.first_position = tir.opaque(tir.i64(named["positions"][row]))
         self.table = tir.opaque(tir.i64(named["sequences"][row]) * shape.max_blocks)
         self.used = tir.opaque(count * self.group)
+        self.final = tir.opaque(self.table + T.floordiv(self.first_position + (count - 1), BLOCK))  # its last block
         self.tiles = tir.opaque(T.floordiv(self.used + (self.tall - 1), self.tall))
         self.length = tir.opaque(self.first_position + count)  # tokens seen by the last row
         self.q, self.sums = tir.local(self.queries * self.dim), tir.local(self.queries * self.padded)
@@ -70,8 +71,12 @@ class FlashAttention:
             source_row = tir.opaque(row + T.floordiv(m, self.group))
             head = tir.opaque(kv_head * self.group + T.floormod(m, self.group))
             source, target = tir.opaque(shape.q.row(source_row) + head * self.dim), tir.bind(m * self.dim)
-            rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"), source_row,
-                        lambda c, lanes, value: tir.store(self.q, target + c, value * tir.splat(shape.scale, lanes), lanes))  # fmt: skip
+
+            def scaled(c: Expr, lanes: int, value: Expr) -> None:
+                tir.store(self.q, target + c, value * tir.splat(shape.scale, lanes), lanes)
+
+            rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"),
+                        source_row, scaled)  # fmt: skip
             if shape.alibi:
                 tir.store(self.slopes, m, named["slopes"][head], 1)
 
@@ -91,8 +96,8 @@ class FlashAttention:
         blocks = tir.opaque(T.floordiv(tokens + (BLOCK - 1), BLOCK))
 
         def base(block: Expr) -> Expr:
-            """Where a block of the chunk starts in either cache; past the last one, the last one again (masked later)."""
-            entry = first + T.min(block, blocks - 1)
+            """Where a block starts in either cache, counted from the chunk; past the last one, the last again (masked)."""
+            entry = T.min(first + block, self.final)
             physical = tir.i64(self.named["block_table"][entry])
             return tir.opaque((physical * self.shape.num_kv_heads + self.kv_head) * (self.dim * BLOCK))
 
@@ -106,6 +111,7 @@ class FlashAttention:
     def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
         """scores[m][token] = q[m] . K[token]"""
         tall, wide = self.tall, self.blocks_at_once
+        unroll = self.line // BLOCK
 
         def some_blocks(step: Expr) -> None:
             bases = [base(step * wide + i) for i in range(wide)]
@@ -121,7 +127,17 @@ class FlashAttention:
                         for i, key in enumerate(keys):
                             acc[m * wide + i] = acc[m * wide + i] + q * key
 
-                tir.for_range(self.dim, element)
+                def line(step: Expr) -> None:
+                    """What one cache line of keys holds; the values of the same tokens are wanted next."""
+                    for i in range(unroll):
+                        element(step * unroll + i)
+                    if self.rows == 1:
+                        for start in bases:
+                            tir.prefetch(self.named["vcache"], start + step * (unroll * BLOCK))
+
+                tir.for_range(self.dim // unroll, line)
+                for d in range(self.dim // unroll * unroll, self.dim):
+                    element(tir.i64(d))
                 for m in range(tall):
                     for i in range(wide):
                         target = (index * tall + m) * CHUNK + (step * wide + i) * BLOCK
@@ -186,9 +202,13 @@ class FlashAttention:
 
                 def block(b: Expr) -> None:
                     start = base(b)
+                    following = base(b + BLOCKS) if self.rows == 1 else None
 
                     def token(t: Expr) -> None:
                         values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
+                        if following is not None:  # the keys of the next chunk, as many bytes as are read here
+                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.line):
+                                tir.prefetch(self.named["kcache"], following + t * self.dim + column)
                         for m in range(tall):
                             power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])
                             for c, (_, lanes) in enumerate(some):

@@ -6,7 +6,8 @@ link against nothing. Accurate to about 1e-15 over the ranges named, far beyond 
 
 from __future__ import annotations
 
-from math import factorial, log as ln, pi, sqrt
+from math import factorial, pi, sqrt
+from math import log as ln
 
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.tir import Expr, T
@@ -21,7 +22,11 @@ def _polynomial(x: Expr, coefficients: list[float], lanes: int) -> Expr:
     total = _constant(coefficients[-1], lanes)
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + _constant(coefficient, lanes)
-    return tir.bind(total)
+    return _opaque(total, lanes)
+
+
+def _opaque(x: Expr, lanes: int) -> Expr:
+    return tir.opaque(x, tir.with_lanes("float64", lanes))
 
 
 def _rint(x: Expr, lanes: int) -> Expr:
@@ -31,30 +36,28 @@ def _rint(x: Expr, lanes: int) -> Expr:
 def cos_sin(angle: Expr, lanes: int) -> tuple[Expr, Expr]:
     """(cos, sin) of float32 angles up to 1e6: pi/2 is subtracted in two parts, the rest is within +-pi/4 (Taylor)."""
     x = tir.bind(T.cast(angle, tir.with_lanes("float64", lanes)))
-    quarter_turns = tir.bind(_rint(x * _constant(2 / pi, lanes), lanes))
+    quarter_turns = _opaque(_rint(x * _constant(2 / pi, lanes), lanes), lanes)
     high, low = pi / 2, 6.123233995736766e-17
-    r = tir.bind(x - quarter_turns * _constant(high, lanes) - quarter_turns * _constant(low, lanes))
-    square = tir.bind(r * r)
-    sin = tir.bind(r * _polynomial(square, [(-1) ** k / factorial(2 * k + 1) for k in range(8)], lanes))
+    r = _opaque(x - quarter_turns * _constant(high, lanes) - quarter_turns * _constant(low, lanes), lanes)
+    square = _opaque(r * r, lanes)
+    sin = _opaque(r * _polynomial(square, [(-1) ** k / factorial(2 * k + 1) for k in range(8)], lanes), lanes)
     cos = _polynomial(square, [(-1) ** k / factorial(2 * k) for k in range(9)], lanes)
-    quadrant = tir.bind(T.bitwise_and(T.cast(quarter_turns, tir.int_type(lanes)), tir.splat_i32(3, lanes)))
+    one, two, none = (tir.splat_i32(value, lanes) for value in (1, 2, 0))
+    quadrant = tir.opaque(T.cast(quarter_turns, tir.int_type(lanes)), tir.int_type(lanes))
 
-    def bits(value: Expr, mask: int) -> Expr:
-        """0.0 or float(mask); selections are products with these, which are exact (TVM 0.27 cannot fold vector conditions)."""
-        return T.cast(T.bitwise_and(value, tir.splat_i32(mask, lanes)), tir.with_lanes("float64", lanes))
+    def negated_if(bits: Expr, value: Expr) -> Expr:
+        return T.Select(bits != none, _constant(0.0, lanes) - value, value)
 
-    one = _constant(1.0, lanes)
-    odd = tir.bind(bits(quadrant, 1))
-    even = tir.bind(one - odd)
-    cos_sign = tir.bind(one - bits(quadrant + tir.splat_i32(1, lanes), 2))
-    sin_sign = tir.bind(one - bits(quadrant, 2))
-    return cos_sign * (even * cos + odd * sin), sin_sign * (even * sin + odd * cos)
+    odd = T.bitwise_and(quadrant, one) != none
+    cos, sin = _opaque(T.Select(odd, sin, cos), lanes), _opaque(T.Select(odd, cos, sin), lanes)
+    return negated_if(T.bitwise_and(quadrant + one, two), cos), negated_if(T.bitwise_and(quadrant, two), sin)
 
 
 def exp(x: Expr, lanes: int = 1) -> Expr:
     """e**x for |x| <= 700."""
-    n = tir.bind(_rint(x * _constant(1 / ln(2), lanes), lanes))
-    r = tir.bind(x - n * _constant(6.93147180369123816490e-01, lanes) - n * _constant(1.90821492927058770002e-10, lanes))
+    n = _opaque(_rint(x * _constant(1 / ln(2), lanes), lanes), lanes)
+    high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+    r = _opaque(x - n * _constant(high, lanes) - n * _constant(low, lanes), lanes)
     p = _polynomial(r, [1 / factorial(k) for k in range(14)], lanes)
     wide = tir.with_lanes("int64", lanes)
     bias, shift = tir.splat(T.int64(1023), lanes), tir.splat(T.int64(52), lanes)
@@ -63,14 +66,14 @@ def exp(x: Expr, lanes: int = 1) -> Expr:
 
 def log(x: Expr) -> Expr:
     """The natural logarithm of a positive normal number: x = m * 2**e, log m = 2 * artanh((m - 1) / (m + 1))."""
-    bits = tir.bind(T.reinterpret("int64", x))
+    bits = tir.opaque(T.reinterpret("int64", x))
     mantissa_bits = T.bitwise_or(T.bitwise_and(bits, T.int64((1 << 52) - 1)), T.int64(1023 << 52))
-    mantissa = tir.bind(T.reinterpret("float64", mantissa_bits))  # in [1, 2)
-    large = tir.bind(mantissa > T.float64(sqrt(2)))
+    mantissa = _opaque(T.reinterpret("float64", mantissa_bits), 1)  # in [1, 2)
+    large = mantissa > T.float64(sqrt(2))
     exponent = T.shift_right(bits, T.int64(52)) - T.int64(1023) + T.cast(large, "int64")
-    mantissa = tir.bind(T.Select(large, mantissa * T.float64(0.5), mantissa))
-    s = tir.bind((mantissa - T.float64(1.0)) / (mantissa + T.float64(1.0)))
-    series = _polynomial(tir.bind(s * s), [2 / (2 * k + 1) for k in range(12)], 1)
+    halved = _opaque(T.Select(large, mantissa * T.float64(0.5), mantissa), 1)
+    s = _opaque((halved - T.float64(1.0)) / (halved + T.float64(1.0)), 1)
+    series = _polynomial(_opaque(s * s, 1), [2 / (2 * k + 1) for k in range(12)], 1)
     return s * series + T.cast(exponent, "float64") * T.float64(ln(2))
 
 

@@ -73,11 +73,12 @@ class Norm(Kernel):
         if self.norm == "layer":
             mean = tir.bind(row_sum(width, values) / T.float32(width))
 
-            def centred(c: Expr, lanes: int) -> Expr:
-                return values(c, lanes) - tir.splat(mean, lanes)
         else:
             assert self.norm == "rms", self.norm
-            centred = values
+            mean = None
+
+        def centred(c: Expr, lanes: int) -> Expr:
+            return values(c, lanes) if mean is None else values(c, lanes) - tir.splat(mean, lanes)
 
         def square(c: Expr, lanes: int) -> Expr:
             value = tir.bind(centred(c, lanes))

@@ -87,7 +87,10 @@ class RotaryTable(Kernel):
         return frequencies
 
 
-def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, write: Callable[[Expr, int, Expr], None]) -> None:
+Write = Callable[[Expr, int, Expr], None]  # first column, lanes, values
+
+
+def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, write: Write) -> None:
     """`write(column, lanes, value)` for one head of q or k, rotated by halves as in HF LLaMA unless `table` is None."""
     if table is None:
         each(head_dim, lambda c, lanes: write(c, lanes, values(c, lanes)))

@@ -58,7 +58,7 @@ def place(rows: Array, view: View) -> Array:
 
 
 def taken(buffer: Array, view: View, width: int) -> Array:
-    """The rows that `view` names in a buffer made by `room` or `place`."""
+    """The rows that `view` names in a buffer made by `place` or `garbage`."""
     return buffer[:, view.offset : view.offset + width]
 
 

@@ -17,7 +17,7 @@ from compiler.backends.tvm.kernels.rotary import RotaryTable
 from compiler.backends.tvm.kernels.rows import Add, GatherRows
 from compiler.backends.tvm.packing import pack_float, pack_int8, pack_vector
 from compiler.ir import meanings
-from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place, taken
+from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
 
 WIDTHS = (5, 37, 64, 176)
 ROWS = (1, 7)
@@ -69,8 +69,8 @@ def library(isa: Isa) -> Library:
 def values(rows: int, width: int, seed: int = 0) -> Array:
     """Rows of different magnitude; from three rows on, one of zeros and one with halves that must round to even."""
     generator = np.random.default_rng(seed)
-    x = generator.standard_normal((rows, width), np.float32) * np.float32(10.0) ** generator.integers(-3, 3, (rows, 1))
-    x = x.astype(np.float32)
+    magnitude = 10.0 ** generator.integers(-3, 3, (rows, 1))
+    x: Array = (generator.standard_normal((rows, width)) * magnitude).astype(np.float32)
     if rows >= 3:
         x[1] = 0
         x[2] = generator.integers(-126, 126, width) + 0.5
