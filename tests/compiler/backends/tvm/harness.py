@@ -57,11 +57,6 @@ def place(rows: Array, view: View) -> Array:
     return buffer
 
 
-def taken(buffer: Array, view: View, width: int) -> Array:
-    """The rows that `view` names in a buffer made by `place` or `garbage`."""
-    return buffer[:, view.offset : view.offset + width]
-
-
 class Library:
     """Kernels compiled for one instruction set, when first called."""
 
