@@ -69,7 +69,9 @@ def main() -> None:
     gguf = fetch(Path("build/smollm2"))
 
     reference, simulation = load_fp32(gguf), simulate(load_fp32(gguf))
-    comparisons = {name: Comparison() for name in ("engine against fp32", "simulation against fp32", "engine against simulation")}
+    comparisons = {
+        name: Comparison() for name in ("engine against fp32", "simulation against fp32", "engine against simulation")
+    }
     with Engine.load(arguments.engine) as engine:
         windows = documentation_windows(engine, arguments.windows)
         for ids in windows:

@@ -1,4 +1,6 @@
-"""Makes checkpoints of real dimensions with random weights, one shard in memory at a time: for speed and memory, not for answers.
+"""Makes checkpoints of real dimensions with random weights, one shard in memory at a time: for speed, not for answers.
+
+Run it with a shape's name and a directory:
 
     python -m benchmarks.checkpoints llama-1b build/checkpoints/llama-1b
 """
@@ -21,10 +23,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bloom-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
 }  # fmt: skip
 COMMON: dict[str, dict[str, Any]] = {
-    "llama": {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-              "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
-    "bloom": {"architectures": ["BloomForCausalLM"], "seq_length": 2048, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-              "apply_residual_connection_post_layernorm": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    "llama": {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 2048,
+              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
+    "bloom": {"architectures": ["BloomForCausalLM"], "seq_length": 2048, "layer_norm_epsilon": 1e-5,
+              "tie_word_embeddings": True, "apply_residual_connection_post_layernorm": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
 }  # fmt: skip
 STD = 0.02
 SHARD_BYTES = 1_000_000_000

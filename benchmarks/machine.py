@@ -18,8 +18,9 @@ def describe() -> dict[str, Any]:
     cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
     cpu = {key.strip(): value.strip() for key, value in cpu.items()}
     flags = set(cpu.get("flags", "").split())
+    name, family, model = cpu.get("model name", platform.processor()), cpu.get("cpu family", "?"), cpu.get("model", "?")
     return {
-        "processor": f"{cpu.get('model name', platform.processor())} (family {cpu.get('cpu family', '?')}, model {cpu.get('model', '?')})",
+        "processor": f"{name} (family {family}, model {model})",
         "cores": len(os.sched_getaffinity(0)),
         "instruction_sets": [name for name in ("avx2", "avx512_vnni", "amx_int8") if name in flags],
         "last_level_cache": cpu.get("cache size", "?"),

@@ -64,7 +64,7 @@ class W8Embedding(torch.nn.Module):
         return self.integers[ids] * self.scale[ids][..., None]
 
 
-class HalfCache(DynamicCache):
+class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformers are not followed
     """Keys and values are kept in float16, as an INT8 engine keeps them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 class Engine:
     """An engine directory, loaded. Safe to use from several threads; their requests are batched together.
 
+    Example:
         with Engine.load("artifacts/belle-7b-cpu") as engine:
             for result in engine.generate(["你好", "1+1=?"], SamplingParams(seed=7)):
                 print(result.text)

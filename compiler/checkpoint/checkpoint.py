@@ -43,11 +43,21 @@ class Checkpoint:
         if tensor is None:
             near = get_close_matches(name, self.tensors, n=3)
             found = f"no such tensor; near names: {', '.join(near)}" if near else "no such tensor and no similar name"
-            raise CompileError(STAGE, f"tensor {name} of {self.path}", found=found, expected=f"shape {list(shape)}",
-                               remedy="the weights do not belong to this config.json, or a weight file is missing")
+            raise CompileError(
+                STAGE,
+                f"tensor {name} of {self.path}",
+                found=found,
+                expected=f"shape {list(shape)}",
+                remedy="the weights do not belong to this config.json, or a weight file is missing",
+            )
         if tensor.shape != shape:
-            raise CompileError(STAGE, f"tensor {name} in {tensor.file}", found=f"shape {list(tensor.shape)}",
-                               expected=f"shape {list(shape)}", remedy="the weights do not belong to this config.json")
+            raise CompileError(
+                STAGE,
+                f"tensor {name} in {tensor.file}",
+                found=f"shape {list(tensor.shape)}",
+                expected=f"shape {list(shape)}",
+                remedy="the weights do not belong to this config.json",
+            )
         return tensor
 
     def digests(self, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:

@@ -32,9 +32,19 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise CompileError(STAGE, f"file {file}", found=f"text that is not JSON ({e})" if isinstance(e, ValueError) else str(e),
-                           expected="a JSON object", remedy="download the file again") from e
+        raise CompileError(
+            STAGE,
+            f"file {file}",
+            found=f"text that is not JSON ({e})" if isinstance(e, ValueError) else str(e),
+            expected="a JSON object",
+            remedy="download the file again",
+        ) from e
     if not isinstance(value, dict):
-        raise CompileError(STAGE, f"file {file}", found=f"a JSON {type(value).__name__}", expected="a JSON object",
-                           remedy="download the file again")
+        raise CompileError(
+            STAGE,
+            f"file {file}",
+            found=f"a JSON {type(value).__name__}",
+            expected="a JSON object",
+            remedy="download the file again",
+        )
     return value

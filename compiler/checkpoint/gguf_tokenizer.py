@@ -16,8 +16,10 @@ from compiler.errors import CompileError
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
 DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 LLAMA3 = {"llama3", "llama-v3", "llama-bpe"}
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def gguf_tokenizer(file: Path, get: Any) -> str:
@@ -41,8 +43,13 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
 def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> Tokenizer:
     scores = get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     unknown = tokens[get("tokenizer.ggml.unknown_token_id", 0)]
-    return spm_tokenizer(list(zip(tokens, scores, types, strict=True)), unknown=unknown, byte_fallback=True,
-                         prefix_space=get("tokenizer.ggml.add_space_prefix", True), legacy=True)
+    return spm_tokenizer(
+        list(zip(tokens, scores, types, strict=True)),
+        unknown=unknown,
+        byte_fallback=True,
+        prefix_space=get("tokenizer.ggml.add_space_prefix", True),
+        legacy=True,
+    )
 
 
 def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Tokenizer:
@@ -52,18 +59,30 @@ def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Toke
     check_merges(vocab, merges)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
     if pre in LLAMA3:
-        split: list[Any] = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        split: list[Any] = [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     else:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS_GPT2 else []
         split = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)
-                          for token, kind in zip(tokens, types, strict=True) if kind in {CONTROL, USER_DEFINED}])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=kind == CONTROL)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in {CONTROL, USER_DEFINED}
+        ]
+    )
     return tokenizer
 
 
 def _unsupported(file: Path, found: str, expected: str) -> CompileError:
-    return CompileError(STAGE, f"tokenizer of {file}", found=found, expected=expected,
-                        remedy="put the tokenizer.json of the model beside it and give the directory")
+    return CompileError(
+        STAGE,
+        f"tokenizer of {file}",
+        found=found,
+        expected=expected,
+        remedy="put the tokenizer.json of the model beside it and give the directory",
+    )

@@ -32,12 +32,25 @@ def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpo
     family = family_of(contents.config, found)
     chosen = choose_template(template, contents.template, family, contents.config)
     notes = [*contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json)]
-    special = special_tokens(contents.config, contents.generation, contents.tokenizer_config, contents.tokens_map,
-                             contents.tokenizer_json, raw_template=chosen.name == "raw")
+    special = special_tokens(
+        contents.config,
+        contents.generation,
+        contents.tokenizer_config,
+        contents.tokens_map,
+        contents.tokenizer_json,
+        raw_template=chosen.name == "raw",
+    )
     return Checkpoint(
-        path=found, family=family, config=contents.config, tensors=canonical(contents.tensors, family),
-        tokenizer_json=contents.tokenizer_json, special=special, template=chosen,
-        generation=generation_defaults(contents.generation), files=tuple(contents.files), notes=tuple(notes),
+        path=found,
+        family=family,
+        config=contents.config,
+        tensors=canonical(contents.tensors, family),
+        tokenizer_json=contents.tokenizer_json,
+        special=special,
+        template=chosen,
+        generation=generation_defaults(contents.generation),
+        files=tuple(contents.files),
+        notes=tuple(notes),
     )
 
 
@@ -55,6 +68,11 @@ def family_of(config: dict[str, Any], path: Path) -> str:
     stated = config.get("model_type") or (config.get("architectures") or [""])[0]
     family = next((name for name in FAMILIES if str(stated).lower() in {name, f"{name}forcausallm", f"{name}model"}), None)
     if family is None:
-        raise CompileError(STAGE, f"model_type of {path}", found=repr(stated) if stated else "none", expected="bloom or llama",
-                           remedy="give a BELLE checkpoint, or another of the BLOOM or LLaMA family")
+        raise CompileError(
+            STAGE,
+            f"model_type of {path}",
+            found=repr(stated) if stated else "none",
+            expected="bloom or llama",
+            remedy="give a BELLE checkpoint, or another of the BLOOM or LLaMA family",
+        )
     return family

@@ -58,17 +58,25 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(f if is_legacy(file) else file, map_location="cpu", weights_only=True, mmap=not is_legacy(file))
     except pickle.UnpicklingError as e:
         if "Unsupported operand" not in str(e):  # an operand the format does not have: not a pickle at all
-            raise CompileError(STAGE, f"weights {file}", found=f"a pickle that holds more than tensors ({_reason(e)})",
-                               expected="a state dict of tensors; code in pickles is never run",
-                               remedy="use a safetensors release of this checkpoint") from e
+            raise CompileError(
+                STAGE,
+                f"weights {file}",
+                found=f"a pickle that holds more than tensors ({_reason(e)})",
+                expected="a state dict of tensors; code in pickles is never run",
+                remedy="use a safetensors release of this checkpoint",
+            ) from e
         raise _damaged(file, e) from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, IndexError, AttributeError) as e:
         raise _damaged(file, e) from e
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CompileError(STAGE, f"weights {file}", found=f"a pickled {type(state).__name__} that holds more than tensors",
-                           expected="a state dict as save_pretrained writes it")
+        raise CompileError(
+            STAGE,
+            f"weights {file}",
+            found=f"a pickled {type(state).__name__} that holds more than tensors",
+            expected="a state dict as save_pretrained writes it",
+        )
     return state
 
 
@@ -79,9 +87,13 @@ def _legacy_state_dict(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> CompileError:
-    return CompileError(STAGE, f"weights {file}", expected="a complete PyTorch state dict",
-                        remedy="it is truncated or damaged: download it again",
-                        found=f"a file of {file.stat().st_size} bytes that does not load ({_reason(error)})")
+    return CompileError(
+        STAGE,
+        f"weights {file}",
+        expected="a complete PyTorch state dict",
+        remedy="it is truncated or damaged: download it again",
+        found=f"a file of {file.stat().st_size} bytes that does not load ({_reason(error)})",
+    )
 
 
 def _reason(error: Exception) -> str:

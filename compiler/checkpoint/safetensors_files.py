@@ -13,9 +13,20 @@ from compiler.checkpoint.tensors import STAGE, LazyTensor
 from compiler.errors import CompileError
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
-DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
-          "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-          "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)}
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
@@ -59,8 +70,13 @@ class _Loader:
                 values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # the original lies in the mapping
                 return values
         except (SafetensorError, OSError) as e:
-            raise CompileError(STAGE, f"tensor {self.name} in {self.file}", expected="the file the build began with",
-                               found=f"a file that changed or cannot be read ({e})", remedy="start the build again") from e
+            raise CompileError(
+                STAGE,
+                f"tensor {self.name} in {self.file}",
+                expected="the file the build began with",
+                found=f"a file that changed or cannot be read ({e})",
+                remedy="start the build again",
+            ) from e
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -81,5 +97,10 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _broken(file: Path, found: str) -> CompileError:
-    return CompileError(STAGE, f"weights {file}", found=found, expected="a complete safetensors file",
-                        remedy="it is truncated or damaged: download it again")
+    return CompileError(
+        STAGE,
+        f"weights {file}",
+        found=found,
+        expected="a complete safetensors file",
+        remedy="it is truncated or damaged: download it again",
+    )

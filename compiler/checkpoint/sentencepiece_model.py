@@ -39,27 +39,50 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
         proto.ParseFromString(file.read_bytes())
         reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except Exception as e:  # protobuf's DecodeError and sentencepiece's RuntimeError
-        raise CompileError(STAGE, f"tokenizer {file}", found=f"a file that sentencepiece cannot read ({e})",
-                           expected="a sentencepiece model", remedy="download it again") from e
+        raise CompileError(
+            STAGE,
+            f"tokenizer {file}",
+            found=f"a file that sentencepiece cannot read ({e})",
+            expected="a sentencepiece model",
+            remedy="download it again",
+        ) from e
     if proto.trainer_spec.model_type != BPE:
-        raise CompileError(STAGE, f"tokenizer {file}", found="a sentencepiece model that is not BPE",
-                           expected="BPE, as in LLaMA releases", remedy="put a tokenizer.json beside it")
+        raise CompileError(
+            STAGE,
+            f"tokenizer {file}",
+            found="a sentencepiece model that is not BPE",
+            expected="BPE, as in LLaMA releases",
+            remedy="put a tokenizer.json beside it",
+        )
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     spec = proto.normalizer_spec
-    tokenizer = spm_tokenizer(pieces, unknown=proto.trainer_spec.unk_piece, byte_fallback=proto.trainer_spec.byte_fallback,
-                              prefix_space=spec.add_dummy_prefix, legacy=legacy,
-                              charsmap=spec.precompiled_charsmap, squeeze=spec.remove_extra_whitespaces)
+    tokenizer = spm_tokenizer(
+        pieces,
+        unknown=proto.trainer_spec.unk_piece,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+        prefix_space=spec.add_dummy_prefix,
+        legacy=legacy,
+        charsmap=spec.precompiled_charsmap,
+        squeeze=spec.remove_extra_whitespaces,
+    )
     return tokenizer.to_str(), _notes(file, pieces, tokenizer, reference if legacy else None)
 
 
 def spm_tokenizer(
-    pieces: list[tuple[str, float, int]], *, unknown: str, byte_fallback: bool, prefix_space: bool, legacy: bool,
-    charsmap: bytes = b"", squeeze: bool = False,
+    pieces: list[tuple[str, float, int]],
+    *,
+    unknown: str,
+    byte_fallback: bool,
+    prefix_space: bool,
+    legacy: bool,
+    charsmap: bytes = b"",
+    squeeze: bool = False,
 ) -> Tokenizer:
     """A BPE tokenizer from (piece, score, type) in id order; merges follow the scores, as sentencepiece applies them."""
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(pieces, vocab), unk_token=unknown, fuse_unk=True,
-                                     byte_fallback=byte_fallback))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=_merges(pieces, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+    )
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze:
         steps += [normalizers.Strip(), normalizers.Replace(_regex(" {2,}"), " ")]
@@ -72,8 +95,13 @@ def spm_tokenizer(
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
     strip = [decoders.Strip(content=" ", left=1)] if prefix_space else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=kind != USER_DEFINED)
-                          for piece, _, kind in pieces if kind in {UNKNOWN, CONTROL, USER_DEFINED}])
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece, normalized=False, special=kind != USER_DEFINED)
+            for piece, _, kind in pieces
+            if kind in {UNKNOWN, CONTROL, USER_DEFINED}
+        ]
+    )
     return tokenizer
 
 
@@ -100,17 +128,23 @@ def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenize
     tied = sum(count for count in scores.values() if count > 1)
     notes = []
     if tied:
-        notes.append(f"{file.name}: {tied} pieces share their score with another; where two such pieces overlap in a text, the "
-                     "converted tokenizer may choose the other one than sentencepiece")
+        notes.append(
+            f"{file.name}: {tied} pieces share their score with another; where two such pieces overlap in a text, the "
+            "converted tokenizer may choose the other one than sentencepiece"
+        )
     for sample in SAMPLES if reference is not None else ():
         ids = tokenizer.encode(sample, add_special_tokens=False).ids
         if ids != reference.encode(sample):
             if tied:
                 notes.append(f"{file.name}: the converted tokenizer and sentencepiece encode {sample!r} differently")
                 continue
-            raise CompileError(STAGE, f"tokenizer {file}", expected="a model that normalises as LLaMA's does",
-                               found=f"other ids than sentencepiece's for {sample!r} after conversion",
-                               remedy="put a tokenizer.json beside it")
+            raise CompileError(
+                STAGE,
+                f"tokenizer {file}",
+                expected="a model that normalises as LLaMA's does",
+                found=f"other ids than sentencepiece's for {sample!r} after conversion",
+                remedy="put a tokenizer.json beside it",
+            )
     return notes
 
 

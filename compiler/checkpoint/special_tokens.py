@@ -9,8 +9,13 @@ from tokenizers import Tokenizer
 
 
 def special_tokens(
-    config: dict[str, Any], generation: dict[str, Any], tokenizer_config: dict[str, Any],
-    tokens_map: dict[str, Any], tokenizer_json: str, *, raw_template: bool,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer_config: dict[str, Any],
+    tokens_map: dict[str, Any],
+    tokenizer_json: str,
+    *,
+    raw_template: bool,
 ) -> dict[str, Any]:
     """bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw.
 
@@ -40,7 +45,9 @@ def special_tokens(
     add_bos_raw = bos is not None and _adds_bos(tokenizer_config, tokenizer_json)
     first_eos = eos_word if eos_word is not None else _first([*eos])
     return {
-        "bos_token_id": bos, "eos_token_ids": eos, "pad_token_id": pad,
+        "bos_token_id": bos,
+        "eos_token_ids": eos,
+        "pad_token_id": pad,
         "bos_token": (tokenizer.id_to_token(bos) or "") if bos is not None else "",
         "eos_token": (tokenizer.id_to_token(first_eos) or "") if first_eos is not None else "",
         # A chat template writes BOS itself where its model wants one, and BELLE's models were trained without.

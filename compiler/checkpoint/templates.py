@@ -87,16 +87,23 @@ def choose_template(argument: str | None, own: PromptTemplate | None, family: st
     except Exception as e:  # a template can fail in any way that Python can
         problem = f"Jinja that fails ({e})"
     if problem:
-        raise CompileError(STAGE, f"prompt template {template.name}", found=problem,
-                           expected="a chat template as in Transformers, over messages with role and content",
-                           remedy=f"correct it, or choose one with --template: {', '.join(TEMPLATES)}")
+        raise CompileError(
+            STAGE,
+            f"prompt template {template.name}",
+            found=problem,
+            expected="a chat template as in Transformers, over messages with role and content",
+            remedy=f"correct it, or choose one with --template: {', '.join(TEMPLATES)}",
+        )
     return template
 
 
 def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_token: str, eos_token: str) -> str:
     """The prompt for these messages, up to where the answer begins."""
-    return environment().from_string(template.jinja).render(messages=messages, add_generation_prompt=True, bos_token=bos_token,
-                                                            eos_token=eos_token)
+    return (
+        environment()
+        .from_string(template.jinja)
+        .render(messages=messages, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
+    )
 
 
 def read_template(file: Path) -> str:
@@ -104,8 +111,13 @@ def read_template(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise CompileError(STAGE, f"template {file}", found=f"a file that cannot be read ({e})", expected="a Jinja file",
-                           remedy="check the path") from e
+        raise CompileError(
+            STAGE,
+            f"template {file}",
+            found=f"a file that cannot be read ({e})",
+            expected="a Jinja file",
+            remedy="check the path",
+        ) from e
 
 
 def _from_argument(argument: str) -> PromptTemplate:
@@ -118,9 +130,13 @@ def _from_argument(argument: str) -> PromptTemplate:
     file = Path(argument)
     if file.suffix in {".jinja", ".jinja2", ".j2"}:
         return PromptTemplate(file.name, read_template(file))
-    raise CompileError(STAGE, f"--template {argument!r}", found="an unknown name",
-                       expected=f"one of {', '.join(TEMPLATES)}, a .jinja file, Jinja text with {{{{, or a format with {{x}}",
-                       remedy=f"say for example --template {next(iter(TEMPLATES))}")
+    raise CompileError(
+        STAGE,
+        f"--template {argument!r}",
+        found="an unknown name",
+        expected=f"one of {', '.join(TEMPLATES)}, a .jinja file, Jinja text with {{{{, or a format with {{x}}",
+        remedy=f"say for example --template {next(iter(TEMPLATES))}",
+    )
 
 
 def _from_format(text: str) -> str:

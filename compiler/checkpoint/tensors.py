@@ -56,11 +56,20 @@ def require_float(tensor: LazyTensor) -> None:
     if dtype in FLOAT_DTYPES:
         return
     if name.endswith(GPTQ_SUFFIXES):
-        raise CompileError(STAGE, f"tensor {name} in {file}", found=f"{dtype}, a packed GPTQ weight",
-                           expected="float32, float16 or bfloat16 weights",
-                           remedy="quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from")
-    raise CompileError(STAGE, f"tensor {name} in {file}", found=f"dtype {dtype}", expected="float32, float16 or bfloat16",
-                       remedy="convert the checkpoint to one of these")
+        raise CompileError(
+            STAGE,
+            f"tensor {name} in {file}",
+            found=f"{dtype}, a packed GPTQ weight",
+            expected="float32, float16 or bfloat16 weights",
+            remedy="quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from",
+        )
+    raise CompileError(
+        STAGE,
+        f"tensor {name} in {file}",
+        found=f"dtype {dtype}",
+        expected="float32, float16 or bfloat16",
+        remedy="convert the checkpoint to one of these",
+    )
 
 
 def canonical_name(name: str, family: str) -> str:
@@ -79,7 +88,12 @@ def canonical(tensors: Iterable[LazyTensor], family: str) -> dict[str, LazyTenso
             continue
         name = canonical_name(tensor.name, family)
         if name in named:
-            raise CompileError(STAGE, f"tensor {name}", found=f"it twice, in {named[name].file.name} and in {tensor.file.name}",
-                               expected="every tensor once", remedy="download the checkpoint again")
+            raise CompileError(
+                STAGE,
+                f"tensor {name}",
+                found=f"it twice, in {named[name].file.name} and in {tensor.file.name}",
+                expected="every tensor once",
+                remedy="download the checkpoint again",
+            )
         named[name] = replace(tensor, name=name)
     return named

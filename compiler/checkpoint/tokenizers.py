@@ -23,8 +23,13 @@ def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[st
     file = directory / "tokenizer.model"
     if file.is_file():
         return _from_sentencepiece(directory, file)
-    raise CompileError(STAGE, f"tokenizer of {directory}", found="neither tokenizer.json nor tokenizer.model",
-                       expected="one of them beside the weights", remedy="copy it from the release the weights came from")
+    raise CompileError(
+        STAGE,
+        f"tokenizer of {directory}",
+        found="neither tokenizer.json nor tokenizer.model",
+        expected="one of them beside the weights",
+        remedy="copy it from the release the weights came from",
+    )
 
 
 def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
@@ -43,9 +48,13 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
         if tokenizer.token_to_id(word) is None:
             tokenizer.add_tokens([AddedToken(word, special=bool(token.get("special", True)), normalized=False)])
         if tokenizer.token_to_id(word) != index:
-            raise CompileError(STAGE, f"added token {word!r} of {directory}", found=f"id {index} stated for it",
-                               expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
-                               remedy="put a tokenizer.json beside it")
+            raise CompileError(
+                STAGE,
+                f"added token {word!r} of {directory}",
+                found=f"id {index} stated for it",
+                expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
+                remedy="put a tokenizer.json beside it",
+            )
     # What the slow LlamaTokenizer of these releases does when nothing is stated; also the sentencepiece words for BOS and EOS.
     implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     return str(tokenizer.to_str()), files, notes, implied
@@ -60,8 +69,13 @@ def check_tokenizer(text: str, source: str) -> str:
             check_merges(model["vocab"], merges)
         tokenizer = Tokenizer.from_str(text)
     except Exception as e:  # what the library raises
-        raise CompileError(STAGE, f"tokenizer {source}", found=f"a file that the tokenizers library cannot read ({e})",
-                           expected="a tokenizer.json", remedy="download it again") from e
+        raise CompileError(
+            STAGE,
+            f"tokenizer {source}",
+            found=f"a file that the tokenizers library cannot read ({e})",
+            expected="a tokenizer.json",
+            remedy="download it again",
+        ) from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return str(tokenizer.to_str())

@@ -36,8 +36,11 @@ def open_weights(directory: Path) -> tuple[list[LazyTensor], list[Path], list[st
             tensors, files = [tensor for file in shards for tensor in opener(file)], shards
         else:
             continue
-        notes = [f"{other} weights are there too and were not used: {suffix} is preferred" for other_stem, other, _ in
-                 KINDS[number + 1:] if any(directory.glob(f"{other_stem}*.{other}"))]
+        notes = [
+            f"{other} weights are there too and were not used: {suffix} is preferred"
+            for other_stem, other, _ in KINDS[number + 1 :]
+            if any(directory.glob(f"{other_stem}*.{other}"))
+        ]
         return tensors, files, notes
     raise _no_weights(directory)
 
@@ -47,26 +50,44 @@ def _open_indexed(
 ) -> tuple[list[LazyTensor], list[Path]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CompileError(STAGE, f"index {index}", found="no weight_map of tensor names to file names",
-                           expected="an index as save_pretrained writes it", remedy="download it again")
+        raise CompileError(
+            STAGE,
+            f"index {index}",
+            found="no weight_map of tensor names to file names",
+            expected="an index as save_pretrained writes it",
+            remedy="download it again",
+        )
     files = {}
     for name in sorted(set(weight_map.values())):
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts or "\\" in name or ":" in name:
-            raise CompileError(STAGE, f"index {index}", found=f"the shard {name!r}, which lies outside of the checkpoint",
-                               expected="file names inside the directory",
-                               remedy="do not use a checkpoint that reaches for other files")
+            raise CompileError(
+                STAGE,
+                f"index {index}",
+                found=f"the shard {name!r}, which lies outside of the checkpoint",
+                expected="file names inside the directory",
+                remedy="do not use a checkpoint that reaches for other files",
+            )
         if not (directory / name).is_file():
-            raise CompileError(STAGE, f"index {index}", found=f"no file {name} in {directory}",
-                               expected="every shard that the index names", remedy="download the missing shard")
+            raise CompileError(
+                STAGE,
+                f"index {index}",
+                found=f"no file {name} in {directory}",
+                expected="every shard that the index names",
+                remedy="download the missing shard",
+            )
         files[name] = directory / name
     shards = {name: {tensor.name: tensor for tensor in opener(file)} for name, file in files.items()}
     tensors = []
     for tensor_name, file_name in weight_map.items():
         if tensor_name not in shards[file_name]:
-            raise CompileError(STAGE, f"index {index}", expected="an index that belongs to its shards",
-                               found=f"tensor {tensor_name} placed in {file_name}, which does not hold it",
-                               remedy="download the index and the shards again")
+            raise CompileError(
+                STAGE,
+                f"index {index}",
+                expected="an index that belongs to its shards",
+                found=f"tensor {tensor_name} placed in {file_name}, which does not hold it",
+                remedy="download the index and the shards again",
+            )
         tensors.append(shards[file_name][tensor_name])
     return tensors, [index, *files.values()]
 
@@ -80,18 +101,31 @@ def _unindexed(directory: Path, stem: str, suffix: str) -> list[Path]:
     if shards:
         wanted = int(m.group(1)) if (m := re.search(r"-of-(\d+)\.", shards[0].name)) else 0
         if len(shards) != wanted:
-            raise CompileError(STAGE, f"weights in {directory}", found=f"{len(shards)} of {wanted} shards and no index",
-                               expected=f"{stem}.{suffix}.index.json and every shard", remedy="download the missing files")
+            raise CompileError(
+                STAGE,
+                f"weights in {directory}",
+                found=f"{len(shards)} of {wanted} shards and no index",
+                expected=f"{stem}.{suffix}.index.json and every shard",
+                remedy="download the missing files",
+            )
     return shards
 
 
 def _no_weights(directory: Path) -> CompileError:
     for pattern, kind, remedy in NOT_YET:
         if file := next(directory.glob(pattern), None):
-            return CompileError(STAGE, f"weights in {directory}", found=f"only {file.name}, {kind}",
-                                expected="model.safetensors or pytorch_model.bin, single or sharded", remedy=remedy)
+            return CompileError(
+                STAGE,
+                f"weights in {directory}",
+                found=f"only {file.name}, {kind}",
+                expected="model.safetensors or pytorch_model.bin, single or sharded",
+                remedy=remedy,
+            )
     names = sorted(file.name for file in directory.iterdir())
-    return CompileError(STAGE, f"weights in {directory}",
-                        found="only " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
-                        expected="model.safetensors or pytorch_model.bin, single or sharded, or one .gguf file",
-                        remedy="download the weight files into this directory")
+    return CompileError(
+        STAGE,
+        f"weights in {directory}",
+        found="only " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+        expected="model.safetensors or pytorch_model.bin, single or sharded, or one .gguf file",
+        remedy="download the weight files into this directory",
+    )

@@ -102,7 +102,8 @@ class Lowering:
         symbol = rows.value if isinstance(rows, ir.SymbolicDim) else rows
         if symbol not in ("T", "R"):
             raise CompileError("tvm", f"value {value.name}", found=f"rows {symbol}", expected="T or R")
-        width = int(rest[0]) if rest else 1  # type: ignore[arg-type]
+        width = rest[0] if rest else 1
+        assert isinstance(width, int), "only rows are symbolic"
         dtype = "uint8" if value.dtype == ir.DataType.INT8 else "float32"
         stride = round_up(width, ROW_ALIGNMENT) if rest else 1
         place = Place(Buffer("T" if symbol == "T" else "R", stride, dtype), 0, width)
@@ -121,7 +122,7 @@ class Lowering:
     def vector(self, value: ir.Value | None) -> Weight:
         """A float32 vector, padded to whole registers."""
         tensor, name = _tensor(value)
-        size = round_up(int(tensor.shape[0]), packing.VECTOR_ALIGNMENT)
+        size = round_up(tensor.shape.numpy()[0], packing.VECTOR_ALIGNMENT)
         return self._weight(name, "float32", (size,), lambda: packing.pack_vector(tensor.numpy()))
 
     def int8_panels(self, value: ir.Value | None) -> Weight:
@@ -133,7 +134,7 @@ class Lowering:
     def correction(self, value: ir.Value | None) -> Weight:
         """int32 [outputs]: what int8 + 128 activations add to the sums."""
         tensor, name = _tensor(value)
-        size = round_up(int(tensor.shape[0]), packing.VECTOR_ALIGNMENT)
+        size = round_up(tensor.shape.numpy()[0], packing.VECTOR_ALIGNMENT)
         return self._weight(
             f"{name}.correction", "int32", (size,), lambda: packing.pack_vector(packing.correction(tensor.numpy()))
         )
@@ -158,7 +159,8 @@ def _tensor(value: ir.Value | None) -> tuple[ir.TensorProtocol, str]:
 
 
 def _matrix(tensor: ir.TensorProtocol) -> tuple[int, int]:
-    return int(tensor.shape[0]), int(tensor.shape[1])
+    outputs, inputs = tensor.shape.numpy()
+    return outputs, inputs
 
 
 def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[PackedWeight], list[Kernel]]:
@@ -177,6 +179,7 @@ def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[Pack
             )  # fmt: skip
         rule(lowering, node, attributes_of(node))
     logits = lowering.place(model.graph.outputs[0])
+    layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
     offsets, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
     calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
     program = Program(
@@ -187,7 +190,7 @@ def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[Pack
         arena_bytes=arena_bytes,
         vocab_size=logits.width,
         logits=Logits(offsets[logits.buffer], logits.buffer.stride),
-        kv=KVLayout(*(int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim")), dtype=lowering.kv_dtype),
+        kv=KVLayout(layers, kv_heads, head_dim, lowering.kv_dtype),
         calls=calls,
         kernel_calls=FusionCalls(calls_before_fusion, len(calls)),
     )

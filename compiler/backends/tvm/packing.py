@@ -47,4 +47,5 @@ def pack_vector(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
 
 def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
     """What unsigned activations add to each output: 128 times the sum of its weights."""
-    return (128 * weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
+    sums: npt.NDArray[np.int64] = weight.sum(axis=1, dtype=np.int64)
+    return (128 * sums).astype(np.int32)

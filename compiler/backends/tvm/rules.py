@@ -40,7 +40,8 @@ def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     offset = source.offset
     for output in node.outputs:
         assert output.shape is not None
-        width = int(output.shape[1])  # type: ignore[arg-type]
+        width = output.shape[1]
+        assert isinstance(width, int), "only rows are symbolic"
         low.places[output] = Place(source.buffer, offset, width)
         offset += width
 
@@ -52,7 +53,7 @@ def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     out = low.allocate(node.outputs[0])
     if table.is_initializer():
         assert table.shape is not None
-        embedding = FloatEmbedding(int(table.shape[0]), out.width, out.view)  # type: ignore[arg-type]
+        embedding = FloatEmbedding(table.shape.numpy()[0], out.width, out.view)
         low.call(embedding, node, out.buffer.rows, _graph_input(indices), low.float_panels(table), out)
     else:
         x = low.place(table)
@@ -63,7 +64,7 @@ def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) ->
     ids, table, scales = node.inputs
     assert table is not None and table.shape is not None
     out = low.allocate(node.outputs[0])
-    kernel = QuantizedEmbedding(int(table.shape[0]), out.width, out.view)  # type: ignore[arg-type]
+    kernel = QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view)
     low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.int8_panels(table), low.vector(scales), out)
 
 

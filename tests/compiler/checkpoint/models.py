@@ -14,31 +14,61 @@ VOCAB, HIDDEN, HEADS, KV_HEADS, FFN = 300, 32, 4, 2, 48
 HEAD_DIM = HIDDEN // HEADS
 
 LLAMA_CONFIG: dict[str, Any] = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": FFN,
-    "num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 BLOOM_CONFIG: dict[str, Any] = {
-    "model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": HIDDEN, "n_layer": 1, "n_head": HEADS,
-    "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    "model_type": "bloom",
+    "architectures": ["BloomForCausalLM"],
+    "hidden_size": HIDDEN,
+    "n_layer": 1,
+    "n_head": HEADS,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
 }
 
 
 def llama_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     kv = KV_HEADS * HEAD_DIM
-    layer = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,), "self_attn.q_proj": (HIDDEN, HIDDEN),
-             "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-             "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN)}
-    shapes = {"model.embed_tokens": (VOCAB, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (VOCAB, HIDDEN),
-              **{f"model.layers.0.{name}": shape for name, shape in layer.items()}}
+    layer = {
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (kv, HIDDEN),
+        "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (FFN, HIDDEN),
+        "mlp.up_proj": (FFN, HIDDEN),
+        "mlp.down_proj": (HIDDEN, FFN),
+    }
+    shapes = {
+        "model.embed_tokens": (VOCAB, HIDDEN),
+        "model.norm": (HIDDEN,),
+        "lm_head": (VOCAB, HIDDEN),
+        **{f"model.layers.0.{name}": shape for name, shape in layer.items()},
+    }
     return {f"{name}.weight": torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 
 def bloom_tensors(prefix: str = "", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    shapes = {"word_embeddings.weight": (VOCAB, HIDDEN), "ln_f.weight": (HIDDEN,), "ln_f.bias": (HIDDEN,),
-              "h.0.self_attention.query_key_value.weight": (3 * HIDDEN, HIDDEN)}
+    shapes = {
+        "word_embeddings.weight": (VOCAB, HIDDEN),
+        "ln_f.weight": (HIDDEN,),
+        "ln_f.bias": (HIDDEN,),
+        "h.0.self_attention.query_key_value.weight": (3 * HIDDEN, HIDDEN),
+    }
     return {prefix + name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 

@@ -38,8 +38,10 @@ def test_digests_of_every_file_read(llama: Path) -> None:
     (llama / "README.md").write_text("not read")
     seen: list[tuple[str, int, int]] = []
     digests = open_checkpoint(llama).digests(lambda file, done, total: seen.append((file.name, done, total)))
-    assert digests == {name: hashlib.sha256((llama / name).read_bytes()).hexdigest()
-                       for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert digests == {
+        name: hashlib.sha256((llama / name).read_bytes()).hexdigest()
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+    }
     assert seen[-1][1] == seen[-1][2] == sum((llama / name).stat().st_size for name in digests)
 
 

@@ -21,9 +21,19 @@ def test_a_length_alone_is_no_sampling_setting() -> None:
 @pytest.mark.parametrize("stated", [{"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}])
 def test_a_tuned_config_is_completed_as_transformers_does(stated: dict[str, Any]) -> None:
     assert generation_defaults(stated) == {
-        "max_new_tokens": 200, "temperature": 0.6, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.0}
+        "max_new_tokens": 200,
+        "temperature": 0.6,
+        "top_k": 50,
+        "top_p": 0.9,
+        "repetition_penalty": 1.0,
+    }
 
 
 def test_do_sample_false_is_greedy() -> None:
     assert generation_defaults({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.1}) == {
-        "max_new_tokens": 200, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.1}
+        "max_new_tokens": 200,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.1,
+    }

@@ -35,8 +35,17 @@ def permuted(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return stored
 
 
-def write_gguf(file: Path, *, arch: str = "llama", tied: bool = False, kind: str = "F32", extra: dict[str, Any] | None = None,
-               tensor: str = "", pre: str = "gpt-2", model: str = "gpt2") -> dict[str, np.ndarray[Any, Any]]:
+def write_gguf(
+    file: Path,
+    *,
+    arch: str = "llama",
+    tied: bool = False,
+    kind: str = "F32",
+    extra: dict[str, Any] | None = None,
+    tensor: str = "",
+    pre: str = "gpt-2",
+    model: str = "gpt2",
+) -> dict[str, np.ndarray[Any, Any]]:
     """Write a tiny LLaMA; returns the values that reading must give, under Hugging Face names."""
     w = gguf.GGUFWriter(file, arch)
     w.add_context_length(128)
@@ -62,7 +71,8 @@ def write_gguf(file: Path, *, arch: str = "llama", tied: bool = False, kind: str
     w.add_chat_template(TEMPLATE)
     for key, value in (extra or {}).items():
         w.add_string(key, value) if isinstance(value, str) else w.add_float32(key, value) if isinstance(value, float) else (
-            w.add_uint32(key, value))
+            w.add_uint32(key, value)
+        )
     expected = {}
     for name, torch_values in llama_tensors().items():
         values = torch_values.numpy()
@@ -126,11 +136,27 @@ def test_config_tokenizer_and_template(tmp_path: Path, tied: bool) -> None:
     write_gguf(tmp_path / "m.gguf", tied=tied)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.config == {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "vocab_size": 300, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": None}
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
     assert checkpoint.special["eos_token_ids"] == [2, 3] and checkpoint.special["bos_token"] == "<s>"
     assert checkpoint.template.jinja == TEMPLATE
     assert list(checkpoint.digests()) == ["m.gguf"]
@@ -150,13 +176,16 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"arch": "bloom"}, "found architecture bloom, expected llama; give the Hugging Face checkpoint"),
-    ({"extra": {"split.count": 3}}, "found one of 3 parts, expected one whole file; merge the parts"),
-    ({"extra": {"llama.expert_count": 8}}, "found partial rotary, uneven heads or experts, expected a plain LLaMA"),
-    ({"tensor": "rope_freqs.weight"}, r"tensor rope_freqs\.weight in .*: found a tensor that a plain LLaMA does not have"),
-    ({"model": "bert"}, r"found tokenizer\.ggml\.model 'bert', expected gpt2 or llama"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "bloom"}, "found architecture bloom, expected llama; give the Hugging Face checkpoint"),
+        ({"extra": {"split.count": 3}}, "found one of 3 parts, expected one whole file; merge the parts"),
+        ({"extra": {"llama.expert_count": 8}}, "found partial rotary, uneven heads or experts, expected a plain LLaMA"),
+        ({"tensor": "rope_freqs.weight"}, r"tensor rope_freqs\.weight in .*: found a tensor that a plain LLaMA does not have"),
+        ({"model": "bert"}, r"found tokenizer\.ggml\.model 'bert', expected gpt2 or llama"),
+    ],
+)
 def test_other_models(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     write_gguf(tmp_path / "m.gguf", **options)
     with pytest.raises(CompileError, match=message):

@@ -18,15 +18,21 @@ def getter(**fields: Any) -> Any:
     return lambda key, default=None: fields.get(key.removeprefix("tokenizer.ggml."), default)
 
 
-@pytest.mark.parametrize(("pre", "tokens"), [
-    ("gpt-2", ["Ġ", "Ġ12", "Ġ34", "<|end|>"]), ("smollm", ["ĠĠ", "1", "2", "Ġ", "3", "4", "<|end|>"]),
-    ("llama-bpe", ["Ġ", "Ġ", "12", "Ġ", "34", "<|end|>"])])
+@pytest.mark.parametrize(
+    ("pre", "tokens"),
+    [
+        ("gpt-2", ["Ġ", "Ġ12", "Ġ34", "<|end|>"]),
+        ("smollm", ["ĠĠ", "1", "2", "Ġ", "3", "4", "<|end|>"]),
+        ("llama-bpe", ["Ġ", "Ġ", "12", "Ġ", "34", "<|end|>"]),
+    ],
+)
 def test_numbers_are_split_as_the_name_says(pre: str, tokens: list[str]) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = ["1 2", "3 4", "Ġ Ġ", "Ġ 12", "Ġ 34"]
     words = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<|end|>"]
-    text = gguf_tokenizer(Path("m.gguf"), getter(model="gpt2", pre=pre, tokens=words, merges=merges,
-                                                 token_type=[1] * (len(words) - 1) + [3]))
+    text = gguf_tokenizer(
+        Path("m.gguf"), getter(model="gpt2", pre=pre, tokens=words, merges=merges, token_type=[1] * (len(words) - 1) + [3])
+    )
     tokenizer = Tokenizer.from_str(text)
     ids = tokenizer.encode("  12 34<|end|>", add_special_tokens=False)
     assert ids.tokens == tokens
@@ -37,9 +43,16 @@ def test_sentencepiece(tmp_path: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(train(tmp_path, **LLAMA_STYLE)))
     size = range(reference.vocab_size())
     types = [2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1 for i in size]
-    text = gguf_tokenizer(Path("m.gguf"), getter(
-        model="llama", tokens=[reference.id_to_piece(i) for i in size], scores=[reference.get_score(i) for i in size],
-        token_type=types, unknown_token_id=0))
+    text = gguf_tokenizer(
+        Path("m.gguf"),
+        getter(
+            model="llama",
+            tokens=[reference.id_to_piece(i) for i in size],
+            scores=[reference.get_score(i) for i in size],
+            token_type=types,
+            unknown_token_id=0,
+        ),
+    )
     tokenizer = Tokenizer.from_str(text)
     for sample in [*TEXT[:6], "  12 🙂 unseen é", "", "\n"]:
         assert tokenizer.encode(sample, add_special_tokens=False).ids == reference.encode(sample)

@@ -37,8 +37,14 @@ def test_several_gguf_files(tmp_path: Path) -> None:
 class Hub:
     """Stands in for the Hub: lists `files`, or raises `error`; the cache holds nothing, or `cached`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, files: list[str] | None = None, error: Exception | None = None,
-                 cached: Path | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        files: list[str] | None = None,
+        error: Exception | None = None,
+        cached: Path | None = None,
+    ) -> None:
         self.files, self.error, self.cached = files or [], error, cached
         self.patterns: list[str] = []
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
@@ -57,9 +63,14 @@ class Hub:
         return str(self.cached)
 
 
-@pytest.mark.parametrize(("files", "pattern"), [
-    (["config.json", "model.safetensors", "pytorch_model.bin"], "*.safetensors"), (["pytorch_model.bin"], "*.bin"),
-    (["x.gguf"], "*.gguf")])
+@pytest.mark.parametrize(
+    ("files", "pattern"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin"], "*.safetensors"),
+        (["pytorch_model.bin"], "*.bin"),
+        (["x.gguf"], "*.gguf"),
+    ],
+)
 def test_one_kind_of_weights_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pattern: str
 ) -> None:
@@ -77,8 +88,10 @@ def test_a_local_directory_outranks_the_hub(tmp_path: Path, monkeypatch: pytest.
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, error=ConnectionError("no route"))
-    message = (r"checkpoint BelleGroup/BELLE-7B-2M: found no such local path, and the Hugging Face Hub cannot be reached "
-               r"\(ConnectionError\), expected a local checkpoint or a network; download it where")
+    message = (
+        r"checkpoint BelleGroup/BELLE-7B-2M: found no such local path, and the Hugging Face Hub cannot be reached "
+        r"\(ConnectionError\), expected a local checkpoint or a network; download it where"
+    )
     with pytest.raises(CompileError, match=message):
         open_checkpoint("BelleGroup/BELLE-7B-2M")
     Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)

@@ -89,8 +89,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_noted(llama: Path) -> None:
 def test_own_chat_template_outranks_the_family(llama: Path) -> None:
     assert open_checkpoint(llama).template.name == "belle-llama"
     own = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    write_json(llama / "tokenizer_config.json", {"chat_template": [{"name": "tool", "template": "x"},
-                                                                   {"name": "default", "template": own}]})
+    write_json(
+        llama / "tokenizer_config.json",
+        {"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": own}]},
+    )
     assert open_checkpoint(llama).template.jinja == own
     (llama / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     assert open_checkpoint(llama).template.name == "chat_template.jinja"
@@ -100,8 +102,10 @@ def test_own_chat_template_outranks_the_family(llama: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model_type": ({"model_type": "gpt2"}, r"model_type of .*: found 'gpt2', expected bloom or llama; give a BELLE checkpoint"),
     "no model_type": ({"model_type": "", "architectures": []}, r"found none, expected bloom or llama"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}},
-                  r"found a checkpoint quantised with GPTQ, .*; quantised GPTQ checkpoints are not yet supported"),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        r"found a checkpoint quantised with GPTQ, .*; quantised GPTQ checkpoints are not yet supported",
+    ),
 }
 
 
@@ -128,10 +132,13 @@ def test_no_config(llama: Path) -> None:
         open_checkpoint(llama)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("model.layers.0.self_attn.q_proj.qweight", r"q_proj\.qweight in .*: found int32, a packed GPTQ weight, .* not yet"),
-    ("model.norm.weight", r"tensor model\.norm\.weight in .*: found dtype int32, expected float32, float16 or bfloat16"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", r"q_proj\.qweight in .*: found int32, a packed GPTQ weight, .* not yet"),
+        ("model.norm.weight", r"tensor model\.norm\.weight in .*: found dtype int32, expected float32, float16 or bfloat16"),
+    ],
+)
 def test_tensors_that_are_not_floating_point(llama: Path, name: str, message: str) -> None:
     write_weights(llama / "model.safetensors", llama_tensors() | {name: torch.ones(4, 4, dtype=torch.int32)})
     with pytest.raises(CompileError, match=message):

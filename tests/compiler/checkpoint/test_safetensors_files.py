@@ -24,8 +24,11 @@ def written(file: Path, header: Any, data: bytes = b"") -> Path:
 def test_truncated_data(llama: Path) -> None:
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CompileError, match=r"found \d+ bytes of tensor data where its header promises \d+, expected a complete "
-                                           r"safetensors file; it is truncated or damaged: download it again"):
+    with pytest.raises(
+        CompileError,
+        match=r"found \d+ bytes of tensor data where its header promises \d+, expected a complete "
+        r"safetensors file; it is truncated or damaged: download it again",
+    ):
         open_checkpoint(llama)
 
 
@@ -42,12 +45,17 @@ def test_truncated_header(llama: Path) -> None:
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
-@pytest.mark.parametrize(("header", "message"), [
-    (b"{]", "a header that is not JSON"), ([], "a header that is not a JSON object"),
-    ({"a": 3}, "no dtype, shape and data_offsets"),
-    ({"a": ENTRY | {"shape": [2, 4]}}, r"24 bytes for tensor a of dtype float32 and shape \[2, 4\]"),
-    ({"a": ENTRY | {"data_offsets": [24, 0]}}, "-24 bytes for tensor a"),
-], ids=["not json", "no object", "no entry", "shape", "offsets"])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{]", "a header that is not JSON"),
+        ([], "a header that is not a JSON object"),
+        ({"a": 3}, "no dtype, shape and data_offsets"),
+        ({"a": ENTRY | {"shape": [2, 4]}}, r"24 bytes for tensor a of dtype float32 and shape \[2, 4\]"),
+        ({"a": ENTRY | {"data_offsets": [24, 0]}}, "-24 bytes for tensor a"),
+    ],
+    ids=["not json", "no object", "no entry", "shape", "offsets"],
+)
 def test_wrong_headers(tmp_path: Path, header: Any, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         open_safetensors(written(tmp_path / "model.safetensors", header, bytes(24)))

@@ -17,8 +17,12 @@ from compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_json
 
 TEXT = [
-    "the quick brown fox jumps over the lazy dog", "hello world, this is a test of tokens", "def f(x): return x + 1",
-    "写一首关于春天的诗，北京的春天", "今天天气怎么样，中国人民", "Human: hello Assistant: hi there",
+    "the quick brown fox jumps over the lazy dog",
+    "hello world, this is a test of tokens",
+    "def f(x): return x + 1",
+    "写一首关于春天的诗，北京的春天",
+    "今天天气怎么样，中国人民",
+    "Human: hello Assistant: hi there",
 ] * 20
 ALPHABET = "the quick brown fox over 写一首关于春天的诗中国人民今天天气 \n  12é🙂ﬁ:"
 LLAMA_STYLE = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -26,14 +30,20 @@ LLAMA_STYLE = {"normalization_rule_name": "identity", "remove_extra_whitespaces"
 
 def train(directory: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_prefix=str(directory / "tokenizer"), vocab_size=420, byte_fallback=True,
-        **{"model_type": "bpe", "minloglevel": 2, "num_threads": 1, **options})
+        sentence_iterator=iter(TEXT),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=420,
+        byte_fallback=True,
+        **{"model_type": "bpe", "minloglevel": 2, "num_threads": 1, **options},
+    )
     return directory / "tokenizer.model"
 
 
-@pytest.mark.parametrize("options", [LLAMA_STYLE, {}, LLAMA_STYLE | {"add_dummy_prefix": False},
-                                     LLAMA_STYLE | {"user_defined_symbols": ["<user>"]}],
-                         ids=["llama", "nfkc and squeezed spaces", "no prefix space", "user symbol"])
+@pytest.mark.parametrize(
+    "options",
+    [LLAMA_STYLE, {}, LLAMA_STYLE | {"add_dummy_prefix": False}, LLAMA_STYLE | {"user_defined_symbols": ["<user>"]}],
+    ids=["llama", "nfkc and squeezed spaces", "no prefix space", "user symbol"],
+)
 def test_ids_and_text_equal_those_of_sentencepiece(tmp_path: Path, options: dict[str, Any]) -> None:
     model = train(tmp_path, **options)
     text, notes = convert(model)

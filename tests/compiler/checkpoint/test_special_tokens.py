@@ -15,21 +15,42 @@ from tests.compiler.checkpoint.models import byte_tokenizer, write_json
 TOKENIZER = byte_tokenizer().to_str()
 
 
-def found(config: dict[str, Any], generation: dict[str, Any] | None = None, tokenizer: dict[str, Any] | None = None,
-          tokens_map: dict[str, Any] | None = None, *, raw: bool = False, json: str = TOKENIZER) -> dict[str, Any]:
-    return special_tokens({"vocab_size": 300} | config, generation or {}, tokenizer or {}, tokens_map or {}, json,
-                          raw_template=raw)
+def found(
+    config: dict[str, Any],
+    generation: dict[str, Any] | None = None,
+    tokenizer: dict[str, Any] | None = None,
+    tokens_map: dict[str, Any] | None = None,
+    *,
+    raw: bool = False,
+    json: str = TOKENIZER,
+) -> dict[str, Any]:
+    return special_tokens(
+        {"vocab_size": 300} | config, generation or {}, tokenizer or {}, tokens_map or {}, json, raw_template=raw
+    )
 
 
 def test_numbers_alone() -> None:
     assert found({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}) == {
-        "bos_token_id": 1, "eos_token_ids": [2], "pad_token_id": 3, "bos_token": "<s>", "eos_token": "</s>", "add_bos": False,
-        "add_bos_raw": False}
+        "bos_token_id": 1,
+        "eos_token_ids": [2],
+        "pad_token_id": 3,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos": False,
+        "add_bos_raw": False,
+    }
 
 
 def test_nothing_known() -> None:
-    assert found({}) == {"bos_token_id": None, "eos_token_ids": [], "pad_token_id": None, "bos_token": "", "eos_token": "",
-                         "add_bos": False, "add_bos_raw": False}
+    assert found({}) == {
+        "bos_token_id": None,
+        "eos_token_ids": [],
+        "pad_token_id": None,
+        "bos_token": "",
+        "eos_token": "",
+        "add_bos": False,
+        "add_bos_raw": False,
+    }
 
 
 def test_eos_is_the_union_of_generation_config_and_tokenizer() -> None:
@@ -38,8 +59,12 @@ def test_eos_is_the_union_of_generation_config_and_tokenizer() -> None:
 
 
 def test_words_outrank_the_numbers_of_early_llama_conversions() -> None:
-    special = found({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}, {},
-                    {"bos_token": {"content": "<s>"}}, {"eos_token": "</s>", "pad_token": ""})
+    special = found(
+        {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1},
+        {},
+        {"bos_token": {"content": "<s>"}},
+        {"eos_token": "</s>", "pad_token": ""},
+    )
     assert (special["bos_token_id"], special["eos_token_ids"], special["pad_token_id"]) == (1, [2], None)
 
 

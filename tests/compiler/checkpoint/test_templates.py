@@ -10,26 +10,42 @@ from compiler.checkpoint.templates import TEMPLATES, PromptTemplate, choose_temp
 from compiler.errors import CompileError
 
 ONE = [{"role": "user", "content": "你好\n{x} {{ y }}"}]
-MORE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"}]
+MORE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
 OWN = PromptTemplate("own", "{% for m in messages %}{{ m.content }}!{% endfor %}")
 
 
-@pytest.mark.parametrize(("name", "one", "more"), [
-    ("belle-bloom", "Human: 你好\n{x} {{ y }}\n\nAssistant:", "Human: Be brief.\na\n\nAssistant:b\n\nHuman: c\n\nAssistant:"),
-    ("belle-llama", "Human: \n你好\n{x} {{ y }}\n\nAssistant: \n",
-     "Human: \nBe brief.\na\n\nAssistant: \nb</s>Human: \nc\n\nAssistant: \n"),
-    ("belle-llama-ext", "Human: 你好\n{x} {{ y }}\n\nBelle: ", "Human: Be brief.\na\n\nBelle: b\n\nHuman: c\n\nBelle: "),
-    ("raw", "你好\n{x} {{ y }}", "Be brief.abc"),
-])
+@pytest.mark.parametrize(
+    ("name", "one", "more"),
+    [
+        (
+            "belle-bloom",
+            "Human: 你好\n{x} {{ y }}\n\nAssistant:",
+            "Human: Be brief.\na\n\nAssistant:b\n\nHuman: c\n\nAssistant:",
+        ),
+        (
+            "belle-llama",
+            "Human: \n你好\n{x} {{ y }}\n\nAssistant: \n",
+            "Human: \nBe brief.\na\n\nAssistant: \nb</s>Human: \nc\n\nAssistant: \n",
+        ),
+        ("belle-llama-ext", "Human: 你好\n{x} {{ y }}\n\nBelle: ", "Human: Be brief.\na\n\nBelle: b\n\nHuman: c\n\nBelle: "),
+        ("raw", "你好\n{x} {{ y }}", "Be brief.abc"),
+    ],
+)
 def test_the_texts(name: str, one: str, more: str) -> None:
     template = PromptTemplate(name, TEMPLATES[name])
     assert render(template, ONE, bos_token="<s>", eos_token="</s>") == one
     assert render(template, MORE, bos_token="<s>", eos_token="</s>") == more
 
 
-@pytest.mark.parametrize(("family", "vocab_size", "name"), [
-    ("bloom", 250880, "belle-bloom"), ("llama", 32000, "belle-llama"), ("llama", 79458, "belle-llama-ext")])
+@pytest.mark.parametrize(
+    ("family", "vocab_size", "name"),
+    [("bloom", 250880, "belle-bloom"), ("llama", 32000, "belle-llama"), ("llama", 79458, "belle-llama-ext")],
+)
 def test_families(family: str, vocab_size: int, name: str) -> None:
     assert family_template(family, {"vocab_size": vocab_size}).name == name
     assert choose_template(None, None, family, {"vocab_size": vocab_size}).name == name
@@ -47,21 +63,27 @@ def test_arguments(tmp_path: Path) -> None:
         (str(file), "mine.jinja", "File: hi"),
         ("Q: {{ messages[0].content }}", "inline", "Q: hi"),
         ("问: {x}\\n答: ", "format", "问: hi\n答: "),
-        ("it's {x}\n\"A\":", "format", "it's hi\n\"A\":"),
+        ('it\'s {x}\n"A":', "format", 'it\'s hi\n"A":'),
     ):
         template = choose_template(argument, OWN, "bloom", {})
         assert template.name == name
         assert render(template, [{"role": "user", "content": "hi"}], bos_token="", eos_token="") == prompt
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("alpaca", r"--template 'alpaca': found an unknown name, expected one of belle-bloom, belle-llama, belle-llama-ext, raw"),
-    ("/nowhere/x.jinja", r"template /nowhere/x\.jinja: found a file that cannot be read .*expected a Jinja file; check"),
-    ("{% for m in messages %}{{ m.content }}", "prompt template inline: found Jinja that fails .*; correct it, or choose"),
-    ("{{ messages.nothing.here }}", "prompt template inline: found Jinja that fails"),
-    ("{{ ''.__class__.__mro__ }}", "prompt template inline: found Jinja that fails"),
-    ("Human: {{ x }}", "found that it leaves out the user's message: 'Human: '"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "alpaca",
+            r"--template 'alpaca': found an unknown name, expected one of belle-bloom, belle-llama, belle-llama-ext, raw",
+        ),
+        ("/nowhere/x.jinja", r"template /nowhere/x\.jinja: found a file that cannot be read .*expected a Jinja file; check"),
+        ("{% for m in messages %}{{ m.content }}", "prompt template inline: found Jinja that fails .*; correct it, or choose"),
+        ("{{ messages.nothing.here }}", "prompt template inline: found Jinja that fails"),
+        ("{{ ''.__class__.__mro__ }}", "prompt template inline: found Jinja that fails"),
+        ("Human: {{ x }}", "found that it leaves out the user's message: 'Human: '"),
+    ],
+)
 def test_wrong_arguments(argument: str, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         choose_template(argument, None, "bloom", {})

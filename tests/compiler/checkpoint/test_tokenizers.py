@@ -29,9 +29,13 @@ def test_no_tokenizer(llama: Path) -> None:
         open_checkpoint(llama)
 
 
-@pytest.mark.parametrize(("model", "reason"), [
-    ({"type": "Nonsense"}, ""),
-    ({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "the merge of 'a' and 'b' is not")])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"type": "Nonsense"}, ""),
+        ({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "the merge of 'a' and 'b' is not"),
+    ],
+)
 def test_unreadable_tokenizer(llama: Path, model: dict[str, Any], reason: str) -> None:
     write_json(llama / "tokenizer.json", {"version": "1.0", "model": model})
     with pytest.raises(CompileError, match=rf"a file that the tokenizers library cannot read \({reason}.*; download it again"):

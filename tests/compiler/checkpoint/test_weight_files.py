@@ -65,13 +65,19 @@ def test_a_lost_index_does_no_harm(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize(("file", "message"), [
-    ("README.md", r"found only README\.md, config\.json, tokenizer\.json, expected model\.safetensors or pytorch_model\.bin"),
-    ("adapter_model.bin", r"found only adapter_model\.bin, a LoRA adapter, .*; merge it into its base model"),
-    ("x.0123.enc", "an XOR-encrypted release, .*; decrypt it first"),
-    ("bloom7b-2m-4bit-128g.pt", r"a GPTQ \.pt file, .*; quantised GPTQ checkpoints are not yet supported"),
-    ("consolidated.00.pth", "original LLaMA weights, .*; convert them"),
-])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "README.md",
+            r"found only README\.md, config\.json, tokenizer\.json, expected model\.safetensors or pytorch_model\.bin",
+        ),
+        ("adapter_model.bin", r"found only adapter_model\.bin, a LoRA adapter, .*; merge it into its base model"),
+        ("x.0123.enc", "an XOR-encrypted release, .*; decrypt it first"),
+        ("bloom7b-2m-4bit-128g.pt", r"a GPTQ \.pt file, .*; quantised GPTQ checkpoints are not yet supported"),
+        ("consolidated.00.pth", "original LLaMA weights, .*; convert them"),
+    ],
+)
 def test_no_usable_weights(tmp_path: Path, file: str, message: str) -> None:
     (write_small_files(tmp_path, LLAMA_CONFIG) / file).write_bytes(b"")
     with pytest.raises(CompileError, match=message):

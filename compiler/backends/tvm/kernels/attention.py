@@ -137,5 +137,3 @@ def _joins(named: dict[str, Buffer], row: Expr, tile: int) -> Expr:
 def _chunks(named: dict[str, Buffer], row: Expr) -> Expr:
     """Chunks of context that a row sees."""
     return tir.opaque(T.floordiv(tir.i64(named["positions"][row]) + CHUNK, CHUNK))
-
-

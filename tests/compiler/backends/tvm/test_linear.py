@@ -50,8 +50,8 @@ def run_quantized(library: Library, kernel: QuantizedLinear, xq: Array, xs: Arra
     out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
     biases = [aligned_copy(packing.pack_vector(bias))] if kernel.bias else []
     library.call(
-        kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int8(wq)), aligned_copy(packing.pack_vector(ws)),
-        aligned_copy(packing.pack_vector(packing.correction(wq))), *biases, out,
+        kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int8(wq)),
+        aligned_copy(packing.pack_vector(ws)), aligned_copy(packing.pack_vector(packing.correction(wq))), *biases, out,
     )  # fmt: skip
     return out[: len(xq), : kernel.outputs]
 
@@ -120,5 +120,3 @@ def test_amx_kernels_use_the_tile_product() -> None:
     code = compile_library([quantized(64, 64)], AMX)
     assert b"\xc4\xe2\x78\x49" in code, "no ldtilecfg or tilerelease"
     assert any(bytes([0xC4, 0xE2, second, 0x5E]) in code for second in range(0x41, 0x80, 8)), "no tdpbusd"
-
-

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from compiler.backends.tvm.memory_plan import ALIGNMENT, Lifetime, plan_memory
 
 lifetimes = st.builds(
-    lambda size, first, length: Lifetime(size, first, first + length), st.integers(1, 10_000), st.integers(0, 20), st.integers(0, 6)
+    lambda size, first, length: Lifetime(size, first, first + length),
+    st.integers(1, 10_000),
+    st.integers(0, 20),
+    st.integers(0, 6),
 )
 
 
