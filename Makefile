@@ -6,6 +6,7 @@ VENV ?= .venv
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
 DEMO := artifacts/smollm2-135m-cpu
+MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -14,10 +15,14 @@ DEMO := artifacts/smollm2-135m-cpu
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## Compile a small chat model and let it answer PROMPT.
-	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
-	$(BIN)/belle-compile build build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu --force -o $(DEMO)
+demo: $(DEMO)/manifest.json ## Compile a small chat model and let it answer PROMPT.
 	$(BIN)/belle-run $(DEMO) "$(PROMPT)"
+
+build/smollm2/$(MODEL): | $(VENV)/.installed
+	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
+
+$(DEMO)/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
+	$(BIN)/belle-compile build $< --target cpu --force -o $(DEMO)
 
 test: $(VENV)/.installed ## Run the tests.
 	$(BIN)/python -m pytest -q
@@ -26,8 +31,7 @@ lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## Measure accuracy, and speed against memory bandwidth (some minutes, 5 GB of disk).
-	test -e $(DEMO)/manifest.json || $(MAKE) demo
+bench: $(VENV)/.installed $(DEMO)/manifest.json ## Measure accuracy, and speed against memory bandwidth (some minutes, 5 GB of disk).
 	$(BIN)/python -m benchmarks.accuracy --engine $(DEMO)
 	$(BIN)/python -m benchmarks.checkpoints llama-1b build/checkpoints/llama-1b
 	$(BIN)/belle-compile build build/checkpoints/llama-1b --target cpu --force -o build/engines/llama-1b
