@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 
     from passes.base import Pass
 
+_W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
 # What the manifest says of each preset, beside the passes' own records.
 QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"},
+    "int8": _W8A8 | {"rotations": "residual stream (RMSNorm models) and values, folded into the weights"},
+    "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }
-_WEIGHT_BYTES = {"int8": 1, "none": 4}
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
@@ -110,7 +111,7 @@ def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return values * _WEIGHT_BYTES[quantization] + _FIXED_BYTES
+    return values * (4 if quantization == "none" else 1) + _FIXED_BYTES
 
 
 def _exact_bytes(lowered: Lowered) -> int:
