@@ -53,4 +53,5 @@ def _hadamard(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         pairs = x.reshape(*shape[:-1], width // (2 * step), 2, step)
         x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(shape)
         step *= 2
-    return x / np.sqrt(width)
+    normalized: npt.NDArray[np.float64] = x / np.sqrt(width)
+    return normalized

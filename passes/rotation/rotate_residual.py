@@ -83,7 +83,8 @@ def _read(rotation: Rotation, scale: ir.TensorProtocol, weight: Floats) -> Float
 
 
 def _rotate_vector(rotation: Rotation, bias: Floats) -> Floats:
-    return rotation.right(bias[None])[0]
+    rotated: Floats = rotation.right(bias[None])[0]
+    return rotated
 
 
 def _find_stream(graph: ir.Graph) -> tuple[_Stream, str]:

@@ -70,7 +70,7 @@ class RotateValues(Pass):
 
 def _rotate_rows(rotation: Rotation, rows: slice, weight: Floats) -> Floats:
     """Q.T times each head's rows of a weight [outputs, inputs], or its part of a bias [outputs]."""
-    result = weight.copy()
+    result: Floats = weight.copy()
     heads = weight[rows].reshape(-1, rotation.size, weight[rows].size // weight[rows].shape[0])
     result[rows] = np.concatenate([rotation.left(head) for head in heads]).reshape(weight[rows].shape)
     return result
