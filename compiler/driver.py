@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
 # What the manifest says of each preset, beside the passes' own records.
 QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": _W8A8 | {"rotations": "residual stream (RMSNorm models) and values, folded into the weights"},
+    "int8": _W8A8 | {"rotations": "residual stream and values, folded into the weights"},
     "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }

@@ -22,13 +22,15 @@ from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
+from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
+from passes.rotation.fold_layer_norms import FoldLayerNorms
 from passes.rotation.rotate_residual import RotateResidual
 from passes.rotation.rotate_values import RotateValues
 
 # What follows matches a tidy graph
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
-# Spread outliers over all channels before there is anything to round
-ROTATION: tuple[Pass, ...] = (RotateResidual(), RotateValues())
+# Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
+ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
 # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
 QUANTIZATION: tuple[Pass, ...] = (QuantizeLinears(), QuantizeEmbedding())
 # Linears first, then what lies between them

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,22 +10,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compiler.ir.build import make_initializer
-from passes.base import Pass, PassResult, is_weight, other_readers
+from passes.base import Pass, PassResult
 from passes.rotation.hadamard import Rotation
+from passes.rotation.stream import find_stream
 from passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _DONE = "rotated_residual"  # metadata of a model whose stream is rotated: rotating twice would undo nothing and help nothing
-
-
-@dataclass
-class _Stream:
-    """The residual stream: who starts it, who adds to it, who reads it."""
-
-    tables: list[ir.Node] = field(default_factory=list)  # Gather from an embedding table
-    writers: list[ir.Node] = field(default_factory=list)  # Gemm whose output is added
-    norms: list[ir.Node] = field(default_factory=list)  # RMSNormalization of the stream
-    readers: list[ir.Node] = field(default_factory=list)  # Gemm of such a norm
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,7 @@ class RotateResidual(Pass):
 
     x' = x Q for a random Hadamard matrix Q: lengths stay, outliers are spread over all channels. A head that is tied to the
     embedding gets a weight of its own. Refuses, and changes nothing, where the stream is read by anything but
-    RMS norms that feed linears (LayerNorm models need their mean subtraction folded away first).
+    RMS norms that feed linears; FoldLayerNorms makes such norms of BLOOM's.
     """
 
     seed: int = 0
@@ -43,7 +34,7 @@ class RotateResidual(Pass):
     def run(self, model: ir.Model) -> PassResult:
         if _DONE in model.metadata_props:
             return PassResult()
-        stream, reason = _find_stream(model.graph)
+        stream, reason = find_stream(model.graph, "RMSNormalization")
         if reason:
             return PassResult(0, (reason,))
         graph, norm = model.graph, stream.norms[0].inputs[1]
@@ -85,37 +76,3 @@ def _read(rotation: Rotation, scale: ir.TensorProtocol, weight: Floats) -> Float
 def _rotate_vector(rotation: Rotation, bias: Floats) -> Floats:
     rotated: Floats = rotation.right(bias[None])[0]
     return rotated
-
-
-def _find_stream(graph: ir.Graph) -> tuple[_Stream, str]:
-    """The stream, and why it cannot be rotated (empty when it can)."""
-    stream, values = _Stream(), set[ir.Value]()
-    for node in graph:
-        if node.op_type == "Gather" and is_weight(node.inputs[0]):
-            stream.tables.append(node)
-            values.add(node.outputs[0])
-        elif node.op_type == "Gather" and node.inputs[0] in values:
-            values.add(node.outputs[0])
-        elif node.op_type == "Add" and values & set(node.inputs):
-            values.add(node.outputs[0])
-            for operand in node.inputs:
-                writer = operand.producer() if operand is not None else None
-                if operand in values:
-                    continue
-                if operand is None or writer is None or writer.op_type != "Gemm" or not is_weight(writer.inputs[1]):
-                    return stream, f"{node.name}: adds something else than the output of a linear"
-                if others := other_readers(operand, node):
-                    return stream, f"{node.name}: what it adds is also read by {', '.join(others)}"
-                stream.writers.append(writer)
-        elif values & set(node.inputs):
-            if node.op_type != "RMSNormalization":
-                return stream, f"{node.name}: the residual stream is read by {node.op_type}, not by an RMS norm"
-            readers = list(node.outputs[0].consumers())
-            linears = all(reader.op_type == "Gemm" and is_weight(reader.inputs[1]) for reader in readers)
-            if not linears or node.outputs[0].is_graph_output() or not is_weight(node.inputs[1]):
-                return stream, f"{node.name}: its output is read by something else than linears"
-            stream.norms.append(node)
-            stream.readers += readers
-    if not stream.norms:
-        return stream, "there is no residual stream that RMS norms read"
-    return stream, ""

@@ -14,17 +14,19 @@ from compiler.ir.lazy import lazy
 Floats = npt.NDArray[np.float32]
 
 
-def replace_weight(node: ir.Node, index: int, change: Callable[[Floats], Floats], graph: ir.Graph) -> None:
-    """Let `node` read change(weight) as input `index`, under the weight's name with ".rotated" behind it.
+def replace_weight(
+    node: ir.Node, index: int, change: Callable[[Floats], Floats], graph: ir.Graph, suffix: str = "rotated"
+) -> None:
+    """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it.
 
     Where another reader has taken that name for another change (a tied table), the node's own name is used.
     """
     weight = node.inputs[index]
     assert weight is not None and weight.const_value is not None
     source = weight.const_value
-    name = f"{weight.name}.rotated"
+    name = f"{weight.name}.{suffix}"
     if name in graph.initializers:
-        name = f"{node.name}.weight.rotated"
+        name = f"{node.name}.weight.{suffix}"
     tensor = lazy(name, lambda: change(source.numpy()), source.shape.numpy(), ir.DataType.FLOAT)
     value = make_initializer(tensor)
     graph.register_initializer(value)

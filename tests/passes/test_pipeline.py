@@ -21,8 +21,8 @@ from passes.base import Pass, PassResult
 from passes.pipeline import CLEANUP, PRESETS, QUANTIZATION, ROTATION, run_pipeline
 from tests.passes.helpers import assert_same_results, bloom, count, llama
 
-normed_llama = partial(llama, last_norm=True)
-MODELS = {"llama": normed_llama, "bloom": bloom}
+normed_llama, normed_bloom = partial(llama, last_norm=True), partial(bloom, last_norm=True)
+MODELS = {"llama": normed_llama, "bloom": normed_bloom}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -33,7 +33,7 @@ def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> Non
     golden(f"pipeline-{preset}-{name}", to_text(model))
 
 
-@pytest.mark.parametrize("make", [normed_llama, bloom, lambda: bloom(residual_after_norm=True)])
+@pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
 def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model]) -> None:
     quantized, fused = make(), make()
     run_pipeline(quantized, CLEANUP + ROTATION + QUANTIZATION)
@@ -42,7 +42,7 @@ def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model]) -> None:
     assert count(fused, "QuantizedLinear") and not count(fused, "IntegerLinear") + count(fused, "Gemm")
 
 
-@pytest.mark.parametrize("make", [normed_llama, bloom, lambda: bloom(residual_after_norm=True)])
+@pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
 def test_results_of_presets(make: Callable[[], ir.Model]) -> None:
     for preset, rtol in (("none", 2e-6), ("int8", 0.06), ("int8-plain", 0.06)):
         model = make()

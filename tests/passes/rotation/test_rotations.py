@@ -9,6 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from passes.base import PassResult
+from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
+from passes.rotation.fold_layer_norms import FoldLayerNorms
 from passes.rotation.hadamard import Rotation
 from passes.rotation.rotate_residual import RotateResidual
 from passes.rotation.rotate_values import RotateValues
@@ -79,7 +81,7 @@ def test_a_tied_head_gets_its_own_weight() -> None:
 def test_layer_norms_are_refused() -> None:
     model = bloom()
     before, result = check_pass(RotateResidual(), model)
-    assert result == PassResult(0, ("embed_norm: the residual stream is read by LayerNormalization, not by an RMS norm",))
+    assert result == PassResult(0, ("embed_norm: the residual stream is read by LayerNormalization, not by RMSNormalization",))
     assert_same_results(before, model)
 
 
@@ -88,7 +90,7 @@ def test_a_stream_with_another_reader_is_refused() -> None:
     x = b.op("Add", b.linear(b.x, "left", 32), b.x, name="add")
     model = b.head(x)
     _, result = check_pass(RotateResidual(), model)
-    assert result == PassResult(0, ("left: the residual stream is read by Gemm, not by an RMS norm",))
+    assert result == PassResult(0, ("left: the residual stream is read by Gemm, not by RMSNormalization",))
 
 
 def test_values_with_another_reader_are_refused() -> None:
@@ -100,12 +102,63 @@ def test_values_with_another_reader_are_refused() -> None:
     assert result == PassResult(0, ("attn: its values are also read by add",))
 
 
+def test_fold_embedding_norm_text(golden: Callable[[str, str], None]) -> None:
+    model = bloom(layers=1)
+    before, result = check_pass(FoldEmbeddingNorm(), model)
+    assert result == PassResult(1)
+    golden("fold-embedding-norm", side_by_side(before, FoldEmbeddingNorm(), model))
+    assert_same_results(before, model)
+
+
+def test_fold_layer_norms_text(golden: Callable[[str, str], None]) -> None:
+    model = normed_bloom(layers=1)
+    before, result = check_pass(FoldLayerNorms(), model)
+    assert result == PassResult(3)
+    golden("fold-layer-norms", side_by_side(before, FoldLayerNorms(), model))
+    assert_same_results(before, model, rtol=ROUNDING)
+
+
+def test_bloom_is_rotated_after_its_norms_are_folded() -> None:
+    model = bloom(last_norm=True)
+    before = model.clone()
+    for step in (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues()):
+        _, result = check_pass(step, model)
+        assert result.changes and not result.refusals
+    assert not any(node.op_type == "LayerNormalization" for node in model.graph)
+    assert_same_results(before, model, rtol=5e-6)
+
+
+def test_a_residual_after_the_norm_is_refused() -> None:
+    model = bloom(residual_after_norm=True, last_norm=True)
+    FoldEmbeddingNorm().run(model)
+    before, result = check_pass(FoldLayerNorms(), model)
+    assert result == PassResult(0, ("h.0.input_norm: its output is read by something else than linears",))
+    assert "h.0.input_norm" in {node.name for node in model.graph}
+    assert_same_results(before, model)
+
+
+def test_an_embedding_with_another_reader_keeps_its_norm() -> None:
+    b = Tiny()
+    x = b.op("Add", b.norm(b.x, "norm", "layer"), b.x, name="add")
+    model = b.head(x)
+    before, result = check_pass(FoldEmbeddingNorm(), model)
+    assert result == PassResult(0, ("norm: the embedding is also read by add",))
+    assert_same_results(before, model)
+
+
+def normed_bloom(layers: int) -> ir.Model:
+    """A BLOOM whose embedding norm is folded already."""
+    model = bloom(layers=layers, last_norm=True)
+    FoldEmbeddingNorm().run(model)
+    return model
+
+
 def test_an_unmatched_graph_is_unmodified() -> None:
     def plain() -> ir.Model:
         b = Tiny()
         return b.head(b.linear(b.x, "left", 32))
 
-    for step in (RotateResidual(), RotateValues()):
+    for step in (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues()):
         model = plain()
         before, result = check_pass(step, model)
         assert result.changes == 0
