@@ -29,6 +29,7 @@ test: $(VENV)/.installed ## Run the tests.
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed $(DEMO)/manifest.json ## Measure accuracy, and speed against memory bandwidth (some minutes, 5 GB of disk).

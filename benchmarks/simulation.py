@@ -73,7 +73,7 @@ class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformer
         return super().update(key_states.half().float(), value_states.half().float(), layer_idx, *args, **kwargs)
 
 
-def simulate(model: torch.nn.Module) -> torch.nn.Module:
+def simulate(model: Any) -> Any:
     """Replace every linear layer and embedding of a Transformers model in place; head and embedding included."""
     for name, module in list(model.named_modules()):
         replacement: torch.nn.Module

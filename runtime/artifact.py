@@ -141,14 +141,6 @@ def manifest_text(manifest: Manifest) -> str:
     return canonical_json(to_plain(manifest))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Path:
-    """Write manifest.json into `directory`; validates first, so that what is written can be read."""
-    _check_values(manifest, directory / MANIFEST_NAME)
-    path = directory / MANIFEST_NAME
-    path.write_bytes(manifest_text(manifest).encode())
-    return path
-
-
 def manifest_schema() -> dict[str, Any]:
     """JSON Schema of manifest.json."""
     return json_schema(Manifest, "belle-compile engine manifest")
@@ -162,6 +154,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
     try:
         plain = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except ValueError as error:
         raise EngineError(STAGE, f"{path} is not JSON", found=str(error), remedy=_REBUILD) from None
     version = plain.get("format_version") if isinstance(plain, dict) else None
@@ -205,16 +199,24 @@ def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progr
     total, done = sum(record.bytes for record in digested.values()), 0
     for name, record in digested.items():
         digest = hashlib.sha256()
-        with open(root / name, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress:
-                    progress(name, done, total)
+        try:
+            with open(root / name, "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress(name, done, total)
+        except OSError as error:
+            raise _unreadable(root / name, error) from None
         if digest.hexdigest() != record.sha256:
             found, expected = f"SHA-256 {digest.hexdigest()[:12]}…", f"{record.sha256[:12]}…"
             remedy = "the file was changed after the build: copy the engine again or rebuild it"
             raise EngineError(STAGE, f"digest of {name}", found=found, expected=expected, remedy=remedy)
+
+
+def _unreadable(path: Path, error: OSError) -> EngineError:
+    remedy = "let this user read it, or copy the engine again"
+    return EngineError(STAGE, f"file {path} cannot be read", found=error.strerror or str(error), remedy=remedy)
 
 
 def _check_entry(root: Path, name: str, record: FileRecord) -> None:

@@ -1,14 +1,15 @@
-"""Random orthogonal matrices that are applied in n log n: signs, a Hadamard transform, and a small matrix across its blocks."""
+"""Random orthogonal matrices that are applied cheaply: signs, a Hadamard transform, and a small matrix across its blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-_ROWS = 1024  # rows rotated at a time, so that temporaries stay small beside the weight
+_CHUNK = 1024  # rows or columns rotated at a time, so that temporaries stay small beside the weight
 
 
 @dataclass(frozen=True)
@@ -24,34 +25,55 @@ class Rotation:
 
     def right(self, weight: Floats) -> Floats:
         """weight @ Q for a weight [rows, size]."""
-        width = self.size & -self.size  # the largest power of two that divides the size
-        signs, mixer = self._parts(self.size // width)
+        blocks, outer, inner = self._factors()
+        signs, mixer = self._parts(blocks)
+        low, high = _hadamard(inner), _hadamard(outer)
         result = np.empty(weight.shape, np.float32)
-        for start in range(0, len(weight), _ROWS):
-            rows = slice(start, start + _ROWS)
-            block = weight[rows].astype(np.float64) * signs
-            block = _hadamard(block.reshape(-1, self.size // width, width))
-            result[rows] = np.einsum("rbw,bc->rcw", block, mixer, optimize=True).reshape(len(block), self.size)
+        for start in range(0, len(weight), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            x = (weight[rows] * signs).reshape(-1, inner) @ low
+            x = np.matmul(high, x.reshape(-1, outer, inner))
+            if blocks > 1:
+                x = np.matmul(mixer, x.reshape(-1, blocks, outer * inner))
+            result[rows] = x.reshape(-1, self.size)
         return result
 
     def left(self, weight: Floats) -> Floats:
         """Q.T @ weight for a weight [size, columns]."""
-        return np.ascontiguousarray(self.right(np.ascontiguousarray(weight.T)).T)
+        blocks, outer, inner = self._factors()
+        signs, mixer = self._parts(blocks)
+        low, high = _hadamard(inner), _hadamard(outer)
+        result = np.empty(weight.shape, np.float32)
+        for start in range(0, weight.shape[1], _CHUNK):
+            columns = slice(start, start + _CHUNK)
+            x = weight[:, columns] * signs[:, None]
+            count = x.shape[1]
+            x = np.matmul(low, x.reshape(-1, inner, count))
+            x = np.matmul(high, x.reshape(blocks, outer, inner * count))
+            if blocks > 1:
+                x = mixer @ x.reshape(blocks, -1)
+            result[:, columns] = x.reshape(self.size, count)
+        return result
 
-    def _parts(self, blocks: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _factors(self) -> tuple[int, int, int]:
+        """size = blocks * outer * inner: the transform of outer * inner is two products with small matrices."""
+        width = self.size & -self.size  # the largest power of two that divides the size
+        inner = 1 << (width.bit_length() // 2)
+        return self.size // width, width // inner, inner
+
+    def _parts(self, blocks: int) -> tuple[Floats, Floats]:
+        """Signs [size] and an orthogonal matrix [blocks, blocks]."""
         random = np.random.default_rng([self.seed, self.size])
-        signs = random.choice([-1.0, 1.0], self.size)
+        signs = random.choice(np.array([-1, 1], np.float32), self.size)
         mixer, triangle = np.linalg.qr(random.standard_normal((blocks, blocks)))
-        return signs, mixer * np.sign(np.diag(triangle))  # the signs make the result independent of LAPACK's choice
+        # The signs make the result independent of LAPACK's choice.
+        return signs, (mixer * np.sign(np.diag(triangle))).T.astype(np.float32)
 
 
-def _hadamard(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The normalized Walsh-Hadamard transform of the last axis, a power of two."""
-    width, step = x.shape[-1], 1
-    shape = x.shape
-    while step < width:
-        pairs = x.reshape(*shape[:-1], width // (2 * step), 2, step)
-        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(shape)
-        step *= 2
-    normalized: npt.NDArray[np.float64] = x / np.sqrt(width)
-    return normalized
+@cache
+def _hadamard(size: int) -> Floats:
+    """The normalized, symmetric Walsh-Hadamard matrix of a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)

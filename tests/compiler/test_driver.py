@@ -16,7 +16,6 @@ from compiler import driver
 from compiler.backends.tvm import Lowered
 from compiler.backends.tvm.isa import AVX2
 from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.lower import lower
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
 from passes.pipeline import PRESETS
@@ -24,14 +23,7 @@ from runtime.artifact import Manifest, read_manifest, verify_files
 from runtime.program import read_program
 from tests.parity.variants import VARIANTS
 
-
-@pytest.fixture(autouse=True)
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_graph(model: ir.Model, isas: tuple[str, ...], *, calls_before_fusion: int) -> Lowered:
-        program, weights, _ = lower(model, calls_before_fusion)
-        return Lowered(program, weights, {f"kernels-{isa}.so": isa.encode() for isa in isas} | {"libtvm_runtime.so": b"tvm"})
-
-    monkeypatch.setattr(driver, "compile_graph", compile_graph)
+pytestmark = pytest.mark.usefixtures("no_kernels")
 
 
 @pytest.fixture(scope="module")
