@@ -194,7 +194,9 @@ class Engine:
         self._scheduler.check_length(len(ids) + max_new_tokens, "prompt and max_new_tokens are too long")
         end_ids = () if params.ignore_eos else self.manifest.special_tokens.eos
         sampler = Sampler(params, defaults, ids)
-        return Generation(ids, max_new_tokens, sampler, params.stop, end_ids, self.tokenizer, on_piece)
+        return Generation(
+            ids, max_new_tokens, sampler, params.stop, end_ids, self.tokenizer, on_piece, params.prompt_lookup,
+        )  # fmt: skip
 
 
 def _is_one_prompt(prompts: Any) -> bool:

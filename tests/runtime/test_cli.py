@@ -51,7 +51,7 @@ def test_answer_on_stdout_and_speed_on_stderr() -> None:
 def test_json_is_one_object() -> None:
     result = run("hello", "--json", "--temperature", "0")
     plain = json.loads(result.stdout)
-    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}
+    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted"}
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
     assert ANSWER in result.stdout and result.stderr == ""
