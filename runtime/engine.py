@@ -50,6 +50,8 @@ class Engine:
         self._template = ChatTemplate(manifest.prompt_template)
         self._loop = StepLoop(executor)
         self._scheduler = self._loop.scheduler
+        # Beyond this length dynamic RoPE scaling rotates a token by how many come with it, wrong guesses included.
+        self._scheduler.draft_until = manifest.model.dimensions.get("dynamic_rope_from", self._scheduler.draft_until)
         self._stop = weakref.finalize(self, self._loop.stop)
 
     @classmethod

@@ -73,6 +73,7 @@ class Scheduler:
         self._free_slots = list(range(most - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.draft_until = batch.max_context  # length up to which a sequence may be guessed
         self._scheduled: list[Sequence] = []
 
     @property
@@ -161,7 +162,8 @@ class Scheduler:
         others = len(self.running) - len(self._scheduled) + min(len(self.waiting), len(self._free_slots))
         room = min(batch.max_tokens - batch.tokens, batch.max_rows - batch.rows) - others
         # The step's last logits give one more token, which is never computed if it is the answer's last.
-        sequence.drafted = lookup.draft(sequence.length, min(room, sequence.max_length - sequence.length - 1))
+        end = min(sequence.max_length - 1, self.draft_until)
+        sequence.drafted = lookup.draft(sequence.length, min(room, end - sequence.length))
 
     def _put(self, sequence: Sequence, count: int, wanting: list[Sequence]) -> None:
         """Add the next `count` tokens of a sequence to the batch."""

@@ -36,6 +36,15 @@ def test_logits_do_not_depend_on_the_size_of_a_step(case: tuple[Path, Engine], c
     np.testing.assert_array_equal(steps(cuts), steps([1] * 24))
 
 
+def test_nothing_is_guessed_where_rope_depends_on_what_else_is_in_the_step(builder: Builder) -> None:
+    prompt = random_ids(builder.checkpoint("llama_dynamic_rope"), 4) * 2
+    with Engine.load(builder.engine("llama_dynamic_rope", "none"), threads=2, kv_tokens=256) as engine:
+        params = [SamplingParams(temperature=1, top_k=2, repetition_penalty=1, seed=3, max_new_tokens=60, ignore_eos=True,
+                                 prompt_lookup=n) for n in (0, 5)]  # fmt: skip
+        plain, guessed = (engine.generate([prompt], one)[0] for one in params)
+    assert guessed.token_ids == plain.token_ids
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_answers_are_those_without_lookup(case: tuple[Path, Engine], temperature: float) -> None:
     checkpoint, engine = case

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime import EngineError, SamplingParams
+from runtime.artifact import ModelInfo
 from runtime.generation import Generation
 from runtime.prompt_lookup import LONGEST_PAUSE, PromptLookup
 from runtime.sampling import Sampler
@@ -260,6 +261,16 @@ def test_context_end() -> None:
         results = [engine.generate([[7] * 21], SamplingParams(**GREEDY, prompt_lookup=n))[0] for n in (0, 4, 30)]
     assert [result.token_ids for result in results] == [[7] * 11] * 3
     assert [result.accepted for result in results] == [0, 8, 8]
+
+
+def test_nothing_is_guessed_beyond_the_length_where_rope_grows() -> None:
+    executor = FakeExecutor(lambda _: np.eye(VOCABULARY, dtype=np.float32)[7])
+    model = ModelInfo("llama", "tiny", 1, {"dynamic_rope_from": 16}, {})
+    with make_engine(executor, model=model) as engine:
+        (result,) = engine.generate([[7] * 6], SamplingParams(**GREEDY, max_new_tokens=20, prompt_lookup=4))
+    assert result.token_ids == [7] * 20
+    # Positions 0-5, 6-10, 11-15, then one by one.
+    assert executor.steps == [(6, 1), (5, 5), (5, 5), *[(1, 1)] * 9]
 
 
 def test_off_is_off() -> None:
