@@ -10,7 +10,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -120,7 +120,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted."""
+    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted.
+
+    `digest` is that of the manifest's own canonical JSON with an empty digest; it is filled in when written.
+    """
 
     model: ModelInfo
     target: TargetInfo
@@ -134,11 +137,17 @@ class Manifest:
     files: dict[str, FileRecord]
     accuracy: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
+    digest: str = ""
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Canonical JSON: the same manifest gives the same bytes."""
-    return canonical_json(to_plain(manifest))
+    """Canonical JSON with the manifest's own digest in it: the same manifest gives the same bytes."""
+    return canonical_json(to_plain(replace(manifest, digest=_digest(manifest))))
+
+
+def _digest(manifest: Manifest) -> str:
+    """SHA-256 of the canonical JSON with an empty digest."""
+    return hashlib.sha256(canonical_json(to_plain(replace(manifest, digest=""))).encode()).hexdigest()
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -166,6 +175,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise EngineError(STAGE, f"format version of {path}", found=found, expected=readable, remedy=remedy)
     manifest = from_plain(Manifest, plain, refuse_from(f"{STAGE}: {path}", _REBUILD))
     _check_values(manifest, path)
+    if manifest.digest != _digest(manifest):
+        raise EngineError(STAGE, f"{path} was changed after the build", found=f"digest {_digest(manifest)[:16]}...",
+                          expected=f"{manifest.digest[:16] or 'none'}...", remedy="copy the engine again or rebuild it")  # fmt: skip
     return manifest
 
 

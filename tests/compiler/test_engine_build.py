@@ -208,14 +208,15 @@ CHANGES = {
     "a path": (
         "rank0/weights",
         "rank0/weightz",
-        "file rank0/weightz.safetensors is missing from ENGINE; copy the engine again",
+        "MANIFEST was changed after the build: found digest ",
     ),
     "a path that leads out": ("rank0/weights", "../0/weights", "MANIFEST: field files does not fit: found path "),
     "the architecture": (
         '"x86_64"',
         '"x86_65"',
-        "this host cannot run the engine built for cpu: found Linux x86_64, expected ",
+        "MANIFEST was changed after the build: found digest ",
     ),
+    "a default": ('"top_k":', '"top_k": 1', "MANIFEST was changed after the build: found digest "),
 }
 
 
@@ -236,7 +237,7 @@ def test_a_changed_digest_of_the_manifest_is_found(engine: Path, capsys: pytest.
     digest = plain["files"]["tokenizer.json"]["sha256"]
     manifest.write_text(manifest.read_text().replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
     for sentence in sentences(engine, capsys):
-        assert sentence.startswith("engine: digest of tokenizer.json: found ")
+        assert sentence.startswith(f"engine: {manifest} was changed after the build: found digest ")
 
 
 def test_an_engine_for_another_host_says_what_is_missing(
