@@ -37,9 +37,14 @@ if TYPE_CHECKING:
 # What the manifest says of each preset, beside the passes' own records.
 QUANTIZATION: Mapping[str, dict[str, Any]] = {
     "int8": {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"},
+    "int8-a16": {
+        "scheme": "w8a16",
+        "weights": "int8 per output channel",
+        "activations": "16 bits per token, dynamic, as two int8 planes",
+    },
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }
-_WEIGHT_BYTES = {"int8": 1, "none": 4}
+_WEIGHT_BYTES = {"int8": 1, "int8-a16": 1, "none": 4}
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least

@@ -23,14 +23,16 @@ from passes.fusion.fuse_projections import FuseProjections
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
 
-PRESETS: Mapping[str, tuple[Pass, ...]] = {
-    "int8": (
+
+def _int8(linears: QuantizeLinears) -> tuple[Pass, ...]:
+    """INT8 weights everywhere; the activations are as `linears` says."""
+    return (
         # Cleanup: what follows matches a tidy graph
         RemoveIdentities(),
         MergeDuplicates(),
         RemoveUnused(),
-        # Quantization: W8A8 everywhere
-        QuantizeLinears(),
+        # Quantization
+        linears,
         QuantizeEmbedding(),  # after the linears: a tied head reads the same INT8 table
         # Fusion: linears first, then what lies between them
         FuseDequantize(),
@@ -38,7 +40,12 @@ PRESETS: Mapping[str, tuple[Pass, ...]] = {
         FuseAddNorm(),
         FuseNormQuantize(),
         FuseActivationQuantize(),
-    ),
+    )
+
+
+PRESETS: Mapping[str, tuple[Pass, ...]] = {
+    "int8": _int8(QuantizeLinears()),
+    "int8-a16": _int8(QuantizeLinears(activation_bits=16)),
     "none": (
         # Cleanup
         RemoveIdentities(),

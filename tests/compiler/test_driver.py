@@ -65,14 +65,14 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
     assert manifest.prompt_template.name == f"belle-{family}"
     assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
-    assert manifest.quantization["scheme"] == {"int8": "w8a8", "none": "none"}[quantization]
+    assert manifest.quantization["scheme"] == {"int8": "w8a8", "int8-a16": "w8a16", "none": "none"}[quantization]
     assert manifest.kernel_calls.before > manifest.kernel_calls.after > 0
     assert manifest.target.requires.memory_bytes > sum(record.bytes for record in manifest.files.values())
     program = read_program(out / "rank0")
     assert len(program.calls) == manifest.kernel_calls.after
     weights = load_file(out / "rank0" / "weights.safetensors")
     assert set(weights) == set(program.weight_names())
-    assert any(array.dtype == np.int8 for array in weights.values()) == (quantization == "int8")
+    assert any(array.dtype == np.int8 for array in weights.values()) == (quantization != "none")
 
 
 def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompileError, match=r"^quantization: unknown preset: found 'int4', expected int8 or none"):
+    with pytest.raises(CompileError, match=r"^quantization: unknown preset: found 'int4', expected int8 or int8-a16 or none"):
         build(BuildRequest(llama, tmp_path / "engine", quantization="int4"))
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
