@@ -41,8 +41,9 @@ def cli() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What to build for; see `belle-compile targets`.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
 @click.option(
-    "--quant", type=click.Choice(["int8", "int8-plain", "none"]), default="int8", show_default=True,
-    help="int8: weights per output channel, activations per token, rotations; int8-plain: without rotations; none: float32.",
+    "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "none"]), default="int8", show_default=True,
+    help="int8: weights per output channel, activations per token, rotations. int8-a16: the same with activations of 16 bits, "
+    "for more accuracy at more arithmetic. int8-plain: without rotations. none: float32, for comparison.",
 )  # fmt: skip
 @click.option("--isa", "isas", multiple=True, metavar="NAME", help="Carry kernels for this instruction set only; repeatable.")
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")

@@ -38,6 +38,7 @@ FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), 
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {
     "int8": CLEANUP + ROTATION + QUANTIZATION + FUSION,
+    "int8-a16": (*CLEANUP, *ROTATION, QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION),
     "int8-plain": CLEANUP + QUANTIZATION + FUSION,
     "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
 }

@@ -175,9 +175,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise EngineError(STAGE, f"format version of {path}", found=found, expected=readable, remedy=remedy)
     manifest = from_plain(Manifest, plain, refuse_from(f"{STAGE}: {path}", _REBUILD))
     _check_values(manifest, path)
-    if manifest.digest != _digest(manifest):
-        raise EngineError(STAGE, f"{path} was changed after the build", found=f"digest {_digest(manifest)[:16]}...",
-                          expected=f"{manifest.digest[:16] or 'none'}...", remedy="copy the engine again or rebuild it")  # fmt: skip
+    digest = _digest(manifest)
+    if manifest.digest != digest:
+        expected, remedy = f"{manifest.digest[:16] or 'none'}...", "copy the engine again or rebuild it"
+        what = f"{path} was changed after the build"
+        raise EngineError(STAGE, what, found=f"digest {digest[:16]}...", expected=expected, remedy=remedy)
     return manifest
 
 

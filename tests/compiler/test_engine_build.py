@@ -216,7 +216,7 @@ CHANGES = {
         '"x86_65"',
         "MANIFEST was changed after the build: found digest ",
     ),
-    "a default": ('"top_k":', '"top_k": 1', "MANIFEST was changed after the build: found digest "),
+    "a default": ('"top_k": ', '"top_k": 1', "MANIFEST was changed after the build: found digest "),
 }
 
 
