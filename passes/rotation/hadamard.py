@@ -76,4 +76,5 @@ def _hadamard(size: int) -> Floats:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    normalized: Floats = (matrix / np.sqrt(size)).astype(np.float32)
+    return normalized
