@@ -44,6 +44,10 @@ def cli() -> None:
     "--quant", type=click.Choice(["int8", "none"]), default="int8", show_default=True,
     help="int8: weights per output channel, activations per token. none: float32, for comparison.",
 )  # fmt: skip
+@click.option(
+    "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
+    help="Type of the KV cache. auto: float16, or float32 with --quant none. int8: half of that, a scale per token and head.",
+)  # fmt: skip
 @click.option("--isa", "isas", multiple=True, metavar="NAME", help="Carry kernels for this instruction set only; repeatable.")
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each pass, as text.")
@@ -54,6 +58,7 @@ def build(
     target: str,
     output: Path,
     quant: str,
+    kv_cache: str,
     isas: tuple[str, ...],
     template: str | None,
     dump_ir: Path | None,
@@ -75,8 +80,8 @@ def build(
     started = time.perf_counter()
     with terminal.progress_bars() as progress:
         request = driver.BuildRequest(
-            checkpoint=checkpoint, output=output, target=target, quantization=quant, isas=isas, template=template,
-            dump_ir=dump_ir, force=force, on_progress=progress,
+            checkpoint=checkpoint, output=output, target=target, quantization=quant, kv_cache=kv_cache, isas=isas,
+            template=template, dump_ir=dump_ir, force=force, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -27,8 +27,8 @@ from tests.parity.variants import VARIANTS
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_graph(model: ir.Model, isas: tuple[str, ...], *, calls_before_fusion: int) -> Lowered:
-        program, weights, _ = lower(model, calls_before_fusion)
+    def compile_graph(model: ir.Model, isas: tuple[str, ...], *, calls_before_fusion: int, kv_cache: str) -> Lowered:
+        program, weights, _ = lower(model, calls_before_fusion, kv_cache)
         return Lowered(program, weights, {f"kernels-{isa}.so": isa.encode() for isa in isas} | {"libtvm_runtime.so": b"tvm"})
 
     monkeypatch.setattr(driver, "compile_graph", compile_graph)
@@ -73,6 +73,22 @@ def test_the_engine_is_whole_and_says_what_it_is(
     weights = load_file(out / "rank0" / "weights.safetensors")
     assert set(weights) == set(program.weight_names())
     assert any(array.dtype == np.int8 for array in weights.values()) == (quantization == "int8")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "asked", "dtype"),
+    [("int8", "auto", "float16"), ("none", "auto", "float32"), ("int8", "int8", "int8"), ("none", "float16", "float16")],
+)
+def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str, asked: str, dtype: str) -> None:
+    out = tmp_path / "engine"
+    manifest = manifest_of(BuildRequest(llama, out, quantization=quantization, kv_cache=asked))
+    assert manifest.quantization["kv_cache"] == driver.KV_CACHES[dtype]
+    assert read_program(out / "rank0").kv.dtype == dtype
+
+
+def test_an_unknown_kv_cache_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"^kv cache: unknown type: found 'int4', expected auto or float32"):
+        build(BuildRequest(llama, tmp_path / "engine", kv_cache="int4"))
 
 
 def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def bind(value: Expr) -> Expr:
     return T.bind(slot[0])
 
 
+def view_as(buffer: Buffer, dtype: str) -> Buffer:
+    """The same memory as elements of another type."""
+    return T.decl_buffer((1 << 40,), dtype, data=buffer.data)
+
+
 def load(buffer: Buffer, index: Expr, lanes: int = LANES) -> Expr:
     """`lanes` neighbours from `index`."""
     return buffer[T.ramp(i64(index), i64(1), lanes)] if lanes > 1 else buffer[i64(index)]
@@ -210,6 +215,11 @@ def prefetch(buffer: Buffer, index: Expr) -> None:
 def rint(value: Expr, lanes: int = LANES) -> Expr:
     """Round to the nearest integer, halves to even."""
     return pure(float_type(lanes), "llvm.rint", value)
+
+
+def to_int8(value: Expr, lanes: int = LANES) -> Expr:
+    """Rounded to the nearest integer, halves to even; values lie within +-127."""
+    return T.cast(T.cast(rint(value, lanes), int_type(lanes)), with_lanes("int8", lanes))
 
 
 def exp(x: Expr, lanes: int = LANES) -> Expr:

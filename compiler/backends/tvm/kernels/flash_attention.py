@@ -13,6 +13,7 @@ from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import BLOCK
 from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import each
 from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
@@ -40,7 +41,7 @@ class FlashAttention:
         self.queries = round_up(queries, self.tall)
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
-        self.line = 16 if shape.cache_dtype == "float32" else 32  # elements of a cache line
+        self.cache = CacheBlocks(shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
         self.padded = round_up(self.dim, LANES)
         self.part_stride = self.padded + 2 * LANES
 
@@ -58,6 +59,9 @@ class FlashAttention:
         self.scores = tir.local(self.queries * CHUNK)
         self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
         self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
+        if self.cache.quantized:
+            self.key_scales, self.value_scales = as_scales(named["kcache"]), as_scales(named["vcache"])
+            self.scales = tir.local(CHUNK)  # of the values of a chunk
         if shape.alibi:
             self.slopes = tir.local(self.queries)
 
@@ -98,10 +102,15 @@ class FlashAttention:
         def base(block: Expr) -> Expr:
             """Where a block starts in either cache, counted from the chunk; past the last one, the last again (masked)."""
             entry = T.min(first + block, self.final)
-            physical = tir.i64(self.named["block_table"][entry])
-            return tir.opaque((physical * self.shape.num_kv_heads + self.kv_head) * (self.dim * BLOCK))
+            return self.cache.start(self.named["block_table"][entry], self.kv_head)
+
+        def gather_scales(block: Expr) -> None:
+            scales = self.cache.scales_before(base(block))
+            tir.store(self.scales, block * BLOCK, tir.load(self.value_scales, scales))
 
         self._score(blocks, base)
+        if self.cache.quantized:
+            tir.for_range(blocks, gather_scales)
         tir.for_range(self.used, lambda m: self._soften(m, start))
         self._accumulate(tokens, blocks, base)
 
@@ -111,10 +120,14 @@ class FlashAttention:
     def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
         """scores[m][token] = q[m] . K[token]"""
         tall, wide = self.tall, self.blocks_at_once
-        unroll = self.line // BLOCK
+        unroll = self.cache.line // BLOCK
 
         def some_blocks(step: Expr) -> None:
             bases = [base(step * wide + i) for i in range(wide)]
+            firsts = [self.cache.scales_before(start) for start in bases] if self.cache.quantized else []
+            if self.rows == 1:
+                for first in firsts:
+                    tir.prefetch(self.value_scales, first)
 
             def tile(index: Expr) -> None:
                 acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
@@ -138,17 +151,19 @@ class FlashAttention:
                 tir.for_range(self.dim // unroll, line)
                 for d in range(self.dim // unroll * unroll, self.dim):
                     element(tir.i64(d))
+                scales = [tir.bind(tir.load(self.key_scales, first)) for first in firsts]
                 for m in range(tall):
                     for i in range(wide):
                         target = (index * tall + m) * CHUNK + (step * wide + i) * BLOCK
-                        tir.store(self.scores, target, acc[m * wide + i])
+                        score = acc[m * wide + i]
+                        tir.store(self.scores, target, score * scales[i] if scales else score)
 
             tir.for_range(self.tiles, tile)
 
         tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
 
     def _soften(self, m: Expr, start: Expr) -> None:
-        """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see."""
+        """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see; times the scale of the value, if any."""
         line = tir.bind(m * CHUNK)
         position = self.first_position + T.floordiv(m, self.group)
         last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
@@ -175,7 +190,8 @@ class FlashAttention:
             if masked:
                 powers = [tir.bind(T.Select(visible(v), power, tir.splat(0.0))) for v, power in enumerate(powers)]
             for v, power in enumerate(powers):
-                tir.store(self.scores, line + v * LANES, power)
+                scale = tir.load(self.scales, v * LANES) if self.cache.quantized else None
+                tir.store(self.scores, line + v * LANES, power if scale is None else power * scale)
             while len(powers) > 1:
                 powers = [a + b for a, b in zip(powers[::2], powers[1::2], strict=True)]
             weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + powers[0]
@@ -186,7 +202,7 @@ class FlashAttention:
         tir.either(last >= CHUNK - 1, lambda: whole(False), lambda: whole(True))
 
     def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        """sums[m] = sums[m] * shrink[m] + sum over tokens of power * V[token]; tokens never written are not read."""
+        """sums[m] = sums[m] * shrink[m] + sum over tokens of score[token] * V[token]; tokens never written are not read."""
         tall = self.tall
         columns = _columns(self.dim)
         for first in range(0, len(columns), self.columns_at_once):
@@ -207,7 +223,7 @@ class FlashAttention:
                     def token(t: Expr) -> None:
                         values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
                         if following is not None:  # the keys of the next chunk, as many bytes as are read here
-                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.line):
+                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.cache.line):
                                 tir.prefetch(self.named["kcache"], following + t * self.dim + column)
                         for m in range(tall):
                             power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])

@@ -50,10 +50,16 @@ def row_absmax(width: int, values: Values) -> Expr:
     return _reduce(width, lambda c, lanes: absolute(values(c, lanes), lanes), T.max)
 
 
+def inverse_scale(absmax: Expr, lanes: int = 1) -> Expr:
+    """What values are multiplied with to become integers: 127 / absmax, 0 for a row of zeros."""
+    zero = tir.splat(0.0, lanes)
+    return tir.bind(T.Select(absmax > zero, tir.splat(127.0, lanes) / absmax, zero))
+
+
 def quantize_row(width: int, values: Values, xq: Buffer, start: Expr, xs: Buffer, row: Expr) -> None:
     """belle::QuantizeTokens for one row: bytes 128 + rint(value * 127 / absmax) from `start`, scale absmax / 127."""
     absmax = row_absmax(width, values)
-    inverse = tir.bind(T.Select(absmax > T.float32(0.0), T.float32(127.0) / absmax, T.float32(0.0)))
+    inverse = inverse_scale(absmax)
     tir.store(xs, row, absmax / T.float32(127.0), 1)
 
     def write(column: Expr, lanes: int) -> None:
