@@ -2,11 +2,15 @@
 
 After Dao et al., FlashAttention (arXiv:2205.14135): scores of a chunk, the new maximum, and the sums so far scaled
 down to it. Keys lie transposed in the cache (16 tokens side by side), so scores need no reduction across lanes.
+
+The arithmetic of a query vector is the same however many others share its task: the same order of chunks, masked tokens that
+add exact zeros, and `tir.fma` where the compiler could round in two ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compiler.backends.tvm import tir
@@ -43,10 +47,9 @@ class FlashAttention:
         self.columns_at_once = max(1, accumulators // self.tall)
         self.cache = CacheBlocks(shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
         self.padded = round_up(self.dim, LANES)
-        self.part_stride = self.padded + 2 * LANES
 
     def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:
-        """Read, rotate and scale the queries of `count` rows from `row`; zero the running sums."""
+        """Read, rotate and scale the queries of `count` rows from `row`."""
         shape = self.shape
         self.named, self.row, self.kv_head = named, row, kv_head
         self.first_position = tir.opaque(tir.i64(named["positions"][row]))
@@ -65,12 +68,6 @@ class FlashAttention:
         if shape.alibi:
             self.slopes = tir.local(self.queries)
 
-        def zero(m: Expr) -> None:
-            tir.store(self.maxima, m, T.float32(LOWEST), 1)
-            tir.store(self.shrink, m, T.float32(1.0), 1)
-            tir.store(self.weights, m * LANES, tir.splat(0.0))
-            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
-
         def read(m: Expr) -> None:
             source_row = tir.opaque(row + T.floordiv(m, self.group))
             head = tir.opaque(kv_head * self.group + T.floormod(m, self.group))
@@ -87,12 +84,22 @@ class FlashAttention:
         def pad(m: Expr) -> None:
             each(self.dim, lambda c, lanes: tir.store(self.q, m * self.dim + c, tir.splat(0.0, lanes), lanes))
 
-        padded = tir.opaque(self.tiles * self.tall)
-        tir.for_range(padded, zero)
         tir.for_range(self.used, read)
-        tir.for_range(padded - self.used, lambda m: pad(self.used + m))
+        tir.for_range(self.tiles * self.tall - self.used, lambda m: pad(self.used + m))
 
-    def chunk(self, index: Expr) -> None:
+    def part(self, first: Expr, last: Expr) -> None:
+        """The softmax over chunks first..last-1 alone."""
+
+        def zero(m: Expr) -> None:
+            tir.store(self.maxima, m, T.float32(LOWEST), 1)
+            tir.store(self.shrink, m, T.float32(1.0), 1)
+            tir.store(self.weights, m * LANES, tir.splat(0.0))
+            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
+
+        tir.for_range(self.tiles * self.tall, zero)
+        tir.for_range(last - first, lambda i: self._chunk(first + i))
+
+    def _chunk(self, index: Expr) -> None:
         """Take the next 128 tokens in."""
         start = tir.opaque(index * CHUNK)
         tokens = tir.opaque(T.min(self.length - start, tir.i64(CHUNK)))
@@ -138,7 +145,7 @@ class FlashAttention:
                     for m in range(tall):
                         q = tir.bind(tir.splat(self.q[queries + m * self.dim + d]))
                         for i, key in enumerate(keys):
-                            acc[m * wide + i] = acc[m * wide + i] + q * key
+                            acc[m * wide + i] = tir.fma(q, key, acc[m * wide + i])
 
                 def line(step: Expr) -> None:
                     """What one cache line of keys holds; the values of the same tokens are wanted next."""
@@ -228,7 +235,7 @@ class FlashAttention:
                         for m in range(tall):
                             power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])
                             for c, (_, lanes) in enumerate(some):
-                                acc[c][m] = acc[c][m] + tir.splat(power, lanes) * values[c]
+                                acc[c][m] = tir.fma(tir.splat(power, lanes), values[c], acc[c][m], lanes)
 
                     tir.for_range(T.min(tokens - b * BLOCK, tir.i64(BLOCK)), token)
 
@@ -238,32 +245,101 @@ class FlashAttention:
 
             tir.for_range(self.tiles, tile)
 
+    def save_part(self, parts: Buffer, start: Expr) -> None:
+        """The state of every query, one `PartSums` after the other."""
+        layout = PartSums(self.dim)
+
+        def save(m: Expr) -> None:
+            target = tir.bind(start + m * layout.size)
+            each(self.padded, lambda c, lanes: tir.store(parts, target + c, tir.load(
+                self.sums, m * self.padded + c, lanes), lanes))  # fmt: skip
+            tir.store(parts, target + layout.weights, tir.load(self.weights, m * LANES))
+            tir.store(parts, target + layout.maximum, tir.splat(self.maxima[m]))
+
+        tir.for_range(self.used, save)
+
+    def clear_totals(self) -> None:
+        """Begin a row that has several parts in this task."""
+        layout = PartSums(self.dim)
+        self.totals = tir.local(self.queries * layout.size)
+        tir.for_range(self.used, lambda m: layout.clear(self.totals, m * layout.size))
+
+    def add_part(self) -> None:
+        """Take the part just computed into the totals."""
+        layout = PartSums(self.dim)
+
+        def add(m: Expr) -> None:
+            sums = tir.bind(m * self.padded)
+            layout.add(self.totals, tir.bind(m * layout.size), lambda v: tir.load(self.sums, sums + v * LANES),
+                       tir.load(self.weights, m * LANES), tir.splat(self.maxima[m]))  # fmt: skip
+
+        tir.for_range(self.used, add)
+
     def finish(self) -> None:
-        """Divide by the weights and write the heads to their rows."""
-        shape = self.shape
+        """Write the heads to their rows."""
+        layout, shape = PartSums(self.dim), self.shape
 
         def write(m: Expr) -> None:
-            total = tir.reduce_lanes(tir.load(self.weights, m * LANES), tir.add)
-            inverse = tir.bind(T.float32(1.0) / total)
             head = self.kv_head * self.group + T.floormod(m, self.group)
-            target = tir.bind(shape.out.row(self.row + T.floordiv(m, self.group)) + head * self.dim)
-            source = tir.opaque(m * self.padded)
-            each(self.dim, lambda c, lanes: tir.store(self.named["out"], target + c, tir.load(
-                self.sums, source + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip
+            target = tir.opaque(shape.out.row(self.row + T.floordiv(m, self.group)) + head * self.dim)
+            layout.write_mean(self.totals, tir.bind(m * layout.size), self.named["out"], target)
 
         tir.for_range(self.used, write)
 
-    def save_parts(self, parts: Buffer, start: Expr) -> None:
-        """For each query: its sums, its 16 partial weights, its maximum 16 times."""
 
-        def save(m: Expr) -> None:
-            target = tir.bind(start + m * self.part_stride)
-            each(self.padded, lambda c, lanes: tir.store(parts, target + c, tir.load(
-                self.sums, m * self.padded + c, lanes), lanes))  # fmt: skip
-            tir.store(parts, target + self.padded, tir.load(self.weights, m * LANES))
-            tir.store(parts, target + self.padded + LANES, tir.splat(self.maxima[m]))
+@dataclass(frozen=True)
+class PartSums:
+    """The softmax of a query over a part of its context: sums of weighted values, 16 partial sums of the weights, and 16 times
+    the maximum that they are relative to."""
 
-        tir.for_range(self.used, save)
+    dim: int
+
+    @property
+    def weights(self) -> int:
+        """Where the weights begin, in floats."""
+        return round_up(self.dim, LANES)
+
+    @property
+    def maximum(self) -> int:
+        """Where the maximum begins."""
+        return self.weights + LANES
+
+    @property
+    def size(self) -> int:
+        """Floats of one query."""
+        return self.maximum + LANES
+
+    def clear(self, total: Buffer, at: Expr) -> None:
+        """No token seen yet."""
+        tir.for_range(self.maximum // LANES, lambda v: tir.store(total, at + v * LANES, tir.splat(0.0)))
+        tir.store(total, at + self.maximum, tir.splat(LOWEST))
+
+    def add(self, total: Buffer, at: Expr, sums: Callable[[Expr], Expr], weights: Expr, maximum: Expr) -> None:
+        """Take one part in; `sums(v)` is its v-th vector of sums."""
+        weights, maximum = tir.bind(weights), tir.bind(maximum)
+        old = tir.bind(tir.load(total, at + self.maximum))
+        highest = tir.bind(T.max(old, maximum))
+        power = tir.bind(tir.exp(T.min(old, maximum) - highest))
+        keep = tir.bind(T.Select(old < maximum, power, tir.splat(1.0)))
+        share = tir.bind(T.Select(old < maximum, tir.splat(1.0), power))
+
+        def take(offset: Expr, value: Expr) -> None:
+            tir.store(total, at + offset, tir.fma(share, value, keep * tir.load(total, at + offset)))
+
+        tir.for_range(self.weights // LANES, lambda v: take(v * LANES, sums(v)))
+        take(self.weights, weights)
+        tir.store(total, at + self.maximum, highest)
+
+    def add_saved(self, total: Buffer, at: Expr, parts: Buffer, start: Expr) -> None:
+        """Take in one part that was saved."""
+        self.add(total, at, lambda v: tir.load(parts, start + v * LANES), tir.load(parts, start + self.weights),
+                 tir.load(parts, start + self.maximum))  # fmt: skip
+
+    def write_mean(self, total: Buffer, at: Expr, out: Buffer, target: Expr) -> None:
+        """out[target:] = sums / weights"""
+        inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(tir.load(total, at + self.weights), tir.add))
+        each(self.dim, lambda c, lanes: tir.store(
+            out, target + c, tir.load(total, at + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip
 
 
 def _columns(dim: int) -> list[tuple[int, int]]:
@@ -274,27 +350,3 @@ def _columns(dim: int) -> list[tuple[int, int]]:
             columns.append((at, lanes))
             at += lanes
     return columns
-
-
-def merge(dim: int, parts: Buffer, start: Expr, splits: Expr, stride: int, out: Buffer, target: Expr) -> None:
-    """out[target:] = softmax-weighted mean of the `splits` parts of one query, `stride` floats apart."""
-    padded = round_up(dim, LANES)
-    target = tir.bind(target)
-    maximum, weights = tir.Registers(1, tir.F16, tir.splat(LOWEST)), tir.Registers(1, tir.F16, tir.splat(0.0))
-    sums = tir.local(padded)
-    each(padded, lambda c, lanes: tir.store(sums, c, tir.splat(0.0, lanes), lanes))
-
-    def highest(part: Expr) -> None:
-        maximum[0] = T.max(maximum[0], tir.load(parts, start + part * stride + padded + LANES))
-
-    def gather(part: Expr) -> None:
-        source = tir.opaque(start + part * stride)
-        share = tir.bind(tir.exp(tir.load(parts, source + padded + LANES) - maximum[0]))
-        weights[0] = weights[0] + share * tir.load(parts, source + padded)
-        tir.for_range(padded // LANES, lambda v: tir.store(sums, v * LANES, tir.load(
-            sums, v * LANES) + share * tir.load(parts, source + v * LANES)))  # fmt: skip
-
-    tir.for_range(splits, highest)
-    tir.for_range(splits, gather)
-    inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(weights[0], tir.add))
-    each(dim, lambda c, lanes: tir.store(out, target + c, tir.load(sums, c, lanes) * tir.splat(inverse, lanes), lanes))
