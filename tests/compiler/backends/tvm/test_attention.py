@@ -56,15 +56,13 @@ class Case:
 
 CASES = [
     Case(3, 3, 8, alibi=True),
-    Case(2, 2, 64, "float16", alibi=True),
-    Case(1, 1, 128, rotary=True),
     Case(9, 3, 40, rotary=True),
-    Case(8, 2, 128, "float16", rotary=True),
     Case(8, 1, 20),
+    Case(40, 20, 8, "float16", alibi=True),
+    Case(8, 2, 128, "float16", rotary=True),
     Case(3, 3, 8, "int8", alibi=True),
-    Case(9, 3, 64, "int8", rotary=True),
     Case(2, 1, 10, "int8"),
-    Case(4, 1, 128, "int8", rotary=True),
+    Case(9, 3, 64, "int8", rotary=True),
 ]
 
 # Steps as (sequence, first position, tokens): prompts, mixed steps, decoding across the borders of blocks and chunks.
@@ -141,7 +139,7 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
     oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS, case.cache)
     keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
     stored = Mirror(keys, values)
-    slopes = aligned_copy(0.5 ** np.arange(1, 17), np.float32)
+    slopes = aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)
     for step in steps:
         positions = ints(*[p for _, first, n in step for p in range(first, first + n)])
         sequences = ints(*[s for s, _, n in step for _ in range(n)])
@@ -161,7 +159,7 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
         expected = meanings.attention(
             q, k, v, positions, sequences, table, rotation, biases, cache=stored, layer=0,
             num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
-        tolerance = 2e-5 if case.alibi else 4e-6  # float32 scores of the oracle grow with slope * position
+        tolerance = 4e-5 if case.alibi else 4e-6  # float32 scores of the oracle grow with slope * position
         np.testing.assert_allclose(out[:, : case.widths[0]], expected, rtol=0, atol=tolerance)
         k = k.reshape(rows, case.kv_heads, case.dim)
         k = meanings.rotate(k, cos_sin) if case.rotary else k
@@ -169,3 +167,34 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
             oracle.write(0, table[sequence], int(position), k[row], v[row].reshape(case.kv_heads, case.dim))
         keys.check(oracle.k[0], oracle.k_scales[0], exact=not case.rotary)
     values.check(oracle.v[0], oracle.v_scales[0], exact=True)
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 3, 7)], ids=str)
+def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: Case) -> None:
+    """A sequence is read whole; or up to 375 tokens, then in threes, eights and one by one, where context 384 adds a chunk."""
+    generator = np.random.default_rng(1)
+    length, prompt, heads = 415, 375, case.widths[0]
+    table = aligned_copy(generator.permutation(NUM_BLOCKS)[:MAX_BLOCKS], np.int32)
+    qkv = place(generator.standard_normal((length, sum(case.widths)), np.float32), View(case.views[0].stride))
+    angles = np.arange(length)[:, None] * 0.9 ** np.arange(case.dim // 2)
+    cos_sin = place(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), View.of_width(case.dim))
+    slope = [aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)] if case.alibi else []
+    expected, memory = np.empty((0, heads)), b""
+    for at_once in (length, 8, 3, 1):
+        steps = [range(length)] if at_once == length else [range(prompt)]
+        steps += [range(first, min(first + at_once, length)) for first in range(len(steps[0]), length, at_once)]
+        keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
+        results = []
+        for step in steps:
+            rows, here = len(step), slice(step.start, step.stop)
+            batch = [ints(*step), ints(*[0] * rows), table]
+            tables = [aligned_copy(cos_sin[here])] if case.rotary else []
+            some, out = aligned_copy(qkv[here]), garbage((rows, case.attention.out.stride))
+            library.call(case.append, ints(rows), some, some, *batch, *tables, keys.flat, values.flat)
+            library.call(case.attention, ints(rows), some, *batch, *tables, *slope, keys.flat, values.flat, out)
+            results.append(out[:, :heads])
+        result = np.concatenate(results)
+        if at_once == length:
+            expected, memory = result, keys.memory.tobytes() + values.memory.tobytes()
+        np.testing.assert_array_equal(result, expected)
+        assert keys.memory.tobytes() + values.memory.tobytes() == memory
