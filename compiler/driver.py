@@ -43,6 +43,12 @@ QUANTIZATION: Mapping[str, dict[str, Any]] = {
     "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }
+KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
+    "auto": "",
+    "float32": "float32",
+    "float16": "float16",
+    "int8": "int8 per token and head",
+}
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
@@ -50,14 +56,15 @@ _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for what, and where to. `quantization` names a preset of passes; `isas` keeps some of the target's
-    instruction sets (all by default); `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage
-    whose length is unknown."""
+    """What to compile, for what, and where to. `quantization` names a preset of passes; `kv_cache` is the type of the KV cache
+    (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
+    `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown."""
 
     checkpoint: str | Path
     output: Path
     target: str = "cpu"
     quantization: str = "int8"
+    kv_cache: str = "auto"
     isas: tuple[str, ...] = ()
     template: str | None = None
     dump_ir: Path | None = None
@@ -72,6 +79,7 @@ def build(request: BuildRequest) -> Path:
     give the same bytes. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
+    _check_kv_cache(request.kv_cache)
     say = request.on_progress
     with EngineWriter(request.output, force=request.force) as writer:
         say("open", 0, 0)
@@ -86,7 +94,7 @@ def build(request: BuildRequest) -> Path:
         records = run_pipeline(graph, preset, dump_dir=request.dump_ir)
 
         say("compile", 0, 0)
-        lowered = compile_graph(graph, isas=target.isas, calls_before_fusion=calls_before_fusion)
+        lowered = compile_graph(graph, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache)
 
         writer.check_space(_exact_bytes(lowered))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
@@ -102,6 +110,11 @@ def _preset(name: str) -> Sequence[Pass]:
     if name not in PRESETS:
         raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(PRESETS))
     return PRESETS[name]
+
+
+def _check_kv_cache(dtype: str) -> None:
+    if dtype not in KV_CACHES:
+        raise CompileError("kv cache", "unknown type", found=repr(dtype), expected=" or ".join(KV_CACHES))
 
 
 def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
@@ -149,7 +162,7 @@ def _manifest(
         model=model,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
         passes=(opened, *(PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records)),
-        quantization=QUANTIZATION[request.quantization] | {"kv_cache": program.kv.dtype},
+        quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
         prompt_template=PromptTemplate(
             checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"]

@@ -217,4 +217,5 @@ def test_quantizations_are_the_presets() -> None:
 def test_options_are_these_and_no_more() -> None:
     parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
     options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
-    assert options == {"--target", "-o", "--output", "--quant", "--isa", "--template", "--dump-ir", "--force", "--json"}
+    build = {"--target", "-o", "--output", "--quant", "--kv-cache", "--isa", "--template", "--dump-ir", "--force"}
+    assert options == build | {"--json"}

@@ -67,6 +67,22 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert any(array.dtype == np.int8 for array in weights.values()) == (quantization != "none")
 
 
+@pytest.mark.parametrize(
+    ("quantization", "asked", "dtype"),
+    [("int8", "auto", "float16"), ("none", "auto", "float32"), ("int8", "int8", "int8"), ("none", "float16", "float16")],
+)
+def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str, asked: str, dtype: str) -> None:
+    out = tmp_path / "engine"
+    manifest = manifest_of(BuildRequest(llama, out, quantization=quantization, kv_cache=asked))
+    assert manifest.quantization["kv_cache"] == driver.KV_CACHES[dtype]
+    assert read_program(out / "rank0").kv.dtype == dtype
+
+
+def test_an_unknown_kv_cache_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"^kv cache: unknown type: found 'int4', expected auto or float32"):
+        build(BuildRequest(llama, tmp_path / "engine", kv_cache="int4"))
+
+
 def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
     tensors = load_file(bloom / "model.safetensors")
     untied = {name: array for name, array in tensors.items() if name != "lm_head.weight"}

@@ -169,13 +169,19 @@ def _matrix(tensor: ir.TensorProtocol) -> tuple[int, int]:
     return outputs, inputs
 
 
-def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[PackedWeight], list[Kernel]]:
-    """The program, the weights in the order of their first use, and the kernels of a graph."""
+def lower(
+    model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto"
+) -> tuple[Program, list[PackedWeight], list[Kernel]]:
+    """The program, the weights in the order of their first use, and the kernels of a graph.
+
+    `kv_cache` is the type of the KV cache; "auto" is float16 with quantized linear layers, else float32.
+    """
     from compiler.backends.tvm.rules import RULES
 
     metadata = model.metadata_props
     quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
-    lowering = Lowering(model, "float16" if quantized else "float32", -(-int(metadata["max_position"]) // 16))
+    kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
+    lowering = Lowering(model, kv_dtype, -(-int(metadata["max_position"]) // 16))
     for node in model.graph:
         rule = RULES.get(node.op_type)
         if rule is None:

@@ -52,16 +52,22 @@ def row_absmax(width: int, values: Values) -> Expr:
     return _reduce(width, lambda c, lanes: absolute(values(c, lanes), lanes), T.max)
 
 
+def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
+    """What values are multiplied with to become integers: limit / absmax, 0 for a row of zeros."""
+    zero = tir.splat(0.0, lanes)
+    return tir.bind(T.Select(absmax > zero, tir.splat(limit, lanes) / absmax, zero))
+
+
 def quantize_row(width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1) -> None:
     """belle::QuantizeTokens for one row: integers rint(value * limit / absmax), scale absmax / limit.
 
     8 bits are stored as one byte, integer + 128. 16 bits are two: integer = 256 * high + low with both signed; the row has
     the bytes high + 128 in its first half and low + 128 in its second.
     """
-    start, limit = tir.bind(out.row(row)), T.float32(LIMITS[8 * planes])
+    start, limit = tir.bind(out.row(row)), float(LIMITS[8 * planes])
     absmax = row_absmax(width, values)
-    inverse = tir.bind(T.Select(absmax > T.float32(0.0), limit / absmax, T.float32(0.0)))
-    tir.store(xs, row, absmax / limit, 1)
+    inverse = inverse_scale(absmax, limit=limit)
+    tir.store(xs, row, absmax / T.float32(limit), 1)
 
     def write(column: Expr, lanes: int) -> None:
         integer = T.cast(tir.rint(values(column, lanes) * tir.splat(inverse, lanes), lanes), tir.int_type(lanes))
