@@ -188,3 +188,17 @@ def test_reading_a_slot_never_written_shows() -> None:
         cache=cache, layer=0, num_heads=1, num_kv_heads=1, head_dim=4, scale=1.0,
     )  # fmt: skip
     assert np.isnan(result).all()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2**-11), ("int8", 0.5 / 127)])
+def test_what_a_cache_gives_back_is_rounded_to_its_type(dtype: str, error: float) -> None:
+    cache, k, v = PagedCache(1, 2, 8, num_blocks=2, dtype=dtype), floats(20, 2, 8), floats(20, 2, 8)
+    k[3, 1] = 0
+    blocks = np.array([1, 0], np.int32)
+    for position in range(20):
+        cache.write(0, blocks, position, k[position], v[position])
+    for found, given in zip(cache.read(0, blocks, 20), (k, v), strict=True):
+        expected = given.transpose(1, 0, 2)
+        bound = error * np.abs(expected).max(axis=-1, keepdims=True) * 1.0001
+        assert found.dtype == np.float32 and (np.abs(found - expected) <= bound).all()
+        assert np.array_equal(found, expected) == (dtype == "float32")
