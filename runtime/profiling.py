@@ -78,7 +78,8 @@ class Profile:
 
     def table(self) -> str:
         """The profile as text, one table a phase."""
-        limit = f"read bandwidth {self.read_bytes_per_second / 1e9:.1f} GB/s, {self.threads} threads, {self.isa}"
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        limit = f"read bandwidth {self.read_bytes_per_second / 1e9:.1f} GB/s, {threads}, {self.isa}"
         tables = [_table(phase) for phase in self.phases]
         return "\n\n".join([*tables, f"{limit}; GB/s counts weights, keys and values"])
 

@@ -68,7 +68,7 @@ def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
         "  attention  ",
         "  linear  ",
         "between kernels",
-        "read bandwidth 20.0 GB/s, 1 threads",
+        "read bandwidth 20.0 GB/s, 1 thread, ",
     ):
         assert text in result.stderr
     result = run("--profile", "--json", stdin="first\nsecond\n")
