@@ -90,7 +90,7 @@ def fit(measured: list[Point]) -> Line:
     sizes, seconds = (np.array([getattr(point, name) for point in measured]) for name in ("bytes", "seconds"))
     columns = np.stack([np.ones_like(sizes), sizes / 1e9]) / seconds
     (fixed, per_gigabyte), *_ = np.linalg.lstsq(columns.T, np.ones_like(seconds), rcond=None)
-    if fixed < 0 or np.ptp(sizes) < 0.1 * sizes.max():
+    if fixed < 0 or np.ptp(sizes) < 0.5 * sizes.max():
         fixed, per_gigabyte = 0.0, float(columns[1].sum() / (columns[1] ** 2).sum())
     line = Line(float(fixed), 1e9 / float(per_gigabyte), 0.0)
     worst = max(abs(line.seconds(point.bytes) / point.seconds - 1) for point in measured)
@@ -121,9 +121,12 @@ def markdown(measured: list[Point], line: Line, threads: int) -> str:
     fitted = f"{1e3 * line.fixed_s:.2f} ms + bytes / {line.bandwidth / 1e9:.1f} GB/s, the worst point {line.worst:.0%} off"
     out = [HEAD, f"Fitted at {threads} threads: {fitted}.", "", "![Time of a decoding step](scaling.svg)", ""]
     out += _section("Model size and context, batch 1", single, lambda point: (point.bytes, point.shape))
-    out += _section(f"Batch, {of}", [p for p in widest if p.shape == of and p.context < 100], lambda point: (point.batch, ""))
-    short = [p for p in measured if p.shape == of and p.batch == 1]
-    out += _section(f"Threads, {of}, batch 1", short, lambda point: (point.context, str(point.threads)))
+    out += _section(
+        f"Batch, {of}", [p for p in widest if p.shape == of and p.context < 100], lambda point: (point.batch, point.context)
+    )
+    counts = _thread_counts_of(measured, of)
+    short = [p for p in measured if p.shape == of and p.batch == 1 and len(counts[p.context]) > 1]
+    out += _section(f"Threads, {of}, batch 1", short, lambda point: (point.context, point.threads))
     out += ["## Larger models, batch 1", "", "| model | context | GB a step | predicted, ms a token | tokens/s | measured |"]
     out += ["| --- " * 6 + "|"]
     for shape, config in LARGER.items():
@@ -150,6 +153,15 @@ def _sweep_shape(measured: list[Point]) -> str:
     return max(sorted(set(names)), key=names.count)
 
 
+def _thread_counts_of(measured: list[Point], shape: str) -> dict[float, set[int]]:
+    """Context -> thread counts that its batch-1 points were taken with."""
+    found: dict[float, set[int]] = {}
+    for point in measured:
+        if point.shape == shape and point.batch == 1:
+            found.setdefault(point.context, set()).add(point.threads)
+    return found
+
+
 def plot(measured: list[Point], line: Line, threads: int, path: Path) -> None:
     """Time against bytes of a step, batch and threads."""
     figure, (size, batch, cores) = import_pyplot().subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -163,16 +175,17 @@ def plot(measured: list[Point], line: Line, threads: int, path: Path) -> None:
     size.legend(fontsize=8)
     of = _sweep_shape(measured)
     mine = sorted((p for p in measured if p.shape == of and p.threads == threads and p.context < 100), key=lambda p: p.batch)
-    batch.plot([p.batch for p in mine], [p.batch / p.seconds for p in mine], "o-", markersize=4)
+    batch.plot([p.batch for p in mine], [p.batch / p.seconds for p in mine], "o", markersize=4)
     batch.set(xlabel=f"batch ({of})", ylabel="tokens/s, all sequences", xlim=0, ylim=0)
-    for context in sorted({p.context for p in measured if p.shape == of and p.batch == 1}):
+    counts = _thread_counts_of(measured, of)
+    for context in sorted(counts):
         mine = sorted((p for p in measured if (p.shape, p.batch, p.context) == (of, 1, context)), key=lambda p: p.threads)
-        if len({p.threads for p in mine}) > 1:
+        if len(counts[context]) > 1:
             cores.plot(
                 [p.threads for p in mine], [1e3 * p.seconds for p in mine], "o-", label=f"context {context:.0f}", markersize=4
             )
             cores.legend(fontsize=8)
-    cores.set(xlabel=f"threads ({of})", ylabel="ms a token, batch 1", ylim=0)
+    cores.set(xlabel=f"threads ({of})", ylabel="ms a token, batch 1", ylim=0, xticks=sorted(set().union(*counts.values())))
     save(figure, path)
 
 
