@@ -121,9 +121,8 @@ def markdown(measured: list[Point], line: Line, threads: int) -> str:
     fitted = f"{1e3 * line.fixed_s:.2f} ms + bytes / {line.bandwidth / 1e9:.1f} GB/s, the worst point {line.worst:.0%} off"
     out = [HEAD, f"Fitted at {threads} threads: {fitted}.", "", "![Time of a decoding step](scaling.svg)", ""]
     out += _section("Model size and context, batch 1", single, lambda point: (point.bytes, point.shape))
-    out += _section(
-        f"Batch, {of}", [p for p in widest if p.shape == of and p.context < 100], lambda point: (point.batch, point.context)
-    )
+    batches = [p for p in widest if p.shape == of and p.context < 100]
+    out += _section(f"Batch, {of}", batches, lambda point: (point.batch, point.context))
     counts = _thread_counts_of(measured, of)
     short = [p for p in measured if p.shape == of and p.batch == 1 and len(counts[p.context]) > 1]
     out += _section(f"Threads, {of}, batch 1", short, lambda point: (point.context, point.threads))
