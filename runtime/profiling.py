@@ -200,7 +200,8 @@ def read_bandwidth(threads: int, size: int | None = None) -> float:
 
     The runtime has no compiler, so libc's memcmp reads: it is vectorised, takes two streams, and ctypes lets threads call it
     side by side. It keeps up with a kernel that prefetches (benchmarks/bandwidth.py); where others use the machine too, both
-    vary by a third between readings, and a share of the limit may exceed 1. Memory is larger than last-level caches, and written first, so that pages exist.
+    vary by a third between readings, and a share of the limit may exceed 1. Memory is larger than last-level caches, and
+    written first, so that pages exist.
     """
     size = size or min(max(512 << 20, 4 * host.last_level_cache_bytes()), host.memory_bytes() // 8)
     libc = ctypes.CDLL(None)
