@@ -6,6 +6,7 @@ VENV ?= .venv
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
 DEMO := artifacts/smollm2-135m-cpu
+MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 SHAPES ?= smollm2-135m llama-1b bloom-1b1
 
 .DEFAULT_GOAL := help
@@ -15,20 +16,24 @@ SHAPES ?= smollm2-135m llama-1b bloom-1b1
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## Compile a small chat model and let it answer PROMPT.
-	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
-	$(BIN)/belle-compile build build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu --force -o $(DEMO)
+demo: $(DEMO)/manifest.json ## Compile a small chat model and let it answer PROMPT.
 	$(BIN)/belle-run $(DEMO) "$(PROMPT)"
+
+build/smollm2/$(MODEL): | $(VENV)/.installed
+	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
+
+$(DEMO)/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
+	$(BIN)/belle-compile build $< --target cpu --force -o $(DEMO)
 
 test: $(VENV)/.installed ## Run the tests.
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-accuracy: $(VENV)/.installed ## Measure what INT8 costs in accuracy.
-	test -e $(DEMO)/manifest.json || $(MAKE) demo
+accuracy: $(VENV)/.installed $(DEMO)/manifest.json ## Measure what INT8 costs in accuracy.
 	$(BIN)/python -m benchmarks.accuracy --engine $(DEMO)
 
 bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's limits (a quiet machine, 15 minutes, 8 GB of disk).

@@ -40,6 +40,7 @@ Examples:
 @click.option("--max-new-tokens", type=int, help="End the answer after this many tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@click.option("--prompt-lookup", type=int, default=0, metavar="N", help="Guess up to N tokens a step from earlier text.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
@@ -127,7 +128,8 @@ def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw
     click.echo()
     timings, count = stream.result.timings, len(stream.result.token_ids)
     speed = f"{timings.tokens_per_second:.1f} tokens/s, " if timings.tokens_per_second else ""
-    click.echo(f"[{count} token{'s' * (count != 1)}, {speed}first after {timings.first_token_s:.2f} s]", err=True)
+    drafts = f", {stream.result.accepted} of {stream.result.drafted} drafts accepted" if stream.result.drafted else ""
+    click.echo(f"[{count} token{'s' * (count != 1)}, {speed}first after {timings.first_token_s:.2f} s{drafts}]", err=True)
     if profile.result:
         click.echo(f"\n{profile.result.table()}", err=True)
     return stream.result

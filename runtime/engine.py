@@ -52,6 +52,8 @@ class Engine:
         self._template = ChatTemplate(manifest.prompt_template)
         self._loop = StepLoop(executor)
         self._scheduler = self._loop.scheduler
+        # Beyond this length dynamic RoPE scaling rotates a token by how many come with it, wrong guesses included.
+        self._scheduler.draft_until = manifest.model.dimensions.get("dynamic_rope_from", self._scheduler.draft_until)
         self._stop = weakref.finalize(self, self._loop.stop)
 
     @classmethod
@@ -217,7 +219,9 @@ class Engine:
         self._scheduler.check_length(len(ids) + max_new_tokens, "prompt and max_new_tokens are too long")
         end_ids = () if params.ignore_eos else self.manifest.special_tokens.eos
         sampler = Sampler(params, defaults, ids)
-        return Generation(ids, max_new_tokens, sampler, params.stop, end_ids, self.tokenizer, on_piece)
+        return Generation(
+            ids, max_new_tokens, sampler, params.stop, end_ids, self.tokenizer, on_piece, params.prompt_lookup,
+        )  # fmt: skip
 
 
 def _is_one_prompt(prompts: Any) -> bool:

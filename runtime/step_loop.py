@@ -138,10 +138,12 @@ class StepLoop:
         logits = self.executor.step()
         with self._changed:
             self.scheduler.commit()
-            for row, sequence in enumerate(wanting):
+            stop = 0
+            for sequence in wanting:
                 generation = self._generations[sequence]
+                start, stop = stop, stop + 1 + sequence.drafted
                 try:
-                    generation.accept(logits[row])
+                    generation.accept(logits[start:stop])
                 except EngineError as error:  # this request's alone, such as logits that are not finite
                     generation.fail(error)
                 if generation.done.is_set():

@@ -178,5 +178,5 @@ def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Pa
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
         files[name] = FileRecord(hashlib.sha256(data).hexdigest(), len(data))
-    artifact.write_manifest(path, manifest(files, **changes))
+    (path / artifact.MANIFEST_NAME).write_text(artifact.manifest_text(manifest(files, **changes)), encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,21 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
 def test_answer_on_stdout_and_speed_on_stderr() -> None:
     result = run("hello")
     assert result.exit_code == 0 and result.stdout == ANSWER + "\n"
-    assert "tokens/s, first after" in result.stderr
+    assert "tokens/s, first after" in result.stderr and "drafts" not in result.stderr
+
+
+@pytest.mark.usefixtures("loads")
+def test_accepted_drafts_are_on_stderr() -> None:
+    result = run(ANSWER, "--temperature", "0", "--prompt-lookup", "3")  # an answer that quotes its prompt
+    assert result.stdout == ANSWER + "\n"
+    assert re.search(r", \d+ of [1-9]\d* drafts accepted\]\n", result.stderr)
 
 
 @pytest.mark.usefixtures("loads")
 def test_json_is_one_object() -> None:
     result = run("hello", "--json", "--temperature", "0")
     plain = json.loads(result.stdout)
-    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}
+    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted"}
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
     assert ANSWER in result.stdout and result.stderr == ""
@@ -82,6 +90,8 @@ def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampling_options_reach_the_request() -> None:
     assert json.loads(run("x", "--json", "--max-new-tokens", "1").stdout)["finish_reason"] == "length"
     assert json.loads(run("x", "--json", "--stop", "世", "--stop", "q").stdout)["text"] == "你好,"
+    drafting = json.loads(run("hello hello", "--json", "--temperature", "0", "--prompt-lookup", "4").stdout)
+    assert drafting["text"] == ANSWER and drafting["drafted"] >= drafting["accepted"]
     raw = json.loads(run("hello", "--json", "--raw").stdout)["prompt_token_ids"]
     assert raw == make_engine().tokenizer.encode("hello")
 

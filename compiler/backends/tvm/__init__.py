@@ -30,15 +30,21 @@ def count_kernel_calls(model: ir.Model) -> int:
     return sum(CALLS_OF_OP.get(node.op_type, 1) for node in model.graph)
 
 
-def compile_graph(model: ir.Model, isas: Sequence[str] = ("avx2", "avx512vnni", "amx"), *, calls_before_fusion: int) -> Lowered:
-    """Lower a verified graph and compile its kernels for every instruction set named."""
+def compile_graph(
+    model: ir.Model,
+    isas: Sequence[str] = ("avx2", "avx512vnni", "amx"),
+    *,
+    calls_before_fusion: int,
+    kv_cache: str = "auto",
+) -> Lowered:
+    """Lower a verified graph and compile its kernels for every instruction set named; `kv_cache` as in `lower`."""
     import tvm
 
     from compiler.backends.tvm.isa import ISAS
     from compiler.backends.tvm.library import compile_library
     from compiler.backends.tvm.lower import lower
 
-    program, weights, kernels = lower(model, calls_before_fusion)
+    program, weights, kernels = lower(model, calls_before_fusion, kv_cache)
     libraries = {f"kernels-{isa}.so": compile_library(kernels, ISAS[isa]) for isa in isas}
     runtime = Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
     return Lowered(program, weights, libraries | {runtime.name: runtime.read_bytes()})

@@ -52,6 +52,28 @@ def test_quantize_tokens() -> None:
     assert xq.dtype == np.int8 and xs.dtype == np.float32
 
 
+def test_quantize_tokens_to_16_bits() -> None:
+    limit = meanings.LIMITS[16]
+    x = np.array([[0, 0, 0], [limit, -limit, 0.5], [1, -2, 1e-5]], np.float32)
+    xq, xs = meanings.quantize_tokens(x, bits=16)
+    assert xq.tolist() == [[0, 0, 0], [limit, -limit, 0], [16320, -limit, 0]]  # 16319.5 goes to even
+    np.testing.assert_array_equal(xs, np.array([0, 1, np.float32(2) / np.float32(limit)], np.float32))
+    assert xq.dtype == np.int16 and xs.dtype == np.float32
+
+
+def test_16_bits_are_two_bytes_and_sums_are_exact() -> None:
+    limit, most = meanings.LIMITS[16], meanings.MAX_INPUTS[16]
+    for value in (limit, -limit):
+        high = (value + 128) // 256
+        assert -127 <= high <= 127 and -128 <= value - 256 * high <= 127
+    assert (limit + 1 + 128) // 256 == 128, "the largest such range"
+    xq, wq = np.full((1, most), -limit, np.int16), np.full((1, most), 127, np.int8)
+    found = meanings.integer_linear(xq, wq)
+    assert found.dtype == np.int64 and found.tolist() == [[-limit * 127 * most]]
+    one = np.ones(1, np.float32)
+    assert meanings.dequantize(found, one, one, None)[0, 0] == np.float32(-limit * 127 * most)
+
+
 def test_integer_linear_is_exact_at_the_extremes() -> None:
     xq, wq = np.full((2, 20000), -127, np.int8), np.full((3, 20000), 127, np.int8)
     wq[1] = -127
