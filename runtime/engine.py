@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 import weakref
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Manifest, Progress, check_host, read_manifest, verify_files
 from runtime.errors import EngineError
 from runtime.generation import Generation, Result, Timings
+from runtime.profiling import ProfileHandle, Recorder, read_bandwidth
 from runtime.prompt import ChatTemplate, Message
 from runtime.sampling import Sampler, SamplingParams
 from runtime.scheduler import Sequence as TokenSequence
@@ -126,6 +128,27 @@ class Engine:
         ids = self._check_ids(token_ids)
         self._scheduler.check_length(len(ids), "the token sequence is too long")
         return self._loop.call(lambda: self._score(ids))
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[ProfileHandle]:
+        """Time every kernel of the requests answered in the `with` block; its `result` is there at the end.
+
+        Costs a fraction of a microsecond a kernel, and before and after the block half a second to measure how fast memory is
+        read. Outside of the block nothing is timed.
+
+            with engine.profile() as profile:
+                engine.generate("你好")
+            print(profile.result.table())
+        """
+        handle, threads = ProfileHandle(), self.executor.threads
+        before = read_bandwidth(threads)
+        recorder = Recorder(self.executor.program, self.executor.batch)
+        self._loop.record(recorder)
+        try:
+            yield handle
+        finally:
+            self._loop.record(None)
+        handle.result = recorder.profile(self.executor.isa, threads, max(before, read_bandwidth(threads)))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids the model would see for a prompt."""

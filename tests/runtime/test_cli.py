@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime import Engine, EngineError
+from runtime import Engine, EngineError, engine
 from runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
 
@@ -63,6 +63,27 @@ def test_json_is_one_object() -> None:
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
     assert ANSWER in result.stdout and result.stderr == ""
+
+
+@pytest.mark.usefixtures("loads")
+def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "read_bandwidth", lambda threads: 20e9)
+    result = run("hello", "--profile")
+    assert result.stdout == ANSWER + "\n"
+    for text in (
+        "prefill: ",
+        "decode: ",
+        "  attention  ",
+        "  linear  ",
+        "between kernels",
+        "read bandwidth 20.0 GB/s, 1 thread, ",
+    ):
+        assert text in result.stderr
+    result = run("--profile", "--json", stdin="first\nsecond\n")
+    for line in result.stdout.splitlines():
+        profile = json.loads(line)["profile"]
+        assert [phase["name"] for phase in profile["phases"]] == ["prefill", "decode"]
+    assert result.stderr == "" and "profile" not in run("hello").stderr
 
 
 @pytest.mark.usefixtures("loads")
