@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
+PRESETS := int8 int8-a16 int8-plain
 DEMO := artifacts/smollm2-135m-cpu
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 SHAPES ?= smollm2-135m llama-1b bloom-1b1
@@ -33,8 +34,11 @@ lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-accuracy: $(VENV)/.installed $(DEMO)/manifest.json ## Measure what INT8 costs in accuracy.
-	$(BIN)/python -m benchmarks.accuracy --engine $(DEMO)
+accuracy: $(PRESETS:%=build/engines/smollm2-%/manifest.json) ## Measure what each INT8 preset costs in accuracy.
+	$(BIN)/python -m benchmarks.accuracy $(PRESETS:%=build/engines/smollm2-%)
+
+build/engines/smollm2-%/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
+	$(BIN)/belle-compile build $< --quant $* --force -o $(@D)
 
 bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's limits (a quiet machine, 15 minutes, 8 GB of disk).
 	$(BIN)/python -m benchmarks.speed $(SHAPES)

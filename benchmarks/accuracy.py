@@ -1,6 +1,6 @@
-"""INT8 engine of SmolLM2-135M against the fp32 model and against a torch simulation of the same arithmetic.
+"""INT8 engines of SmolLM2-135M against the fp32 model, and plain ones against a torch simulation of their arithmetic.
 
-    python -m benchmarks.accuracy [--engine artifacts/smollm2-135m-cpu]
+    python -m benchmarks.accuracy [ENGINE ...]          # artifacts/smollm2-135m-cpu
 
 Text: Python's own language documentation (pydoc_data.topics), teacher-forced in windows of 512 tokens.
 
@@ -16,6 +16,8 @@ import argparse
 import json
 import math
 import pydoc_data.topics
+from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -67,29 +69,31 @@ class Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, default=Path("artifacts/smollm2-135m-cpu"))
+    parser.add_argument("engines", type=Path, nargs="*", default=[Path("artifacts/smollm2-135m-cpu")])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
     arguments = parser.parse_args()
     gguf = fetch(Path("build/smollm2"))
 
     reference, simulation = load_fp32(gguf), simulate(load_fp32(gguf))
-    names = ("engine against fp32", "simulation against fp32", "engine against simulation", "simulation against itself, nudged")
-    comparisons = {name: Comparison() for name in names}
     nudge = torch.Generator().manual_seed(0)
-    with Engine.load(arguments.engine) as engine:
-        windows = documentation_windows(engine, arguments.windows)
+    comparisons: dict[str, Comparison] = defaultdict(Comparison)
+    with ExitStack() as stack:
+        engines = {path.name: stack.enter_context(Engine.load(path)) for path in arguments.engines}
+        windows = documentation_windows(next(iter(engines.values())), arguments.windows)
         for ids in windows:
             fp32 = logits(reference, ids, half_cache=False)
             simulated = logits(simulation, ids, half_cache=True)
             simulation.get_input_embeddings().nudge = nudge
             nudged = logits(simulation, ids, half_cache=True)
             simulation.get_input_embeddings().nudge = None
-            ours = torch.from_numpy(np.array(engine.logits(ids)))
-            comparisons["engine against fp32"].add(fp32, ours, ids)
-            comparisons["simulation against fp32"].add(fp32, simulated, ids)
-            comparisons["engine against simulation"].add(simulated, ours, ids)
-            comparisons["simulation against itself, nudged"].add(simulated, nudged, ids)
+            comparisons["W8A8 simulation against fp32"].add(fp32, simulated, ids)
+            comparisons["W8A8 simulation against itself, nudged"].add(simulated, nudged, ids)
+            for name, engine in engines.items():
+                ours = torch.from_numpy(np.array(engine.logits(ids)))
+                comparisons[f"{name} against fp32"].add(fp32, ours, ids)
+                if is_plain_w8a8(engine):
+                    comparisons[f"{name} against the simulation"].add(simulated, ours, ids)
     report = {
         "model": gguf.name,
         "text": f"pydoc_data.topics, {len(windows)} windows of {WINDOW} tokens",
@@ -99,6 +103,12 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["results"], indent=2))
+
+
+def is_plain_w8a8(engine: Engine) -> bool:
+    """Whether the engine's arithmetic is the simulation's."""
+    quantization = engine.manifest.quantization
+    return quantization["scheme"] == "w8a8" and "rotations" not in quantization and quantization["kv_cache"] == "float16"
 
 
 if __name__ == "__main__":

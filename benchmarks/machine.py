@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": date.today().isoformat(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
     }
 
 
