@@ -209,4 +209,15 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
 def test_options_are_these_and_no_more() -> None:
     parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
     options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
-    assert options == {"--target", "-o", "--output", "--quant", "--isa", "--template", "--dump-ir", "--force", "--json"}
+    assert options == {
+        "--target",
+        "-o",
+        "--output",
+        "--quant",
+        "--isa",
+        "--template",
+        "--dump-ir",
+        "--tune",
+        "--force",
+        "--json",
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.kernels.tiling import Walk
@@ -12,19 +12,20 @@ PANEL = 16
 Block = Callable[[Expr, int, Expr, int, Expr], None]
 
 
-def for_blocks(rows: Expr, panels: int, walk: Walk, block: Block, *, least: int = 1, most: int | None = None,
+def for_blocks(rows: Expr, panels: int, walk: Walk, block: Block, counts: Collection[int] | None = None,
                slices: int = 1) -> None:  # fmt: skip
     """`block(first panel, number of panels, first row, number of rows, slice)` over `rows` x `panels` in the order of `walk`;
     both numbers are static.
 
     A group of panels stays in the core's cache while the rows pass it, `walk.tall` at a time; fewer rows (decode) are one
-    block of exactly that many, so each weight is read once. `rows` is known to lie in `least`..`most`: blocks of other
-    heights are left out. The inputs come in `slices`, each of which passes all rows before the next.
+    block of exactly that many, so each weight is read once. `rows` is known to be one of `counts`, if given: blocks of
+    heights that cannot occur are left out. The inputs come in `slices`, each of which passes all rows before the next.
     """
     full, rest = divmod(panels, walk.wide)
     groups = full + bool(rest)
-    whole_blocks = most is None or most >= walk.tall
-    heights = range(1, walk.tall) if most is None else sorted({r % walk.tall for r in range(least, most + 1)} - {0})
+    whole_blocks = counts is None or max(counts) >= walk.tall
+    every = counts is None or len(counts) >= walk.tall * 2
+    heights = range(1, walk.tall) if every else sorted({count % walk.tall for count in counts or ()} - {0})
 
     def all_rows(first: Expr, width: int, start: Expr, count: Expr, part: Expr) -> None:
         whole: Expr = tir.i64(0)

@@ -58,6 +58,7 @@ class QuantizedLinear(Kernel):
             tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
 
         def walk_rows(walk: Walk, least: int, most: int | None) -> None:
+            counts = tiling.trial_rows or (range(least, most + 1) if most else None)
             slices = -(-depth // walk.depth) if walk.depth else 1
             stride = walk.wide * depth * PANEL  # from a panel to the same one of the next group
 
@@ -93,7 +94,7 @@ class QuantizedLinear(Kernel):
                 _steps(sums, walk, stride, begin, end, depth // 4)
                 tir.either(part == tir.i64(slices - 1), lambda: sums.store(done), lambda: sums.store(keep))
 
-            for_blocks(rows, panels, walk, block, least=least, most=most, slices=slices)
+            for_blocks(rows, panels, walk, block, counts, slices)
 
         def registers(index: int, least: int) -> None:
             most, walk = tiling.walks[index]

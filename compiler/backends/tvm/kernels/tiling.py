@@ -54,30 +54,19 @@ class Walk:
             raise ValueError(f"walk field {wrong[0]} is unknown or has the wrong type")
         return cls(**plain)
 
-    def __str__(self) -> str:
-        """Short, for tables: "4x6 panels x rows, prefetch 2048"."""
-        words = [f"{self.wide}x{self.tall}"]
-        if self.prefetch:
-            hints = [word for word, on in (("once", not self.temporal), ("chained", self.chain)) if on]
-            words.append(" ".join([f"prefetch {self.prefetch}", *hints]))
-        words += [f"unroll {self.unroll}"] if self.unroll > 1 else []
-        words += ["interleaved"] if self.interleave else []
-        words += [f"{self.task_groups} groups a task"] if self.task_groups > 1 else []
-        words += [f"{self.row_blocks} row blocks a pass"] if self.row_blocks else []
-        words += [f"{self.depth} inputs a pass"] if self.depth else []
-        return ", ".join(words)
-
 
 @dataclass(frozen=True)
 class LinearTiling:
     """A walk for every row count: (largest row count or None for any, walk), ascending, the first whose bound holds is taken.
 
-    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task.
+    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task. A trial that
+    runs with certain row counts only names them in `trial_rows`, to leave out what others would need.
     """
 
     walks: tuple[tuple[int | None, Walk], ...]
     tiles_from: int = 16
     tile_panels: int = 4
+    trial_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bounds = [bound for bound, _ in self.walks]
