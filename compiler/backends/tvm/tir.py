@@ -149,8 +149,9 @@ def for_range(stop: Expr, body: Callable[[Expr], None], start: Expr = 0) -> None
 
 def parallel(extent: Expr, body: Callable[[Expr], None], interleave: bool = False) -> None:
     """A loop shared out among the threads of the pool: in contiguous chunks, or every n-th index to each."""
+    one = isinstance(extent, int) and extent == 1  # TVM makes it no loop, and then misses it inside the pragmas
     with ExitStack() as stack:
-        for pragma in ("launch_point", "stride_pattern") if interleave else ():
+        for pragma in ("launch_point", "stride_pattern") if interleave and not one else ():
             stack.enter_context(T.attr(T.int32(0), f"pragma_parallel_{pragma}", T.int32(1)))
         body(stack.enter_context(T.parallel(i64(0), i64(extent))))
 

@@ -17,7 +17,7 @@ import tvm_ffi
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
-from compiler.backends.tvm.library import compile_functions
+from compiler.backends.tvm.library import compile_functions, compile_library
 from compiler.backends.tvm.tuning import candidates
 from compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
@@ -76,6 +76,12 @@ def test_buckets_and_tiles_meet_without_gap(isa: Isa) -> None:
             xq = rng.integers(-127, 128, (rows, SHAPE[1])).astype(np.int8)
             got = run_quantized(library, kernel, xq, np.ones(rows, np.float32), wq, none + 1, none)
             np.testing.assert_array_equal(got, meanings.integer_linear(xq, wq).astype(np.float32), err_msg=f"{rows} rows")
+
+
+def test_one_group_can_be_interleaved() -> None:
+    """A parallel loop of one task is no loop to TVM."""
+    kernel = replace(quantized(16, 64), tiling=LinearTiling(((None, Walk(1, 1, interleave=True)),)))
+    assert compile_library([kernel], AVX2)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")

@@ -48,7 +48,8 @@ def test_committed_tables_are_valid(isa: str) -> None:
     "text",
     [
         "{", "[]", '{"format": 2, "isa": "avx2"}', TABLE.to_json().replace("avx2", "amx"),
-        TABLE.to_json().replace("wide", "broad"), TABLE.to_json().replace('"unroll": 2', '"unroll": 3'), TABLE.to_json().replace('"any"', '"7"'),
+        TABLE.to_json().replace("wide", "broad"), TABLE.to_json().replace('"unroll": 2', '"unroll": 3'), 
+        TABLE.to_json().replace('"any"', '"7"'),
         TABLE.to_json().replace('"tall": 2', '"tall": true'),
     ],
 )  # fmt: skip
