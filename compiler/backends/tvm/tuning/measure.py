@@ -27,6 +27,7 @@ SAMPLE_SECONDS = 0.002
 ROUNDS = 7
 EARLY_ROUNDS = 3  # after these, only what is within EARLY_FACTOR of the best goes on
 EARLY_FACTOR = 1.15
+LEAST_ROTATED = 256 << 20
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE: engines map their weights from a file, in small pages
 _KINDS = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
@@ -39,7 +40,7 @@ def last_level_cache() -> int:
 
 
 class Bench:
-    """Runs the variants of one kernel shape over weights that rotate through twice the last-level cache."""
+    """Runs the variants of one kernel shape over weights that rotate through more memory than the caches hold."""
 
     def __init__(self, kernel: QuantizedLinear, threads: int, max_rows: int) -> None:
         self.kernel = kernel
@@ -51,7 +52,7 @@ class Bench:
             "weight": round_up(kernel.outputs, 16) * round_up(kernel.inputs, INPUT_ALIGNMENT),
         }  # fmt: skip
         self._weight_bytes = sizes["weight"]
-        copies = -(-2 * last_level_cache() // self._weight_bytes)
+        copies = -(-_rotated_bytes() // self._weight_bytes)
         self._pool = _pages(copies * self._weight_bytes)
         block = rng.integers(-127, 128, self._weight_bytes).astype(np.int8)
         for i in range(copies):
@@ -67,8 +68,8 @@ class Bench:
         self._next = 0
 
     def compare(self, functions: Sequence[Any], rows: int, every: bool = False) -> list[float]:
-        """Median seconds a call of each function at a row count; infinite for one that fell behind early, unless `every` is
-        wanted."""
+        """Median seconds a call of each function at a row count; of fewer samples for those that fall behind early, unless
+        `every` one is wanted as precisely."""
         self._arrays["rows"][0] = rows
         for function in functions:
             self._sample(function, 1)
@@ -81,7 +82,7 @@ class Bench:
                 running = [i for i in running if statistics.median(samples[i]) <= limit]
             for i in running:
                 samples[i].append(self._sample(functions[i], calls[i]))
-        return [statistics.median(taken) if i in running else float("inf") for i, taken in enumerate(samples)]
+        return [statistics.median(taken) for taken in samples]
 
     def _sample(self, function: Any, calls: int) -> float:
         """Seconds a call, each with the next copy of the weights."""
@@ -97,6 +98,11 @@ class Bench:
         addresses = {name: array.ctypes.data for name, array in self._arrays.items()}
         addresses["weight"] = self._pool.ctypes.data + copy * self._weight_bytes
         return [ctypes.c_void_p(addresses[name]) for name, _ in self.kernel.pointers()]
+
+
+def _rotated_bytes() -> int:
+    """Four times the last-level cache, since cores of a virtual machine may have several; a quarter of the memory at most."""
+    return min(max(4 * last_level_cache(), LEAST_ROTATED), host.memory_bytes() // 4)
 
 
 def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa) -> dict[str, Any]:
