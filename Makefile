@@ -1,37 +1,48 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, SHAPES.
 
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
 DEMO := artifacts/smollm2-135m-cpu
+MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
+SHAPES ?= smollm2-135m llama-1b bloom-1b1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint accuracy bench bench-scaling clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## Compile a small chat model and let it answer PROMPT.
-	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
-	$(BIN)/belle-compile build build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu --force -o $(DEMO)
+demo: $(DEMO)/manifest.json ## Compile a small chat model and let it answer PROMPT.
 	$(BIN)/belle-run $(DEMO) "$(PROMPT)"
+
+build/smollm2/$(MODEL): | $(VENV)/.installed
+	$(BIN)/python benchmarks/fetch_smollm2.py build/smollm2
+
+$(DEMO)/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
+	$(BIN)/belle-compile build $< --target cpu --force -o $(DEMO)
 
 test: $(VENV)/.installed ## Run the tests.
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## Measure accuracy, and speed against memory bandwidth (some minutes, 5 GB of disk).
-	test -e $(DEMO)/manifest.json || $(MAKE) demo
+accuracy: $(VENV)/.installed $(DEMO)/manifest.json ## Measure what INT8 costs in accuracy.
 	$(BIN)/python -m benchmarks.accuracy --engine $(DEMO)
-	$(BIN)/python -m benchmarks.checkpoints llama-1b build/checkpoints/llama-1b
-	$(BIN)/belle-compile build build/checkpoints/llama-1b --target cpu --force -o build/engines/llama-1b
-	$(BIN)/python -m benchmarks.decode build/engines/llama-1b --out benchmarks/results/decode-llama-1b.json
+
+bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's limits (a quiet machine, 15 minutes, 8 GB of disk).
+	$(BIN)/python -m benchmarks.speed $(SHAPES)
+	$(BIN)/python -m benchmarks.report
+
+bench-scaling: $(VENV)/.installed-bench ## Measure batches, contexts and threads after make bench, and write the scaling note.
+	$(BIN)/python -m benchmarks.scaling --measure llama-1b
+	$(BIN)/python -m benchmarks.report
 
 clean: ## Remove what was built; keeps the environment and artifacts.
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -48,4 +59,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,bench]'
 	@touch $@

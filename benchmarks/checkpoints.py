@@ -26,7 +26,8 @@ COMMON: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 2048,
               "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
     "bloom": {"architectures": ["BloomForCausalLM"], "seq_length": 2048, "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True, "apply_residual_connection_post_layernorm": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+              "tie_word_embeddings": True, "apply_residual_connection_post_layernorm": False,
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
 }  # fmt: skip
 STD = 0.02
 SHARD_BYTES = 1_000_000_000

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from runtime import host
+
 PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers")
 
 
@@ -21,9 +23,9 @@ def describe() -> dict[str, Any]:
     name, family, model = cpu.get("model name", platform.processor()), cpu.get("cpu family", "?"), cpu.get("model", "?")
     return {
         "processor": f"{name} (family {family}, model {model})",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(host.usable_cores()),
         "instruction_sets": [name for name in ("avx2", "avx512_vnni", "amx_int8") if name in flags],
-        "last_level_cache": cpu.get("cache size", "?"),
+        "last_level_cache_mib": round(host.last_level_cache_bytes() / 2**20, 1),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": {name: found for name in PACKAGES if (found := _version(name))},

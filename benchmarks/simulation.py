@@ -54,14 +54,16 @@ class W8A8Linear(torch.nn.Module):
 
 
 class W8Embedding(torch.nn.Module):
-    """An embedding table of int8 rows."""
+    """An embedding table of int8 rows. With `nudge` every value read is changed by about one part in 10 million."""
 
     def __init__(self, embedding: torch.nn.Embedding) -> None:
         super().__init__()
+        self.nudge: torch.Generator | None = None
         self.integers, self.scale = quantize_weight(embedding.weight.detach())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.integers[ids] * self.scale[ids][..., None]
+        values = self.integers[ids] * self.scale[ids][..., None]
+        return values if self.nudge is None else values * (1 + 1e-7 * torch.randn(values.shape, generator=self.nudge))
 
 
 class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformers are not followed
@@ -71,7 +73,7 @@ class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformer
         return super().update(key_states.half().float(), value_states.half().float(), layer_idx, *args, **kwargs)
 
 
-def simulate(model: torch.nn.Module) -> torch.nn.Module:
+def simulate(model: Any) -> Any:
     """Replace every linear layer and embedding of a Transformers model in place; head and embedding included."""
     for name, module in list(model.named_modules()):
         replacement: torch.nn.Module

@@ -41,8 +41,13 @@ def cli() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What to build for; see `belle-compile targets`.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
 @click.option(
-    "--quant", type=click.Choice(["int8", "none"]), default="int8", show_default=True,
-    help="int8: weights per output channel, activations per token. none: float32, for comparison.",
+    "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "none"]), default="int8", show_default=True,
+    help="int8: weights per output channel, activations per token, rotations. int8-a16: the same with activations of 16 bits, "
+    "for more accuracy at more arithmetic. int8-plain: without rotations. none: float32, for comparison.",
+)  # fmt: skip
+@click.option(
+    "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
+    help="Type of the KV cache. auto: float16, or float32 with --quant none. int8: half of that, a scale per token and head.",
 )  # fmt: skip
 @click.option("--isa", "isas", multiple=True, metavar="NAME", help="Carry kernels for this instruction set only; repeatable.")
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")
@@ -55,6 +60,7 @@ def build(
     target: str,
     output: Path,
     quant: str,
+    kv_cache: str,
     isas: tuple[str, ...],
     template: str | None,
     dump_ir: Path | None,
@@ -79,8 +85,8 @@ def build(
     started = time.perf_counter()
     with terminal.progress_bars() as progress:
         request = driver.BuildRequest(
-            checkpoint=checkpoint, output=output, target=target, quantization=quant, isas=isas, template=template,
-            dump_ir=dump_ir, force=force, tune=tune, on_progress=progress,
+            checkpoint=checkpoint, output=output, target=target, quantization=quant, kv_cache=kv_cache, isas=isas,
+            template=template, dump_ir=dump_ir, force=force, tune=tune, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

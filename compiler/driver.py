@@ -34,13 +34,22 @@ if TYPE_CHECKING:
 
     from passes.base import Pass
 
+_W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
+_ROTATED = {"rotations": "residual stream and values, folded into the weights"}
 # What the manifest says of each preset, beside the passes' own records.
 QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"},
+    "int8": _W8A8 | _ROTATED,
+    "int8-a16": _W8A8 | _ROTATED | {"scheme": "w8a16", "activations": "16 bits per token, dynamic, as two int8 planes"},
+    "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }
 TUNING = "tune-kernels"  # its record is only in engines built with `tune`
-_WEIGHT_BYTES = {"int8": 1, "none": 4}
+KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
+    "auto": "",
+    "float32": "float32",
+    "float16": "float16",
+    "int8": "int8 per token and head",
+}
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
@@ -48,15 +57,17 @@ _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for what, and where to. `quantization` names a preset of passes; `isas` keeps some of the target's
-    instruction sets (all by default); `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage
-    whose length is unknown. `tune` measures on this host which variants of its best kernels suit this model's shapes, which
-    takes minutes and may differ from one build to the next."""
+    """What to compile, for what, and where to. `quantization` names a preset of passes; `kv_cache` is the type of the KV cache
+    (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
+    `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown. `tune`
+    measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
+    one build to the next."""
 
     checkpoint: str | Path
     output: Path
     target: str = "cpu"
     quantization: str = "int8"
+    kv_cache: str = "auto"
     isas: tuple[str, ...] = ()
     template: str | None = None
     dump_ir: Path | None = None
@@ -72,6 +83,7 @@ def build(request: BuildRequest) -> Path:
     give the same bytes, but for what `tune` measures. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
+    _check_kv_cache(request.kv_cache)
     say = request.on_progress
     with EngineWriter(request.output, force=request.force) as writer:
         say("open", 0, 0)
@@ -87,7 +99,9 @@ def build(request: BuildRequest) -> Path:
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
-        lowered = compile_graph(graph, isas=target.isas, calls_before_fusion=calls_before_fusion, tune=tune)
+        lowered = compile_graph(
+            graph, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
+        )
 
         writer.check_space(_exact_bytes(lowered))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
@@ -105,6 +119,11 @@ def _preset(name: str) -> Sequence[Pass]:
     return PRESETS[name]
 
 
+def _check_kv_cache(dtype: str) -> None:
+    if dtype not in KV_CACHES:
+        raise CompileError("kv cache", "unknown type", found=repr(dtype), expected=" or ".join(KV_CACHES))
+
+
 def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
     """Kernel calls a step would take with every pass but the fusions."""
     unfused = graph.clone()
@@ -114,7 +133,7 @@ def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return values * _WEIGHT_BYTES[quantization] + _FIXED_BYTES
+    return values * (4 if quantization == "none" else 1) + _FIXED_BYTES
 
 
 def _exact_bytes(lowered: Lowered) -> int:
@@ -151,7 +170,7 @@ def _manifest(
         model=model,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
         passes=(opened, *applied, *_tuning_record(lowered)),
-        quantization=QUANTIZATION[request.quantization] | {"kv_cache": program.kv.dtype},
+        quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
         prompt_template=PromptTemplate(
             checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"]

@@ -22,32 +22,25 @@ from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
+from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
+from passes.rotation.fold_layer_norms import FoldLayerNorms
+from passes.rotation.rotate_residual import RotateResidual
+from passes.rotation.rotate_values import RotateValues
+
+# What follows matches a tidy graph
+CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
+# Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
+ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
+# W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
+QUANTIZATION: tuple[Pass, ...] = (QuantizeLinears(), QuantizeEmbedding())
+# Linears first, then what lies between them
+FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {
-    "int8": (
-        # Cleanup: what follows matches a tidy graph
-        RemoveIdentities(),
-        MergeDuplicates(),
-        RemoveUnused(),
-        # Quantization: W8A8 everywhere
-        QuantizeLinears(),
-        QuantizeEmbedding(),  # after the linears: a tied head reads the same INT8 table
-        # Fusion: linears first, then what lies between them
-        FuseDequantize(),
-        FuseProjections(),
-        FuseAddNorm(),
-        FuseNormQuantize(),
-        FuseActivationQuantize(),
-    ),
-    "none": (
-        # Cleanup
-        RemoveIdentities(),
-        MergeDuplicates(),
-        RemoveUnused(),
-        # Fusion
-        FuseProjections(),
-        FuseAddNorm(),
-    ),
+    "int8": CLEANUP + ROTATION + QUANTIZATION + FUSION,
+    "int8-a16": (*CLEANUP, *ROTATION, QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION),
+    "int8-plain": CLEANUP + QUANTIZATION + FUSION,
+    "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
 }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -120,7 +120,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted."""
+    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted.
+
+    `digest` is that of the manifest's own canonical JSON with an empty digest; it is filled in when written.
+    """
 
     model: ModelInfo
     target: TargetInfo
@@ -134,19 +137,17 @@ class Manifest:
     files: dict[str, FileRecord]
     accuracy: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
+    digest: str = ""
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Canonical JSON: the same manifest gives the same bytes."""
-    return canonical_json(to_plain(manifest))
+    """Canonical JSON with the manifest's own digest in it: the same manifest gives the same bytes."""
+    return canonical_json(to_plain(replace(manifest, digest=_digest(manifest))))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Path:
-    """Write manifest.json into `directory`; validates first, so that what is written can be read."""
-    _check_values(manifest, directory / MANIFEST_NAME)
-    path = directory / MANIFEST_NAME
-    path.write_bytes(manifest_text(manifest).encode())
-    return path
+def _digest(manifest: Manifest) -> str:
+    """SHA-256 of the canonical JSON with an empty digest."""
+    return hashlib.sha256(canonical_json(to_plain(replace(manifest, digest=""))).encode()).hexdigest()
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -162,6 +163,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
     try:
         plain = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except ValueError as error:
         raise EngineError(STAGE, f"{path} is not JSON", found=str(error), remedy=_REBUILD) from None
     version = plain.get("format_version") if isinstance(plain, dict) else None
@@ -172,6 +175,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise EngineError(STAGE, f"format version of {path}", found=found, expected=readable, remedy=remedy)
     manifest = from_plain(Manifest, plain, refuse_from(f"{STAGE}: {path}", _REBUILD))
     _check_values(manifest, path)
+    digest = _digest(manifest)
+    if manifest.digest != digest:
+        expected, remedy = f"{manifest.digest[:16] or 'none'}...", "copy the engine again or rebuild it"
+        what = f"{path} was changed after the build"
+        raise EngineError(STAGE, what, found=f"digest {digest[:16]}...", expected=expected, remedy=remedy)
     return manifest
 
 
@@ -205,16 +213,24 @@ def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progr
     total, done = sum(record.bytes for record in digested.values()), 0
     for name, record in digested.items():
         digest = hashlib.sha256()
-        with open(root / name, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress:
-                    progress(name, done, total)
+        try:
+            with open(root / name, "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress(name, done, total)
+        except OSError as error:
+            raise _unreadable(root / name, error) from None
         if digest.hexdigest() != record.sha256:
             found, expected = f"SHA-256 {digest.hexdigest()[:12]}…", f"{record.sha256[:12]}…"
             remedy = "the file was changed after the build: copy the engine again or rebuild it"
             raise EngineError(STAGE, f"digest of {name}", found=found, expected=expected, remedy=remedy)
+
+
+def _unreadable(path: Path, error: OSError) -> EngineError:
+    remedy = "let this user read it, or copy the engine again"
+    return EngineError(STAGE, f"file {path} cannot be read", found=error.strerror or str(error), remedy=remedy)
 
 
 def _check_entry(root: Path, name: str, record: FileRecord) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 
 from runtime.engine import Engine, Prompt, Result, Stream
 from runtime.errors import BelleError
+from runtime.profiling import ProfileHandle
 from runtime.sampling import SamplingParams
 
 EXAMPLES = """
@@ -22,6 +24,7 @@ Examples:
   belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"
   belle-run artifacts/belle-7b-cpu                        chat; /reset forgets, /exit or Ctrl-D leaves
   belle-run artifacts/belle-7b-cpu --temperature 0 --json "1+1=?"
+  belle-run artifacts/belle-7b-cpu --profile "你好"         and where the time went
   belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
 """
 
@@ -37,8 +40,10 @@ Examples:
 @click.option("--max-new-tokens", type=int, help="End the answer after this many tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@click.option("--prompt-lookup", type=int, default=0, metavar="N", help="Guess up to N tokens a step from earlier text.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
+@click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
 @click.option("--threads", type=int, help="Threads of the kernels.  [default: all usable cores]")
 @click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
 @click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
@@ -53,7 +58,7 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
         params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
         load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
         with Engine.load(engine, verify="full" if options["verify"] else "header", **load) as loaded:
-            answer = _answer_json if options["as_json"] else _answer_streamed
+            answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
             if prompt is not None:
                 answer(loaded, prompt, params, options["raw"])
             else:
@@ -107,10 +112,10 @@ def _turns(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool) -> Result | None:
+def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result | None:
     """Print the answer as it comes, its speed on stderr; None when Ctrl-C broke it off in a chat at a terminal."""
     stream: Stream
-    with engine.stream(prompt, params, raw=raw) as stream:
+    with _profile(engine, profiled) as profile, engine.stream(prompt, params, raw=raw) as stream:
         try:
             for piece in stream:
                 click.echo(piece, nl=False)
@@ -123,14 +128,25 @@ def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw
     click.echo()
     timings, count = stream.result.timings, len(stream.result.token_ids)
     speed = f"{timings.tokens_per_second:.1f} tokens/s, " if timings.tokens_per_second else ""
-    click.echo(f"[{count} token{'s' * (count != 1)}, {speed}first after {timings.first_token_s:.2f} s]", err=True)
+    drafts = f", {stream.result.accepted} of {stream.result.drafted} drafts accepted" if stream.result.drafted else ""
+    click.echo(f"[{count} token{'s' * (count != 1)}, {speed}first after {timings.first_token_s:.2f} s{drafts}]", err=True)
+    if profile.result:
+        click.echo(f"\n{profile.result.table()}", err=True)
     return stream.result
 
 
-def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool) -> Result:
+def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result:
     """Print the whole answer as one line of JSON."""
-    (result,) = engine.generate([prompt], params, raw=raw)
+    with _profile(engine, profiled) as profile:
+        (result,) = engine.generate([prompt], params, raw=raw)
     plain = dataclasses.asdict(result)
     plain["timings"]["load_s"] = engine.load_s
+    if profile.result:
+        plain["profile"] = profile.result.to_plain()
     click.echo(json.dumps(plain, ensure_ascii=False))
     return result
+
+
+def _profile(engine: Engine, wanted: bool) -> contextlib.AbstractContextManager[ProfileHandle]:
+    """The engine's profile, or a handle that stays empty."""
+    return engine.profile() if wanted else contextlib.nullcontext(ProfileHandle())

@@ -36,7 +36,8 @@ class Timings:
 class Result:
     """An answer. `token_ids` hold all that was generated, the end-of-sequence token included; `text` ends before it.
 
-    `finish_reason` is "stop" (end-of-sequence token or stop string) or "length" (max_new_tokens or the context's end).
+    `finish_reason` is "stop" (end-of-sequence token or stop string) or "length" (max_new_tokens or the context's end). With
+    prompt lookup `drafted` tokens were guessed, of which `accepted` are in the answer.
     """
 
     prompt_token_ids: list[int]
@@ -44,10 +45,12 @@ class Result:
     text: str
     finish_reason: FinishReason
     timings: Timings
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Generation:
-    """A request under way; the step loop calls `accept` with each row of logits until `done`.
+    """A request under way; the step loop calls `accept` with the logits of each step until `done`.
 
     `on_piece` is called there with every piece of text, and with None after the last.
     """
@@ -61,8 +64,9 @@ class Generation:
         end_ids: tuple[int, ...],
         tokenizer: Tokenizer,
         on_piece: Callable[[str | None], None] | None = None,
+        prompt_lookup: int = 0,
     ) -> None:
-        self.sequence = Sequence(prompt, max_new_tokens)
+        self.sequence = Sequence(prompt, max_new_tokens, prompt_lookup)
         self.done = threading.Event()
         self._on_piece = on_piece
         self._finish_reason: FinishReason | None = None
@@ -81,19 +85,30 @@ class Generation:
         self._started = self._started or time.perf_counter()
 
     def accept(self, logits: NDArray[np.float32]) -> None:
-        """Choose the next token from float32 `logits` [V] (scratch) and see whether the answer ends with it."""
+        """Choose the next tokens from float32 `logits` [1 + drafts, V] (scratch) and see whether the answer ends with them.
+
+        Each row is that after the draft before it, so it counts only while the tokens chosen are those drafted. A row that
+        does not count is never sampled from: tokens and random numbers are those of an answer without drafts.
+        """
+        for row in logits:
+            if not self._accept(row) or self.done.is_set():
+                return
+
+    def _accept(self, logits: NDArray[np.float32]) -> bool:
+        """Take one token; returns whether it was drafted."""
         token = self._sampler.sample(logits)
-        self.sequence.append(token)
+        drafted = self.sequence.append(token)
         self._last = time.perf_counter()
         self._first = self._first or self._last
         if token in self._end_ids:
             self._finish("stop")
-            return
+            return drafted
         self._emit(self._stop.push(self._detokenizer.push(token)))
         if self._stop.found:
             self._end("stop")
         elif self.sequence.length == self.sequence.max_length:
             self._finish("length")
+        return drafted
 
     def fail(self, error: BaseException) -> None:
         """End the request; `result` raises `error`."""
@@ -109,7 +124,9 @@ class Generation:
         decode_s = self._last - self._first
         rate = (len(tokens) - 1) / decode_s if len(tokens) > 1 and decode_s > 0 else 0.0
         timings = Timings(self._first - self._started, decode_s, self._first - self._arrived, rate)
-        return Result(self._prompt, tokens, "".join(self._text), self._finish_reason, timings)
+        text, lookup = "".join(self._text), self.sequence.lookup
+        counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
+        return Result(self._prompt, tokens, text, self._finish_reason, timings, *counts)
 
     def _finish(self, reason: FinishReason) -> None:
         """Release the text that was held back; a stop string may still begin in it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 CGROUP = Path("/sys/fs/cgroup")
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -70,3 +72,13 @@ def memory_bytes() -> int:
         return min(total, int((CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):
         return total
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of the first CPU; 0 where the system does not say."""
+    sizes = [0]
+    for file in CACHES.glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            text = file.read_text().strip()
+            sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes)

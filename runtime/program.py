@@ -15,7 +15,8 @@ PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
 INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "T", "R", "kv_blocks")
-KV_DTYPES = {"float32": 4, "float16": 2}
+KV_DTYPES = {"float32": 4, "float16": 2, "int8": 1}
+SCALES_BYTES = 4 * BLOCK_SIZE  # of an int8 cache: one float32 per token of a block, for each head
 _REBUILD = "rebuild the engine with belle-compile build"
 
 
@@ -87,7 +88,11 @@ class Logits:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """KV cache: per layer k[num_blocks][kv_heads][head_dim][16] and v[num_blocks][kv_heads][16][head_dim]."""
+    """KV cache: per layer k[num_blocks][kv_heads][head_dim][16] and v[num_blocks][kv_heads][16][head_dim].
+
+    With int8 each [head_dim][16] or [16][head_dim] comes after its 16 float32 scales, one per token, and is padded so that the
+    next one starts at a multiple of 64 bytes.
+    """
 
     layers: int
     kv_heads: int
@@ -95,9 +100,20 @@ class KVLayout:
     dtype: str
 
     @property
+    def scales_bytes(self) -> int:
+        """Bytes of the scales before the values of one head of a block."""
+        return SCALES_BYTES if self.dtype == "int8" else 0
+
+    @property
+    def head_block_bytes(self) -> int:
+        """Bytes of one head of one block of one part (k or v), scales included."""
+        values = self.head_dim * BLOCK_SIZE * KV_DTYPES[self.dtype]
+        return self.scales_bytes + -(-values // ALIGNMENT) * ALIGNMENT if self.scales_bytes else values
+
+    @property
     def part_block_bytes(self) -> int:
         """Bytes of one block of one part (k or v) of one layer."""
-        return self.kv_heads * self.head_dim * BLOCK_SIZE * KV_DTYPES[self.dtype]
+        return self.kv_heads * self.head_block_bytes
 
     @property
     def block_bytes(self) -> int:

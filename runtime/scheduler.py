@@ -10,6 +10,7 @@ import numpy as np
 from runtime.errors import EngineError
 from runtime.executors import StepBatch
 from runtime.kv_cache import BLOCK_SIZE, BlockAllocator, BlockTable, blocks_for
+from runtime.prompt_lookup import PromptLookup
 
 
 class Sequence:
@@ -17,9 +18,14 @@ class Sequence:
 
     `length` tokens are known, the keys and values of the first `computed` are cached. The sequence wants logits when all
     its tokens are in a step; `append` then adds the token chosen from them.
+
+    With `prompt_lookup` a step may also take up to that many `drafted` tokens, guesses that lie in `tokens` behind the
+    known ones. Each wants logits too, and `append` says whether it confirmed one. What the step left in the cache for
+    guesses that were wrong stays there until the step that reaches their positions overwrites it, before it is read: a
+    token attends to its own position and those below.
     """
 
-    def __init__(self, prompt: Tokens[int], max_new_tokens: int) -> None:
+    def __init__(self, prompt: Tokens[int], max_new_tokens: int, prompt_lookup: int = 0) -> None:
         self.prompt_length = len(prompt)
         self.max_length = len(prompt) + max_new_tokens
         self.tokens = np.empty(self.max_length, np.int32)
@@ -27,6 +33,8 @@ class Sequence:
         self.length = len(prompt)
         self.computed = 0
         self.scheduled = 0  # tokens in the step under way
+        self.drafted = 0  # of them, guesses that are not confirmed
+        self.lookup = PromptLookup(self.tokens, self.length, prompt_lookup) if prompt_lookup else None
         self.slot = -1  # row of the block table, while admitted
         self.blocks: BlockTable | None = None
 
@@ -35,10 +43,19 @@ class Sequence:
         """Tokens after the prompt."""
         return [int(token) for token in self.tokens[self.prompt_length : self.length]]
 
-    def append(self, token: int) -> None:
-        """Add the next token."""
+    def append(self, token: int) -> bool:
+        """Add the next token. True if it was drafted: then it is computed, and the next row has the logits after it."""
+        confirmed = self.drafted > 0 and bool(self.tokens[self.length] == token)
         self.tokens[self.length] = token
         self.length += 1
+        if confirmed:
+            assert self.lookup is not None, "a draft comes from it"
+            self.lookup.accepted += 1
+            self.computed += 1
+            self.drafted -= 1
+        else:
+            self.drafted = 0
+        return confirmed
 
 
 class Scheduler:
@@ -56,6 +73,7 @@ class Scheduler:
         self._free_slots = list(range(most - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.draft_until = batch.max_context  # length up to which a sequence may be guessed
         self._scheduled: list[Sequence] = []
 
     @property
@@ -109,14 +127,16 @@ class Scheduler:
     def schedule(self) -> list[Sequence]:
         """Fill the batch; returns the sequences that get logits, in the order of the logit rows.
 
-        Nothing counts as computed until `commit`.
+        Each has one row, and one more for each token it has `drafted`. Nothing counts as computed until `commit`.
         """
         self._scheduled.clear()
         wanting: list[Sequence] = []
         self.batch.tokens = self.batch.rows = 0
         for sequence in self.running:  # answers under way first: a long prompt must not make them wait
             if sequence.length - sequence.computed == 1:
-                self._put(sequence, 1, wanting)
+                if sequence.lookup:
+                    self._draft(sequence, sequence.lookup)
+                self._put(sequence, 1 + sequence.drafted, wanting)
         for sequence in self.running:
             pending = sequence.length - sequence.computed
             if pending > 1:
@@ -133,8 +153,17 @@ class Scheduler:
     def commit(self) -> None:
         """The step ran: its tokens' keys and values are cached."""
         for sequence in self._scheduled:
-            sequence.computed += sequence.scheduled
+            sequence.computed += sequence.scheduled - sequence.drafted
         self._scheduled.clear()
+
+    def _draft(self, sequence: Sequence, lookup: PromptLookup) -> None:
+        """Let an answer guess ahead where that takes no token and no row from any sequence that is or may be in this step."""
+        batch = self.batch
+        others = len(self.running) - len(self._scheduled) + min(len(self.waiting), len(self._free_slots))
+        room = min(batch.max_tokens - batch.tokens, batch.max_rows - batch.rows) - others
+        # The step's last logits give one more token, which is never computed if it is the answer's last.
+        end = min(sequence.max_length - 1, self.draft_until)
+        sequence.drafted = lookup.draft(sequence.length, min(room, end - sequence.length))
 
     def _put(self, sequence: Sequence, count: int, wanting: list[Sequence]) -> None:
         """Add the next `count` tokens of a sequence to the batch."""
@@ -147,9 +176,13 @@ class Scheduler:
         sequence.scheduled = count
         self._scheduled.append(sequence)
         batch.tokens = start + count
-        if first + count == sequence.length:
+        rows = first + count - sequence.length + 1
+        if rows == 1:
             batch.logit_rows[batch.rows] = start + count - 1
-            batch.rows += 1
+        elif rows > 1:
+            batch.logit_rows[batch.rows : batch.rows + rows] = np.arange(start + count - rows, start + count, dtype=np.int32)
+        if rows > 0:
+            batch.rows += rows
             wanting.append(sequence)
 
 

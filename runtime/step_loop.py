@@ -6,11 +6,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from runtime.errors import EngineError
 from runtime.executors import Executor
 from runtime.generation import Generation
+from runtime.profiling import Recorder
 from runtime.scheduler import Scheduler, Sequence
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class StepLoop:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._run_step: Callable[[], None] = self._step
 
     def submit(self, generations: Iterable[Generation]) -> None:
         """Queue requests, all before the next step; raises `EngineError` when stopped."""
@@ -68,6 +71,18 @@ class StepLoop:
             self._changed.notify()
         result: T = task.result()
         return result
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Time steps and their kernels from the next step on, or stop doing so."""
+
+        def switch() -> None:
+            if recorder and self._run_step != self._step:
+                raise EngineError("profile", "the engine is being profiled already", remedy="wait for the other profile to end")
+            self.executor.record(recorder)
+            timed = partial(recorder.step, self._step, lambda: self.scheduler.has_work) if recorder else self._step
+            self._run_step = timed
+
+        self.call(switch)
 
     def stop(self) -> None:
         """End the thread after the step under way, drop all requests, close the executor; a second time does nothing."""
@@ -100,7 +115,7 @@ class StepLoop:
                 task.run()
                 continue
             try:
-                self._step()
+                self._run_step()
             except BaseException as error:
                 self._fail_all(error)
         self._end()
@@ -123,10 +138,12 @@ class StepLoop:
         logits = self.executor.step()
         with self._changed:
             self.scheduler.commit()
-            for row, sequence in enumerate(wanting):
+            stop = 0
+            for sequence in wanting:
                 generation = self._generations[sequence]
+                start, stop = stop, stop + 1 + sequence.drafted
                 try:
-                    generation.accept(logits[row])
+                    generation.accept(logits[start:stop])
                 except EngineError as error:  # this request's alone, such as logits that are not finite
                     generation.fail(error)
                 if generation.done.is_set():

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from compiler.checkpoint.tensors import STAGE
+from compiler.errors import CompileError
+from runtime.errors import EngineError
+from runtime.sampling import SamplingParams
+
 # https://huggingface.co/BelleGroup/BELLE-7B-2M, "Use model"
 BELLE = {"max_new_tokens": 200, "temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}
 # What Transformers does with keys that a generation_config.json leaves out.
@@ -16,12 +21,31 @@ def generation_defaults(stated: dict[str, Any]) -> dict[str, Any]:
 
     `stated` is generation_config.json. One that says nothing of sampling (BELLE's hold only token ids) leaves the card's
     values. One that says do_sample false asks for greedy decoding. One that states some settings was tuned by its author for
-    Transformers, so the others are Transformers' defaults and not the card's.
+    Transformers, so the others are Transformers' defaults and not the card's. Raises CompileError for a value that no
+    request may have either.
     """
-    given = {key: value for key in BELLE if isinstance(value := stated.get(key), (int, float)) and not isinstance(value, bool)}
+    given = {key: _checked(key, value) for key in BELLE if (value := stated.get(key)) is not None}
     if stated.get("do_sample") is False:
         penalty = {"repetition_penalty": given["repetition_penalty"]} if "repetition_penalty" in given else {}
         return {"max_new_tokens": int(given.get("max_new_tokens", BELLE["max_new_tokens"])), **GREEDY, **penalty}
     tuned = stated.get("do_sample") is True or any(key in given for key in TRANSFORMERS)
     defaults = {**BELLE, **(TRANSFORMERS if tuned else {}), **given}
     return {**defaults, "max_new_tokens": int(defaults["max_new_tokens"]), "top_k": int(defaults["top_k"])}
+
+
+def _checked(key: str, value: Any) -> float:
+    whole = isinstance(BELLE[key], int)
+    expected = "a whole number" if whole else "a number"
+    if type(value) in (int, float) and (not whole or float(value).is_integer()):
+        try:
+            SamplingParams(**{key: value})
+            return value  # type: ignore[no-any-return]  # from JSON
+        except EngineError as error:
+            expected = error.expected
+    raise CompileError(
+        STAGE,
+        f"key {key} of generation_config.json",
+        found=repr(value),
+        expected=expected,
+        remedy="correct the file or remove the key",
+    )

@@ -61,6 +61,8 @@ class LlamaConfig:
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
         }
+        if self.rope.dynamic_factor:  # sequences longer than this rotate all tokens of a step by their own length
+            facts["dynamic_rope_from"] = self.rope.original_max
         return {key: str(value) for key, value in facts.items()}
 
 

@@ -13,6 +13,14 @@ import numpy.typing as npt
 from compiler.ir.cache import Floats, Integers, PagedCache
 
 Bytes = npt.NDArray[np.int8]
+Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
+Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+# Integers of quantized activations lie within +- the limit. 16 bits end at 256*127 + 127, so that an integer is 256 * high +
+# low with a high byte within +-127 and a low one from -128 on, which is what the kernels multiply.
+LIMITS = {8: 127, 16: 32_639}
+# Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
+MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
@@ -75,20 +83,21 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     return result
 
 
-def quantize_tokens(x: Floats) -> tuple[Bytes, Floats]:
-    """One scale per token (row): xs = absmax / 127, xq = x * (127 / absmax) rounded half to even; zeros for a zero row."""
+def quantize_tokens(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
+    """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row."""
+    limit = np.float32(LIMITS[bits])
     absmax = np.abs(x).max(axis=-1)
-    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
-    return np.rint(x * inverse[:, None]).astype(np.int8), absmax / np.float32(127)
+    inverse = np.divide(limit, absmax, out=np.zeros_like(absmax), where=absmax > 0)
+    return np.rint(x * inverse[:, None]).astype(np.int8 if bits == 8 else np.int16), absmax / limit
 
 
-def integer_linear(xq: Bytes, wq: Bytes) -> Integers:
-    """xq @ wq.T, exact. float64 holds every partial sum exactly and multiplies faster than integers do."""
+def integer_linear(xq: Quantized, wq: Bytes) -> Sums:
+    """xq @ wq.T, exact: int32, or int64 for int16 xq. float64 holds every partial sum and multiplies faster than integers."""
     product: npt.NDArray[np.float64] = xq.astype(np.float64) @ wq.astype(np.float64).T
-    return product.astype(np.int32)
+    return product.astype(np.int32 if xq.dtype == np.int8 else np.int64)
 
 
-def dequantize(acc: Integers, xs: Floats, ws: Floats, bias: Floats | None) -> Floats:
+def dequantize(acc: Sums, xs: Floats, ws: Floats, bias: Floats | None) -> Floats:
     """(acc * ws[n]) * xs[t] + bias[n]."""
     scaled = acc.astype(np.float32) * ws * xs[:, None]
     return scaled if bias is None else scaled + bias
@@ -99,7 +108,7 @@ def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats) -> Floats:
     return wq[token_ids].astype(np.float32) * ws[token_ids, None]
 
 
-def quantized_linear(xq: Bytes, xs: Floats, wq: Bytes, ws: Floats, bias: Floats | None) -> Floats:
+def quantized_linear(xq: Quantized, xs: Floats, wq: Bytes, ws: Floats, bias: Floats | None) -> Floats:
     """IntegerLinear, then Dequantize."""
     return dequantize(integer_linear(xq, wq), xs, ws, bias)
 
@@ -110,27 +119,29 @@ def add_norm(x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: 
     return total, norm(total, scale, bias, kind=kind, epsilon=epsilon)
 
 
-def norm_quantize(x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> tuple[Bytes, Floats]:
+def norm_quantize(
+    x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float, bits: int = 8
+) -> tuple[Quantized, Floats]:
     """The norm, quantized per token."""
-    return quantize_tokens(norm(x, scale, bias, kind=kind, epsilon=epsilon))
+    return quantize_tokens(norm(x, scale, bias, kind=kind, epsilon=epsilon), bits=bits)
 
 
 def add_norm_quantize(
-    x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float
-) -> tuple[Floats, Bytes, Floats]:
+    x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float, bits: int = 8
+) -> tuple[Floats, Quantized, Floats]:
     """The sum, and its norm quantized per token."""
     total, normed = add_norm(x, r, scale, bias, kind=kind, epsilon=epsilon)
-    return total, *quantize_tokens(normed)
+    return total, *quantize_tokens(normed, bits=bits)
 
 
-def gelu_quantize(x: Floats) -> tuple[Bytes, Floats]:
+def gelu_quantize(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """Gelu, quantized per token."""
-    return quantize_tokens(gelu(x))
+    return quantize_tokens(gelu(x), bits=bits)
 
 
-def swiglu_quantize(gate: Floats, up: Floats) -> tuple[Bytes, Floats]:
+def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """SwiGLU, quantized per token."""
-    return quantize_tokens(swiglu(gate, up))
+    return quantize_tokens(swiglu(gate, up), bits=bits)
 
 
 def rotary_table(

@@ -57,7 +57,9 @@ class OpSpec:
 
     @cached_property
     def meaningful(self) -> frozenset[str]:
-        return frozenset(name for name, attribute in self.attributes.items() if not attribute.allowed or name == "kind")
+        return frozenset(
+            name for name, attribute in self.attributes.items() if not attribute.allowed or name in ("kind", "bits")
+        )
 
 
 def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
@@ -82,6 +84,7 @@ _LAST_AXIS = {
     "stash_type": Attribute(int, 1, allowed=(1,)),
 }
 _NORM = {"kind": Attribute(str, allowed=("rms", "layer")), "epsilon": Attribute(float)}
+_BITS = {"bits": Attribute(int, 8, allowed=signature.ACTIVATION_BITS)}
 _GEMM = {
     "alpha": Attribute(float, 1.0, allowed=(1.0,)),
     "beta": Attribute(float, 1.0, allowed=(1.0,)),
@@ -125,25 +128,25 @@ SPECS: tuple[OpSpec, ...] = (
            "positions:int32[T] sequences:int32[T] block_table:int32[B,MB] "
            "cos_sin?:float32[T,head_dim] slopes?:float32[num_heads]",
            "y:float32[T,num_heads*head_dim]", meanings.attention, _ATTENTION, stateful=True),
-    # INT8: per-output-channel weights, per-token activations.
-    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K]", "xq:int8[T,K] xs:float32[T]", meanings.quantize_tokens),
-    OpSpec(BELLE, "IntegerLinear", "xq:int8[T,K] wq:int8[N,K]", "acc:int32[T,N]", meanings.integer_linear),
-    OpSpec(BELLE, "Dequantize", "acc:int32[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
+    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with one per token.
+    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.quantize_tokens, _BITS),
+    OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq:int8[N,K]", "acc:int32/int64[T,N]", meanings.integer_linear),
+    OpSpec(BELLE, "Dequantize", "acc:int32/int64[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
            meanings.dequantize),
     OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V]", "y:float32[T,K]",
            meanings.quantized_embedding),
     # Fusions.
-    OpSpec(BELLE, "QuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
+    OpSpec(BELLE, "QuantizedLinear", "xq:int8/int16[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),
     OpSpec(BELLE, "AddNorm", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
            "sum:float32[T,K] normed:float32[T,K]", meanings.add_norm, _NORM),
-    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "xq:int8[T,K] xs:float32[T]",
-           meanings.norm_quantize, _NORM),
+    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "xq:int8/int16[T,K] xs:float32[T]",
+           meanings.norm_quantize, _NORM | _BITS),
     OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
-           "sum:float32[T,K] xq:int8[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM),
-    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8[T,K] xs:float32[T]", meanings.gelu_quantize),
-    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F]", "xq:int8[T,F] xs:float32[T]",
-           meanings.swiglu_quantize),
+           "sum:float32[T,K] xq:int8/int16[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM | _BITS),
+    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize, _BITS),
+    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F]", "xq:int8/int16[T,F] xs:float32[T]",
+           meanings.swiglu_quantize, _BITS),
 )  # fmt: skip
 
 REGISTRY: Mapping[str, OpSpec] = {spec.name: spec for spec in SPECS}

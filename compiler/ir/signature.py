@@ -1,10 +1,10 @@
-"""Operand signatures such as "xq:int8[T,K] bias?:float32[N]": the shape rule of most ops, written as data."""
+"""Operand signatures such as "xq:int8/int16[T,K] bias?:float32[N]": the shape rule of most ops, written as data."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -14,10 +14,12 @@ Dim = int | str
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
     "int8": ir.DataType.INT8,
+    "int16": ir.DataType.INT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
 }
-_OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?:(?P<dtype>\w+)\[(?P<dims>[^\]]*)\]")
+ACTIVATION_BITS = (8, 16)
+_OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?:(?P<dtypes>\w+(?:/\w+)*)\[(?P<dims>[^\]]*)\]")
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,23 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Operand:
-    """One input or output of an op. A dimension is a letter, a number, an attribute's name or a product of these."""
+    """One input or output of an op. A dimension is a letter, a number, an attribute's name or a product of these.
+
+    Two element types are those for activations of 8 and of 16 bits. All operands of a node agree on which: the attribute
+    `bits` says it where the op has one, else the first input that has two.
+    """
 
     name: str
-    dtype: ir.DataType
+    dtypes: tuple[ir.DataType, ...]
     dims: tuple[str, ...]
     optional: bool = False
 
     def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)}[{', '.join(self.dims)}]"
+        return f"{' or '.join(map(dtype_name, self.dtypes))}[{', '.join(self.dims)}]"
+
+    def dtype(self, width: int | None) -> ir.DataType:
+        """The element type for activations of that width, an index of ACTIVATION_BITS."""
+        return self.dtypes[width or 0] if len(self.dtypes) > 1 else self.dtypes[0]
 
 
 def dtype_name(dtype: ir.DataType) -> str:
@@ -65,7 +75,9 @@ def parse(text: str) -> tuple[Operand, ...]:
         match = _OPERAND.fullmatch(word)
         assert match, f"not an operand: {word!r}"
         dims = tuple(match["dims"].split(","))
-        operands.append(Operand(match["name"], _DTYPES[match["dtype"]], dims, bool(match["optional"])))
+        dtypes = tuple(_DTYPES[dtype] for dtype in match["dtypes"].split("/"))
+        assert len(dtypes) in (1, len(ACTIVATION_BITS)), word
+        operands.append(Operand(match["name"], dtypes, dims, bool(match["optional"])))
     return tuple(operands)
 
 
@@ -80,18 +92,23 @@ def infer(
     A letter takes the dimension it first meets and must meet the same one everywhere else. Raises CompileError.
     """
     bound: dict[str, Dim] = {name: value for name, value in attributes.items() if isinstance(value, int)}
+    bits = attributes.get("bits")
+    width = ACTIVATION_BITS.index(bits) if isinstance(bits, int) else None
     for operand, spec in zip(inputs, given, strict=True):
         if spec is None:
             if not operand.optional:
                 raise CompileError("verify", f"input {operand.name}", found="nothing", expected=str(operand))
             continue
-        fits = spec.dtype == operand.dtype and len(spec.dims) == len(operand.dims)
+        if width is None and len(operand.dtypes) > 1 and spec.dtype in operand.dtypes:
+            width = operand.dtypes.index(spec.dtype)
+        wanted = operand if width is None else replace(operand, dtypes=(operand.dtype(width),))
+        fits = spec.dtype in wanted.dtypes and len(spec.dims) == len(operand.dims)
         fits = fits and all(_unify(pattern, dim, bound) for pattern, dim in zip(operand.dims, spec.dims, strict=True))
         if not fits:
             known = {name: bound[name] for name in _names(operand) if name in bound}
             where = " where " + ", ".join(f"{name} = {dim}" for name, dim in known.items()) if known else ""
-            raise CompileError("verify", f"input {operand.name}", found=str(spec), expected=f"{operand}{where}")
-    return [TensorSpec(operand.dtype, tuple(_evaluate(dim, bound) for dim in operand.dims)) for operand in outputs]
+            raise CompileError("verify", f"input {operand.name}", found=str(spec), expected=f"{wanted}{where}")
+    return [TensorSpec(operand.dtype(width), tuple(_evaluate(dim, bound) for dim in operand.dims)) for operand in outputs]
 
 
 def _unify(pattern: str, dim: Dim, bound: dict[str, Dim]) -> bool:

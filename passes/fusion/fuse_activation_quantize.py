@@ -1,4 +1,4 @@
-"""An activation function's result leaves its kernel as INT8."""
+"""An activation function's result leaves its kernel quantized."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from compiler.ir.build import make_node
+from compiler.ir.ops import attributes_of
 from passes.base import Replacement, RewritePass, other_readers
 
 _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
@@ -14,7 +15,7 @@ _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
 
 @dataclass(frozen=True)
 class FuseActivationQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
-    """xq, xs = QuantizeTokens(Gelu(x))   becomes   xq, xs = GeluQuantize(x);   SwiGLU(gate, up) likewise
+    """xq, xs = QuantizeTokens(Gelu(x))   becomes   xq, xs = GeluQuantize(x);   SwiGLU(gate, up) likewise; the bits are kept
 
     Refuses when something else reads the float32 result.
     """
@@ -31,5 +32,7 @@ class FuseActivationQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         activation, quantize = match
-        node = make_node(_FUSED[activation.op_type], activation.inputs, str(activation.name))
+        node = make_node(
+            _FUSED[activation.op_type], activation.inputs, str(activation.name), attributes=attributes_of(quantize)
+        )
         return Replacement(match, [node], dict(zip(quantize.outputs, node.outputs, strict=True)))

@@ -1,4 +1,4 @@
-"""A norm's result leaves its kernel as INT8."""
+"""A norm's result leaves its kernel quantized."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     s, n = AddNorm(x, r, scale, bias); xq, xs = QuantizeTokens(n)   becomes   s, xq, xs = AddNormQuantize(x, r, scale, bias)
 
-    Refuses when something else reads the float32 result, as the residual stream does in BLOOM checkpoints with
-    apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
+    The bits are kept. Refuses when something else reads the float32 result, as the residual stream does in BLOOM
+    checkpoints with apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
     """
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
@@ -36,11 +36,11 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         norm, quantize = match
-        attributes = attributes_of(norm)
+        attributes, bits = attributes_of(norm), attributes_of(quantize)
         if norm.op_type == "AddNorm":
-            node = make_node("AddNormQuantize", norm.inputs, str(norm.name), attributes=attributes)
+            node = make_node("AddNormQuantize", norm.inputs, str(norm.name), attributes=attributes | bits)
         else:
             attributes = {"kind": NORMS[norm.op_type], "epsilon": attributes["epsilon"]}
-            node = make_node("NormQuantize", norm.inputs, str(norm.name), attributes=attributes)
+            node = make_node("NormQuantize", norm.inputs, str(norm.name), attributes=attributes | bits)
         old = [*norm.outputs[:-1], *quantize.outputs]
         return Replacement(match, [node], dict(zip(old, node.outputs, strict=True)))

@@ -1,4 +1,4 @@
-"""Linear layers, the LM head among them, multiply INT8 by INT8."""
+"""Linear layers, the LM head among them, multiply INT8 weights by activations of 8 or 16 bits."""
 
 from __future__ import annotations
 
@@ -7,36 +7,53 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
+from compiler.errors import CompileError
 from compiler.ir.build import make_node
-from passes.base import Replacement, RewritePass, is_weight
+from compiler.ir.meanings import MAX_INPUTS
+from compiler.ir.ops import attributes_of
+from passes.base import PassResult, Replacement, RewritePass, is_weight
 from passes.quantization.weights import quantized_weight
-
-_MAX_INPUTS = (2**31 - 1) // 127**2  # products that an int32 accumulator holds whatever their values
 
 
 @dataclass(frozen=True)
 class QuantizeLinears(RewritePass[ir.Node]):
     """y = Gemm(x, w, b)   becomes   xq, xs = QuantizeTokens(x); y = Dequantize(IntegerLinear(xq, wq), xs, ws, b)
 
-    W8A8: weights have one scale per output channel, activations one per token, found while running. Linears that read
-    the same x share one QuantizeTokens; linears that read the same w share wq and ws. `keep` are glob patterns of
-    names of linears that stay float32. Refuses a weight that is computed, or too wide for an int32 accumulator.
+    Weights are INT8 with one scale per output channel. Activations have `activation_bits`, 8 or 16, and one scale per
+    token, found while running. Linears that read the same x share one QuantizeTokens; linears that read the same w share
+    wq and ws. `keep` are glob patterns of names of linears that stay float32, `wide` of those whose input gets 16 bits;
+    the others that read the same input read these. Refuses a weight that is computed, or too wide for an int32
+    accumulator, and a pattern of `wide` that names no linear.
     """
 
     keep: tuple[str, ...] = ()
+    activation_bits: int = 8
+    wide: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation_bits not in MAX_INPUTS:
+            expected = " or ".join(map(str, MAX_INPUTS))
+            raise CompileError("quantize", "option activation_bits", found=str(self.activation_bits), expected=expected)
+
+    def run(self, model: ir.Model) -> PassResult:
+        """Rewrite what matches; patterns of `wide` without a linear are told with the refusals."""
+        names = [str(node.name) for node in model.graph if node.op_type in ("Gemm", "Dequantize")]
+        idle = [glob for glob in self.wide if not any(fnmatchcase(name, glob) for name in names)]
+        result = super().run(model)
+        return PassResult(result.changes, (*result.refusals, *(f"wide={glob!r}: no linear has such a name" for glob in idle)))
 
     def pattern(self, node: ir.Node) -> ir.Node | None:
         return node if node.op_type == "Gemm" and not node.domain else None
 
     def check(self, match: ir.Node) -> str:
-        weight = match.inputs[1]
-        kept = next((pattern for pattern in self.keep if fnmatchcase(str(match.name), pattern)), None)
-        if kept is not None:
+        x, weight = match.inputs[:2]
+        kept = _first(self.keep, match)
+        if kept:
             return f"stays float32 because of the option keep={kept!r}"
-        if weight is None or not is_weight(weight) or weight.shape is None:
+        if x is None or weight is None or not is_weight(weight) or weight.shape is None:
             return "its weight is computed, so its scales are not known when compiling"
-        inputs = weight.shape.numpy()[1]
-        return f"{inputs} inputs overflow an int32 accumulator, at most {_MAX_INPUTS} fit" if inputs > _MAX_INPUTS else ""
+        inputs, most = weight.shape.numpy()[1], MAX_INPUTS[self._bits(x)]
+        return f"{inputs} inputs overflow an int32 accumulator, at most {most} fit" if inputs > most else ""
 
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
         x, weight, *bias = match.inputs
@@ -44,10 +61,24 @@ class QuantizeLinears(RewritePass[ir.Node]):
         quantize = next((node for node in x.consumers() if node.op_type == "QuantizeTokens"), None)
         new = []
         if quantize is None:
-            quantize = make_node("QuantizeTokens", [x], f"{x.name}.quantize")
+            quantize = make_node("QuantizeTokens", [x], f"{x.name}.quantize", attributes={"bits": self._bits(x)})
             new.append(quantize)
         xq, xs = quantize.outputs
         wq, ws = quantized_weight(weight, graph)
         multiply = make_node("IntegerLinear", [xq, wq], f"{match.name}.accumulate")
         scale = make_node("Dequantize", [multiply.outputs[0], xs, ws, *bias], str(match.name))
         return Replacement([match], [*new, multiply, scale], {match.outputs[0]: scale.outputs[0]})
+
+    def _bits(self, x: ir.Value) -> int:
+        """Bits of x for the linears that read it: those that it has, or 16 as soon as one of them is wide."""
+        readers = x.consumers()
+        quantize = next((node for node in readers if node.op_type == "QuantizeTokens"), None)
+        if quantize is not None:
+            return int(attributes_of(quantize)["bits"])
+        linears = (node for node in readers if self.pattern(node) and not _first(self.keep, node))
+        return 16 if any(_first(self.wide, linear) for linear in linears) else self.activation_bits
+
+
+def _first(globs: tuple[str, ...], node: ir.Node) -> str:
+    """The first pattern that the node's name matches."""
+    return next((glob for glob in globs if fnmatchcase(str(node.name), glob)), "")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.kv_cache import BLOCK_SIZE
+from runtime.program import Program
+
+if TYPE_CHECKING:
+    from runtime.profiling import Recorder
 
 
 class StepBatch:
@@ -59,11 +63,18 @@ class Executor(Protocol):
     """Runs steps over a paged KV cache of `num_blocks` blocks that it owns; used by one thread at a time."""
 
     batch: StepBatch
+    program: Program
     vocab_size: int
     num_blocks: int
+    isa: str
+    threads: int
 
     def step(self) -> NDArray[np.float32]:
         """Run what `batch` holds; logits [batch.rows, vocab_size], scratch that is valid until the next step."""
+        ...
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Bind the program's calls through `recorder.timed` from the next step on, or as they are again."""
         ...
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from runtime.errors import EngineError
 from runtime.executors import StepBatch
 from runtime.kv_cache import blocks_for
 from runtime.memory import WeightsFile, anonymous
+from runtime.profiling import Recorder
 from runtime.program import ALIGNMENT, KV, Arena, Arg, Call, Input, Program, Weight, read_program
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -76,6 +77,7 @@ class CpuExecutor:
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
         self._lists: dict[tuple[int, int], tuple[Bound, ...]] = {}
+        self._recorder: Recorder | None = None
 
     def step(self) -> NDArray[np.float32]:
         """Run the batch; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
@@ -92,6 +94,11 @@ class CpuExecutor:
             call()
         return self._logits[:rows]
 
+    def record(self, recorder: Recorder | None) -> None:
+        """Time every kernel call from the next step on, or stop doing so: lists of calls are bound anew."""
+        self._recorder = recorder
+        self._lists.clear()
+
     def close(self) -> None:
         """Drop kernels, weights and buffers; their memory is unmapped with the last array that shows it."""
         self._lists.clear()
@@ -102,11 +109,12 @@ class CpuExecutor:
 
     def _bind(self, tokens: int, rows: int) -> tuple[Bound, ...]:
         counts = {"T": tokens, "R": rows}
-        return tuple(
-            partial(self._kernels[call.kernel_for(counts[call.rows])], *map(self._pointer, call.args))
-            for call in self.program.calls
+        bound = (
+            (number, partial(self._kernels[call.kernel_for(counts[call.rows])], *map(self._pointer, call.args)))
+            for number, call in enumerate(self.program.calls)
             if counts[call.rows] > 0
         )
+        return self._recorder.timed(bound) if self._recorder else tuple(call for _, call in bound)
 
     def _pointer(self, arg: Arg) -> ctypes.c_void_p:
         match arg:

@@ -14,6 +14,8 @@ import click
 import pytest
 
 from compiler import cli, targets
+from compiler.driver import QUANTIZATION
+from passes.pipeline import PRESETS
 from runtime import host
 from tests.compiler.engines import write_engine
 
@@ -206,18 +208,14 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == []
 
 
+def test_quantizations_are_the_presets() -> None:
+    quant = next(parameter for parameter in cli.cli.commands["build"].params if parameter.name == "quant")
+    assert isinstance(quant.type, click.Choice)
+    assert tuple(quant.type.choices) == tuple(PRESETS) == tuple(QUANTIZATION)
+
+
 def test_options_are_these_and_no_more() -> None:
     parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
     options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
-    assert options == {
-        "--target",
-        "-o",
-        "--output",
-        "--quant",
-        "--isa",
-        "--template",
-        "--dump-ir",
-        "--tune",
-        "--force",
-        "--json",
-    }
+    build = {"--target", "-o", "--output", "--quant", "--kv-cache", "--isa", "--template", "--dump-ir", "--tune", "--force"}
+    assert options == build | {"--json"}

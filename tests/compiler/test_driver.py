@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -16,33 +15,16 @@ from safetensors.numpy import load_file
 from compiler import driver, inspection, terminal
 from compiler.backends.tvm import Lowered
 from compiler.backends.tvm.isa import AVX2
-from compiler.backends.tvm.kernels.tiling import built_in
 from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.lower import lower
-from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
 from passes.pipeline import PRESETS
 from runtime.artifact import Manifest, read_manifest, verify_files
 from runtime.program import read_program
+from tests.compiler.conftest import TUNED
 from tests.parity.variants import VARIANTS
 
-TUNED = TilingTable("avx2", (Entry(Shape(96, 64), built_in(AVX2), {1: (9.0, 10.0)}),), {"processor": "x"}, "2026-01-02")
-
-
-@pytest.fixture(autouse=True)
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_graph(
-        model: ir.Model, isas: tuple[str, ...], *, calls_before_fusion: int, tune: Callable[[int, int], None] | None = None
-    ) -> Lowered:
-        program, weights, _ = lower(model, calls_before_fusion)
-        kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas} | {"libtvm_runtime.so": b"tvm"}
-        if tune is None:
-            return Lowered(program, weights, kernels, ["avx2: built-in"])
-        tune(1, 1)
-        return Lowered(program, weights, kernels, ["avx2: measured"], TUNED)
-
-    monkeypatch.setattr(driver, "compile_graph", compile_graph)
+pytestmark = pytest.mark.usefixtures("no_kernels")
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +58,30 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
     assert manifest.prompt_template.name == f"belle-{family}"
     assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
-    assert manifest.quantization["scheme"] == {"int8": "w8a8", "none": "none"}[quantization]
+    assert manifest.quantization["scheme"] == {"none": "none", "int8-a16": "w8a16"}.get(quantization, "w8a8")
     assert manifest.kernel_calls.before > manifest.kernel_calls.after > 0
     assert manifest.target.requires.memory_bytes > sum(record.bytes for record in manifest.files.values())
     program = read_program(out / "rank0")
     assert len(program.calls) == manifest.kernel_calls.after
     weights = load_file(out / "rank0" / "weights.safetensors")
     assert set(weights) == set(program.weight_names())
-    assert any(array.dtype == np.int8 for array in weights.values()) == (quantization == "int8")
+    assert any(array.dtype == np.int8 for array in weights.values()) == (quantization != "none")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "asked", "dtype"),
+    [("int8", "auto", "float16"), ("none", "auto", "float32"), ("int8", "int8", "int8"), ("none", "float16", "float16")],
+)
+def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str, asked: str, dtype: str) -> None:
+    out = tmp_path / "engine"
+    manifest = manifest_of(BuildRequest(llama, out, quantization=quantization, kv_cache=asked))
+    assert manifest.quantization["kv_cache"] == driver.KV_CACHES[dtype]
+    assert read_program(out / "rank0").kv.dtype == dtype
+
+
+def test_an_unknown_kv_cache_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"^kv cache: unknown type: found 'int4', expected auto or float32"):
+        build(BuildRequest(llama, tmp_path / "engine", kv_cache="int4"))
 
 
 def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
@@ -138,7 +136,8 @@ def test_tuning_is_recorded_where_it_was_asked_for(llama: Path, tmp_path: Path) 
 
 
 def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompileError, match=r"^quantization: unknown preset: found 'int4', expected int8 or none"):
+    expected = "expected int8 or int8-a16 or int8-plain or none"
+    with pytest.raises(CompileError, match=f"^quantization: unknown preset: found 'int4', {expected}"):
         build(BuildRequest(llama, tmp_path / "engine", quantization="int4"))
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))

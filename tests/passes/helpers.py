@@ -60,8 +60,8 @@ class Tiny(GraphBuilder):
         return self.finish(self.linear(rows, "lm_head", VOCABULARY))
 
 
-def llama(layers: int = 2) -> ir.Model:
-    """RMSNorm, RoPE, grouped-query attention, SwiGLU, untied head."""
+def llama(layers: int = 2, last_norm: bool = False) -> ir.Model:
+    """RMSNorm, RoPE, grouped-query attention, SwiGLU, untied head; optionally a norm of the rows before it."""
     b = Tiny("llama")
     x = b.x
     inverse = 10000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -80,11 +80,14 @@ def llama(layers: int = 2) -> ir.Model:
         n = b.norm(x, f"{at}.post_norm", "rms")
         gate, up = b.linear(n, f"{at}.mlp.gate", 48), b.linear(n, f"{at}.mlp.up", 48)
         x = b.op("Add", x, b.linear(b.op("SwiGLU", gate, up, name=f"{at}.mlp.act"), f"{at}.mlp.down", 32), name=f"{at}.add_mlp")
-    return b.head(x)
+    if not last_norm:
+        return b.head(x)
+    rows = b.op("Gather", x, b.inputs.logit_rows, name="rows")
+    return b.finish(b.linear(b.norm(rows, "norm", "rms"), "lm_head", VOCABULARY))
 
 
-def bloom(layers: int = 2, residual_after_norm: bool = False) -> ir.Model:
-    """LayerNorm, ALiBi, fused QKV, Gelu, tied head; optionally apply_residual_connection_post_layernorm."""
+def bloom(layers: int = 2, residual_after_norm: bool = False, last_norm: bool = False) -> ir.Model:
+    """LayerNorm, ALiBi, fused QKV, Gelu, tied head; optionally apply_residual_connection_post_layernorm and a last norm."""
     b = Tiny("bloom")
     x = b.norm(b.x, "embed_norm", "layer")
     slopes = b.weight("slopes", (0.5 ** np.arange(1, HEADS + 1)).astype(np.float32))
@@ -97,7 +100,10 @@ def bloom(layers: int = 2, residual_after_norm: bool = False) -> ir.Model:
         n = b.norm(x, f"{at}.post_norm", "layer")
         inner = b.op("Gelu", b.linear(n, f"{at}.mlp.up", 48, bias=True), name=f"{at}.mlp.gelu", approximate="tanh")
         x = b.op("Add", b.linear(inner, f"{at}.mlp.down", 32, bias=True), n if residual_after_norm else x, name=f"{at}.add_mlp")
-    return b.head(x, tied=True)
+    if not last_norm:
+        return b.head(x, tied=True)
+    normed = b.norm(b.op("Gather", x, b.inputs.logit_rows, name="rows"), "norm", "layer")
+    return b.finish(b.op("Gemm", normed, b.graph.initializers["embed.weight"], name="lm_head", **LINEAR))
 
 
 def run_steps(model: ir.Model) -> list[npt.NDArray[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from compiler.ir.lazy import lazy
 from compiler.ir.text import to_text
 from compiler.ir.verify import verify
 from passes.base import Pass, PassResult
-from passes.pipeline import PRESETS, run_pipeline
+from passes.pipeline import FUSION, PRESETS, run_pipeline
 from tests.passes.helpers import assert_same_results, bloom, count, llama
 
-MODELS = {"llama": llama, "bloom": bloom}
+normed_llama, normed_bloom = partial(llama, last_norm=True), partial(bloom, last_norm=True)
+MODELS = {"llama": normed_llama, "bloom": normed_bloom}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -31,18 +33,19 @@ def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> Non
     golden(f"pipeline-{preset}-{name}", to_text(model))
 
 
-@pytest.mark.parametrize("make", [llama, bloom, lambda: bloom(residual_after_norm=True)])
-def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model]) -> None:
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "none"])
+@pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
+def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model], preset: str) -> None:
     quantized, fused = make(), make()
-    run_pipeline(quantized, PRESETS["int8"][:5])
-    run_pipeline(fused, PRESETS["int8"])
+    run_pipeline(quantized, PRESETS[preset][: -len(FUSION)])
+    run_pipeline(fused, PRESETS[preset])
     assert_same_results(quantized, fused)
     assert count(fused, "QuantizedLinear") and not count(fused, "IntegerLinear") + count(fused, "Gemm")
 
 
-@pytest.mark.parametrize("make", [llama, bloom, lambda: bloom(residual_after_norm=True)])
+@pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
 def test_results_of_presets(make: Callable[[], ir.Model]) -> None:
-    for preset, rtol in (("none", 2e-6), ("int8", 0.06)):
+    for preset, rtol in (("none", 2e-6), ("int8", 0.06), ("int8-plain", 0.06), ("int8-a16", 0.03)):
         model = make()
         run_pipeline(model, PRESETS[preset])
         assert_same_results(make(), model, rtol=rtol)
@@ -53,7 +56,8 @@ def test_records() -> None:
     assert [record["name"] for record in records] == [step.name for step in PRESETS["int8"]]
     assert json.loads(json.dumps(records)) == records
     by_name = {record["name"]: record for record in records}
-    assert by_name["quantize-linears"] == {"name": "quantize-linears", "options": {"keep": []}, "changes": 9, "refusals": []}
+    options = {"keep": [], "activation_bits": 8, "wide": []}
+    assert by_name["quantize-linears"] == {"name": "quantize-linears", "options": options, "changes": 9, "refusals": []}
     assert len(by_name["fuse-norm-quantize"]["refusals"]) == 4
 
 

@@ -18,6 +18,8 @@ from runtime.artifact import FileRecord, GenerationDefaults, Manifest, SpecialTo
 from runtime.engine import Engine
 from runtime.executors import StepBatch
 from runtime.kv_cache import BLOCK_SIZE
+from runtime.profiling import Recorder
+from runtime.program import Call, FusionCalls, KVLayout, Logits, Program
 from runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
@@ -73,6 +75,9 @@ class FakeExecutor:
         self.batch = StepBatch(flat[0], flat[1], flat[2], table, flat[3])
         self.steps: list[tuple[int, int]] = []  # (tokens, rows) of each step
         self.closed = False
+        self.isa, self.threads = "avx2", 1
+        self.program = fake_program(max_tokens, max_rows, max_sequences, max_blocks)
+        self.recorder: Recorder | None = None
         self.failure: BaseException | None = None
 
     def step(self) -> NDArray[np.float32]:
@@ -82,6 +87,9 @@ class FakeExecutor:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
+        if self.recorder is not None:
+            for call in self.recorder.timed((number, int) for number in range(2 if batch.rows else 1)):
+                call()
         seen: set[tuple[int, int]] = set()
         for t in range(batch.tokens):
             slot, position = int(batch.sequences[t]), int(batch.positions[t])
@@ -90,6 +98,9 @@ class FakeExecutor:
             self.cache[batch.block_table[slot, position // BLOCK_SIZE], position % BLOCK_SIZE] = batch.token_ids[t]
         return np.stack([self._logits(int(t)) for t in batch.logit_rows[: batch.rows]] or [np.empty(0, np.float32)])
 
+    def record(self, recorder: Recorder | None) -> None:
+        self.recorder = recorder
+
     def close(self) -> None:
         self.closed = True
 
@@ -97,6 +108,14 @@ class FakeExecutor:
         slot, position = int(self.batch.sequences[t]), int(self.batch.positions[t])
         blocks = self.batch.block_table[slot, : position // BLOCK_SIZE + 1]
         return self.rule([int(token) for token in self.cache[blocks].reshape(-1)[: position + 1]])
+
+
+def fake_program(max_tokens: int, max_rows: int, max_sequences: int, max_blocks: int) -> Program:
+    """Attention over the cache of one layer, 64 bytes a token, and a head of 1000 bytes."""
+    calls = (Call("attention", "h.0", "T", (), "attention"), Call("linear", "head", "R", (), "head", bytes=1000))
+    logits, kv = Logits(0, VOCABULARY), KVLayout(1, 1, 8, "float32")
+    return Program(max_tokens, max_rows, max_sequences, max_blocks, 4 * VOCABULARY * max_rows, VOCABULARY, logits, kv, calls,
+                   FusionCalls(2, 2))  # fmt: skip
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -159,5 +178,5 @@ def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Pa
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
         files[name] = FileRecord(hashlib.sha256(data).hexdigest(), len(data))
-    artifact.write_manifest(path, manifest(files, **changes))
+    (path / artifact.MANIFEST_NAME).write_text(artifact.manifest_text(manifest(files, **changes)), encoding="utf-8")
     return path

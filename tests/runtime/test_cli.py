@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime import Engine, EngineError
+from runtime import Engine, EngineError, engine
 from runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
 
@@ -44,23 +45,53 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
 def test_answer_on_stdout_and_speed_on_stderr() -> None:
     result = run("hello")
     assert result.exit_code == 0 and result.stdout == ANSWER + "\n"
-    assert "tokens/s, first after" in result.stderr
+    assert "tokens/s, first after" in result.stderr and "drafts" not in result.stderr
+
+
+@pytest.mark.usefixtures("loads")
+def test_accepted_drafts_are_on_stderr() -> None:
+    result = run(ANSWER, "--temperature", "0", "--prompt-lookup", "3")  # an answer that quotes its prompt
+    assert result.stdout == ANSWER + "\n"
+    assert re.search(r", \d+ of [1-9]\d* drafts accepted\]\n", result.stderr)
 
 
 @pytest.mark.usefixtures("loads")
 def test_json_is_one_object() -> None:
     result = run("hello", "--json", "--temperature", "0")
     plain = json.loads(result.stdout)
-    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}
+    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted"}
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
     assert ANSWER in result.stdout and result.stderr == ""
 
 
 @pytest.mark.usefixtures("loads")
+def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "read_bandwidth", lambda threads: 20e9)
+    result = run("hello", "--profile")
+    assert result.stdout == ANSWER + "\n"
+    for text in (
+        "prefill: ",
+        "decode: ",
+        "  attention  ",
+        "  linear  ",
+        "between kernels",
+        "read bandwidth 20.0 GB/s, 1 thread, ",
+    ):
+        assert text in result.stderr
+    result = run("--profile", "--json", stdin="first\nsecond\n")
+    for line in result.stdout.splitlines():
+        profile = json.loads(line)["profile"]
+        assert [phase["name"] for phase in profile["phases"]] == ["prefill", "decode"]
+    assert result.stderr == "" and "profile" not in run("hello").stderr
+
+
+@pytest.mark.usefixtures("loads")
 def test_sampling_options_reach_the_request() -> None:
     assert json.loads(run("x", "--json", "--max-new-tokens", "1").stdout)["finish_reason"] == "length"
     assert json.loads(run("x", "--json", "--stop", "世", "--stop", "q").stdout)["text"] == "你好,"
+    drafting = json.loads(run("hello hello", "--json", "--temperature", "0", "--prompt-lookup", "4").stdout)
+    assert drafting["text"] == ANSWER and drafting["drafted"] >= drafting["accepted"]
     raw = json.loads(run("hello", "--json", "--raw").stdout)["prompt_token_ids"]
     assert raw == make_engine().tokenizer.encode("hello")
 

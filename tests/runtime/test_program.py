@@ -59,6 +59,12 @@ def test_names_and_sizes() -> None:
     assert PROGRAM.kv.block_bytes == 4 * PROGRAM.kv.part_block_bytes
 
 
+def test_an_int8_cache_has_aligned_scales_before_the_values() -> None:
+    assert KVLayout(1, 2, 64, "int8").part_block_bytes == 2 * (16 * 4 + 64 * 16)
+    assert KVLayout(1, 1, 10, "int8").part_block_bytes == 16 * 4 + 192
+    assert KVLayout(3, 1, 10, "int8").block_bytes == 6 * 256
+
+
 def spoil(change: Callable[[dict[str, Any]], object]) -> str:
     plain = json.loads(PROGRAM.to_json())
     change(plain)
@@ -73,7 +79,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
         (lambda p: p.update(max_rows=0), "field max_rows does not fit: found 0, expected at least 1"),
-        (lambda p: p["kv"].update(dtype="int8"), r"kv\.dtype does not fit: found int8, expected float32 or float16"),
+        (lambda p: p["kv"].update(dtype="int4"), r"kv\.dtype does not fit: found int4, expected float32 or float16 or int8"),
         (lambda p: p["logits"].update(stride=64), "field logits does not fit: found bytes 4096 to 6144, stride 64"),
         (lambda p: p["logits"].update(offset=4160), "field logits does not fit"),
         (lambda p: p["calls"][0]["args"].append({"arena": 8}), r"calls\[0\] \(embed\)\.args does not fit: found arena off"),

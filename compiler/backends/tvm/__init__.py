@@ -40,9 +40,10 @@ def compile_graph(
     isas: Sequence[str] = ("avx2", "avx512vnni", "amx"),
     *,
     calls_before_fusion: int,
+    kv_cache: str = "auto",
     tune: Callable[[int, int], None] | None = None,
 ) -> Lowered:
-    """Lower a verified graph and compile its kernels for every instruction set named.
+    """Lower a verified graph and compile its kernels for every instruction set named; `kv_cache` as in `lower`.
 
     The kernels' tilings are those of the tables in this repository, and nothing is measured, unless `tune` is given: then
     those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
@@ -54,7 +55,7 @@ def compile_graph(
     from compiler.backends.tvm.lower import lower
     from compiler.backends.tvm.tuning.table import read_table
 
-    program, weights, kernels = lower(model, calls_before_fusion)
+    program, weights, kernels = lower(model, calls_before_fusion, kv_cache)
     tables = {isa: read_table(isa) for isa in isas}
     tuned = _tune(program, kernels, isas, tune) if tune else None
     if tuned and tuned.entries:

@@ -21,6 +21,7 @@ Rows = Literal["T", "R"]
 MAX_TOKENS = 512  # of one step; prompts beyond it are read in several
 MAX_ROWS = 64  # rows of logits of one step
 MAX_SEQUENCES = 64
+_PLANES = {ir.DataType.INT8: 1, ir.DataType.INT16: 2}  # of quantized activations
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Place:
     buffer: Buffer
     offset: int
     width: int
+    planes: int = 1  # parts of a row, one after the other: two for the bytes of 16-bit activations
 
     @property
     def view(self) -> View:
@@ -96,7 +98,10 @@ class Lowering:
         return self.places[value]
 
     def allocate(self, value: ir.Value) -> Place:
-        """A new buffer for a node's output. Quantized activations are uint8 (int8 + 128); per-token scales have stride 1."""
+        """A new buffer for a node's output. Per-token scales have stride 1.
+
+        Quantized activations are uint8 = int8 + 128; those of 16 bits are two such planes, each padded like a row.
+        """
         assert value.shape is not None
         rows, *rest = value.shape
         symbol = rows.value if isinstance(rows, ir.SymbolicDim) else rows
@@ -104,9 +109,10 @@ class Lowering:
             raise CompileError("tvm", f"value {value.name}", found=f"rows {symbol}", expected="T or R")
         width = rest[0] if rest else 1
         assert isinstance(width, int), "only rows are symbolic"
-        dtype = "uint8" if value.dtype == ir.DataType.INT8 else "float32"
-        stride = round_up(width, ROW_ALIGNMENT) if rest else 1
-        place = Place(Buffer("T" if symbol == "T" else "R", stride, dtype), 0, width)
+        planes = _PLANES.get(value.dtype) if value.dtype else None
+        stride = (planes or 1) * round_up(width, ROW_ALIGNMENT) if rest else 1
+        buffer = Buffer("T" if symbol == "T" else "R", stride, "uint8" if planes else "float32")
+        place = Place(buffer, 0, width, planes or 1)
         self.places[value] = place
         return place
 
@@ -163,13 +169,19 @@ def _matrix(tensor: ir.TensorProtocol) -> tuple[int, int]:
     return outputs, inputs
 
 
-def lower(model: ir.Model, calls_before_fusion: int) -> tuple[Program, list[PackedWeight], list[Kernel]]:
-    """The program, the weights in the order of their first use, and the kernels of a graph."""
+def lower(
+    model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto"
+) -> tuple[Program, list[PackedWeight], list[Kernel]]:
+    """The program, the weights in the order of their first use, and the kernels of a graph.
+
+    `kv_cache` is the type of the KV cache; "auto" is float16 with quantized linear layers, else float32.
+    """
     from compiler.backends.tvm.rules import RULES
 
     metadata = model.metadata_props
     quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
-    lowering = Lowering(model, "float16" if quantized else "float32", -(-int(metadata["max_position"]) // 16))
+    kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
+    lowering = Lowering(model, kv_dtype, -(-int(metadata["max_position"]) // 16))
     for node in model.graph:
         rule = RULES.get(node.op_type)
         if rule is None:

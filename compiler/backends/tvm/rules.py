@@ -87,7 +87,7 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
     xq, xs, weight, scale, bias = (low.place(node.inputs[0]), low.place(node.inputs[1]), node.inputs[2], node.inputs[3],
                                    _input(node, 4))  # fmt: skip
     out = low.allocate(node.outputs[0])
-    kernel = QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    kernel = QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
     operands: list[Operand] = [xq, xs, low.int8_panels(weight), low.vector(scale), low.correction(weight)]
     operands += [low.vector(bias)] if bias is not None else []
     low.call(kernel, node, out.buffer.rows, *operands, out)
@@ -96,7 +96,7 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
 def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x = low.place(node.inputs[0])
     xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
-    low.call(QuantizeTokens(x.width, x.view, xq.view), node, xq.buffer.rows, x, xq, xs)
+    low.call(QuantizeTokens(x.width, x.view, xq.view, xq.planes), node, xq.buffer.rows, x, xq, xs)
 
 
 def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
@@ -111,6 +111,7 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
         kernel = Norm(
             norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
             quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
+            planes=outputs[0].planes,
         )  # fmt: skip
         operands: list[Operand] = [x, *([r] if r else []), low.vector(scale)]
         operands += [low.vector(bias)] if bias is not None else []
@@ -125,7 +126,7 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
         x = low.place(node.inputs[0])
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
         outputs = [low.allocate(output) for output in node.outputs]
-        kernel = Activation(kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view)
+        kernel = Activation(kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes)
         low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *outputs)
 
     return rule

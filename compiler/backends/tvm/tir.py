@@ -66,6 +66,11 @@ def bind(value: Expr) -> Expr:
     return T.bind(slot[0])
 
 
+def view_as(buffer: Buffer, dtype: str) -> Buffer:
+    """The same memory as elements of another type."""
+    return T.decl_buffer((1 << 40,), dtype, data=buffer.data)
+
+
 def load(buffer: Buffer, index: Expr, lanes: int = LANES) -> Expr:
     """`lanes` neighbours from `index`."""
     return buffer[T.ramp(i64(index), i64(1), lanes)] if lanes > 1 else buffer[i64(index)]
@@ -200,6 +205,18 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str
     return bind(values[0])
 
 
+def transpose(vectors: Sequence[Expr]) -> list[Expr]:
+    """The 16 columns of 16 vectors, in four rounds of swaps between pairs of them."""
+    vectors = list(vectors)
+    for half in (8, 4, 2, 1):
+        low = [lane if lane & half == 0 else LANES + lane - half for lane in range(LANES)]
+        high = [lane + half if lane & half == 0 else LANES + lane for lane in range(LANES)]
+        for i in (i for i in range(LANES) if i & half == 0):
+            pair = [vectors[i], vectors[i + half]]
+            vectors[i], vectors[i + half] = (bind(T.Shuffle(pair, [T.int32(lane) for lane in lanes])) for lanes in (low, high))
+    return vectors
+
+
 def add(a: Expr, b: Expr) -> Expr:
     return a + b
 
@@ -210,9 +227,19 @@ def prefetch(buffer: Buffer, index: Expr, temporal: bool = True) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), locality, T.int32(1)))
 
 
+def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
+    """a * b + c, rounded once. Where LLVM is left to fuse a sum of two products, it may choose either."""
+    return pure(float_type(lanes), "llvm.fma", a, b, c)
+
+
 def rint(value: Expr, lanes: int = LANES) -> Expr:
     """Round to the nearest integer, halves to even."""
     return pure(float_type(lanes), "llvm.rint", value)
+
+
+def to_int8(value: Expr, lanes: int = LANES) -> Expr:
+    """Rounded to the nearest integer, halves to even; values lie within +-127."""
+    return T.cast(T.cast(rint(value, lanes), int_type(lanes)), with_lanes("int8", lanes))
 
 
 def exp(x: Expr, lanes: int = LANES) -> Expr:

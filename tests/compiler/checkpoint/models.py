@@ -82,6 +82,16 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+class Attack:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
 def write_json(file: Path, value: object) -> None:
     file.write_text(json.dumps(value), encoding="utf-8")
 

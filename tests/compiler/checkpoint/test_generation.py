@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from compiler.checkpoint.generation import BELLE, generation_defaults
+from compiler.errors import CompileError
 
 
 @pytest.mark.parametrize("stated", [{}, {"bos_token_id": 1, "eos_token_id": 2}, {"temperature": None, "do_sample": None}])
@@ -37,3 +38,21 @@ def test_do_sample_false_is_greedy() -> None:
         "top_p": 1.0,
         "repetition_penalty": 1.1,
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("temperature", "0.7", "'0.7', expected a number"),
+        ("temperature", -1, "-1, expected 0 or more"),
+        ("top_k", -1, r"-1, expected 0 \(off\) or more"),
+        ("top_k", 2.5, "2.5, expected a whole number"),
+        ("top_p", 0.0, "0.0, expected above 0 and at most 1"),
+        ("repetition_penalty", float("nan"), "nan, expected above 0"),
+        ("max_new_tokens", True, "True, expected a whole number"),
+    ],
+)
+def test_values_no_request_may_have_are_refused(key: str, value: object, found: str) -> None:
+    message = rf"^checkpoint: key {key} of generation_config\.json: found {found}; correct the file or remove the key\.$"
+    with pytest.raises(CompileError, match=message):
+        generation_defaults({key: value})

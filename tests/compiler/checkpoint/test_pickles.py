@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +12,7 @@ import torch
 from compiler.checkpoint import open_checkpoint
 from compiler.checkpoint.pickles import is_legacy, open_pickle
 from compiler.errors import CompileError
-from tests.compiler.checkpoint.models import BLOOM_CONFIG, bloom_tensors, write_small_files
-
-
-class Attack:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.file,)
+from tests.compiler.checkpoint.models import BLOOM_CONFIG, Attack, bloom_tensors, write_small_files
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "plain"])

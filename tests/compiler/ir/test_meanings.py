@@ -52,6 +52,28 @@ def test_quantize_tokens() -> None:
     assert xq.dtype == np.int8 and xs.dtype == np.float32
 
 
+def test_quantize_tokens_to_16_bits() -> None:
+    limit = meanings.LIMITS[16]
+    x = np.array([[0, 0, 0], [limit, -limit, 0.5], [1, -2, 1e-5]], np.float32)
+    xq, xs = meanings.quantize_tokens(x, bits=16)
+    assert xq.tolist() == [[0, 0, 0], [limit, -limit, 0], [16320, -limit, 0]]  # 16319.5 goes to even
+    np.testing.assert_array_equal(xs, np.array([0, 1, np.float32(2) / np.float32(limit)], np.float32))
+    assert xq.dtype == np.int16 and xs.dtype == np.float32
+
+
+def test_16_bits_are_two_bytes_and_sums_are_exact() -> None:
+    limit, most = meanings.LIMITS[16], meanings.MAX_INPUTS[16]
+    for value in (limit, -limit):
+        high = (value + 128) // 256
+        assert -127 <= high <= 127 and -128 <= value - 256 * high <= 127
+    assert (limit + 1 + 128) // 256 == 128, "the largest such range"
+    xq, wq = np.full((1, most), -limit, np.int16), np.full((1, most), 127, np.int8)
+    found = meanings.integer_linear(xq, wq)
+    assert found.dtype == np.int64 and found.tolist() == [[-limit * 127 * most]]
+    one = np.ones(1, np.float32)
+    assert meanings.dequantize(found, one, one, None)[0, 0] == np.float32(-limit * 127 * most)
+
+
 def test_integer_linear_is_exact_at_the_extremes() -> None:
     xq, wq = np.full((2, 20000), -127, np.int8), np.full((3, 20000), 127, np.int8)
     wq[1] = -127
@@ -166,3 +188,17 @@ def test_reading_a_slot_never_written_shows() -> None:
         cache=cache, layer=0, num_heads=1, num_kv_heads=1, head_dim=4, scale=1.0,
     )  # fmt: skip
     assert np.isnan(result).all()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2**-11), ("int8", 0.5 / 127)])
+def test_what_a_cache_gives_back_is_rounded_to_its_type(dtype: str, error: float) -> None:
+    cache, k, v = PagedCache(1, 2, 8, num_blocks=2, dtype=dtype), floats(20, 2, 8), floats(20, 2, 8)
+    k[3, 1] = 0
+    blocks = np.array([1, 0], np.int32)
+    for position in range(20):
+        cache.write(0, blocks, position, k[position], v[position])
+    for found, given in zip(cache.read(0, blocks, 20), (k, v), strict=True):
+        expected = given.transpose(1, 0, 2)
+        bound = error * np.abs(expected).max(axis=-1, keepdims=True) * 1.0001
+        assert found.dtype == np.float32 and (np.abs(found - expected) <= bound).all()
+        assert np.array_equal(found, expected) == (dtype == "float32")

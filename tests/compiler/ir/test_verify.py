@@ -12,6 +12,7 @@ from compiler.errors import CompileError
 from compiler.ir.build import GraphBuilder, make_node
 from compiler.ir.lazy import lazy
 from compiler.ir.ops import REGISTRY, SPECS
+from compiler.ir.signature import TensorSpec
 from compiler.ir.verify import verify
 
 
@@ -194,6 +195,27 @@ def test_rms_has_no_bias() -> None:
         CompileError, match=r"NormQuantize: input bias \(node n\): found float32\[8\], expected none with kind='rms'"
     ):
         make_node("NormQuantize", [x, w, w], "n", attributes={"kind": "rms", "epsilon": 1e-5})
+
+
+def test_bits_of_activations() -> None:
+    """Integers of 8 and 16 bits and their sums go together, through all ops."""
+    b = GraphBuilder()
+    x = b.op("Gather", b.weight("table", np.ones((10, 8), np.float32)), b.inputs.token_ids, name="embed")
+    wq, ws = b.weight("wq", np.ones((3, 8), np.int8)), b.weight("ws", np.ones(3, np.float32))
+    for bits, stored, summed in ((8, "int8", "int32"), (16, "int16", "int64")):
+        xq, xs = b.ops("QuantizeTokens", x, name=f"quantize.{bits}", bits=bits)
+        acc = b.op("IntegerLinear", xq, wq, name=f"multiply.{bits}")
+        assert (str(TensorSpec.of(xq)), str(TensorSpec.of(acc))) == (f"{stored}[T, 8]", f"{summed}[T, 3]")
+        b.op("Dequantize", acc, xs, ws, name=f"y.{bits}")
+        y = b.op("QuantizedLinear", xq, xs, wq, ws, name=f"z.{bits}")
+    with pytest.raises(CompileError, match=r"input wq \(node m\): found float32\[T, 8\], expected int8\[N, K\]"):
+        make_node("IntegerLinear", [xq, x], "m")
+    with pytest.raises(CompileError, match=r"input xq \(node m\): found float32\[T, 8\], expected int8 or int16\[T, K\]"):
+        make_node("IntegerLinear", [x, wq], "m")
+    model = b.finish(b.op("Gather", y, b.inputs.logit_rows, name="rows"))
+    model.graph.node("quantize.16").attributes["bits"] = ir.AttrInt64("bits", 8)
+    with pytest.raises(CompileError, match=r"output quantize.16.xq .*: found int16\[T, 8\], expected int8\[T, 8\]"):
+        verify(model)
 
 
 def test_split_sizes() -> None:

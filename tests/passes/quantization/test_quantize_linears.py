@@ -12,6 +12,7 @@ from compiler.errors import CompileError
 from compiler.ir.build import GraphBuilder
 from compiler.ir.lazy import lazy
 from passes.base import PassResult
+from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
 from passes.quantization.weights import quantize_rows
 from tests.passes.helpers import LINEAR, Tiny, assert_same_results, check_pass, count, llama, run_steps, side_by_side
@@ -59,15 +60,79 @@ def test_error_is_that_of_rounding() -> None:
 
 def test_same_results_as_rounding_by_hand() -> None:
     """The whole of a LLaMA layer's weights replaced by wq * ws in float: only activations are rounded besides."""
-    quantized, by_hand = llama(layers=1), llama(layers=1)
+    quantized = llama(layers=1)
     check_pass(QuantizeLinears(), quantized)
-    for name, value in by_hand.graph.initializers.items():
+    by_hand = with_rounded_weights(llama(layers=1), quantized)
+    for expected, found in zip(run_steps(by_hand), run_steps(quantized), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+
+
+def with_rounded_weights(model: ir.Model, quantized: ir.Model) -> ir.Model:
+    """The float model with wq * ws in place of every weight that was quantized."""
+    for name, value in model.graph.initializers.items():
         if f"{name}.int8" in quantized.graph.initializers and value.const_value is not None:
             wq, ws = (quantized.graph.initializers[f"{name}.{part}"].const_value for part in ("int8", "scale"))
             assert wq is not None and ws is not None
             value.const_value = ir.Tensor(wq.numpy().astype(np.float32) * ws.numpy()[:, None], name=name)
-    for expected, found in zip(run_steps(by_hand), run_steps(quantized), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    return model
+
+
+def widths(model: ir.Model) -> dict[str, str]:
+    """Element type of what each integer product multiplies."""
+    return {
+        str(node.name).removesuffix(".accumulate"): str(node.inputs[0].dtype)  # type: ignore[union-attr]
+        for node in model.graph
+        if node.op_type == "IntegerLinear"
+    }
+
+
+def test_text_of_16_bits(golden: Callable[[str, str], None]) -> None:
+    model = two_linears()
+    step = QuantizeLinears(activation_bits=16)
+    before, result = check_pass(step, model)
+    assert result == PassResult(3)
+    golden("quantize-linears-a16", side_by_side(before, step, model))
+
+
+@pytest.mark.parametrize("make", [two_linears, lambda: llama(layers=1)])
+def test_activations_of_16_bits_add_no_error_to_that_of_the_weights(make: Callable[[], ir.Model]) -> None:
+    model = make()
+    check_pass(QuantizeLinears(activation_bits=16), model)
+    QuantizeEmbedding().run(model)  # or a tied table would be rounded for the head only
+    rounded = with_rounded_weights(make(), model)
+    assert_same_results(rounded, model, rtol=2e-4)
+    with pytest.raises(AssertionError):
+        assert_same_results(make(), model, rtol=2e-3)
+
+
+def test_wide_inputs() -> None:
+    """One wide linear widens its input for all that read it, and no other."""
+    model = llama(layers=2)
+    step = QuantizeLinears(wide=("*.down", "layers.1.attn.k"))
+    _, result = check_pass(step, model)
+    assert result == PassResult(15)
+    wide = {name for name, dtype in widths(model).items() if dtype == "INT16"}
+    assert wide == {"layers.0.mlp.down", "layers.1.mlp.down", *(f"layers.1.attn.{part}" for part in "qkv")}
+    assert count(model, "QuantizeTokens") == 9
+    assert_same_results(with_rounded_weights(llama(layers=2), model), model, rtol=0.06)
+
+
+def test_wide_linears_that_stay_float_widen_nothing() -> None:
+    model = two_linears()
+    _, result = check_pass(QuantizeLinears(keep=("right",), wide=("right",)), model)
+    assert result == PassResult(2, ("right: stays float32 because of the option keep='right'",))
+    assert set(widths(model).values()) == {"INT8"}
+
+
+def test_tells_of_a_wide_pattern_that_names_nothing() -> None:
+    model = two_linears()
+    _, result = check_pass(QuantizeLinears(wide=("left", "*.down")), model)
+    assert result == PassResult(3, ("wide='*.down': no linear has such a name",))
+
+
+def test_other_widths() -> None:
+    with pytest.raises(CompileError, match=r"quantize: option activation_bits: found 12, expected 8 or 16"):
+        QuantizeLinears(activation_bits=12)
 
 
 def test_refuses_computed_weights_and_kept_linears() -> None:
@@ -84,14 +149,16 @@ def test_refuses_computed_weights_and_kept_linears() -> None:
     )
 
 
-def test_refuses_what_overflows_an_accumulator() -> None:
+@pytest.mark.parametrize(("bits", "most"), [(8, 133_144), (16, 132_104)])
+def test_refuses_what_overflows_an_accumulator(bits: int, most: int) -> None:
     b = GraphBuilder()
-    wide = 133_145
+    wide = most + 1
     table = lazy("embed", lambda: np.zeros((4, wide), np.float32), (4, wide), np.float32)
     x = b.op("Gather", b.weight("embed", table), b.inputs.token_ids, name="embedding")
     rows = b.op("Gather", x, b.inputs.logit_rows, name="rows")
-    _, result = check_pass(QuantizeLinears(), b.finish(b.op("Gemm", rows, b.weight("embed", table), name="head", **LINEAR)))
-    assert result == PassResult(0, ("head: 133145 inputs overflow an int32 accumulator, at most 133144 fit",))
+    model = b.finish(b.op("Gemm", rows, b.weight("embed", table), name="head", **LINEAR))
+    _, result = check_pass(QuantizeLinears(activation_bits=bits), model)
+    assert result == PassResult(0, (f"head: {wide} inputs overflow an int32 accumulator, at most {most} fit",))
 
 
 def test_graph_without_linears() -> None:

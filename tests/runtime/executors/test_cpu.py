@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,29 @@ def test_engine_over_kernels(rank: Path) -> None:
         assert [len(result.token_ids) for result in results] == [5, 5] and engine.load_s > 0
         logits = engine.logits([3, 4])
         assert results[0].token_ids[0] == int(logits[1].argmax())
+
+
+def test_profile_over_kernels(rank: Path) -> None:
+    contents = {f"rank0/{path.name}": path.read_bytes() for path in rank.iterdir()}
+    contents["tokenizer.json"] = byte_tokenizer().to_str().encode()
+    directory = make_directory(rank.parent / "engine", contents)
+    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=5)
+    with Engine.load(directory, isa="avx2", kv_tokens=64, threads=2) as engine:
+        plain = engine.generate([3, 4], params)
+        with engine.profile() as profile:
+            profiled = engine.generate([3, 4], params)
+        assert profile.result is not None
+        assert engine.generate([3, 4], params)[0].token_ids == profiled[0].token_ids == plain[0].token_ids
+        lists = engine.executor._lists  # bound anew, without clocks
+        assert lists and all(isinstance(call, partial) for calls in lists.values() for call in calls)
+    prefill, decode = profile.result.phases
+    assert (prefill.steps, prefill.tokens, decode.steps, decode.tokens) == (1, 2, 4, 4)
+    for phase in (prefill, decode):
+        assert [(k.kind, k.rows, k.calls) for k in phase.kernels] == [
+            ("embedding", "T", phase.steps), ("cache", "T", phase.steps), ("linear", "R", phase.steps)]  # fmt: skip
+        in_kernels = sum(kernel.seconds for kernel in phase.kernels)
+        assert in_kernels + phase.between_s + phase.around_s == pytest.approx(phase.seconds)
+        assert in_kernels > 0 and phase.between_s > 0 and phase.around_s > 0
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "program.json", "kernels-avx2.so"])

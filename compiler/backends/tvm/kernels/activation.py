@@ -15,7 +15,10 @@ from compiler.backends.tvm.tir import Buffer, Expr
 
 @dataclass(frozen=True)
 class Activation(Kernel):
-    """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`)."""
+    """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
+
+    With `quantize`, the result has 8 bits for each of `planes`.
+    """
 
     kind: ClassVar[str] = "activation"
     function: str
@@ -24,6 +27,7 @@ class Activation(Kernel):
     x: View
     up: View | None
     out: View
+    planes: int = 1
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         up = (("up", "float32"),) if self.up else ()
@@ -43,11 +47,11 @@ class Activation(Kernel):
                 x, *up = (tir.bind(tir.load(named[name], start + c, lanes)) for name, start in starts.items())
                 return _silu(x, lanes) * up[0] if up else _gelu(x, lanes)
 
-            target = tir.bind(self.out.row(row))
-            kept, start = (tir.local(self.width), tir.i64(0)) if self.quantize else (named["out"], target)
+            kept, start = (tir.local(self.width), tir.i64(0)) if self.quantize else (named["out"], tir.bind(self.out.row(row)))
             each(self.width, lambda c, lanes: tir.store(kept, start + c, value(c, lanes), lanes))
             if self.quantize:
-                quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], target, named["xs"], row)
+                quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
+                             self.planes)  # fmt: skip
 
         tir.for_rows(tir.rows_of(named["rows"]), activate)
 

@@ -1,4 +1,4 @@
-"""Tile products for many rows: 32 rows x 32 outputs in four accumulator tiles, 64 inputs a step."""
+"""Tile products for many rows: four accumulator tiles, 32 rows or 16 rows of two planes x 32 outputs, 64 inputs a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from compiler.backends.tvm.tir import Buffer, Expr, T
 
 TILE = 16  # rows of a tile; a row is 64 bytes
 TILE_BYTES = TILE * 64
-ROW_BLOCK = 2 * TILE
 
 
 def _emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
@@ -32,49 +31,58 @@ def _configure(isa: Isa) -> None:
     _emit(isa, "ldtilecfg", T.address_of(config[tir.i64(0)]))
 
 
-def tile_rows(isa: Isa, rows: Expr, panels: int, depth: int, xq: Buffer, x: View, weight: Buffer, out: Buffer, target: View,
-              task_panels: int, finish: Callable[[Expr, Expr, Expr], None]) -> None:  # fmt: skip
-    """`finish(row, panel, int32 sums)` for every row and panel of 16 outputs; `task_panels` (even) to a parallel task, taken
-    two at a time.
+def tile_rows(isa: Isa, rows: Expr, panels: int, depth: int, xq: Buffer, x: View, planes: int, weight: Buffer, out: Buffer,
+              target: View, task_panels: int, finish: Callable[[Expr, Expr, list[Expr]], None]) -> None:  # fmt: skip
+    """`finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs; `task_panels` (even) to a parallel
+    task, taken two at a time.
 
-    Tokens are read, and sums first stored where their results will be, in whole blocks of 32 rows: buffers hold a
-    multiple of 32 rows. What the rows past the last contain does not matter.
+    Tokens are read, and sums of the one plane, or the high one, first stored where their results will be, in whole blocks
+    of 32 rows: buffers hold a multiple of 32 rows. What the rows past the last contain does not matter.
     """
+    halves = 2 // planes  # of a block of rows, each half a tile
+    row_block_size = halves * TILE
+    tokens = [(half * TILE, x.stride // planes * plane) for half in range(halves) for plane in range(planes)]
 
     def pair(first: Expr, width: int) -> None:
+        low = tir.local(width * TILE * PANEL, "int32") if planes > 1 else None
+
         def row_block(block: Expr) -> None:
-            row = tir.bind(block * ROW_BLOCK)
+            row = tir.bind(block * row_block_size)
             for tile in range(2 * width):
                 _emit(isa, "tilezero", T.int8(tile))
 
             def step(k: Expr) -> None:
-                for half in range(2):
-                    start = T.address_of(xq[(row + half * TILE) * (x.stride // 4) + x.offset // 4 + k * TILE])
-                    _emit(isa, "tileloadd64", T.int8(4 + half), start, tir.i64(x.stride))
+                for tile, (below, plane) in enumerate(tokens):
+                    start = T.address_of(xq[(row + below) * (x.stride // 4) + (x.offset + plane) // 4 + k * TILE])
+                    _emit(isa, "tileloadd64", T.int8(4 + tile), start, tir.i64(x.stride))
                 for p in range(width):
                     start = T.address_of(weight[(first + p) * (depth * PANEL) + k * TILE_BYTES])
                     _emit(isa, "tileloadd64", T.int8(6 + p), start, tir.i64(64))
-                for half in range(2):
+                for tile in range(2):
                     for p in range(width):
-                        _emit(isa, "tdpbusd", T.int8(half * width + p), T.int8(4 + half), T.int8(6 + p))
+                        _emit(isa, "tdpbusd", T.int8(tile * width + p), T.int8(4 + tile), T.int8(6 + p))
 
             tir.for_range(depth // 64, step)
 
             def place(r: Expr, p: int) -> Expr:
                 return (row + r) * target.stride + target.offset + (first + p) * PANEL
 
-            for half in range(2):
+            for tile, (below, plane) in enumerate(tokens):
                 for p in range(width):
-                    start = T.address_of(out[place(half * TILE, p)])
-                    _emit(isa, "tilestored64", T.int8(half * width + p), start, tir.i64(target.stride * 4))
+                    to, stride = out[place(below, p)], target.stride * 4
+                    if low is not None and plane:
+                        to, stride = low[tir.i64(p * TILE * PANEL)], 64
+                    _emit(isa, "tilestored64", T.int8(tile * width + p), T.address_of(to), tir.i64(stride))
 
             def finish_row(r: Expr) -> None:
                 for p in range(width):
-                    finish(row + r, first + p, T.reinterpret(tir.I16, tir.load(out, place(r, p))))
+                    sums = [T.reinterpret(tir.I16, tir.load(out, place(r, p)))]
+                    sums += [tir.load(low, p * TILE * PANEL + r * PANEL)] if low is not None else []
+                    finish(row + r, first + p, sums)
 
-            tir.for_range(T.min(rows - row, tir.i64(ROW_BLOCK)), finish_row)
+            tir.for_range(T.min(rows - row, tir.i64(row_block_size)), finish_row)
 
-        tir.for_range(T.floordiv(rows + (ROW_BLOCK - 1), tir.i64(ROW_BLOCK)), row_block)
+        tir.for_range(T.floordiv(rows + (row_block_size - 1), tir.i64(row_block_size)), row_block)
 
     def task(index: Expr) -> None:
         _configure(isa)

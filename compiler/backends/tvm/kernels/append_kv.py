@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
-from compiler.backends.tvm.kernels.rowwise import each
+from compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
 BLOCK = 16  # tokens per block of the cache
@@ -21,7 +22,8 @@ class AppendKV(Kernel):
     """k and v of every row to the slot of its position: k [block][kv head][head_dim][16], v [block][kv head][16][head_dim].
 
     Keys are stored transposed, so that attention multiplies one element of q with 16 tokens at a time. They are
-    rotated first when `rotary`.
+    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127. Where a step holds all
+    tokens of a block, as when a prompt is read, its keys are transposed in registers.
     """
 
     kind: ClassVar[str] = "append_kv"
@@ -32,6 +34,11 @@ class AppendKV(Kernel):
     max_blocks: int
     cache_dtype: str
     rotary: bool
+
+    @property
+    def cache(self) -> CacheBlocks:
+        """Where heads of blocks lie."""
+        return CacheBlocks(self.num_kv_heads, self.head_dim, self.cache_dtype)
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
@@ -51,21 +58,80 @@ class AppendKV(Kernel):
         tir.either(serial, lambda: tir.for_range(tasks, task), lambda: tir.parallel(tasks, task))
 
     def _append(self, row: Expr, head: Expr, named: dict[str, Buffer]) -> None:
-        dim = self.head_dim
         position = tir.bind(tir.i64(named["positions"][row]))
         entry = tir.i64(named["sequences"][row]) * self.max_blocks + T.floordiv(position, BLOCK)
-        block = tir.bind((tir.i64(named["block_table"][entry]) * self.num_kv_heads + head) * (dim * BLOCK))
+        block = self.cache.start(named["block_table"][entry], head)
         slot = tir.bind(T.floormod(position, BLOCK))
+        whole = self._whole_block(row, position, slot, named)
 
-        def stored(value: Expr, lanes: int) -> Expr:
-            return T.cast(value, tir.with_lanes(self.cache_dtype, lanes))
+        def first_of_block() -> None:
+            with tir.when(slot == 0):
+                self._append_keys(row, head, block, named)
 
-        source = tir.bind(self.k.row(row) + head * dim)
-        rotated = tir.local(dim, self.cache_dtype)
-        rotate_head(dim, lambda c, lanes: tir.load(named["k"], source + c, lanes), named.get("cos_sin"), row,
-                    lambda c, lanes, value: tir.store(rotated, c, stored(value, lanes), lanes))  # fmt: skip
-        tir.for_range(dim, lambda d: tir.store(named["kcache"], block + d * BLOCK + slot, rotated[d], 1))
+        tir.either(whole == 0, lambda: self._append_key(row, head, block, slot, named), first_of_block)
+        self._append_value(row, head, block, slot, named)
 
-        values, start = tir.bind(self.v.row(row) + head * dim), tir.bind(block + slot * dim)
-        each(dim, lambda c, lanes: tir.store(
-            named["vcache"], start + c, stored(tir.load(named["v"], values + c, lanes), lanes), lanes))  # fmt: skip
+    def _whole_block(self, row: Expr, position: Expr, slot: Expr, named: dict[str, Buffer]) -> Expr:
+        """1 if the 16 tokens of a row's block are the 16 rows from `slot` rows before it on."""
+        first, answer = tir.opaque(row - slot), tir.scalar(tir.i64(0), "int64")
+        with tir.when(first >= 0), tir.when(first + BLOCK <= tir.rows_of(named["rows"])):
+            sequences = T.bitwise_xor(tir.load(named["sequences"], first), tir.splat(named["sequences"][row]))
+            positions = T.bitwise_xor(tir.load(named["positions"], first), tir.lane_numbers(position - slot))
+            differences = T.bitwise_or(sequences, positions)
+            answer[0] = tir.i64(tir.pure("int32", "llvm.vector.reduce.or", differences) == 0)
+        return answer[0]
+
+    def _rotate(self, row: Expr, head: Expr, target: Buffer, start: Expr, named: dict[str, Buffer]) -> None:
+        source = tir.bind(self.k.row(row) + head * self.head_dim)
+        rotate_head(self.head_dim, lambda c, lanes: tir.load(named["k"], source + c, lanes), named.get("cos_sin"), row,
+                    lambda c, lanes, value: tir.store(target, start + c, value, lanes))  # fmt: skip
+
+    def _append_keys(self, row: Expr, head: Expr, block: Expr, named: dict[str, Buffer]) -> None:
+        """The keys of the 16 rows from `row`, which fill a block."""
+        dim, padded = self.head_dim, round_up(self.head_dim, tir.LANES)
+        rotated, columns = tir.local(BLOCK * padded), tir.local(padded * BLOCK)
+        tir.for_range(tir.i64(BLOCK), lambda i: self._rotate(row + i, head, rotated, tir.bind(i * padded), named))
+
+        def turn(v: Expr) -> None:
+            tokens = [tir.bind(tir.load(rotated, v * tir.LANES + i * padded)) for i in range(BLOCK)]
+            for d, column in enumerate(tir.transpose(tokens)):
+                tir.store(columns, (v * tir.LANES + d) * BLOCK, column)
+
+        tir.for_range(padded // tir.LANES, turn)
+        inverse = None
+        if self.cache.quantized:
+            highest = tir.Registers(1, tir.F16, tir.splat(0.0))
+            tir.for_range(dim, lambda d: highest.__setitem__(0, T.max(highest[0], absolute(tir.load(columns, d * BLOCK)))))
+            absmax = tir.bind(highest[0])
+            inverse = inverse_scale(absmax, tir.LANES)
+            tir.store(as_scales(named["kcache"]), self.cache.scales_before(block), absmax / tir.splat(127.0))
+
+        def write(d: Expr) -> None:
+            keys = tir.load(columns, d * BLOCK)
+            cast = T.cast(keys, tir.with_lanes(self.cache_dtype, BLOCK)) if inverse is None else tir.to_int8(keys * inverse)
+            tir.store(named["kcache"], block + d * BLOCK, cast)
+
+        tir.for_range(dim, write)
+
+    def _append_key(self, row: Expr, head: Expr, block: Expr, slot: Expr, named: dict[str, Buffer]) -> None:
+        dim, rotated = self.head_dim, tir.local(self.head_dim)
+        self._rotate(row, head, rotated, tir.i64(0), named)
+        stored = self._stored(lambda c, lanes: tir.load(rotated, c, lanes), named["kcache"], block, slot)
+        line = tir.local(dim, self.cache_dtype)
+        each(dim, lambda c, lanes: tir.store(line, c, stored(c, lanes), lanes))
+        tir.for_range(dim, lambda d: tir.store(named["kcache"], block + d * BLOCK + slot, line[d], 1))
+
+    def _append_value(self, row: Expr, head: Expr, block: Expr, slot: Expr, named: dict[str, Buffer]) -> None:
+        dim = self.head_dim
+        source, target = tir.bind(self.v.row(row) + head * dim), tir.bind(block + slot * dim)
+        stored = self._stored(lambda c, lanes: tir.load(named["v"], source + c, lanes), named["vcache"], block, slot)
+        each(dim, lambda c, lanes: tir.store(named["vcache"], target + c, stored(c, lanes), lanes))
+
+    def _stored(self, values: Values, cache: Buffer, block: Expr, slot: Expr) -> Values:
+        """The values of one head of one token as the cache holds them; writes their scale, if there is one."""
+        if not self.cache.quantized:
+            return lambda c, lanes: T.cast(values(c, lanes), tir.with_lanes(self.cache_dtype, lanes))
+        absmax = row_absmax(self.head_dim, values)
+        inverse = inverse_scale(absmax)
+        tir.store(as_scales(cache), self.cache.scales_before(block) + slot, absmax / T.float32(127.0), 1)
+        return lambda c, lanes: tir.to_int8(values(c, lanes) * tir.splat(inverse, lanes), lanes)

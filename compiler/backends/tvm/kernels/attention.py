@@ -8,13 +8,14 @@ from typing import ClassVar
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel, View
-from compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, merge
+from compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
-FEW_ROWS = 4  # up to here the context is split, so that few heads still keep all threads busy
-PARTS = 64  # tasks wanted then: enough for as many threads, and to even out unequal shares of fewer
+FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
+PARTS = 64  # tasks of one row at most: enough for as many threads, and to even out unequal shares of fewer
+PARTS_BYTES = 1 << 20  # of the stack for their results
 TILE_QUERIES = 32  # query vectors that pass one load of K and V when a prompt is read
-PARALLEL_FROM_BYTES = 1 << 16  # of K and V to read; below, one thread is done before the others wake
+PARALLEL_FROM = 1 << 15  # elements of K and V to read; below, one thread is done before the others wake
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Attention(Kernel):
 
     Rows are taken one by one, unless neighbours are consecutive positions of one sequence (a prompt): those form
     tiles that share every load of K and V.
+
+    A context is cut into parts that depend on its length alone and are added up in their order. So a token gets the same
+    bits whether it is decoded alone, in a batch, with guesses that are verified, or read in a prompt.
     """
 
     kind: ClassVar[str] = "attention"
@@ -59,39 +63,50 @@ class Attention(Kernel):
         rows = tir.rows_of(named["rows"])
         tir.either(rows <= FEW_ROWS, lambda: self._few_rows(isa, rows, named), lambda: self._many_rows(isa, rows, named))
 
+    @property
+    def most_parts(self) -> int:
+        """Parts that a context is cut into at most."""
+        bytes_of_one = 4 * FEW_ROWS * self.num_heads * PartSums(self.head_dim).size
+        return max(1, min(PARTS // self.num_kv_heads, PARTS_BYTES // bytes_of_one))
+
     def _few_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
-        """Decode: every (row, kv head) is split along its context; the calling thread merges the parts."""
-        longest = tir.scalar(tir.i64(0), "int64")
-        tir.for_range(rows, lambda row: longest.__setitem__(0, T.max(longest[0], _chunks(named, row))))
-        pairs = tir.bind(rows * self.num_kv_heads)
-        splits = tir.opaque(T.max(T.min(T.floordiv(tir.i64(PARTS), pairs), longest[0]), tir.i64(1)))
-        flash = FlashAttention(self, isa, 1)
-        size = self.group * flash.part_stride
-        parts = tir.local(max(PARTS, FEW_ROWS * self.num_kv_heads) * size)
+        """Decode: every part of a (row, kv head) is a task; the calling thread adds them up."""
+        most, tokens = tir.scalar(tir.i64(1), "int64"), tir.scalar(tir.i64(0), "int64")
+
+        def measure(row: Expr) -> None:
+            most[0] = T.max(most[0], self._extent(named, row).parts)
+            tokens[0] = tokens[0] + tir.i64(named["positions"][row]) + 1
+
+        tir.for_range(rows, measure)
+        parts = tir.opaque(most[0])
+        flash, layout = FlashAttention(self, isa, 1), PartSums(self.head_dim)
+        size = self.group * layout.size
+        saved = tir.local(FEW_ROWS * self.num_kv_heads * self.most_parts * size)
 
         def task(index: Expr) -> None:
-            pair, split = tir.opaque(T.floordiv(index, splits)), tir.opaque(T.floormod(index, splits))
+            pair, part = tir.opaque(T.floordiv(index, parts)), tir.opaque(T.floormod(index, parts))
             row, kv_head = tir.opaque(T.floordiv(pair, self.num_kv_heads)), tir.opaque(T.floormod(pair, self.num_kv_heads))
-            chunks = _chunks(named, row)
-            flash.start(named, row, tir.i64(1), kv_head)
-            first, last = (tir.opaque(T.floordiv((split + i) * chunks, splits)) for i in range(2))
-            tir.for_range(last - first, lambda i: flash.chunk(first + i))
-            flash.save_parts(parts, index * size)
+            extent = self._extent(named, row)
+            with tir.when(part < extent.parts):
+                flash.start(named, row, tir.i64(1), kv_head)
+                flash.part(*extent.part(part))
+                flash.save_part(saved, index * size)
 
         def merge_head(index: Expr) -> None:
             """`index` counts query heads, row by row."""
             pair, member = tir.opaque(T.floordiv(index, self.group)), tir.opaque(T.floormod(index, self.group))
             row, head = tir.opaque(T.floordiv(index, self.num_heads)), tir.opaque(T.floormod(index, self.num_heads))
-            start = tir.opaque(pair * splits * size + member * flash.part_stride)
-            merge(self.head_dim, parts, start, splits, size, named["out"], self.out.row(row) + head * self.head_dim)
+            start = tir.opaque(pair * parts * size + member * layout.size)
+            total = tir.local(layout.size)
+            layout.clear(total, tir.i64(0))
+            tir.for_range(self._extent(named, row).parts, lambda part: layout.add_saved(
+                total, tir.i64(0), saved, tir.opaque(start + part * size)))  # fmt: skip
+            target = tir.opaque(self.out.row(row) + head * self.head_dim)
+            layout.write_mean(total, tir.i64(0), named["out"], target)
 
-        tasks = tir.opaque(pairs * splits)
-        chunk_bytes = 2 * CHUNK * self.num_kv_heads * self.head_dim * 4
-        if chunk_bytes < PARALLEL_FROM_BYTES:
-            work = tir.opaque(rows * longest[0] * chunk_bytes)
-            tir.either(work < PARALLEL_FROM_BYTES, lambda: tir.for_range(tasks, task), lambda: tir.parallel(tasks, task))
-        else:
-            tir.parallel(tasks, task)
+        tasks = tir.opaque(rows * self.num_kv_heads * parts)
+        work = tir.opaque(tokens[0] * (2 * self.num_kv_heads * self.head_dim))
+        tir.either(work < PARALLEL_FROM, lambda: tir.for_range(tasks, task), lambda: tir.parallel(tasks, task))
         tir.for_range(rows * self.num_heads, merge_head)
 
     def _many_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
@@ -102,7 +117,14 @@ class Attention(Kernel):
 
         def attend(flash: FlashAttention, row: Expr, count: Expr, kv_head: Expr) -> None:
             flash.start(named, row, count, kv_head)
-            tir.for_range(_chunks(named, row + count - 1), flash.chunk)
+            flash.clear_totals()
+            extent = self._extent(named, row + count - 1)
+
+            def add(part: Expr) -> None:
+                flash.part(*extent.part(part))
+                flash.add_part()
+
+            tir.for_range(extent.parts, add)
             flash.finish()
 
         def task(index: Expr) -> None:
@@ -111,12 +133,12 @@ class Attention(Kernel):
             turn = tir.opaque(T.floordiv(T.floormod(index, groups * tile), tile))
             group = tir.opaque(T.if_then_else(T.floormod(turn, 2) == 0, T.floordiv(turn, 2), groups - 1 - T.floordiv(turn, 2)))
             row = tir.opaque(group * tile + T.floormod(index, tile))
-            with tir.when(row < rows), tir.when(_joins(named, row, tile) == 0):
+            with tir.when(row < rows), tir.when(self._joins(named, row) == 0):
                 count = tir.scalar(tir.i64(1), "int64")
 
                 def extend(step: Expr) -> None:
                     with tir.when(count[0] == step), tir.when(row + step < rows):
-                        count[0] = step + _joins(named, row + step, tile)
+                        count[0] = step + self._joins(named, row + step)
 
                 tir.for_range(tile - 1, lambda i: extend(i + 1))
                 tir.either(count[0] == 1, lambda: attend(single, row, tir.i64(1), kv_head),
@@ -124,16 +146,33 @@ class Attention(Kernel):
 
         tir.parallel(groups * (tile * self.num_kv_heads), task)
 
+    def _joins(self, named: dict[str, Buffer], row: Expr) -> Expr:
+        """1 if a row goes into the tile of the row before it, else 0. Rows of a tile have parts of the same length."""
+        sequences, positions = named["sequences"], named["positions"]
+        answer = tir.scalar(tir.i64(0), "int64")
+        with tir.when(T.floormod(row, self.tile_rows) != 0), tir.when(sequences[row] == sequences[row - 1]):
+            with tir.when(self._extent(named, row).chunks_of_part == self._extent(named, row - 1).chunks_of_part):
+                answer[0] = tir.i64(positions[row] == positions[row - 1] + 1)
+        return answer[0]
 
-def _joins(named: dict[str, Buffer], row: Expr, tile: int) -> Expr:
-    """1 if a row goes into the tile of the row before it, else 0."""
-    sequences, positions = named["sequences"], named["positions"]
-    answer = tir.scalar(tir.i64(0), "int64")
-    with tir.when(T.floormod(row, tile) != 0), tir.when(sequences[row] == sequences[row - 1]):
-        answer[0] = tir.i64(positions[row] == positions[row - 1] + 1)
-    return answer[0]
+    def _extent(self, named: dict[str, Buffer], row: Expr) -> Extent:
+        chunks = tir.opaque(T.floordiv(tir.i64(named["positions"][row]) + CHUNK, CHUNK))
+        return Extent(chunks, tir.opaque(T.floordiv(chunks + (self.most_parts - 1), self.most_parts)))
 
 
-def _chunks(named: dict[str, Buffer], row: Expr) -> Expr:
-    """Chunks of context that a row sees."""
-    return tir.opaque(T.floordiv(tir.i64(named["positions"][row]) + CHUNK, CHUNK))
+@dataclass(frozen=True)
+class Extent:
+    """The context of a row: chunks, and how many of them make a part."""
+
+    chunks: Expr
+    chunks_of_part: Expr
+
+    @property
+    def parts(self) -> Expr:
+        """The last one may be shorter."""
+        return tir.opaque(T.floordiv(self.chunks + (self.chunks_of_part - 1), self.chunks_of_part))
+
+    def part(self, index: Expr) -> tuple[Expr, Expr]:
+        """The first chunk of a part and the one after its last."""
+        first = tir.opaque(index * self.chunks_of_part)
+        return first, tir.opaque(T.min(first + self.chunks_of_part, self.chunks))

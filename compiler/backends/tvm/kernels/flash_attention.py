@@ -2,17 +2,22 @@
 
 After Dao et al., FlashAttention (arXiv:2205.14135): scores of a chunk, the new maximum, and the sums so far scaled
 down to it. Keys lie transposed in the cache (16 tokens side by side), so scores need no reduction across lanes.
+
+The arithmetic of a query vector is the same however many others share its task: the same order of chunks, masked tokens that
+add exact zeros, and `tir.fma` where the compiler could round in two ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import BLOCK
 from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import each
 from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
@@ -40,12 +45,11 @@ class FlashAttention:
         self.queries = round_up(queries, self.tall)
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
-        self.line = 16 if shape.cache_dtype == "float32" else 32  # elements of a cache line
+        self.cache = CacheBlocks(shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
         self.padded = round_up(self.dim, LANES)
-        self.part_stride = self.padded + 2 * LANES
 
     def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:
-        """Read, rotate and scale the queries of `count` rows from `row`; zero the running sums."""
+        """Read, rotate and scale the queries of `count` rows from `row`."""
         shape = self.shape
         self.named, self.row, self.kv_head = named, row, kv_head
         self.first_position = tir.opaque(tir.i64(named["positions"][row]))
@@ -58,14 +62,11 @@ class FlashAttention:
         self.scores = tir.local(self.queries * CHUNK)
         self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
         self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
+        if self.cache.quantized:
+            self.key_scales, self.value_scales = as_scales(named["kcache"]), as_scales(named["vcache"])
+            self.scales = tir.local(CHUNK)  # of the values of a chunk
         if shape.alibi:
             self.slopes = tir.local(self.queries)
-
-        def zero(m: Expr) -> None:
-            tir.store(self.maxima, m, T.float32(LOWEST), 1)
-            tir.store(self.shrink, m, T.float32(1.0), 1)
-            tir.store(self.weights, m * LANES, tir.splat(0.0))
-            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
 
         def read(m: Expr) -> None:
             source_row = tir.opaque(row + T.floordiv(m, self.group))
@@ -83,12 +84,22 @@ class FlashAttention:
         def pad(m: Expr) -> None:
             each(self.dim, lambda c, lanes: tir.store(self.q, m * self.dim + c, tir.splat(0.0, lanes), lanes))
 
-        padded = tir.opaque(self.tiles * self.tall)
-        tir.for_range(padded, zero)
         tir.for_range(self.used, read)
-        tir.for_range(padded - self.used, lambda m: pad(self.used + m))
+        tir.for_range(self.tiles * self.tall - self.used, lambda m: pad(self.used + m))
 
-    def chunk(self, index: Expr) -> None:
+    def part(self, first: Expr, last: Expr) -> None:
+        """The softmax over chunks first..last-1 alone."""
+
+        def zero(m: Expr) -> None:
+            tir.store(self.maxima, m, T.float32(LOWEST), 1)
+            tir.store(self.shrink, m, T.float32(1.0), 1)
+            tir.store(self.weights, m * LANES, tir.splat(0.0))
+            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
+
+        tir.for_range(self.tiles * self.tall, zero)
+        tir.for_range(last - first, lambda i: self._chunk(first + i))
+
+    def _chunk(self, index: Expr) -> None:
         """Take the next 128 tokens in."""
         start = tir.opaque(index * CHUNK)
         tokens = tir.opaque(T.min(self.length - start, tir.i64(CHUNK)))
@@ -98,10 +109,15 @@ class FlashAttention:
         def base(block: Expr) -> Expr:
             """Where a block starts in either cache, counted from the chunk; past the last one, the last again (masked)."""
             entry = T.min(first + block, self.final)
-            physical = tir.i64(self.named["block_table"][entry])
-            return tir.opaque((physical * self.shape.num_kv_heads + self.kv_head) * (self.dim * BLOCK))
+            return self.cache.start(self.named["block_table"][entry], self.kv_head)
+
+        def gather_scales(block: Expr) -> None:
+            scales = self.cache.scales_before(base(block))
+            tir.store(self.scales, block * BLOCK, tir.load(self.value_scales, scales))
 
         self._score(blocks, base)
+        if self.cache.quantized:
+            tir.for_range(blocks, gather_scales)
         tir.for_range(self.used, lambda m: self._soften(m, start))
         self._accumulate(tokens, blocks, base)
 
@@ -111,10 +127,14 @@ class FlashAttention:
     def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
         """scores[m][token] = q[m] . K[token]"""
         tall, wide = self.tall, self.blocks_at_once
-        unroll = self.line // BLOCK
+        unroll = self.cache.line // BLOCK
 
         def some_blocks(step: Expr) -> None:
             bases = [base(step * wide + i) for i in range(wide)]
+            firsts = [self.cache.scales_before(start) for start in bases] if self.cache.quantized else []
+            if self.rows == 1:
+                for first in firsts:
+                    tir.prefetch(self.value_scales, first)
 
             def tile(index: Expr) -> None:
                 acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
@@ -125,7 +145,7 @@ class FlashAttention:
                     for m in range(tall):
                         q = tir.bind(tir.splat(self.q[queries + m * self.dim + d]))
                         for i, key in enumerate(keys):
-                            acc[m * wide + i] = acc[m * wide + i] + q * key
+                            acc[m * wide + i] = tir.fma(q, key, acc[m * wide + i])
 
                 def line(step: Expr) -> None:
                     """What one cache line of keys holds; the values of the same tokens are wanted next."""
@@ -138,17 +158,19 @@ class FlashAttention:
                 tir.for_range(self.dim // unroll, line)
                 for d in range(self.dim // unroll * unroll, self.dim):
                     element(tir.i64(d))
+                scales = [tir.bind(tir.load(self.key_scales, first)) for first in firsts]
                 for m in range(tall):
                     for i in range(wide):
                         target = (index * tall + m) * CHUNK + (step * wide + i) * BLOCK
-                        tir.store(self.scores, target, acc[m * wide + i])
+                        score = acc[m * wide + i]
+                        tir.store(self.scores, target, score * scales[i] if scales else score)
 
             tir.for_range(self.tiles, tile)
 
         tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
 
     def _soften(self, m: Expr, start: Expr) -> None:
-        """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see."""
+        """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see; times the scale of the value, if any."""
         line = tir.bind(m * CHUNK)
         position = self.first_position + T.floordiv(m, self.group)
         last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
@@ -175,7 +197,8 @@ class FlashAttention:
             if masked:
                 powers = [tir.bind(T.Select(visible(v), power, tir.splat(0.0))) for v, power in enumerate(powers)]
             for v, power in enumerate(powers):
-                tir.store(self.scores, line + v * LANES, power)
+                scale = tir.load(self.scales, v * LANES) if self.cache.quantized else None
+                tir.store(self.scores, line + v * LANES, power if scale is None else power * scale)
             while len(powers) > 1:
                 powers = [a + b for a, b in zip(powers[::2], powers[1::2], strict=True)]
             weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + powers[0]
@@ -186,7 +209,7 @@ class FlashAttention:
         tir.either(last >= CHUNK - 1, lambda: whole(False), lambda: whole(True))
 
     def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        """sums[m] = sums[m] * shrink[m] + sum over tokens of power * V[token]; tokens never written are not read."""
+        """sums[m] = sums[m] * shrink[m] + sum over tokens of score[token] * V[token]; tokens never written are not read."""
         tall = self.tall
         columns = _columns(self.dim)
         for first in range(0, len(columns), self.columns_at_once):
@@ -207,12 +230,12 @@ class FlashAttention:
                     def token(t: Expr) -> None:
                         values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
                         if following is not None:  # the keys of the next chunk, as many bytes as are read here
-                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.line):
+                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.cache.line):
                                 tir.prefetch(self.named["kcache"], following + t * self.dim + column)
                         for m in range(tall):
                             power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])
                             for c, (_, lanes) in enumerate(some):
-                                acc[c][m] = acc[c][m] + tir.splat(power, lanes) * values[c]
+                                acc[c][m] = tir.fma(tir.splat(power, lanes), values[c], acc[c][m], lanes)
 
                     tir.for_range(T.min(tokens - b * BLOCK, tir.i64(BLOCK)), token)
 
@@ -222,32 +245,101 @@ class FlashAttention:
 
             tir.for_range(self.tiles, tile)
 
+    def save_part(self, parts: Buffer, start: Expr) -> None:
+        """The state of every query, one `PartSums` after the other."""
+        layout = PartSums(self.dim)
+
+        def save(m: Expr) -> None:
+            target = tir.bind(start + m * layout.size)
+            each(self.padded, lambda c, lanes: tir.store(parts, target + c, tir.load(
+                self.sums, m * self.padded + c, lanes), lanes))  # fmt: skip
+            tir.store(parts, target + layout.weights, tir.load(self.weights, m * LANES))
+            tir.store(parts, target + layout.maximum, tir.splat(self.maxima[m]))
+
+        tir.for_range(self.used, save)
+
+    def clear_totals(self) -> None:
+        """Begin a row that has several parts in this task."""
+        layout = PartSums(self.dim)
+        self.totals = tir.local(self.queries * layout.size)
+        tir.for_range(self.used, lambda m: layout.clear(self.totals, m * layout.size))
+
+    def add_part(self) -> None:
+        """Take the part just computed into the totals."""
+        layout = PartSums(self.dim)
+
+        def add(m: Expr) -> None:
+            sums = tir.bind(m * self.padded)
+            layout.add(self.totals, tir.bind(m * layout.size), lambda v: tir.load(self.sums, sums + v * LANES),
+                       tir.load(self.weights, m * LANES), tir.splat(self.maxima[m]))  # fmt: skip
+
+        tir.for_range(self.used, add)
+
     def finish(self) -> None:
-        """Divide by the weights and write the heads to their rows."""
-        shape = self.shape
+        """Write the heads to their rows."""
+        layout, shape = PartSums(self.dim), self.shape
 
         def write(m: Expr) -> None:
-            total = tir.reduce_lanes(tir.load(self.weights, m * LANES), tir.add)
-            inverse = tir.bind(T.float32(1.0) / total)
             head = self.kv_head * self.group + T.floormod(m, self.group)
-            target = tir.bind(shape.out.row(self.row + T.floordiv(m, self.group)) + head * self.dim)
-            source = tir.opaque(m * self.padded)
-            each(self.dim, lambda c, lanes: tir.store(self.named["out"], target + c, tir.load(
-                self.sums, source + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip
+            target = tir.opaque(shape.out.row(self.row + T.floordiv(m, self.group)) + head * self.dim)
+            layout.write_mean(self.totals, tir.bind(m * layout.size), self.named["out"], target)
 
         tir.for_range(self.used, write)
 
-    def save_parts(self, parts: Buffer, start: Expr) -> None:
-        """For each query: its sums, its 16 partial weights, its maximum 16 times."""
 
-        def save(m: Expr) -> None:
-            target = tir.bind(start + m * self.part_stride)
-            each(self.padded, lambda c, lanes: tir.store(parts, target + c, tir.load(
-                self.sums, m * self.padded + c, lanes), lanes))  # fmt: skip
-            tir.store(parts, target + self.padded, tir.load(self.weights, m * LANES))
-            tir.store(parts, target + self.padded + LANES, tir.splat(self.maxima[m]))
+@dataclass(frozen=True)
+class PartSums:
+    """The softmax of a query over a part of its context: sums of weighted values, 16 partial sums of the weights, and 16 times
+    the maximum that they are relative to."""
 
-        tir.for_range(self.used, save)
+    dim: int
+
+    @property
+    def weights(self) -> int:
+        """Where the weights begin, in floats."""
+        return round_up(self.dim, LANES)
+
+    @property
+    def maximum(self) -> int:
+        """Where the maximum begins."""
+        return self.weights + LANES
+
+    @property
+    def size(self) -> int:
+        """Floats of one query."""
+        return self.maximum + LANES
+
+    def clear(self, total: Buffer, at: Expr) -> None:
+        """No token seen yet."""
+        tir.for_range(self.maximum // LANES, lambda v: tir.store(total, at + v * LANES, tir.splat(0.0)))
+        tir.store(total, at + self.maximum, tir.splat(LOWEST))
+
+    def add(self, total: Buffer, at: Expr, sums: Callable[[Expr], Expr], weights: Expr, maximum: Expr) -> None:
+        """Take one part in; `sums(v)` is its v-th vector of sums."""
+        weights, maximum = tir.bind(weights), tir.bind(maximum)
+        old = tir.bind(tir.load(total, at + self.maximum))
+        highest = tir.bind(T.max(old, maximum))
+        power = tir.bind(tir.exp(T.min(old, maximum) - highest))
+        keep = tir.bind(T.Select(old < maximum, power, tir.splat(1.0)))
+        share = tir.bind(T.Select(old < maximum, tir.splat(1.0), power))
+
+        def take(offset: Expr, value: Expr) -> None:
+            tir.store(total, at + offset, tir.fma(share, value, keep * tir.load(total, at + offset)))
+
+        tir.for_range(self.weights // LANES, lambda v: take(v * LANES, sums(v)))
+        take(self.weights, weights)
+        tir.store(total, at + self.maximum, highest)
+
+    def add_saved(self, total: Buffer, at: Expr, parts: Buffer, start: Expr) -> None:
+        """Take in one part that was saved."""
+        self.add(total, at, lambda v: tir.load(parts, start + v * LANES), tir.load(parts, start + self.weights),
+                 tir.load(parts, start + self.maximum))  # fmt: skip
+
+    def write_mean(self, total: Buffer, at: Expr, out: Buffer, target: Expr) -> None:
+        """out[target:] = sums / weights"""
+        inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(tir.load(total, at + self.weights), tir.add))
+        each(self.dim, lambda c, lanes: tir.store(
+            out, target + c, tir.load(total, at + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip
 
 
 def _columns(dim: int) -> list[tuple[int, int]]:
@@ -258,27 +350,3 @@ def _columns(dim: int) -> list[tuple[int, int]]:
             columns.append((at, lanes))
             at += lanes
     return columns
-
-
-def merge(dim: int, parts: Buffer, start: Expr, splits: Expr, stride: int, out: Buffer, target: Expr) -> None:
-    """out[target:] = softmax-weighted mean of the `splits` parts of one query, `stride` floats apart."""
-    padded = round_up(dim, LANES)
-    target = tir.bind(target)
-    maximum, weights = tir.Registers(1, tir.F16, tir.splat(LOWEST)), tir.Registers(1, tir.F16, tir.splat(0.0))
-    sums = tir.local(padded)
-    each(padded, lambda c, lanes: tir.store(sums, c, tir.splat(0.0, lanes), lanes))
-
-    def highest(part: Expr) -> None:
-        maximum[0] = T.max(maximum[0], tir.load(parts, start + part * stride + padded + LANES))
-
-    def gather(part: Expr) -> None:
-        source = tir.opaque(start + part * stride)
-        share = tir.bind(tir.exp(tir.load(parts, source + padded + LANES) - maximum[0]))
-        weights[0] = weights[0] + share * tir.load(parts, source + padded)
-        tir.for_range(padded // LANES, lambda v: tir.store(sums, v * LANES, tir.load(
-            sums, v * LANES) + share * tir.load(parts, source + v * LANES)))  # fmt: skip
-
-    tir.for_range(splits, highest)
-    tir.for_range(splits, gather)
-    inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(weights[0], tir.add))
-    each(dim, lambda c, lanes: tir.store(out, target + c, tir.load(sums, c, lanes) * tir.splat(inverse, lanes), lanes))

@@ -17,7 +17,8 @@ class Norm(Kernel):
     """out = norm(x + r) * scale + bias, and the sum itself to `total`.
 
     `norm` is "layer" (mean, then centred variance, as torch computes it) or "rms" (no mean). Without `r` it
-    normalizes x. `total` may be None when nobody else reads the sum, or name the same memory as x or r.
+    normalizes x. `total` may be None when nobody else reads the sum, or name the same memory as x or r. With
+    `quantize`, the result has 8 bits for each of `planes`.
     """
 
     kind: ClassVar[str] = "norm"
@@ -30,6 +31,7 @@ class Norm(Kernel):
     r: View | None
     total: View | None
     out: View
+    planes: int = 1
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         residual = (("r", "float32"),) if self.r else ()
@@ -44,13 +46,14 @@ class Norm(Kernel):
 
     def _row(self, row: Expr, named: dict[str, Buffer]) -> None:
         normed = self._normalized(self._input(row, named), named)
-        target = tir.bind(self.out.row(row))
         if not self.quantize:
+            target = tir.bind(self.out.row(row))
             each(self.width, lambda c, lanes: tir.store(named["out"], target + c, normed(c, lanes), lanes))
             return
         kept = tir.local(self.width)
         each(self.width, lambda c, lanes: tir.store(kept, c, normed(c, lanes), lanes))
-        quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], target, named["xs"], row)
+        quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
+                     self.planes)  # fmt: skip
 
     def _input(self, row: Expr, named: dict[str, Buffer]) -> Values:
         """x, or x + r, which is written to `total` first if that is wanted."""

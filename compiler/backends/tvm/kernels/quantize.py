@@ -14,12 +14,13 @@ from compiler.backends.tvm.tir import Buffer, Expr
 
 @dataclass(frozen=True)
 class QuantizeTokens(Kernel):
-    """xs[t] = absmax(x[t]) / 127, xq[t] = 128 + rint(x[t] * 127 / absmax(x[t]))"""
+    """xs[t] = absmax(x[t]) / limit, xq[t] = rint(x[t] * limit / absmax(x[t])), stored as `rowwise.quantize_row` says."""
 
     kind: ClassVar[str] = "quantize"
     width: int
     x: View
     out: View
+    planes: int = 1
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         return (("rows", "int32"), ("x", "float32"), ("xq", "uint8"), ("xs", "float32"))
@@ -29,6 +30,6 @@ class QuantizeTokens(Kernel):
 
         def quantize(row: Expr) -> None:
             start = tir.bind(self.x.row(row))
-            quantize_row(self.width, lambda c, lanes: tir.load(x, start + c, lanes), xq, self.out.row(row), xs, row)
+            quantize_row(self.width, lambda c, lanes: tir.load(x, start + c, lanes), xq, self.out, row, xs, self.planes)
 
         tir.for_rows(tir.rows_of(rows), quantize)

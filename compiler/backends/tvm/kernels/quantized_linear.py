@@ -3,13 +3,19 @@
 Weights are panels of 16 outputs: [outputs/16][inputs/4][16][4] (inputs padded with zeros to 64), which is what vpdpbusd
 wants (16 outputs x 4 inputs in one register) and also the B tile of AMX. Activations are stored as uint8 = int8 + 128;
 `correction[n]` = 128 * sum of the weights of output n takes the 128 out again. AVX2 has no exact unsigned product, so it
-goes back to signed bytes and multiplies |a| by w with the sign of a: within +-127 no pair sum overflows 16 bits.
+goes back to signed bytes and multiplies |a| by w with the sign of a: with |a| <= 128 and |w| <= 127 no pair sum
+overflows 16 bits.
+
+Activations of 16 bits are two planes of such bytes, a = 256 * high + low: a row has those of `high` in its first half,
+those of `low` in its second. Each weight is loaded once and multiplied twice; the two sums, each exact in int32 for up
+to `meanings.MAX_INPUTS` inputs, are put together in float64, which is exact too, and rounded to float32 once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import ClassVar
 
 from compiler.backends.tvm import tir
@@ -25,7 +31,7 @@ INPUT_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class QuantizedLinear(Kernel):
-    """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum is exact in int32."""
+    """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum is exact."""
 
     kind: ClassVar[str] = "qlinear"
     outputs: int
@@ -33,6 +39,7 @@ class QuantizedLinear(Kernel):
     bias: bool
     x: View
     out: View
+    planes: int = 1
     tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
@@ -45,25 +52,33 @@ class QuantizedLinear(Kernel):
         bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
         rows = tir.rows_of(rows_pointer)
         dot = VnniBlock if isa.dot == "vnni" else MaddubsBlock
-        tiling = self.tiling or built_in(isa)
+        tiling = self.tiling or built_in(isa, self.planes)
         panels = round_up(self.outputs, PANEL) // PANEL
         depth = round_up(self.inputs, INPUT_ALIGNMENT)
 
-        def finish(row: Expr, panel: Expr, lane: int, lanes: int, total: Expr) -> None:
-            """Write `lanes` outputs of a panel from `lane` on."""
+        def finish(row: Expr, panel: Expr, lane: int, lanes: int, sums: list[Expr]) -> None:
+            """Write `lanes` outputs of a panel from `lane` on; `sums` has one for each plane."""
             column = panel * PANEL + lane
-            value = T.cast(total, f"float32x{lanes}") * tir.load(scale, column, lanes) * tir.splat(xs[row], lanes)
+            value = _total(sums, lanes) * tir.load(scale, column, lanes) * tir.splat(xs[row], lanes)
             if bias is not None:
                 value = value + tir.load(bias, column, lanes)
             tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
 
         def walk_rows(walk: Walk, least: int, most: int | None) -> None:
             counts = tiling.trial_rows or (range(least, most + 1) if most else None)
-            slices = -(-depth // walk.depth) if walk.depth else 1
+            # The sums of slices wait in `out`, which has room for those of one plane.
+            slices = -(-depth // walk.depth) if walk.depth and self.planes == 1 else 1
             stride = walk.wide * depth * PANEL  # from a panel to the same one of the next group
 
             def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
-                starts = [tir.bind((row + m) * (self.x.stride // 4) + self.x.offset // 4) for m in range(height)]
+                plane_words = self.x.stride // self.planes // 4
+                starts = [
+                    [
+                        tir.bind(((row + m) * self.planes + plane) * plane_words + self.x.offset // 4)
+                        for plane in range(self.planes)
+                    ]
+                    for m in range(height)
+                ]
                 bases = [tir.bind((panel + p) * (depth * PANEL)) for p in range(width)]
 
                 def partial(m: int, p: int, lane: int, lanes: int) -> Expr:
@@ -74,12 +89,13 @@ class QuantizedLinear(Kernel):
                 def initial(m: int, p: int, lane: int, lanes: int) -> Expr:
                     return T.reinterpret(f"int32x{lanes}", out[partial(m, p, lane, lanes)])
 
-                def done(m: int, p: int, lane: int, lanes: int, total: Expr) -> None:
+                def done(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
                     if isa.dot == "vnni":
-                        total = total - tir.load(correction, (panel + p) * PANEL + lane, lanes)
-                    finish(row + m, panel + p, lane, lanes, total)
+                        sums = [total - tir.load(correction, (panel + p) * PANEL + lane, lanes) for total in sums]
+                    finish(row + m, panel + p, lane, lanes, sums)
 
-                def keep(m: int, p: int, lane: int, lanes: int, total: Expr) -> None:
+                def keep(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
+                    (total,) = sums
                     T.buffer_store(out, T.reinterpret(f"float32x{lanes}", total), [partial(m, p, lane, lanes)])
 
                 sums = dot(xq, starts, weight, bases)
@@ -108,13 +124,23 @@ class QuantizedLinear(Kernel):
             return
 
         def tiles() -> None:
-            tile_rows(isa, rows, panels, depth, xq, self.x, weight, out, self.out, tiling.tile_panels,
-                      lambda r, p, total: finish(r, p, 0, PANEL, total - tir.load(correction, p * PANEL)))  # fmt: skip
+            tile_rows(isa, rows, panels, depth, xq, self.x, self.planes, weight, out, self.out, tiling.tile_panels,
+                      lambda r, p, sums: finish(r, p, 0, PANEL, [total - tir.load(correction, p * PANEL) for total in sums])
+                      )  # fmt: skip
 
         if tiling.tiles_from == 1:
             tiles()
         else:
             tir.either(rows < tir.i64(tiling.tiles_from), lambda: registers(0, 1), tiles)
+
+
+def _total(sums: list[Expr], lanes: int) -> Expr:
+    """The sums of one plane, or 256 times those of the high plane and those of the low one, as float32 rounded once."""
+    single = tir.float_type(lanes)
+    if len(sums) == 1:
+        return T.cast(sums[0], single)
+    high, low = (T.cast(total, tir.with_lanes("float64", lanes)) for total in sums)
+    return T.cast(high * tir.splat(T.float64(256.0), lanes) + low, single)
 
 
 def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, steps: int) -> None:
@@ -141,33 +167,40 @@ def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, step
 
 
 Place = Callable[[int, int, int, int], Expr]
-Finish = Callable[[int, int, int, int, Expr], None]
+Finish = Callable[[int, int, int, int, list[Expr]], None]
 
 
 class SumBlock:
-    """Rows x panels of int32 sums in registers of `lanes`; the callbacks get (row, panel, first lane, lanes)."""
+    """Rows x planes x panels of int32 sums in registers of `lanes`; the callbacks get (row, panel, first lane, lanes)."""
 
     lanes: ClassVar[int]
 
-    def __init__(self, xq: Buffer, starts: list[Expr], weight: Buffer, bases: list[Expr]) -> None:
-        self.xq, self.starts, self.weight, self.bases = xq, starts, weight, bases
-        lanes = range(0, PANEL, self.lanes)
-        self.places = [(m, p, lane) for m in range(len(starts)) for p in range(len(bases)) for lane in lanes]
-        self.acc = tir.Registers(len(self.places), tir.int_type(self.lanes), tir.splat_i32(0, self.lanes))
+    def __init__(self, xq: Buffer, starts: list[list[Expr]], weight: Buffer, bases: list[Expr]) -> None:
+        """`starts` has the planes of each row."""
+        self.xq, self.starts, self.weight, self.bases = xq, list(chain(*starts)), weight, bases
+        parts = [(p, lane) for p in range(len(bases)) for lane in range(0, PANEL, self.lanes)]
+        planes = len(starts[0])
+        self.slots = {  # of the sums of each plane
+            (m, p, lane): [(m * planes + plane) * len(parts) + part for plane in range(planes)]
+            for m in range(len(starts))
+            for part, (p, lane) in enumerate(parts)
+        }
+        count = len(self.starts) * len(parts)
+        self.acc = tir.Registers(count, tir.int_type(self.lanes), tir.splat_i32(0, self.lanes))
 
     def step(self, k: Expr) -> None:
         """Add the products of inputs 4k..4k+3."""
         raise NotImplementedError
 
     def resume(self, initial: Place) -> None:
-        """Go on from sums that were stored."""
-        for slot, (m, p, lane) in enumerate(self.places):
+        """Go on from sums of one plane that were stored."""
+        for (m, p, lane), (slot,) in self.slots.items():
             self.acc[slot] = initial(m, p, lane, self.lanes)
 
     def store(self, finish: Finish) -> None:
-        """Hand out the sums."""
-        for slot, (m, p, lane) in enumerate(self.places):
-            finish(m, p, lane, self.lanes, self.acc[slot])
+        """Hand out the sums, one for each plane."""
+        for (m, p, lane), slots in self.slots.items():
+            finish(m, p, lane, self.lanes, [self.acc[slot] for slot in slots])
 
 
 class VnniBlock(SumBlock):

@@ -101,7 +101,7 @@ def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, 
     def pair(c: Expr, lanes: int) -> None:
         low, high = tir.bind(values(c, lanes)), tir.bind(values(c + half, lanes))
         cos, sin = tir.bind(tir.load(table, start + c, lanes)), tir.bind(tir.load(table, start + half + c, lanes))
-        write(c, lanes, low * cos - high * sin)
-        write(c + half, lanes, high * cos + low * sin)
+        write(c, lanes, tir.fma(low, cos, high * (sin * tir.splat(-1.0, lanes)), lanes))
+        write(c + half, lanes, tir.fma(high, cos, low * sin, lanes))
 
     each(half, pair)

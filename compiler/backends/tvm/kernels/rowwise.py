@@ -6,7 +6,9 @@ from collections.abc import Callable
 from itertools import cycle
 
 from compiler.backends.tvm import tir
+from compiler.backends.tvm.kernels.base import View
 from compiler.backends.tvm.tir import Buffer, Expr, T
+from compiler.ir.meanings import LIMITS
 
 CHAINS = 4  # independent accumulators of a reduction, enough to hide the latency of an addition
 Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> that many values of the row
@@ -50,14 +52,32 @@ def row_absmax(width: int, values: Values) -> Expr:
     return _reduce(width, lambda c, lanes: absolute(values(c, lanes), lanes), T.max)
 
 
-def quantize_row(width: int, values: Values, xq: Buffer, start: Expr, xs: Buffer, row: Expr) -> None:
-    """belle::QuantizeTokens for one row: bytes 128 + rint(value * 127 / absmax) from `start`, scale absmax / 127."""
+def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
+    """What values are multiplied with to become integers: limit / absmax, 0 for a row of zeros."""
+    zero = tir.splat(0.0, lanes)
+    return tir.bind(T.Select(absmax > zero, tir.splat(limit, lanes) / absmax, zero))
+
+
+def quantize_row(width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1) -> None:
+    """belle::QuantizeTokens for one row: integers rint(value * limit / absmax), scale absmax / limit.
+
+    8 bits are stored as one byte, integer + 128. 16 bits are two: integer = 256 * high + low with both signed; the row has
+    the bytes high + 128 in its first half and low + 128 in its second.
+    """
+    start, limit = tir.bind(out.row(row)), float(LIMITS[8 * planes])
     absmax = row_absmax(width, values)
-    inverse = tir.bind(T.Select(absmax > T.float32(0.0), T.float32(127.0) / absmax, T.float32(0.0)))
-    tir.store(xs, row, absmax / T.float32(127.0), 1)
+    inverse = inverse_scale(absmax, limit=limit)
+    tir.store(xs, row, absmax / T.float32(limit), 1)
 
     def write(column: Expr, lanes: int) -> None:
         integer = T.cast(tir.rint(values(column, lanes) * tir.splat(inverse, lanes), lanes), tir.int_type(lanes))
-        tir.store(xq, start + column, T.cast(integer + tir.splat_i32(128, lanes), tir.with_lanes("uint8", lanes)), lanes)
+        byte = tir.with_lanes("uint8", lanes)
+        if planes == 1:
+            tir.store(xq, start + column, T.cast(integer + tir.splat_i32(128, lanes), byte), lanes)
+            return
+        biased = tir.bind(integer + tir.splat_i32(256 * 128 + 128, lanes))  # 256 * (high + 128) + (low + 128)
+        for plane, shift in enumerate((8, 0)):
+            bits = T.bitwise_and(T.shift_right(biased, tir.splat_i32(shift, lanes)), tir.splat_i32(255, lanes))
+            tir.store(xq, start + out.stride // planes * plane + column, T.cast(bits, byte), lanes)
 
     each(width, write)

@@ -19,7 +19,7 @@ class Walk:
     they are read once; with `chain` what lies past a panel's end is taken from the same panel of the next group. The loop
     over the inputs is unrolled `unroll` times. A parallel task is `task_groups` groups; threads get contiguous runs of
     tasks or, with `interleave`, every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs
-    pass `depth` at a time (0: all), so that activations and weights stay in a cache.
+    pass `depth` at a time (0: all, as they always do in two planes), so that activations and weights stay in a cache.
     """
 
     wide: int
@@ -80,8 +80,10 @@ class LinearTiling:
         return next(walk for bound, walk in self.walks if bound is None or bound >= rows)
 
 
-def built_in(isa: Isa) -> LinearTiling:
-    """The choice for shapes nobody has measured: AVX512 has 32 registers, AVX2 has 16 half as wide."""
-    if isa.dot == "vnni":
-        return LinearTiling(((5, Walk(4, 6, prefetch=2048)), (None, Walk(4, 6))))
-    return LinearTiling(((1, Walk(2, 2, prefetch=2048)), (None, Walk(2, 2))))
+def built_in(isa: Isa, planes: int = 1) -> LinearTiling:
+    """The choice for shapes nobody has measured: AVX512 has 32 registers, AVX2 has 16 half as wide, and a row of two planes
+    takes twice as many. Rows that are fewer than a block wait for the memory, and so does each where a block is one row.
+    """
+    wide, tall = (4, 6 // planes) if isa.dot == "vnni" else (2, 2 // planes)
+    few = Walk(wide, tall, prefetch=2048)
+    return LinearTiling(((tall - 1, few), (None, Walk(wide, tall))) if tall > 1 else ((None, few),))

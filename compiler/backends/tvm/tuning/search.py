@@ -41,7 +41,8 @@ def shapes_of(kernels: Mapping[Kernel, int]) -> dict[Shape, int]:
 
 def kernel_of(shape: Shape) -> QuantizedLinear:
     """A kernel of this shape with buffers of its own."""
-    return QuantizedLinear(shape.outputs, shape.inputs, False, View.of_width(shape.inputs), View.of_width(shape.outputs))
+    x, out = View(shape.planes * View.of_width(shape.inputs).stride), View.of_width(shape.outputs)
+    return QuantizedLinear(shape.outputs, shape.inputs, False, x, out, shape.planes)
 
 
 def search(
@@ -68,7 +69,7 @@ class _Search:
         self.kernel = kernel_of(shape)
         self.bench = Bench(self.kernel, threads, max_rows)
         self.buckets = buckets(isa, shape.planes, max_rows)
-        self.built_in = built_in(isa)
+        self.built_in = built_in(isa, shape.planes)
 
     def run(self) -> Entry:
         best = [self.built_in.walk_for(bucket.rows[-1]) for bucket in self.buckets]

@@ -28,7 +28,7 @@ class Shape:
     @classmethod
     def of(cls, kernel: QuantizedLinear) -> Shape:
         """What a kernel is looked up by."""
-        return cls(kernel.outputs, kernel.inputs)
+        return cls(kernel.outputs, kernel.inputs, kernel.planes)
 
     def distance(self, other: Shape) -> float:
         """How unlike two shapes are for the memory: 1 for a factor 2 in the inputs (length of a panel), 0.5 for a factor 2 in

@@ -13,7 +13,8 @@ from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.base import View
 from compiler.ir import meanings
 from compiler.ir.cache import PagedCache
-from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
+from runtime.program import KVLayout
+from tests.compiler.backends.tvm.harness import Array, Library, aligned, aligned_copy, garbage, ints, place
 
 MAX_BLOCKS = 40
 NUM_BLOCKS = 130
@@ -55,11 +56,13 @@ class Case:
 
 CASES = [
     Case(3, 3, 8, alibi=True),
-    Case(2, 2, 64, "float16", alibi=True),
-    Case(1, 1, 128, rotary=True),
     Case(9, 3, 40, rotary=True),
-    Case(8, 2, 128, "float16", rotary=True),
     Case(8, 1, 20),
+    Case(40, 20, 8, "float16", alibi=True),
+    Case(8, 2, 128, "float16", rotary=True),
+    Case(3, 3, 8, "int8", alibi=True),
+    Case(2, 1, 10, "int8"),
+    Case(9, 3, 64, "int8", rotary=True),
 ]
 
 # Steps as (sequence, first position, tokens): prompts, mixed steps, decoding across the borders of blocks and chunks.
@@ -81,9 +84,49 @@ def library(isa: Isa) -> Library:
     return Library([kernel for case in CASES for kernel in (case.append, case.attention)], isa)
 
 
-def rounded(values: Array, cache: str) -> Array:
-    """What the cache keeps of a value."""
-    return values.astype(cache).astype(np.float32)
+class Part:
+    """The keys or values of an engine's cache: its memory, and views of what lies there. Unwritten slots are NaN."""
+
+    def __init__(self, case: Case, *shape: int) -> None:
+        layout = KVLayout(1, case.kv_heads, case.dim, case.cache)
+        self.memory = aligned((NUM_BLOCKS, case.kv_heads, layout.head_block_bytes), np.uint8, 255)
+        first = layout.scales_bytes
+        end = first + case.dim * 16 * np.dtype(case.cache).itemsize
+        self.padding = self.memory[..., end:]
+        self.values = self.memory[..., first:end].view(case.cache).reshape(NUM_BLOCKS, case.kv_heads, *shape)
+        self.scales = self.memory[..., :first].view(np.float32)
+
+    @property
+    def flat(self) -> Array:
+        """The memory as a kernel takes it."""
+        return self.memory.reshape(-1).view(self.values.dtype)
+
+    def check(self, values: Array, scales: Array, exact: bool) -> None:
+        """Holds what the oracle's cache holds, and nothing where that holds nothing; all arrays [block, head, ...]."""
+        if scales.size:
+            np.testing.assert_allclose(self.scales, scales, rtol=0 if exact else 1e-6)
+            assert (self.padding == 255).all()
+            unwritten = np.isnan(scales)[:, :, None, :] if self.values.shape[-1] == 16 else np.isnan(scales)[..., None]
+            difference = np.abs(self.values.astype(int) - np.where(unwritten, -1, values))
+            assert difference.max() <= (0 if exact else 1)
+            assert (difference > 0).mean() < 1e-3
+        else:
+            tolerance = 0.0 if exact else 1e-6 if values.dtype == np.float32 else 1e-3
+            np.testing.assert_allclose(self.values, values, rtol=tolerance, atol=0 if exact else 1e-6)
+
+
+class Mirror(PagedCache):
+    """What the kernels stored, for the oracle to read."""
+
+    def __init__(self, keys: Part, values: Part) -> None:
+        blocks, kv_heads, dim, _ = keys.values.shape
+        super().__init__(1, kv_heads, dim, blocks, str(keys.values.dtype))
+        self.k, self.v, self.k_scales, self.v_scales = (
+            array[None] for array in (keys.values, values.values, keys.scales, values.scales)
+        )
+
+    def write(self, layer: int, blocks: Array, position: int, k: Array, v: Array) -> None:
+        """The kernels have done it."""
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
@@ -93,10 +136,10 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
     scrambled = generator.permutation(NUM_BLOCKS)[: 3 * MAX_BLOCKS].reshape(3, MAX_BLOCKS)
     table = aligned_copy(np.concatenate([scrambled, np.full((1, MAX_BLOCKS), NUM_BLOCKS - 1)]), np.int32)
     table[3, :8] = np.setdiff1d(np.arange(NUM_BLOCKS), scrambled)[:8]
-    oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS)
-    kcache = garbage((NUM_BLOCKS, case.kv_heads, case.dim, 16), case.cache)
-    vcache = garbage((NUM_BLOCKS, case.kv_heads, 16, case.dim), case.cache)
-    slopes = aligned_copy(0.5 ** np.arange(1, 17), np.float32)
+    oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS, case.cache)
+    keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
+    stored = Mirror(keys, values)
+    slopes = aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)
     for step in steps:
         positions = ints(*[p for _, first, n in step for p in range(first, first + n)])
         sequences = ints(*[s for s, _, n in step for _ in range(n)])
@@ -108,21 +151,50 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
         batch = [positions, sequences, table]
         tables = [place(cos_sin, View.of_width(case.dim))] if case.rotary else []
         out = garbage((rows, case.attention.out.stride))
-        library.call(case.append, ints(rows), qkv, qkv, *batch, *tables, kcache, vcache)
-        library.call(case.attention, ints(rows), qkv, *batch, *tables, *([slopes] if case.alibi else []), kcache, vcache, out)
+        library.call(case.append, ints(rows), qkv, qkv, *batch, *tables, keys.flat, values.flat)
+        slope = [slopes] if case.alibi else []
+        library.call(case.attention, ints(rows), qkv, *batch, *tables, *slope, keys.flat, values.flat, out)
 
-        if case.rotary:  # before the call, so that the oracle's cache can be rounded like the kernel's
-            q = meanings.rotate(q.reshape(rows, -1, case.dim), cos_sin).reshape(rows, -1)
-            k = meanings.rotate(k.reshape(rows, -1, case.dim), cos_sin).reshape(rows, -1)
+        rotation, biases = cos_sin if case.rotary else None, slopes[: case.heads] if case.alibi else None
         expected = meanings.attention(
-            q, rounded(k, case.cache), rounded(v, case.cache), positions, sequences, table, None,
-            slopes[: case.heads] if case.alibi else None, cache=oracle, layer=0, num_heads=case.heads,
-            num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
-        # float32 scores of the oracle grow with slope * position; a rotated key may round to the neighbouring float16
-        exact = case.cache == "float32"
-        tolerance = 2e-6 if exact and not case.alibi else 2e-5 if exact else 1e-3 if case.rotary else 3e-5
+            q, k, v, positions, sequences, table, rotation, biases, cache=stored, layer=0,
+            num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
+        tolerance = 4e-5 if case.alibi else 4e-6  # float32 scores of the oracle grow with slope * position
         np.testing.assert_allclose(out[:, : case.widths[0]], expected, rtol=0, atol=tolerance)
-    written = ~np.isnan(oracle.k[0])
-    np.testing.assert_array_equal(np.isnan(kcache), ~written)
-    np.testing.assert_allclose(kcache[written], oracle.k[0][written], rtol=1e-6 if case.cache == "float32" else 1e-3, atol=1e-6)
-    np.testing.assert_array_equal(vcache, oracle.v[0].astype(case.cache))
+        k = k.reshape(rows, case.kv_heads, case.dim)
+        k = meanings.rotate(k, cos_sin) if case.rotary else k
+        for row, (position, sequence) in enumerate(zip(positions, sequences, strict=True)):
+            oracle.write(0, table[sequence], int(position), k[row], v[row].reshape(case.kv_heads, case.dim))
+        keys.check(oracle.k[0], oracle.k_scales[0], exact=not case.rotary)
+    values.check(oracle.v[0], oracle.v_scales[0], exact=True)
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 3, 7)], ids=str)
+def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: Case) -> None:
+    """A sequence is read whole; or up to 375 tokens, then in threes, eights and one by one, where context 384 adds a chunk."""
+    generator = np.random.default_rng(1)
+    length, prompt, heads = 415, 375, case.widths[0]
+    table = aligned_copy(generator.permutation(NUM_BLOCKS)[:MAX_BLOCKS], np.int32)
+    qkv = place(generator.standard_normal((length, sum(case.widths)), np.float32), View(case.views[0].stride))
+    angles = np.arange(length)[:, None] * 0.9 ** np.arange(case.dim // 2)
+    cos_sin = place(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), View.of_width(case.dim))
+    slope = [aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)] if case.alibi else []
+    expected, memory = np.empty((0, heads)), b""
+    for at_once in (length, 8, 3, 1):
+        steps = [range(length)] if at_once == length else [range(prompt)]
+        steps += [range(first, min(first + at_once, length)) for first in range(len(steps[0]), length, at_once)]
+        keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
+        results = []
+        for step in steps:
+            rows, here = len(step), slice(step.start, step.stop)
+            batch = [ints(*step), ints(*[0] * rows), table]
+            tables = [aligned_copy(cos_sin[here])] if case.rotary else []
+            some, out = aligned_copy(qkv[here]), garbage((rows, case.attention.out.stride))
+            library.call(case.append, ints(rows), some, some, *batch, *tables, keys.flat, values.flat)
+            library.call(case.attention, ints(rows), some, *batch, *tables, *slope, keys.flat, values.flat, out)
+            results.append(out[:, :heads])
+        result = np.concatenate(results)
+        if at_once == length:
+            expected, memory = result, keys.memory.tobytes() + values.memory.tobytes()
+        np.testing.assert_array_equal(result, expected)
+        assert keys.memory.tobytes() + values.memory.tobytes() == memory

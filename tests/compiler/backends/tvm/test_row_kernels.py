@@ -20,6 +20,7 @@ from compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
 
 WIDTHS = (5, 37, 64, 176)
+PLANES = {5: (1,), 37: (1, 2), 64: (1,), 176: (1, 2)}  # of quantized results of each width, to save compiling some
 ROWS = (1, 7)
 VOCAB = 37
 
@@ -33,27 +34,38 @@ def part(width: int) -> View:
     return View(own(2 * width + 3).stride, width + 3)
 
 
-def norm(kind: str, width: int, *, add: bool, quantize: bool, total: bool = True) -> Norm:
-    view = own(width)
-    return Norm(kind, width, 1e-5, kind == "layer", quantize, part(width), view if add else None,
-                view if add and total else None, view)  # fmt: skip
+def quantized(width: int, planes: int) -> View:
+    """Rows of one or two planes of bytes."""
+    return View(planes * own(width).stride)
 
 
-def activation(function: str, width: int, quantize: bool) -> Activation:
+def norm(kind: str, width: int, *, add: bool, planes: int = 0, total: bool = True) -> Norm:
+    """A norm with a float result, or a quantized one of 1 or 2 planes."""
+    view, out = own(width), quantized(width, planes or 1)
+    return Norm(kind, width, 1e-5, kind == "layer", planes > 0, part(width), view if add else None,
+                view if add and total else None, out, planes or 1)  # fmt: skip
+
+
+def activation(function: str, width: int, planes: int = 0) -> Activation:
     swiglu = function == "swiglu"
-    stride = own(2 * width).stride
-    return Activation(function, width, quantize, View(stride), View(stride, width) if swiglu else None, own(width))
+    x = View(own(2 * width).stride)
+    up, out = View(x.stride, width) if swiglu else None, quantized(width, planes or 1)
+    return Activation(function, width, planes > 0, x, up, out, planes or 1)
 
 
-NORMS = [norm(kind, width, add=add, quantize=q) for kind in ("layer", "rms") for width in WIDTHS for add in (False, True)
-         for q in (False, True)]  # fmt: skip
-SUM_UNUSED = norm("rms", 37, add=True, quantize=False, total=False)
-ACTIVATIONS = [activation(f, width, q) for f in ("gelu", "swiglu") for width in WIDTHS for q in (False, True)]
+def quantize_tokens(width: int, planes: int) -> QuantizeTokens:
+    return QuantizeTokens(width, part(width), quantized(width, planes), planes)
+
+
+NORMS = [norm(kind, width, add=add, planes=planes) for kind in ("layer", "rms") for width in WIDTHS for add in (False, True)
+         for planes in (0, *PLANES[width])]  # fmt: skip
+SUM_UNUSED = norm("rms", 37, add=True, total=False)
+ACTIVATIONS = [activation(f, width, planes) for f in ("gelu", "swiglu") for width in WIDTHS for planes in (0, *PLANES[width])]
 ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 2048, 10000.0),
             RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
 KERNELS: list[Kernel] = [
     *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTARIES,
-    *[QuantizeTokens(width, part(width), own(width)) for width in WIDTHS],
+    *[quantize_tokens(width, planes) for width in WIDTHS for planes in (1, 2)],
     *[GatherRows(width, part(width), own(width)) for width in WIDTHS],
     *[Add(width, part(width), own(width), own(width)) for width in WIDTHS],
     *[FloatEmbedding(VOCAB, width, own(width)) for width in WIDTHS],
@@ -78,21 +90,37 @@ def values(rows: int, width: int, seed: int = 0) -> Array:
     return x
 
 
-def assert_quantized(library: Library, xq: Array, xs: Array, x: Array) -> None:
+def assert_quantized(xq: Array, xs: Array, x: Array, planes: int) -> None:
     """The integers and scales are exactly those of NumPy for these floats."""
-    expected_xq, expected_xs = meanings.quantize_tokens(x)
-    np.testing.assert_array_equal(xq.astype(np.int32) - 128, expected_xq)
+    expected_xq, expected_xs = meanings.quantize_tokens(x, bits=8 * planes)
+    parts = xq.astype(np.int32).reshape(len(xq), planes, -1)[:, :, : x.shape[1]] - 128
+    np.testing.assert_array_equal(parts[:, 0] if planes == 1 else 256 * parts[:, 0] + parts[:, 1], expected_xq)
+    assert parts[:, 0].min() >= -127, "the kernels count on it"
     np.testing.assert_array_equal(xs, expected_xs)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_quantize_tokens_is_exact(library: Library, width: int, rows: int) -> None:
-    kernel = QuantizeTokens(width, part(width), own(width))
+def test_quantize_tokens_is_exact(library: Library, width: int, rows: int, planes: int) -> None:
+    kernel = quantize_tokens(width, planes)
     x = values(rows, width)
     xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
     library.call(kernel, ints(rows), place(x, kernel.x), xq, xs)
-    assert_quantized(library, xq[:, :width], xs, x)
+    assert_quantized(xq, xs, x, planes)
+
+
+def test_quantize_tokens_of_16_bits_at_the_ends_of_its_range(library: Library) -> None:
+    """Integers whose low byte is -128 or 127, and the largest."""
+    limit = meanings.LIMITS[16]
+    x = np.array([[limit, -limit, 127, 128, -128, -129, 256 * -126 - 128, 0.5, 1.5, *[0] * 28]], np.float32)
+    kernel = quantize_tokens(37, 2)
+    xq, xs = garbage((1, kernel.out.stride), np.uint8), garbage(1)
+    library.call(kernel, ints(1), place(x, kernel.x), xq, xs)
+    assert_quantized(xq, xs, x, 2)
+    high, low = xq.reshape(2, -1)[:, :9].astype(int) - 128
+    assert high.tolist() == [127, -127, 0, 1, 0, -1, -126, 0, 0]
+    assert low.tolist() == [127, -127, 127, -128, -128, 127, -128, 0, 2]
 
 
 @pytest.mark.parametrize("kernel", [k for k in NORMS if not k.quantize], ids=lambda k: k.name)
@@ -113,15 +141,16 @@ def test_norm(library: Library, kernel: Norm, rows: int) -> None:
         np.testing.assert_array_equal(written[:, :width], total)
     if rows > 1 and kernel.r is None:
         return
-    quantized = norm(kernel.norm, width, add=kernel.r is not None, quantize=True)
-    xq, xs = garbage((rows, quantized.out.stride), np.uint8), garbage(rows)
-    library.call(quantized, ints(rows), place(x, kernel.x), *parts, *map(aligned_copy, weights), *outs, xq, xs)
-    assert_quantized(library, xq[:, :width], xs, out[:, :width])
+    for planes in PLANES[width]:
+        quantizing = norm(kernel.norm, width, add=kernel.r is not None, planes=planes)
+        xq, xs = garbage((rows, quantizing.out.stride), np.uint8), garbage(rows)
+        library.call(quantizing, ints(rows), place(x, kernel.x), *parts, *map(aligned_copy, weights), *outs, xq, xs)
+        assert_quantized(xq, xs, out[:, :width], planes)
 
 
 def test_norm_in_place_and_with_an_unused_sum(library: Library) -> None:
     """`total` may be the memory of r; and may be left out."""
-    kernel, rows = norm("rms", 37, add=True, quantize=False), 7
+    kernel, rows = norm("rms", 37, add=True), 7
     x, r, scale = values(rows, 37), values(rows, 37, 1), values(1, 37, 2)[0]
     stream, out, other = place(r, own(37)), garbage((rows, 64)), garbage((rows, 64))
     library.call(kernel, ints(rows), place(x, kernel.x), stream, aligned_copy(pack_vector(scale)), stream, out)
@@ -142,10 +171,11 @@ def test_activation(library: Library, kernel: Activation, rows: int) -> None:
     library.call(kernel, ints(rows), *buffers, out)
     expected = meanings.swiglu(x, up) if kernel.up else meanings.gelu(x)
     np.testing.assert_allclose(out[:, :width], expected, rtol=1e-6, atol=2e-6)
-    quantized = activation(kernel.function, width, True)
-    xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
-    library.call(quantized, ints(rows), *buffers, xq, xs)
-    assert_quantized(library, xq[:, :width], xs, out[:, :width])
+    for planes in PLANES[width]:
+        quantizing = activation(kernel.function, width, planes)
+        xq, xs = garbage((rows, quantizing.out.stride), np.uint8), garbage(rows)
+        library.call(quantizing, ints(rows), *buffers, xq, xs)
+        assert_quantized(xq, xs, out[:, :width], planes)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -88,8 +88,10 @@ def test_tiles_take_over_where_they_win(threshold: int | None, times: Callable[[
 def test_shapes_of_a_program() -> None:
     from tests.compiler.backends.tvm.test_linear import floating, quantized
 
-    found = searching.shapes_of({quantized(32, 64): 64, quantized(32, 64, bias=False): 512, floating(8, 8): 512})
-    assert found == {Shape(32, 64): 512}
+    found = searching.shapes_of({quantized(32, 64): 64, quantized(32, 64, bias=False): 512, floating(8, 8): 512,
+                                quantized(32, 64, planes=2): 64})  # fmt: skip
+    assert found == {Shape(32, 64): 512, Shape(32, 64, 2): 64}
+    assert [Shape.of(searching.kernel_of(shape)) for shape in found] == list(found)
 
 
 def test_a_build_searches_the_model_for_this_host_when_asked_to(

@@ -78,12 +78,13 @@ def test_the_same_shape_then_the_nearest_then_the_built_in_one() -> None:
 
 
 def test_kernels_take_their_tiling_from_the_table() -> None:
-    known, unknown = quantized(64, 128), quantized(2048, 1024)
+    known, unknown, planes = quantized(64, 128), quantized(2048, 1024), quantized(64, 128, planes=2)
     tuned = compile_library([known, floating(64, 128)], AVX2, TABLE)
     assert tuned == compile_library([known, floating(64, 128)], AVX2, TABLE)
     assert tuned == compile_library([replace(known, tiling=SMALL.tiling), floating(64, 128)], AVX2)
     assert tuned != compile_library([known, floating(64, 128)], AVX2)
-    assert compile_library([unknown], AVX2, TABLE) == compile_library([unknown], AVX2)
+    for other in (unknown, planes):
+        assert compile_library([other], AVX2, TABLE) == compile_library([other], AVX2)
 
 
 def test_impossible_tilings() -> None:

@@ -1,0 +1,63 @@
+"""BLOOM normalizes its embeddings; since a token's embedding is always the same, so is its normalized one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.ir import meanings
+from compiler.ir.build import make_initializer, make_node
+from compiler.ir.lazy import lazy
+from compiler.ir.ops import attributes_of
+from passes.base import Replacement, RewritePass, is_weight, other_readers
+
+Floats = npt.NDArray[np.float32]
+_ROWS = 4096  # rows normalized at a time
+
+
+@dataclass(frozen=True)
+class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
+    """e = Gather(E, ids); n = LayerNormalization(e, g, b)   becomes   n = Gather(LayerNorm(E; g, b), ids)
+
+    One kernel less, and the table starts the residual stream, which the rotations need. A head that is tied to E keeps
+    E, so the engine holds two tables. Refuses a gather with another reader.
+    """
+
+    def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+        source = node.inputs[0] if node.op_type == "LayerNormalization" else None
+        gather = source.producer() if source is not None else None
+        if gather is None or gather.op_type != "Gather" or not is_weight(gather.inputs[0]):
+            return None
+        # A norm that feeds linears is the first layer's own and must stay one.
+        return None if any(reader.op_type == "Gemm" for reader in node.outputs[0].consumers()) else (gather, node)
+
+    def check(self, match: tuple[ir.Node, ir.Node]) -> str:
+        gather, norm = match
+        others = other_readers(gather.outputs[0], norm)
+        return f"the embedding is also read by {', '.join(others)}" if others else ""
+
+    def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
+        gather, norm = match
+        table, ids = gather.inputs
+        assert table is not None and table.const_value is not None
+        source, name = table.const_value, f"{table.name}.normalized"
+        parts = [value.const_value for value in norm.inputs[1:] if value is not None and value.const_value is not None]
+        compute = partial(_normalize, source, parts, attributes_of(norm)["epsilon"])
+        folded = make_initializer(lazy(name, compute, source.shape.numpy(), ir.DataType.FLOAT))
+        graph.register_initializer(folded)
+        node = make_node("Gather", [folded, ids], str(norm.name))
+        return Replacement(match, [node], {norm.outputs[0]: node.outputs[0]})
+
+
+def _normalize(table: ir.TensorProtocol, parts: list[ir.TensorProtocol], epsilon: float) -> Floats:
+    rows = table.numpy()
+    vectors = [part.numpy() for part in parts]
+    result = np.empty(rows.shape, np.float32)
+    for start in range(0, len(rows), _ROWS):
+        block = slice(start, start + _ROWS)
+        result[block] = meanings.layer_norm(rows[block], *vectors, epsilon=epsilon)
+    return result

@@ -1,0 +1,88 @@
+"""LayerNorm becomes RMSNorm: writers of the stream take its mean subtraction, readers its bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.ir.build import make_initializer, make_node
+from compiler.ir.lazy import lazy
+from compiler.ir.ops import attributes_of
+from passes.base import Pass, PassResult, Replacement, apply
+from passes.rotation.stream import find_stream
+from passes.rotation.weights import replace_weight
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FoldLayerNorms(Pass):
+    """x = Gather(E, ids); n = LayerNorm(x, g, b); y = Gemm(n, W, c); x2 = Add(x, Gemm(z, V, d))   becomes
+    x' = Gather(E P, ids); n' = RMSNorm(x', g); y = Gemm(n', W, c + W b); x2' = Add(x', Gemm(z, P V, P d))
+
+    P subtracts the mean over the channels. The stream x' = x P has mean 0 everywhere, and there both norms divide by
+    the same number (SliceGPT, arXiv:2401.15024). Refuses, and changes nothing, where the stream is read by anything
+    but LayerNorms that feed linears (BLOOM's residual connection after the norm).
+    """
+
+    def run(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        if not any(node.op_type == "LayerNormalization" for node in graph):
+            return PassResult()
+        stream, reason = find_stream(graph, "LayerNormalization")
+        if reason:
+            return PassResult(0, (reason,))
+        for node in stream.tables:
+            replace_weight(node, 0, _center_rows, graph, "centered")
+        for node in stream.writers:
+            replace_weight(node, 1, _center_columns, graph, "centered")
+            if len(node.inputs) > 2 and node.inputs[2] is not None:
+                replace_weight(node, 2, _center_vector, graph, "centered")
+        for norm in stream.norms:
+            bias = norm.inputs[2] if len(norm.inputs) > 2 else None
+            if bias is not None and bias.const_value is not None:
+                for reader in list(norm.outputs[0].consumers()):
+                    _add_bias(reader, bias.const_value, graph)
+            rms = make_node("RMSNormalization", norm.inputs[:2], str(norm.name),
+                            attributes={"epsilon": attributes_of(norm)["epsilon"]})  # fmt: skip
+            apply(Replacement([norm], [rms], {norm.outputs[0]: rms.outputs[0]}), graph)
+        return PassResult(len(stream.norms))
+
+
+def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> None:
+    """Gemm(n + shift, W, c) = Gemm(n, W, c + W shift)"""
+    weight, old = reader.inputs[1], reader.inputs[2] if len(reader.inputs) > 2 else None
+    assert weight is not None and weight.const_value is not None
+    name = f"{old.name}.shifted" if old is not None else f"{reader.name}.shift"
+    compute = partial(_shifted, weight.const_value, shift, None if old is None else old.const_value)
+    value = make_initializer(lazy(name, compute, weight.const_value.shape.numpy()[:1], ir.DataType.FLOAT))
+    graph.register_initializer(value)
+    reader.resize_inputs(3)
+    reader.replace_input_with(2, value)
+    if old is not None and not old.uses():
+        del graph.initializers[str(old.name)]
+
+
+def _shifted(weight: ir.TensorProtocol, shift: ir.TensorProtocol, bias: ir.TensorProtocol | None) -> Floats:
+    product = (weight.numpy() @ shift.numpy().astype(np.float64)).astype(np.float32)
+    total: Floats = product if bias is None else product + bias.numpy()
+    return total
+
+
+def _center_rows(table: Floats) -> Floats:
+    centered: Floats = table - table.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return centered
+
+
+def _center_columns(weight: Floats) -> Floats:
+    centered: Floats = weight - weight.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+    return centered
+
+
+def _center_vector(bias: Floats) -> Floats:
+    centered: Floats = bias - np.float32(bias.mean(dtype=np.float64))
+    return centered

@@ -1,0 +1,80 @@
+"""Random orthogonal matrices that are applied cheaply: signs, a Hadamard transform, and a small matrix across its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+_CHUNK = 1024  # rows or columns rotated at a time, so that temporaries stay small beside the weight
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix Q of `size` rows, the same for the same `seed`.
+
+    size = blocks * 2**k: columns get random signs, each block of 2**k is Hadamard transformed, and a random orthogonal
+    blocks x blocks matrix mixes the blocks. `blocks` is odd, and 1 for a power of two.
+    """
+
+    size: int
+    seed: int
+
+    def right(self, weight: Floats) -> Floats:
+        """weight @ Q for a weight [rows, size]."""
+        blocks, outer, inner = self._factors()
+        signs, mixer = self._parts(blocks)
+        low, high = _hadamard(inner), _hadamard(outer)
+        result = np.empty(weight.shape, np.float32)
+        for start in range(0, len(weight), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            x = (weight[rows] * signs).reshape(-1, inner) @ low
+            x = np.matmul(high, x.reshape(-1, outer, inner))
+            if blocks > 1:
+                x = np.matmul(mixer, x.reshape(-1, blocks, outer * inner))
+            result[rows] = x.reshape(-1, self.size)
+        return result
+
+    def left(self, weight: Floats) -> Floats:
+        """Q.T @ weight for a weight [size, columns]."""
+        blocks, outer, inner = self._factors()
+        signs, mixer = self._parts(blocks)
+        low, high = _hadamard(inner), _hadamard(outer)
+        result = np.empty(weight.shape, np.float32)
+        for start in range(0, weight.shape[1], _CHUNK):
+            columns = slice(start, start + _CHUNK)
+            x = weight[:, columns] * signs[:, None]
+            count = x.shape[1]
+            x = np.matmul(low, x.reshape(-1, inner, count))
+            x = np.matmul(high, x.reshape(blocks, outer, inner * count))
+            if blocks > 1:
+                x = mixer @ x.reshape(blocks, -1)
+            result[:, columns] = x.reshape(self.size, count)
+        return result
+
+    def _factors(self) -> tuple[int, int, int]:
+        """size = blocks * outer * inner: the transform of outer * inner is two products with small matrices."""
+        width = self.size & -self.size  # the largest power of two that divides the size
+        inner = 1 << (width.bit_length() // 2)
+        return self.size // width, width // inner, inner
+
+    def _parts(self, blocks: int) -> tuple[Floats, Floats]:
+        """Signs [size] and an orthogonal matrix [blocks, blocks]."""
+        random = np.random.default_rng([self.seed, self.size])
+        signs = random.choice(np.array([-1, 1], np.float32), self.size)
+        mixer, triangle = np.linalg.qr(random.standard_normal((blocks, blocks)))
+        # The signs make the result independent of LAPACK's choice.
+        return signs, (mixer * np.sign(np.diag(triangle))).T.astype(np.float32)
+
+
+@cache
+def _hadamard(size: int) -> Floats:
+    """The normalized, symmetric Walsh-Hadamard matrix of a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    normalized: Floats = (matrix / np.sqrt(size)).astype(np.float32)
+    return normalized

@@ -1,0 +1,81 @@
+"""R2: the values of each head are rotated; the projections before and after the attention absorb it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.ir.ops import attributes_of
+from passes.base import Pass, PassResult, is_weight, other_readers
+from passes.rotation.hadamard import Rotation
+from passes.rotation.weights import replace_weight
+
+Floats = npt.NDArray[np.float32]
+_DONE = "rotated_values"
+
+
+@dataclass(frozen=True)
+class RotateValues(Pass):
+    """a = Attention(q, k, Gemm(x, V)); y = Gemm(a, O)   becomes   a' = Attention(q, k, Gemm(x, Q.T V)); y = Gemm(a', O Q)
+
+    per head, with one random Hadamard matrix Q of head_dim for all: attention averages values, and averages rotate with
+    them. V may be the last rows of a fused projection (BLOOM). Refuses an attention whose values or output have
+    another reader.
+    """
+
+    seed: int = 0
+
+    def run(self, model: ir.Model) -> PassResult:
+        if _DONE in model.metadata_props:
+            return PassResult()
+        changes, refusals = 0, []
+        for node in [node for node in model.graph if node.op_type == "Attention"]:
+            reason = self._rotate(node, model.graph)
+            changes += not reason
+            refusals += [f"{node.name}: {reason}"] if reason else []
+        if changes:
+            model.metadata_props[_DONE] = str(self.seed)
+        return PassResult(changes, tuple(refusals))
+
+    def _rotate(self, attention: ir.Node, graph: ir.Graph) -> str:
+        attributes = attributes_of(attention)
+        rotation = Rotation(attributes["head_dim"], self.seed)
+        values, after = attention.inputs[2], list(attention.outputs[0].consumers())
+        assert values is not None
+        if others := other_readers(values, attention):
+            return f"its values are also read by {', '.join(others)}"
+        if len(after) != 1 or after[0].op_type != "Gemm" or not is_weight(after[0].inputs[1]):
+            return "its output is not read by one linear alone"
+        linear, start = values.producer(), 0
+        if linear is not None and linear.op_type == "Split":
+            sizes, fused = linear.inputs[1], linear.inputs[0]
+            assert sizes is not None and sizes.const_value is not None and fused is not None
+            start = int(sizes.const_value.numpy()[: list(linear.outputs).index(values)].sum())
+            if others := other_readers(fused, linear):
+                return f"its projection is also read by {', '.join(others)}"
+            linear = fused.producer()
+        if linear is None or linear.op_type != "Gemm" or not is_weight(linear.inputs[1]):
+            return "its values do not come from a linear"
+        rows = slice(start, start + attributes["num_kv_heads"] * rotation.size)
+        replace_weight(linear, 1, partial(_rotate_rows, rotation, rows), graph)
+        if len(linear.inputs) > 2 and linear.inputs[2] is not None:
+            replace_weight(linear, 2, partial(_rotate_rows, rotation, rows), graph)
+        replace_weight(after[0], 1, partial(_rotate_columns, rotation), graph)
+        return ""
+
+
+def _rotate_rows(rotation: Rotation, rows: slice, weight: Floats) -> Floats:
+    """Q.T times each head's rows of a weight [outputs, inputs], or its part of a bias [outputs]."""
+    result: Floats = weight.copy()
+    heads = weight[rows].reshape(-1, rotation.size, weight[rows].size // weight[rows].shape[0])
+    result[rows] = np.concatenate([rotation.left(head) for head in heads]).reshape(weight[rows].shape)
+    return result
+
+
+def _rotate_columns(rotation: Rotation, weight: Floats) -> Floats:
+    """Each head's columns of a weight [outputs, heads * head_dim] times Q."""
+    return rotation.right(weight.reshape(-1, rotation.size)).reshape(weight.shape)

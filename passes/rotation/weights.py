@@ -1,0 +1,35 @@
+"""Weights replaced by functions of themselves, computed when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.ir.build import make_initializer
+from compiler.ir.lazy import lazy
+
+Floats = npt.NDArray[np.float32]
+
+
+def replace_weight(
+    node: ir.Node, index: int, change: Callable[[Floats], Floats], graph: ir.Graph, suffix: str = "rotated"
+) -> None:
+    """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it.
+
+    Where another reader has taken that name for another change (a tied table), the node's own name is used.
+    """
+    weight = node.inputs[index]
+    assert weight is not None and weight.const_value is not None
+    source = weight.const_value
+    name = f"{weight.name}.{suffix}"
+    if name in graph.initializers:
+        name = f"{node.name}.weight.{suffix}"
+    tensor = lazy(name, lambda: change(source.numpy()), source.shape.numpy(), ir.DataType.FLOAT)
+    value = make_initializer(tensor)
+    graph.register_initializer(value)
+    node.replace_input_with(index, value)
+    if not weight.uses():
+        del graph.initializers[str(weight.name)]

@@ -1,0 +1,246 @@
+"""Where the time of steps goes: per kind of kernel, between kernels, around them, and against the memory's bandwidth."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import host
+from runtime.executors import StepBatch
+from runtime.memory import anonymous
+from runtime.program import Program
+
+Bound = Callable[[], object]
+_clock = time.perf_counter
+_READS = 7
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All calls of one kind of kernel over one row count ("T" tokens, "R" logit rows) in one phase.
+
+    `bytes` are weights and, for attention, keys and values, each counted once a call; `share_of_limit` is bytes a second
+    over the read bandwidth, None where nothing is counted. Rows of activations are not counted: they stay in cache.
+    """
+
+    kind: str
+    rows: str
+    calls: int
+    seconds: float
+    share_of_step: float
+    bytes: int
+    bytes_per_second: float
+    share_of_limit: float | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All steps of one sort. "decode": every token of the step wants its logits; "prefill": all others, mixed ones too.
+
+    `seconds` are the steps' time on the wall clock without waiting for requests. Of these `between_s` lie between the
+    kernels of a step (Python, and the profiler's own clock: about 0.1 us a call), `around_s` before and after them
+    (scheduling, sampling, detokenizing). Kernels are in the order of the program.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    between_s: float
+    around_s: float
+    kernels: tuple[KernelTime, ...]
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the time that is not in kernels."""
+        return (self.between_s + self.around_s) / self.seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profiled stretch of work took. `read_bytes_per_second` is the limit, measured before and after it."""
+
+    isa: str
+    threads: int
+    read_bytes_per_second: float
+    phases: tuple[Phase, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The profile as text, one table a phase."""
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        limit = f"read bandwidth {self.read_bytes_per_second / 1e9:.1f} GB/s, {threads}, {self.isa}"
+        tables = [_table(phase) for phase in self.phases]
+        return "\n\n".join([*tables, f"{limit}; GB/s counts weights, keys and values"])
+
+
+@dataclass
+class _Sums:
+    """One phase while it is recorded; arrays have an entry for each call of the program."""
+
+    seconds: NDArray[np.float64]
+    calls: NDArray[np.int64]
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    walk_s: float = 0.0  # first kernel to last
+    kv_tokens: int = 0  # cached tokens that attention read, summed over steps
+
+
+@dataclass
+class ProfileHandle:
+    """What `Engine.profile` yields; `result` is there when its `with` block has ended."""
+
+    result: Profile | None = None
+
+
+class Recorder:
+    """Collects times. The executor binds its calls through `timed`, the step loop runs its steps through `step`.
+
+    Both run on the loop's thread only. When nothing is recorded neither is in the way.
+    """
+
+    def __init__(self, program: Program, batch: StepBatch) -> None:
+        self._program = program
+        self._batch = batch
+        self._spans = [0.0] * len(program.calls)
+        self._walk = [0.0, 0.0]
+        self._phases: dict[str, _Sums] = {}
+        self._resumed = 0.0
+        self._binding_s = 0.0
+
+    def timed(self, calls: Iterable[tuple[int, Bound]]) -> tuple[Bound, ...]:
+        """The same calls, each with a clock; their numbers are those of the program. Binding them is no part of a step."""
+        started = _clock()
+        bound = (self._begin, *(self._timed(number, call) for number, call in calls), self._end)
+        self._binding_s += _clock() - started
+        return bound
+
+    def step(self, run: Callable[[], None], more: Callable[[], bool]) -> None:
+        """Run one step; the time to the next counts too if there is `more` to do."""
+        started = self._resumed or _clock()
+        self._walk[0] = self._binding_s = 0.0
+        run()
+        if self._walk[0]:  # else there was nothing left to run
+            self._add(_clock() - started - self._binding_s)
+        self._resumed = _clock() if more() else 0.0
+
+    def profile(self, isa: str, threads: int, bandwidth: float) -> Profile:
+        """What was recorded."""
+        phases = (self._phase(name, bandwidth) for name in ("prefill", "decode") if name in self._phases)
+        return Profile(isa, threads, bandwidth, tuple(phases))
+
+    def _timed(self, number: int, call: Bound) -> Bound:
+        spans, clock = self._spans, _clock
+
+        def run() -> None:
+            started = clock()
+            call()
+            spans[number] = clock() - started
+
+        return run
+
+    def _begin(self) -> None:
+        self._spans[:] = [0.0] * len(self._spans)
+        self._walk[0] = _clock()
+
+    def _end(self) -> None:
+        self._walk[1] = _clock()
+
+    def _add(self, wall_s: float) -> None:
+        batch, spans = self._batch, np.array(self._spans)
+        name = "decode" if batch.tokens == batch.rows else "prefill"
+        sums = self._phases.setdefault(name, _Sums(np.zeros(len(spans)), np.zeros(len(spans), np.int64)))
+        sums.seconds += spans
+        sums.calls += spans > 0
+        sums.steps += 1
+        sums.tokens += batch.tokens
+        sums.wall_s += wall_s
+        sums.walk_s += self._walk[1] - self._walk[0]
+        contexts = np.zeros(batch.max_sequences, np.int64)
+        np.maximum.at(contexts, batch.sequences[: batch.tokens], batch.positions[: batch.tokens] + 1)
+        sums.kv_tokens += int(contexts.sum())
+
+    def _phase(self, name: str, bandwidth: float) -> Phase:
+        sums = self._phases[name]
+        groups: dict[tuple[str, str], list[int]] = {}
+        for number, call in enumerate(self._program.calls):
+            if sums.calls[number]:
+                groups.setdefault((call.kind, call.rows), []).append(number)
+        kernels = []
+        for (kind, rows), numbers in groups.items():
+            calls, seconds = int(sums.calls[numbers].sum()), float(sums.seconds[numbers].sum())
+            read = sum(self._program.calls[n].bytes * int(sums.calls[n]) for n in numbers)
+            if kind == "attention":
+                read += len(numbers) * sums.kv_tokens * kv_bytes_per_token(self._program) // self._program.kv.layers
+            rate = read / seconds
+            share = rate / bandwidth if read else None
+            kernels.append(KernelTime(kind, rows, calls, seconds, seconds / sums.wall_s, read, rate, share))
+        between = sums.walk_s - float(sums.seconds.sum())
+        return Phase(name, sums.steps, sums.tokens, sums.wall_s, between, sums.wall_s - sums.walk_s, tuple(kernels))
+
+
+def kv_bytes_per_token(program: Program) -> int:
+    """Bytes of keys and values of one token over all layers."""
+    return program.kv.block_bytes // program.block_size
+
+
+def read_bandwidth(threads: int, size: int | None = None) -> float:
+    """Bytes a second that `threads` threads read from anonymous memory, the best of several passes.
+
+    The runtime has no compiler, so libc's memcmp reads: it is vectorised, takes two streams, and ctypes lets threads call it
+    side by side. It keeps up with a kernel that prefetches (benchmarks/bandwidth.py); where others use the machine too, both
+    vary by a third between readings, and a share of the limit may exceed 1. Memory is larger than last-level caches, and
+    written first, so that pages exist.
+    """
+    size = size or min(max(512 << 20, 4 * host.last_level_cache_bytes()), host.memory_bytes() // 8)
+    libc = ctypes.CDLL(None)
+    half = max(size // threads // 2 // 4096, 1) * 4096
+    memory = anonymous(2 * half * threads)
+    starts = [memory.ctypes.data + 2 * half * i for i in range(threads)]
+    fill, compare = libc.memset, libc.memcmp
+    fill.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+    compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+    def together(work: Callable[[int], object]) -> float:
+        others = [threading.Thread(target=work, args=(start,)) for start in starts[1:]]
+        began = _clock()
+        for thread in others:
+            thread.start()
+        work(starts[0])
+        for thread in others:
+            thread.join()
+        return _clock() - began
+
+    together(lambda start: fill(start, 1, 2 * half))
+    return memory.size / min(together(lambda start: compare(start, start + half, half)) for _ in range(_READS))
+
+
+def _table(phase: Phase) -> str:
+    def line(label: str, rows: str, calls: int | None, seconds: float, rate: float = 0.0, share: float | None = None) -> str:
+        counted = "" if calls is None else f"{calls / phase.steps:.0f}"
+        read = f"{rate / 1e9:8.2f} {share:9.0%}" if share is not None else ""
+        taken = f"{1e3 * seconds / phase.steps:11.3f}{seconds / phase.seconds:8.1%}"
+        return f"  {label:<28}{rows:<4}{counted:>6}{taken}{read}"
+
+    steps = f"{phase.steps} step{'s' * (phase.steps != 1)}"
+    speed = f"{phase.tokens / phase.seconds:.1f} tokens/s"
+    lines = [f"{phase.name}: {phase.tokens} tokens in {steps}, {1e3 * phase.seconds / phase.steps:.2f} ms a step, {speed}"]
+    lines.append(f"  {'kernel':<28}{'rows':<4}{'calls':>6}{'ms/step':>11}{'share':>8}{'GB/s':>8}{'of limit':>10}")
+    for kernel in sorted(phase.kernels, key=lambda kernel: -kernel.seconds):
+        lines.append(
+            line(kernel.kind, kernel.rows, kernel.calls, kernel.seconds, kernel.bytes_per_second, kernel.share_of_limit)
+        )
+    lines.append(line("between kernels", "", None, phase.between_s))
+    lines.append(line("schedule, sample, detokenize", "", None, phase.around_s))
+    return "\n".join(lines)
