@@ -43,6 +43,7 @@ QUANTIZATION: Mapping[str, dict[str, Any]] = {
     "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
 }
+TUNING = "tune-kernels"  # its record is only in engines built with `tune`
 KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
     "auto": "",
     "float32": "float32",
@@ -58,7 +59,9 @@ _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 class BuildRequest:
     """What to compile, for what, and where to. `quantization` names a preset of passes; `kv_cache` is the type of the KV cache
     (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
-    `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown."""
+    `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown. `tune`
+    measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
+    one build to the next."""
 
     checkpoint: str | Path
     output: Path
@@ -69,6 +72,7 @@ class BuildRequest:
     template: str | None = None
     dump_ir: Path | None = None
     force: bool = False
+    tune: bool = False
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -76,7 +80,7 @@ def build(request: BuildRequest) -> Path:
     """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes. Peak memory is a few tensors, whatever the checkpoint's size.
+    give the same bytes, but for what `tune` measures. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
     _check_kv_cache(request.kv_cache)
@@ -94,7 +98,10 @@ def build(request: BuildRequest) -> Path:
         records = run_pipeline(graph, preset, dump_dir=request.dump_ir)
 
         say("compile", 0, 0)
-        lowered = compile_graph(graph, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache)
+        tune = (lambda done, total: say("tune", done, total)) if request.tune else None
+        lowered = compile_graph(
+            graph, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
+        )
 
         writer.check_space(_exact_bytes(lowered))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
@@ -157,11 +164,12 @@ def _manifest(
     program, special = lowered.program, checkpoint.special
     kv_blocks = -(-min(_SERVED_TOKENS, program.max_context) // program.block_size)
     memory = _exact_bytes(lowered) + program.arena_bytes + kv_blocks * program.kv.block_bytes + _PROCESS_BYTES
+    applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
     return Manifest(
         model=model,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
-        passes=(opened, *(PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records)),
+        passes=(opened, *applied, *_tuning_record(lowered)),
         quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
         prompt_template=PromptTemplate(
@@ -172,9 +180,19 @@ def _manifest(
         ),
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
-        | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")},
+        | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}
+        | {"kernel tilings": "; ".join(lowered.tilings)},
         files={},
     )
+
+
+def _tuning_record(lowered: Lowered) -> list[PassRecord]:
+    """What was measured for this build, as a pass that changed so many shapes; nothing for a build that measured nothing."""
+    if lowered.tuned is None:
+        return []
+    measured = lowered.tuned.to_plain()
+    refusals = () if lowered.tuned.entries else ("the model has no int8 linear layer to tune",)
+    return [PassRecord(TUNING, measured, len(lowered.tuned.entries), refusals)]
 
 
 def _version(package: str) -> str:

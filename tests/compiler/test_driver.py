@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
-from compiler import driver
+from compiler import driver, inspection, terminal
 from compiler.backends.tvm import Lowered
 from compiler.backends.tvm.isa import AVX2
 from compiler.backends.tvm.library import compile_library
@@ -21,6 +21,7 @@ from compiler.errors import CompileError
 from passes.pipeline import PRESETS
 from runtime.artifact import Manifest, read_manifest, verify_files
 from runtime.program import read_program
+from tests.compiler.conftest import TUNED
 from tests.parity.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
@@ -115,6 +116,23 @@ def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
     assert manifest.target.isas == manifest.target.requires.isa == ("avx2",)
     assert {name for name in manifest.files if "kernels-" in name} == {"rank0/kernels-avx2.so"}
     assert manifest.passes[0].options == {"template": "raw"}
+
+
+def test_tuning_is_recorded_where_it_was_asked_for(llama: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    plain = manifest_of(BuildRequest(llama, tmp_path / "plain"))
+    assert "tune-kernels" not in [record.name for record in plain.passes]
+    assert plain.toolchain["kernel tilings"] == "avx2: built-in"
+    request = BuildRequest(llama, tmp_path / "tuned", tune=True, on_progress=lambda *told: heard.append(told))
+    manifest = manifest_of(request)
+    record = manifest.passes[-1]
+    assert (record.name, record.changes, record.refusals) == ("tune-kernels", 1, ())
+    assert record.options == TUNED.to_plain()
+    assert manifest.toolchain["kernel tilings"] == "avx2: measured"
+    assert ("tune", 1, 1) in heard
+    rows = dict(terminal.engine_rows(inspection.inspect(tmp_path / "tuned")))
+    assert rows["tuned 96x64, 1 row"] == "2x2, prefetch 2048: 1 row 9 us (-10%)"
+    assert rows["tuned 96x64, 2 rows or more"] == "2x2"
 
 
 def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

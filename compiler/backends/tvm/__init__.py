@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from compiler.backends.tvm.kernels.base import Kernel
     from compiler.backends.tvm.lower import PackedWeight
+    from compiler.backends.tvm.tuning.table import TilingTable
     from runtime.program import Program
 
 CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; append to the cache, attend. Others: one
@@ -18,11 +20,14 @@ CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; ap
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph as an engine holds it. `kernels` are the shared libraries by file name."""
+    """A graph as an engine holds it. `kernels` are the shared libraries by file name; `tilings` says for each instruction set
+    where the kernels' tilings come from, `tuned` is what was measured for this build."""
 
     program: Program
     weights: Sequence[PackedWeight]
     kernels: Mapping[str, bytes]
+    tilings: Sequence[str] = ()
+    tuned: TilingTable | None = None
 
 
 def count_kernel_calls(model: ir.Model) -> int:
@@ -36,15 +41,40 @@ def compile_graph(
     *,
     calls_before_fusion: int,
     kv_cache: str = "auto",
+    tune: Callable[[int, int], None] | None = None,
 ) -> Lowered:
-    """Lower a verified graph and compile its kernels for every instruction set named; `kv_cache` as in `lower`."""
+    """Lower a verified graph and compile its kernels for every instruction set named; `kv_cache` as in `lower`.
+
+    The kernels' tilings are those of the tables in this repository, and nothing is measured, unless `tune` is given: then
+    those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
+    """
     import tvm
 
     from compiler.backends.tvm.isa import ISAS
     from compiler.backends.tvm.library import compile_library
     from compiler.backends.tvm.lower import lower
+    from compiler.backends.tvm.tuning.table import read_table
 
     program, weights, kernels = lower(model, calls_before_fusion, kv_cache)
-    libraries = {f"kernels-{isa}.so": compile_library(kernels, ISAS[isa]) for isa in isas}
+    tables = {isa: read_table(isa) for isa in isas}
+    tuned = _tune(program, kernels, isas, tune) if tune else None
+    if tuned and tuned.entries:
+        tables[tuned.isa] = tuned
+    libraries = {f"kernels-{isa}.so": compile_library(kernels, ISAS[isa], tables[isa]) for isa in isas}
     runtime = Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
-    return Lowered(program, weights, libraries | {runtime.name: runtime.read_bytes()})
+    sources = [tables[isa].describe() for isa in isas]
+    return Lowered(program, weights, libraries | {runtime.name: runtime.read_bytes()}, sources, tuned)
+
+
+def _tune(
+    program: Program, kernels: Sequence[Kernel], isas: Sequence[str], progress: Callable[[int, int], None]
+) -> TilingTable:
+    """Measure the shapes of a program on this host."""
+    from compiler.backends.tvm.isa import ISAS
+    from compiler.backends.tvm.tuning import search
+    from runtime.executors.cpu import choose_isa
+
+    limits = {"T": program.max_tokens, "R": program.max_rows}
+    rows = {call.kernel: limits[call.rows] for call in program.calls}
+    shapes = search.shapes_of({kernel: rows[kernel.name] for kernel in kernels})
+    return search.search(shapes, ISAS[choose_isa(tuple(isas))], progress=progress)

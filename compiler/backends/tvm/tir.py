@@ -7,7 +7,7 @@ indices are int64: a 250,880 x 4096 table times four bytes does not fit in 31 bi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import tvm
@@ -152,10 +152,13 @@ def for_range(stop: Expr, body: Callable[[Expr], None], start: Expr = 0) -> None
         body(index)
 
 
-def parallel(extent: Expr, body: Callable[[Expr], None]) -> None:
-    """A loop shared out among the threads of the pool, in contiguous chunks."""
-    with T.parallel(i64(0), i64(extent)) as index:
-        body(index)
+def parallel(extent: Expr, body: Callable[[Expr], None], interleave: bool = False) -> None:
+    """A loop shared out among the threads of the pool: in contiguous chunks, or every n-th index to each."""
+    one = isinstance(extent, int) and extent == 1  # TVM makes it no loop, and then misses it inside the pragmas
+    with ExitStack() as stack:
+        for pragma in ("launch_point", "stride_pattern") if interleave and not one else ():
+            stack.enter_context(T.attr(T.int32(0), f"pragma_parallel_{pragma}", T.int32(1)))
+        body(stack.enter_context(T.parallel(i64(0), i64(extent))))
 
 
 def for_rows(rows: Expr, body: Callable[[Expr], None], serial_below: int = 2) -> None:
@@ -218,10 +221,10 @@ def add(a: Expr, b: Expr) -> Expr:
     return a + b
 
 
-def prefetch(buffer: Buffer, index: Expr) -> None:
-    """Ask for a cache line that will be read soon."""
-    address = T.address_of(buffer[i64(index)])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(3), T.int32(1)))
+def prefetch(buffer: Buffer, index: Expr, temporal: bool = True) -> None:
+    """Ask for a cache line that will be read soon; once only, if not `temporal`."""
+    address, locality = T.address_of(buffer[i64(index)]), T.int32(3 if temporal else 0)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), locality, T.int32(1)))
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:

@@ -12,7 +12,6 @@ from compiler.backends.tvm.tir import Buffer, Expr, T
 
 TILE = 16  # rows of a tile; a row is 64 bytes
 TILE_BYTES = TILE * 64
-TASK_PANELS = 4  # panels of one parallel task, taken two at a time
 
 
 def _emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
@@ -33,8 +32,9 @@ def _configure(isa: Isa) -> None:
 
 
 def tile_rows(isa: Isa, rows: Expr, panels: int, depth: int, xq: Buffer, x: View, planes: int, weight: Buffer, out: Buffer,
-              target: View, finish: Callable[[Expr, Expr, list[Expr]], None]) -> None:  # fmt: skip
-    """`finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs.
+              target: View, task_panels: int, finish: Callable[[Expr, Expr, list[Expr]], None]) -> None:  # fmt: skip
+    """`finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs; `task_panels` (even) to a parallel
+    task, taken two at a time.
 
     Tokens are read, and sums of the one plane, or the high one, first stored where their results will be, in whole blocks
     of 32 rows: buffers hold a multiple of 32 rows. What the rows past the last contain does not matter.
@@ -86,12 +86,12 @@ def tile_rows(isa: Isa, rows: Expr, panels: int, depth: int, xq: Buffer, x: View
 
     def task(index: Expr) -> None:
         _configure(isa)
-        for offset in range(0, TASK_PANELS, 2):
-            first = tir.bind(index * TASK_PANELS + offset)
+        for offset in range(0, task_panels, 2):
+            first = tir.bind(index * task_panels + offset)
             with tir.when(first + 1 < tir.i64(panels)):
                 pair(first, 2)
             with tir.when(first + 1 == tir.i64(panels)):
                 pair(first, 1)
         _emit(isa, "tilerelease")
 
-    tir.parallel(-(-panels // TASK_PANELS), task)
+    tir.parallel(-(-panels // task_panels), task)

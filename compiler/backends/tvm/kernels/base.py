@@ -41,7 +41,8 @@ class View:
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """Kernels with equal fields are one function in the library; its name spells the fields out."""
+    """Kernels with equal fields are one function in the library; its name spells the fields out, but for those marked
+    `named: False`, which say how to compute and differ from one instruction set to another."""
 
     kind: ClassVar[str]
 
@@ -52,7 +53,7 @@ class Kernel(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             short = "".join(word[0] for word in field.name.split("_"))
-            if value is None or value is False:
+            if value is None or value is False or not field.metadata.get("named", True):
                 continue
             parts.append(short if value is True else f"{short}{value}")
         return "_".join(parts).replace(".", "p").replace("-", "m").replace("+", "")
@@ -65,9 +66,9 @@ class Kernel(ABC):
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         """Emit the statements of the kernel."""
 
-    def build(self, isa: Isa) -> tvm.tirx.PrimFunc:
-        """The kernel's TIR for one instruction set."""
-        return prim_func(self.name, self.pointers(), lambda *buffers: self.body(isa, *buffers))
+    def build(self, isa: Isa, name: str | None = None) -> tvm.tirx.PrimFunc:
+        """The kernel's TIR for one instruction set, under its own name or another."""
+        return prim_func(name or self.name, self.pointers(), lambda *buffers: self.body(isa, *buffers))
 
 
 def describe(kernel: Kernel) -> dict[str, Any]:

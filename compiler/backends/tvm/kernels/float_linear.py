@@ -9,6 +9,7 @@ from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel, View, round_up
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from compiler.backends.tvm.kernels.tiling import Walk
 from compiler.backends.tvm.tir import Buffer, Expr
 
 
@@ -30,9 +31,9 @@ class FloatLinear(Kernel):
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, weight, *rest = buffers
         bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
-        wide, tall = (4, 6) if isa.dot == "vnni" else (2, 3)
+        walk = Walk(4, 6) if isa.dot == "vnni" else Walk(2, 3)
 
-        def block(panel: Expr, width: int, row: Expr, height: int) -> None:
+        def block(panel: Expr, width: int, row: Expr, height: int, _: Expr) -> None:
             starts = [tir.bind((row + m) * self.x.stride + self.x.offset) for m in range(height)]
             bases = [tir.bind((panel + p) * (self.inputs * PANEL)) for p in range(width)]
             acc = tir.Registers(height * width, tir.F16, tir.splat(0.0))
@@ -51,4 +52,4 @@ class FloatLinear(Kernel):
                     total = acc[m * width + p] if bias is None else acc[m * width + p] + tir.load(bias, column)
                     tir.store(out, (row + m) * self.out.stride + self.out.offset + column, total)
 
-        for_blocks(tir.rows_of(rows), round_up(self.outputs, PANEL) // PANEL, wide, tall, block)
+        for_blocks(tir.rows_of(rows), round_up(self.outputs, PANEL) // PANEL, walk, block)

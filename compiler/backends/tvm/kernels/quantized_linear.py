@@ -14,7 +14,7 @@ to `meanings.MAX_INPUTS` inputs, are put together in float64, which is exact too
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
 
@@ -23,11 +23,10 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.amx import tile_rows
 from compiler.backends.tvm.kernels.base import Kernel, View, round_up
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
 INPUT_ALIGNMENT = 64
-AMX_FROM_ROWS = 16
-PREFETCH_BYTES = 2048  # ahead of the weights being read, per panel
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class QuantizedLinear(Kernel):
     x: View
     out: View
     planes: int = 1
+    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         bias = (("bias", "float32"),) if self.bias else ()
@@ -51,10 +51,8 @@ class QuantizedLinear(Kernel):
         rows_pointer, xq, xs, weight, scale, correction, *rest = buffers
         bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
         rows = tir.rows_of(rows_pointer)
-        dot = _vnni_block if isa.dot == "vnni" else _maddubs_block
-        # Panels and rows of a block: as many as accumulators, weights and a token fit in 32 registers; 16 with AVX2,
-        # where a panel takes two.
-        wide, tall = (4, 6 // self.planes) if isa.dot == "vnni" else (2, 2 // self.planes)
+        dot = VnniBlock if isa.dot == "vnni" else MaddubsBlock
+        tiling = self.tiling or built_in(isa, self.planes)
         panels = round_up(self.outputs, PANEL) // PANEL
         depth = round_up(self.inputs, INPUT_ALIGNMENT)
 
@@ -66,29 +64,74 @@ class QuantizedLinear(Kernel):
                 value = value + tir.load(bias, column, lanes)
             tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
 
-        def block(panel: Expr, width: int, row: Expr, height: int) -> None:
-            plane_words = self.x.stride // self.planes // 4
-            starts = [
-                [tir.bind(((row + m) * self.planes + plane) * plane_words + self.x.offset // 4) for plane in range(self.planes)]
-                for m in range(height)
-            ]
-            bases = [tir.bind((panel + p) * (depth * PANEL)) for p in range(width)]
-            streaming = height < tall or tall == 1  # these may be the only rows, so the weights come from memory
-            dot(xq, starts, weight, bases, depth // 4, streaming, correction, panel,
-                lambda m, p, lane, lanes, sums: finish(row + m, panel + p, lane, lanes, sums))  # fmt: skip
+        def walk_rows(walk: Walk, least: int, most: int | None) -> None:
+            counts = tiling.trial_rows or (range(least, most + 1) if most else None)
+            # The sums of slices wait in `out`, which has room for those of one plane.
+            slices = -(-depth // walk.depth) if walk.depth and self.planes == 1 else 1
+            stride = walk.wide * depth * PANEL  # from a panel to the same one of the next group
+
+            def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
+                plane_words = self.x.stride // self.planes // 4
+                starts = [
+                    [
+                        tir.bind(((row + m) * self.planes + plane) * plane_words + self.x.offset // 4)
+                        for plane in range(self.planes)
+                    ]
+                    for m in range(height)
+                ]
+                bases = [tir.bind((panel + p) * (depth * PANEL)) for p in range(width)]
+
+                def partial(m: int, p: int, lane: int, lanes: int) -> Expr:
+                    """Sums of the slices before wait where their result will be."""
+                    place = (row + m) * self.out.stride + self.out.offset + (panel + p) * PANEL + lane
+                    return T.ramp(tir.i64(place), tir.i64(1), lanes)
+
+                def initial(m: int, p: int, lane: int, lanes: int) -> Expr:
+                    return T.reinterpret(f"int32x{lanes}", out[partial(m, p, lane, lanes)])
+
+                def done(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
+                    if isa.dot == "vnni":
+                        sums = [total - tir.load(correction, (panel + p) * PANEL + lane, lanes) for total in sums]
+                    finish(row + m, panel + p, lane, lanes, sums)
+
+                def keep(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
+                    (total,) = sums
+                    T.buffer_store(out, T.reinterpret(f"float32x{lanes}", total), [partial(m, p, lane, lanes)])
+
+                sums = dot(xq, starts, weight, bases)
+                if slices == 1:
+                    _steps(sums, walk, stride, 0, depth // 4, depth // 4)
+                    sums.store(done)
+                    return
+                with tir.when(part > tir.i64(0)):
+                    sums.resume(initial)
+                begin = tir.bind(part * (walk.depth // 4))
+                end = tir.bind(T.min(begin + walk.depth // 4, tir.i64(depth // 4)))
+                _steps(sums, walk, stride, begin, end, depth // 4)
+                tir.either(part == tir.i64(slices - 1), lambda: sums.store(done), lambda: sums.store(keep))
+
+            for_blocks(rows, panels, walk, block, counts, slices)
+
+        def registers(index: int, least: int) -> None:
+            most, walk = tiling.walks[index]
+            if most is None or (isa.amx and most >= tiling.tiles_from - 1):
+                walk_rows(walk, least, tiling.tiles_from - 1 if isa.amx else None)
+            else:
+                tir.either(rows <= tir.i64(most), lambda: walk_rows(walk, least, most), lambda: registers(index + 1, most + 1))
 
         if not isa.amx:
-            for_blocks(rows, panels, wide, tall, block)
+            registers(0, 1)
             return
 
         def tiles() -> None:
-            tile_rows(isa, rows, panels, depth, xq, self.x, self.planes, weight, out, self.out, lambda r, p, sums: finish(
-                r, p, 0, PANEL, [total - tir.load(correction, p * PANEL) for total in sums]))  # fmt: skip
+            tile_rows(isa, rows, panels, depth, xq, self.x, self.planes, weight, out, self.out, tiling.tile_panels,
+                      lambda r, p, sums: finish(r, p, 0, PANEL, [total - tir.load(correction, p * PANEL) for total in sums])
+                      )  # fmt: skip
 
-        tir.either(rows < tir.i64(AMX_FROM_ROWS), lambda: for_blocks(rows, panels, wide, tall, block), tiles)
-
-
-Finish = Callable[[int, int, int, int, list[Expr]], None]
+        if tiling.tiles_from == 1:
+            tiles()
+        else:
+            tir.either(rows < tir.i64(tiling.tiles_from), lambda: registers(0, 1), tiles)
 
 
 def _total(sums: list[Expr], lanes: int) -> Expr:
@@ -100,53 +143,95 @@ def _total(sums: list[Expr], lanes: int) -> Expr:
     return T.cast(high * tir.splat(T.float64(256.0), lanes) + low, single)
 
 
-def _vnni_block(xq: Buffer, starts: list[list[Expr]], weight: Buffer, bases: list[Expr], steps: int, streaming: bool,
-                correction: Buffer, panel: Expr, finish: Finish) -> None:  # fmt: skip
-    """Rows x planes x panels in registers; one vpdpbusd takes 4 inputs of 16 outputs."""
-    width, planes = len(bases), len(starts[0])
-    acc = tir.Registers(len(starts) * planes * width, tir.I16, tir.splat_i32(0))
+def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, steps: int) -> None:
+    """The loop over the inputs begin*4..end*4 of `steps`*4, with the weights of `walk.prefetch` bytes later asked for."""
 
-    def step(k: Expr) -> None:
-        if streaming:
-            for base in bases:
-                tir.prefetch(weight, base + k * 64 + PREFETCH_BYTES)
-        weights = [tir.bind(tir.load(weight, base + k * 64, 64)) for base in bases]
-        for m, start in enumerate(chain(*starts)):
-            tokens = tir.bind(T.reinterpret("int8x64", T.broadcast(xq[start + k], 16)))
-            for p in range(width):
-                acc[m * width + p] = tir.pure(tir.I16, "llvm.x86.avx512.vpdpbusd.512", acc[m * width + p], tokens, weights[p])
+    def loop(start: Expr, stop: Expr, ahead: int) -> None:
+        def body(index: Expr) -> None:
+            for u in range(walk.unroll):
+                k = index if walk.unroll == 1 else tir.bind(index * walk.unroll + u)
+                if walk.prefetch:
+                    for base in sums.bases:
+                        tir.prefetch(sums.weight, base + k * LINE + ahead, walk.temporal)
+                sums.step(k)
 
-    tir.for_range(steps, step)
-    for m in range(len(starts)):
-        for p in range(width):
-            sums = [acc[(m * planes + plane) * width + p] for plane in range(planes)]
-            finish(m, p, 0, PANEL, [total - tir.load(correction, (panel + p) * PANEL) for total in sums])
+        first, last = (x // walk.unroll if isinstance(x, int) else T.floordiv(x, tir.i64(walk.unroll)) for x in (start, stop))
+        tir.for_range(last, body, first)
+
+    if walk.prefetch and walk.chain and isinstance(end, int):
+        turn = max(0, steps - walk.prefetch // LINE)  # from here on, what comes next belongs to the next group
+        loop(begin, turn, walk.prefetch)
+        loop(turn, end, walk.prefetch + stride - steps * LINE)
+    else:
+        loop(begin, end, walk.prefetch)
 
 
-def _maddubs_block(xq: Buffer, starts: list[list[Expr]], weight: Buffer, bases: list[Expr], steps: int, streaming: bool,
-                   correction: Buffer, panel: Expr, finish: Finish) -> None:  # fmt: skip
+Place = Callable[[int, int, int, int], Expr]
+Finish = Callable[[int, int, int, int, list[Expr]], None]
+
+
+class SumBlock:
+    """Rows x planes x panels of int32 sums in registers of `lanes`; the callbacks get (row, panel, first lane, lanes)."""
+
+    lanes: ClassVar[int]
+
+    def __init__(self, xq: Buffer, starts: list[list[Expr]], weight: Buffer, bases: list[Expr]) -> None:
+        """`starts` has the planes of each row."""
+        self.xq, self.starts, self.weight, self.bases = xq, list(chain(*starts)), weight, bases
+        parts = [(p, lane) for p in range(len(bases)) for lane in range(0, PANEL, self.lanes)]
+        planes = len(starts[0])
+        self.slots = {  # of the sums of each plane
+            (m, p, lane): [(m * planes + plane) * len(parts) + part for plane in range(planes)]
+            for m in range(len(starts))
+            for part, (p, lane) in enumerate(parts)
+        }
+        count = len(self.starts) * len(parts)
+        self.acc = tir.Registers(count, tir.int_type(self.lanes), tir.splat_i32(0, self.lanes))
+
+    def step(self, k: Expr) -> None:
+        """Add the products of inputs 4k..4k+3."""
+        raise NotImplementedError
+
+    def resume(self, initial: Place) -> None:
+        """Go on from sums of one plane that were stored."""
+        for (m, p, lane), (slot,) in self.slots.items():
+            self.acc[slot] = initial(m, p, lane, self.lanes)
+
+    def store(self, finish: Finish) -> None:
+        """Hand out the sums, one for each plane."""
+        for (m, p, lane), slots in self.slots.items():
+            finish(m, p, lane, self.lanes, [self.acc[slot] for slot in slots])
+
+
+class VnniBlock(SumBlock):
+    """One vpdpbusd takes 4 inputs of 16 outputs."""
+
+    lanes = PANEL
+
+    def step(self, k: Expr) -> None:
+        weights = [tir.bind(tir.load(self.weight, base + k * 64, 64)) for base in self.bases]
+        for m, start in enumerate(self.starts):
+            tokens = tir.bind(T.reinterpret("int8x64", T.broadcast(self.xq[start + k], 16)))
+            for p, panel in enumerate(weights):
+                slot = m * len(weights) + p
+                self.acc[slot] = tir.pure(tir.I16, "llvm.x86.avx512.vpdpbusd.512", self.acc[slot], tokens, panel)
+
+
+class MaddubsBlock(SumBlock):
     """The same with 256-bit registers: a panel is two halves of 8 outputs."""
-    half, width, planes = 8, len(bases), len(starts[0])
-    acc = tir.Registers(len(starts) * planes * width * 2, "int32x8", tir.splat_i32(0, half))
-    ones = T.broadcast(T.int16(1), 16)
-    signs = T.broadcast(T.int32(-0x7F7F7F80), half)  # 0x80808080
 
-    def step(k: Expr) -> None:
-        if streaming:
-            for base in bases:
-                tir.prefetch(weight, base + k * 64 + PREFETCH_BYTES)
-        weights = [tir.bind(tir.load(weight, base + k * 64 + h * 32, 32)) for base in bases for h in range(2)]
-        for m, start in enumerate(chain(*starts)):
-            signed = tir.bind(T.reinterpret("int8x32", T.bitwise_xor(T.broadcast(xq[start + k], half), signs)))
+    lanes = PANEL // 2
+
+    def step(self, k: Expr) -> None:
+        half = self.lanes
+        ones = T.broadcast(T.int16(1), 16)
+        signs = T.broadcast(T.int32(-0x7F7F7F80), half)  # 0x80808080
+        weights = [tir.bind(tir.load(self.weight, base + k * 64 + h * 32, 32)) for base in self.bases for h in range(2)]
+        for m, start in enumerate(self.starts):
+            signed = tir.bind(T.reinterpret("int8x32", T.bitwise_xor(T.broadcast(self.xq[start + k], half), signs)))
             absolute = tir.bind(T.max(signed, T.broadcast(T.int8(0), 32) - signed))
             for i, values in enumerate(weights):
                 product = tir.pure("int16x16", "llvm.x86.avx2.pmadd.ub.sw", absolute,
                                    tir.pure("int8x32", "llvm.x86.avx2.psign.b", values, signed))  # fmt: skip
-                slot = m * width * 2 + i
-                acc[slot] = acc[slot] + tir.pure("int32x8", "llvm.x86.avx2.pmadd.wd", product, ones)
-
-    tir.for_range(steps, step)
-    for m in range(len(starts)):
-        for p in range(width):
-            for h in range(2):
-                finish(m, p, h * half, half, [acc[((m * planes + plane) * width + p) * 2 + h] for plane in range(planes)])
+                slot = m * len(weights) + i
+                self.acc[slot] = self.acc[slot] + tir.pure("int32x8", "llvm.x86.avx2.pmadd.wd", product, ones)

@@ -1,0 +1,89 @@
+"""How a linear kernel passes its weights and rows: the choices that measurement makes, apart from what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from compiler.backends.tvm.isa import Isa
+
+LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One order of work for a range of row counts.
+
+    A group is `wide` panels of 16 outputs; a block is a group times `tall` rows, its sums in registers. Weights are
+    prefetched `prefetch` bytes ahead of the read (0: not), into every cache or, without `temporal`, with the hint that
+    they are read once; with `chain` what lies past a panel's end is taken from the same panel of the next group. The loop
+    over the inputs is unrolled `unroll` times. A parallel task is `task_groups` groups; threads get contiguous runs of
+    tasks or, with `interleave`, every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs
+    pass `depth` at a time (0: all, as they always do in two planes), so that activations and weights stay in a cache.
+    """
+
+    wide: int
+    tall: int
+    prefetch: int = 0
+    temporal: bool = True
+    chain: bool = False
+    unroll: int = 1
+    interleave: bool = False
+    task_groups: int = 1
+    row_blocks: int = 0
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wide < 1 or self.tall < 1 or self.task_groups < 1 or self.row_blocks < 0:
+            raise ValueError(f"{self}: wide, tall and task_groups are 1 or more, row_blocks 0 or more")
+        if self.unroll not in (1, 2, 4) or self.prefetch % (4 * LINE) or self.prefetch < 0:
+            raise ValueError(f"{self}: unroll is 1, 2 or 4 and prefetch a multiple of {4 * LINE}")
+        if self.depth < 0 or self.depth % LINE:
+            raise ValueError(f"{self}: depth is a multiple of {LINE}")
+
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON holds: `wide`, `tall` and whatever differs from its default."""
+        defaults = Walk(self.wide, self.tall)
+        return {k: v for k, v in asdict(self).items() if k in ("wide", "tall") or v != getattr(defaults, k)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Walk:
+        """The reverse; raises ValueError or TypeError for a field that is unknown or of another type."""
+        types = {field.name: bool if field.type == "bool" else int for field in fields(cls)}
+        if wrong := [name for name, value in plain.items() if type(value) is not types.get(name)]:
+            raise ValueError(f"walk field {wrong[0]} is unknown or has the wrong type")
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class LinearTiling:
+    """A walk for every row count: (largest row count or None for any, walk), ascending, the first whose bound holds is taken.
+
+    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task. A trial that
+    runs with certain row counts only names them in `trial_rows`, to leave out what others would need.
+    """
+
+    walks: tuple[tuple[int | None, Walk], ...]
+    tiles_from: int = 16
+    tile_panels: int = 4
+    trial_rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound, _ in self.walks]
+        if not bounds or bounds[-1] is not None or None in bounds[:-1] or sorted(set(bounds[:-1])) != bounds[:-1]:  # type: ignore[type-var]
+            raise ValueError(f"row bounds {bounds}: they ascend and the last is None")
+        if self.tiles_from < 1 or self.tile_panels not in (2, 4, 8, 16):
+            raise ValueError(f"tiles from {self.tiles_from} rows, {self.tile_panels} panels a task: 1 or more; 2, 4, 8 or 16")
+
+    def walk_for(self, rows: int) -> Walk:
+        """The walk that takes `rows` rows."""
+        return next(walk for bound, walk in self.walks if bound is None or bound >= rows)
+
+
+def built_in(isa: Isa, planes: int = 1) -> LinearTiling:
+    """The choice for shapes nobody has measured: AVX512 has 32 registers, AVX2 has 16 half as wide, and a row of two planes
+    takes twice as many. Rows that are fewer than a block wait for the memory, and so does each where a block is one row.
+    """
+    wide, tall = (4, 6 // planes) if isa.dot == "vnni" else (2, 2 // planes)
+    few = Walk(wide, tall, prefetch=2048)
+    return LinearTiling(((tall - 1, few), (None, Walk(wide, tall))) if tall > 1 else ((None, few),))

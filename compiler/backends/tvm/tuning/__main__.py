@@ -1,0 +1,71 @@
+"""Searches the tilings of the reference models' shapes on this host and writes the tables that builds read.
+
+    python -m compiler.backends.tvm.tuning                        every shape below, for the best instruction set here
+    python -m compiler.backends.tvm.tuning --isa avx2             for another one that this host has
+    python -m compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
+
+Entries of shapes that are not searched again stay if they were measured on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from compiler import terminal
+from compiler.backends.tvm.isa import ISAS
+from compiler.backends.tvm.tuning.search import search
+from compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table
+from runtime.executors.cpu import choose_isa
+
+MAX_TOKENS, MAX_ROWS = 512, 64  # of a step: of a layer, and of the head
+# Outputs, inputs and the most rows: query-key-value, attention output, gate and up (or up), down, head.
+MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "llama-1b": ((2560, 2048, MAX_TOKENS), (2048, 2048, MAX_TOKENS), (11264, 2048, MAX_TOKENS), (2048, 5632, MAX_TOKENS),
+                 (32000, 2048, MAX_ROWS)),
+    "smollm2-135m": ((960, 576, MAX_TOKENS), (576, 576, MAX_TOKENS), (3072, 576, MAX_TOKENS), (576, 1536, MAX_TOKENS),
+                     (49152, 576, MAX_ROWS)),
+    "bloom-1b1": ((4608, 1536, MAX_TOKENS), (1536, 1536, MAX_TOKENS), (6144, 1536, MAX_TOKENS), (1536, 6144, MAX_TOKENS),
+                  (250880, 1536, MAX_ROWS)),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", choices=ISAS, default=None, help="the best of this host by default")
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this model's shapes; repeatable")
+    parser.add_argument("--shape", action="append", metavar="OUTPUTSxINPUTS", help="only this shape; repeatable")
+    parser.add_argument("--threads", type=int, default=None, help="every usable core by default")
+    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
+    arguments = parser.parse_args()
+    isa = choose_isa(tuple(ISAS), arguments.isa)
+    shapes = {Shape(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
+    if arguments.shape:
+        wanted = [Shape(*map(int, text.split("x"))) for text in arguments.shape]
+        shapes = {shape: shapes.get(shape, MAX_TOKENS) for shape in wanted}
+
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        print(f"{isa}: {done} of {total} shapes after {time.perf_counter() - started:.0f} s", flush=True)
+
+    found = search(dict(sorted(shapes.items())), ISAS[isa], threads=arguments.threads, progress=progress)
+    table = joined(found, read_table(isa, arguments.out))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{isa}.json").write_text(table.to_json(), encoding="utf-8")
+    print(terminal.table(terminal.tiling_rows(found.to_plain()["entries"])))
+
+
+def joined(found: TilingTable, before: TilingTable) -> TilingTable:
+    """What was found now, and of before what another shape had on the same machine."""
+    if before.machine != found.machine:
+        return found
+    searched = {entry.shape for entry in found.entries}
+    kept = tuple(entry for entry in before.entries if entry.shape not in searched)
+    return replace(found, entries=tuple(sorted((*found.entries, *kept), key=lambda entry: entry.shape)))
+
+
+if __name__ == "__main__":
+    main()

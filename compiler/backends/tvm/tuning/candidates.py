@@ -1,0 +1,104 @@
+"""What the search tries, as data: per range of row counts, blocks of panels x rows, then changes to the best of them.
+
+A block's sums, one token and its weights must fit in the registers: panels * rows + panels + 1 <= 32 with AVX512, where
+a panel of 16 sums is a register; AVX2 has 16, a panel takes two, and a token takes three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.tiling import Walk
+
+Change = dict[str, Any]
+TILE_PANELS = (2, 4, 8)  # panels of a parallel task of tile products
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Row counts up to `most` (None: any) that share a walk, judged by those in `rows`.
+
+    `blocks` are (panels, rows) tried with `prefetch`; each of `stages` is tried on the best walk so far.
+    """
+
+    most: int | None
+    rows: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
+    prefetch: int
+    stages: tuple[tuple[Change, ...], ...]
+
+    def first(self) -> tuple[Walk, ...]:
+        """The walks of the first stage."""
+        return tuple(Walk(wide, tall, self.prefetch) for wide, tall in self.blocks)
+
+    def following(self, stage: int, best: Walk) -> tuple[Walk, ...]:
+        """The best walk with each of a stage's changes."""
+        return tuple(dict.fromkeys(replace(best, **change) for change in self.stages[stage]))
+
+
+# Prefetches for few rows, where the weights come from memory; "chain" matters where panels are short.
+_PREFETCH: tuple[Change, ...] = (
+    {"prefetch": 0},
+    {"prefetch": 512},
+    {"prefetch": 1024},
+    {"prefetch": 2048},
+    {"prefetch": 4096},
+    {"prefetch": 1024, "chain": True},
+    {"prefetch": 2048, "chain": True},
+    {"prefetch": 2048, "temporal": False},
+    {"prefetch": 1024, "chain": True, "temporal": False},
+)
+_FEW_PREFETCHES: tuple[Change, ...] = ({"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 1024, "chain": True})
+_LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"unroll": 4}, {"interleave": True}, {"task_groups": 4}, {"task_groups": 16})
+_FEW_LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"interleave": True})
+# For prefill: rows in passes that keep their activations in the L2 cache, inputs in passes that keep the weights in L1.
+_PASSES: tuple[Change, ...] = (
+    {"unroll": 2},
+    {"task_groups": 8, "row_blocks": 8},
+    {"task_groups": 32, "row_blocks": 16},
+    {"depth": 512},
+    {"depth": 1024},
+    {"depth": 2048},
+)
+
+
+def _without(changes: tuple[Change, ...], left_out: Change) -> tuple[Change, ...]:
+    return tuple(change for change in changes if change != left_out)
+
+
+AVX512 = (
+    Bucket(1, (1,), ((1, 1), (2, 1), (4, 1), (6, 1), (8, 1)), 2048, (_PREFETCH, _LOOPS)),
+    Bucket(4, (2, 4), ((2, 4), (3, 4), (4, 4), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
+    Bucket(8, (8,), ((2, 8), (3, 8), (4, 4), (4, 6), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
+    Bucket(32, (16, 32), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _FEW_LOOPS)),
+    Bucket(None, (128, 512), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _PASSES)),
+)
+# With AVX2 an unrolled loop over more than one row spills, and so does a row over four panels unrolled by four.
+AVX2 = (
+    Bucket(1, (1,), ((1, 1), (2, 1), (3, 1), (4, 1)), 2048, (_PREFETCH, _without(_LOOPS, {"unroll": 4}))),
+    Bucket(8, (2, 4, 8), ((1, 2), (1, 4), (2, 1), (2, 2)), 2048, (_PREFETCH, _without(_FEW_LOOPS, {"unroll": 2}))),
+    Bucket(None, (16, 32, 128, 512), ((1, 2), (1, 3), (1, 4), (2, 2)), 0, (_FEW_PREFETCHES, _without(_PASSES, {"unroll": 2}))),
+)
+AMX = (*AVX512[:3], replace(AVX512[3], most=None, rows=(16,)))  # tile products take the larger counts
+TILE_ROWS = (4, 8, 16, 32, 128, 512)
+
+
+def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:
+    """The buckets for kernels that get at most `max_rows` rows. With two planes a block has half the rows, since each counts
+    twice, blocks that have too many sums even so are left out, and inputs come in one pass."""
+    every = AMX if isa.amx else AVX512 if isa.dot == "vnni" else AVX2
+    kept = [replace(b, rows=rows) for b in every if (rows := tuple(r for r in b.rows if r <= max_rows))]
+    kept[-1] = replace(kept[-1], most=None)
+    if planes == 1:
+        return tuple(kept)
+    most_sums = 24 if isa.dot == "vnni" else 4
+
+    def adapted(bucket: Bucket) -> Bucket:
+        fewer = dict.fromkeys((wide, max(1, tall // planes)) for wide, tall in bucket.blocks)
+        blocks = tuple((wide, tall) for wide, tall in fewer if wide * tall * planes <= most_sums)
+        stages = tuple(tuple(change for change in stage if "depth" not in change) for stage in bucket.stages)
+        return replace(bucket, blocks=blocks, stages=stages)
+
+    return tuple(map(adapted, kept))

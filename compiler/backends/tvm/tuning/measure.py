@@ -1,0 +1,133 @@
+"""Times linear kernels on this host: weights come from memory, candidates take turns, medians count."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, QuantizedLinear
+from compiler.backends.tvm.library import compile_functions
+from runtime import host
+
+SAMPLE_SECONDS = 0.002
+ROUNDS = 7
+EARLY_ROUNDS = 3  # after these, only what is within EARLY_FACTOR of the best goes on
+EARLY_FACTOR = 1.15
+LEAST_ROTATED = 256 << 20
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+_NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE: engines map their weights from a file, in small pages
+_KINDS = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first CPU; 32 MiB where the system does not tell."""
+    sizes = [path.read_text().strip() for path in CACHE.glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 << 20)
+
+
+class Bench:
+    """Runs the variants of one kernel shape over weights that rotate through more memory than the caches hold."""
+
+    def __init__(self, kernel: QuantizedLinear, threads: int, max_rows: int) -> None:
+        self.kernel = kernel
+        _size_pool(threads)
+        rng = np.random.default_rng(0)
+        rows = round_up(max_rows, 32)
+        sizes = {
+            "rows": 1, "xq": rows * kernel.x.stride // 4, "xs": rows, "out": rows * kernel.out.stride,
+            "weight": round_up(kernel.outputs, 16) * round_up(kernel.inputs, INPUT_ALIGNMENT),
+        }  # fmt: skip
+        self._weight_bytes = sizes["weight"]
+        copies = -(-_rotated_bytes() // self._weight_bytes)
+        self._pool = _pages(copies * self._weight_bytes)
+        block = rng.integers(-127, 128, self._weight_bytes).astype(np.int8)
+        for i in range(copies):
+            self._pool[i * self._weight_bytes : (i + 1) * self._weight_bytes] = block
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in kernel.pointers():
+            if name == "weight":
+                continue
+            count = sizes.get(name, round_up(kernel.outputs, 64))
+            self._arrays[name] = _pages(count * 4).view(_KINDS[dtype])
+        self._arrays["xq"][:] = rng.integers(0, 1 << 30, len(self._arrays["xq"]))
+        self._arguments = [self._bind(i) for i in range(copies)]
+        self._next = 0
+
+    def compare(self, functions: Sequence[Any], rows: int, every: bool = False) -> list[float]:
+        """Median seconds a call of each function at a row count; of fewer samples for those that fall behind early, unless
+        `every` one is wanted as precisely."""
+        self._arrays["rows"][0] = rows
+        for function in functions:
+            self._sample(function, 1)
+        calls = [max(1, round(SAMPLE_SECONDS / self._sample(function, 1))) for function in functions]
+        samples: list[list[float]] = [[] for _ in functions]
+        running = list(range(len(functions)))
+        for turn in range(ROUNDS):
+            if turn == EARLY_ROUNDS and not every:
+                limit = EARLY_FACTOR * min(map(statistics.median, samples))
+                running = [i for i in running if statistics.median(samples[i]) <= limit]
+            for i in running:
+                samples[i].append(self._sample(functions[i], calls[i]))
+        return [statistics.median(taken) for taken in samples]
+
+    def _sample(self, function: Any, calls: int) -> float:
+        """Seconds a call, each with the next copy of the weights."""
+        copies = len(self._arguments)
+        arguments = [self._arguments[(self._next + i) % copies] for i in range(calls)]
+        self._next = (self._next + calls) % copies
+        start = time.perf_counter()
+        for pointers in arguments:
+            function(*pointers)
+        return (time.perf_counter() - start) / calls
+
+    def _bind(self, copy: int) -> list[ctypes.c_void_p]:
+        addresses = {name: array.ctypes.data for name, array in self._arrays.items()}
+        addresses["weight"] = self._pool.ctypes.data + copy * self._weight_bytes
+        return [ctypes.c_void_p(addresses[name]) for name, _ in self.kernel.pointers()]
+
+
+def _rotated_bytes() -> int:
+    """Four times the last-level cache, since cores of a virtual machine may have several; a quarter of the memory at most."""
+    return min(max(4 * last_level_cache(), LEAST_ROTATED), host.memory_bytes() // 4)
+
+
+def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa) -> dict[str, Any]:
+    """Compiles and loads variants of a kernel under names of their own."""
+    code = compile_functions({name: kernel.build(isa, name) for name, kernel in kernels.items()}, isa)
+    with tempfile.TemporaryDirectory(prefix="belle-tuning-") as folder:
+        path = Path(folder) / "variants.so"
+        path.write_bytes(code)
+        module = tvm_ffi.load_module(str(path))
+    return {name: module[name] for name in kernels}
+
+
+def _pages(size: int) -> npt.NDArray[Any]:
+    mapped = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        mapped.madvise(_NO_HUGE_PAGES)
+    array = np.frombuffer(mapped, np.int8)
+    array[:] = 0
+    return array
+
+
+def _size_pool(threads: int) -> None:
+    """The pool of worker threads as the runtime has it (runtime/executors/cpu.py)."""
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
+    cores = host.usable_cores()
+    cpus = [str(cores[i % len(cores)]) for i in range(threads)]
+    tvm_ffi.get_global_func("runtime.config_threadpool")(-2, threads, cpus)

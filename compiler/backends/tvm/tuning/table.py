@@ -1,0 +1,125 @@
+"""Tables of measured tilings: one JSON file per instruction set, looked up by shape; reading one measures nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
+from compiler.errors import CompileError
+
+FORMAT = 1
+TABLES = Path(__file__).parent / "tables"
+MOST_DISTANCE = 1.5
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What tilings depend on: outputs and inputs of a linear layer, and the planes its activations come in."""
+
+    outputs: int
+    inputs: int
+    planes: int = 1
+
+    @classmethod
+    def of(cls, kernel: QuantizedLinear) -> Shape:
+        """What a kernel is looked up by."""
+        return cls(kernel.outputs, kernel.inputs, kernel.planes)
+
+    def distance(self, other: Shape) -> float:
+        """How unlike two shapes are for the memory: 1 for a factor 2 in the inputs (length of a panel), 0.5 for a factor 2 in
+        the outputs (number of panels)."""
+        return abs(log2(self.inputs / other.inputs)) + abs(log2(self.outputs / other.outputs)) / 2
+
+    def __str__(self) -> str:
+        return f"{self.outputs}x{self.inputs}" + (f" in {self.planes} planes" if self.planes > 1 else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The best tiling found for a shape; `microseconds` are medians by row count, of it and of the built-in tiling."""
+
+    shape: Shape
+    tiling: LinearTiling
+    microseconds: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        tiling, defaults = self.tiling, LinearTiling(self.tiling.walks)
+        plain: dict[str, Any] = {"outputs": self.shape.outputs, "inputs": self.shape.inputs}
+        plain |= {"planes": self.shape.planes} if self.shape.planes > 1 else {}
+        plain["walks"] = {"any" if bound is None else str(bound): walk.to_plain() for bound, walk in tiling.walks}
+        for name in ("tiles_from", "tile_panels"):
+            plain |= {name: getattr(tiling, name)} if getattr(tiling, name) != getattr(defaults, name) else {}
+        plain["microseconds"] = {str(rows): list(times) for rows, times in self.microseconds.items()}
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Entry:
+        """The reverse; ValueError, TypeError, KeyError or AttributeError for what is no entry."""
+        walks = [(None if bound == "any" else int(bound), Walk.from_plain(walk)) for bound, walk in plain["walks"].items()]
+        walks.sort(key=lambda bound: (bound[0] is None, bound[0] or 0))
+        tiles_from = int(plain.get("tiles_from", LinearTiling.tiles_from))
+        tile_panels = int(plain.get("tile_panels", LinearTiling.tile_panels))
+        times = {int(rows): (float(ours), float(built_in)) for rows, (ours, built_in) in plain["microseconds"].items()}
+        shape = Shape(int(plain["outputs"]), int(plain["inputs"]), int(plain.get("planes", 1)))
+        return cls(shape, LinearTiling(tuple(walks), tiles_from, tile_panels), times)
+
+
+@dataclass(frozen=True)
+class TilingTable:
+    """Entries measured on one machine for one instruction set; without entries every shape gets the built-in tiling."""
+
+    isa: str
+    entries: tuple[Entry, ...] = ()
+    machine: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def find(self, shape: Shape) -> Entry | None:
+        """The entry of this very shape, else the nearest by `Shape.distance` (of equally near ones the smallest shape) that is
+        not further than `MOST_DISTANCE` and has as many planes, else None: the built-in tiling."""
+        near = [
+            (shape.distance(entry.shape), entry.shape, entry) for entry in self.entries if entry.shape.planes == shape.planes
+        ]
+        distance, _, entry = min(near, key=lambda found: found[:2], default=(MOST_DISTANCE + 1, shape, None))
+        return entry if distance <= MOST_DISTANCE else None
+
+    def describe(self) -> str:
+        """For the manifest: where the tilings come from."""
+        return (
+            f"{self.isa}: measured {self.date} on {self.machine.get('processor', '?')}"
+            if self.entries
+            else f"{self.isa}: built-in"
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        entries = [entry.to_plain() for entry in sorted(self.entries, key=lambda entry: entry.shape)]
+        head = {"format": FORMAT, "isa": self.isa, "machine": self.machine, "date": self.date, "versions": self.versions}
+        return head | {"entries": entries}
+
+    def to_json(self) -> str:
+        """One line an entry, so that changes can be read in a diff."""
+        plain = self.to_plain()
+        entries = ",\n".join(f"  {json.dumps(entry)}" for entry in plain.pop("entries"))
+        head = json.dumps(plain, indent=1, ensure_ascii=False).removesuffix("\n}")
+        return f'{head},\n "entries": [\n{entries}\n ]\n}}\n'
+
+
+def read_table(isa: str, folder: Path = TABLES) -> TilingTable:
+    """The table of an instruction set; an empty one where there is no file. Raises CompileError for a damaged file."""
+    path = folder / f"{isa}.json"
+    if not path.exists():
+        return TilingTable(isa)
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if (plain["format"], plain["isa"]) != (FORMAT, isa):
+            raise ValueError(f"format {plain['format']} for {plain['isa']}")
+        entries = tuple(Entry.from_plain(entry) for entry in plain["entries"])
+        return TilingTable(isa, entries, dict(plain["machine"]), str(plain["date"]), dict(plain["versions"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        remedy = f"run `python -m compiler.backends.tvm.tuning --isa {isa}`, or delete it to use the built-in tilings"
+        raise CompileError("tuning", f"table {path}", found=str(error), expected=f"format {FORMAT}", remedy=remedy) from None

@@ -1,0 +1,132 @@
+"""Every candidate of the search computes the same exact integers, with its sums in registers."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+from compiler.backends.tvm import packing
+from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
+from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
+from compiler.backends.tvm.library import compile_functions, compile_library
+from compiler.backends.tvm.tuning import candidates
+from compiler.ir import meanings
+from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
+from tests.compiler.backends.tvm.test_linear import CAPACITY, ISAS, integers, quantized, run_quantized, tokens
+
+SHAPE = (200, 200)  # 13 panels: a last group that is not full for every width, and tasks that are not
+ROWS = (1, 3, 8, 17)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("isa", HOST_ISAS, ids=lambda isa: isa.name)
+def test_every_candidate_is_exact(isa: Isa, planes: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    wq = rng.integers(-127, 128, SHAPE).astype(np.int8)
+    wq[0], wq[1] = 127, -127
+    ones = aligned_copy(np.ones(CAPACITY, np.float32))
+    scale = aligned_copy(packing.pack_vector(np.ones(SHAPE[0], np.float32)))
+    packed, correction = aligned_copy(packing.pack_int8(wq)), aligned_copy(packing.pack_vector(packing.correction(wq)))
+    kernel = quantized(*SHAPE, False, planes)
+    # Blocks for the row counts of this test only, which is what the search compiles, too.
+    tilings = [LinearTiling(((None, walk),), trial_rows=ROWS) for walk in _walks(isa, planes)]
+    functions = {f"f{i}": replace(kernel, tiling=tiling).build(isa, f"f{i}") for i, tiling in enumerate(tilings)}
+    path = tmp_path / "kernels.so"
+    path.write_bytes(compile_functions(functions, isa))
+    module = tvm_ffi.load_module(str(path))
+    for rows in ROWS:
+        xq = integers(rng, planes, rows, SHAPE[1])
+        stored, expected = tokens(xq), meanings.integer_linear(xq, wq).astype(np.float32)
+        for i, tiling in enumerate(tilings):
+            out = aligned_copy(np.full((CAPACITY, kernel.out.stride), np.nan, np.float32))
+            arrays = (ints(rows), stored, ones, packed, scale, correction, out)
+            module[f"f{i}"](*[ctypes.c_void_p(array.ctypes.data) for array in arrays])
+            np.testing.assert_array_equal(out[:rows, : SHAPE[0]], expected, err_msg=f"{rows} rows, {tiling}")
+
+
+def _walks(isa: Isa, planes: int) -> list[Walk]:
+    """Every block, and every change to a bucket's last block. How far a prefetch reaches changes no result, and slices of the
+    inputs are shortened to the test's."""
+    buckets = candidates.buckets(isa, planes, 512)
+    blocks = [walk for bucket in buckets for walk in bucket.first()]
+    changed = [walk for b in buckets for stage in range(len(b.stages)) for walk in b.following(stage, b.first()[-1])]
+    same = [replace(walk, prefetch=walk.prefetch and 1024, depth=walk.depth and 128) for walk in (*blocks, *changed)]
+    return list(dict.fromkeys(same))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_buckets_and_tiles_meet_without_gap(isa: Isa, planes: int) -> None:
+    rng = np.random.default_rng(1)
+    wq, none = rng.integers(-127, 128, SHAPE).astype(np.int8), np.zeros(SHAPE[0], np.float32)
+    walks = ((1, Walk(8, 1)), (4, Walk(2, 3)), (8, Walk(3, 4, depth=64)), (None, Walk(2, 2, task_groups=3, row_blocks=2)))
+    for tiles_from in (1, 5, 9, 12, 1 << 20) if isa.amx else (16,):
+        tiling = LinearTiling(walks, tiles_from=tiles_from, tile_panels=2)
+        kernel = replace(quantized(*SHAPE, planes=planes), tiling=tiling)
+        assert kernel.name == quantized(*SHAPE, planes=planes).name
+        library = Library([kernel], isa)
+        for rows in (1, 2, 4, 5, 8, 9, 11, 12, 50):
+            xq = integers(rng, planes, rows, SHAPE[1])
+            got = run_quantized(library, kernel, xq, np.ones(rows, np.float32), wq, none + 1, none)
+            np.testing.assert_array_equal(got, meanings.integer_linear(xq, wq).astype(np.float32), err_msg=f"{rows} rows")
+
+
+def test_one_group_can_be_interleaved() -> None:
+    """A parallel loop of one task is no loop to TVM."""
+    kernel = replace(quantized(16, 64), tiling=LinearTiling(((None, Walk(1, 1, interleave=True)),)))
+    assert compile_library([kernel], AVX2)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("isa", [AVX2, AVX512VNNI], ids=lambda isa: isa.name)
+def test_candidates_keep_their_sums_in_registers(isa: Isa, planes: int, tmp_path: Path) -> None:
+    """The inner loops touch no vector on the stack. Those of other blocks than the first stage's differ by few instructions."""
+    blocks = {(bucket.first()[0].prefetch, block) for bucket in candidates.buckets(isa, planes, 512) for block in bucket.blocks}
+    kernel, functions = quantized(16 * 24, 256, False, planes), {}
+    for number, (prefetch, (wide, tall)) in enumerate(sorted(blocks)):
+        tiling = LinearTiling(((None, Walk(wide, tall, prefetch)),), trial_rows=(tall,))
+        functions[f"f{number}"] = replace(kernel, tiling=tiling).build(isa, f"f{number}")
+    path = tmp_path / "kernels.so"
+    path.write_bytes(compile_functions(functions, isa))
+    loops = inner_loops(path, "vpdpbusd" if isa.dot == "vnni" else "vpmaddubsw")
+    assert len(loops) >= len(functions)
+    for loop in loops:
+        assert not [line for line in loop if re.search(r"\(%rsp\)", line) and re.search("%[yz]mm", line)], "\n".join(loop)
+
+
+def inner_loops(library: Path, instruction: str) -> list[list[str]]:
+    """The instructions of every innermost loop that holds `instruction`."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    code = [(int(found[1], 16), found[2]) for found in re.finditer(r"^\s+([0-9a-f]+):\s+(.*)$", text, re.M)]
+    places, loops = {address: index for index, (address, _) in enumerate(code)}, []
+    for index, (address, line) in enumerate(code):
+        jump = re.match(r"j\w+\s+([0-9a-f]+)", line)
+        start = places.get(int(jump[1], 16), index) if jump and int(jump[1], 16) < address else index
+        body = [text for _, text in code[start:index]]
+        if any(instruction in text for text in body) and not any(re.match("j|ret", text) for text in body):
+            loops.append(body)
+    return loops
+
+
+def test_buckets_cover_every_row_count() -> None:
+    for isa in (AVX2, AVX512VNNI, AMX):
+        for most in (64, 512):
+            buckets = candidates.buckets(isa, 1, most)
+            assert buckets[-1].most is None and all(row <= most for bucket in buckets for row in bucket.rows)
+            for before, bucket in itertools.pairwise(buckets):
+                assert before.most is not None and max(before.rows) <= before.most < min(bucket.rows)
+        for bucket in candidates.buckets(isa, 2, 512):
+            assert max(wide * tall for wide, tall in bucket.blocks) * 2 <= (4 if isa is AVX2 else 24)
+            assert not any("depth" in change for stage in bucket.stages for change in stage)
