@@ -14,6 +14,7 @@ from compiler.ir.build import make_initializer, make_node
 from compiler.ir.lazy import lazy
 from compiler.ir.ops import attributes_of
 from passes.base import Replacement, RewritePass, is_weight, other_readers
+from passes.rotation.weights import own
 
 Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # rows normalized at a time
@@ -54,10 +55,9 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
 
 
 def _normalize(table: ir.TensorProtocol, parts: list[ir.TensorProtocol], epsilon: float) -> Floats:
-    rows = table.numpy()
+    rows = own(table)
     vectors = [part.numpy() for part in parts]
-    result = np.empty(rows.shape, np.float32)
     for start in range(0, len(rows), _ROWS):
         block = slice(start, start + _ROWS)
-        result[block] = meanings.layer_norm(rows[block], *vectors, epsilon=epsilon)
-    return result
+        rows[block] = meanings.layer_norm(rows[block], *vectors, epsilon=epsilon)
+    return rows

@@ -17,6 +17,7 @@ from passes.rotation.stream import find_stream
 from passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
+_ROWS = 4096  # rows taken at a time
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,18 @@ def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> Non
 
 
 def _shifted(weight: ir.TensorProtocol, shift: ir.TensorProtocol, bias: ir.TensorProtocol | None) -> Floats:
-    product = (weight.numpy() @ shift.numpy().astype(np.float64)).astype(np.float32)
+    matrix, vector = weight.numpy(), shift.numpy().astype(np.float64)
+    chunks = [matrix[start : start + _ROWS] @ vector for start in range(0, len(matrix), _ROWS)]
+    product: Floats = np.concatenate(chunks).astype(np.float32)
     total: Floats = product if bias is None else product + bias.numpy()
     return total
 
 
 def _center_rows(table: Floats) -> Floats:
-    centered: Floats = table - table.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-    return centered
+    for start in range(0, len(table), _ROWS):
+        rows = table[start : start + _ROWS]
+        rows -= rows.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return table
 
 
 def _center_columns(weight: Floats) -> Floats:

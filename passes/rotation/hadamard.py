@@ -23,15 +23,16 @@ class Rotation:
     size: int
     seed: int
 
-    def right(self, weight: Floats) -> Floats:
-        """weight @ Q for a weight [rows, size]."""
+    def right(self, weight: Floats, *, scale: Floats | None = None, out: Floats | None = None) -> Floats:
+        """weight @ diag(scale) @ Q for a weight [rows, size]; `out` may be the weight itself."""
         blocks, outer, inner = self._factors()
         signs, mixer = self._parts(blocks)
         low, high = _hadamard(inner), _hadamard(outer)
-        result = np.empty(weight.shape, np.float32)
+        result = np.empty(weight.shape, np.float32) if out is None else out
         for start in range(0, len(weight), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            x = (weight[rows] * signs).reshape(-1, inner) @ low
+            x = weight[rows] * signs if scale is None else weight[rows] * scale * signs
+            x = x.reshape(-1, inner) @ low
             x = np.matmul(high, x.reshape(-1, outer, inner))
             if blocks > 1:
                 x = np.matmul(mixer, x.reshape(-1, blocks, outer * inner))

@@ -42,7 +42,7 @@ class RotateResidual(Pass):
         size = int(norm.shape.numpy()[0])
         rotation = Rotation(size, self.seed)
         for node in stream.tables:
-            replace_weight(node, 0, rotation.right, graph)
+            replace_weight(node, 0, partial(_rotate_rows, rotation), graph)
         for node in stream.readers:
             replace_weight(node, 1, partial(_read, rotation, _scale_before(node)), graph)
         for node in stream.writers:
@@ -70,7 +70,11 @@ def _scale_before(reader: ir.Node) -> ir.TensorProtocol:
 
 
 def _read(rotation: Rotation, scale: ir.TensorProtocol, weight: Floats) -> Floats:
-    return rotation.right(weight * scale.numpy())
+    return rotation.right(weight, scale=scale.numpy(), out=weight)
+
+
+def _rotate_rows(rotation: Rotation, table: Floats) -> Floats:
+    return rotation.right(table, out=table)
 
 
 def _rotate_vector(rotation: Rotation, bias: Floats) -> Floats:

@@ -19,6 +19,9 @@ def replace_weight(
 ) -> None:
     """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it.
 
+    `change` may overwrite its argument, which is its own: embedding tables are the largest tensors of a model, and a
+    chain of changes holds one of them.
+
     Where another reader has taken that name for another change (a tied table), the node's own name is used.
     """
     weight = node.inputs[index]
@@ -27,9 +30,16 @@ def replace_weight(
     name = f"{weight.name}.{suffix}"
     if name in graph.initializers:
         name = f"{node.name}.weight.{suffix}"
-    tensor = lazy(name, lambda: change(source.numpy()), source.shape.numpy(), ir.DataType.FLOAT)
+    tensor = lazy(name, lambda: change(own(source)), source.shape.numpy(), ir.DataType.FLOAT)
     value = make_initializer(tensor)
     graph.register_initializer(value)
     node.replace_input_with(index, value)
     if not weight.uses():
         del graph.initializers[str(weight.name)]
+
+
+def own(source: ir.TensorProtocol) -> Floats:
+    """A tensor's values in an array that nobody else has."""
+    array: Floats = source.numpy()
+    fresh = isinstance(source, ir.LazyTensor) and array.flags.writeable and array.flags.c_contiguous
+    return array if fresh else np.array(array)
