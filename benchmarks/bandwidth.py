@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import tvm_ffi
 
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.library import compile_library
 from compiler.backends.tvm.tir import Buffer, Expr, T
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.host import host_isas
 
 STREAMS = 4  # places a task reads at once, as the linear kernels do
@@ -57,33 +56,27 @@ class ReadBytes(Kernel):
         tir.parallel(T.int64(self.chunks), chunk)
 
 
-def load_kernel(kernel: Kernel, isa: Isa, threads: int) -> Callable[..., object]:
-    """Compile one kernel and bind it to a pool of `threads` workers of the calling thread, as the engine's executor does."""
-    # Workers that spin for long after a probe would take their core from the engine that is measured next.
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
-    with tempfile.NamedTemporaryFile(suffix=".so") as file:
-        file.write(compile_library([kernel], isa))
-        file.flush()
-        module: Any = tvm_ffi.load_module(file.name)
-    cores = sorted(os.sched_getaffinity(0))
-    cpus = [str(cores[i % len(cores)]) for i in range(threads)]
-    tvm_ffi.get_global_func("runtime.config_threadpool")(-2, threads, cpus)
-    function: Callable[..., object] = module[kernel.name]
-    return function
+def load_kernel(kernel: Kernel, isa: Isa, threads: int, arguments: Sequence[int]) -> Callable[[], None]:
+    """Compile one kernel and bind it to addresses and a pool of `threads` threads, as the engine's executor does."""
+    with tempfile.TemporaryDirectory(prefix="belle-benchmark-") as folder:
+        path = Path(folder) / "kernel.so"
+        path.write_bytes(compile_library([kernel], isa))
+        library = KernelLibrary(path)
+    return CallList(ThreadPool(library, threads), [(library.address(kernel.name), arguments)]).run
 
 
 class ReadBandwidth:
     """Reads `mebibytes` of memory with `threads` threads; call `measure` between the runs it is compared with."""
 
     def __init__(self, threads: int, mebibytes: int = 1536) -> None:
-        self._function = load_kernel(ReadBytes(mebibytes), AVX512VNNI if "avx512vnni" in host_isas() else AVX2, threads)
         raw = np.ones(mebibytes * MEBIBYTE + 4096, np.uint8)
         self._keep = raw
         self._bytes = mebibytes * MEBIBYTE
         sums = np.zeros(mebibytes * 16 + 16, np.int32)
         self._sums = sums
-        self._args = [ctypes.c_void_p(-(-array.ctypes.data // 64) * 64) for array in (raw, sums)]
+        isa = AVX512VNNI if "avx512vnni" in host_isas() else AVX2
+        arguments = [-(-array.ctypes.data // 64) * 64 for array in (raw, sums)]
+        self._run = load_kernel(ReadBytes(mebibytes), isa, threads, arguments)
 
     def measure(self, repeats: int = 5) -> float:
         """GB/s, the best of `repeats` reads: what the memory can do."""
@@ -91,5 +84,5 @@ class ReadBandwidth:
 
     def _once(self) -> float:
         start = time.perf_counter()
-        self._function(*self._args)
+        self._run()
         return self._bytes / (time.perf_counter() - start) / 1e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -108,11 +107,11 @@ class Int8Rate:
 
     def __init__(self, isa: str, threads: int) -> None:
         self._operations = operations(ISAS[isa], threads)
-        self._function = load_kernel(Int8Products(threads), ISAS[isa], threads)
         self._data = np.ones(4096, np.int32)
         self._sums = np.zeros(256 * threads + 4096, np.int32)
-        self._args = [ctypes.c_void_p(-(-array.ctypes.data // 64) * 64) for array in (self._data, self._sums)]
-        self._function(*self._args)
+        arguments = [-(-array.ctypes.data // 64) * 64 for array in (self._data, self._sums)]
+        self._run = load_kernel(Int8Products(threads), ISAS[isa], threads, arguments)
+        self._run()
 
     def measure(self, repeats: int = 5) -> float:
         """Tera-operations a second, the best of `repeats` loops."""
@@ -120,5 +119,5 @@ class Int8Rate:
 
     def _once(self) -> float:
         start = time.perf_counter()
-        self._function(*self._args)
+        self._run()
         return self._operations / (time.perf_counter() - start) / 1e12

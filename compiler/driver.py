@@ -181,7 +181,7 @@ def _manifest(
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
         | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}
-        | {"kernel tilings": "; ".join(lowered.tilings)},
+        | {"C compiler": lowered.c_compiler, "kernel tilings": "; ".join(lowered.tilings)},
         files={},
     )
 

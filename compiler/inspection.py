@@ -11,7 +11,6 @@ from runtime.schema import to_plain
 # Parts of an engine that sizes are summed by: name and what its files end in, first match wins.
 _PARTS = (
     ("weights", ".safetensors"),
-    ("runtime library", "libtvm_runtime.so"),
     ("kernels", ".so"),
     ("program", "program.json"),
     ("tokenizer", "tokenizer.json"),

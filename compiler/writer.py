@@ -19,6 +19,7 @@ from compiler.directory import AtomicDirectory
 from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
 from runtime.program import ALIGNMENT
 
+# What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
 _CHUNK = 8 << 20
 _ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 _SAFETENSORS_NAMES = {
@@ -140,6 +141,7 @@ class _File:
             raise AssertionError(f"{path!r} is not a path below the engine directory")
         self._directory, self._path = directory, directory.path.joinpath(*parts)
         self._hash, self._bytes = hashlib.sha256(), 0
+        self._waiting = bytearray()
 
     def __enter__(self) -> _File:
         try:
@@ -154,22 +156,34 @@ class _File:
 
     def write(self, content: bytes | memoryview) -> None:
         rest = memoryview(content)
-        try:
-            while rest:
-                written = os.write(self._descriptor, rest[:_CHUNK])
-                self._hash.update(rest[:written])
-                self._bytes += written
-                rest = rest[written:]
-        except OSError as error:
-            raise self._directory.explain(error) from error
+        self._hash.update(rest)
+        self._bytes += len(rest)
+        while rest:
+            taken = rest[: _CHUNK - len(self._waiting)]
+            self._waiting += taken
+            rest = rest[len(taken) :]
+            if len(self._waiting) == _CHUNK:
+                try:
+                    self._flush()
+                except OSError as error:
+                    raise self._directory.explain(error) from error
+
+    def _flush(self) -> None:
+        done = 0
+        while done < len(self._waiting):
+            done += os.write(self._descriptor, memoryview(self._waiting)[done:])
+        self._waiting.clear()
 
     def entry(self) -> FileRecord:
         return FileRecord(self._hash.hexdigest(), self._bytes)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if error is None:
-                os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            try:
+                if error is None:
+                    self._flush()
+                    os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
         except OSError as failure:
             raise self._directory.explain(failure) from failure

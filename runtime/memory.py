@@ -27,10 +27,15 @@ def anonymous(size: int) -> NDArray[np.uint8]:
     except OSError as error:
         remedy = "load with fewer kv_tokens or on a larger host"
         raise EngineError("cpu", "memory", found=f"{error} for {size / 2**30:.1f} GiB", remedy=remedy) from None
-    if size >= 4 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+    _ask_for_huge_pages(mapped)
+    return np.frombuffer(mapped, np.uint8)
+
+
+def _ask_for_huge_pages(mapped: mmap.mmap) -> None:
+    """Of a file, Linux maps as huge pages what its cache holds in such pieces: what was written that way or is read now."""
+    if len(mapped) >= 4 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapped, np.uint8)
 
 
 class WeightsFile:
@@ -46,6 +51,7 @@ class WeightsFile:
             raise EngineError("engine", f"file {path} is missing", remedy=_REMEDY) from None
         except ValueError as error:
             raise self._damaged(str(error)) from None
+        _ask_for_huge_pages(self._mapped)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
         self._offsets: dict[str, int] = {}
         self.sizes: dict[str, int] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from runtime.executors import StepBatch
 from runtime.memory import anonymous
 from runtime.program import Program
 
-Bound = Callable[[], object]
 _clock = time.perf_counter
 _READS = 7
 
@@ -44,23 +43,22 @@ class KernelTime:
 class Phase:
     """All steps of one sort. "decode": every token of the step wants its logits; "prefill": all others, mixed ones too.
 
-    `seconds` are the steps' time on the wall clock without waiting for requests. Of these `between_s` lie between the
-    kernels of a step (Python, and the profiler's own clock: about 0.1 us a call), `around_s` before and after them
-    (scheduling, sampling, detokenizing). Kernels are in the order of the program.
+    `seconds` are the steps' time on the wall clock without waiting for requests. Of these `outside_s` lie before and after
+    the kernels (scheduling, sampling, detokenizing); from one kernel to the next there is nothing but the clock, about
+    0.03 us, which counts as the kernel's. Kernels are in the order of the program.
     """
 
     name: str
     steps: int
     tokens: int
     seconds: float
-    between_s: float
-    around_s: float
+    outside_s: float
     kernels: tuple[KernelTime, ...]
 
     @property
     def outside_share(self) -> float:
         """Share of the time that is not in kernels."""
-        return (self.between_s + self.around_s) / self.seconds
+        return self.outside_s / self.seconds
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class _Sums:
     steps: int = 0
     tokens: int = 0
     wall_s: float = 0.0
-    walk_s: float = 0.0  # first kernel to last
     kv_tokens: int = 0  # cached tokens that attention read, summed over steps
 
 
@@ -105,7 +102,7 @@ class ProfileHandle:
 
 
 class Recorder:
-    """Collects times. The executor binds its calls through `timed`, the step loop runs its steps through `step`.
+    """Collects times: of steps through `step`, by the step loop, and of their kernel calls through `walked`, by the executor.
 
     Both run on the loop's thread only. When nothing is recorded neither is in the way.
     """
@@ -113,26 +110,26 @@ class Recorder:
     def __init__(self, program: Program, batch: StepBatch) -> None:
         self._program = program
         self._batch = batch
-        self._spans = [0.0] * len(program.calls)
-        self._walk = [0.0, 0.0]
+        self._walk: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self._phases: dict[str, _Sums] = {}
         self._resumed = 0.0
-        self._binding_s = 0.0
+        self._left_out_s = 0.0
 
-    def timed(self, calls: Iterable[tuple[int, Bound]]) -> tuple[Bound, ...]:
-        """The same calls, each with a clock; their numbers are those of the program. Binding them is no part of a step."""
-        started = _clock()
-        bound = (self._begin, *(self._timed(number, call) for number, call in calls), self._end)
-        self._binding_s += _clock() - started
-        return bound
+    def walked(self, numbers: NDArray[np.int64], times: NDArray[np.int64]) -> None:
+        """What a step called: numbers in the program, and nanoseconds at which the first began and each ended."""
+        self._walk = numbers, times
+
+    def leave_out(self, seconds: float) -> None:
+        """What a step spent on what later ones will not."""
+        self._left_out_s += seconds
 
     def step(self, run: Callable[[], None], more: Callable[[], bool]) -> None:
         """Run one step; the time to the next counts too if there is `more` to do."""
         started = self._resumed or _clock()
-        self._walk[0] = self._binding_s = 0.0
+        self._walk, self._left_out_s = None, 0.0
         run()
-        if self._walk[0]:  # else there was nothing left to run
-            self._add(_clock() - started - self._binding_s)
+        if self._walk is not None:  # else there was nothing left to run
+            self._add(_clock() - started - self._left_out_s, *self._walk)
         self._resumed = _clock() if more() else 0.0
 
     def profile(self, isa: str, threads: int, bandwidth: float) -> Profile:
@@ -140,33 +137,15 @@ class Recorder:
         phases = (self._phase(name, bandwidth) for name in ("prefill", "decode") if name in self._phases)
         return Profile(isa, threads, bandwidth, tuple(phases))
 
-    def _timed(self, number: int, call: Bound) -> Bound:
-        spans, clock = self._spans, _clock
-
-        def run() -> None:
-            started = clock()
-            call()
-            spans[number] = clock() - started
-
-        return run
-
-    def _begin(self) -> None:
-        self._spans[:] = [0.0] * len(self._spans)
-        self._walk[0] = _clock()
-
-    def _end(self) -> None:
-        self._walk[1] = _clock()
-
-    def _add(self, wall_s: float) -> None:
-        batch, spans = self._batch, np.array(self._spans)
+    def _add(self, wall_s: float, numbers: NDArray[np.int64], times: NDArray[np.int64]) -> None:
+        batch, count = self._batch, len(self._program.calls)
         name = "decode" if batch.tokens == batch.rows else "prefill"
-        sums = self._phases.setdefault(name, _Sums(np.zeros(len(spans)), np.zeros(len(spans), np.int64)))
-        sums.seconds += spans
-        sums.calls += spans > 0
+        sums = self._phases.setdefault(name, _Sums(np.zeros(count), np.zeros(count, np.int64)))
+        sums.seconds[numbers] += np.diff(times) * 1e-9
+        sums.calls[numbers] += 1
         sums.steps += 1
         sums.tokens += batch.tokens
         sums.wall_s += wall_s
-        sums.walk_s += self._walk[1] - self._walk[0]
         contexts = np.zeros(batch.max_sequences, np.int64)
         np.maximum.at(contexts, batch.sequences[: batch.tokens], batch.positions[: batch.tokens] + 1)
         sums.kv_tokens += int(contexts.sum())
@@ -186,8 +165,8 @@ class Recorder:
             rate = read / seconds
             share = rate / bandwidth if read else None
             kernels.append(KernelTime(kind, rows, calls, seconds, seconds / sums.wall_s, read, rate, share))
-        between = sums.walk_s - float(sums.seconds.sum())
-        return Phase(name, sums.steps, sums.tokens, sums.wall_s, between, sums.wall_s - sums.walk_s, tuple(kernels))
+        outside = sums.wall_s - float(sums.seconds.sum())
+        return Phase(name, sums.steps, sums.tokens, sums.wall_s, outside, tuple(kernels))
 
 
 def kv_bytes_per_token(program: Program) -> int:
@@ -241,6 +220,5 @@ def _table(phase: Phase) -> str:
         lines.append(
             line(kernel.kind, kernel.rows, kernel.calls, kernel.seconds, kernel.bytes_per_second, kernel.share_of_limit)
         )
-    lines.append(line("between kernels", "", None, phase.between_s))
-    lines.append(line("schedule, sample, detokenize", "", None, phase.around_s))
+    lines.append(line("schedule, sample, detokenize", "", None, phase.outside_s))
     return "\n".join(lines)

@@ -33,7 +33,7 @@ class _Task(Future[Any]):
 
 
 class StepLoop:
-    """Owns executor and scheduler. One thread only runs steps, since kernels keep a pool of workers per calling thread.
+    """Owns executor and scheduler. One thread only runs steps.
 
     A step that fails ends the requests under way with its error; the loop goes on with those that come after.
     """

@@ -74,7 +74,7 @@ class Executor(Protocol):
         ...
 
     def record(self, recorder: Recorder | None) -> None:
-        """Bind the program's calls through `recorder.timed` from the next step on, or as they are again."""
+        """Tell `recorder` of every kernel call from the next step on, or nobody."""
         ...
 
     def close(self) -> None:

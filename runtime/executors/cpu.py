@@ -1,17 +1,14 @@
-"""Runs a Program on the CPU: kernels of one shared library over mapped weights, through tvm_ffi."""
+"""Runs a Program on the CPU: kernels of one shared library over mapped weights."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import sys
-import threading
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +16,13 @@ from numpy.typing import NDArray
 from runtime import host
 from runtime.errors import EngineError
 from runtime.executors import StepBatch
+from runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 from runtime.kv_cache import blocks_for
 from runtime.memory import WeightsFile, anonymous
 from runtime.profiling import Recorder
 from runtime.program import ALIGNMENT, KV, Arena, Arg, Call, Input, Program, Weight, read_program
 
 WEIGHTS_NAME = "weights.safetensors"
-LIBRARY_NAME = "libtvm_runtime.so"
-_COPY_AGAIN = "copy the engine again or rebuild it"
-Bound = Callable[[], object]
 
 
 def kernels_name(isa: str) -> str:
@@ -38,8 +33,8 @@ def kernels_name(isa: str) -> str:
 class CpuExecutor:
     """One rank's program with its weights, arena and KV cache.
 
-    Every call is bound to its addresses at load; a step is a walk over a list of bound calls. The list depends on the
-    row counts, since a kernel may have variants by rows, and is made at the first step that needs it.
+    A step is a walk over a list of calls bound to their addresses. The list depends on the row counts, since a kernel may
+    have variants by rows, and is made at the first step that needs it.
     """
 
     def __init__(
@@ -55,13 +50,11 @@ class CpuExecutor:
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
         self.vocab_size = program.vocab_size
-        self.threads = _thread_count(threads)
-        self._configured_thread = 0
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(program.weight_names())
         self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes)
-        self._ffi = _load_tvm(directory / LIBRARY_NAME)
-        self._kernels = self._load_kernels(directory / kernels_name(self.isa))
+        library = KernelLibrary(directory / kernels_name(self.isa))
+        self._kernels = {name: library.address(name) for name in program.kernel_names()}
 
         self._arena = anonymous(program.arena_bytes)
         self._kv = anonymous(self.num_blocks * program.kv.block_bytes)
@@ -76,86 +69,65 @@ class CpuExecutor:
         self._logits = floats.reshape(program.max_rows, stride)[:, : program.vocab_size]
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
-        self._lists: dict[tuple[int, int], tuple[Bound, ...]] = {}
+        self._lists: dict[tuple[int, int], tuple[CallList, NDArray[np.int64]]] = {}
         self._recorder: Recorder | None = None
+        self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
+        self.threads = self._pool.threads
 
     def step(self) -> NDArray[np.float32]:
         """Run the batch; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
-        if self._configured_thread != threading.get_ident():
-            self._configure_threads()
         tokens, rows = self.batch.tokens, self.batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
         # Without a row wanted, as in the first chunks of a long prompt, everything behind the last layer is left out.
         key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)
-        calls = self._lists.get(key)
-        if calls is None:
-            calls = self._lists[key] = self._bind(tokens, rows)
-        for call in calls:
-            call()
+        calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
+        try:
+            if self._recorder is None:
+                calls.run()
+            else:
+                self._recorder.walked(numbers, calls.run_timed())
+        except FailedCall as failed:
+            call = self.program.calls[numbers[failed.number]]
+            raise EngineError("cpu", f"kernel {call.kind} of {call.node}", found=failed.message) from None
         return self._logits[:rows]
 
     def record(self, recorder: Recorder | None) -> None:
-        """Time every kernel call from the next step on, or stop doing so: lists of calls are bound anew."""
+        """Time every kernel call from the next step on, or stop doing so."""
         self._recorder = recorder
-        self._lists.clear()
 
     def close(self) -> None:
-        """Drop kernels, weights and buffers; their memory is unmapped with the last array that shows it."""
+        """End the threads, drop weights and buffers; their memory is unmapped with the last array that shows it."""
+        self._pool.close()
         self._lists.clear()
-        self._kernels.clear()
         for name in ("_arena", "_kv", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
-    def _bind(self, tokens: int, rows: int) -> tuple[Bound, ...]:
+    def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList, NDArray[np.int64]]:
+        """The list for row counts, and the numbers of its calls in the program."""
+        started = time.perf_counter()
         counts = {"T": tokens, "R": rows}
-        bound = (
-            (number, partial(self._kernels[call.kernel_for(counts[call.rows])], *map(self._pointer, call.args)))
-            for number, call in enumerate(self.program.calls)
-            if counts[call.rows] > 0
-        )
-        return self._recorder.timed(bound) if self._recorder else tuple(call for _, call in bound)
+        numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
+        calls = [self.program.calls[number] for number in numbers]
+        bound = [
+            (self._kernels[call.kernel_for(counts[call.rows])], [self._pointer(arg) for arg in call.args]) for call in calls
+        ]
+        self._lists[key] = CallList(self._pool, bound), np.array(numbers)
+        if self._recorder:
+            self._recorder.leave_out(time.perf_counter() - started)
+        return self._lists[key]
 
-    def _pointer(self, arg: Arg) -> ctypes.c_void_p:
+    def _pointer(self, arg: Arg) -> int:
         match arg:
             case Arena(offset):
-                return ctypes.c_void_p(self._arena.ctypes.data + offset)
+                return int(self._arena.ctypes.data) + offset
             case Weight(name):
-                return ctypes.c_void_p(self._weights.address(name))
+                return self._weights.address(name)
             case Input(name):
-                return ctypes.c_void_p(self._inputs[name].ctypes.data)
+                return int(self._inputs[name].ctypes.data)
             case KV(layer, part):
                 index = 2 * layer + (part == "v")
-                offset = index * self.num_blocks * self.program.kv.part_block_bytes
-                return ctypes.c_void_p(self._kv.ctypes.data + offset)
-
-    def _load_kernels(self, path: Path) -> dict[str, Callable[..., object]]:
-        if not path.is_file():
-            raise EngineError("engine", f"file {path} is missing", remedy=_COPY_AGAIN)
-        module = self._ffi.load_module(str(path))
-        kernels: dict[str, Callable[..., object]] = {}
-        for name in self.program.kernel_names():
-            try:
-                kernels[name] = module[name]
-            except (AttributeError, KeyError, RuntimeError):
-                raise EngineError("engine", f"kernel {name} is missing from {path}", remedy=_COPY_AGAIN) from None
-        return kernels
-
-    def _configure_threads(self) -> None:
-        """Size TVM's worker pool, of which each calling thread has its own, before its first use on this thread.
-
-        The length of the CPU list is what sizes the pool and overrides TVM_NUM_THREADS and TVM's default of half of the
-        cores. Threads are not bound to these CPUs: two engines on a host would be bound to the same ones.
-        """
-        os.environ.setdefault("TVM_BIND_THREADS", "0")
-        # Workers spin (yielding) this often for the next kernel before they sleep: about a millisecond, more than lies between
-        # the kernels of a step. TVM's default of 300,000 uses up their share of a core that others want too.
-        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
-        cores = host.usable_cores()
-        one_core_per_thread = -2  # takes effect with TVM_BIND_THREADS=1 only
-        cpus = [str(cores[i % len(cores)]) for i in range(self.threads)]
-        self._ffi.get_global_func("runtime.config_threadpool")(one_core_per_thread, self.threads, cpus)
-        self._configured_thread = threading.get_ident()
+                return int(self._kv.ctypes.data) + index * self.num_blocks * self.program.kv.part_block_bytes
 
 
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
@@ -189,45 +161,6 @@ def _allow_amx() -> bool:
     """Ask Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); threads made later inherit it."""
     sys_arch_prctl, arch_req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0
-
-
-def _thread_count(threads: int | None) -> int:
-    """Threads of the kernels' pool: as asked, else every usable core."""
-    if threads is not None and threads < 1:
-        raise EngineError("cpu", "threads", found=str(threads), expected="1 or more")
-    return threads or len(host.usable_cores())
-
-
-def _load_tvm(library: Path) -> Any:
-    """tvm_ffi with TVM's runtime library, which finds libtvm_ffi.so only when tvm_ffi was imported before."""
-    try:
-        with _torch_hidden():
-            import tvm_ffi
-    except ImportError:
-        raise EngineError("cpu", "the package apache-tvm-ffi is missing", remedy="pip install apache-tvm-ffi") from None
-    # A second copy in one process would register its functions twice: the first engine's, or the compiler's, serves all.
-    if tvm_ffi.get_global_func("runtime.config_threadpool", True) is None:
-        if not library.is_file():
-            raise EngineError("engine", f"file {library} is missing", remedy=_COPY_AGAIN)
-        try:
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            remedy = "install the apache-tvm-ffi version of the manifest's toolchain"
-            raise EngineError("cpu", f"{library} does not load", found=str(error), remedy=remedy) from None
-    return tvm_ffi
-
-
-@contextlib.contextmanager
-def _torch_hidden() -> Iterator[None]:
-    """tvm_ffi imports torch where it is installed, to exchange tensors: seconds and 200 MB that kernels by address waste."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
 
 
 def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int) -> int:

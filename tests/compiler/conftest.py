@@ -31,7 +31,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         tune: Callable[[int, int], None] | None = None,
     ) -> Lowered:
         program, weights, _ = lower(model, calls_before_fusion, kv_cache)
-        kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas} | {"libtvm_runtime.so": b"tvm"}
+        kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas}
         if tune is None:
             return Lowered(program, weights, kernels, ["avx2: built-in"])
         tune(1, 1)

@@ -88,8 +88,8 @@ class FakeExecutor:
             failure, self.failure = self.failure, None
             raise failure
         if self.recorder is not None:
-            for call in self.recorder.timed((number, int) for number in range(2 if batch.rows else 1)):
-                call()
+            calls = 2 if batch.rows else 1
+            self.recorder.walked(np.arange(calls), 1000 * np.arange(calls + 1))
         seen: set[tuple[int, int]] = set()
         for t in range(batch.tokens):
             slot, position = int(batch.sequences[t]), int(batch.positions[t])

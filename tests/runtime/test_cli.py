@@ -75,7 +75,7 @@ def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
         "decode: ",
         "  attention  ",
         "  linear  ",
-        "between kernels",
+        "schedule, sample, detokenize",
         "read bandwidth 20.0 GB/s, 1 thread, ",
     ):
         assert text in result.stderr

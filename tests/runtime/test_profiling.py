@@ -62,7 +62,7 @@ def test_shares_are_of_the_better_bandwidth() -> None:
 def test_table_has_every_kernel_and_what_is_outside() -> None:
     table = profile([[3] * 5]).table()
     assert table.startswith("prefill: 5 tokens in 1 step, ") and "\n\ndecode: 3 tokens in 3 steps, " in table
-    for label in ("attention", "linear", "between kernels", "schedule, sample, detokenize"):
+    for label in ("attention", "linear", "schedule, sample, detokenize"):
         assert table.count(f"  {label} ") == 2
     assert "read bandwidth 20.0 GB/s" in table
 

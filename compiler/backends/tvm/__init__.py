@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,12 +20,14 @@ CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; ap
 @dataclass(frozen=True)
 class Lowered:
     """A graph as an engine holds it. `kernels` are the shared libraries by file name; `tilings` says for each instruction set
-    where the kernels' tilings come from, `tuned` is what was measured for this build."""
+    where the kernels' tilings come from, `c_compiler` what compiled the code around the kernels, `tuned` is what was measured
+    for this build."""
 
     program: Program
     weights: Sequence[PackedWeight]
     kernels: Mapping[str, bytes]
     tilings: Sequence[str] = ()
+    c_compiler: str = ""
     tuned: TilingTable | None = None
 
 
@@ -48,10 +49,8 @@ def compile_graph(
     The kernels' tilings are those of the tables in this repository, and nothing is measured, unless `tune` is given: then
     those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
     """
-    import tvm
-
     from compiler.backends.tvm.isa import ISAS
-    from compiler.backends.tvm.library import compile_library
+    from compiler.backends.tvm.library import compile_library, compiler_version
     from compiler.backends.tvm.lower import lower
     from compiler.backends.tvm.tuning.table import read_table
 
@@ -61,9 +60,8 @@ def compile_graph(
     if tuned and tuned.entries:
         tables[tuned.isa] = tuned
     libraries = {f"kernels-{isa}.so": compile_library(kernels, ISAS[isa], tables[isa]) for isa in isas}
-    runtime = Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
     sources = [tables[isa].describe() for isa in isas]
-    return Lowered(program, weights, libraries | {runtime.name: runtime.read_bytes()}, sources, tuned)
+    return Lowered(program, weights, libraries, sources, compiler_version(), tuned)
 
 
 def _tune(

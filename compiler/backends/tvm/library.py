@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +16,9 @@ from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.tuning.table import Shape, TilingTable
 from compiler.errors import CompileError
+
+STEPS = Path(__file__).parent / "native" / "steps.c"  # what walks the calls of a step; part of every library
+_FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 
 def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | None = None) -> bytes:
@@ -30,17 +34,34 @@ def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | 
 
 
 def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> bytes:
-    """The bytes of a .so that exports functions by name."""
-    if cc.get_cc() is None:
-        remedy = "install one, as with `apt install gcc`, or name it in the environment variable CC"
-        raise CompileError("tvm", "no C compiler to link the kernels with", remedy=remedy)
+    """The bytes of a .so that exports functions by name, and what runtime/executors/native.py runs them with."""
+    compiler = _c_compiler()
     # Without storage rewriting, scratch stays where `tir.local` puts it: on the stack of its task.
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         executable = tvm.compile(tvm.IRModule(dict(functions)), target=tvm.target.Target(isa.target()))
     with tempfile.TemporaryDirectory(prefix="belle-kernels-") as folder:
-        path = Path(folder) / "kernels.so"
-        executable.export_library(str(path))
+        path, steps = Path(folder) / "kernels.so", Path(folder) / "steps.o"
+        done = subprocess.run([compiler, *_FLAGS, "-c", STEPS, "-o", steps], capture_output=True, text=True)
+        if done.returncode:
+            found = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+            remedy = "name a recent gcc or clang in the environment variable CC"
+            raise CompileError("tvm", f"{compiler} does not compile {STEPS.name}", found=found, remedy=remedy)
+        executable.export_library(str(path), addons=[str(steps)])
         return path.read_bytes()
+
+
+def compiler_version() -> str:
+    """The C compiler's first line about itself."""
+    done = subprocess.run([_c_compiler(), "--version"], capture_output=True, text=True)
+    return done.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def _c_compiler() -> str:
+    found: str | None = cc.get_cc()
+    if found is None:
+        remedy = "install one, as with `apt install gcc`, or name it in the environment variable CC"
+        raise CompileError("tvm", "no C compiler to link the kernels with", remedy=remedy)
+    return found
 
 
 def _tiled(kernel: Kernel, tilings: TilingTable) -> Kernel:

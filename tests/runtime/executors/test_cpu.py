@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,10 @@ from runtime.program import KV, Arena, Call, FusionCalls, Input, KVLayout, Logit
 from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
 
-tvm = pytest.importorskip("tvm")
+pytest.importorskip("tvm")
+
+from compiler.backends.tvm import library
+from compiler.backends.tvm.isa import AVX2
 
 pytestmark = pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")
 
@@ -99,10 +100,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, np.ndarra
     rank = tmp_path_factory.mktemp("engine") / "rank0"
     rank.mkdir()
     functions = {"lookup": lookup(), "mark": mark(), "head_one": head("head_one", 1000.0), "head_any": head("head_any", 0.0)}
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "haswell"})
-    tvm.compile(tvm.IRModule(functions), target=target).export_library(str(rank / "kernels-avx2.so"))
+    (rank / "kernels-avx2.so").write_bytes(library.compile_functions(functions, AVX2))
     shutil.copy(rank / "kernels-avx2.so", rank / "kernels-avx512vnni.so")
-    shutil.copy(Path(tvm.__file__).parent / "lib" / cpu.LIBRARY_NAME, rank / cpu.LIBRARY_NAME)
     write_weights(rank / cpu.WEIGHTS_NAME, weights)
     (rank / "program.json").write_text(PROGRAM.to_json())
     return rank
@@ -167,23 +166,22 @@ def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.Monke
 def test_every_address_is_aligned(built: Path) -> None:
     executor = load(built)
     for call in PROGRAM.calls:
-        assert all((executor._pointer(arg).value or 1) % 64 == 0 for arg in call.args)
+        assert all(executor._pointer(arg) % 64 == 0 for arg in call.args)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_of_the_pool_on_whatever_thread_steps(built: Path, threads: int) -> None:
-    executor, counts = load(built, threads=threads), []
-
-    def run() -> None:
-        step(executor, [1, 2], [0])
-        counts.append(executor._ffi.get_global_func("runtime.NumThreads")())
-
+def test_steps_on_whatever_thread(built: Path, weights: dict[str, np.ndarray], threads: int) -> None:
+    executor, found = load(built, threads=threads), []
+    workers = executor._pool._threads
+    assert executor.threads == threads == 1 + sum(worker.is_alive() for worker in workers)
     for _ in range(2):
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=lambda: found.append(step(executor, [1, 2], [0]).copy()))
         thread.start()
         thread.join()
-    assert counts == [threads, threads]
-    assert os.sched_getaffinity(0) >= set(host.usable_cores())
+    expected = weights["table"][1] @ weights["head"].T + 1000
+    np.testing.assert_allclose(found, [[expected]] * 2, rtol=1e-5, atol=2e-3)
+    executor.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_engine_over_kernels(rank: Path) -> None:
@@ -208,16 +206,14 @@ def test_profile_over_kernels(rank: Path) -> None:
             profiled = engine.generate([3, 4], params)
         assert profile.result is not None
         assert engine.generate([3, 4], params)[0].token_ids == profiled[0].token_ids == plain[0].token_ids
-        lists = engine.executor._lists  # bound anew, without clocks
-        assert lists and all(isinstance(call, partial) for calls in lists.values() for call in calls)
     prefill, decode = profile.result.phases
     assert (prefill.steps, prefill.tokens, decode.steps, decode.tokens) == (1, 2, 4, 4)
     for phase in (prefill, decode):
         assert [(k.kind, k.rows, k.calls) for k in phase.kernels] == [
             ("embedding", "T", phase.steps), ("cache", "T", phase.steps), ("linear", "R", phase.steps)]  # fmt: skip
         in_kernels = sum(kernel.seconds for kernel in phase.kernels)
-        assert in_kernels + phase.between_s + phase.around_s == pytest.approx(phase.seconds)
-        assert in_kernels > 0 and phase.between_s > 0 and phase.around_s > 0
+        assert in_kernels + phase.outside_s == pytest.approx(phase.seconds)
+        assert in_kernels > 0 and phase.outside_s > 0
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "program.json", "kernels-avx2.so"])
@@ -238,7 +234,7 @@ def test_kernel_and_tensor_that_are_missing(rank: Path, weights: dict[str, np.nd
 
 
 def test_impossible_thread_count(built: Path) -> None:
-    with pytest.raises(EngineError, match="cpu: threads: found 0, expected 1 or more"):
+    with pytest.raises(EngineError, match="cpu: threads: found 0, expected 1 to 256"):
         load(built, threads=0)
 
 

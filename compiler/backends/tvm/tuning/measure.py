@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import round_up
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, QuantizedLinear
 from compiler.backends.tvm.library import compile_functions
 from runtime import host
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 
 SAMPLE_SECONDS = 0.002
 ROUNDS = 7
@@ -42,9 +41,8 @@ def last_level_cache() -> int:
 class Bench:
     """Runs the variants of one kernel shape over weights that rotate through more memory than the caches hold."""
 
-    def __init__(self, kernel: QuantizedLinear, threads: int, max_rows: int) -> None:
+    def __init__(self, kernel: QuantizedLinear, max_rows: int) -> None:
         self.kernel = kernel
-        _size_pool(threads)
         rng = np.random.default_rng(0)
         rows = round_up(max_rows, 32)
         sizes = {
@@ -67,8 +65,8 @@ class Bench:
         self._arguments = [self._bind(i) for i in range(copies)]
         self._next = 0
 
-    def compare(self, functions: Sequence[Any], rows: int, every: bool = False) -> list[float]:
-        """Median seconds a call of each function at a row count; of fewer samples for those that fall behind early, unless
+    def compare(self, functions: Sequence[Variant], rows: int, every: bool = False) -> list[float]:
+        """Median seconds a call of each variant at a row count; of fewer samples for those that fall behind early, unless
         `every` one is wanted as precisely."""
         self._arrays["rows"][0] = rows
         for function in functions:
@@ -84,20 +82,20 @@ class Bench:
                 samples[i].append(self._sample(functions[i], calls[i]))
         return [statistics.median(taken) for taken in samples]
 
-    def _sample(self, function: Any, calls: int) -> float:
+    def _sample(self, function: Variant, calls: int) -> float:
         """Seconds a call, each with the next copy of the weights."""
         copies = len(self._arguments)
         arguments = [self._arguments[(self._next + i) % copies] for i in range(calls)]
         self._next = (self._next + calls) % copies
+        bound = CallList(function.pool, [(function.address, addresses) for addresses in arguments])
         start = time.perf_counter()
-        for pointers in arguments:
-            function(*pointers)
+        bound.run()
         return (time.perf_counter() - start) / calls
 
-    def _bind(self, copy: int) -> list[ctypes.c_void_p]:
-        addresses = {name: array.ctypes.data for name, array in self._arrays.items()}
-        addresses["weight"] = self._pool.ctypes.data + copy * self._weight_bytes
-        return [ctypes.c_void_p(addresses[name]) for name, _ in self.kernel.pointers()]
+    def _bind(self, copy: int) -> list[int]:
+        addresses = {name: int(array.ctypes.data) for name, array in self._arrays.items()}
+        addresses["weight"] = int(self._pool.ctypes.data) + copy * self._weight_bytes
+        return [addresses[name] for name, _ in self.kernel.pointers()]
 
 
 def _rotated_bytes() -> int:
@@ -105,14 +103,23 @@ def _rotated_bytes() -> int:
     return min(max(4 * last_level_cache(), LEAST_ROTATED), host.memory_bytes() // 4)
 
 
-def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """A kernel in memory, and the threads it runs with."""
+
+    pool: ThreadPool
+    address: int
+
+
+def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa, threads: int) -> dict[str, Variant]:
     """Compiles and loads variants of a kernel under names of their own."""
     code = compile_functions({name: kernel.build(isa, name) for name, kernel in kernels.items()}, isa)
     with tempfile.TemporaryDirectory(prefix="belle-tuning-") as folder:
         path = Path(folder) / "variants.so"
         path.write_bytes(code)
-        module = tvm_ffi.load_module(str(path))
-    return {name: module[name] for name in kernels}
+        library = KernelLibrary(path)
+    pool = ThreadPool(library, threads)
+    return {name: Variant(pool, library.address(name)) for name in kernels}
 
 
 def _pages(size: int) -> npt.NDArray[Any]:
@@ -122,12 +129,3 @@ def _pages(size: int) -> npt.NDArray[Any]:
     array = np.frombuffer(mapped, np.int8)
     array[:] = 0
     return array
-
-
-def _size_pool(threads: int) -> None:
-    """The pool of worker threads as the runtime has it (runtime/executors/cpu.py)."""
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
-    cores = host.usable_cores()
-    cpus = [str(cores[i % len(cores)]) for i in range(threads)]
-    tvm_ffi.get_global_func("runtime.config_threadpool")(-2, threads, cpus)

@@ -17,7 +17,7 @@ from compiler.backends.tvm.kernels.base import Kernel, View
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
 from compiler.backends.tvm.tuning.candidates import TILE_PANELS, TILE_ROWS, Bucket, buckets
-from compiler.backends.tvm.tuning.measure import Bench, last_level_cache, load_variants
+from compiler.backends.tvm.tuning.measure import Bench, Variant, last_level_cache, load_variants
 from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from compiler.version import __version__
 from runtime import host
@@ -65,9 +65,9 @@ class _Search:
     """One shape: the buckets of row counts are independent, and are only compiled together."""
 
     def __init__(self, shape: Shape, max_rows: int, isa: Isa, threads: int) -> None:
-        self.shape, self.isa, self.max_rows = shape, isa, max_rows
+        self.shape, self.isa, self.threads, self.max_rows = shape, isa, threads, max_rows
         self.kernel = kernel_of(shape)
-        self.bench = Bench(self.kernel, threads, max_rows)
+        self.bench = Bench(self.kernel, max_rows)
         self.buckets = buckets(isa, shape.planes, max_rows)
         self.built_in = built_in(isa, shape.planes)
 
@@ -92,13 +92,13 @@ class _Search:
             for number, walk in enumerate(walks):
                 tiling = LinearTiling(((None, walk),), tiles_from=NEVER, trial_rows=bucket.rows)
                 kernels[f"trial_{index}_{number}"] = self._tiled(tiling)
-        functions = load_variants(kernels, self.isa)
+        functions = load_variants(kernels, self.isa, self.threads)
         return [
             self._best(bucket, walks, [functions[f"trial_{index}_{number}"] for number in range(len(walks))])
             for index, (bucket, walks) in enumerate(zip(self.buckets, trials, strict=True))
         ]
 
-    def _best(self, bucket: Bucket, walks: Sequence[Walk], functions: Sequence[Any]) -> Walk:
+    def _best(self, bucket: Bucket, walks: Sequence[Walk], functions: Sequence[Variant]) -> Walk:
         times = [self.bench.compare(functions, rows) for rows in bucket.rows]
         scores = [prod(by_walk) ** (1 / len(times)) for by_walk in zip(*times, strict=True)]
         fastest = min(range(len(walks)), key=scores.__getitem__)
@@ -119,7 +119,8 @@ class _Search:
 
     def _times(self, tilings: Mapping[str, LinearTiling], counts: Iterable[int]) -> dict[int, list[float]]:
         """Seconds a call by row count, one for each tiling."""
-        functions = load_variants({f"whole_{name}": self._tiled(tiling) for name, tiling in tilings.items()}, self.isa)
+        kernels = {f"whole_{name}": self._tiled(tiling) for name, tiling in tilings.items()}
+        functions = load_variants(kernels, self.isa, self.threads)
         return {rows: self.bench.compare(list(functions.values()), rows, every=True) for rows in counts}
 
     def _tiled(self, tiling: LinearTiling) -> QuantizedLinear:

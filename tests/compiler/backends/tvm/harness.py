@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Iterable
 from functools import cached_property
@@ -11,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm_ffi
 
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.base import Kernel, View
 from compiler.backends.tvm.library import compile_library
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.host import host_isas
 
 Array = npt.NDArray[Any]
@@ -72,8 +71,10 @@ class Library:
         return path
 
     @cached_property
-    def module(self) -> Any:
-        return tvm_ffi.load_module(str(self.file))
+    def loaded(self) -> tuple[KernelLibrary, ThreadPool]:
+        """The library, and threads enough that some of them find nothing to do."""
+        library = KernelLibrary(self.file)
+        return library, ThreadPool(library, 3)
 
     def call(self, kernel: Kernel, *arrays: Array) -> None:
         """Run a kernel on arrays in the order of its pointers; dtypes must be the declared ones."""
@@ -83,4 +84,5 @@ class Library:
         for array, (name, dtype) in zip(arrays, pointers, strict=True):
             assert array.itemsize == np.dtype(dtype).itemsize or array.dtype == np.uint8, (name, array.dtype, dtype)
             assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous, f"{name} is not aligned and contiguous"
-        self.module[kernel.name](*[ctypes.c_void_p(array.ctypes.data) for array in arrays])
+        library, pool = self.loaded
+        CallList(pool, [(library.address(kernel.name), [array.ctypes.data for array in arrays])]).run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import re
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tvm_ffi
 
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
@@ -20,6 +18,7 @@ from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
 from compiler.backends.tvm.library import compile_functions, compile_library
 from compiler.backends.tvm.tuning import candidates
 from compiler.ir import meanings
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
 from tests.compiler.backends.tvm.test_linear import CAPACITY, ISAS, integers, quantized, run_quantized, tokens
 
@@ -42,14 +41,15 @@ def test_every_candidate_is_exact(isa: Isa, planes: int, tmp_path: Path) -> None
     functions = {f"f{i}": replace(kernel, tiling=tiling).build(isa, f"f{i}") for i, tiling in enumerate(tilings)}
     path = tmp_path / "kernels.so"
     path.write_bytes(compile_functions(functions, isa))
-    module = tvm_ffi.load_module(str(path))
+    library = KernelLibrary(path)
+    pool = ThreadPool(library, 2)
     for rows in ROWS:
         xq = integers(rng, planes, rows, SHAPE[1])
         stored, expected = tokens(xq), meanings.integer_linear(xq, wq).astype(np.float32)
         for i, tiling in enumerate(tilings):
             out = aligned_copy(np.full((CAPACITY, kernel.out.stride), np.nan, np.float32))
             arrays = (ints(rows), stored, ones, packed, scale, correction, out)
-            module[f"f{i}"](*[ctypes.c_void_p(array.ctypes.data) for array in arrays])
+            CallList(pool, [(library.address(f"f{i}"), [array.ctypes.data for array in arrays])]).run()
             np.testing.assert_array_equal(out[:rows, : SHAPE[0]], expected, err_msg=f"{rows} rows, {tiling}")
 
 

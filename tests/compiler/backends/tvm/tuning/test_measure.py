@@ -21,8 +21,8 @@ def test_variants_of_a_kernel_run_in_turns(isa: Isa, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measure, "_rotated_bytes", lambda: 100_000)
     kernel = kernel_of(Shape(48, 128))
     variants = {f"v{wide}": replace(kernel, tiling=LinearTiling(((None, Walk(wide, 2)),))) for wide in (1, 2)}
-    functions = measure.load_variants(variants, isa)
-    bench = measure.Bench(kernel, threads=1, max_rows=5)
+    functions = measure.load_variants(variants, isa, 1)
+    bench = measure.Bench(kernel, max_rows=5)
     times = bench.compare(list(functions.values()), 5)
     assert len(times) == 2 and all(0 < seconds < 10 for seconds in times)
     results = []

@@ -32,12 +32,12 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[int]]:
         compiled: list[int] = []
 
         class Bench:
-            def __init__(self, kernel: QuantizedLinear, threads: int, max_rows: int) -> None: ...
+            def __init__(self, kernel: QuantizedLinear, max_rows: int) -> None: ...
 
             def compare(self, functions: Sequence[Any], rows: int, every: bool = False) -> list[float]:
                 return [cost(tiling, rows) for tiling in functions]
 
-        def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa) -> dict[str, Any]:
+        def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa, threads: int) -> dict[str, Any]:
             compiled.append(len(kernels))
             return {name: kernel.tiling for name, kernel in kernels.items()}
 

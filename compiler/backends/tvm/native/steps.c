@@ -1,0 +1,182 @@
+// Linked into every kernel library: walks the calls of a step and shares the loops in them out among threads.
+//
+// Kernels are what TVM compiles: C functions over an array of tagged values. They call two functions of their host, one to
+// run a parallel loop and one to say what went wrong; both are here, so a library needs nothing but libc. Threads
+// belong to the caller, who lends them to a pool by calling belle_work on each (runtime/executors/native.py).
+
+#define _GNU_SOURCE
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define API __attribute__((visibility("default")))
+#define HIDDEN __attribute__((visibility("hidden")))
+#define LINE __attribute__((aligned(64)))
+
+enum {
+  MOST_THREADS = 256,
+  SHARES = 8,          // tasks a thread: those who finish early take what others have not begun
+  SPINS = 4000,        // looks at a value in a row before giving the core away between them
+  YIELDS = 3000,       // looks of a worker between loops, giving the core away, before it sleeps: about a millisecond
+};
+
+typedef struct { int32_t type; uint32_t zero; union { void *pointer; int64_t integer; } as; } Value;  // TVMFFIAny
+typedef int32_t (*Kernel)(void *self, const Value *arguments, int32_t count, Value *result);
+typedef struct { Kernel kernel; const Value *arguments; int64_t count; } Call;
+
+typedef struct { void *sync_handle; int32_t tasks; } Environment;  // TVMParallelGroupEnv
+typedef int32_t (*Body)(int32_t task, Environment *environment, void *closure);
+
+// A thread's tasks first..end-1 of a loop, and the loop's number, in one word: what is claimed belongs to that loop.
+typedef struct { LINE _Atomic uint64_t word; } Share;
+
+typedef struct {
+  int32_t threads;
+  LINE _Atomic uint32_t loop;      // number of the current loop; workers wait for the next
+  _Atomic uint32_t stopped;
+  _Atomic(Body) body;
+  _Atomic(void *) closure;
+  Environment environment;
+  LINE _Atomic int32_t done;       // tasks of the current loop that have ended
+  _Atomic int32_t failure;         // what a task returned, if not 0
+  LINE _Atomic int32_t sleepers;
+  Share shares[MOST_THREADS];
+} Pool;
+
+static __thread Pool *current;     // of the step that this thread walks
+static char message[512];
+
+static uint64_t pack(uint32_t loop, uint32_t first, uint32_t end) { return (uint64_t)loop << 32 | first << 16 | end; }
+
+static void pause_once(void) { __builtin_ia32_pause(); }
+
+// The next task of a share from its front (its owner) or its back (others); -1 if none is left or the loop has ended.
+static int32_t claim(Share *share, uint32_t loop, int front) {
+  uint64_t word = atomic_load_explicit(&share->word, memory_order_relaxed);
+  for (;;) {
+    uint32_t first = word >> 16 & 0xffff, end = word & 0xffff;
+    if ((uint32_t)(word >> 32) != loop || first >= end) return -1;
+    uint64_t rest = front ? pack(loop, first + 1, end) : pack(loop, first, end - 1);
+    if (atomic_compare_exchange_weak_explicit(&share->word, &word, rest, memory_order_acquire, memory_order_relaxed))
+      return front ? (int32_t)first : (int32_t)end - 1;
+  }
+}
+
+static void run_tasks(Pool *pool, int32_t me, uint32_t loop) {
+  // Read before a claim, and used only if it succeeds: then the loop was not over, and these are its own.
+  Body body = atomic_load_explicit(&pool->body, memory_order_relaxed);
+  void *closure = atomic_load_explicit(&pool->closure, memory_order_relaxed);
+  int32_t ended = 0, failure = 0;
+  for (int32_t i = 0; i < pool->threads; i++) {
+    int32_t owner = me + i < pool->threads ? me + i : me + i - pool->threads;
+    for (int32_t task; (task = claim(&pool->shares[owner], loop, i == 0)) >= 0; ended++) {
+      int32_t status = body(task, &pool->environment, closure);
+      if (status) failure = status;
+    }
+  }
+  if (failure) atomic_store_explicit(&pool->failure, failure, memory_order_relaxed);
+  if (ended) atomic_fetch_add_explicit(&pool->done, ended, memory_order_release);
+}
+
+// What kernels call for a parallel loop. Tasks are contiguous pieces of it; the body divides by their number.
+HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
+  Pool *pool = current;
+  if (!pool || pool->threads == 1) {
+    Environment alone = {NULL, 1};
+    return body(0, &alone, closure);
+  }
+  int32_t threads = pool->threads;
+  if (tasks <= 0 || tasks > 0xffff) tasks = threads * SHARES;
+  uint32_t loop = atomic_load_explicit(&pool->loop, memory_order_relaxed) + 1;
+  atomic_store_explicit(&pool->body, body, memory_order_relaxed);
+  atomic_store_explicit(&pool->closure, closure, memory_order_relaxed);
+  pool->environment = (Environment){NULL, tasks};
+  atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
+  atomic_store_explicit(&pool->failure, 0, memory_order_relaxed);
+  atomic_thread_fence(memory_order_release);
+  for (int32_t i = 0; i < threads; i++)
+    atomic_store_explicit(&pool->shares[i].word, pack(loop, tasks * i / threads, tasks * (i + 1) / threads), memory_order_release);
+  atomic_store(&pool->loop, loop);
+  if (atomic_load(&pool->sleepers)) syscall(SYS_futex, &pool->loop, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
+  current = NULL;  // a loop inside a task runs in that task
+  run_tasks(pool, 0, loop);
+  current = pool;
+  for (int32_t spin = 0; atomic_load_explicit(&pool->done, memory_order_acquire) < tasks; spin++)
+    if (spin < SPINS) pause_once(); else sched_yield();
+  return atomic_load_explicit(&pool->failure, memory_order_relaxed);
+}
+
+// The names that TVM's code looks for; hidden, so that TVM's own loader leaves them alone.
+HIDDEN int32_t (*__TVMBackendParallelLaunch)(Body, void *, int32_t) = belle_parallel;
+
+HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+  size_t used = 0;
+  for (int32_t i = -1; i < count; i++) {
+    const char *part = i < 0 ? kind : parts[i];
+    size_t length = part ? strlen(part) : 0;
+    if (length > sizeof message - 3 - used) length = sizeof message - 3 - used;
+    memcpy(message + used, part, length);
+    used += length;
+    if (i < 0) message[used++] = ':', message[used++] = ' ';
+  }
+  message[used] = 0;
+}
+
+API size_t belle_pool_bytes(void) { return sizeof(Pool); }
+API int32_t belle_most_threads(void) { return MOST_THREADS; }
+API const char *belle_error(void) { return message; }
+
+// `memory` is belle_pool_bytes() zeros at a multiple of 64.
+API void belle_pool_init(Pool *memory, int32_t threads) { memory->threads = threads; }
+
+// The life of a pool's worker number `me`, 1..threads-1; returns after belle_stop.
+API void belle_work(Pool *pool, int32_t me) {
+  uint32_t seen = 0;
+  while (!atomic_load(&pool->stopped)) {
+    uint32_t loop = seen;
+    for (int32_t spin = 0; spin < SPINS + YIELDS && (loop = atomic_load_explicit(&pool->loop, memory_order_acquire)) == seen; spin++)
+      if (spin < SPINS) pause_once(); else sched_yield();
+    if (loop == seen) {
+      atomic_fetch_add(&pool->sleepers, 1);
+      if (atomic_load(&pool->loop) == seen && !atomic_load(&pool->stopped))
+        syscall(SYS_futex, &pool->loop, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+      atomic_fetch_sub(&pool->sleepers, 1);
+      continue;
+    }
+    seen = loop;
+    run_tasks(pool, me, loop);
+  }
+}
+
+API void belle_stop(Pool *pool) {
+  atomic_store(&pool->stopped, 1);
+  atomic_fetch_add(&pool->loop, 1);
+  syscall(SYS_futex, &pool->loop, FUTEX_WAKE_PRIVATE, MOST_THREADS, NULL, NULL, 0);
+}
+
+static int64_t now(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+// Runs calls in order; returns the number of the first that failed, or -1. With `times`, nanoseconds: when the first call
+// began, and when each ended.
+API int64_t belle_run(Pool *pool, const Call *calls, int64_t count, int64_t *times) {
+  int64_t failed = -1;
+  current = pool;
+  if (times) *times++ = now();
+  for (int64_t i = 0; i < count && failed < 0; i++) {
+    Value result = {0};
+    if (calls[i].kernel(NULL, calls[i].arguments, (int32_t)calls[i].count, &result)) failed = i;
+    if (times) *times++ = now();
+  }
+  current = NULL;
+  return failed;
+}

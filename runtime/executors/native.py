@@ -1,0 +1,126 @@
+"""Kernel libraries without TVM: lists of calls that one foreign call walks, and the threads that share their loops.
+
+compiler/backends/tvm/native/steps.c is the other side; it is linked into every kernel library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+
+_COPY_AGAIN = "copy the engine again or rebuild it"
+_PREFIX = "__tvm_ffi_"
+_OPAQUE_POINTER = 4  # TVM's tag of an argument that is an address
+_ARGUMENT = np.dtype([("type", np.int32), ("zero", np.uint32), ("value", np.uint64)])
+_CALL = np.dtype([("kernel", np.uint64), ("arguments", np.uint64), ("count", np.int64)])
+
+
+class KernelLibrary:
+    """The kernels of one instruction set and what runs them."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it; raises `EngineError` when it is missing or does not load."""
+        self.path = path
+        if not path.is_file():
+            raise EngineError("engine", f"file {path} is missing", remedy=_COPY_AGAIN)
+        try:
+            self.functions = ctypes.CDLL(str(path))
+            self.functions.belle_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+            self.functions.belle_run.restype = ctypes.c_int64
+            self.functions.belle_pool_bytes.restype = ctypes.c_size_t
+            self.functions.belle_error.restype = ctypes.c_char_p
+            self.functions.belle_pool_init.argtypes = self.functions.belle_work.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+            self.functions.belle_stop.argtypes = (ctypes.c_void_p,)
+        except (OSError, AttributeError) as error:
+            raise EngineError("engine", f"{path} does not load", found=str(error), remedy=_COPY_AGAIN) from None
+
+    def address(self, kernel: str) -> int:
+        """Where a kernel begins; raises `EngineError` when there is none of this name."""
+        try:
+            function = self.functions[_PREFIX + kernel]
+        except AttributeError:
+            raise EngineError("engine", f"kernel {kernel} is missing from {self.path}", remedy=_COPY_AGAIN) from None
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+class ThreadPool:
+    """Threads that share the loops of kernels with whoever runs them, one at a time. They sleep when nothing runs for a
+    millisecond, and end with `close` or with this object."""
+
+    def __init__(self, library: KernelLibrary, threads: int) -> None:
+        """`threads` with the calling one."""
+        self.functions, self.threads = library.functions, threads
+        most = int(self.functions.belle_most_threads())
+        if not 1 <= threads <= most:
+            raise EngineError("cpu", "threads", found=str(threads), expected=f"1 to {most}")
+        memory = np.zeros(int(self.functions.belle_pool_bytes()) + 64, np.uint8)
+        self.address = memory.ctypes.data + -memory.ctypes.data % 64
+        self.functions.belle_pool_init(self.address, threads)
+        self._memory = memory
+        self._threads = [
+            # The threads hold the memory, not this object: it may go while they still sleep.
+            threading.Thread(target=_work, args=(self.functions, self.address, i, memory), name=f"kernels-{i}", daemon=True)
+            for i in range(1, threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._stop = weakref.finalize(self, self.functions.belle_stop, self.address)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._stop()
+        for thread in self._threads:
+            thread.join()
+
+
+def _work(functions: Any, address: int, number: int, memory: NDArray[np.uint8]) -> None:
+    """A worker's life, without the interpreter's lock; `memory` stays for as long."""
+    functions.belle_work(address, number)
+
+
+class CallList:
+    """Kernel calls with their arguments, in the form that the library walks."""
+
+    def __init__(self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """`calls` are addresses of kernels with those of their arguments."""
+        self._functions, self._pool = pool.functions, pool
+        self._arguments = np.zeros(sum(len(arguments) for _, arguments in calls), _ARGUMENT)
+        self._calls = np.zeros(len(calls), _CALL)
+        self._times = np.zeros(len(calls) + 1, np.int64)
+        self._arguments["type"] = _OPAQUE_POINTER
+        self._arguments["value"] = [address for _, arguments in calls for address in arguments]
+        first, size = self._arguments.ctypes.data, _ARGUMENT.itemsize
+        for i, (kernel, arguments) in enumerate(calls):
+            self._calls[i] = (kernel, first, len(arguments))
+            first += size * len(arguments)
+        self._bound = (pool.address, self._calls.ctypes.data, len(calls))
+
+    def run(self) -> None:
+        """Make the calls; raises `FailedCall`."""
+        failed = self._functions.belle_run(*self._bound, None)
+        if failed >= 0:
+            raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
+
+    def run_timed(self) -> NDArray[np.int64]:
+        """The same; nanoseconds at which the first call began and each ended, good until the next run."""
+        failed = self._functions.belle_run(*self._bound, self._times.ctypes.data)
+        if failed >= 0:
+            raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
+        return self._times
+
+
+class FailedCall(Exception):
+    """A kernel refused its arguments: `number` in its list, and its message."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(f"call {number}: {message}")
+        self.number, self.message = number, message

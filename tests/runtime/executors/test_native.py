@@ -1,0 +1,157 @@
+"""Lists of calls and the threads that share their loops, over kernels that count."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.errors import EngineError
+from runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
+
+pytest.importorskip("tvm")
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import AVX2
+from compiler.backends.tvm.library import compile_functions
+
+SIZE = 1000
+
+
+def count() -> Any:
+    """out[i] += 1 for i < n, in parallel"""
+
+    def body(n: Any, out: Any) -> None:
+        tir.parallel(tir.rows_of(n), lambda i: tir.store(out, i, out[i] + tir.T.int32(1), 1))
+
+    return tir.prim_func("count", [("n", "int32"), ("out", "int32")], body)
+
+
+def uneven() -> Any:
+    """out[i] = i * (i + 1) / 2 the slow way: later iterations take much longer than early ones"""
+
+    def body(n: Any, out: Any) -> None:
+        def one(i: Any) -> None:
+            total = tir.scalar(tir.T.int32(0), "int32")
+
+            def add(j: Any) -> None:
+                total[0] = total[0] + tir.T.cast(j, "int32")
+
+            tir.for_range(i + 1, add)
+            tir.store(out, i, total[0], 1)
+
+        tir.parallel(tir.rows_of(n), one)
+
+    return tir.prim_func("uneven", [("n", "int32"), ("out", "int32")], body)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    path = tmp_path_factory.mktemp("native") / "kernels.so"
+    path.write_bytes(compile_functions({"count": count(), "uneven": uneven()}, AVX2))
+    return KernelLibrary(path)
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def pool(library: KernelLibrary, request: pytest.FixtureRequest) -> Iterator[ThreadPool]:
+    pool = ThreadPool(library, request.param)
+    yield pool
+    pool.close()
+
+
+class Counter:
+    """A call of a kernel over the first `n` numbers of an array of its own."""
+
+    def __init__(self, library: KernelLibrary, kernel: str, n: int) -> None:
+        self.n, self.out = np.full(16, n, np.int32), np.zeros(SIZE, np.int32)
+        self.call = (library.address(kernel), [self.n.ctypes.data, self.out.ctypes.data])
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 100, SIZE])
+def test_every_iteration_runs_once(library: KernelLibrary, pool: ThreadPool, n: int) -> None:
+    counter = Counter(library, "count", n)
+    calls = CallList(pool, [counter.call] * 50)
+    for _ in range(20):
+        calls.run()
+    assert (counter.out[:n] == 1000).all() and not counter.out[n:].any()
+
+
+def test_work_of_unequal_length(library: KernelLibrary, pool: ThreadPool) -> None:
+    counter = Counter(library, "uneven", SIZE)
+    CallList(pool, [counter.call] * 20).run()
+    numbers = np.arange(SIZE)
+    np.testing.assert_array_equal(counter.out, numbers * (numbers + 1) // 2)
+
+
+def test_threads_wake_after_a_pause(library: KernelLibrary) -> None:
+    pool, counter = ThreadPool(library, 2), Counter(library, "count", SIZE)
+    calls = CallList(pool, [counter.call] * 3)
+    for _ in range(5):
+        threading.Event().wait(0.02)  # longer than they stay awake
+        calls.run()
+    assert (counter.out == 15).all()
+    pool.close()
+
+
+def test_two_pools_side_by_side(library: KernelLibrary) -> None:
+    counters = [Counter(library, "count", SIZE) for _ in range(2)]
+
+    def run(counter: Counter) -> None:
+        pool = ThreadPool(library, 3)
+        calls = CallList(pool, [counter.call] * 100)
+        for _ in range(20):
+            calls.run()
+        pool.close()
+
+    threads = [threading.Thread(target=run, args=(counter,)) for counter in counters]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((counter.out == 2000).all() for counter in counters)
+
+
+def test_times_ascend(library: KernelLibrary, pool: ThreadPool) -> None:
+    counter = Counter(library, "count", SIZE)
+    times = CallList(pool, [counter.call] * 4).run_timed()
+    assert len(times) == 5 and (np.diff(times) > 0).all() and (counter.out == 4).all()
+
+
+def test_a_call_that_fails_ends_the_list(library: KernelLibrary, pool: ThreadPool) -> None:
+    counter = Counter(library, "count", SIZE)
+    calls = CallList(pool, [counter.call, (counter.call[0], counter.call[1][:1]), counter.call])
+    with pytest.raises(FailedCall, match=r"call 1: .*arguments") as failed:
+        calls.run()
+    assert failed.value.number == 1 and (counter.out == 1).all()
+
+
+def test_threads_end_with_their_pool(library: KernelLibrary) -> None:
+    pool = ThreadPool(library, 4)
+    workers = pool._threads
+    assert len(workers) == 3 and all(worker.is_alive() for worker in workers)
+    del pool
+    gc.collect()
+    for worker in workers:
+        worker.join(5)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_wrong_thread_counts(library: KernelLibrary) -> None:
+    for threads in (0, 257):
+        with pytest.raises(EngineError, match=f"threads: found {threads}, expected 1 to 256"):
+            ThreadPool(library, threads)
+
+
+def test_what_is_no_library(tmp_path: Path, library: KernelLibrary) -> None:
+    with pytest.raises(EngineError, match=r"absent\.so is missing; copy the engine again"):
+        KernelLibrary(tmp_path / "absent.so")
+    (tmp_path / "text.so").write_text("text")
+    with pytest.raises(EngineError, match=r"text\.so does not load: found .*; copy the engine again"):
+        KernelLibrary(tmp_path / "text.so")
+    with pytest.raises(EngineError, match=r"kernel cuont is missing from .*kernels\.so"):
+        library.address("cuont")
