@@ -28,7 +28,7 @@ from benchmarks.peers import report
 from benchmarks.peers.convert import prepare_all, sources_digest
 from benchmarks.peers.home import MODELS, PACKAGES, PeersError, installed, run_logged, setup
 from benchmarks.peers.models import make
-from benchmarks.peers.rounds import Line, run_rounds, wait_until_quiet
+from benchmarks.peers.rounds import QUIET_LIMIT_S, Line, Settings, run_rounds, wait_until_quiet
 from benchmarks.peers.rows import CONFIG, OURS, Row, choose, read_rows
 from benchmarks.tasks import TASKS
 from runtime import host
@@ -63,10 +63,11 @@ def compare(shape: str, rows: list[Row], failed_peers: dict[str, str], arguments
     record(about)
     for row, error in failed:
         record({"kind": "failed", "name": row.name, "peer": row.peer, "bits": row.bits, "error": error})
-    wait_until_quiet(60)
+    wait_until_quiet(arguments.quiet_limit)
     bandwidth = ReadBandwidth(arguments.threads, mebibytes=1024)
     numbers = range(first, first + arguments.rounds)
-    run_rounds(ready, model, TASKS, numbers, arguments.threads, lambda: bandwidth.measure(5), record)
+    settings = Settings(arguments.threads, quiet_limit_s=arguments.quiet_limit)
+    run_rounds(ready, model, numbers, settings, lambda: bandwidth.measure(5), record)
     results.write_text(running.read_text(encoding="utf-8"), encoding="utf-8")
     running.unlink()
     print(results)
@@ -132,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", nargs="+", default=[], metavar="OPTION", help="ours again with an option, such as isa=avx2")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--threads", type=int, default=len(host.usable_cores()))
+    parser.add_argument("--quiet-limit", type=float, default=QUIET_LIMIT_S, help="seconds to wait for a quiet machine")
     parser.add_argument("--prepare", action="store_true", help="stop before the rounds")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     arguments = parser.parse_args()

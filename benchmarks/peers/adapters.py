@@ -96,11 +96,11 @@ class LlamaCpp:
 
 
 class CTranslate2:
-    """CTranslate2; option: compute type, then threads=K and isa=AVX512 (its own choice of instructions if left out)."""
+    """CTranslate2; option: compute type, then threads=K and isa=AVX512 (its own choice if left out, or without AVX512)."""
 
     def __init__(self, engine: str, option: str) -> None:
         words, settings = parse(option)
-        if "isa" in settings:
+        if "isa" in settings and "avx512bw" in Path("/proc/cpuinfo").read_text():
             os.environ["CT2_FORCE_CPU_ISA"] = settings["isa"]  # read when the library is loaded
         import ctranslate2
 

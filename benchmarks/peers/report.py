@@ -225,8 +225,8 @@ def agreement(result: Line) -> str:
         rows.append([*cells, *([f"{teacher['top1']:.3f}", f"{teacher['kl']:.4f}"] if teacher else ["-", "-"])])
     about = (
         f"{result['prompts']} chat prompts, greedy answers of at most {result['longest']} tokens, {result['date']}: share of "
-        "equal tokens, answers equal throughout, tokens before the first difference; along the reference's answers, the same most "
-        "likely token and KL divergence in nats. The weights were expanded from 4 bits, so rows of 4 bits quantise twice."
+        "equal tokens, answers equal throughout, tokens before the first difference; along the reference's answers, the same "
+        "most likely token and KL divergence in nats. The weights were expanded from 4 bits, so rows of 4 bits quantise twice."
     )
     header = ["engine", "greedy", "same answer", "before the first difference", "teacher-forced top-1", "KL"]
     return f"## Agreement with Transformers fp32, {result['shape']}\n\n{about}\n\n{table(header, rows)}\n"

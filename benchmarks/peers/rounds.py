@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.convert import Ready
 from benchmarks.peers.home import FOLDER, last_line
-from benchmarks.tasks import Task
+from benchmarks.tasks import TASKS, Task
 
 QUIET_CORES = 0.12  # others may use this much while the machine counts as quiet
 QUIET_LIMIT_S, TIMEOUT_S = 90.0, 900.0
@@ -25,26 +25,35 @@ VOCABULARY = 31000  # prompts use the ids below, where there are as many
 Line = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How samples are taken."""
+
+    threads: int
+    tasks: tuple[Task, ...] = TASKS
+    quiet_limit_s: float = QUIET_LIMIT_S
+    timeout_s: float = TIMEOUT_S  # of one process
+
+
 def run_rounds(
     ready: Sequence[Ready],
     model: Path,
-    tasks: Sequence[Task],
     numbers: Sequence[int],
-    threads: int,
+    settings: Settings,
     bandwidth: Callable[[], float],
     record: Callable[[Line], None],
 ) -> None:
     """A sample of every row for each round number, every other round backwards; `record` gets them one by one."""
     vocab = min(VOCABULARY, json.loads((model / "config.json").read_text())["vocab_size"])
-    work = {"work": "bench", "tasks": [asdict(task) for task in tasks], "vocab": vocab}
+    work = {"work": "bench", "tasks": [asdict(task) for task in settings.tasks], "vocab": vocab}
     failures = dict.fromkeys((one.row.name for one in ready), 0)
     for number in numbers:
         for one in ready if number % 2 == 0 else ready[::-1]:
             if failures[one.row.name] >= GIVE_UP:
                 continue
-            waited = wait_until_quiet(QUIET_LIMIT_S)
+            waited = wait_until_quiet(settings.quiet_limit_s)
             before = bandwidth()
-            sample = run_worker(one, {**work, "seed": number}, threads, TIMEOUT_S)
+            sample = run_worker(one, {**work, "seed": number}, settings.threads, settings.timeout_s)
             failures[one.row.name] += "error" in sample
             limit = round(max(before, bandwidth()), 2)
             record(describe(one, number) | {"waited_s": waited, "bandwidth": limit, **sample})
