@@ -1,4 +1,4 @@
-"""One adapter per peer: __init__(engine_path, option), gen(batch, n_new, ignore_eos), and logits(ids, start) where offered.
+"""One adapter per peer: __init__(engine_path, option), gen(batch, n_new, ignore_eos, tick), and logits(ids, start) if offered.
 
 Decoding is greedy, batches hold prompts of one length, and PEERS_THREADS says how many threads to use. Each class runs under
 its peer's interpreter, so this file imports nothing of this project. Ours is in ours.py.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import numpy as np
 THREADS = int(os.environ.get("PEERS_THREADS") or os.cpu_count() or 1)
 Ids = list[int]
 Floats = Any  # an array
+Tick = Callable[[], object]  # called after every new token of the batch
+
+
+def nothing() -> None:
+    """The tick of a run without timestamps."""
 
 
 def parse(option: str) -> tuple[list[str], dict[str, str]]:
@@ -72,18 +78,20 @@ class LlamaCpp:
     def _clear(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
-    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool) -> list[Ids]:
+    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         self._clear()
         prompt = [(t, p, s, p == len(ids) - 1) for s, ids in enumerate(batch) for p, t in enumerate(ids)]
         tokens: Ids = []
         for i in range(0, len(prompt), self.BATCH):
             tokens += [int(x.argmax()) for x in self._decode(prompt[i : i + self.BATCH])]
         out = [[t] for t in tokens]
+        tick()
         for k in range(n_new - 1):
             rows = [(t, len(ids) + k, s, True) for s, (t, ids) in enumerate(zip(tokens, batch, strict=True))]
             tokens = [int(x.argmax()) for x in self._decode(rows)]
             for new, t in zip(out, tokens, strict=True):
                 new.append(t)
+            tick()
         return out if ignore_eos else [self._until_eos(new) for new in out]
 
     def _until_eos(self, ids: Ids) -> Ids:
@@ -113,7 +121,7 @@ class CTranslate2:
         )
         self.tokens: list[str] = json.loads((Path(engine) / "vocabulary.json").read_text())
 
-    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool) -> list[Ids]:
+    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         results = self.generator.generate_batch(
             [[self.tokens[i] for i in ids] for ids in batch],
             max_length=n_new,
@@ -121,6 +129,7 @@ class CTranslate2:
             beam_size=1,
             sampling_topk=1,
             include_prompt_in_result=False,
+            callback=None if tick is nothing else lambda step: bool(tick()),
         )
         return [result.sequences_ids[0] for result in results]
 
@@ -148,13 +157,14 @@ class OrtGenAI:
         )
         return self.lib.Generator(self.model, params)
 
-    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool) -> list[Ids]:
+    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         generator = self._generator(batch, n_new, ignore_eos)
         generator.append_tokens(np.array(batch, dtype=np.int32))
         for _ in range(n_new):
             if generator.is_done():
                 break
             generator.generate_next_token()
+            tick()
         return [[int(t) for t in generator.get_sequence(i)[len(batch[0]) :]] for i in range(len(batch))]
 
     def logits(self, ids: Ids, start: int) -> Floats:
@@ -178,12 +188,39 @@ class OpenVINO:
             settings["INFERENCE_PRECISION_HINT" if word == "f32" else "ATTENTION_BACKEND"] = word
         self.pipeline = openvino_genai.LLMPipeline(engine, "CPU", **settings)
 
-    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool) -> list[Ids]:
+    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         ids = np.array(batch, dtype=np.int64)
         config = self.lib.GenerationConfig()
         config.max_new_tokens, config.do_sample, config.ignore_eos = n_new, False, ignore_eos
         inputs = self.lib.TokenizedInputs(self.tensor(ids), self.tensor(np.ones_like(ids)))
-        return [[int(t) for t in new] for new in self.pipeline.generate(inputs, config).tokens]
+        return [[int(t) for t in new] for new in self.pipeline.generate(inputs, config, *self._streamer(tick)).tokens]
+
+    def _streamer(self, tick: Tick) -> list[Any]:
+        """What calls `tick`; only for one prompt, as OpenVINO streams no batches."""
+        if tick is nothing:
+            return []
+        lib: Any = self.lib
+
+        def write(streamer: Any, token: Any) -> Any:
+            tick()
+            return lib.StreamingStatus.RUNNING
+
+        return [type("Streamer", (lib.StreamerBase,), {"write": write, "end": lambda streamer: None})()]
+
+
+class PromptThenTokens:
+    """A streamer of Transformers, which gets the prompt first."""
+
+    def __init__(self, tick: Tick) -> None:
+        self.tick, self.seen = tick, 0
+
+    def put(self, value: Any) -> None:
+        self.seen += 1
+        if self.seen > 1:
+            self.tick()
+
+    def end(self) -> None:
+        pass
 
 
 class Transformers:
@@ -211,12 +248,17 @@ class Transformers:
         self.eos = self.model.generation_config.eos_token_id
         self.model.generation_config.pad_token_id = self.eos if isinstance(self.eos, int) else 0
 
-    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool) -> list[Ids]:
+    def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         ids = self.torch.tensor(batch)
         self.model.generation_config.eos_token_id = None if ignore_eos else self.eos
         with self.torch.inference_mode():
             out = self.model.generate(
-                input_ids=ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=n_new, do_sample=False, use_cache=True
+                input_ids=ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=n_new,
+                do_sample=False,
+                use_cache=True,
+                streamer=None if tick is nothing else PromptThenTokens(tick),
             )
         new: list[Ids] = out[:, ids.shape[1] :].tolist()
         return new

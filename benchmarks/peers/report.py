@@ -153,8 +153,12 @@ def conditions(comparison: Comparison) -> list[str]:
     ours = f"belle-compile {versions.get('belle-compile', 'from the checkout')}"
     ours += f" (commit {last['commit']}, sources {last['sources']})" if last["commit"] else f" (sources {last['sources']})"
     peers = {peer: version for run in runs for peer, version in run["peers"].items()}
-    times = "; ".join(dict.fromkeys(f"{run['time']}, {run['rounds']} rounds, `{run['machine']['command']}`" for run in runs))
+    times = "; ".join(dict.fromkeys(f"{run['time']}, {_rounds(run['rounds'])}, `{run['machine']['command']}`" for run in runs))
     return [f"{where}.", f"{ours}; {'; '.join(peers.values())}.", f"{times}."]
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count != 1)}"
 
 
 def _row(engine: Engine, tasks: Sequence[str]) -> list[str]:

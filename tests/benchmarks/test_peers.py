@@ -14,7 +14,7 @@ pytest.importorskip("tomllib")  # Python 3.11, which the peers need
 
 from benchmarks.engines import SHAPES, cost
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import agree, convert, home, models, report, rounds, rows
+from benchmarks.peers import agree, convert, home, models, report, rounds, rows, worker
 from benchmarks.peers.convert import Ready
 from benchmarks.peers.home import PeersError
 from benchmarks.peers.rows import Row
@@ -195,6 +195,26 @@ def test_agreement() -> None:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Builder(tmp_path_factory.mktemp("peers")).engine("llama_gqa", "int8", (BEST_ISA,))
+
+
+class Ticking:
+    """An adapter that makes tokens at once and tells of `told` of them."""
+
+    def __init__(self, told: int) -> None:
+        self.told = told
+
+    def gen(self, batch: list[list[int]], n_new: int, ignore_eos: bool, tick: Any = None) -> list[list[int]]:
+        for number in range(self.told if tick else 0):
+            tick(number / 10)
+        return [[1] * n_new for _ in batch]
+
+
+def test_long_prompts_are_timed_by_tokens() -> None:
+    task = {"name": "long", "prompt": 2000, "batch": 1, "steps": 4}
+    request = {"tasks": [task], "vocab": 300, "seed": 0}
+    assert worker.Bench(Ticking(5), request)()["tasks"]["long"][0] == 10.0
+    errors = worker.Bench(Ticking(4), request)()["errors"]
+    assert "told of 4 tokens, 5 were made" in errors["long"]
 
 
 SHORT = (Task("decode", 1, 6, 8), Task("batch", 3, 5, 4), Task("prefill", 1, 16), Task("too long", 1, 500, 4))
