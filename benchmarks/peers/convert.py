@@ -68,12 +68,13 @@ def engine_path(peer: str, shape: str, form: str) -> Path:
 
 @cache
 def sources_digest() -> str:
-    """SHA-256 of what our engines are made of and run by: all files of the packages, but for byte code."""
+    """SHA-256 of what our engines are made of and run by: all files of the packages, but for caches."""
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for package in SOURCES:
         for path in sorted((root / package).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+            name = path.relative_to(root)
+            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
+                digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 
 
