@@ -28,7 +28,7 @@ from benchmarks.peers import report
 from benchmarks.peers.convert import prepare_all, sources_digest
 from benchmarks.peers.home import MODELS, PACKAGES, PeersError, installed, run_logged, setup
 from benchmarks.peers.models import make
-from benchmarks.peers.rounds import QUIET_LIMIT_S, Line, Settings, run_rounds, wait_until_quiet
+from benchmarks.peers.rounds import QUIET_LIMIT_S, Line, Settings, method_digest, run_rounds, wait_until_quiet
 from benchmarks.peers.rows import CONFIG, OURS, Row, choose, read_rows
 from benchmarks.tasks import TASKS
 from runtime import host
@@ -85,6 +85,7 @@ def run_line(shape: str, rows: list[Row], arguments: argparse.Namespace) -> Line
         "peers": {peer: installed(peer) for peer in peers},
         "sources": sources_digest(),
         "commit": commit(),
+        "method": method_digest(),
         "machine": machine.describe(),
         "tasks": {task.name: task.describe() for task in TASKS},
     }
@@ -104,7 +105,7 @@ def kept_lines(results: Path, about: Line) -> list[Line]:
 
 def _conditions(run: Line) -> dict[str, Any]:
     same = {key: run["machine"][key] for key in ("processor", "cores", "memory_gib", "instruction_sets", "date")}
-    return same | {key: run[key] for key in ("threads", "sources")}
+    return same | {key: run[key] for key in ("threads", "sources", "method")}
 
 
 def _same_peers(one: Line, other: Line) -> bool:

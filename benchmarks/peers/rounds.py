@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -33,6 +34,12 @@ class Settings:
     tasks: tuple[Task, ...] = TASKS
     quiet_limit_s: float = QUIET_LIMIT_S
     timeout_s: float = TIMEOUT_S  # of one process
+
+
+def method_digest() -> str:
+    """SHA-256 of what decides how a sample is taken; samples of two methods are not put into one table."""
+    files = [FOLDER / name for name in ("worker.py", "adapters.py", "ours.py", "rounds.py")] + [FOLDER.parent / "tasks.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def run_rounds(

@@ -103,6 +103,7 @@ def run_line(**changes: Any) -> dict[str, Any]:
         "time": "2026-01-01 10:00",
         "sources": "5",
         "commit": "c",
+        "method": "m",
     }
     tasks = {task.name: task.describe() for task in TASKS}
     return run | {"peers": {"ov": "openvino 1"}, "machine": machine, "tasks": tasks} | changes
@@ -178,7 +179,7 @@ def test_rounds_are_appended_to_the_same_day_machine_and_versions(tmp_path: Path
     path = save(tmp_path / "llama-1b.jsonl", lines())
     assert peers.kept_lines(path, run_line(rounds=1, time="2026-01-01 12:00", peers={"hf": "torch 1"})) == lines()
     tomorrow = run_line()["machine"] | {"date": "2026-01-02"}
-    for other in ({"machine": tomorrow}, {"threads": 1}, {"sources": "6"}, {"peers": {"ov": "openvino 2"}}):
+    for other in ({"machine": tomorrow}, {"threads": 1}, {"sources": "6"}, {"method": "n"}, {"peers": {"ov": "openvino 2"}}):
         assert peers.kept_lines(path, run_line(**other)) == []
         assert "it is replaced" in capsys.readouterr().err
     assert peers.kept_lines(tmp_path / "none.jsonl", run_line()) == []
