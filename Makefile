@@ -1,5 +1,5 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, SHAPES.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +9,12 @@ PRESETS := int8 int8-a16 int8-plain
 DEMO := artifacts/smollm2-135m-cpu
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 SHAPES ?= smollm2-135m llama-1b bloom-1b1
+ROUNDS ?= 5
+PEERS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint accuracy bench bench-scaling clean
+.PHONY: help demo test lint accuracy bench bench-scaling bench-peers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,9 @@ bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's
 bench-scaling: $(VENV)/.installed-bench ## Measure batches, contexts and threads after make bench, and write the scaling note.
 	$(BIN)/python -m benchmarks.scaling --measure llama-1b
 	$(BIN)/python -m benchmarks.report
+
+bench-peers: $(VENV)/.installed-bench ## Measure SHAPES side by side with other engines (a quiet machine, 4 hours, 30 GB of disk).
+	$(BIN)/python -m benchmarks.peers $(SHAPES) --rounds $(ROUNDS) $(if $(PEERS),--only $(PEERS))
 
 clean: ## Remove what was built; keeps the environment and artifacts.
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
