@@ -33,8 +33,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         program, weights, _ = lower(model, calls_before_fusion, kv_cache)
         kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas}
         if tune is None:
-            return Lowered(program, weights, kernels, ["avx2: built-in"])
+            return Lowered(program, weights, kernels, ["avx2: built-in"], "cc 1.0")
         tune(1, 1)
-        return Lowered(program, weights, kernels, ["avx2: measured"], TUNED)
+        return Lowered(program, weights, kernels, ["avx2: measured"], "cc 1.0", TUNED)
 
     monkeypatch.setattr(driver, "compile_graph", compile_graph)
