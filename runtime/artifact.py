@@ -202,13 +202,17 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 
 
 def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None) -> None:
-    """Check every file of the manifest: there, a regular file inside the directory, of its size and digest.
+    """Check every file of the manifest: there, a regular file inside the directory, of its size and digest; and that there is
+    no other code.
 
     Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so loading reads no weights.
     """
     root = Path(directory).resolve()
     for name, record in manifest.files.items():
         _check_entry(root, name, record)
+    for path in sorted(root.glob("rank*/*.so")):  # of these, one is looked for by this processor's name
+        if (name := str(path.relative_to(root))) not in manifest.files:
+            raise EngineError(STAGE, f"file {name} is not in the manifest", remedy="remove it or copy the engine again")
     digested = {name: r for name, r in manifest.files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
     total, done = sum(record.bytes for record in digested.values()), 0
     for name, record in digested.items():

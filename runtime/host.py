@@ -22,6 +22,16 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx2": _AVX2,
 }
 
+# Microarchitectures that kernels are tuned for: vendor, family and models, as in /proc/cpuinfo.
+PROCESSORS: dict[str, tuple[str, int, frozenset[int]]] = {
+    "znver5": ("AuthenticAMD", 26, frozenset(range(256))),
+    "znver4": ("AuthenticAMD", 25, frozenset({*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)})),
+    "sapphirerapids": ("GenuineIntel", 6, frozenset({143})),
+    "emeraldrapids": ("GenuineIntel", 6, frozenset({207})),
+    "icelake-server": ("GenuineIntel", 6, frozenset({106, 108})),
+    "cascadelake": ("GenuineIntel", 6, frozenset({85})),
+}
+
 
 def cpu_flags() -> frozenset[str]:
     """Feature flags of the first CPU in /proc/cpuinfo; empty where there is no such file or line."""
@@ -39,6 +49,24 @@ def host_isas() -> tuple[str, ...]:
     """Names of the kernel sets this CPU can run, best first."""
     flags = cpu_flags()
     return tuple(isa for isa, needed in ISA_FLAGS.items() if needed <= flags)
+
+
+def processor() -> str:
+    """The microarchitecture by LLVM's name, such as "znver4"; empty for one that `PROCESSORS` does not know."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    first: dict[str, str] = {}
+    for key, colon, value in (line.partition(":") for line in lines):
+        if colon:
+            first.setdefault(key.strip(), value.strip())
+    vendor, family, model = (first.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+    if not (family.isdecimal() and model.isdecimal()):
+        return ""
+    return next(
+        (name for name, (v, f, models) in PROCESSORS.items() if (v, f) == (vendor, int(family)) and int(model) in models), ""
+    )
 
 
 def missing_flags(isa: str) -> list[str]:

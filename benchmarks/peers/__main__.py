@@ -30,7 +30,7 @@ from benchmarks.peers.home import MODELS, PACKAGES, PeersError, installed, run_l
 from benchmarks.peers.models import make
 from benchmarks.peers.rounds import QUIET_LIMIT_S, Line, Settings, method_digest, run_rounds, wait_until_quiet
 from benchmarks.peers.rows import CONFIG, OURS, Row, choose, read_rows
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, Task
 from runtime import host
 
 RUNNING = Path("build/peers")  # samples of a run that is not complete
@@ -66,7 +66,7 @@ def compare(shape: str, rows: list[Row], failed_peers: dict[str, str], arguments
     wait_until_quiet(arguments.quiet_limit)
     bandwidth = ReadBandwidth(arguments.threads, mebibytes=1024)
     numbers = range(first, first + arguments.rounds)
-    settings = Settings(arguments.threads, quiet_limit_s=arguments.quiet_limit)
+    settings = Settings(arguments.threads, chosen_tasks(arguments), quiet_limit_s=arguments.quiet_limit)
     run_rounds(ready, model, numbers, settings, lambda: bandwidth.measure(5), record)
     results.write_text(running.read_text(encoding="utf-8"), encoding="utf-8")
     running.unlink()
@@ -87,8 +87,13 @@ def run_line(shape: str, rows: list[Row], arguments: argparse.Namespace) -> Line
         "commit": commit(),
         "method": method_digest(),
         "machine": machine.describe(),
-        "tasks": {task.name: task.describe() for task in TASKS},
+        "tasks": {task.name: task.describe() for task in chosen_tasks(arguments)},
     }
+
+
+def chosen_tasks(arguments: argparse.Namespace) -> tuple[Task, ...]:
+    """Those asked for, in their usual order."""
+    return tuple(task for task in TASKS if task.name in (arguments.task or [task.name]))
 
 
 def kept_lines(results: Path, about: Line) -> list[Line]:
@@ -105,7 +110,7 @@ def kept_lines(results: Path, about: Line) -> list[Line]:
 
 def _conditions(run: Line) -> dict[str, Any]:
     same = {key: run["machine"][key] for key in ("processor", "cores", "memory_gib", "instruction_sets", "date")}
-    return same | {key: run[key] for key in ("threads", "sources", "method")}
+    return same | {key: run[key] for key in ("threads", "sources", "method", "tasks")}
 
 
 def _same_peers(one: Line, other: Line) -> bool:
@@ -132,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="add rounds to results of this day, machine and version")
     parser.add_argument("--only", nargs="+", default=[], metavar="PEER|ROW", help=f"these of {CONFIG.name}; ours is {OURS}")
     parser.add_argument("--ours", nargs="+", default=[], metavar="OPTION", help="ours again with an option, such as isa=avx2")
+    parser.add_argument("--task", action="append", choices=[task.name for task in TASKS], help="only this one; repeatable")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--threads", type=int, default=len(host.usable_cores()))
     parser.add_argument("--quiet-limit", type=float, default=QUIET_LIMIT_S, help="seconds to wait for a quiet machine")

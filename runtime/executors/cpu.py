@@ -25,9 +25,10 @@ from runtime.program import ALIGNMENT, KV, Arena, Arg, Call, Input, Program, Wei
 WEIGHTS_NAME = "weights.safetensors"
 
 
-def kernels_name(isa: str) -> str:
-    """File name of the kernel library of an instruction set."""
-    return f"kernels-{isa}.so"
+def kernels_path(directory: Path, isa: str) -> Path:
+    """The kernel library of an instruction set: the one tuned for this processor if the engine has it, else the common one."""
+    tuned = directory / f"kernels-{isa}-{host.processor()}.so"
+    return tuned if tuned.is_file() else directory / f"kernels-{isa}.so"
 
 
 class CpuExecutor:
@@ -53,7 +54,7 @@ class CpuExecutor:
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(program.weight_names())
         self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes)
-        library = KernelLibrary(directory / kernels_name(self.isa))
+        library = KernelLibrary(kernels_path(directory, self.isa))
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
 
         self._arena = anonymous(program.arena_bytes)

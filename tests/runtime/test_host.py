@@ -35,6 +35,31 @@ def test_isas_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags:
     assert host.host_isas() == isas
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", "25", "17", "znver4"),
+        ("AuthenticAMD", "25", "1", ""),
+        ("AuthenticAMD", "26", "2", "znver5"),
+        ("GenuineIntel", "6", "143", "sapphirerapids"),
+        ("GenuineIntel", "26", "2", ""),
+        ("AuthenticAMD", "?", "2", ""),
+    ],
+)
+def test_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, family: str, model: str, name: str
+) -> None:
+    first = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: EPYC 7: 8\n"
+    (tmp_path / "cpuinfo").write_text(first + "\nprocessor\t: 1\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    assert host.processor() == name
+
+
+def test_no_cpuinfo_names_no_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "none")
+    assert host.processor() == ""
+
+
 def test_missing_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags_file(tmp_path, monkeypatch, VNNI)
     assert host.missing_flags("amx") == ["amx_int8", "amx_tile"]

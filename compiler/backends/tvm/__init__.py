@@ -52,16 +52,30 @@ def compile_graph(
     from compiler.backends.tvm.isa import ISAS
     from compiler.backends.tvm.library import compile_library, compiler_version
     from compiler.backends.tvm.lower import lower
-    from compiler.backends.tvm.tuning.table import read_table
+    from compiler.backends.tvm.tuning.table import processors, read_table
 
     program, weights, kernels = lower(model, calls_before_fusion, kv_cache)
-    tables = {isa: read_table(isa) for isa in isas}
     tuned = _tune(program, kernels, isas, tune) if tune else None
-    if tuned and tuned.entries:
-        tables[tuned.isa] = tuned
-    libraries = {f"kernels-{isa}.so": compile_library(kernels, ISAS[isa], tables[isa]) for isa in isas}
-    sources = [tables[isa].describe() for isa in isas]
+    tables = []
+    for isa in isas:
+        if tuned and tuned.entries and tuned.isa == isa:
+            tables.append(tuned)
+            continue
+        common = read_table(isa)
+        own = [
+            table for table in (read_table(isa, processor) for processor in processors(isa)) if _differ(kernels, table, common)
+        ]
+        tables += [common, *own]
+    libraries = {table.library: compile_library(kernels, ISAS[table.isa], table) for table in tables}
+    sources = [table.describe() for table in tables]
     return Lowered(program, weights, libraries, sources, compiler_version(), tuned)
+
+
+def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> bool:
+    """Whether some kernel is to be compiled differently by two tables."""
+    from compiler.backends.tvm.library import tiled
+
+    return any(tiled(kernel, one) != tiled(kernel, other) for kernel in kernels)
 
 
 def _tune(

@@ -27,7 +27,7 @@ def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | 
     Names are the same for every instruction set; what `tilings` has for a kernel's shape differs from one to the next.
     """
     if tilings is not None:
-        kernels = [_tiled(kernel, tilings) for kernel in kernels]
+        kernels = [tiled(kernel, tilings) for kernel in kernels]
     return compile_functions(
         {kernel.name: kernel.build(isa) for kernel in sorted(kernels, key=lambda kernel: kernel.name)}, isa
     )
@@ -64,7 +64,7 @@ def _c_compiler() -> str:
     return found
 
 
-def _tiled(kernel: Kernel, tilings: TilingTable) -> Kernel:
+def tiled(kernel: Kernel, tilings: TilingTable) -> Kernel:
     """The kernel with the measured tiling of its shape, or of one near it; one that has a tiling keeps it."""
     if not isinstance(kernel, QuantizedLinear) or kernel.tiling is not None:
         return kernel

@@ -184,6 +184,17 @@ def test_steps_on_whatever_thread(built: Path, weights: dict[str, np.ndarray], t
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_a_library_for_this_processor_is_taken(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "processor", lambda: "znver4")
+    own = rank / "kernels-avx2-znver4.so"
+    assert cpu.kernels_path(rank, "avx2") == rank / "kernels-avx2.so"
+    shutil.copy(rank / "kernels-avx2.so", own)
+    assert cpu.kernels_path(rank, "avx2") == own
+    step(load(rank), [1, 2], [0])
+    monkeypatch.setattr(host, "processor", lambda: "")
+    assert cpu.kernels_path(rank, "avx2") == rank / "kernels-avx2.so"
+
+
 def test_engine_over_kernels(rank: Path) -> None:
     contents = {f"rank0/{path.name}": path.read_bytes() for path in rank.iterdir()}
     contents["tokenizer.json"] = byte_tokenizer().to_str().encode()

@@ -2,6 +2,7 @@
 
     python -m compiler.backends.tvm.tuning                        every shape below, for the best instruction set here
     python -m compiler.backends.tvm.tuning --isa avx2             for another one that this host has
+    python -m compiler.backends.tvm.tuning --own                  for this processor alone
     python -m compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
 
 Entries of shapes that are not searched again stay if they were measured on the same machine.
@@ -17,7 +18,8 @@ from pathlib import Path
 from compiler import terminal
 from compiler.backends.tvm.isa import ISAS
 from compiler.backends.tvm.tuning.search import search
-from compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table
+from compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table, table_path
+from runtime import host
 from runtime.executors.cpu import choose_isa
 
 MAX_TOKENS, MAX_ROWS = 512, 64  # of a step: of a layer, and of the head
@@ -38,9 +40,13 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model's shapes; repeatable")
     parser.add_argument("--shape", action="append", metavar="OUTPUTSxINPUTS", help="only this shape; repeatable")
     parser.add_argument("--threads", type=int, default=None, help="every usable core by default")
+    parser.add_argument("--own", action="store_true", help="write the table of this processor alone, not the one for all")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
     arguments = parser.parse_args()
     isa = choose_isa(tuple(ISAS), arguments.isa)
+    processor = host.processor() if arguments.own else ""
+    if arguments.own and not processor:
+        parser.error("this processor has no name in runtime/host.py: add it to PROCESSORS")
     shapes = {Shape(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
     if arguments.shape:
         wanted = [Shape(*map(int, text.split("x"))) for text in arguments.shape]
@@ -52,9 +58,9 @@ def main() -> None:
         print(f"{isa}: {done} of {total} shapes after {time.perf_counter() - started:.0f} s", flush=True)
 
     found = search(dict(sorted(shapes.items())), ISAS[isa], threads=arguments.threads, progress=progress)
-    table = joined(found, read_table(isa, arguments.out))
+    table = joined(found, read_table(isa, processor, arguments.out))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{isa}.json").write_text(table.to_json(), encoding="utf-8")
+    table_path(isa, processor, arguments.out).write_text(table.to_json(), encoding="utf-8")
     print(terminal.table(terminal.tiling_rows(found.to_plain()["entries"])))
 
 

@@ -20,7 +20,7 @@ TILE_PANELS = (2, 4, 8)  # panels of a parallel task of tile products
 class Bucket:
     """Row counts up to `most` (None: any) that share a walk, judged by those in `rows`.
 
-    `blocks` are (panels, rows) tried with `prefetch`; each of `stages` is tried on the best walk so far.
+    `blocks` are (panels, rows) tried with `prefetch` and without; each of `stages` is tried on the best walk so far.
     """
 
     most: int | None
@@ -30,8 +30,8 @@ class Bucket:
     stages: tuple[tuple[Change, ...], ...]
 
     def first(self) -> tuple[Walk, ...]:
-        """The walks of the first stage."""
-        return tuple(Walk(wide, tall, self.prefetch) for wide, tall in self.blocks)
+        """The walks of the first stage: some processors fetch ahead better by themselves."""
+        return tuple(dict.fromkeys(Walk(wide, tall, ahead) for ahead in (self.prefetch, 0) for wide, tall in self.blocks))
 
     def following(self, stage: int, best: Walk) -> tuple[Walk, ...]:
         """The best walk with each of a stage's changes."""

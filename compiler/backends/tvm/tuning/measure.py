@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import statistics
 import tempfile
 import time
@@ -21,6 +19,7 @@ from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, Quan
 from compiler.backends.tvm.library import compile_functions
 from runtime import host
 from runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from runtime.memory import anonymous
 
 SAMPLE_SECONDS = 0.002
 ROUNDS = 7
@@ -28,7 +27,6 @@ EARLY_ROUNDS = 3  # after these, only what is within EARLY_FACTOR of the best go
 EARLY_FACTOR = 1.15
 LEAST_ROTATED = 256 << 20
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
-_NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE: engines map their weights from a file, in small pages
 _KINDS = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
 
 
@@ -51,7 +49,7 @@ class Bench:
         }  # fmt: skip
         self._weight_bytes = sizes["weight"]
         copies = -(-_rotated_bytes() // self._weight_bytes)
-        self._pool = _pages(copies * self._weight_bytes)
+        self._pool = anonymous(copies * self._weight_bytes).view(np.int8)
         block = rng.integers(-127, 128, self._weight_bytes).astype(np.int8)
         for i in range(copies):
             self._pool[i * self._weight_bytes : (i + 1) * self._weight_bytes] = block
@@ -60,7 +58,7 @@ class Bench:
             if name == "weight":
                 continue
             count = sizes.get(name, round_up(kernel.outputs, 64))
-            self._arrays[name] = _pages(count * 4).view(_KINDS[dtype])
+            self._arrays[name] = anonymous(count * 4).view(_KINDS[dtype])
         self._arrays["xq"][:] = rng.integers(0, 1 << 30, len(self._arrays["xq"]))
         self._arguments = [self._bind(i) for i in range(copies)]
         self._next = 0
@@ -120,12 +118,3 @@ def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa, threads: int
         library = KernelLibrary(path)
     pool = ThreadPool(library, threads)
     return {name: Variant(pool, library.address(name)) for name in kernels}
-
-
-def _pages(size: int) -> npt.NDArray[Any]:
-    mapped = mmap.mmap(-1, size)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        mapped.madvise(_NO_HUGE_PAGES)
-    array = np.frombuffer(mapped, np.int8)
-    array[:] = 0
-    return array

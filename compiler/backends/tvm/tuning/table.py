@@ -1,4 +1,8 @@
-"""Tables of measured tilings: one JSON file per instruction set, looked up by shape; reading one measures nothing."""
+"""Tables of measured tilings, looked up by shape; reading one measures nothing.
+
+ISA.json serves every processor, ISA-PROCESSOR.json the one that `runtime.host.processor` names, where what is best there is
+not best elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +82,7 @@ class TilingTable:
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    processor: str = ""  # that it is kept for; empty: all
 
     def find(self, shape: Shape) -> Entry | None:
         """The entry of this very shape, else the nearest by `Shape.distance` (of equally near ones the smallest shape) that is
@@ -90,11 +95,13 @@ class TilingTable:
 
     def describe(self) -> str:
         """For the manifest: where the tilings come from."""
-        return (
-            f"{self.isa}: measured {self.date} on {self.machine.get('processor', '?')}"
-            if self.entries
-            else f"{self.isa}: built-in"
-        )
+        name = f"{self.isa} on {self.processor}" if self.processor else self.isa
+        return f"{name}: measured {self.date} on {self.machine.get('processor', '?')}" if self.entries else f"{name}: built-in"
+
+    @property
+    def library(self) -> str:
+        """The file of an engine that follows it."""
+        return f"kernels-{self.isa}-{self.processor}.so" if self.processor else f"kernels-{self.isa}.so"
 
     def to_plain(self) -> dict[str, Any]:
         entries = [entry.to_plain() for entry in sorted(self.entries, key=lambda entry: entry.shape)]
@@ -109,17 +116,28 @@ class TilingTable:
         return f'{head},\n "entries": [\n{entries}\n ]\n}}\n'
 
 
-def read_table(isa: str, folder: Path = TABLES) -> TilingTable:
-    """The table of an instruction set; an empty one where there is no file. Raises CompileError for a damaged file."""
-    path = folder / f"{isa}.json"
+def processors(isa: str, folder: Path = TABLES) -> tuple[str, ...]:
+    """Those that have a table of their own for an instruction set."""
+    return tuple(sorted(path.stem.removeprefix(f"{isa}-") for path in folder.glob(f"{isa}-*.json")))
+
+
+def table_path(isa: str, processor: str = "", folder: Path = TABLES) -> Path:
+    """Where a table lies; the one of no processor serves all that have none."""
+    return folder / (f"{isa}-{processor}.json" if processor else f"{isa}.json")
+
+
+def read_table(isa: str, processor: str = "", folder: Path = TABLES) -> TilingTable:
+    """The table of an instruction set and processor; an empty one where there is no file. Raises CompileError for a damaged
+    file."""
+    path = table_path(isa, processor, folder)
     if not path.exists():
-        return TilingTable(isa)
+        return TilingTable(isa, processor=processor)
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if (plain["format"], plain["isa"]) != (FORMAT, isa):
             raise ValueError(f"format {plain['format']} for {plain['isa']}")
         entries = tuple(Entry.from_plain(entry) for entry in plain["entries"])
-        return TilingTable(isa, entries, dict(plain["machine"]), str(plain["date"]), dict(plain["versions"]))
+        return TilingTable(isa, entries, dict(plain["machine"]), str(plain["date"]), dict(plain["versions"]), processor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         remedy = f"run `python -m compiler.backends.tvm.tuning --isa {isa}`, or delete it to use the built-in tilings"
         raise CompileError("tuning", f"table {path}", found=str(error), expected=f"format {FORMAT}", remedy=remedy) from None

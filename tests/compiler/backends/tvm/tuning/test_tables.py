@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from compiler.backends.tvm import compile_graph
 from compiler.backends.tvm.isa import AVX2, ISAS
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
 from compiler.backends.tvm.library import compile_library
 from compiler.backends.tvm.tuning import __main__ as command
-from compiler.backends.tvm.tuning.table import TABLES, Entry, Shape, TilingTable, read_table
+from compiler.backends.tvm.tuning import table as tuning_table
+from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable, processors, read_table, table_path
+from compiler.checkpoint import open_checkpoint
 from compiler.errors import CompileError
+from compiler.frontends import build_graph
+from passes.pipeline import PRESETS, run_pipeline
+from runtime.host import PROCESSORS
 from tests.compiler.backends.tvm.test_linear import floating, quantized
+from tests.parity.variants import VARIANTS
 
 SMALL = Entry(
     Shape(64, 128), LinearTiling(((1, Walk(1, 1, 256, temporal=False)), (None, Walk(1, 2, unroll=2)))), {1: (2.5, 3.0)}
@@ -25,23 +32,53 @@ TABLE = TilingTable("avx2", (SMALL, LARGE), {"processor": "x", "threads": 2}, "2
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "avx2.json").write_text(TABLE.to_json())
-    assert read_table("avx2", tmp_path) == TABLE
-    assert read_table("amx", tmp_path) == TilingTable("amx")
+    assert read_table("avx2", folder=tmp_path) == TABLE
+    assert read_table("amx", folder=tmp_path) == TilingTable("amx")
     assert json.loads(TABLE.to_json()) == TABLE.to_plain()
     empty = replace(TABLE, entries=())
     (tmp_path / "avx2.json").write_text(empty.to_json())
-    assert read_table("avx2", tmp_path) == empty
+    assert read_table("avx2", folder=tmp_path) == empty
+
+
+def test_a_processor_may_have_a_table_of_its_own(tmp_path: Path) -> None:
+    assert processors("avx2", tmp_path) == ()
+    (tmp_path / "avx2.json").write_text(replace(TABLE, entries=(SMALL,)).to_json())
+    (tmp_path / "avx2-znver4.json").write_text(TABLE.to_json())
+    assert processors("avx2", tmp_path) == ("znver4",) and processors("amx", tmp_path) == ()
+    own, common = read_table("avx2", "znver4", tmp_path), read_table("avx2", folder=tmp_path)
+    assert own == replace(TABLE, processor="znver4") and common.entries == (SMALL,)
+    assert (own.library, common.library) == ("kernels-avx2-znver4.so", "kernels-avx2.so")
+    assert own.describe().startswith("avx2 on znver4: measured 2026-01-02")
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_committed_tables_are_valid(isa: str) -> None:
-    table = read_table(isa)
-    assert (TABLES / f"{isa}.json").exists() == bool(table.entries)
-    if table.entries:
-        assert table.date and table.machine["processor"] and table.versions
-        assert (TABLES / f"{isa}.json").read_text() == table.to_json()
-    for entry in table.entries:
-        assert table.find(entry.shape) is entry and entry.microseconds
+    assert set(processors(isa)) <= set(PROCESSORS)
+    for processor in ("", *processors(isa)):
+        table, path = read_table(isa, processor), table_path(isa, processor)
+        assert path.exists() == bool(table.entries)
+        if table.entries:
+            assert table.date and table.machine["processor"] and table.versions
+            assert path.read_text() == table.to_json()
+        for entry in table.entries:
+            assert table.find(entry.shape) is entry and entry.microseconds
+
+
+def test_a_build_carries_a_library_for_a_processor_whose_table_differs(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = VARIANTS["llama_gqa"](tmp_path_factory.mktemp("checkpoints") / "tiny")
+    own = replace(TABLE, entries=(replace(SMALL, tiling=LinearTiling(((None, Walk(1, 1)),))),))
+    for name, table in (("avx2", TABLE), ("avx2-znver4", own), ("avx2-znver5", TABLE)):
+        (tmp_path / f"{name}.json").write_text(table.to_json())
+    monkeypatch.setattr(tuning_table.read_table, "__defaults__", ("", tmp_path))
+    monkeypatch.setattr(tuning_table.processors, "__defaults__", (tmp_path,))
+    model = build_graph(open_checkpoint(checkpoint))
+    run_pipeline(model, PRESETS["int8"])
+    lowered = compile_graph(model, ["avx2"], calls_before_fusion=1)
+    assert sorted(lowered.kernels) == ["kernels-avx2-znver4.so", "kernels-avx2.so"], "znver5's is the common one"
+    assert lowered.kernels["kernels-avx2-znver4.so"] != lowered.kernels["kernels-avx2.so"]
+    assert [source.partition(":")[0] for source in lowered.tilings] == ["avx2", "avx2 on znver4"]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +95,7 @@ def test_a_damaged_table_says_what_to_do(text: str, tmp_path: Path) -> None:
     with pytest.raises(
         CompileError, match=r"^tuning: table .*avx2\.json: found .* run `python -m compiler\.backends\.tvm\.tuning"
     ):
-        read_table("avx2", tmp_path)
+        read_table("avx2", folder=tmp_path)
 
 
 def test_the_same_shape_then_the_nearest_then_the_built_in_one() -> None:
