@@ -14,7 +14,7 @@ PEERS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint accuracy bench bench-scaling bench-peers clean
+.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ build/engines/smollm2-%/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.install
 
 bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's limits (a quiet machine, 15 minutes, 8 GB of disk).
 	$(BIN)/python -m benchmarks.speed $(SHAPES)
+	$(BIN)/python -m benchmarks.report
+
+bench-presets: $(VENV)/.installed-bench ## Measure what activations of 16 bits cost in time beside int8 (10 minutes).
+	$(BIN)/python -m benchmarks.presets $(SHAPES)
 	$(BIN)/python -m benchmarks.report
 
 bench-scaling: $(VENV)/.installed-bench ## Measure batches, contexts and threads after make bench, and write the scaling note.

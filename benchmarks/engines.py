@@ -44,16 +44,16 @@ def cost(engine: Path) -> Cost:
     return Cost(weight_bytes, kv_bytes_per_token(program), per_token, per_row, read_manifest(engine).target.isas)
 
 
-def prepare(name: str, *, reuse: bool = False) -> Path:
+def prepare(name: str, *, preset: str = "int8", reuse: bool = False) -> Path:
     """Compile a shape to build/engines, from its checkpoint in build/, which is made once; `reuse` keeps an engine as it is."""
-    engine = Path("build/engines") / name
+    engine = Path("build/engines") / (name if preset == "int8" else f"{name}-{preset}")
     if not (reuse and (engine / "manifest.json").is_file()):
         from compiler.driver import BuildRequest, build
 
         engine.parent.mkdir(parents=True, exist_ok=True)
         folder = Path("build/checkpoints") / name
         source = fetch_smollm2.fetch(Path("build/smollm2")) if name == SMOLLM2 else checkpoints.make(name, folder)
-        build(BuildRequest(source, engine, force=True))
+        build(BuildRequest(source, engine, quantization=preset, force=True))
     return engine
 
 

@@ -98,6 +98,24 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
 
 
+def presets_section(results: list[Result]) -> str:
+    """What other presets cost in time beside the default, one table a preset."""
+    lines = []
+    for preset in sorted({result["preset"] for result in results}):
+        mine = [result for result in results if result["preset"] == preset]
+        tasks = list(mine[0]["tasks"])
+        rows = [[f"{result['shape']}, {result['machine']['date']}",
+                 *(f"{found['ratio']:.3f} [{found['ratio_lowest']:.3f}, {found['ratio_highest']:.3f}]" for found in
+                   (result["tasks"][task] for task in tasks)), str(result["rounds"])] for result in mine]  # fmt: skip
+        about = f"Time of a step (of the whole prompt in prefill) over that of `int8` taken next to it, on {_processors(mine)}."
+        lines += [f"## {preset} beside int8", "", about, "", *_table(["shape", *tasks, "rounds"], rows), ""]
+    return "\n".join(lines)
+
+
+def _processors(results: list[Result]) -> str:
+    return ", ".join(sorted({f"{r['machine']['processor']} with {r['threads']} threads" for r in results}))
+
+
 def plot(results: list[Result], path: Path) -> None:
     """Bars of the share of the limit for every task, one panel a model; speeds are written on the bars."""
     pyplot = import_pyplot()
@@ -144,7 +162,9 @@ def save(figure: Any, path: Path) -> None:
 def write(folder: Path) -> Path:
     """README.md and speed.svg of a folder of results; what other notes there are is linked."""
     results = read_results(folder)
-    notes = ["Also here: [scaling](SCALING.md)."] if (folder / "SCALING.md").exists() else []
+    presets = [json.loads(path.read_text()) for path in sorted(folder.glob("presets-*.json"))]
+    notes = [presets_section(presets)] if presets else []
+    notes += ["Also here: [scaling](SCALING.md)."] if (folder / "SCALING.md").exists() else []
     page = folder / "README.md"
     page.write_text(markdown(results, "\n".join(notes)))
     plot(results, folder / "speed.svg")

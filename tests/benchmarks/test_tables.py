@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("tvm")  # the build extra, which the benchmarks need
 
-from benchmarks import report, scaling
+from benchmarks import presets, report, scaling
 from benchmarks.checkpoints import SHAPES
 from benchmarks.engines import Cost
 from benchmarks.tasks import Task
@@ -84,3 +84,15 @@ def test_plots(folder: Path) -> None:
     report.write(folder)
     assert (folder / "speed.svg").read_bytes() == first and b"<svg" in (folder / "scaling.svg").read_bytes()
     assert "[scaling](SCALING.md)" in (folder / "README.md").read_text()
+
+
+def test_a_preset_beside_the_default_is_judged_by_neighbours(folder: Path) -> None:
+    samples = {"batch 1": {"int8": [1.0, 2.0, 4.0], "int8-a16": [1.1, 2.02, 4.4]}}
+    tasks = presets.summarize(samples, "int8-a16")
+    assert tasks == {
+        "batch 1": {"int8_s": 2.0, "int8-a16_s": 2.02, "ratio": 1.1, "ratio_lowest": 1.01, "ratio_highest": 1.1}
+    }
+    about = {"shape": "large", "preset": "int8-a16", "threads": 2, "rounds": 3, "tasks": tasks}
+    (folder / "presets-large.json").write_text(json.dumps(about | {"machine": speed("large", 1)["machine"]}))
+    page = report.write(folder).read_text()
+    assert "## int8-a16 beside int8" in page and "1.100 [1.010, 1.100] | 3 |" in page
