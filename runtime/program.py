@@ -10,11 +10,11 @@ from typing import Any, Literal
 from runtime.errors import EngineError
 from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
 
-PROGRAM_FORMAT = 1
+PROGRAM_FORMAT = 2
 PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
-INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "T", "R", "kv_blocks")
+INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "T", "R")
 KV_DTYPES = {"float32": 4, "float16": 2, "int8": 1}
 SCALES_BYTES = 4 * BLOCK_SIZE  # of an int8 cache: one float32 per token of a block, for each head
 _REBUILD = "rebuild the engine with belle-compile build"
@@ -88,7 +88,9 @@ class Logits:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """KV cache: per layer k[num_blocks][kv_heads][head_dim][16] and v[num_blocks][kv_heads][16][head_dim].
+    """KV cache: [num_blocks][layers] of k[kv_heads][head_dim][16] and v[kv_heads][16][head_dim].
+
+    Blocks are outermost, so that a short sequence touches few pages, and these may be huge ones.
 
     With int8 each [head_dim][16] or [16][head_dim] comes after its 16 float32 scales, one per token, and is padded so that the
     next one starts at a multiple of 64 bytes.
@@ -119,6 +121,10 @@ class KVLayout:
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, keys and values."""
         return 2 * self.layers * self.part_block_bytes
+
+    def part_offset(self, part: KV) -> int:
+        """Where keys or values of a layer begin in a block, in bytes."""
+        return (2 * part.layer + (part.part == "v")) * self.part_block_bytes
 
 
 @dataclass(frozen=True)

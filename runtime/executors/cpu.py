@@ -60,7 +60,6 @@ class CpuExecutor:
         self._arena = anonymous(program.arena_bytes)
         self._kv = anonymous(self.num_blocks * program.kv.block_bytes)
         self._inputs = _allocate_inputs(program)
-        self._inputs["kv_blocks"][0] = self.num_blocks
         self._tokens, self._rows = self._inputs["T"], self._inputs["R"]
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
@@ -126,9 +125,8 @@ class CpuExecutor:
                 return self._weights.address(name)
             case Input(name):
                 return int(self._inputs[name].ctypes.data)
-            case KV(layer, part):
-                index = 2 * layer + (part == "v")
-                return int(self._kv.ctypes.data) + index * self.num_blocks * self.program.kv.part_block_bytes
+            case KV():
+                return int(self._kv.ctypes.data) + self.program.kv.part_offset(arg)
 
 
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
@@ -185,7 +183,6 @@ def _allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
         "logit_rows": program.max_rows,
         "T": 1,
         "R": 1,
-        "kv_blocks": 1,
     }
     padded = {name: -(-4 * size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
     memory, offset = anonymous(sum(padded.values())), 0

@@ -63,6 +63,7 @@ def test_an_int8_cache_has_aligned_scales_before_the_values() -> None:
     assert KVLayout(1, 2, 64, "int8").part_block_bytes == 2 * (16 * 4 + 64 * 16)
     assert KVLayout(1, 1, 10, "int8").part_block_bytes == 16 * 4 + 192
     assert KVLayout(3, 1, 10, "int8").block_bytes == 6 * 256
+    assert [KVLayout(3, 1, 10, "int8").part_offset(KV(1, part)) for part in ("k", "v")] == [2 * 256, 3 * 256]
 
 
 def spoil(change: Callable[[dict[str, Any]], object]) -> str:
@@ -74,7 +75,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(format=2), r"format of program\.json: found 2, expected 1; rebuild"),
+        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 2; rebuild"),
         (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),

@@ -85,6 +85,7 @@ class Lowering:
 
     model: ir.Model
     kv_dtype: str
+    num_layers: int
     max_blocks: int
     places: dict[ir.Value, Place] = field(default_factory=dict)
     weights: dict[str, PackedWeight] = field(default_factory=dict)
@@ -181,7 +182,8 @@ def lower(
     metadata = model.metadata_props
     quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
     kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
-    lowering = Lowering(model, kv_dtype, -(-int(metadata["max_position"]) // 16))
+    layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
+    lowering = Lowering(model, kv_dtype, layers, -(-int(metadata["max_position"]) // 16))
     for node in model.graph:
         rule = RULES.get(node.op_type)
         if rule is None:
@@ -191,7 +193,6 @@ def lower(
             )  # fmt: skip
         rule(lowering, node, attributes_of(node))
     logits = lowering.place(model.graph.outputs[0])
-    layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
     offsets, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
     calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
     program = Program(

@@ -33,7 +33,7 @@ PROGRAM = Program(
     vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE), kv=KVLayout(2, 1, 16, "float32"),
     calls=(
         Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
-        Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("kv_blocks"), KV(1, "v")), kernel="mark"),
+        Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("token_ids"), KV(1, "v")), kernel="mark"),
         Call("linear", "head", "R", (Input("R"), Input("logit_rows"), Arena(X), Weight("head"), Arena(LOGITS)),
              variants=((1, "head_one"), (None, "head_any"))),
     ),
@@ -52,11 +52,11 @@ def lookup() -> Any:
 
 
 def mark() -> Any:
-    """v[positions[t]] = number of blocks"""
+    """v[positions[t]] = token_ids[t]"""
 
-    def body(T: Any, count: Any, positions: Any, blocks: Any, v: Any) -> None:
+    def body(T: Any, count: Any, positions: Any, ids: Any, v: Any) -> None:
         with T.serial(0, count[0]) as t:
-            T.buffer_store(v, T.Cast("float32", blocks[0]), [positions[t]])
+            T.buffer_store(v, T.Cast("float32", ids[t]), [positions[t]])
 
     return kernel("mark", ["int32", "int32", "int32", "float32"], body)
 
@@ -148,9 +148,10 @@ def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
     executor = load(built, kv_tokens=100)
     assert executor.num_blocks == 7
     step(executor, [1, 2, 3], [0])
-    part = 7 * 16 * 16
+    part = 16 * 16
     cache = executor._kv.view(np.float32)
-    assert cache.size == 4 * part and cache[3 * part : 3 * part + 4].tolist() == [7, 7, 7, 0] and not cache[: 3 * part].any()
+    assert cache.size == 7 * 4 * part and cache[3 * part : 3 * part + 4].tolist() == [1, 2, 3, 0]
+    assert not cache[: 3 * part].any() and not cache[4 * part :].any()
 
 
 def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

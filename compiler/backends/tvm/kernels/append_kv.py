@@ -27,6 +27,7 @@ class AppendKV(Kernel):
     """
 
     kind: ClassVar[str] = "append_kv"
+    num_layers: int
     num_kv_heads: int
     head_dim: int
     k: View
@@ -38,7 +39,7 @@ class AppendKV(Kernel):
     @property
     def cache(self) -> CacheBlocks:
         """Where heads of blocks lie."""
-        return CacheBlocks(self.num_kv_heads, self.head_dim, self.cache_dtype)
+        return CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()

@@ -30,6 +30,7 @@ class Attention(Kernel):
     """
 
     kind: ClassVar[str] = "attention"
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

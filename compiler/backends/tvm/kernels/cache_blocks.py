@@ -13,11 +13,17 @@ from runtime.program import KVLayout
 
 @dataclass(frozen=True)
 class CacheBlocks:
-    """The addresses of `runtime.program.KVLayout` for kernels, counted in elements of the cache."""
+    """The addresses of `runtime.program.KVLayout` for kernels, counted in elements from where a layer's keys or values lie in
+    block 0."""
 
+    layers: int
     kv_heads: int
     head_dim: int
     dtype: str
+
+    @property
+    def _layout(self) -> KVLayout:
+        return KVLayout(self.layers, self.kv_heads, self.head_dim, self.dtype)
 
     @property
     def quantized(self) -> bool:
@@ -31,14 +37,14 @@ class CacheBlocks:
 
     def start(self, block: Expr, head: Expr) -> Expr:
         """The first value of a head of a physical block."""
-        layout, itemsize = KVLayout(1, self.kv_heads, self.head_dim, self.dtype), np.dtype(self.dtype).itemsize
-        stride, first = layout.head_block_bytes // itemsize, layout.scales_bytes // itemsize
-        return tir.opaque((tir.i64(block) * self.kv_heads + head) * stride + first)
+        layout, itemsize = self._layout, np.dtype(self.dtype).itemsize
+        sizes = (layout.block_bytes, layout.head_block_bytes, layout.scales_bytes)
+        of_block, of_head, first = (size // itemsize for size in sizes)
+        return tir.opaque(tir.i64(block) * of_block + (head * of_head + first))
 
     def scales_before(self, start: Expr) -> Expr:
-        """The first of the 16 scales of the values at `start`, counted in float32 from the start of the cache."""
-        scales_bytes = KVLayout(1, self.kv_heads, self.head_dim, self.dtype).scales_bytes
-        return tir.opaque(T.shift_right(start - scales_bytes, tir.i64(2)))
+        """The first of the 16 scales of the values at `start`, counted in float32 from where `start` is counted from."""
+        return tir.opaque(T.shift_right(start - self._layout.scales_bytes, tir.i64(2)))
 
 
 def as_scales(cache: Buffer) -> Buffer:

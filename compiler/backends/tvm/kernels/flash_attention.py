@@ -45,7 +45,7 @@ class FlashAttention:
         self.queries = round_up(queries, self.tall)
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
-        self.cache = CacheBlocks(shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
+        self.cache = CacheBlocks(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
         self.padded = round_up(self.dim, LANES)
 
     def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:

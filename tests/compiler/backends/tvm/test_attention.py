@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.base import View
 from compiler.ir import meanings
 from compiler.ir.cache import PagedCache
-from runtime.program import KVLayout
+from runtime.program import KV, KVLayout
 from tests.compiler.backends.tvm.harness import Array, Library, aligned, aligned_copy, garbage, ints, place
 
 MAX_BLOCKS = 40
 NUM_BLOCKS = 130
+LAYERS, LAYER = 3, 1
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Case:
 
     @property
     def attention(self) -> Attention:
-        return Attention(self.heads, self.kv_heads, self.dim, self.dim**-0.5, self.views[0],
+        return Attention(LAYERS, self.heads, self.kv_heads, self.dim, self.dim**-0.5, self.views[0],
                          View.of_width(self.widths[0]), MAX_BLOCKS, self.cache, self.rotary, self.alibi)  # fmt: skip
 
     @property
     def append(self) -> AppendKV:
-        return AppendKV(self.kv_heads, self.dim, self.views[1], self.views[2], MAX_BLOCKS, self.cache, self.rotary)
+        return AppendKV(LAYERS, self.kv_heads, self.dim, self.views[1], self.views[2], MAX_BLOCKS, self.cache, self.rotary)
 
     def __str__(self) -> str:
         extra = "-rotary" * self.rotary + "-alibi" * self.alibi
@@ -85,21 +87,25 @@ def library(isa: Isa) -> Library:
 
 
 class Part:
-    """The keys or values of an engine's cache: its memory, and views of what lies there. Unwritten slots are NaN."""
+    """Keys or values of one of an engine's layers: the whole cache, and views of what lies there. Unwritten slots are NaN."""
 
-    def __init__(self, case: Case, *shape: int) -> None:
-        layout = KVLayout(1, case.kv_heads, case.dim, case.cache)
-        self.memory = aligned((NUM_BLOCKS, case.kv_heads, layout.head_block_bytes), np.uint8, 255)
+    def __init__(self, case: Case, whole: Array, name: Literal["k", "v"], *shape: int) -> None:
+        layout = KVLayout(LAYERS, case.kv_heads, case.dim, case.cache)
+        self.start = layout.part_offset(KV(LAYER, name))
+        here = whole[:, self.start : self.start + layout.part_block_bytes]
+        self.whole, self.memory = whole, here.reshape(NUM_BLOCKS, case.kv_heads, layout.head_block_bytes)
+        assert np.shares_memory(self.memory, whole)
         first = layout.scales_bytes
         end = first + case.dim * 16 * np.dtype(case.cache).itemsize
         self.padding = self.memory[..., end:]
         self.values = self.memory[..., first:end].view(case.cache).reshape(NUM_BLOCKS, case.kv_heads, *shape)
+        assert np.shares_memory(self.values, whole)
         self.scales = self.memory[..., :first].view(np.float32)
 
     @property
     def flat(self) -> Array:
         """The memory as a kernel takes it."""
-        return self.memory.reshape(-1).view(self.values.dtype)
+        return self.whole.reshape(-1)[self.start :].view(self.values.dtype)
 
     def check(self, values: Array, scales: Array, exact: bool) -> None:
         """Holds what the oracle's cache holds, and nothing where that holds nothing; all arrays [block, head, ...]."""
@@ -113,6 +119,13 @@ class Part:
         else:
             tolerance = 0.0 if exact else 1e-6 if values.dtype == np.float32 else 1e-3
             np.testing.assert_allclose(self.values, values, rtol=tolerance, atol=0 if exact else 1e-6)
+
+
+def parts(case: Case) -> tuple[Part, Part]:
+    """Keys and values in a cache of their own."""
+    layout = KVLayout(LAYERS, case.kv_heads, case.dim, case.cache)
+    whole = aligned((NUM_BLOCKS, layout.block_bytes), np.uint8, 255)
+    return Part(case, whole, "k", case.dim, 16), Part(case, whole, "v", 16, case.dim)
 
 
 class Mirror(PagedCache):
@@ -137,7 +150,7 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
     table = aligned_copy(np.concatenate([scrambled, np.full((1, MAX_BLOCKS), NUM_BLOCKS - 1)]), np.int32)
     table[3, :8] = np.setdiff1d(np.arange(NUM_BLOCKS), scrambled)[:8]
     oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS, case.cache)
-    keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
+    keys, values = parts(case)
     stored = Mirror(keys, values)
     slopes = aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)
     for step in steps:
@@ -167,6 +180,10 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
             oracle.write(0, table[sequence], int(position), k[row], v[row].reshape(case.kv_heads, case.dim))
         keys.check(oracle.k[0], oracle.k_scales[0], exact=not case.rotary)
     values.check(oracle.v[0], oracle.v_scales[0], exact=True)
+    others = np.ones(keys.whole.shape[1], bool)
+    for part in (keys, values):
+        others[part.start : part.start + part.memory[0].size] = False
+    assert (keys.whole[:, others] == 255).all(), "other layers were written to"
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 3, 7)], ids=str)
@@ -183,7 +200,7 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: C
     for at_once in (length, 8, 3, 1):
         steps = [range(length)] if at_once == length else [range(prompt)]
         steps += [range(first, min(first + at_once, length)) for first in range(len(steps[0]), length, at_once)]
-        keys, values = Part(case, case.dim, 16), Part(case, 16, case.dim)
+        keys, values = parts(case)
         results = []
         for step in steps:
             rows, here = len(step), slice(step.start, step.stop)
@@ -195,6 +212,6 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: C
             results.append(out[:, :heads])
         result = np.concatenate(results)
         if at_once == length:
-            expected, memory = result, keys.memory.tobytes() + values.memory.tobytes()
+            expected, memory = result, keys.whole.tobytes()
         np.testing.assert_array_equal(result, expected)
-        assert keys.memory.tobytes() + values.memory.tobytes() == memory
+        assert keys.whole.tobytes() == memory
