@@ -3,8 +3,8 @@
     python -m benchmarks.presets llama-1b                        # int8-a16 against int8
     python -m benchmarks.presets smollm2-135m --preset int8-plain --rounds 9
 
-A round runs every batch with both engines, one right after the other, and every other round the other one first. The ratio is the
-median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE.json.
+A round runs every batch with both engines, one right after the other, and every other round the other one first. The ratio is
+the median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE.json.
 """
 
 from __future__ import annotations

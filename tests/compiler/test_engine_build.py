@@ -199,7 +199,8 @@ def test_one_changed_byte_of_a_file_is_found(engine: Path, file: str, where: flo
 def test_a_kernel_library_from_elsewhere_is_refused(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(engine / "rank0/kernels-avx2.so", engine / "rank0/kernels-avx2-znver4.so")
     for sentence in sentences(engine, capsys):
-        assert sentence.endswith("file rank0/kernels-avx2-znver4.so is not in the manifest; remove it or copy the engine again.")
+        remedy = "remove it or copy the engine again."
+        assert sentence.endswith(f"file rank0/kernels-avx2-znver4.so is not in the manifest; {remedy}")
 
 
 # What is changed in the manifest, and what is said then; MANIFEST and ENGINE stand for the paths.

@@ -46,9 +46,7 @@ def test_isas_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags:
         ("AuthenticAMD", "?", "2", ""),
     ],
 )
-def test_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, family: str, model: str, name: str
-) -> None:
+def test_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, family: str, model: str, name: str) -> None:
     first = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: EPYC 7: 8\n"
     (tmp_path / "cpuinfo").write_text(first + "\nprocessor\t: 1\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n")
     monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")

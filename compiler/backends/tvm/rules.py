@@ -147,9 +147,7 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     table: list[Operand] = [low.place(cos_sin)] if cos_sin is not None else []
     out = low.allocate(node.outputs[0])
     layer, kv_heads, head_dim = attributes["layer"], attributes["num_kv_heads"], attributes["head_dim"]
-    append = AppendKV(
-        low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None
-    )
+    append = AppendKV(low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None)
     attend = Attention(
         low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
         low.kv_dtype, cos_sin is not None, slopes is not None,
