@@ -159,16 +159,20 @@ def save(figure: Any, path: Path) -> None:
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
 
 
-def write(folder: Path) -> Path:
-    """README.md and speed.svg of a folder of results; what other notes there are is linked."""
-    results = read_results(folder)
+def page(folder: Path) -> str:
+    """The tables of a folder of results; what other notes there are is linked."""
     presets = [json.loads(path.read_text()) for path in sorted(folder.glob("presets-*.json"))]
     notes = [presets_section(presets)] if presets else []
     notes += ["Also here: [scaling](SCALING.md)."] if (folder / "SCALING.md").exists() else []
-    page = folder / "README.md"
-    page.write_text(markdown(results, "\n".join(notes)))
-    plot(results, folder / "speed.svg")
-    return page
+    return markdown(read_results(folder), "\n".join(notes))
+
+
+def write(folder: Path) -> Path:
+    """README.md and speed.svg of a folder of results."""
+    path = folder / "README.md"
+    path.write_text(page(folder))
+    plot(read_results(folder), folder / "speed.svg")
+    return path
 
 
 def main() -> None:

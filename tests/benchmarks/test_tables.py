@@ -92,5 +92,5 @@ def test_a_preset_beside_the_default_is_judged_by_neighbours(folder: Path) -> No
     assert tasks == {"batch 1": {"int8_s": 2.0, "int8-a16_s": 2.02, "ratio": 1.1, "ratio_lowest": 1.01, "ratio_highest": 1.1}}
     about = {"shape": "large", "preset": "int8-a16", "threads": 2, "rounds": 3, "tasks": tasks}
     (folder / "presets-large.json").write_text(json.dumps(about | {"machine": speed("large", 1)["machine"]}))
-    page = report.write(folder).read_text()
+    page = report.page(folder)
     assert "## int8-a16 beside int8" in page and "1.100 [1.010, 1.100] | 3 |" in page
