@@ -24,6 +24,9 @@ token after a 32-token prompt, file cache warm. Peak memory includes the mapped 
 """
 
 
+_KERNELS = {"qlinear T": "linear layers", "qlinear R": "head", "attention T": "attention (keys and values)"}
+
+
 def read_results(folder: Path, pattern: str = "speed-*.json") -> list[Result]:
     """Results of one kind, smallest model first; raises SystemExit when there is none."""
     found = [json.loads(path.read_text()) for path in folder.glob(pattern)]
@@ -59,8 +62,20 @@ def _section(result: Result) -> str:
     outside = [f"{task}: {by_isa[isa]['outside_kernels']:.1%}" for task, by_isa in result.get("profiles", {}).items()
                for isa in _isas(result)[:1]]  # fmt: skip
     if outside:
-        lines += ["", f"Outside of kernels ({_isas(result)[0]}): {', '.join(outside)}."]
+        lines += ["", f"Outside of kernels ({_isas(result)[0]}): {', '.join(outside)}.", *_kernel_shares(result)]
     return "\n".join([*lines, ""])
+
+
+def _kernel_shares(result: Result) -> list[str]:
+    """What the kernels that read weights or the cache reach each by itself, in decoding."""
+    isa = _isas(result)[0]
+    found = []
+    for task, by_isa in result["profiles"].items():
+        kernels = by_isa[isa]["kernels"].items() if result["tasks"][task]["steps"] else ()
+        read = [(name, kernel) for name, kernel in kernels if name in ("qlinear T", "qlinear R", "attention T")]
+        each = [f"{_KERNELS[name]} {k['gb_per_second']:.1f} GB/s in {k['share_of_step']:.0%} of the time" for name, k in read]
+        found += [f"- {task}: {', '.join(each)}"] if each else []
+    return ["", f"What kernels read by themselves ({isa}, one profiled run each):", "", *found] if found else []
 
 
 def _isas(result: Result) -> list[str]:

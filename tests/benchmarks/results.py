@@ -10,6 +10,13 @@ from benchmarks.tasks import SWEEP, TASKS, Task
 FIXED_S, BANDWIDTH, TERAOPS = 0.001, 20e9, 2.0
 
 
+KERNELS = {
+    "qlinear T": {"share_of_step": 0.7, "gb_per_second": 19.0, "share_of_bandwidth": 0.95},
+    "norm T": {"share_of_step": 0.1, "gb_per_second": 1.0, "share_of_bandwidth": 0.05},
+    "attention T": {"share_of_step": 0.2, "gb_per_second": 12.0, "share_of_bandwidth": 0.6},
+}
+
+
 def speed(
     engine: str, weight_bytes: int, *, threads: int = 2, tasks: tuple[Task, ...] = TASKS, isas: int = 2
 ) -> dict[str, Any]:
@@ -31,7 +38,7 @@ def speed(
         "tasks": {task.name: task.describe() for task in tasks},
         "median": {name: {isa: found[0] for isa, found in by_isa.items()} for name, by_isa in samples.items()},
         "samples": samples,
-        "profiles": {task.name: {"avx512vnni": {"outside_kernels": 0.02}} for task in tasks},
+        "profiles": {task.name: {"avx512vnni": {"outside_kernels": 0.02, "kernels": KERNELS}} for task in tasks},
         "loads": {isa: {"median": load} for isa in ("avx512vnni", "avx2")[:isas]},
         "machine": {"processor": "a processor", "memory_gib": 8, "system": "Linux", "date": "2026-01-01"},
     }  # fmt: skip

@@ -44,6 +44,7 @@ def test_results_page(folder: Path) -> None:
     assert "| avx512vnni | " in page and "200 MB of weights a step, 1.5 times the last-level cache, which may lift" in page
     assert "a processor, 2 threads, 8 GiB, Linux, 2026-01-01; 3 samples" in page
     assert ", 50% | " in page and "| 0.25 | 1,234 |" in page and "Outside of kernels (avx512vnni): decode: 2.0%" in page
+    assert "- decode: linear layers 19.0 GB/s in 70% of the time, attention (keys and values) 12.0 GB/s in 20%" in page
 
 
 def test_no_results(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Searches the tilings of the reference models' shapes on this host and writes the tables that builds read.
 
     python -m compiler.backends.tvm.tuning                        every shape below, for the best instruction set here
+    python -m compiler.backends.tvm.tuning --planes 2             only for activations of 16 bits
     python -m compiler.backends.tvm.tuning --isa avx2             for another one that this host has
     python -m compiler.backends.tvm.tuning --own                  for this processor alone
     python -m compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, default=None, help="the best of this host by default")
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model's shapes; repeatable")
     parser.add_argument("--shape", action="append", metavar="OUTPUTSxINPUTS", help="only this shape; repeatable")
+    parser.add_argument("--planes", type=int, choices=(1, 2), action="append", help="1: int8; 2: int8-a16; both by default")
     parser.add_argument("--threads", type=int, default=None, help="every usable core by default")
     parser.add_argument("--own", action="store_true", help="write the table of this processor alone, not the one for all")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
@@ -47,10 +49,11 @@ def main() -> None:
     processor = host.processor() if arguments.own else ""
     if arguments.own and not processor:
         parser.error("this processor has no name in runtime/host.py: add it to PROCESSORS")
-    shapes = {Shape(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
+    sizes = {(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
     if arguments.shape:
-        wanted = [Shape(*map(int, text.split("x"))) for text in arguments.shape]
-        shapes = {shape: shapes.get(shape, MAX_TOKENS) for shape in wanted}
+        wanted = [(int(n), int(k)) for n, _, k in (text.partition("x") for text in arguments.shape)]
+        sizes = {size: sizes.get(size, MAX_TOKENS) for size in wanted}
+    shapes = {Shape(*size, planes): most for size, most in sizes.items() for planes in arguments.planes or (1, 2)}
 
     started = time.perf_counter()
 

@@ -86,8 +86,8 @@ TILE_ROWS = (4, 8, 16, 32, 128, 512)
 
 
 def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:
-    """The buckets for kernels that get at most `max_rows` rows. With two planes a block has half the rows, since each counts
-    twice, blocks that have too many sums even so are left out, and inputs come in one pass."""
+    """The buckets for kernels that get at most `max_rows` rows. With two planes each row counts twice: blocks come with half
+    the rows too, those that have too many sums are left out, and inputs come in one pass."""
     every = AMX if isa.amx else AVX512 if isa.dot == "vnni" else AVX2
     kept = [replace(b, rows=rows) for b in every if (rows := tuple(r for r in b.rows if r <= max_rows))]
     kept[-1] = replace(kept[-1], most=None)
@@ -96,8 +96,8 @@ def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:
     most_sums = 24 if isa.dot == "vnni" else 4
 
     def adapted(bucket: Bucket) -> Bucket:
-        fewer = dict.fromkeys((wide, max(1, tall // planes)) for wide, tall in bucket.blocks)
-        blocks = tuple((wide, tall) for wide, tall in fewer if wide * tall * planes <= most_sums)
+        every = dict.fromkeys((wide, max(1, tall // part)) for wide, tall in bucket.blocks for part in (planes, 1))
+        blocks = tuple((wide, tall) for wide, tall in every if wide * tall * planes <= most_sums)
         stages = tuple(tuple(change for change in stage if "depth" not in change) for stage in bucket.stages)
         return replace(bucket, blocks=blocks, stages=stages)
 
