@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -11,21 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from compiler import targets
 from compiler.backends.tvm import Lowered, compile_graph, count_kernel_calls
+from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
+from compiler.gate import Gate
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
-from passes.pipeline import PRESETS, run_pipeline
+from passes.calibration.data import CalibrationData
+from passes.calibration.sensitivity import output_errors
+from passes.pipeline import PRESETS, calibrated, run_pipeline
+from passes.quantization.quantize_linears import QuantizeLinears
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
     Manifest,
     ModelInfo,
     PassRecord,
-    PromptTemplate,
     Requirements,
-    SpecialTokens,
     TargetInfo,
 )
 
@@ -61,7 +68,11 @@ class BuildRequest:
     (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
     `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown. `tune`
     measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
-    one build to the next."""
+    one build to the next.
+
+    `calibration` is a file of requests, or a set that calibrate-set made: weights are rounded by it, and the engine must pass
+    `gate` (None: it is not tried) on the requests held out. `raw_requests` takes their texts without the prompt template.
+    """
 
     checkpoint: str | Path
     output: Path
@@ -73,6 +84,9 @@ class BuildRequest:
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
+    calibration: Path | None = None
+    raw_requests: bool = False
+    gate: Gate | None = Gate()
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -80,22 +94,26 @@ def build(request: BuildRequest) -> Path:
     """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes, but for what `tune` measures. Peak memory is a few tensors, whatever the checkpoint's size.
+    give the same bytes, but for what `tune` measures and where calibration ran on another kind of processor. Peak memory is a
+    few tensors, whatever the checkpoint's size.
     """
     target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
     _check_kv_cache(request.kv_cache)
     say = request.on_progress
-    with EngineWriter(request.output, force=request.force) as writer:
+    with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         say("open", 0, 0)
         checkpoint = open_checkpoint(request.checkpoint, template=request.template)
         writer.check_space(_estimated_bytes(checkpoint, request.quantization))
+        calibration = request.calibration and read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
 
         say("optimize", 0, 0)
         graph = build_graph(checkpoint)
         model = _model_info(request, checkpoint, graph, digests)
         calls_before_fusion = _count_without_fusion(graph, preset)
-        records = run_pipeline(graph, preset, dump_dir=request.dump_ir)
+        data = calibration and _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
+        passes = calibrated(preset, data)
+        records = run_pipeline(graph, passes, dump_dir=request.dump_ir)
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
@@ -110,7 +128,48 @@ def build(request: BuildRequest) -> Path:
             writer.write(f"rank0/{name}", content)
         writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
 
-        return writer.finish(_manifest(request, target, checkpoint, model, records, lowered))
+        manifest = _manifest(request, target, checkpoint, model, records, lowered)
+        if calibration and request.gate:
+            accuracy = request.gate.judge(
+                writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
+                worst=lambda: _worst_layers(build_graph(checkpoint), passes, calibration, folder / "worst"),
+                on_progress=lambda done, total: say("gate", done, total),
+            )  # fmt: skip
+            manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
+        return writer.finish(manifest)
+
+
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """Where a build of `output` keeps what calibration found: removed in the end, but not after Ctrl-C or a kill, so that the
+    next build of it goes on from there."""
+    folder = output.parent / f".{output.name}.calibration"
+    try:
+        yield folder
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _data(
+    calibration: Calibration, digests: Mapping[str, str], folder: Path, on_progress: Callable[[int, int], None]
+) -> CalibrationData:
+    source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
+    sequences = tuple(sample.tokens for sample in calibration.calibration)
+    return CalibrationData(sequences, calibration.digest, source, folder, on_progress)
+
+
+def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path, count: int = 5) -> list[str]:
+    """The linears with the largest output errors over a few held-out requests."""
+    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
+    if at is None:
+        return []
+    run_pipeline(graph, passes[:at])
+    step = passes[at]
+    assert isinstance(step, QuantizeLinears)
+    sequences = [sample.tokens for sample in calibration.holdout[:16]]
+    return [layer.name for layer in output_errors(graph, sequences, folder, bits=step.activation_bits)[:count]]
 
 
 def _preset(name: str) -> Sequence[Pass]:
@@ -161,7 +220,7 @@ def _manifest(
     records: Sequence[Mapping[str, Any]],
     lowered: Lowered,
 ) -> Manifest:
-    program, special = lowered.program, checkpoint.special
+    program = lowered.program
     kv_blocks = -(-min(_SERVED_TOKENS, program.max_context) // program.block_size)
     memory = _exact_bytes(lowered) + program.arena_bytes + kv_blocks * program.kv.block_bytes + _PROCESS_BYTES
     applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
@@ -172,12 +231,8 @@ def _manifest(
         passes=(opened, *applied, *_tuning_record(lowered)),
         quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
-        prompt_template=PromptTemplate(
-            checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"]
-        ),
-        special_tokens=SpecialTokens(
-            special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"]
-        ),
+        prompt_template=prompt_template(checkpoint),
+        special_tokens=special_tokens(checkpoint),
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
         | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}

@@ -12,6 +12,7 @@ from compiler.errors import CompileError
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
 from passes.base import Pass
+from passes.calibration.data import CalibrationData
 from passes.cleanup.merge_duplicates import MergeDuplicates
 from passes.cleanup.remove_identities import RemoveIdentities
 from passes.cleanup.remove_unused import RemoveUnused
@@ -20,6 +21,7 @@ from passes.fusion.fuse_add_norm import FuseAddNorm
 from passes.fusion.fuse_dequantize import FuseDequantize
 from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
+from passes.quantization.gptq_rounding import GptqRounding
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
@@ -42,6 +44,13 @@ PRESETS: Mapping[str, tuple[Pass, ...]] = {
     "int8-plain": CLEANUP + QUANTIZATION + FUSION,
     "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
 }
+
+
+def calibrated(passes: Sequence[Pass], data: CalibrationData | None) -> tuple[Pass, ...]:
+    """The passes with those that look at requests, where there are any: linears are rounded right before they are quantized."""
+    if data is None:
+        return tuple(passes)
+    return tuple(one for step in passes for one in ((GptqRounding(data), step) if isinstance(step, QuantizeLinears) else (step,)))
 
 
 def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None) -> list[dict[str, Any]]:

@@ -12,11 +12,13 @@ from compiler.errors import CompileError
 from compiler.ir.build import make_initializer
 from compiler.ir.lazy import Shared, lazy
 
+INTEGERS = "integers"  # in the meta of a float32 weight that is a product: Shared integers [N, K] and scales [N]
 _ROWS = 1024  # rows quantized at a time, so that temporaries stay small beside the weight
 
 
 def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K].
+    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K], rounded to nearest where no pass has
+    chosen integers before.
 
     The second call for the same weight returns the same two: a tied head and embedding share one table.
     """
@@ -24,7 +26,7 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     assert source is not None
     shape = source.shape.numpy()
     if f"{name}.int8" not in graph.initializers:
-        both = Shared(lambda: quantize_rows(source.numpy(), name))
+        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_rows(source.numpy(), name))
         integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8)
         scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT)
         for tensor in (integers, scales):

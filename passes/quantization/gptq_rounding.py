@@ -1,0 +1,127 @@
+"""Weights are rounded to INT8 so that the outputs on calibration requests change least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from compiler.errors import CompileError
+from compiler.ir.build import make_initializer
+from compiler.ir.lazy import Shared, lazy
+from compiler.ir.stream import ActivationStream, Tensor, linears
+from passes.base import Pass, PassResult, other_readers
+from passes.calibration.data import CalibrationData
+from passes.calibration.work import walk
+from passes.quantization.gptq import round_weight
+from passes.quantization.weights import INTEGERS
+
+_SUFFIX = "rounded"
+
+
+@dataclass(frozen=True)
+class GptqRounding(Pass):
+    """y = Gemm(x, w)   becomes   y = Gemm(x, w.rounded), w.rounded = integers * scales
+
+    Segment by segment, the calibration sequences run through the rounded weights before; the second moments of what a linear
+    reads say which errors matter, and later weights of a row make up for earlier ones (GPTQ). QuantizeLinears keeps these
+    integers. Results of finished segments are kept in the data's folder: a second run goes on where a killed one stopped.
+    Refuses a weight with another reader (a tied head), which rounds to nearest then. Needs a graph of float32 ops.
+    """
+
+    data: CalibrationData = field(repr=False)
+    damping: float = 0.01
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.data.describe() | {"damping": self.damping}
+
+    def run(self, model: ir.Model) -> PassResult:
+        """Rounds what has not been rounded; needs as much disk as the integers take and some of the activations."""
+        todo = [node for node in model.graph if node.op_type == "Gemm" and _rounds(node)]
+        refusals = {node: reason for node in todo if (reason := _refusal(node))}
+        told = tuple(f"{node.name}: {why}" for node, why in refusals.items())
+        if len(todo) == len(refusals):
+            return PassResult(0, told)
+        work, segments = walk(self.data, model, self.name, self.data.key(model, self.options))
+        files = {node: work.file(f"{i:05d}") for i, node in enumerate(todo) if node not in refusals}
+        for stream, number in segments():
+            self._segment(stream, number, files)
+        for node, file in files.items():
+            _replace(node, file, model.graph)
+        return PassResult(len(files), told)
+
+    def _segment(self, stream: ActivationStream, number: int, files: dict[ir.Node, Path]) -> None:
+        """Round a segment's linears and write the next seam."""
+        wanted = [node for node in linears(stream.segments[number]) if node in files]
+        weights = stream.load(number)
+        first = {node.inputs[0]: node for node in reversed(wanted)}  # linears that read the same share its moments
+        moments: dict[ir.Value | None, Tensor] = {}
+
+        def observe(node: ir.Node, x: Tensor) -> Tensor:
+            source = node.inputs[0]
+            if first.get(source) is node:
+                known = moments.get(source)
+                moments[source] = x.T @ x if known is None else known.addmm_(x.T, x)
+            return x
+
+        if wanted:
+            stream.forward(number, weights, on_linear=observe, keep=False)
+        for node in wanted:
+            weight = node.inputs[1]
+            assert weight is not None
+            _check(weights[weight], node)
+            integers, scales = round_weight(weights[weight], moments[node.inputs[0]], self.damping)
+            save_file({"integers": integers, "scales": scales}, files[node])
+            weights[weight] = integers * scales[:, None]
+        if number + 1 < len(stream.segments):
+            stream.forward(number, weights)
+
+
+def _rounds(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    return weight is not None and weight.is_initializer() and INTEGERS not in weight.meta
+
+
+def _refusal(node: ir.Node) -> str:
+    weight = node.inputs[1]
+    assert weight is not None
+    others = other_readers(weight, node)
+    return f"its weight is also read by {', '.join(others)}" if others else ""
+
+
+def _check(weight: Tensor, node: ir.Node) -> None:
+    if not torch.isfinite(weight).all():
+        raise CompileError("calibrate", f"the weight of {node.name}", found="NaN or infinity", expected="finite weights")
+
+
+def _replace(node: ir.Node, file: Path, graph: ir.Graph) -> None:
+    """Let the node read the product of what a file holds, and keep the parts at hand for QuantizeLinears."""
+    old = node.inputs[1]
+    assert old is not None and old.shape is not None
+    both = Shared(partial(_read, file))
+    tensor = lazy(f"{old.name}.{_SUFFIX}", lambda: _product(*_read(file)), old.shape.numpy(), ir.DataType.FLOAT)
+    value = make_initializer(tensor)
+    value.meta[INTEGERS] = both
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+    if not old.uses():
+        del graph.initializers[str(old.name)]
+
+
+def _read(file: Path) -> tuple[npt.NDArray[Any], ...]:
+    tensors = load_file(file)
+    return tensors["integers"], tensors["scales"]
+
+
+def _product(integers: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    product: npt.NDArray[np.float32] = integers * scales[:, None]
+    return product
