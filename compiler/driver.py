@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compiler import targets
 from compiler.backends.tvm import Lowered, compile_graph, count_kernel_calls
@@ -23,8 +24,9 @@ from compiler.gate import Gate
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
-from passes.calibration.sensitivity import output_errors
-from passes.pipeline import PRESETS, calibrated, run_pipeline
+from passes.calibration.sensitivity import LayerDamage, output_errors
+from passes.calibration.sensitivity import alone as damage_alone
+from passes.pipeline import CALIBRATED, METHODS, RECIPES, Recipe, passes_of, run_pipeline
 from passes.quantization.quantize_linears import QuantizeLinears
 from runtime.artifact import (
     GenerationDefaults,
@@ -41,14 +43,10 @@ if TYPE_CHECKING:
 
     from passes.base import Pass
 
-_W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
-_ROTATED = {"rotations": "residual stream and values, folded into the weights"}
-# What the manifest says of each preset, beside the passes' own records.
-QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": _W8A8 | _ROTATED,
-    "int8-a16": _W8A8 | _ROTATED | {"scheme": "w8a16", "activations": "16 bits per token, dynamic, as two int8 planes"},
-    "int8-plain": _W8A8,
-    "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
+_METHODS = {  # what the manifest says of each
+    "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
+    "rotate": ("rotations", "residual stream and values, folded into the weights"),
+    "gptq": ("rounding", "by calibration requests (GPTQ)"),
 }
 TUNING = "tune-kernels"  # its record is only in engines built with `tune`
 KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
@@ -70,7 +68,7 @@ class BuildRequest:
     measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
     one build to the next.
 
-    `calibration` is a file of requests, or a set that calibrate-set made: weights are rounded by it, and the engine must pass
+    `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that calibrate-set made: weights are rounded by it, and the engine must pass
     `gate` (None: it is not tried) on the requests held out. `raw_requests` takes their texts without the prompt template.
     """
 
@@ -78,6 +76,7 @@ class BuildRequest:
     output: Path
     target: str = "cpu"
     quantization: str = "int8"
+    methods: tuple[str, ...] | None = None
     kv_cache: str = "auto"
     isas: tuple[str, ...] = ()
     template: str | None = None
@@ -97,7 +96,7 @@ def build(request: BuildRequest) -> Path:
     give the same bytes, but for what `tune` measures and where calibration ran on another kind of processor. Peak memory is a
     few tensors, whatever the checkpoint's size.
     """
-    target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
+    target, recipe = targets.parse(request.target).carrying(request.isas), _recipe(request)
     _check_kv_cache(request.kv_cache)
     say = request.on_progress
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
@@ -110,9 +109,9 @@ def build(request: BuildRequest) -> Path:
         say("optimize", 0, 0)
         graph = build_graph(checkpoint)
         model = _model_info(request, checkpoint, graph, digests)
-        calls_before_fusion = _count_without_fusion(graph, preset)
+        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe))
         data = calibration and _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
-        passes = calibrated(preset, data)
+        passes = passes_of(recipe, data)
         records = run_pipeline(graph, passes, dump_dir=request.dump_ir)
 
         say("compile", 0, 0)
@@ -128,7 +127,7 @@ def build(request: BuildRequest) -> Path:
             writer.write(f"rank0/{name}", content)
         writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
 
-        manifest = _manifest(request, target, checkpoint, model, records, lowered)
+        manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
         if calibration and request.gate:
             accuracy = request.gate.judge(
                 writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
@@ -162,20 +161,88 @@ def _data(
 
 def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path, count: int = 5) -> list[str]:
     """The linears with the largest output errors over a few held-out requests."""
-    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
-    if at is None:
+    if not any(isinstance(step, QuantizeLinears) for step in passes):
         return []
-    run_pipeline(graph, passes[:at])
-    step = passes[at]
-    assert isinstance(step, QuantizeLinears)
+    linears = _before_linears(passes)
+    run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=step.activation_bits)[:count]]
+    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits)[:count]]
 
 
-def _preset(name: str) -> Sequence[Pass]:
-    if name not in PRESETS:
-        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(PRESETS))
-    return PRESETS[name]
+def rank_layers(
+    checkpoint: str | Path,
+    calibration: Path,
+    *,
+    quantization: str = "int8",
+    raw_requests: bool = False,
+    tokens: int = 2048,
+    alone: bool = True,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[LayerDamage]:
+    """The linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
+    predictions on up to `tokens` tokens of requests, or, not `alone`, by the errors of their own outputs."""
+    on_progress("open", 0, 0)
+    opened, recipe = open_checkpoint(checkpoint), _preset(quantization)
+    requests = read_calibration(calibration, opened, raw=raw_requests)
+    sequences = _first_tokens(requests, tokens)
+    graph = build_graph(opened)
+    on_progress("optimize", 0, 0)
+    linears = _before_linears(passes_of(recipe))
+    run_pipeline(graph, linears.before)
+    with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
+        if not alone:
+            return output_errors(graph, sequences, Path(name), bits=linears.bits)
+        return damage_alone(
+            graph, sequences, Path(name), bits=linears.bits, on_progress=lambda done, total: on_progress("layers", done, total)
+        )
+
+
+def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
+    """Held-out requests up to a number of tokens; the last one is cut there."""
+    sequences: list[tuple[int, ...]] = []
+    for sample in (*calibration.holdout, *calibration.calibration):
+        if tokens > 1:
+            sequences.append(sample.tokens[:tokens])
+            tokens -= len(sequences[-1])
+    return sequences
+
+
+class _Linears(NamedTuple):
+    """The passes before linears are quantized, and the bits of activations then."""
+
+    before: Sequence[Pass]
+    bits: int
+
+
+def _before_linears(passes: Sequence[Pass]) -> _Linears:
+    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
+    step = None if at is None else passes[at]
+    if not isinstance(step, QuantizeLinears):
+        raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
+    return _Linears(passes[:at], step.activation_bits)
+
+
+def _recipe(request: BuildRequest) -> Recipe:
+    """The preset, with the methods that were asked for; raises CompileError where they do not fit."""
+    recipe, methods = _preset(request.quantization), request.methods
+    if methods is None:
+        return recipe
+    expected = ", ".join(METHODS)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise CompileError("quantization", "unknown method", found=", ".join(unknown), expected=f"some of {expected}")
+    if not recipe.bits and methods:
+        raise CompileError("quantization", "methods", found=", ".join(methods), expected=f"none with --quant {request.quantization}")
+    needing = [name for name in methods if name in CALIBRATED]
+    if needing and request.calibration is None:
+        remedy = "give some with --calibration"
+        raise CompileError("quantization", f"method {', '.join(needing)}", found="no requests to calibrate with", remedy=remedy)
+    return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
+
+
+def _preset(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(RECIPES))
+    return RECIPES[name]
 
 
 def _check_kv_cache(dtype: str) -> None:
@@ -184,7 +251,7 @@ def _check_kv_cache(dtype: str) -> None:
 
 
 def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
-    """Kernel calls a step would take with every pass but the fusions."""
+    """Kernel calls a step would take with every pass but the fusions; `preset` is without those that calibrate."""
     unfused = graph.clone()
     run_pipeline(unfused, [step for step in preset if not type(step).__module__.startswith("passes.fusion")])
     return count_kernel_calls(unfused)
@@ -217,6 +284,7 @@ def _manifest(
     target: targets.Target,
     checkpoint: Checkpoint,
     model: ModelInfo,
+    recipe: Recipe,
     records: Sequence[Mapping[str, Any]],
     lowered: Lowered,
 ) -> Manifest:
@@ -229,7 +297,7 @@ def _manifest(
         model=model,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
         passes=(opened, *applied, *_tuning_record(lowered)),
-        quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
+        quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
         prompt_template=prompt_template(checkpoint),
         special_tokens=special_tokens(checkpoint),
@@ -239,6 +307,17 @@ def _manifest(
         | {"C compiler": lowered.c_compiler, "kernel tilings": "; ".join(lowered.tilings)},
         files={},
     )
+
+
+def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
+    """What the manifest says of weights and activations, beside the passes' own records."""
+    if not recipe.bits:
+        return {"scheme": "none", "weights": "float32", "activations": "float32"}
+    wide = recipe.bits == 16
+    activations = "16 bits per token, dynamic, as two int8 planes" if wide else "int8 per token, dynamic"
+    used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
+    scheme = {"scheme": "w8a16" if wide else "w8a8", "weights": "int8 per output channel", "activations": activations}
+    return scheme | dict(_METHODS[name] for name in used)
 
 
 def _tuning_record(lowered: Lowered) -> list[PassRecord]:

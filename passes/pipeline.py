@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from passes.fusion.fuse_projections import FuseProjections
 from passes.quantization.gptq_rounding import GptqRounding
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
+from passes.quantization.smooth_activations import SmoothActivations
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from passes.rotation.fold_layer_norms import FoldLayerNorms
 from passes.rotation.rotate_residual import RotateResidual
@@ -33,24 +35,42 @@ from passes.rotation.rotate_values import RotateValues
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
 # Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
 ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
-# W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
-QUANTIZATION: tuple[Pass, ...] = (QuantizeLinears(), QuantizeEmbedding())
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
+# What makes INT8 more accurate; those of CALIBRATED look at requests
+METHODS = ("smooth", "rotate", "gptq")
+CALIBRATED = ("smooth", "gptq")
 
-PRESETS: Mapping[str, tuple[Pass, ...]] = {
-    "int8": CLEANUP + ROTATION + QUANTIZATION + FUSION,
-    "int8-a16": (*CLEANUP, *ROTATION, QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION),
-    "int8-plain": CLEANUP + QUANTIZATION + FUSION,
-    "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset: the bits of activations beside INT8 weights (0: everything stays float32), and the methods used."""
+
+    bits: int = 8
+    methods: tuple[str, ...] = ()
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "int8": Recipe(8, ("rotate", "gptq")),
+    "int8-a16": Recipe(16, ("rotate", "gptq")),
+    "int8-plain": Recipe(8),
+    "none": Recipe(0),
 }
 
 
-def calibrated(passes: Sequence[Pass], data: CalibrationData | None) -> tuple[Pass, ...]:
-    """The passes with those that look at requests, where there are any: linears are rounded right before they are quantized."""
-    if data is None:
-        return tuple(passes)
-    return tuple(one for step in passes for one in ((GptqRounding(data), step) if isinstance(step, QuantizeLinears) else (step,)))
+def passes_of(recipe: Recipe, data: CalibrationData | None = None) -> tuple[Pass, ...]:
+    """The passes of a recipe, in order. Without requests those methods are left out that need some."""
+    if not recipe.bits:
+        return (*CLEANUP, FuseProjections(), FuseAddNorm())
+    smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
+    rotate = ROTATION if "rotate" in recipe.methods else ()
+    rounding = (GptqRounding(data),) if "gptq" in recipe.methods and data else ()
+    # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
+    quantize = (QuantizeLinears(activation_bits=recipe.bits), QuantizeEmbedding())
+    return (*CLEANUP, *smooth, *rotate, *rounding, *quantize, *FUSION)
+
+
+PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}
 
 
 def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None) -> list[dict[str, Any]]:

@@ -25,24 +25,37 @@ class Segment:
 
 def cut(graph: ir.Graph) -> list[Segment]:
     """Segments of one or more linears each, cut where no more values are alive than at the narrowest place between two
-    attentions: the residual stream, with rotary models their table too. A transformer layer becomes two, its attention and
-    its feed-forward part."""
+    attentions, which is the residual stream; what no embedding has gone into (rotary tables) is not counted. A transformer
+    layer becomes two, its attention and its feed-forward part."""
     nodes = list(graph)
-    alive = _alive(nodes)
+    alive, tables = _alive(nodes), _tables(nodes)
     attentions = [i for i, node in enumerate(nodes) if node.op_type == "Attention"]
     between = alive[attentions[0] : attentions[-1]] if len(attentions) > 1 else alive[:-1]
-    fewest = min((len(values) for values in between), default=0)
+    fewest = min((_count(values, tables) for values in between), default=0)
     segments: list[Segment] = []
     start = 0
     for end, values in enumerate(alive, 1):
         last = end == len(nodes)
         linears = any(node.op_type == "Gemm" for node in nodes[start:end])
-        if not last and not (linears and len(values) <= fewest):
+        if not last and not (linears and _count(values, tables) <= fewest):
             continue
         takes = tuple(alive[start - 1]) if start else ()
         segments.append(Segment(tuple(nodes[start:end]), takes, tuple(graph.outputs) if last else tuple(values)))
         start = end
     return segments
+
+
+def _count(values: list[ir.Value], tables: set[ir.Value]) -> int:
+    return sum(value not in tables for value in values)
+
+
+def _tables(nodes: list[ir.Node]) -> set[ir.Value]:
+    """Values that follow from positions alone."""
+    found: set[ir.Value] = set()
+    for node in nodes:
+        if node.op_type != "Gather" and all(v is None or v.producer() is None or v in found for v in node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def _alive(nodes: list[ir.Node]) -> list[list[ir.Value]]:

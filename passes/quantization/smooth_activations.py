@@ -61,10 +61,8 @@ class SmoothActivations(Pass):
         return self.data.describe() | {"alpha": "searched" if self.alpha is None else self.alpha}
 
     def run(self, model: ir.Model) -> PassResult:
-        if _DONE in model.metadata_props:
-            return PassResult()
         places, refusals = _places(model.graph)
-        if not places:
+        if not places or _DONE in model.metadata_props:
             return PassResult(0, refusals)
         work, segments = walk(self.data, model, self.name, self.data.key(model, self.options))
         files = {place.value: work.file(f"{i:05d}") for i, place in enumerate(places)}
