@@ -25,4 +25,4 @@ def windows(encode: Callable[[str], list[int]], calibration: int, held_out: int)
 
 def _spread(windows: list[list[int]], count: int) -> list[list[int]]:
     assert len(windows) >= count, f"the text has {len(windows)} windows, {count} are wanted"
-    return [windows[i * len(windows) // count] for i in range(count)]
+    return [windows[i * len(windows) // max(count, 1)] for i in range(count)]

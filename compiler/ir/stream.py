@@ -45,11 +45,11 @@ class Batch:
         rows = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
         return cls(tuple(numbers), lengths, ids, positions, rows)
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
         """By name; all tokens want their logits."""
         rows = torch.arange(len(self.token_ids), dtype=torch.int32)
-        return {"token_ids": self.token_ids, "positions": self.positions, "sequences": self.sequences,
-                "block_table": None, "logit_rows": rows}  # fmt: skip
+        given = {"token_ids": self.token_ids, "positions": self.positions, "sequences": self.sequences, "logit_rows": rows}
+        return {name: tensor.to(device) for name, tensor in given.items()} | {"block_table": None}
 
 
 def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> tuple[Batch, ...]:
@@ -70,7 +70,7 @@ class ActivationStream:
     """The sequences' values at the seams between segments, kept as files in `folder`.
 
     `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1; weights come from `load(n)`, which may
-    be changed in between. Raises CompileError for a graph with ops that torch has no meaning for here.
+    be changed in between. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph with ops that torch has no meaning for here.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class ActivationStream:
         self.segments = cut(model.graph)
         self.batches = batches(sequences, batch_tokens)
         self.tokens = sum(map(len, sequences))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._folder, self._base = folder, folder
 
     def branch(self, folder: Path) -> ActivationStream:
@@ -93,7 +94,7 @@ class ActivationStream:
 
     def load(self, number: int) -> dict[ir.Value, Tensor]:
         """A segment's weights, read or computed now."""
-        return {value: _tensor(value) for value in self.segments[number].weights}
+        return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
 
     def forward(
         self, number: int, weights: Weights, *, on_linear: OnLinear | None = None, on_logits: OnLogits | None = None, keep: bool = True
@@ -102,9 +103,10 @@ class ActivationStream:
         segment = self.segments[number]
         last = number + 1 == len(self.segments)
         for index, batch in enumerate(self.batches):
-            values = run(segment, weights, batch, self._read(number, index), on_linear)
+            values = run(segment, weights, batch.inputs(self.device), self._read(number, index), on_linear)
             if last and on_logits is not None:
-                for which, logits in zip(batch.numbers, torch.split(values[segment.gives[0]], batch.lengths), strict=True):
+                rows = torch.split(values[segment.gives[0]].cpu(), batch.lengths)
+                for which, logits in zip(batch.numbers, rows, strict=True):
                     on_logits(which, logits)
             elif keep and not last:
                 self._write(number + 1, index, values)
@@ -122,20 +124,23 @@ class ActivationStream:
             return {}
         own = self._seam(number) / f"{index:05d}.safetensors"
         named = load_file(own if own.exists() else self._base / own.relative_to(self._folder))
-        return {value: named[str(value.name)] for value in takes}
+        return {value: named[str(value.name)].to(self.device) for value in takes}
 
     def _write(self, number: int, index: int, values: Mapping[ir.Value, Tensor]) -> None:
         folder = self._seam(number)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({str(value.name): tensor.contiguous() for value, tensor in values.items()}, folder / f"{index:05d}.safetensors")
+        save_file({str(value.name): tensor.contiguous().cpu() for value, tensor in values.items()}, folder / f"{index:05d}.safetensors")
 
 
 @torch.inference_mode()
 def run(
-    segment: Segment, weights: Weights, batch: Batch, taken: Mapping[ir.Value, Tensor], on_linear: OnLinear | None = None
+    segment: Segment,
+    weights: Weights,
+    inputs: Mapping[str, Tensor | None],
+    taken: Mapping[ir.Value, Tensor],
+    on_linear: OnLinear | None = None,
 ) -> dict[ir.Value, Tensor]:
-    """What a segment gives for a batch."""
-    inputs = batch.inputs()
+    """What a segment gives for a batch, by the step's `inputs` and the values `taken` from segments before."""
     values: dict[ir.Value, Tensor] = dict(taken)
     last_use = {value: i for i, node in enumerate(segment.nodes) for value in node.inputs if value is not None}
 

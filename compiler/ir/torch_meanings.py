@@ -48,7 +48,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def rotary_table(positions: Tensor, sequences: Tensor, inv_freq: Tensor, **options: float) -> Tensor:
     """As the oracle has it: it is small."""
-    return torch.from_numpy(meanings.rotary_table(positions.numpy(), sequences.numpy(), inv_freq.numpy(), **options))  # type: ignore[arg-type]
+    arrays = (tensor.cpu().numpy() for tensor in (positions, sequences, inv_freq))
+    return torch.from_numpy(meanings.rotary_table(*arrays, **options)).to(inv_freq.device)  # type: ignore[arg-type]
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ def attention(
         heads = [x[rows].transpose(0, 1)[None] for x in (q, k, v)]
         mask = None
         if slopes is not None:
-            bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32)
-            hidden = torch.full((length, length), -torch.inf).triu(1)
+            bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32, device=q.device)
+            hidden = torch.full((length, length), -torch.inf, device=q.device).triu(1)
             mask = (bias + hidden)[None]
         seen = torch.nn.functional.scaled_dot_product_attention(
             *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads

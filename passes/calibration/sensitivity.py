@@ -90,8 +90,8 @@ def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor]) -> Tensor:
     assert value is not None
     if INTEGERS in value.meta:
         return weights[value]
-    integers, scales = quantize_rows(weights[value].numpy(), str(value.name))
-    return torch.from_numpy(integers * scales[:, None])
+    integers, scales = quantize_rows(weights[value].cpu().numpy(), str(value.name))
+    return torch.from_numpy(integers * scales[:, None]).to(weights[value].device)
 
 
 def _divergence(

@@ -45,8 +45,8 @@ def round_weight(weight: Tensor, hessian: Tensor, damping: float, clips: tuple[f
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
-    integers = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight))
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), device=weight.device)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         scales[rows] = scales_of(weight[rows], diagonal / diagonal.sum().clamp(min=1e-30), clips)
@@ -56,10 +56,10 @@ def round_weight(weight: Tensor, hessian: Tensor, damping: float, clips: tuple[f
 
 def _round_rows(left: Tensor, factor: Tensor, scales: Tensor) -> Tensor:
     """Integers [K, N] of weights `left` [K, N], which are used up."""
-    integers = torch.empty(left.shape, dtype=torch.int8)
+    integers = torch.empty(left.shape, dtype=torch.int8, device=left.device)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
-        errors = torch.empty(end - start, left.shape[1])
+        errors = torch.empty(end - start, left.shape[1], device=left.device)
         for k in range(start, end):
             rounded = _integers(left[k], scales)
             integers[k] = rounded

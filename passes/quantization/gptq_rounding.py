@@ -80,7 +80,7 @@ class GptqRounding(Pass):
             assert weight is not None
             _check(weights[weight], node)
             integers, scales = round_weight(weights[weight], moments[node.inputs[0]], self.damping)
-            save_file({"integers": integers, "scales": scales}, files[node])
+            save_file({"integers": integers.cpu(), "scales": scales.cpu()}, files[node])
             weights[weight] = integers * scales[:, None]
         if number + 1 < len(stream.segments):
             stream.forward(number, weights)

@@ -68,7 +68,7 @@ class SmoothActivations(Pass):
         files = {place.value: work.file(f"{i:05d}") for i, place in enumerate(places)}
         for stream, number in segments():
             for place, factors in self._factors(stream, number, {place.value: place for place in places}):
-                save_file({"factors": factors}, files[place.value])
+                save_file({"factors": factors.cpu().contiguous()}, files[place.value])
         for place in places:
             _divide(place, load_file(files[place.value])["factors"], model.graph)
         model.metadata_props[_DONE] = str(self.options["alpha"])
