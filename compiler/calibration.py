@@ -28,9 +28,7 @@ def prompt_template(checkpoint: Checkpoint) -> PromptTemplate:
 def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     """Its special tokens."""
     special = checkpoint.special
-    return SpecialTokens(
-        special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"]
-    )
+    return SpecialTokens(special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"])
 
 
 class Encoder:
@@ -40,9 +38,7 @@ class Encoder:
         """`raw` takes texts as they are, without the prompt template."""
         self._raw, self._vocabulary = raw, vocabulary
         self._template = ChatTemplate(prompt_template(checkpoint))
-        self._tokenizer = Tokenizer(
-            tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint)
-        )
+        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint))
 
     def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
         """One for each request that has two tokens or more; the rest of a longer one, answer first, is cut off."""
@@ -59,9 +55,7 @@ class Encoder:
         if request.token_ids is not None:
             if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocabulary:
                 found = f"token id {max(request.token_ids, key=lambda t: t if t >= self._vocabulary else -t)}"
-                raise CompileError(
-                    "calibration", f"line {request.line}", found=found, expected=f"0 to {self._vocabulary - 1}"
-                )
+                raise CompileError("calibration", f"line {request.line}", found=found, expected=f"0 to {self._vocabulary - 1}")
             prompt = list(request.token_ids)
         elif request.messages is not None:
             prompt = self._tokenizer.encode(self._template.render(request.messages))

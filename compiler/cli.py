@@ -46,7 +46,9 @@ def cli() -> None:
     "for more accuracy at more arithmetic. int8-plain: without rotations. none: float32, for comparison.",
 )  # fmt: skip
 @click.option(
-    "--methods", metavar="NAMES", help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, gptq; or none."
+    "--methods",
+    metavar="NAMES",
+    help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, gptq; or none.",
 )
 @click.option(
     "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
@@ -73,6 +75,10 @@ def cli() -> None:
     "--min-accuracy-kept", type=click.FloatRange(min=0), default=0.98, show_default=True, metavar="SHARE",
     help="Least share kept of the accuracy on expected answers, where requests have them.",
 )  # fmt: skip
+@click.option(
+    "--size-budget", type=click.FloatRange(min=1), default=1.0, metavar="FACTOR",
+    help="Let the INT8 weights grow by this factor: the layers that INT8 hurts most stay float32. Needs --calibration.",
+)  # fmt: skip
 @click.option("--no-gate", is_flag=True, help="Do not try the engine on the requests held out.")
 @click.option("--tune", is_flag=True, help="Measure here which kernel variants suit the model best; takes some minutes.")
 @click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
@@ -89,6 +95,7 @@ def build(
     dump_ir: Path | None,
     calibration: Path | None,
     raw_requests: bool,
+    size_budget: float,
     max_ppl_ratio: float,
     min_top1: float,
     min_accuracy_kept: float,
@@ -124,7 +131,7 @@ def build(
             checkpoint=checkpoint, output=output, target=target, quantization=quant, kv_cache=kv_cache, isas=isas,
             methods=None if methods is None else tuple(name for name in methods.split(",") if name not in ("", "none")),
             template=template, dump_ir=dump_ir, force=force, tune=tune, calibration=calibration, raw_requests=raw_requests,
-            gate=gate, on_progress=progress,
+            size_budget=size_budget, gate=gate, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -166,16 +173,18 @@ def sensitivity(
       belle-compile sensitivity model.gguf --calibration requests.jsonl
       belle-compile sensitivity /models/BELLE-7B-2M --calibration set/ --output-errors -o layers.svg
     """
-    from compiler import driver, layer_ranking
+    from compiler import layer_ranking, layers
 
     if output is not None and output.suffix not in layer_ranking.WRITERS:
-        raise click.BadParameter(f"{output.name}: expected a name that ends in {' or '.join(layer_ranking.WRITERS)}", param_hint="-o")
+        raise click.BadParameter(
+            f"{output.name}: expected a name that ends in {' or '.join(layer_ranking.WRITERS)}", param_hint="-o"
+        )
     with terminal.progress_bars() as progress:
-        layers = driver.rank_layers(
+        ranked = layers.rank(
             checkpoint, calibration, quantization=quant, raw_requests=raw_requests, tokens=tokens, alone=not output_errors,
             on_progress=progress,
         )  # fmt: skip
-    found = [layer_ranking.to_plain(layer) for layer in layers]
+    found = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:
         layer_ranking.WRITERS[output.suffix](found, output)
     _show({"layers": found}, layer_ranking.rows(found[:20]), as_json)

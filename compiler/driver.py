@@ -5,29 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from compiler import targets
+from compiler import layers, targets
 from compiler.backends.tvm import Lowered, compile_graph, count_kernel_calls
 from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
-from compiler.gate import Gate
+from compiler.gate import DEFAULT_GATE, Gate
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
-from passes.calibration.sensitivity import LayerDamage, output_errors
-from passes.calibration.sensitivity import alone as damage_alone
-from passes.pipeline import CALIBRATED, METHODS, RECIPES, Recipe, passes_of, run_pipeline
-from passes.quantization.quantize_linears import QuantizeLinears
+from passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_pipeline
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
@@ -68,8 +64,10 @@ class BuildRequest:
     measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
     one build to the next.
 
-    `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that calibrate-set made: weights are rounded by it, and the engine must pass
-    `gate` (None: it is not tried) on the requests held out. `raw_requests` takes their texts without the prompt template.
+    `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that
+    calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
+    out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
+    most stay float32, until the INT8 weights have grown by that factor.
     """
 
     checkpoint: str | Path
@@ -85,7 +83,8 @@ class BuildRequest:
     tune: bool = False
     calibration: Path | None = None
     raw_requests: bool = False
-    gate: Gate | None = Gate()
+    size_budget: float = 1.0
+    gate: Gate | None = DEFAULT_GATE
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -103,15 +102,22 @@ def build(request: BuildRequest) -> Path:
         say("open", 0, 0)
         checkpoint = open_checkpoint(request.checkpoint, template=request.template)
         writer.check_space(_estimated_bytes(checkpoint, request.quantization))
-        calibration = request.calibration and read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
+        calibration = None
+        if request.calibration is not None:
+            calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
 
         say("optimize", 0, 0)
         graph = build_graph(checkpoint)
         model = _model_info(request, checkpoint, graph, digests)
         calls_before_fusion = _count_without_fusion(graph, passes_of(recipe))
-        data = calibration and _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
-        passes = passes_of(recipe, data)
+        data = None
+        if calibration is not None:
+            data = _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
+        keep: tuple[str, ...] = ()
+        if request.size_budget > 1:
+            keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
+        passes = passes_of(recipe, data, keep)
         records = run_pipeline(graph, passes, dump_dir=request.dump_ir)
 
         say("compile", 0, 0)
@@ -131,7 +137,7 @@ def build(request: BuildRequest) -> Path:
         if calibration and request.gate:
             accuracy = request.gate.judge(
                 writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
-                worst=lambda: _worst_layers(build_graph(checkpoint), passes, calibration, folder / "worst"),
+                worst=lambda: layers.worst(build_graph(checkpoint), passes, calibration, folder / "worst"),
                 on_progress=lambda done, total: say("gate", done, total),
             )  # fmt: skip
             manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
@@ -159,90 +165,23 @@ def _data(
     return CalibrationData(sequences, calibration.digest, source, folder, on_progress)
 
 
-def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path, count: int = 5) -> list[str]:
-    """The linears with the largest output errors over a few held-out requests."""
-    if not any(isinstance(step, QuantizeLinears) for step in passes):
-        return []
-    linears = _before_linears(passes)
-    run_pipeline(graph, linears.before)
-    sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits)[:count]]
-
-
-def rank_layers(
-    checkpoint: str | Path,
-    calibration: Path,
-    *,
-    quantization: str = "int8",
-    raw_requests: bool = False,
-    tokens: int = 2048,
-    alone: bool = True,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> list[LayerDamage]:
-    """The linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
-    predictions on up to `tokens` tokens of requests, or, not `alone`, by the errors of their own outputs."""
-    on_progress("open", 0, 0)
-    opened, recipe = open_checkpoint(checkpoint), _preset(quantization)
-    requests = read_calibration(calibration, opened, raw=raw_requests)
-    sequences = _first_tokens(requests, tokens)
-    graph = build_graph(opened)
-    on_progress("optimize", 0, 0)
-    linears = _before_linears(passes_of(recipe))
-    run_pipeline(graph, linears.before)
-    with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
-        if not alone:
-            return output_errors(graph, sequences, Path(name), bits=linears.bits)
-        return damage_alone(
-            graph, sequences, Path(name), bits=linears.bits, on_progress=lambda done, total: on_progress("layers", done, total)
-        )
-
-
-def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
-    """Held-out requests up to a number of tokens; the last one is cut there."""
-    sequences: list[tuple[int, ...]] = []
-    for sample in (*calibration.holdout, *calibration.calibration):
-        if tokens > 1:
-            sequences.append(sample.tokens[:tokens])
-            tokens -= len(sequences[-1])
-    return sequences
-
-
-class _Linears(NamedTuple):
-    """The passes before linears are quantized, and the bits of activations then."""
-
-    before: Sequence[Pass]
-    bits: int
-
-
-def _before_linears(passes: Sequence[Pass]) -> _Linears:
-    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
-    step = None if at is None else passes[at]
-    if not isinstance(step, QuantizeLinears):
-        raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    return _Linears(passes[:at], step.activation_bits)
-
-
 def _recipe(request: BuildRequest) -> Recipe:
     """The preset, with the methods that were asked for; raises CompileError where they do not fit."""
-    recipe, methods = _preset(request.quantization), request.methods
+    recipe, methods = layers.preset(request.quantization), request.methods
     if methods is None:
         return recipe
     expected = ", ".join(METHODS)
     if unknown := [name for name in methods if name not in METHODS]:
         raise CompileError("quantization", "unknown method", found=", ".join(unknown), expected=f"some of {expected}")
     if not recipe.bits and methods:
-        raise CompileError("quantization", "methods", found=", ".join(methods), expected=f"none with --quant {request.quantization}")
+        raise CompileError(
+            "quantization", "methods", found=", ".join(methods), expected=f"none with --quant {request.quantization}"
+        )
     needing = [name for name in methods if name in CALIBRATED]
     if needing and request.calibration is None:
         remedy = "give some with --calibration"
         raise CompileError("quantization", f"method {', '.join(needing)}", found="no requests to calibrate with", remedy=remedy)
     return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
-
-
-def _preset(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(RECIPES))
-    return RECIPES[name]
 
 
 def _check_kv_cache(dtype: str) -> None:

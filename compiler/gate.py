@@ -45,8 +45,8 @@ class Gate:
         worst: Callable[[], list[str]],
         on_progress: Callable[[int, int], None],
     ) -> Accuracy:
-        """Loads the engine, runs the held-out requests through it and the unquantized model, and raises CompileError when a limit
-        is missed; `worst` is asked for the layers to look at then."""
+        """Runs the held-out requests through engine and unquantized model. Raises CompileError when a limit is missed, for
+        which `worst` is asked for the layers to look at, or the engine cannot run here."""
         try:
             engine = Engine.load(directory)
         except EngineError as error:
@@ -73,3 +73,6 @@ class Gate:
     def to_plain(self) -> dict[str, Any]:
         """For the manifest."""
         return dict(vars(self))
+
+
+DEFAULT_GATE = Gate()

@@ -13,7 +13,8 @@ import jinja2
 Layer = Mapping[str, Any]
 
 _PLOT = jinja2.Environment(autoescape=True).from_string(
-    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {{ 18 * layers|length + 40 }}" font-family="sans-serif" font-size="11">
+    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {{ 18 * layers|length + 40 }}"
+ font-family="sans-serif" font-size="11">
 <rect width="100%" height="100%" fill="white"/>
 <text x="8" y="18" font-size="13">{{ title }}</text>
 {% for layer in layers %}<text x="290" y="{{ 18 * loop.index + 25 }}" text-anchor="end">{{ layer.name }}</text>
@@ -52,7 +53,9 @@ def plot(layers: Sequence[Layer], path: Path, most: int = 60) -> None:
         {"name": layer["name"], "width": 340 * layer[measure] / greatest, "value": f"{layer[measure]:.2e}"}
         for layer in layers[:most]
     ]
-    said = "KL divergence of the predictions, layer alone in INT8" if measure == "kl" else "relative error of the layer's outputs"
+    said = (
+        "KL divergence of the predictions, layer alone in INT8" if measure == "kl" else "relative error of the layer's outputs"
+    )
     shown = f", {most} of {len(layers)} layers" if len(layers) > most else ""
     path.write_text(_PLOT.render(layers=bars, title=said + shown), encoding="utf-8")
 

@@ -58,15 +58,16 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def passes_of(recipe: Recipe, data: CalibrationData | None = None) -> tuple[Pass, ...]:
-    """The passes of a recipe, in order. Without requests those methods are left out that need some."""
+def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+    """The passes of a recipe, in order. Without requests those methods are left out that need some. `keep` are names of linears
+    that stay float32."""
     if not recipe.bits:
         return (*CLEANUP, FuseProjections(), FuseAddNorm())
     smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
     rotate = ROTATION if "rotate" in recipe.methods else ()
-    rounding = (GptqRounding(data),) if "gptq" in recipe.methods and data else ()
+    rounding = (GptqRounding(data, keep=keep),) if "gptq" in recipe.methods and data else ()
     # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
-    quantize = (QuantizeLinears(activation_bits=recipe.bits), QuantizeEmbedding())
+    quantize = (QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
     return (*CLEANUP, *smooth, *rotate, *rounding, *quantize, *FUSION)
 
 

@@ -70,7 +70,8 @@ class ActivationStream:
     """The sequences' values at the seams between segments, kept as files in `folder`.
 
     `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1; weights come from `load(n)`, which may
-    be changed in between. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph with ops that torch has no meaning for here.
+    be changed in between. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
+    with ops that torch has no meaning for here.
     """
 
     def __init__(
@@ -97,7 +98,13 @@ class ActivationStream:
         return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
 
     def forward(
-        self, number: int, weights: Weights, *, on_linear: OnLinear | None = None, on_logits: OnLogits | None = None, keep: bool = True
+        self,
+        number: int,
+        weights: Weights,
+        *,
+        on_linear: OnLinear | None = None,
+        on_logits: OnLogits | None = None,
+        keep: bool = True,
     ) -> None:
         """Run segment `number` over all batches. `keep` writes the next seam; logits of the last segment go to `on_logits`."""
         segment = self.segments[number]
@@ -105,7 +112,7 @@ class ActivationStream:
         for index, batch in enumerate(self.batches):
             values = run(segment, weights, batch.inputs(self.device), self._read(number, index), on_linear)
             if last and on_logits is not None:
-                rows = torch.split(values[segment.gives[0]].cpu(), batch.lengths)
+                rows = torch.split(values[segment.gives[0]].cpu(), list(batch.lengths))
                 for which, logits in zip(batch.numbers, rows, strict=True):
                     on_logits(which, logits)
             elif keep and not last:
@@ -129,7 +136,10 @@ class ActivationStream:
     def _write(self, number: int, index: int, values: Mapping[ir.Value, Tensor]) -> None:
         folder = self._seam(number)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({str(value.name): tensor.contiguous().cpu() for value, tensor in values.items()}, folder / f"{index:05d}.safetensors")
+        save_file(
+            {str(value.name): tensor.contiguous().cpu() for value, tensor in values.items()},
+            folder / f"{index:05d}.safetensors",
+        )
 
 
 @torch.inference_mode()

@@ -83,14 +83,14 @@ def attention(
     result, start = torch.empty_like(q), 0
     for length in torch.unique_consecutive(sequences, return_counts=True)[1].tolist():
         rows = slice(start, start + length)
-        heads = [x[rows].transpose(0, 1)[None] for x in (q, k, v)]
+        queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
         mask = None
         if slopes is not None:
             bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32, device=q.device)
             hidden = torch.full((length, length), -torch.inf, device=q.device).triu(1)
             mask = (bias + hidden)[None]
         seen = torch.nn.functional.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
         result[rows] = seen[0].transpose(0, 1)
         start += length

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from compiler.ir.stream import ActivationStream, Tensor, linears, quantized
+from compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
 from passes.quantization.weights import INTEGERS, quantize_rows
 
 Progress = Callable[[int, int], None]
@@ -43,21 +43,36 @@ def output_errors(model: ir.Model, sequences: Sequence[Sequence[int]], folder: P
         rounded = {node: _rounded(node, weights) for node in linears(segment)}
         errors = {node: [0.0, 0.0] for node in rounded}
 
-        def observe(node: ir.Node, x: Tensor, rounded: dict = rounded, errors: dict = errors, weights: dict = weights) -> Tensor:
-            exact = x @ weights[node.inputs[1]].T
-            errors[node][0] += float((quantized(x, bits) @ rounded[node].T - exact).square().sum())
-            errors[node][1] += float(exact.square().sum())
-            return x
-
-        stream.forward(number, weights, on_linear=observe)
+        stream.forward(number, weights, on_linear=_observer(weights, rounded, errors, bits))
         stream.drop(number)
         found += [LayerDamage(str(node.name), rounded[node].numel(), wrong / max(all_, 1e-30))
                   for node, (wrong, all_) in errors.items()]  # fmt: skip
     return sorted(found, key=lambda layer: (-layer.output_error, layer.name))
 
 
+def _observer(
+    weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int
+) -> Callable[[ir.Node, Tensor], Tensor]:
+    """Adds to `errors` of a linear the squares of what rounding changes and of what is right."""
+
+    def observe(node: ir.Node, x: Tensor) -> Tensor:
+        weight = node.inputs[1]
+        assert weight is not None
+        exact = x @ weights[weight].T
+        errors[node][0] += float((quantized(x, bits) @ rounded[node].T - exact).square().sum())
+        errors[node][1] += float(exact.square().sum())
+        return x
+
+    return observe
+
+
 def alone(
-    model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, on_progress: Progress = lambda done, total: None
+    model: ir.Model,
+    sequences: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    bits: int = 8,
+    on_progress: Progress = lambda done, total: None,
 ) -> list[LayerDamage]:
     """Every linear of a float32 graph with the KL divergence that its own quantization causes; worst first.
 
@@ -69,7 +84,9 @@ def alone(
     last = len(stream.segments) - 1
     exact: dict[int, Tensor] = {}
     for number in range(last + 1):
-        stream.forward(number, stream.load(number), on_logits=lambda i, logits: exact.__setitem__(i, torch.log_softmax(logits, -1)))
+        stream.forward(
+            number, stream.load(number), on_logits=lambda i, logits: exact.__setitem__(i, torch.log_softmax(logits, -1))
+        )
     todo = [(number, node) for number in range(last + 1) for node in linears(stream.segments[number])]
     size = sum(prod(value.shape.numpy()) for segment in stream.segments for value in segment.weights if value.shape) * 4
     load = cache(stream.load) if size <= _KEPT_BYTES else stream.load
@@ -94,9 +111,7 @@ def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor]) -> Tensor:
     return torch.from_numpy(integers * scales[:, None]).to(weights[value].device)
 
 
-def _divergence(
-    stream: ActivationStream, load: Load, start: int, node: ir.Node, bits: int, exact: dict[int, Tensor]
-) -> float:
+def _divergence(stream: ActivationStream, load: Load, start: int, node: ir.Node, bits: int, exact: dict[int, Tensor]) -> float:
     total = 0.0
 
     def compare(number: int, logits: Tensor) -> None:

@@ -38,7 +38,9 @@ class Work:
         fresh.replace(self._state)
 
 
-def walk(data: CalibrationData, model: ir.Model, name: str, key: str) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
+def walk(
+    data: CalibrationData, model: ir.Model, name: str, key: str
+) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
     """The work of the pass `name`, and an iteration over (stream, segment) that are not done yet; each is marked as done, and
     the seam before it dropped, when the next one is asked for."""
     folder = data.folder / name

@@ -32,12 +32,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    return factor.float()
 
 
 @torch.inference_mode()
 def round_weight(weight: Tensor, hessian: Tensor, damping: float, clips: tuple[float, ...] = CLIPS) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and scales float32 [N] of a weight [N, K] whose inputs x have the second moments `hessian` = sum x x^T [K, K].
+    """int8 [N, K] and scales float32 [N] of a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
     Inputs are taken in falling order of their second moment; the error of each, as far as later ones can make up for it,
     is taken from their weights before these are rounded.

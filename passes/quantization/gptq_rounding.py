@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,22 @@ class GptqRounding(Pass):
 
     Segment by segment, the calibration sequences run through the rounded weights before; the second moments of what a linear
     reads say which errors matter, and later weights of a row make up for earlier ones (GPTQ). QuantizeLinears keeps these
-    integers. Results of finished segments are kept in the data's folder: a second run goes on where a killed one stopped.
-    Refuses a weight with another reader (a tied head), which rounds to nearest then. Needs a graph of float32 ops.
+    integers. `keep` are glob patterns of names of linears that stay as they are. Results of finished segments are kept in the
+    data's folder: a second run goes on where a killed one stopped. Refuses a weight with another reader (a tied head), which
+    rounds to nearest then. Needs a graph of float32 ops.
     """
 
     data: CalibrationData = field(repr=False)
     damping: float = 0.01
+    keep: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.data.describe() | {"damping": self.damping}
+        return self.data.describe() | {"damping": self.damping, "keep": list(self.keep)}
 
     def run(self, model: ir.Model) -> PassResult:
         """Rounds what has not been rounded; needs as much disk as the integers take and some of the activations."""
-        todo = [node for node in model.graph if node.op_type == "Gemm" and _rounds(node)]
+        todo = [node for node in model.graph if node.op_type == "Gemm" and _rounds(node) and not self._kept(node)]
         refusals = {node: reason for node in todo if (reason := _refusal(node))}
         told = tuple(f"{node.name}: {why}" for node, why in refusals.items())
         if len(todo) == len(refusals):
@@ -58,6 +61,9 @@ class GptqRounding(Pass):
         for node, file in files.items():
             _replace(node, file, model.graph)
         return PassResult(len(files), told)
+
+    def _kept(self, node: ir.Node) -> bool:
+        return any(fnmatchcase(str(node.name), glob) for glob in self.keep)
 
     def _segment(self, stream: ActivationStream, number: int, files: dict[ir.Node, Path]) -> None:
         """Round a segment's linears and write the next seam."""

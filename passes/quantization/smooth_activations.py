@@ -100,7 +100,9 @@ class SmoothActivations(Pass):
 
     def _choose(self, place: _Place, absmax: Tensor, x: Tensor, matrices: list[Tensor]) -> Tensor:
         columns = torch.stack([matrix.abs().amax(dim=0) for matrix in matrices]).amax(dim=0)
-        candidates = {alpha: _smoothing(place, absmax, columns, alpha) for alpha in ((self.alpha,) if self.alpha is not None else _ALPHAS)}
+        candidates = {
+            alpha: _smoothing(place, absmax, columns, alpha) for alpha in ((self.alpha,) if self.alpha is not None else _ALPHAS)
+        }
         if len(candidates) == 1:
             return next(iter(candidates.values()))
         exact = [x @ matrix.T for matrix in matrices]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-
-from compiler.driver import BuildRequest, build, rank_layers
+from compiler import layers as ranking
+from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
 from compiler.gate import Gate
 from runtime.artifact import Manifest, read_manifest
@@ -63,7 +63,9 @@ def test_the_same_requests_give_the_same_engine(checkpoint: Path, requests: Path
 
 @pytest.mark.usefixtures("no_kernels")
 def test_an_engine_that_cannot_run_here_is_not_judged(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompileError, match=r"gate: the engine cannot run on this host: .*; build where it can, or with --no-gate"):
+    with pytest.raises(
+        CompileError, match=r"gate: the engine cannot run on this host: .*; build where it can, or with --no-gate"
+    ):
         build(request(checkpoint, requests, tmp_path / "engine"))
     assert not list(tmp_path.iterdir())
     assert read_manifest(build(request(checkpoint, requests, tmp_path / "engine", gate=None))).accuracy is None
@@ -100,7 +102,10 @@ def test_methods_by_name(checkpoint: Path, requests: Path, tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"methods": ("round",)}, "unknown method: found round, expected some of smooth, rotate"),
-        ({"methods": ("gptq",), "calibration": None}, "method gptq: found no requests to calibrate with; give some with --calib"),
+        (
+            {"methods": ("gptq",), "calibration": None},
+            "method gptq: found no requests to calibrate with; give some with --calib",
+        ),
         ({"methods": ("rotate",), "quantization": "none"}, "methods: found rotate, expected none with --quant none"),
         ({"calibration": Path("nothing.jsonl")}, "nothing.jsonl"),
     ],
@@ -112,9 +117,7 @@ def test_what_does_not_fit(checkpoint: Path, requests: Path, tmp_path: Path, cha
 
 
 @pytest.mark.usefixtures("no_kernels")
-def test_an_interrupted_build_keeps_what_calibration_found(
-    checkpoint: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_build_keeps_what_calibration_found(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
     heard: list[int] = []
 
     def interrupt(stage: str, done: int, total: int) -> None:
@@ -133,7 +136,22 @@ def test_an_interrupted_build_keeps_what_calibration_found(
 
 
 def test_layers_are_ranked(checkpoint: Path, requests: Path) -> None:
-    found = rank_layers(checkpoint, requests, tokens=200)
+    found = ranking.rank(checkpoint, requests, tokens=200)
     assert len(found) == 3 * 7 + 1 and all(layer.kl is not None and layer.kl > 0 for layer in found)
-    quick = rank_layers(checkpoint, requests, tokens=200, alone=False)
+    quick = ranking.rank(checkpoint, requests, tokens=200, alone=False)
     assert {layer.name for layer in quick} == {layer.name for layer in found} and quick[0].kl is None
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_a_size_budget_keeps_the_layers_that_suffer_most(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    built = request(checkpoint, requests, tmp_path / "engine", gate=None, size_budget=1.3)
+    manifest = read_manifest(build(built))
+    kept = record(manifest, "quantize-linears")["keep"]
+    assert kept == record(manifest, "gptq-rounding")["keep"] == sorted(kept)
+    layers = {layer.name: layer for layer in ranking.rank(checkpoint, requests, tokens=1024)}
+    total = sum(layer.weights for layer in layers.values())
+    assert kept and 3 * sum(layers[name].weights for name in kept) <= 0.3 * total
+    best = max(layers.values(), key=lambda layer: (layer.kl or 0) / layer.weights if 3 * layer.weights <= 0.3 * total else 0)
+    assert best.name in kept
+    with pytest.raises(CompileError, match="a size budget: found no requests to rank layers by"):
+        build(request(checkpoint, None, tmp_path / "other", size_budget=1.1))
