@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from passes.base import Pass
 
 _W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
-_ROTATED = {"rotations": "residual stream and values, folded into the weights"}
+_FOLDED = "residual stream and values, folded into the weights"
+_ROTATED = {"rotations": _FOLDED}
+_ROTATED_ONLINE = {"rotations": f"{_FOLDED}; feed-forward activations, while running"}
 # What the manifest says of each preset, beside the passes' own records.
 QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": _W8A8 | _ROTATED,
+    "int8": _W8A8 | _ROTATED_ONLINE,
     "int8-a16": _W8A8 | _ROTATED | {"scheme": "w8a16", "activations": "16 bits per token, dynamic, as two int8 planes"},
     "int8-plain": _W8A8,
     "none": {"scheme": "none", "weights": "float32", "activations": "float32"},

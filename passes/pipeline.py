@@ -24,6 +24,7 @@ from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_linears import QuantizeLinears
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from passes.rotation.fold_layer_norms import FoldLayerNorms
+from passes.rotation.rotate_activations import RotateActivations
 from passes.rotation.rotate_residual import RotateResidual
 from passes.rotation.rotate_values import RotateValues
 
@@ -31,13 +32,15 @@ from passes.rotation.rotate_values import RotateValues
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
 # Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
 ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
+# What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
+ONLINE_ROTATION: tuple[Pass, ...] = (RotateActivations(),)
 # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
 QUANTIZATION: tuple[Pass, ...] = (QuantizeLinears(), QuantizeEmbedding())
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {
-    "int8": CLEANUP + ROTATION + QUANTIZATION + FUSION,
+    "int8": CLEANUP + ROTATION + ONLINE_ROTATION + QUANTIZATION + FUSION,
     "int8-a16": (*CLEANUP, *ROTATION, QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION),
     "int8-plain": CLEANUP + QUANTIZATION + FUSION,
     "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
