@@ -48,7 +48,7 @@ def cli() -> None:
 @click.option(
     "--methods",
     metavar="NAMES",
-    help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, gptq; or none.",
+    help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, rotate-online, gptq; or none.",
 )
 @click.option(
     "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,

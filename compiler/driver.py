@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _METHODS = {  # what the manifest says of each
     "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
     "rotate": ("rotations", "residual stream and values, folded into the weights"),
+    "rotate-online": ("online rotations", "feed-forward activations, while running"),
     "gptq": ("rounding", "by calibration requests (GPTQ)"),
 }
 TUNING = "tune-kernels"  # its record is only in engines built with `tune`

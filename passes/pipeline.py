@@ -28,6 +28,7 @@ from passes.quantization.quantize_linears import QuantizeLinears
 from passes.quantization.smooth_activations import SmoothActivations
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from passes.rotation.fold_layer_norms import FoldLayerNorms
+from passes.rotation.rotate_activations import RotateActivations
 from passes.rotation.rotate_residual import RotateResidual
 from passes.rotation.rotate_values import RotateValues
 
@@ -35,10 +36,12 @@ from passes.rotation.rotate_values import RotateValues
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
 # Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
 ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
+# What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
+ONLINE_ROTATION: tuple[Pass, ...] = (RotateActivations(),)
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
 # What makes INT8 more accurate; those of CALIBRATED look at requests
-METHODS = ("smooth", "rotate", "gptq")
+METHODS = ("smooth", "rotate", "rotate-online", "gptq")
 CALIBRATED = ("smooth", "gptq")
 
 
@@ -51,7 +54,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "int8": Recipe(8, ("rotate", "gptq")),
+    "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
     "int8-a16": Recipe(16, ("rotate", "gptq")),
     "int8-plain": Recipe(8),
     "none": Recipe(0),
@@ -65,10 +68,11 @@ def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[s
         return (*CLEANUP, FuseProjections(), FuseAddNorm())
     smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
     rotate = ROTATION if "rotate" in recipe.methods else ()
+    online = ONLINE_ROTATION if "rotate-online" in recipe.methods else ()
     rounding = (GptqRounding(data, keep=keep),) if "gptq" in recipe.methods and data else ()
     # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
     quantize = (QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
-    return (*CLEANUP, *smooth, *rotate, *rounding, *quantize, *FUSION)
+    return (*CLEANUP, *smooth, *rotate, *online, *rounding, *quantize, *FUSION)
 
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}

@@ -83,6 +83,30 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     return result
 
 
+def golay_signs(size: int) -> Floats:
+    """+1 and -1: the first `size`, a power of two, of the Golay-Rudin-Shapiro sequence. No Walsh function is near it, which is
+    what it is for: neither a row's mean nor any other such pattern gathers in one channel of a Hadamard transform behind it."""
+    signs, other = np.ones(1, np.float32), np.ones(1, np.float32)
+    while len(signs) < size:
+        signs, other = np.concatenate([signs, other]), np.concatenate([signs, -other])
+    return signs
+
+
+def block_hadamard(x: Floats, *, block: int) -> Floats:
+    """Each `block` neighbours of a row times diag(signs) H: Golay's signs, then the normalized Walsh-Hadamard matrix.
+
+    The sums are butterflies, those of direct neighbours first, and scaled at the end. The matrix is orthogonal, so
+    block_hadamard(x) @ block_hadamard(weight).T is x @ weight.T but for rounding.
+    """
+    y: Floats = x.reshape(-1, block) * golay_signs(block)
+    stride = 1
+    while stride < block:
+        pairs = y.reshape(-1, 2, stride)
+        y = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        stride *= 2
+    return y.reshape(x.shape) * np.float32(block**-0.5)
+
+
 def quantize_tokens(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row."""
     limit = np.float32(LIMITS[bits])
@@ -134,14 +158,18 @@ def add_norm_quantize(
     return total, *quantize_tokens(normed, bits=bits)
 
 
-def gelu_quantize(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
-    """Gelu, quantized per token."""
-    return quantize_tokens(gelu(x), bits=bits)
+def gelu_quantize(x: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
+    """Gelu, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
+    return _rotate_quantize(gelu(x), bits, hadamard)
 
 
-def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
-    """SwiGLU, quantized per token."""
-    return quantize_tokens(swiglu(gate, up), bits=bits)
+def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
+    """SwiGLU, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
+    return _rotate_quantize(swiglu(gate, up), bits, hadamard)
+
+
+def _rotate_quantize(x: Floats, bits: int, hadamard: int) -> tuple[Quantized, Floats]:
+    return quantize_tokens(block_hadamard(x, block=hadamard) if hadamard else x, bits=bits)
 
 
 def rotary_table(

@@ -46,6 +46,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def block_hadamard(x: Tensor, *, block: int) -> Tensor:
+    """Golay's signs, then the normalized Walsh-Hadamard matrix, for each `block` neighbours of a row."""
+    y = x.reshape(-1, block) * torch.from_numpy(meanings.golay_signs(block)).to(x.device)
+    stride = 1
+    while stride < block:
+        pairs = y.view(-1, 2, stride)
+        y = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
+        stride *= 2
+    return y.reshape(x.shape) * block**-0.5
+
+
 def rotary_table(positions: Tensor, sequences: Tensor, inv_freq: Tensor, **options: float) -> Tensor:
     """As the oracle has it: it is small."""
     arrays = (tensor.cpu().numpy() for tensor in (positions, sequences, inv_freq))
@@ -107,6 +118,7 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
     "Gemm": torch.nn.functional.linear,
     "Gelu": gelu,
     "SwiGLU": swiglu,
+    "BlockHadamard": block_hadamard,
     "RotaryTable": rotary_table,
     "Attention": attention,
 }

@@ -1,21 +1,8 @@
-"""Stand-in until the package is merged."""
+"""Production requests: read, cleaned of duplicates and personal data, and a calibration set chosen from them."""
 
-from dataclasses import dataclass
-from typing import Any
+from compiler.requests.calibration_set import CalibrationSet, open_set, write_set
+from compiler.requests.reader import Fields, RequestFile, read_requests
+from compiler.requests.request import Request
+from compiler.requests.selection import SelectOptions
 
-
-@dataclass(frozen=True)
-class Request:
-    text: Any = None
-    messages: Any = None
-    token_ids: Any = None
-    answer: str = ""
-    line: int = 0
-
-
-def open_set(path: Any) -> Any:
-    import json
-    import types
-
-    r = [Request(token_ids=tuple(json.loads(l)["token_ids"])) for l in open(path)]
-    return types.SimpleNamespace(digest="d", calibration=r, holdout=r[:4])
+__all__ = ["CalibrationSet", "Fields", "Request", "RequestFile", "SelectOptions", "open_set", "read_requests", "write_set"]

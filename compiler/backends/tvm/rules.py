@@ -12,6 +12,7 @@ from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
+from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm
 from compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
@@ -126,10 +127,18 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
         x = low.place(node.inputs[0])
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
         outputs = [low.allocate(output) for output in node.outputs]
-        kernel = Activation(kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes)
+        kernel = Activation(
+            kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
+            attributes.get("hadamard") or None,
+        )  # fmt: skip
         low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *outputs)
 
     return rule
+
+
+def block_hadamard(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, out = low.place(node.inputs[0]), low.allocate(node.outputs[0])
+    low.call(BlockHadamard(x.width, attributes["block"], x.view, out.view), node, out.buffer.rows, x, out)
 
 
 def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
@@ -171,6 +180,7 @@ RULES: dict[str, Rule] = {
     "GeluQuantize": _activation_rule("gelu", quantizes=True),
     "SwiGLU": _activation_rule("swiglu", quantizes=False),
     "SwiGLUQuantize": _activation_rule("swiglu", quantizes=True),
+    "BlockHadamard": block_hadamard,
     "QuantizeTokens": quantize_tokens,
     "QuantizedEmbedding": quantized_embedding,
     "QuantizedLinear": quantized_linear,

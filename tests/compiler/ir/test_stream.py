@@ -15,12 +15,22 @@ from compiler.ir.cache import PagedCache
 from compiler.ir.evaluate import evaluate
 from compiler.ir.segments import cut
 from compiler.ir.stream import ActivationStream, batches
+from passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, bloom, llama
 
 SEQUENCES = [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in (7, 20, 1, 3, 33)]
+
+
+def rotated(model: ir.Model) -> ir.Model:
+    """With an online rotation."""
+    assert RotateActivations().run(model).changes == 2
+    return model
+
+
 MODELS: dict[str, Callable[[], ir.Model]] = {
     "llama": lambda: llama(last_norm=True),
     "bloom": lambda: bloom(last_norm=True),
+    "llama, rotated while running": lambda: rotated(llama()),
     "bloom, residual after the norm": lambda: bloom(residual_after_norm=True),
 }
 

@@ -197,6 +197,21 @@ def test_rms_has_no_bias() -> None:
         make_node("NormQuantize", [x, w, w], "n", attributes={"kind": "rms", "epsilon": 1e-5})
 
 
+@pytest.mark.parametrize("block", [0, -16, 8, 24, 64])
+def test_blocks_of_a_hadamard_transform(block: int) -> None:
+    b = GraphBuilder()
+    x = b.op("Gather", b.weight("table", np.ones((10, 96), np.float32)), b.inputs.token_ids, name="embed")
+    message = (
+        rf"block of the Hadamard transform \(node n\): found {block}, expected a power of two from 16 on that divides .* 96"
+    )
+    with pytest.raises(CompileError, match=message):
+        make_node("BlockHadamard", [x], "n", attributes={"block": block})
+    if block:
+        with pytest.raises(CompileError, match=f"GeluQuantize: {message}"):
+            make_node("GeluQuantize", [x], "n", attributes={"hadamard": block})
+    assert make_node("BlockHadamard", [x], "n", attributes={"block": 32}).outputs[0].shape == ir.Shape(["T", 96])
+
+
 def test_bits_of_activations() -> None:
     """Integers of 8 and 16 bits and their sums go together, through all ops."""
     b = GraphBuilder()
