@@ -30,11 +30,13 @@ from benchmarks.peers.convert import Ready, prepare, prepare_all
 from benchmarks.peers.home import MODELS, PeersError, last_line, venv_python
 from benchmarks.peers.models import tensor_shapes
 from benchmarks.peers.rounds import run_worker
-from benchmarks.peers.rows import Row, choose, read_rows
+from benchmarks.peers.rows import OURS, Row, choose, read_rows
 from benchmarks.text import windows
 from runtime import host
 
 LONGEST, TIMEOUT_S, WINDOWS = 32, 900.0, 20
+# Besides the rows of peers.toml: as fast as ours there, so only their answers are compared.
+CALIBRATED = tuple(Row(f"belle {preset}, calibrated", OURS, 8, f"{preset}+calibrated") for preset in ("int8", "int8-a16"))
 QUESTIONS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain photosynthesis to a child.",
     "List three healthy breakfast ideas.", "How do I boil an egg?", "Who wrote Romeo and Juliet?",
@@ -139,7 +141,7 @@ def main() -> None:
     try:
         if not tensor_shapes(model):
             raise PeersError(f"no checkpoint in {model}: run python -m benchmarks.peers {SMOLLM2} --prepare")
-        ready, failed = prepare_all(choose(read_rows(), SMOLLM2, arguments.only), model, {})
+        ready, failed = prepare_all(choose([*read_rows(), *CALIBRATED], SMOLLM2, arguments.only), model, {})
         rows = compare(ready, model, arguments.threads) + [{"name": row.name, "error": error} for row, error in failed]
     except PeersError as error:
         raise SystemExit(f"peers: {error}.") from None

@@ -15,6 +15,7 @@ import pytest
 
 from compiler import cli, targets
 from passes.pipeline import PRESETS
+from tests.parity.variants import VARIANTS
 from runtime import host
 from tests.compiler.engines import write_engine
 
@@ -46,7 +47,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    assert sorted(cli.cli.commands) == ["build", "inspect", "targets", "verify"]
+    assert sorted(cli.cli.commands) == ["build", "inspect", "sensitivity", "targets", "verify"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,8 +214,34 @@ def test_quantizations_are_the_presets() -> None:
     assert tuple(quant.type.choices) == tuple(PRESETS)
 
 
+OPTIONS = {
+    "build": {
+        "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--isa", "--template", "--dump-ir", "--calibration",
+        "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--tune",
+        "--force",
+    },
+    "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
+}  # fmt: skip
+
+
 def test_options_are_these_and_no_more() -> None:
-    parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
-    options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
-    build = {"--target", "-o", "--output", "--quant", "--kv-cache", "--isa", "--template", "--dump-ir", "--tune", "--force"}
-    assert options == build | {"--json"}
+    for name, command in cli.cli.commands.items():
+        options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+        assert options == OPTIONS.get(name, set()) | {"--json"}
+
+
+def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    checkpoint = VARIANTS["llama_gqa"](tmp_path / "checkpoint")
+    requests = tmp_path / "requests.txt"
+    requests.write_text("".join(f"the {i} and {i * i} you\n" for i in range(40)))
+    command = ("sensitivity", checkpoint, "--calibration", requests, "--output-errors", "--tokens", 100)
+    status, out, _ = run(capsys, *command, "-o", tmp_path / "layers.svg")
+    assert status == 0 and len(out.splitlines()) == 20 and "output error" in out
+    plot = (tmp_path / "layers.svg").read_text()
+    assert plot.startswith("<svg") and plot.count("<rect") == 1 + 3 * 7 + 1
+    status, out, _ = run(capsys, *command, "-o", tmp_path / "layers.json", "--json")
+    assert status == 0 and json.loads(out) == json.loads((tmp_path / "layers.json").read_text())
+    layers = json.loads(out)["layers"]
+    assert len(layers) == 3 * 7 + 1 and layers[0]["output_error"] >= layers[-1]["output_error"] > 0
+    status, _, err = run(capsys, *command, "-o", tmp_path / "layers.txt")
+    assert status == 2 and "expected a name that ends in .json or .svg" in err
