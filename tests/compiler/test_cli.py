@@ -15,9 +15,9 @@ import pytest
 
 from compiler import cli, targets
 from passes.pipeline import PRESETS
-from tests.parity.variants import VARIANTS
 from runtime import host
 from tests.compiler.engines import write_engine
+from tests.parity.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
