@@ -55,6 +55,7 @@ ROWS = (
     Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("gptq",)), Row("int8", ("smooth", "gptq")), Row("int8", ("rotate",)),
     Row("int8", ("smooth", "rotate", "gptq")), Row("int8"),
     Row("int8-a16", ()), Row("int8-a16", ("gptq",)), Row("int8-a16", ("rotate",)), Row("int8-a16"),
+    Row("int4", ()), Row("int4", ("gptq",)), Row("int4", ("rotate",)), Row("int4"),
 )  # fmt: skip
 HARD = (Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("rotate",)), Row("int8"))
 

@@ -21,12 +21,14 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
 from compiler.gate import Gate
+from compiler.ir.meanings import GROUP
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
 from passes.calibration.sensitivity import LayerDamage, output_errors
 from passes.calibration.sensitivity import alone as damage_alone
 from passes.pipeline import CALIBRATED, METHODS, RECIPES, Recipe, passes_of, run_pipeline
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
 from runtime.artifact import (
     GenerationDefaults,
@@ -166,7 +168,7 @@ def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibrat
     linears = _before_linears(passes)
     run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits)[:count]]
+    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)[:count]]
 
 
 def rank_layers(
@@ -191,10 +193,11 @@ def rank_layers(
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
         if not alone:
-            return output_errors(graph, sequences, Path(name), bits=linears.bits)
+            return output_errors(graph, sequences, Path(name), bits=linears.bits, weight_bits=linears.weight_bits)
         return damage_alone(
-            graph, sequences, Path(name), bits=linears.bits, on_progress=lambda done, total: on_progress("layers", done, total)
-        )
+            graph, sequences, Path(name), bits=linears.bits, weight_bits=linears.weight_bits,
+            on_progress=lambda done, total: on_progress("layers", done, total),
+        )  # fmt: skip
 
 
 def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
@@ -208,18 +211,19 @@ def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]
 
 
 class _Linears(NamedTuple):
-    """The passes before linears are quantized, and the bits of activations then."""
+    """The passes before linears are quantized, and the bits of activations and weights then."""
 
     before: Sequence[Pass]
     bits: int
+    weight_bits: int
 
 
 def _before_linears(passes: Sequence[Pass]) -> _Linears:
-    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
-    step = None if at is None else passes[at]
-    if not isinstance(step, QuantizeLinears):
+    at = next((i for i, step in enumerate(passes) if isinstance(step, (QuantizeGroups, QuantizeLinears))), None)
+    step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
+    if at is None or step is None:
         raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    return _Linears(passes[:at], step.activation_bits)
+    return _Linears(passes[:at], step.activation_bits, 4 if isinstance(passes[at], QuantizeGroups) else 8)
 
 
 def _recipe(request: BuildRequest) -> Recipe:
@@ -316,7 +320,9 @@ def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     wide = recipe.bits == 16
     activations = "16 bits per token, dynamic, as two int8 planes" if wide else "int8 per token, dynamic"
     used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
-    scheme = {"scheme": "w8a16" if wide else "w8a8", "weights": "int8 per output channel", "activations": activations}
+    int4 = recipe.weight_bits == 4
+    weights = f"int4 in groups of {GROUP} inputs, int8 embedding and head" if int4 else "int8 per output channel"
+    scheme = {"scheme": f"w{recipe.weight_bits}a{recipe.bits}", "weights": weights, "activations": activations}
     return scheme | dict(_METHODS[name] for name in used)
 
 
