@@ -43,8 +43,8 @@ def cli() -> None:
 @click.option(
     "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "int4", "none"]), default="int8", show_default=True,
     help="int8: weights per output channel, activations per token, rotations. int8-a16: the same with activations of 16 bits, "
-    "for more accuracy at more arithmetic. int8-plain: without rotations. int4: the layers' weights with 4 bits, a scale for every "
-    "128 inputs, at about half the memory for some accuracy. none: float32, for comparison.",
+    "for more accuracy at more arithmetic. int8-plain: without rotations. int4: the layers' weights with 4 bits, a scale for "
+    "every 128 inputs: half the memory, for some accuracy. none: float32, for comparison.",
 )  # fmt: skip
 @click.option(
     "--methods", metavar="NAMES", help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, gptq; or none."

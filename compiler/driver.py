@@ -168,7 +168,8 @@ def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibrat
     linears = _before_linears(passes)
     run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)[:count]]
+    layers = output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)
+    return [layer.name for layer in layers[:count]]
 
 
 def rank_layers(

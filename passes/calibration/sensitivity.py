@@ -37,8 +37,8 @@ class LayerDamage:
 def output_errors(
     model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, weight_bits: int = 8
 ) -> list[LayerDamage]:
-    """Every linear of a float32 graph, its own outputs with INT8 (or, but for the head, INT4) weights and activations of `bits` against those without, the
-    inputs being exact; worst first."""
+    """Every linear of a float32 graph, its own outputs with INT8 weights (or INT4, but for the head) and activations of `bits`
+    against those without, the inputs being exact; worst first."""
     stream = ActivationStream(model, sequences, folder)
     found: list[LayerDamage] = []
     for number, segment in enumerate(stream.segments):
@@ -73,7 +73,8 @@ def alone(
     The seams of the exact run are kept, and each layer's run starts at its own segment, so the time is about half a run for
     every layer.
     """
-    errors = {layer.name: layer for layer in output_errors(model, sequences, folder / "errors", bits=bits, weight_bits=weight_bits)}
+    own = output_errors(model, sequences, folder / "errors", bits=bits, weight_bits=weight_bits)
+    errors = {layer.name: layer for layer in own}
     stream = ActivationStream(model, sequences, folder / "exact")
     last = len(stream.segments) - 1
     exact: dict[int, Tensor] = {}

@@ -3,10 +3,10 @@
 Weights lie in panels of 16 outputs as in quantized_linear.py, two a byte: [outputs/16][inputs/8][16][4], the low halves of 64
 bytes are one step (16 outputs x 4 inputs) and the high halves the next. They are stored as weight + 8, so one `and` makes
 either half a register of unsigned bytes 0..15, and these are the unsigned side of the product; activations, stored as uint8 =
-int8 + 128, become the signed side by one `xor`. What is to be taken out again is then 8 * the sum of the row's activations in
-the group. It is the same for all outputs, so each group's sums start from it, found for a whole block of panels at once. Signed
-weights would cost two more instructions for each register, and with unsigned activations a correction for each output and
-group, which is 6% more memory to read.
+int8 + 128, become the signed side by an `xor`. What is to be taken out again is then 8 * the sum of the row's activations in
+the group. It is the same for all outputs, so both are done for a group and a whole block of panels at once, and sums start from
+it. Signed weights would cost two more instructions for each register, and with unsigned activations a correction for each
+output and group, which is 6% more memory to read.
 
 A group's sum is exact in int32. It is scaled and added to the row's float32 total in one fused step, group after group from the
 first input on, so a token's bits depend neither on the rows beside it nor on the instruction set.
@@ -16,7 +16,7 @@ On AVX2 a product with weights of 0..15 needs no sign trick, and 8 steps fit in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from compiler.backends.tvm import tir
@@ -24,7 +24,7 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel, View, round_up
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
-from compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk
+from compiler.backends.tvm.kernels.tiling import LINE, Walk
 from compiler.backends.tvm.tir import Buffer, Expr, T
 from compiler.ir.meanings import GROUP
 
@@ -32,11 +32,9 @@ CHUNK = 8  # inputs of a panel in one cache line: two steps
 WORDS = LINE // 4  # of one, counted in int32 as weights and tokens are
 
 
-def built_in(isa: Isa) -> LinearTiling:
-    """AVX512 has 32 registers, AVX2 has 16 half as wide. Totals wait in memory while a group is summed up. Rows that are fewer
-    than a block wait for the memory."""
-    wide, tall = (4, 6) if isa.dot == "vnni" else (2, 2)
-    return LinearTiling(((tall - 1, Walk(wide, tall, prefetch=1024, chain=True)), (None, Walk(wide, tall))))
+# AVX512 has 32 registers, AVX2 has 16 half as wide; totals wait in memory while a group is summed up. Measured on Zen 4, where
+# software prefetch made decoding slower.
+WALKS = {"vnni": Walk(4, 6), "maddubs": Walk(1, 4)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class GroupLinear(Kernel):
     bias: bool
     x: View
     out: View
-    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         bias = (("bias", "float32"),) if self.bias else ()
@@ -72,27 +69,16 @@ class GroupLinear(Kernel):
             value = total * of_row if bias is None else tir.fma(total, of_row, tir.load(bias, column, lanes), lanes)
             tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
 
-        def walk_rows(walk: Walk, least: int, most: int | None) -> None:
-            def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
-                starts = [tir.bind(((row + m) * self.x.stride + self.x.offset) // 4) for m in range(height)]
-                bases = [tir.bind((panel + p) * panel_words) for p in range(width)]
-                scales = [tir.bind((panel + p) * (groups * PANEL)) for p in range(width)]
-                sums = kind(xq, starts, weight, bases, scale, scales)
-                sums.groups(walk, depth, walk.wide * panel_words)
-                for (m, p, lane), slot in sums.slots.items():
-                    finish(row + m, panel + p, lane, sums.lanes, sums.totals[slot])
+        def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
+            starts = [tir.bind(((row + m) * self.x.stride + self.x.offset) // 4) for m in range(height)]
+            bases = [tir.bind((panel + p) * panel_words) for p in range(width)]
+            scales = [tir.bind((panel + p) * (groups * PANEL)) for p in range(width)]
+            sums = kind(xq, starts, weight, bases, scale, scales)
+            sums.add(depth)
+            for (m, p, lane), slot in sums.slots.items():
+                finish(row + m, panel + p, lane, sums.lanes, sums.totals[slot])
 
-            for_blocks(rows, panels, walk, block, range(least, most + 1) if most else None)
-
-        def choose(index: int, least: int) -> None:
-            most, walk = tiling.walks[index]
-            if most is None:
-                walk_rows(walk, least, None)
-            else:
-                tir.either(rows <= tir.i64(most), lambda: walk_rows(walk, least, most), lambda: choose(index + 1, most + 1))
-
-        tiling = self.tiling or built_in(isa)
-        choose(0, 1)
+        for_blocks(rows, panels, WALKS[isa.dot], block)
 
 
 class GroupSums:
@@ -110,37 +96,29 @@ class GroupSums:
             (m, p, lane): m * len(self.parts) + i for m in range(len(starts)) for i, (p, lane) in enumerate(self.parts)
         }
         self.acc = tir.Registers(len(self.slots), tir.int_type(self.lanes))
+        self.signed = tir.local(len(starts) * GROUP // 4, "int32")
         self.totals = tir.Registers(len(self.slots), tir.float_type(self.lanes), tir.splat(0.0, self.lanes))
 
-    def groups(self, walk: Walk, depth: int, stride: int) -> None:
-        """All `depth` inputs. With `walk.prefetch`, weights of so many bytes later are asked for; past a panel's end these are
-        those of the next panel or, with `walk.chain`, of the same one in the next block, `stride` words from here.
-        """
-        count, words = -(-depth // GROUP), depth // CHUNK * WORDS
-        ahead = walk.prefetch // 4
-        turn = max(0, count - -(-ahead // (GROUP // CHUNK * WORDS))) if walk.chain else count
+    def add(self, depth: int) -> None:
+        """All `depth` inputs, group by group."""
 
-        def one(group: Expr) -> None:
+        def group(index: Expr) -> None:
             # The last group may be half a one. Hidden from LLVM, which would unroll what follows for either length.
-            chunks = tir.opaque(T.min(tir.i64(GROUP // CHUNK), depth // CHUNK - group * (GROUP // CHUNK)))
-            later = tir.bind(T.Select(group < tir.i64(turn), tir.i64(ahead), tir.i64(ahead + stride - words)))
-            self._group(group, chunks, later if ahead else None, walk)
+            chunks = tir.opaque(T.min(tir.i64(GROUP // CHUNK), depth // CHUNK - index * (GROUP // CHUNK)))
+            self._group(index, chunks)
 
-        tir.for_range(count, one)
+        tir.for_range(-(-depth // GROUP), group)
 
-    def _group(self, group: Expr, chunks: Expr, ahead: Expr | None, walk: Walk) -> None:
+    def _group(self, group: Expr, chunks: Expr) -> None:
         for m, start in enumerate(self.starts):
-            initial = tir.bind(T.broadcast(T.int32(0) - self._eightfold(start + group * (GROUP // 4), chunks), self.lanes))
+            eightfold = self._take(m, tir.bind(start + group * (GROUP // 4)), chunks)
+            initial = tir.bind(T.broadcast(T.int32(0) - eightfold, self.lanes))
             for i in range(len(self.parts)):
                 self.acc[m * len(self.parts) + i] = initial
 
         def products(index: Expr) -> None:
             chunk = tir.bind(group * (GROUP // CHUNK) + index * self.together)
-            if ahead is not None:
-                for base in self.bases:
-                    for c in range(self.together):
-                        tir.prefetch(self.weight, base + (chunk + c) * WORDS + ahead, walk.temporal)
-            self._products(chunk)
+            self._products(chunk, tir.bind(index * (2 * self.together)))
 
         tir.for_range(T.floordiv(chunks, tir.i64(self.together)), products)
         for i, (p, lane) in enumerate(self.parts):
@@ -152,15 +130,18 @@ class GroupSums:
                     T.cast(self.acc[slot], tir.float_type(self.lanes)), scales, self.totals[slot], self.lanes
                 )
 
-    def _eightfold(self, start: Expr, chunks: Expr) -> Expr:
-        """8 * the sum of the activations of some chunks, which lie side by side: a multiple of 64."""
+    def _take(self, m: int, start: Expr, chunks: Expr) -> Expr:
+        """Makes a row's activations of a group signed, whose upper bit turns from int8 + 128 to int8; returns 8 * their sum."""
         total = tir.scalar(tir.splat_i32(0, self.lanes), tir.int_type(self.lanes))
         at_once = INPUT_ALIGNMENT // 4
 
         def part(index: Expr) -> None:
             for offset in range(0, at_once, self.lanes):
-                tokens = self._signed(tir.load(self.xq, start + index * at_once + offset, self.lanes))
-                total[0] = total[0] + self._fours(T.broadcast(T.int8(8), 4 * self.lanes), tokens)
+                place = tir.bind(index * at_once + offset)
+                signs = tir.splat_i32(-0x7F7F7F80, self.lanes)  # 0x80808080
+                words = tir.bind(T.bitwise_xor(tir.load(self.xq, start + place, self.lanes), signs))
+                tir.store(self.signed, place + m * (GROUP // 4), words, self.lanes)
+                total[0] = total[0] + self._fours(T.broadcast(T.int8(8), 4 * self.lanes), self._bytes(words))
 
         tir.for_range(T.floordiv(chunks, tir.i64(INPUT_ALIGNMENT // CHUNK)), part)
         return tir.bind(tir.pure("int32", "llvm.vector.reduce.add", total[0]))
@@ -169,20 +150,16 @@ class GroupSums:
         """int32 sums of the products of four neighbours each."""
         raise NotImplementedError
 
-    def _products(self, chunk: Expr) -> None:
-        """Add the products of `together` chunks."""
+    def _products(self, chunk: Expr, step: Expr) -> None:
+        """Add the products of `together` chunks, the first of which begins with that step of the group."""
         raise NotImplementedError
 
     def _bytes(self, words: Expr) -> Expr:
         return T.reinterpret(f"int8x{4 * self.lanes}", words)
 
-    def _signed(self, words: Expr) -> Expr:
-        """Activations of registers of them: the upper bit turns uint8 = int8 + 128 into int8."""
-        return tir.bind(self._bytes(T.bitwise_xor(words, tir.splat_i32(-0x7F7F7F80, self.lanes))))  # 0x80808080
-
     def _token(self, m: int, step: Expr) -> Expr:
-        """The four activations of a step, beside every output."""
-        return self._signed(T.broadcast(self.xq[self.starts[m] + step], self.lanes))
+        """The four activations of a step of the group, for every output."""
+        return tir.bind(self._bytes(T.broadcast(self.signed[step + m * (GROUP // 4)], self.lanes)))
 
     def _weights(self, chunk: Expr, p: int, lane: int) -> tuple[Expr, Expr]:
         """Both steps of a chunk: weights + 8."""
@@ -201,14 +178,14 @@ class VnniGroups(GroupSums):
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
         return _dot(tir.splat_i32(0, self.lanes), unsigned, signed)
 
-    def _products(self, chunk: Expr) -> None:
+    def _products(self, chunk: Expr, step: Expr) -> None:
         weights = [self._weights(chunk, p, lane) for p, lane in self.parts]
-        for step in range(2):
+        for half in range(2):
             for m in range(len(self.starts)):
-                token = self._token(m, chunk * 2 + step)
+                token = self._token(m, step + half)
                 for i, both in enumerate(weights):
                     slot = m * len(weights) + i
-                    self.acc[slot] = _dot(self.acc[slot], both[step], token)
+                    self.acc[slot] = _dot(self.acc[slot], both[half], token)
 
 
 class MaddubsGroups(GroupSums):
@@ -220,16 +197,16 @@ class MaddubsGroups(GroupSums):
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
         return self._added(_pairs(unsigned, signed))
 
-    def _products(self, chunk: Expr) -> None:
+    def _products(self, chunk: Expr, step: Expr) -> None:
         pairs = tir.Registers(len(self.slots), f"int16x{2 * self.lanes}", T.broadcast(T.int16(0), 2 * self.lanes))
         for c in range(self.together):
-            tokens = [[self._token(m, (chunk + c) * 2 + step) for step in range(2)] for m in range(len(self.starts))]
+            tokens = [[self._token(m, step + 2 * c + half) for half in range(2)] for m in range(len(self.starts))]
             for i, (p, lane) in enumerate(self.parts):
                 weights = self._weights(chunk + c, p, lane)
                 for m, token in enumerate(tokens):
                     slot = m * len(self.parts) + i
-                    for step in range(2):
-                        pairs[slot] = pairs[slot] + _pairs(weights[step], token[step])
+                    for half in range(2):
+                        pairs[slot] = pairs[slot] + _pairs(weights[half], token[half])
         for slot in self.slots.values():
             self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
 
