@@ -54,6 +54,7 @@ ROWS = (
     Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("gptq",)), Row("int8", ("smooth", "gptq")),
     Row("int8", ("rotate",)), Row("int8", ("rotate", "rotate-online")), Row("int8"),
     Row("int8-a16", ()), Row("int8-a16", ("rotate",)), Row("int8-a16"),
+    Row("int4", ()), Row("int4", ("rotate", "rotate-online")), Row("int4"),
 )  # fmt: skip
 HARD = (Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("rotate", "rotate-online")), Row("int8"))
 

@@ -20,6 +20,7 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
 from compiler.gate import DEFAULT_GATE, Gate
+from compiler.ir.meanings import GROUP
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
@@ -256,7 +257,9 @@ def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     wide = recipe.bits == 16
     activations = "16 bits per token, dynamic, as two int8 planes" if wide else "int8 per token, dynamic"
     used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
-    scheme = {"scheme": "w8a16" if wide else "w8a8", "weights": "int8 per output channel", "activations": activations}
+    int4 = recipe.weight_bits == 4
+    weights = f"int4 in groups of {GROUP} inputs, int8 embedding and head" if int4 else "int8 per output channel"
+    scheme = {"scheme": f"w{recipe.weight_bits}a{recipe.bits}", "weights": weights, "activations": activations}
     return scheme | dict(_METHODS[name] for name in used)
 
 

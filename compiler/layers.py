@@ -15,6 +15,7 @@ from compiler.frontends import build_graph
 from passes.calibration.sensitivity import LayerDamage, output_errors
 from passes.calibration.sensitivity import alone as damage_alone
 from passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
 
 if TYPE_CHECKING:
@@ -56,9 +57,14 @@ def rank(
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
         if not alone:
-            return output_errors(graph, sequences, Path(name), bits=linears.bits)
+            return output_errors(graph, sequences, Path(name), bits=linears.bits, weight_bits=linears.weight_bits)
         return damage_alone(
-            graph, sequences, Path(name), bits=linears.bits, on_progress=lambda done, total: on_progress("layers", done, total)
+            graph,
+            sequences,
+            Path(name),
+            bits=linears.bits,
+            weight_bits=linears.weight_bits,
+            on_progress=lambda done, total: on_progress("layers", done, total),
         )
 
 
@@ -73,18 +79,19 @@ def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]
 
 
 class _Linears(NamedTuple):
-    """The passes before linears are quantized, and the bits of activations then."""
+    """The passes before linears are quantized, and the bits of activations and weights then."""
 
     before: Sequence[Pass]
     bits: int
+    weight_bits: int
 
 
 def _before_linears(passes: Sequence[Pass]) -> _Linears:
-    at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
-    step = None if at is None else passes[at]
-    if not isinstance(step, QuantizeLinears):
+    at = next((i for i, step in enumerate(passes) if isinstance(step, (QuantizeGroups, QuantizeLinears))), None)
+    step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
+    if at is None or step is None:
         raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    return _Linears(passes[:at], step.activation_bits)
+    return _Linears(passes[:at], step.activation_bits, 4 if isinstance(passes[at], QuantizeGroups) else 8)
 
 
 def kept(
@@ -100,10 +107,10 @@ def kept(
     parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
     sequences = _first_tokens(calibration, _RANKED_TOKENS)
     if parameters <= _TRIED_PARAMETERS:
-        layers = damage_alone(graph, sequences, folder, bits=linears.bits,
+        layers = damage_alone(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits,
                               on_progress=lambda done, total: on_progress("layers", done, total))  # fmt: skip
     else:
-        layers = output_errors(graph, sequences, folder, bits=linears.bits)
+        layers = output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)
     room = (size_budget - 1) * sum(layer.weights for layer in layers)
     kept = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
@@ -120,4 +127,7 @@ def worst(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, fol
     linears = _before_linears(passes)
     run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=linears.bits)[:count]]
+    return [
+        layer.name
+        for layer in output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)[:count]
+    ]

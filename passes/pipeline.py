@@ -24,6 +24,7 @@ from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
 from passes.quantization.gptq_rounding import GptqRounding
 from passes.quantization.quantize_embedding import QuantizeEmbedding
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
 from passes.quantization.smooth_activations import SmoothActivations
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
@@ -47,16 +48,19 @@ CALIBRATED = ("smooth", "gptq")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A preset: the bits of activations beside INT8 weights (0: everything stays float32), and the methods used."""
+    """A preset: the bits of activations (0: everything stays float32), the methods used, and the bits of the layers' weights
+    (embedding and head are INT8 also where those have 4)."""
 
     bits: int = 8
     methods: tuple[str, ...] = ()
+    weight_bits: int = 8
 
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
     "int8-a16": Recipe(16, ("rotate", "gptq")),
     "int8-plain": Recipe(8),
+    "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weight_bits=4),
     "none": Recipe(0),
 }
 
@@ -69,10 +73,11 @@ def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[s
     smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
     rotate = ROTATION if "rotate" in recipe.methods else ()
     online = ONLINE_ROTATION if "rotate-online" in recipe.methods else ()
-    rounding = (GptqRounding(data, keep=keep),) if "gptq" in recipe.methods and data else ()
-    # W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
-    quantize = (QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
-    return (*CLEANUP, *smooth, *rotate, *online, *rounding, *quantize, *FUSION)
+    gptq = GptqRounding(data, keep=keep, weight_bits=recipe.weight_bits) if "gptq" in recipe.methods and data else None
+    # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
+    groups = (QuantizeGroups(keep=keep),) if recipe.weight_bits == 4 else ()
+    quantize = (*groups, QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
+    return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *quantize, *FUSION)
 
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}

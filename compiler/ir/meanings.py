@@ -14,6 +14,7 @@ from compiler.ir.cache import Floats, Integers, PagedCache
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
+Nibbles = npt.NDArray[Any]  # of the type int4 that NumPy does not have and ml_dtypes adds
 Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 # Integers of quantized activations lie within +- the limit. 16 bits end at 256*127 + 127, so that an integer is 256 * high +
@@ -21,6 +22,7 @@ Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 LIMITS = {8: 127, 16: 32_639}
 # Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
+GROUP = 128  # neighbouring inputs of an output that share a scale, of INT4 weights; the last group may have fewer
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
@@ -125,6 +127,21 @@ def dequantize(acc: Sums, xs: Floats, ws: Floats, bias: Floats | None) -> Floats
     """(acc * ws[n]) * xs[t] + bias[n]."""
     scaled = acc.astype(np.float32) * ws * xs[:, None]
     return scaled if bias is None else scaled + bias
+
+
+def group_linear(xq: Bytes, xs: Floats, wq: Nibbles, ws: npt.NDArray[np.float16], bias: Floats | None) -> Floats:
+    """total * xs[t] + bias[n], total = (the sum of xq * wq over a group of inputs) * ws[n, group], added up group by group.
+
+    Sums of a group are exact. Groups come in the order of the inputs, from a total of 0, each product and sum in one rounding
+    (fused), the last one too. float64 stands in for that: it holds the products exactly, and the sums but for a bit far down.
+    """
+    total: Floats = np.zeros((len(xq), len(wq)), np.float32)
+    for group in range(ws.shape[1]):
+        inputs = slice(group * GROUP, (group + 1) * GROUP)
+        sums: npt.NDArray[np.float64] = xq[:, inputs].astype(np.float64) @ wq[:, inputs].astype(np.float64).T
+        total = (sums * ws[:, group].astype(np.float64) + total).astype(np.float32)
+    scaled: npt.NDArray[np.float64] = total.astype(np.float64) * xs[:, None]
+    return (scaled if bias is None else scaled + bias).astype(np.float32)
 
 
 def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats) -> Floats:

@@ -82,6 +82,18 @@ def _check_block(size: int, x: TensorSpec | None) -> None:
         raise CompileError("verify", "block of the Hadamard transform", found=str(size), expected=expected)
 
 
+def _group_linear(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    spec, wq, ws = spec_of(node), given[2], given[3]
+    inferred = signature.infer(spec.inputs, spec.outputs, given, {})
+    assert wq is not None and ws is not None
+    inputs = wq.dims[1]
+    groups = -(-inputs // meanings.GROUP) if isinstance(inputs, int) else None
+    if ws.dims[1] != groups:
+        expected = f"float16[N, {groups}]: a scale for every {meanings.GROUP} of {inputs} inputs"
+        raise CompileError("verify", "input ws", found=str(ws), expected=expected)
+    return inferred
+
+
 def _identity(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
     assert given[0] is not None
     return [given[0]]
@@ -146,6 +158,9 @@ SPECS: tuple[OpSpec, ...] = (
            meanings.dequantize),
     OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V]", "y:float32[T,K]",
            meanings.quantized_embedding),
+    # INT4 weights with a scale per output and group of inputs: group by group, so there is no one integer product to scale.
+    OpSpec(BELLE, "GroupQuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int4[N,K] ws:float16[N,G] bias?:float32[N]",
+           "y:float32[T,N]", meanings.group_linear, rule=_group_linear),
     # Fusions.
     OpSpec(BELLE, "QuantizedLinear", "xq:int8/int16[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),
@@ -205,7 +220,7 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
     try:
         if spec.rule is not None:
             for operand, found in zip(spec.inputs, given, strict=True):
-                if found is None:
+                if found is None and not operand.optional:
                     raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
         if attributes.get("kind") == "rms" and given[-1] is not None:

@@ -14,7 +14,8 @@ import onnx_ir as ir
 import torch
 
 from compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
-from passes.quantization.weights import INTEGERS, quantize_rows
+from passes.quantization.groups import in_groups
+from passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
 Progress = Callable[[int, int], None]
 Load = Callable[[int], dict[ir.Value, Tensor]]
@@ -33,14 +34,16 @@ class LayerDamage:
     kl: float | None = None
 
 
-def output_errors(model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8) -> list[LayerDamage]:
-    """Every linear of a float32 graph, its own outputs with INT8 weights and activations of `bits` against those without, the
-    inputs being exact; worst first."""
+def output_errors(
+    model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, weight_bits: int = 8
+) -> list[LayerDamage]:
+    """Every linear of a float32 graph, its own outputs with INT8 weights (or INT4, but for the head) and activations of `bits`
+    against those without, the inputs being exact; worst first."""
     stream = ActivationStream(model, sequences, folder)
     found: list[LayerDamage] = []
     for number, segment in enumerate(stream.segments):
         weights = stream.load(number)
-        rounded = {node: _rounded(node, weights) for node in linears(segment)}
+        rounded = {node: _rounded(node, weights, weight_bits) for node in linears(segment)}
         errors = {node: [0.0, 0.0] for node in rounded}
 
         stream.forward(number, weights, on_linear=_observer(weights, rounded, errors, bits))
@@ -72,6 +75,7 @@ def alone(
     folder: Path,
     *,
     bits: int = 8,
+    weight_bits: int = 8,
     on_progress: Progress = lambda done, total: None,
 ) -> list[LayerDamage]:
     """Every linear of a float32 graph with the KL divergence that its own quantization causes; worst first.
@@ -79,7 +83,8 @@ def alone(
     The seams of the exact run are kept, and each layer's run starts at its own segment, so the time is about half a run for
     every layer.
     """
-    errors = {layer.name: layer for layer in output_errors(model, sequences, folder / "errors", bits=bits)}
+    own = output_errors(model, sequences, folder / "errors", bits=bits, weight_bits=weight_bits)
+    errors = {layer.name: layer for layer in own}
     stream = ActivationStream(model, sequences, folder / "exact")
     last = len(stream.segments) - 1
     exact: dict[int, Tensor] = {}
@@ -94,24 +99,27 @@ def alone(
     for done, (number, node) in enumerate(todo):
         on_progress(done, len(todo))
         with _branch(stream, folder) as branch:
-            kl = _divergence(branch, load, number, node, bits, exact)
+            kl = _divergence(branch, load, number, node, (bits, weight_bits), exact)
         layer = errors[str(node.name)]
         found.append(LayerDamage(layer.name, layer.weights, layer.output_error, kl / stream.tokens))
     on_progress(len(todo), len(todo))
     return sorted(found, key=lambda layer: (-(layer.kl or 0.0), layer.name))
 
 
-def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor]) -> Tensor:
+def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor], weight_bits: int) -> Tensor:
     """A linear's weight as its integers say it."""
     value = node.inputs[1]
     assert value is not None
-    if INTEGERS in value.meta:
+    if {INTEGERS, GROUPED} & value.meta.keys():
         return weights[value]
-    integers, scales = quantize_rows(weights[value].cpu().numpy(), str(value.name))
-    return torch.from_numpy(integers * scales[:, None]).to(weights[value].device)
+    quantize = quantize_groups if weight_bits == 4 and in_groups(node) else quantize_rows
+    integers, scales = quantize(weights[value].cpu().numpy(), str(value.name))
+    return product(torch.from_numpy(integers), torch.from_numpy(scales)).to(weights[value].device)
 
 
-def _divergence(stream: ActivationStream, load: Load, start: int, node: ir.Node, bits: int, exact: dict[int, Tensor]) -> float:
+def _divergence(
+    stream: ActivationStream, load: Load, start: int, node: ir.Node, bits: tuple[int, int], exact: dict[int, Tensor]
+) -> float:
     total = 0.0
 
     def compare(number: int, logits: Tensor) -> None:
@@ -123,8 +131,8 @@ def _divergence(stream: ActivationStream, load: Load, start: int, node: ir.Node,
         weights = load(number)
         if number == start:
             assert node.inputs[1] is not None
-            weights = {**weights, node.inputs[1]: _rounded(node, weights)}
-        stream.forward(number, weights, on_linear=lambda one, x: quantized(x, bits) if one is node else x, on_logits=compare)
+            weights = {**weights, node.inputs[1]: _rounded(node, weights, bits[1])}
+        stream.forward(number, weights, on_linear=lambda one, x: quantized(x, bits[0]) if one is node else x, on_logits=compare)
     return total
 
 

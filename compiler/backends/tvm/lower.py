@@ -146,6 +146,18 @@ class Lowering:
             f"{name}.correction", "int32", (size,), lambda: packing.pack_vector(packing.correction(tensor.numpy()))
         )
 
+    def int4_panels(self, value: ir.Value | None) -> Weight:
+        """int4 [outputs, inputs] in panels, two weights a byte."""
+        tensor, name = _tensor(value)
+        shape = packing.int4_panels_shape(*_matrix(tensor))
+        return self._weight(name, "uint8", shape, lambda: packing.pack_int4(tensor.numpy().astype(np.int8)))
+
+    def group_scales(self, value: ir.Value | None) -> Weight:
+        """float16 [outputs, groups] in panels."""
+        tensor, name = _tensor(value)
+        shape = packing.group_scales_shape(*_matrix(tensor))
+        return self._weight(name, "float16", shape, lambda: packing.pack_group_scales(tensor.numpy()))
+
     def float_panels(self, value: ir.Value | None) -> Weight:
         """float32 [outputs, inputs] in panels."""
         tensor, name = _tensor(value)
@@ -180,7 +192,7 @@ def lower(
     from compiler.backends.tvm.rules import RULES
 
     metadata = model.metadata_props
-    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
+    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear", "GroupQuantizedLinear") for node in model.graph)
     kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
     layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
     lowering = Lowering(model, kv_dtype, layers, -(-int(metadata["max_position"]) // 16))

@@ -12,6 +12,7 @@ from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
+from compiler.backends.tvm.kernels.group_linear import GroupLinear
 from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm
 from compiler.backends.tvm.kernels.quantize import QuantizeTokens
@@ -90,6 +91,15 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
     out = low.allocate(node.outputs[0])
     kernel = QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
     operands: list[Operand] = [xq, xs, low.int8_panels(weight), low.vector(scale), low.correction(weight)]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    xq, xs, bias = low.place(node.inputs[0]), low.place(node.inputs[1]), _input(node, 4)
+    out = low.allocate(node.outputs[0])
+    kernel = GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    operands: list[Operand] = [xq, xs, low.int4_panels(node.inputs[2]), low.group_scales(node.inputs[3])]
     operands += [low.vector(bias)] if bias is not None else []
     low.call(kernel, node, out.buffer.rows, *operands, out)
 
@@ -184,6 +194,7 @@ RULES: dict[str, Rule] = {
     "QuantizeTokens": quantize_tokens,
     "QuantizedEmbedding": quantized_embedding,
     "QuantizedLinear": quantized_linear,
+    "GroupQuantizedLinear": group_linear,
     "RotaryTable": rotary_table,
     "Attention": attention,
 }

@@ -233,6 +233,23 @@ def test_bits_of_activations() -> None:
         verify(model)
 
 
+def test_scales_of_groups() -> None:
+    """One for every 128 inputs, the last of which may be fewer."""
+    b = GraphBuilder()
+    x = b.op("Gather", b.weight("table", np.ones((10, 300), np.float32)), b.inputs.token_ids, name="embed")
+    xq, xs = b.ops("QuantizeTokens", x, name="quantize")
+    wq = b.weight("wq", np.ones((3, 300), ir.DataType.INT4.numpy()))
+    ws, two = (b.weight(f"ws.{groups}", np.ones((3, groups), np.float16)) for groups in (3, 2))
+    bias = b.weight("bias", np.ones(3, np.float32))
+    for name, biases in (("y", ()), ("z", (bias,))):
+        assert str(TensorSpec.of(b.op("GroupQuantizedLinear", xq, xs, wq, ws, *biases, name=name))) == "float32[T, 3]"
+    message = r"input ws \(node m\): found float16\[3, 2\], expected float16\[N, 3\]: a scale for every 128 of 300 inputs"
+    with pytest.raises(CompileError, match=message):
+        make_node("GroupQuantizedLinear", [xq, xs, wq, two], "m")
+    with pytest.raises(CompileError, match=r"input wq \(node m\): found int8\[3, 300\], expected int4\[N, K\]"):
+        make_node("GroupQuantizedLinear", [xq, xs, b.weight("w8", np.ones((3, 300), np.int8)), ws], "m")
+
+
 def test_split_sizes() -> None:
     b = GraphBuilder()
     x = b.op("Gather", b.weight("table", np.ones((10, 8), np.float32)), b.inputs.token_ids, name="embed")

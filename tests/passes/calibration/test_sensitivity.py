@@ -36,6 +36,13 @@ def test_wider_activations_do_less(tmp_path: Path) -> None:
     assert all(wide[name] < narrow[name] for name in narrow)
 
 
+def test_int4_weights_do_more_in_every_layer_but_the_head(tmp_path: Path) -> None:
+    int8 = {layer.name: layer.output_error for layer in output_errors(llama(), SEQUENCES, tmp_path)}
+    int4 = {layer.name: layer.output_error for layer in output_errors(llama(), SEQUENCES, tmp_path, weight_bits=4)}
+    assert int4.pop("lm_head") == int8.pop("lm_head")
+    assert all(int4[name] > 10 * int8[name] for name in int8)
+
+
 def test_damage_alone(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     layers = alone(llama(last_norm=True), SEQUENCES, tmp_path, on_progress=lambda done, total: heard.append((done, total)))

@@ -13,7 +13,9 @@ from passes.base import PassResult
 from passes.calibration.data import CalibrationData
 from passes.quantization import gptq
 from passes.quantization.gptq_rounding import GptqRounding
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
+from passes.quantization.weights import product, quantize_groups
 from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(16))
@@ -105,6 +107,55 @@ def test_linears_keep_the_integers(tmp_path: Path) -> None:
             integers, scale = node.inputs[0].producer().inputs[1], node.inputs[2]
             product = integers.const_value.numpy() * scale.const_value.numpy()[:, None]
             assert np.array_equal(product, products[str(node.name)])
+
+
+def grouped_error(weight: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x @ (product(integers, scales) - weight).T).square().sum())
+
+
+@pytest.mark.parametrize("inputs", [160, 256, 300])
+def test_int4_outputs_change_less_than_with_the_nearest_integers(inputs: int) -> None:
+    weight, x = correlated(inputs=inputs // 8 * 8)
+    rounded = gptq.round_weight(weight, x.T @ x, 0.01, grouped=True)
+    assert rounded[0].dtype == torch.int8 and rounded[0].min() >= -8 and rounded[0].max() <= 7
+    assert rounded[1].dtype == torch.float16 and rounded[1].shape == (24, -(-weight.shape[1] // 128))
+    plain = map(torch.from_numpy, quantize_groups(weight.numpy(), "w"))
+    assert grouped_error(weight, *rounded, x) < 0.35 * grouped_error(weight, *plain, x)
+
+
+def test_int4_without_correlation_is_rounding_to_nearest() -> None:
+    weight, _ = correlated(inputs=304)
+    integers, scales = gptq.round_weight(weight, torch.eye(304), 0.0, grouped=True)
+    expected, expected_scales = quantize_groups(weight.numpy(), "w")
+    assert np.array_equal(integers.numpy(), expected) and np.array_equal(scales.numpy(), expected_scales)
+
+
+def test_int4_scales_belong_to_neighbours_whatever_the_order_of_rounding() -> None:
+    """Integers come back, though inputs of both groups take turns."""
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(-8, 8, (24, 256), generator=generator).float()
+    integers[:, ::100] = -8
+    steps = torch.tensor([0.5, -0.125]).repeat_interleave(128)
+    hessian = torch.diag(torch.rand(256, generator=generator) + 0.5)
+    found, scales = gptq.round_weight(integers * steps, hessian, 0.01, grouped=True)
+    assert torch.equal(found.float(), integers) and scales.unique().tolist() == [-0.125, 0.5]
+
+
+def test_layers_keep_int4_integers_and_the_head_int8_ones(tmp_path: Path) -> None:
+    model = llama(last_norm=True)
+    _, result = check_pass(GptqRounding(data(tmp_path), weight_bits=4), model)
+    assert result == PassResult(7 * 2 + 1)
+    weights = {str(node.name): node.inputs[1] for node in model.graph if node.op_type == "Gemm"}
+    products = {name: value.const_value.numpy().copy() for name, value in weights.items()}
+    assert QuantizeGroups().run(model).changes == 7 * 2 and QuantizeLinears().run(model).changes == 1
+    seen = set()
+    for node in model.graph:
+        if node.op_type == "GroupQuantizedLinear":
+            wq, ws = (value.const_value.numpy() for value in node.inputs[2:4])
+            seen.add(str(node.name))
+            found = product(torch.from_numpy(wq.astype(np.int8)), torch.from_numpy(ws))
+            assert np.array_equal(found.numpy(), products[str(node.name)])
+    assert seen == products.keys() - {"lm_head"}
 
 
 def test_a_tied_head_is_refused(tmp_path: Path) -> None:
