@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime import host
 
-PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers")
+PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "rensa", "tokenizers", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:

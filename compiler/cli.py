@@ -227,6 +227,66 @@ def verify(engine: Path, as_json: bool) -> None:
     _show(found, [("engine", str(engine)), ("content", good), ("kernels here", found["isa"])], as_json)
 
 
+@cli.command("calibrate-set")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The directory to make of the set.")
+@click.option("--size", type=click.IntRange(min=1), default=512, show_default=True, help="Requests to calibrate with.")
+@click.option("--holdout", type=click.IntRange(min=0), default=128, show_default=True, help="Requests for the accuracy gate.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed, another selection.")
+@click.option(
+    "--field", metavar="NAME", help="The field with the request (text, messages, token ids), if it has no usual name."
+)
+@click.option("--answer", metavar="NAME", help="The field with the expected answer, if it has no usual name.")
+@click.option("--label", "labels", multiple=True, metavar="NAME", help="Keep the shares of this field's values; repeatable.")
+@click.option("--redact", is_flag=True, help="Replace phone numbers, e-mail addresses and Chinese ID numbers by placeholders.")
+@click.option("--tokenizer", metavar="PATH", help="A tokenizer.json or a checkpoint: measure tokens instead of characters.")
+@click.option(
+    "--similarity", type=click.FloatRange(0, 1, min_open=True), default=0.8, show_default=True,
+    help="Requests whose 4-grams overlap by this share are near duplicates; 1 drops exact ones only.",
+)  # fmt: skip
+@click.option(
+    "--max-length", type=click.IntRange(min=1), default=32768, show_default=True,
+    help="Drop longer requests: in tokens, in characters without --tokenizer.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the set at OUTPUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def calibrate_set(
+    file: Path,
+    output: Path,
+    field: str | None,
+    answer: str | None,
+    tokenizer: str | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Selects requests for calibration, and others to hold out, from FILE with production requests.
+
+    FILE is JSON Lines (a text, chat messages or token ids a line) or plain text with a request a line; .gz and .zst too.
+    Exact and near duplicates are dropped, lengths and labels keep their shares, and the same file, options and seed give
+    the same set. OUTPUT then holds the requests, a digest of them, and coverage.html, which shows what they cover and what
+    was dropped and why.
+
+    \b
+    Examples:
+      belle-compile calibrate-set requests.jsonl -o requests.set
+      belle-compile calibrate-set logs.jsonl.zst -o logs.set --field prompt --label kind --redact
+      belle-compile calibrate-set requests.jsonl -o requests.set --tokenizer /models/BELLE-7B-2M --size 256 --seed 7
+    """
+    from compiler import requests
+
+    started = time.perf_counter()
+    with terminal.progress_bars() as progress:
+        found = requests.write_set(
+            file, output, requests.SelectOptions(**options), field=field, answer=answer, tokenizer=tokenizer, force=force,
+            on_progress=progress,
+        )  # fmt: skip
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    found |= {"set": str(output), "run": {"seconds": round(seconds, 3), "peak_memory_bytes": peak}}
+    rows = [*terminal.set_rows(found), ("made in", f"{seconds:.1f} s, with at most {terminal.size(peak)} of memory")]
+    _show(found, rows, as_json)
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def targets(as_json: bool) -> None:

@@ -81,6 +81,30 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def set_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of `calibrate-set` for what `compiler.requests.write_set` returns, with the set's path."""
+    source, coverage = made["source"], made["coverage"]
+    requests, length, tokens = coverage["requests"], coverage["length"], coverage["tokens"]
+    kept, unit = length["calibration"], length["unit"]
+    rows = [
+        ("set", made["set"]),
+        ("from", f"{source['name']}: {requests['read']:,} requests, {size(source['bytes'])}"),
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in made["dropped"].items() if count),
+        ("kept", f"{requests['kept']:,} in {coverage['strata']['kept']:,} strata of length and labels"),
+        ("calibration", f"{requests['calibration']:,} of {coverage['asked_for']['calibration']:,} asked for"),
+        ("held out", f"{requests['holdout']:,} of {coverage['asked_for']['holdout']:,} asked for"),
+        ("length", f"{kept['least']:,} to {kept['greatest']:,} {unit}, median {kept['median']:,}"),
+        (
+            "coverage",
+            f"{100 * tokens['calibration']['distinct_share']:.1f}% of {tokens['distinct']:,} {unit}, "
+            f"{100 * tokens['calibration']['occurrence_share']:.1f}% of their {tokens['occurrences']:,} occurrences",
+        ),
+    ]
+    if made["redacted"] is not None:
+        rows.append(("redacted", ", ".join(f"{count:,} {kind}" for kind, count in made["redacted"].items())))
+    return [*rows, ("digest", made["digest"]), ("report", f"{made['set']}/coverage.html")]
+
+
 def tiling_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """A line for each range of row counts of each tuned shape, and the time against the built-in choice at each count measured:
     ("tuned 2048x5632, up to 4 rows", "4x6 prefetch 2048: 2 rows 310 us (-4%), ...")."""

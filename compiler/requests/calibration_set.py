@@ -79,18 +79,20 @@ def open_set(
     path: str | Path,
     options: SelectOptions | None = None,
     *,
+    field: str | None = None,
+    answer: str | None = None,
     tokenizer: str | Path | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> CalibrationSet:
     """The set in a directory, or one selected in memory from a file of requests.
 
-    `options` and `tokenizer` are for a file. Raises CompileError for a directory that is no set, of another format or changed
+    All but the path is for a file. Raises CompileError for a directory that is no set, of another format or changed
     since it was written, and for a file that does not fit.
     """
     path = Path(path)
     if path.is_dir():
         return _read_set(path)
-    made = _Made.from_file(path, options or SelectOptions(), None, None, tokenizer, on_progress)
+    made = _Made.from_file(path, options or SelectOptions(), field, answer, tokenizer, on_progress)
     selection = made.selection
     return CalibrationSet(selection.calibration, selection.holdout, made.description["digest"], made.description)
 

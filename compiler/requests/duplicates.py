@@ -23,10 +23,10 @@ _SHORTEST_SHARED, _FEWEST_SHARING = 32, 64  # characters; different texts to loo
 class Duplicates:
     """Judges requests in order: each against all before it that were kept.
 
-    Two requests are exact duplicates if their texts are equal but for width, case and white space (`normalized`), whatever their
-    labels and answers. They are near duplicates if the sets of their character 4-grams overlap (Jaccard) by `similarity` or
-    more, by MinHash's estimate; 1 turns that off. System messages are not compared, and neither is a beginning of 32 characters
-    or more that most requests of the first batch have: a preamble of all prompts makes none alike.
+    Two requests are exact duplicates if their texts are equal but for width, case and white space (`normalized`), whatever
+    their labels and answers. They are near duplicates if the sets of their character 4-grams overlap (Jaccard) by `similarity`
+    or more, by MinHash's estimate; 1 turns that off. System messages are not compared, and neither is a beginning of 32
+    characters or more that most requests of the first batch have: a preamble of all prompts makes none alike.
     """
 
     def __init__(self, similarity: float) -> None:

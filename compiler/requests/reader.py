@@ -160,7 +160,7 @@ def _shape(record: Mapping[str, Any], fields: Fields, where: str) -> tuple[dict[
     name = next((name for name in REQUEST_FIELDS if record.get(name) is not None), None)
     if name is None:
         expected = f"one of {', '.join(REQUEST_FIELDS)}"
-        remedy = "name the field with the request (--field)"
+        remedy = "name the field with the request (calibrate-set --field)"
         raise CompileError(STAGE, where, found=_names(record), expected=expected, remedy=remedy)
     shape, answer = _value(record[name], name, where)
     if name == "instruction" and "text" in shape and isinstance(record.get("input"), str):
@@ -186,7 +186,7 @@ def _value(value: Any, name: str, where: str) -> tuple[dict[str, Any], str]:
         f"{where}, field {name}",
         found="a list of something else" if isinstance(value, list) else "another value",
         expected="a text, a list of messages or a list of token ids",
-        remedy="name another field (--field)",
+        remedy="name another field (calibrate-set --field)",
     )
 
 

@@ -47,7 +47,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    assert sorted(cli.cli.commands) == ["build", "inspect", "sensitivity", "targets", "verify"]
+    assert sorted(cli.cli.commands) == ["build", "calibrate-set", "inspect", "sensitivity", "targets", "verify"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,8 @@ RUNTIME_ONLY = """
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in "torch transformers onnx onnx_ir tvm gguf safetensors rich ml_dtypes".split():
+        absent = "torch transformers onnx onnx_ir tvm gguf safetensors rich ml_dtypes rensa backports"
+        if name.partition(".")[0] in absent.split():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 from compiler.cli import main
@@ -179,10 +180,11 @@ def test_without_the_build_extra_engines_can_be_inspected_and_builds_say_what_to
         assert (done.returncode, done.stderr) == (0, "")
     done = run_runtime_only("verify", engine)
     assert done.returncode == 0 or "this host cannot run the engine" in done.stderr
-    done = run_runtime_only("build", "x", "-o", engine.parent / "new")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("belle-compile: build: the Python package ")
-    assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
+    for command in ("build", "calibrate-set"):
+        done = run_runtime_only(command, "x", "-o", engine.parent / "new")
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("belle-compile: build: the Python package ")
+        assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
 
 
 def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
@@ -219,6 +221,10 @@ OPTIONS = {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--isa", "--template", "--dump-ir", "--calibration",
         "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--tune",
         "--force",
+    },
+    "calibrate-set": {
+        "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
+        "--similarity", "--max-length", "--force",
     },
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
 }  # fmt: skip
