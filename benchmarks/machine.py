@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime import host
 
-PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers")
+PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers", "lm_eval")
 
 
 def describe() -> dict[str, Any]:
