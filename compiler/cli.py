@@ -53,6 +53,10 @@ def cli() -> None:
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each pass, as text.")
 @click.option("--tune", is_flag=True, help="Measure here which kernel variants suit the model best; takes some minutes.")
+@click.option(
+    "--drift/--no-drift", default=None,
+    help="Let the report say how far each pass moves the logits. By default up to 500 M parameters, where it takes seconds.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def build(
@@ -65,12 +69,14 @@ def build(
     template: str | None,
     dump_ir: Path | None,
     tune: bool,
+    drift: bool | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Compiles CHECKPOINT, a directory or a .gguf file, to an engine directory.
 
-    The engine appears at OUTPUT complete or not at all. The same checkpoint, options and toolchain give the same bytes.
+    The engine appears at OUTPUT complete or not at all, with a report.html that says what was built and what each pass did.
+    The same checkpoint, options and toolchain give the same bytes.
     With --tune they do not: kernels then suit the host of the build, and the manifest says what was measured.
 
     \b
@@ -86,7 +92,7 @@ def build(
     with terminal.progress_bars() as progress:
         request = driver.BuildRequest(
             checkpoint=checkpoint, output=output, target=target, quantization=quant, kv_cache=kv_cache, isas=isas,
-            template=template, dump_ir=dump_ir, force=force, tune=tune, on_progress=progress,
+            template=template, dump_ir=dump_ir, force=force, tune=tune, drift=drift, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -20,10 +20,11 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
 from compiler.gate import Gate
+from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
-from passes.calibration.sensitivity import output_errors
+from passes.calibration.sensitivity import LayerDamage, output_errors
 from passes.pipeline import PRESETS, calibrated, run_pipeline
 from passes.quantization.quantize_linears import QuantizeLinears
 from runtime.artifact import (
@@ -60,6 +61,7 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
+_WORST = 5  # layers to look at where an engine misses a limit
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class BuildRequest:
 
     `calibration` is a file of requests, or a set that calibrate-set made: weights are rounded by it, and the engine must pass
     `gate` (None: it is not tried) on the requests held out. `raw_requests` takes their texts without the prompt template.
+    `drift` says whether the report tells how far each pass moves the logits (None: for small models, where it takes seconds).
     """
 
     checkpoint: str | Path
@@ -87,6 +90,7 @@ class BuildRequest:
     calibration: Path | None = None
     raw_requests: bool = False
     gate: Gate | None = Gate()
+    drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -94,8 +98,8 @@ def build(request: BuildRequest) -> Path:
     """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes, but for what `tune` measures and where calibration ran on another kind of processor. Peak memory is a
-    few tensors, whatever the checkpoint's size.
+    give the same bytes, but for what `tune` measures, and where calibration ran or the report's drift was measured on another
+    kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
     _check_kv_cache(request.kv_cache)
@@ -113,7 +117,9 @@ def build(request: BuildRequest) -> Path:
         calls_before_fusion = _count_without_fusion(graph, preset)
         data = calibration and _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
         passes = calibrated(preset, data)
-        records = run_pipeline(graph, passes, dump_dir=request.dump_ir)
+        observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
+        records = run_pipeline(graph, passes, dump_dir=request.dump_ir, on_pass=observer.observe)
+        effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
@@ -129,13 +135,15 @@ def build(request: BuildRequest) -> Path:
         writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
 
         manifest = _manifest(request, target, checkpoint, model, records, lowered)
+        layers = _layer_errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
         if calibration and request.gate:
             accuracy = request.gate.judge(
                 writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
-                worst=lambda: _worst_layers(build_graph(checkpoint), passes, calibration, folder / "worst"),
+                worst=lambda: [layer.name for layer in layers[:_WORST]],
                 on_progress=lambda done, total: say("gate", done, total),
             )  # fmt: skip
             manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
+        writer.write(REPORT_NAME, render(_report(request, manifest, writer, effects, lowered, layers, calibration)).encode())
         return writer.finish(manifest)
 
 
@@ -160,8 +168,8 @@ def _data(
     return CalibrationData(sequences, calibration.digest, source, folder, on_progress)
 
 
-def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path, count: int = 5) -> list[str]:
-    """The linears with the largest output errors over a few held-out requests."""
+def _layer_errors(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path) -> list[LayerDamage]:
+    """The linears by their output errors over a few held-out requests, the largest first."""
     at = next((i for i, step in enumerate(passes) if isinstance(step, QuantizeLinears)), None)
     if at is None:
         return []
@@ -169,7 +177,25 @@ def _worst_layers(graph: ir.Model, passes: Sequence[Pass], calibration: Calibrat
     step = passes[at]
     assert isinstance(step, QuantizeLinears)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [layer.name for layer in output_errors(graph, sequences, folder, bits=step.activation_bits)[:count]]
+    return output_errors(graph, sequences, folder, bits=step.activation_bits)
+
+
+def _report(
+    request: BuildRequest,
+    manifest: Manifest,
+    writer: EngineWriter,
+    effects: Effects,
+    lowered: Lowered,
+    layers: Sequence[LayerDamage],
+    calibration: Calibration | None,
+) -> Report:
+    memory = memory_of(lowered, manifest.target.requires.memory_bytes, _SERVED_TOKENS)
+    coverage = None
+    if calibration and request.calibration:
+        parts = ([sample.tokens for sample in samples] for samples in (calibration.calibration, calibration.holdout))
+        coverage = {"digest": calibration.digest} | coverage_of(*parts, lowered.program.vocab_size)
+        coverage |= coverage_of_set(request.calibration)
+    return Report(manifest, dict(writer.files), effects, memory, layers, coverage)
 
 
 def _preset(name: str) -> Sequence[Pass]:

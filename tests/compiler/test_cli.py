@@ -218,4 +218,4 @@ def test_options_are_these_and_no_more() -> None:
     parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
     options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
     build = {"--target", "-o", "--output", "--quant", "--kv-cache", "--isa", "--template", "--dump-ir", "--tune", "--force"}
-    assert options == build | {"--json"}
+    assert options == build | {"--drift", "--json"}
