@@ -82,6 +82,10 @@ def cli() -> None:
 )  # fmt: skip
 @click.option("--no-gate", is_flag=True, help="Do not try the engine on the requests held out.")
 @click.option("--tune", is_flag=True, help="Measure here which kernel variants suit the model best; takes some minutes.")
+@click.option(
+    "--drift/--no-drift", default=None,
+    help="Let the report say how far each pass moves the logits. By default up to 500 M parameters, where it takes seconds.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def build(
@@ -102,12 +106,14 @@ def build(
     min_accuracy_kept: float,
     no_gate: bool,
     tune: bool,
+    drift: bool | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Compiles CHECKPOINT, a directory or a .gguf file, to an engine directory.
 
-    The engine appears at OUTPUT complete or not at all. The same checkpoint, options and toolchain give the same bytes.
+    The engine appears at OUTPUT complete or not at all, with a report.html that says what was built and what each pass did.
+    The same checkpoint, options and toolchain give the same bytes.
     With --tune they do not: kernels then suit the host of the build, and the manifest says what was measured.
 
     With --calibration, weights are rounded so that outputs on these requests change least, and the finished engine runs those
@@ -132,7 +138,7 @@ def build(
             checkpoint=checkpoint, output=output, target=target, quantization=quant, kv_cache=kv_cache, isas=isas,
             methods=None if methods is None else tuple(name for name in methods.split(",") if name not in ("", "none")),
             template=template, dump_ir=dump_ir, force=force, tune=tune, calibration=calibration, raw_requests=raw_requests,
-            size_budget=size_budget, gate=gate, on_progress=progress,
+            size_budget=size_budget, gate=gate, drift=drift, on_progress=progress,
         )  # fmt: skip
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -21,9 +21,11 @@ from compiler.errors import CompileError
 from compiler.frontends import build_graph
 from compiler.gate import DEFAULT_GATE, Gate
 from compiler.ir.meanings import GROUP
+from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
 from passes.calibration.data import CalibrationData
+from passes.calibration.sensitivity import LayerDamage
 from passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_pipeline
 from runtime.artifact import (
     GenerationDefaults,
@@ -56,6 +58,7 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
+_WORST = 5  # layers to look at where an engine misses a limit
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class BuildRequest:
     `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that
     calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
     out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
-    most stay float32, until the INT8 weights have grown by that factor.
+    most stay float32, until the INT8 weights have grown by that factor. `drift` says whether the report tells how far each pass
+    moves the logits (None: for small models, where it takes seconds).
     """
 
     checkpoint: str | Path
@@ -87,6 +91,7 @@ class BuildRequest:
     raw_requests: bool = False
     size_budget: float = 1.0
     gate: Gate | None = DEFAULT_GATE
+    drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -94,8 +99,8 @@ def build(request: BuildRequest) -> Path:
     """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes, but for what `tune` measures and where calibration ran on another kind of processor. Peak memory is a
-    few tensors, whatever the checkpoint's size.
+    give the same bytes, but for what `tune` measures, and where calibration ran or the report's drift was measured on another
+    kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     target, recipe = targets.parse(request.target).carrying(request.isas), _recipe(request)
     _check_kv_cache(request.kv_cache)
@@ -120,7 +125,9 @@ def build(request: BuildRequest) -> Path:
         if request.size_budget > 1:
             keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
         passes = passes_of(recipe, data, keep)
-        records = run_pipeline(graph, passes, dump_dir=request.dump_ir)
+        observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
+        records = run_pipeline(graph, passes, dump_dir=request.dump_ir, on_pass=observer.observe)
+        effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
@@ -136,13 +143,15 @@ def build(request: BuildRequest) -> Path:
         writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
 
         manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
+        damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
         if calibration and request.gate:
             accuracy = request.gate.judge(
                 writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
-                worst=lambda: layers.worst(build_graph(checkpoint), passes, calibration, folder / "worst"),
+                worst=[layer.name for layer in damage[:_WORST]],
                 on_progress=lambda done, total: say("gate", done, total),
             )  # fmt: skip
             manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
+        writer.write(REPORT_NAME, render(_report(request, manifest, writer, effects, lowered, damage, calibration)).encode())
         return writer.finish(manifest)
 
 
@@ -184,6 +193,24 @@ def _recipe(request: BuildRequest) -> Recipe:
         remedy = "give some with --calibration"
         raise CompileError("quantization", f"method {', '.join(needing)}", found="no requests to calibrate with", remedy=remedy)
     return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
+
+
+def _report(
+    request: BuildRequest,
+    manifest: Manifest,
+    writer: EngineWriter,
+    effects: Effects,
+    lowered: Lowered,
+    damage: Sequence[LayerDamage],
+    calibration: Calibration | None,
+) -> Report:
+    memory = memory_of(lowered, manifest.target.requires.memory_bytes, _SERVED_TOKENS)
+    coverage = None
+    if calibration and request.calibration:
+        parts = ([sample.tokens for sample in samples] for samples in (calibration.calibration, calibration.holdout))
+        coverage = {"digest": calibration.digest} | coverage_of(*parts, lowered.program.vocab_size)
+        coverage |= coverage_of_set(request.calibration)
+    return Report(manifest, dict(writer.files), effects, memory, damage, coverage)
 
 
 def _check_kv_cache(dtype: str) -> None:

@@ -42,11 +42,11 @@ class Gate:
         model: ir.Model,
         holdout: Sequence[Sample],
         folder: Path,
-        worst: Callable[[], list[str]],
+        worst: list[str],
         on_progress: Callable[[int, int], None],
     ) -> Accuracy:
-        """Runs the held-out requests through engine and unquantized model. Raises CompileError when a limit is missed, for
-        which `worst` is asked for the layers to look at, or the engine cannot run here."""
+        """Runs the held-out requests through engine and unquantized model. Raises CompileError when a limit is missed, which
+        names the `worst` layers, or when the engine cannot run here."""
         try:
             engine = Engine.load(directory)
         except EngineError as error:
@@ -57,7 +57,7 @@ class Gate:
         with engine:
             accuracy = measure(engine, model, holdout, folder, on_progress=on_progress)
         if misses := self.misses(accuracy):
-            raise self._missed(accuracy, misses, worst())
+            raise self._missed(accuracy, misses, worst)
         return accuracy
 
     def _missed(self, accuracy: Accuracy, misses: list[tuple[str, str]], worst: list[str]) -> CompileError:

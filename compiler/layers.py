@@ -1,4 +1,4 @@
-"""Which linear layers INT8 hurts most: what `sensitivity` shows, what a size budget keeps, what a missed gate points at."""
+"""Which linear layers INT8 hurts most: what `sensitivity` shows, what a size budget keeps, what report and gate point at."""
 
 from __future__ import annotations
 
@@ -120,14 +120,11 @@ def kept(
     return tuple(sorted(kept))
 
 
-def worst(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path, count: int = 5) -> list[str]:
-    """The linears with the largest output errors over a few held-out requests."""
+def errors(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path) -> list[LayerDamage]:
+    """The linears by the errors of their outputs over a few held-out requests, the largest first."""
     if not any(isinstance(step, QuantizeLinears) for step in passes):
         return []
     linears = _before_linears(passes)
     run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return [
-        layer.name
-        for layer in output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)[:count]
-    ]
+    return output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)

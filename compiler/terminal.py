@@ -73,6 +73,7 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
         ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
         ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
     ]
+    rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
     for record in engine["passes"]:
         tuned = record["options"].get("entries") if record["name"] == "tune-kernels" else None

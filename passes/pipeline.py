@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from compiler.errors import CompileError
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
-from passes.base import Pass
+from passes.base import Pass, PassResult
 from passes.calibration.data import CalibrationData
 from passes.cleanup.merge_duplicates import MergeDuplicates
 from passes.cleanup.remove_identities import RemoveIdentities
@@ -83,7 +83,17 @@ def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[s
 PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}
 
 
-def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None) -> list[dict[str, Any]]:
+# Hears of the graph as it is after a pass, and before the first one with nothing else; it may read the graph and not keep it.
+OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
+
+
+def _unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    pass
+
+
+def run_pipeline(
+    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = _unheard
+) -> list[dict[str, Any]]:
     """Run the passes on the model in place; returns the manifest's record of each: name, options, changes, refusals.
 
     The graph is verified before the first pass and after each. With `dump_dir`, every stage is written there as text and as
@@ -92,6 +102,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None 
     """
     verify(model)
     _dump(model, dump_dir, 0, "frontend")
+    on_pass(None, model, None)
     records: list[dict[str, Any]] = []
     for number, step in enumerate(passes, 1):
         try:
@@ -111,6 +122,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None 
         records.append(
             {"name": step.name, "options": step.options, "changes": result.changes, "refusals": list(result.refusals)}
         )
+        on_pass(step, model, result)
     return records
 
 

@@ -17,7 +17,7 @@ def test_layers_with_activations_of_8_and_16_bits_in_one_program() -> None:
     wide = QuantizeLinears(wide=("*.down",))
     run_pipeline(model, [wide if isinstance(step, QuantizeLinears) else step for step in PRESETS["int8"]])
     model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
-    program, _, kernels = lower(model, calls_before_fusion=0)
+    program, _, kernels, _ = lower(model, calls_before_fusion=0)
     by_name = {kernel.name: kernel for kernel in kernels}
     chosen = {call.node: by_name[str(call.kernel)] for call in program.calls}
     planes = {node: kernel.planes for node, kernel in chosen.items() if isinstance(kernel, QuantizedLinear)}
