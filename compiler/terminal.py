@@ -19,14 +19,22 @@ def progress_bars() -> Iterator[Progress]:
     """Draws what it hears, one bar a stage; says nothing when stderr is no terminal or rich is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ModuleNotFoundError:
         yield lambda stage, done=0, total=0: None
         return
     if not sys.stderr.isatty():
         yield lambda stage, done=0, total=0: None
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 

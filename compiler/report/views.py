@@ -262,7 +262,7 @@ def _cover(title: str, value: Any, view: View) -> None:
 
 
 def _cover_rows(title: str, rows: Sequence[Mapping[str, Any]], view: View) -> None:
-    """Mappings in a list: for ranges, and values of a label, bars of the calibration requests beside all of them; else a table."""
+    """Mappings in a list: for ranges, and values of a label, bars of calibration requests beside all; else a table."""
     labels = [f"{row['from']} to {row['to']}" if row.keys() >= {"from", "to"} else row.get("value") for row in rows]
     key = next((key for key in ("calibration_share", "calibration") if all(_real(row.get(key)) for row in rows)), "")
     if not key or None in labels:

@@ -85,7 +85,7 @@ def quantize_groups(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDA
     equal = torch.ones(inputs)
     for start in range(0, outputs, _ROWS):
         rows = slice(start, start + _ROWS)
-        block = torch.from_numpy(np.ascontiguousarray(weight[rows]))
+        block = torch.from_numpy(np.array(weight[rows]))
         check_groups(block, f"tensor {name}")
         steps = groups.group_scales(block, equal)
         integers[rows] = groups.nearest(block, groups.every_input(steps, inputs)).numpy()
