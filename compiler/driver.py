@@ -207,8 +207,8 @@ def _report(
     memory = memory_of(lowered, manifest.target.requires.memory_bytes, _SERVED_TOKENS)
     coverage = None
     if calibration and request.calibration:
-        parts = ([sample.tokens for sample in samples] for samples in (calibration.calibration, calibration.holdout))
-        coverage = {"digest": calibration.digest} | coverage_of(*parts, lowered.program.vocab_size)
+        used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
+        coverage = {"digest": calibration.digest} | coverage_of(used, held_out, lowered.program.vocab_size)
         coverage |= coverage_of_set(request.calibration)
     return Report(manifest, dict(writer.files), effects, memory, damage, coverage)
 

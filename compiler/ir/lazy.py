@@ -63,7 +63,7 @@ class _Kept:
         if key in self._arrays:
             self._arrays.move_to_end(key)
             return self._arrays[key]
-        array = compute().view()
+        array: Array = compute().view()
         array.setflags(write=False)
         self._arrays[key] = array
         self._bytes += array.nbytes

@@ -106,7 +106,8 @@ def block_hadamard(x: Floats, *, block: int) -> Floats:
         pairs = y.reshape(-1, 2, stride)
         y = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
         stride *= 2
-    return y.reshape(x.shape) * np.float32(block**-0.5)
+    scaled: Floats = y.reshape(x.shape) * np.float32(block**-0.5)
+    return scaled
 
 
 def quantize_tokens(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:

@@ -54,7 +54,8 @@ def block_hadamard(x: Tensor, *, block: int) -> Tensor:
         pairs = y.view(-1, 2, stride)
         y = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
         stride *= 2
-    return y.reshape(x.shape) * block**-0.5
+    scaled: Tensor = y.reshape(x.shape) * block**-0.5
+    return scaled
 
 
 def rotary_table(positions: Tensor, sequences: Tensor, inv_freq: Tensor, **options: float) -> Tensor:

@@ -76,7 +76,7 @@ def effects(found: Effects) -> View | None:
     if not found.stages:
         return None
     changed = [stage for stage in found.stages if stage.changes != 0]
-    plots = [
+    plots: list[tuple[str, list[tuple[str, float, str]]]] = [
         ("weights read", [(stage.name, stage.weight_bytes, size(stage.weight_bytes)) for stage in changed]),
         ("kernel calls a step", [(stage.name, stage.kernel_calls, _calls(stage)) for stage in changed]),
     ]
