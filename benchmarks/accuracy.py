@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import pydoc_data.topics
 from collections import defaultdict
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ import torch
 from benchmarks import machine
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.simulation import load_fp32, logits, simulate
+from compiler.accuracy import Comparison
 from runtime import Engine
 
 WINDOW = 512
@@ -47,32 +47,6 @@ def text_windows(engine: Engine, text: str, count: int) -> list[list[int]]:
     if step < WINDOW:
         raise SystemExit(f"accuracy: the text has {len(ids)} tokens, too few for {count} windows of {WINDOW}; give --windows")
     return [ids[i * step : i * step + WINDOW] for i in range(count)]
-
-
-class Comparison:
-    """Running sums of how a model's predictions differ from the reference's."""
-
-    def __init__(self) -> None:
-        self.tokens, self.agree, self.kl, self.nll, self.reference_nll = 0, 0, 0.0, 0.0, 0.0
-
-    def add(self, reference: torch.Tensor, other: torch.Tensor, ids: list[int]) -> None:
-        p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(other.double(), -1)
-        self.tokens += len(ids)
-        self.agree += int((reference.argmax(-1) == other.argmax(-1)).sum())
-        self.kl += float((p.exp() * (p - q)).sum())
-        targets = torch.tensor(ids[1:])[:, None]
-        self.reference_nll -= float(p[:-1].gather(1, targets).sum())
-        self.nll -= float(q[:-1].gather(1, targets).sum())
-
-    def result(self, windows: int) -> dict[str, float]:
-        predicted = self.tokens - windows
-        return {
-            "tokens": self.tokens,
-            "top1_agreement": round(self.agree / self.tokens, 4),
-            "kl": round(self.kl / self.tokens, 5),
-            "perplexity": round(math.exp(self.nll / predicted), 4),
-            "perplexity_ratio": round(math.exp((self.nll - self.reference_nll) / predicted), 5),
-        }
 
 
 def main() -> None:
@@ -113,7 +87,7 @@ def main() -> None:
     report = {
         "model": checkpoint.name,
         "text": f"{source}, {len(windows)} windows of {WINDOW} tokens",
-        "results": {name: comparison.result(len(windows)) for name, comparison in comparisons.items()},
+        "results": {name: comparison.means() for name, comparison in comparisons.items()},
         "machine": machine.describe(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

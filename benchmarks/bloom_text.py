@@ -71,7 +71,9 @@ def _docstrings_of(file: Path) -> Iterator[str]:
     except SyntaxError:  # lib2to3 keeps files of Python 2
         return
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        text = ast.get_docstring(node) if documented else None  # type: ignore[arg-type]
+        if text:
             yield text.strip()
 
 

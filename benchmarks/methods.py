@@ -83,9 +83,7 @@ def measure(checkpoint: Path, rows: tuple[Row, ...], calibration: int, held_out:
             with Engine.load(engines[row.name]) as engine:
                 for ids, logits in zip(judged, exact, strict=True):
                     comparison.add(logits, torch.from_numpy(np.array(engine.logits(ids))), ids)
-            result = comparison.result(len(judged), 0)
-            found[row.name] = {key: value for key, value in result.to_plain().items()
-                                if key in ("tokens", "top1_agreement", "kl", "perplexity", "perplexity_ratio")}  # fmt: skip
+            found[row.name] = comparison.means()
             print(f"{checkpoint.name}: {row.name}: {found[row.name]}", flush=True)
     return found
 

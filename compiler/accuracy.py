@@ -95,15 +95,26 @@ class Comparison:
         same = (chosen == torch.tensor(ids[-continued:])).tolist()
         self.matched.append((same.index(False) if False in same else continued) / continued)
 
+    def means(self) -> dict[str, float]:
+        """Over every token that was added, and the perplexity over every one that was predicted."""
+        predicted = max(self.predicted, 1)
+        return {
+            "tokens": self.tokens,
+            "top1_agreement": round(self.agree / self.tokens, 6),
+            "kl": round(self.kl / self.tokens, 6),
+            "perplexity": round(math.exp(self.loss / predicted), 6),
+            "perplexity_ratio": round(math.exp((self.loss - self.reference_loss) / predicted), 6),
+        }
+
     def result(self, requests: int, answers: int) -> Accuracy:
-        """Means over what was added."""
-        predicted, reference_accuracy = max(self.predicted, 1), self.reference_right / max(self.answer_tokens, 1)
-        accuracy = self.right / self.answer_tokens if self.answer_tokens else None
-        return Accuracy(
-            requests, self.tokens, self.agree / self.tokens, self.kl / self.tokens, math.exp(self.loss / predicted),
-            math.exp((self.loss - self.reference_loss) / predicted), sum(self.matched) / max(len(self.matched), 1), answers,
-            accuracy, None if accuracy is None else accuracy / reference_accuracy if reference_accuracy else 1.0,
-        )  # fmt: skip
+        """What was added, of so many requests, of which some have answers."""
+        accuracy = kept = None
+        if self.answer_tokens:
+            accuracy = self.right / self.answer_tokens
+            kept = self.right / self.reference_right if self.reference_right else 1.0
+        prefix = sum(self.matched) / max(len(self.matched), 1)
+        means: dict[str, Any] = self.means()
+        return Accuracy(requests, **means, greedy_prefix=prefix, answers=answers, answer_accuracy=accuracy, accuracy_kept=kept)
 
 
 def measure(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.accuracy import Comparison
+from compiler.accuracy import Comparison
 from compiler.driver import BuildRequest, build
 from runtime import Engine
 from tests.parity.variants import Floats, hf_logits
@@ -35,7 +35,7 @@ def test_it_was_trained(windows: list[tuple[list[int], Floats]]) -> None:
     comparison = Comparison()
     for ids, logits in windows:
         comparison.add(torch.from_numpy(logits), torch.from_numpy(logits), ids)
-    assert comparison.result(len(windows))["perplexity"] < logits.shape[1] / 10
+    assert comparison.means()["perplexity"] < logits.shape[1] / 10
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8-a16"])
@@ -45,6 +45,6 @@ def test_int8_answers_as_float32_does(windows: list[tuple[list[int], Floats]], p
     with Engine.load(directory, threads=2, kv_tokens=2 * WINDOW) as engine:
         for ids, expected in windows:
             comparison.add(torch.from_numpy(expected), torch.from_numpy(np.array(engine.logits(ids))), ids)
-    result = comparison.result(len(windows))
+    result = comparison.means()
     assert result["top1_agreement"] >= AGREEMENT, result
     assert result["perplexity_ratio"] <= PERPLEXITY_RATIO, result
