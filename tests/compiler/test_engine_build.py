@@ -170,7 +170,8 @@ def test_memory_of_a_build_does_not_grow_with_the_number_of_layers(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     _, (peak_few, *kernels_few), (peak_many, *kernels_many) = map(str.split, done.stdout.splitlines())
     assert kernels_few == kernels_many
-    assert int(peak_many) - int(peak_few) < LAYER_BYTES, f"{done.stdout}a layer has {LAYER_BYTES} bytes"
+    # Six layers more; the allocator keeps up to one layer more or less from run to run.
+    assert int(peak_many) - int(peak_few) < 2 * LAYER_BYTES, f"{done.stdout}a layer has {LAYER_BYTES} bytes"
 
 
 # Engines that do not fit
