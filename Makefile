@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PRESETS := int8 int8-a16 int8-plain
 DEMO := artifacts/smollm2-135m-cpu
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
+BLOOM := tests/fixtures/tiny-bloom-trained
 SHAPES ?= smollm2-135m llama-1b bloom-1b1
 ROUNDS ?= 5
 PEERS ?=
@@ -36,11 +37,16 @@ lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-accuracy: $(PRESETS:%=build/engines/smollm2-%/manifest.json) ## Measure what each INT8 preset costs in accuracy.
+accuracy: $(PRESETS:%=build/engines/smollm2-%/manifest.json) $(PRESETS:%=build/engines/bloom-%/manifest.json) ## Measure what each INT8 preset costs in accuracy.
 	$(BIN)/python -m benchmarks.accuracy $(PRESETS:%=build/engines/smollm2-%)
+	$(BIN)/python -m benchmarks.accuracy --checkpoint $(BLOOM) --text $(BLOOM)/heldout-en.txt --text $(BLOOM)/heldout-zh.txt \
+	  --out benchmarks/results/accuracy-bloom.json $(PRESETS:%=build/engines/bloom-%)
 
 build/engines/smollm2-%/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
 	$(BIN)/belle-compile build $< --quant $* --force -o $(@D)
+
+build/engines/bloom-%/manifest.json: $(BLOOM)/model.safetensors | $(VENV)/.installed
+	$(BIN)/belle-compile build $(BLOOM) --quant $* --force -o $(@D)
 
 bench: $(VENV)/.installed-bench ## Measure speed of SHAPES against the machine's limits (a quiet machine, 15 minutes, 8 GB of disk).
 	$(BIN)/python -m benchmarks.speed $(SHAPES)

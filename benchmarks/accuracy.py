@@ -1,8 +1,10 @@
-"""INT8 engines of SmolLM2-135M against the fp32 model, and plain ones against a torch simulation of their arithmetic.
+"""INT8 engines against the fp32 model, and plain ones against a torch simulation of their arithmetic.
 
     python -m benchmarks.accuracy [ENGINE ...]          # artifacts/smollm2-135m-cpu
+    python -m benchmarks.accuracy --checkpoint DIR --text FILE --out FILE ENGINE ...
 
-Text: Python's own language documentation (pydoc_data.topics), teacher-forced in windows of 512 tokens.
+Without `--checkpoint` the model is SmolLM2-135M; without `--text` the text is Python's own language documentation
+(pydoc_data.topics). Text is teacher-forced in windows of 512 tokens.
 
 Plain W8A8 is chaotic: a value that lies within a float32 rounding of the border between two integers takes the other one
 when sums are added in another order, and the layers behind amplify that step. So two correct implementations agree in
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import pydoc_data.topics
 from collections import defaultdict
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ import torch
 from benchmarks import machine
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.simulation import load_fp32, logits, simulate
+from compiler.accuracy import Comparison
 from runtime import Engine
 
 WINDOW = 512
@@ -35,52 +37,39 @@ RESULTS = Path(__file__).parent / "results"
 def documentation_windows(engine: Engine, count: int) -> list[list[int]]:
     """`count` windows of token ids, spread over the topics in alphabetical order."""
     text = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-    ids = engine.encode(text[: 6000 * count * 4], raw=True)
+    return text_windows(engine, text[: 6000 * count * 4], count)
+
+
+def text_windows(engine: Engine, text: str, count: int) -> list[list[int]]:
+    """`count` windows of token ids, spread over the text."""
+    ids = engine.encode(text, raw=True)
     step = len(ids) // count
-    assert step >= WINDOW, "text too short"
+    if step < WINDOW:
+        raise SystemExit(f"accuracy: the text has {len(ids)} tokens, too few for {count} windows of {WINDOW}; give --windows")
     return [ids[i * step : i * step + WINDOW] for i in range(count)]
-
-
-class Comparison:
-    """Running sums of how a model's predictions differ from the reference's."""
-
-    def __init__(self) -> None:
-        self.tokens, self.agree, self.kl, self.nll, self.reference_nll = 0, 0, 0.0, 0.0, 0.0
-
-    def add(self, reference: torch.Tensor, other: torch.Tensor, ids: list[int]) -> None:
-        p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(other.double(), -1)
-        self.tokens += len(ids)
-        self.agree += int((reference.argmax(-1) == other.argmax(-1)).sum())
-        self.kl += float((p.exp() * (p - q)).sum())
-        targets = torch.tensor(ids[1:])[:, None]
-        self.reference_nll -= float(p[:-1].gather(1, targets).sum())
-        self.nll -= float(q[:-1].gather(1, targets).sum())
-
-    def result(self, windows: int) -> dict[str, float]:
-        predicted = self.tokens - windows
-        return {
-            "tokens": self.tokens,
-            "top1_agreement": round(self.agree / self.tokens, 4),
-            "kl": round(self.kl / self.tokens, 5),
-            "perplexity": round(math.exp(self.nll / predicted), 4),
-            "perplexity_ratio": round(math.exp((self.nll - self.reference_nll) / predicted), 5),
-        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", type=Path, nargs="*", default=[Path("artifacts/smollm2-135m-cpu")])
+    parser.add_argument("--checkpoint", type=Path, help="what the engines were built from: a .gguf file or a directory")
+    parser.add_argument("--text", type=Path, action="append", metavar="FILE", help="a file of text instead; repeatable")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
     arguments = parser.parse_args()
-    gguf = fetch(Path("build/smollm2"))
+    checkpoint = arguments.checkpoint or fetch(Path("build/smollm2"))
 
-    reference, simulation = load_fp32(gguf), simulate(load_fp32(gguf))
+    reference, simulation = load_fp32(checkpoint), simulate(load_fp32(checkpoint))
     nudge = torch.Generator().manual_seed(0)
     comparisons: dict[str, Comparison] = defaultdict(Comparison)
     with ExitStack() as stack:
         engines = {path.name: stack.enter_context(Engine.load(path)) for path in arguments.engines}
-        windows = documentation_windows(next(iter(engines.values())), arguments.windows)
+        first = next(iter(engines.values()))
+        if arguments.text:
+            text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
+            windows = text_windows(first, text, arguments.windows)
+        else:
+            windows = documentation_windows(first, arguments.windows)
         for ids in windows:
             fp32 = logits(reference, ids, half_cache=False)
             simulated = logits(simulation, ids, half_cache=True)
@@ -94,10 +83,11 @@ def main() -> None:
                 comparisons[f"{name} against fp32"].add(fp32, ours, ids)
                 if is_plain_w8a8(engine):
                     comparisons[f"{name} against the simulation"].add(simulated, ours, ids)
+    source = ", ".join(file.name for file in arguments.text or ()) or "pydoc_data.topics"
     report = {
-        "model": gguf.name,
-        "text": f"pydoc_data.topics, {len(windows)} windows of {WINDOW} tokens",
-        "results": {name: comparison.result(len(windows)) for name, comparison in comparisons.items()},
+        "model": checkpoint.name,
+        "text": f"{source}, {len(windows)} windows of {WINDOW} tokens",
+        "results": {name: comparison.means() for name, comparison in comparisons.items()},
         "machine": machine.describe(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,7 @@ def prepare(name: str, *, preset: str = "int8", reuse: bool = False) -> Path:
 
 
 def _operations(program: Program, sizes: dict[str, int], rows: str) -> int:
-    """Two for every int8 weight of the linear layers over these rows."""
-    linears = (call for call in program.calls if call.kind == "qlinear" and call.rows == rows)
-    return sum(2 * max(sizes[arg.name] for arg in call.args if isinstance(arg, Weight)) for call in linears)
+    """Two for every integer weight of the linear layers over these rows; int4 has two weights a byte."""
+    per_byte = {"qlinear": 2, "glinear": 4}
+    linears = (call for call in program.calls if call.kind in per_byte and call.rows == rows)
+    return sum(per_byte[call.kind] * max(sizes[arg.name] for arg in call.args if isinstance(arg, Weight)) for call in linears)

@@ -41,7 +41,7 @@ def main() -> None:
         comparison = Comparison()
         for expected, found, ids in zip(reference, logits, windows, strict=True):
             comparison.add(expected, found, ids)
-        results[read_manifest(directory).quantization["kv_cache"]] = comparison.result(len(windows))
+        results[read_manifest(directory).quantization["kv_cache"]] = comparison.means()
     report = {
         "model": read_manifest(arguments.engines[0]).model.name,
         "text": f"pydoc_data.topics, {len(windows)} windows of {WINDOW} tokens",

@@ -12,7 +12,9 @@ from typing import Any
 
 from runtime import host
 
-PACKAGES = ("belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "rensa", "tokenizers", "torch", "transformers", "lm_eval",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

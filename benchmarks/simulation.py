@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from compiler.checkpoint import open_checkpoint
 
 Tensor = torch.Tensor
 
 
-def load_fp32(gguf: Path) -> Any:
-    """The Transformers model of a LLaMA-family GGUF file, expanded to float32."""
-    checkpoint = open_checkpoint(gguf)
+def load_fp32(path: Path) -> Any:
+    """The Transformers model of a Hugging Face directory or a LLaMA-family GGUF file, expanded to float32."""
+    if path.is_dir():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    checkpoint = open_checkpoint(path)
     model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in checkpoint.config.items() if key != "model_type"}))
     state = {name: torch.from_numpy(tensor.read()) for name, tensor in checkpoint.tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

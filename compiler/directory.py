@@ -31,17 +31,26 @@ class AtomicDirectory:
     removes it.
 
     An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`.
-    `needed` is an estimate in bytes, checked against the free space before anything is written.
+    `needed` is an estimate in bytes, checked against the free space before anything is written. `kind` and `marker` say in
+    errors what the directory is and which file one knows it by.
     """
 
     def __init__(
-        self, out: Path, *, replace: bool = False, replaceable: Callable[[Path], bool] = lambda path: False, needed: int = 0
+        self,
+        out: Path,
+        *,
+        replace: bool = False,
+        replaceable: Callable[[Path], bool] = lambda path: False,
+        needed: int = 0,
+        kind: str = "engine",
+        marker: str = "manifest.json",
     ) -> None:
         self.out = Path(os.path.abspath(out))  # not resolve(): an output that is a symbolic link is refused below
         self.path = self.out.parent / f".{self.out.name}.building-{os.getpid()}"
         self._aside = self.out.parent / f".{self.out.name}.replaced"
         self._lock_path = self.out.parent / f".{self.out.name}.lock"
         self._replace, self._replaceable, self._needed = replace, replaceable, needed
+        self._kind, self._marker = kind, marker
         self._lock: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stopped_by: int | None = None
@@ -107,14 +116,14 @@ class AtomicDirectory:
         if not os.path.lexists(self.out):
             return
         if not self._replace:
-            raise CompileError(
-                "output", f"{self.out} exists already", remedy="choose another -o or pass --force to replace an engine"
-            )
+            article = "an" if self._kind[0] in "aeiou" else "a"
+            remedy = f"choose another -o or pass --force to replace {article} {self._kind}"
+            raise CompileError("output", f"{self.out} exists already", remedy=remedy)
         if self.out.is_symlink() or not self._replaceable(self.out):
             raise CompileError(
                 "output",
-                f"--force replaces engine directories only and {self.out} is none",
-                expected="a directory with manifest.json",
+                f"--force replaces {self._kind} directories only and {self.out} is none",
+                expected=f"a directory with {self._marker}",
                 remedy="choose another -o or move it away yourself",
             )
 

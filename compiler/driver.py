@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler import targets
+from compiler import layers, targets
 from compiler.backends.tvm import Lowered, compile_graph, count_kernel_calls
+from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.frontends import build_graph
+from compiler.gate import DEFAULT_GATE, Gate
+from compiler.ir.meanings import GROUP
+from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
 from compiler.writer import EngineWriter, tensor_bytes
-from passes.pipeline import PRESETS, run_pipeline
+from passes.calibration.data import CalibrationData
+from passes.calibration.sensitivity import LayerDamage
+from passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_pipeline
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
     Manifest,
     ModelInfo,
     PassRecord,
-    PromptTemplate,
     Requirements,
-    SpecialTokens,
     TargetInfo,
 )
 
@@ -34,14 +42,11 @@ if TYPE_CHECKING:
 
     from passes.base import Pass
 
-_W8A8 = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "int8 per token, dynamic"}
-_ROTATED = {"rotations": "residual stream and values, folded into the weights"}
-# What the manifest says of each preset, beside the passes' own records.
-QUANTIZATION: Mapping[str, dict[str, Any]] = {
-    "int8": _W8A8 | _ROTATED,
-    "int8-a16": _W8A8 | _ROTATED | {"scheme": "w8a16", "activations": "16 bits per token, dynamic, as two int8 planes"},
-    "int8-plain": _W8A8,
-    "none": {"scheme": "none", "weights": "float32", "activations": "float32"},
+_METHODS = {  # what the manifest says of each
+    "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
+    "rotate": ("rotations", "residual stream and values, folded into the weights"),
+    "rotate-online": ("online rotations", "feed-forward activations, while running"),
+    "gptq": ("rounding", "by calibration requests (GPTQ)"),
 }
 TUNING = "tune-kernels"  # its record is only in engines built with `tune`
 KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
@@ -53,6 +58,7 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
 _FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 _PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
 _SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
+_WORST = 5  # layers to look at where an engine misses a limit
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,31 @@ class BuildRequest:
     (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
     `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown. `tune`
     measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
-    one build to the next."""
+    one build to the next.
+
+    `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that
+    calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
+    out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
+    most stay float32, until the INT8 weights have grown by that factor. `drift` says whether the report tells how far each pass
+    moves the logits (None: for small models, where it takes seconds).
+    """
 
     checkpoint: str | Path
     output: Path
     target: str = "cpu"
     quantization: str = "int8"
+    methods: tuple[str, ...] | None = None
     kv_cache: str = "auto"
     isas: tuple[str, ...] = ()
     template: str | None = None
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
+    calibration: Path | None = None
+    raw_requests: bool = False
+    size_budget: float = 1.0
+    gate: Gate | None = DEFAULT_GATE
+    drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -80,22 +99,35 @@ def build(request: BuildRequest) -> Path:
     """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes, but for what `tune` measures. Peak memory is a few tensors, whatever the checkpoint's size.
+    give the same bytes, but for what `tune` measures, and where calibration ran or the report's drift was measured on another
+    kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
-    target, preset = targets.parse(request.target).carrying(request.isas), _preset(request.quantization)
+    target, recipe = targets.parse(request.target).carrying(request.isas), _recipe(request)
     _check_kv_cache(request.kv_cache)
     say = request.on_progress
-    with EngineWriter(request.output, force=request.force) as writer:
+    with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         say("open", 0, 0)
         checkpoint = open_checkpoint(request.checkpoint, template=request.template)
         writer.check_space(_estimated_bytes(checkpoint, request.quantization))
+        calibration = None
+        if request.calibration is not None:
+            calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
 
         say("optimize", 0, 0)
         graph = build_graph(checkpoint)
         model = _model_info(request, checkpoint, graph, digests)
-        calls_before_fusion = _count_without_fusion(graph, preset)
-        records = run_pipeline(graph, preset, dump_dir=request.dump_ir)
+        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe))
+        data = None
+        if calibration is not None:
+            data = _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
+        keep: tuple[str, ...] = ()
+        if request.size_budget > 1:
+            keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
+        passes = passes_of(recipe, data, keep)
+        observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
+        records = run_pipeline(graph, passes, dump_dir=request.dump_ir, on_pass=observer.observe)
+        effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
@@ -110,13 +142,75 @@ def build(request: BuildRequest) -> Path:
             writer.write(f"rank0/{name}", content)
         writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
 
-        return writer.finish(_manifest(request, target, checkpoint, model, records, lowered))
+        manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
+        damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
+        if calibration and request.gate:
+            accuracy = request.gate.judge(
+                writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
+                worst=[layer.name for layer in damage[:_WORST]],
+                on_progress=lambda done, total: say("gate", done, total),
+            )  # fmt: skip
+            manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
+        writer.write(REPORT_NAME, render(_report(request, manifest, writer, effects, lowered, damage, calibration)).encode())
+        return writer.finish(manifest)
 
 
-def _preset(name: str) -> Sequence[Pass]:
-    if name not in PRESETS:
-        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(PRESETS))
-    return PRESETS[name]
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """Where a build of `output` keeps what calibration found: removed in the end, but not after Ctrl-C or a kill, so that the
+    next build of it goes on from there."""
+    folder = output.parent / f".{output.name}.calibration"
+    try:
+        yield folder
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _data(
+    calibration: Calibration, digests: Mapping[str, str], folder: Path, on_progress: Callable[[int, int], None]
+) -> CalibrationData:
+    source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
+    sequences = tuple(sample.tokens for sample in calibration.calibration)
+    return CalibrationData(sequences, calibration.digest, source, folder, on_progress)
+
+
+def _recipe(request: BuildRequest) -> Recipe:
+    """The preset, with the methods that were asked for; raises CompileError where they do not fit."""
+    recipe, methods = layers.preset(request.quantization), request.methods
+    if methods is None:
+        return recipe
+    expected = ", ".join(METHODS)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise CompileError("quantization", "unknown method", found=", ".join(unknown), expected=f"some of {expected}")
+    if not recipe.bits and methods:
+        raise CompileError(
+            "quantization", "methods", found=", ".join(methods), expected=f"none with --quant {request.quantization}"
+        )
+    needing = [name for name in methods if name in CALIBRATED]
+    if needing and request.calibration is None:
+        remedy = "give some with --calibration"
+        raise CompileError("quantization", f"method {', '.join(needing)}", found="no requests to calibrate with", remedy=remedy)
+    return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
+
+
+def _report(
+    request: BuildRequest,
+    manifest: Manifest,
+    writer: EngineWriter,
+    effects: Effects,
+    lowered: Lowered,
+    damage: Sequence[LayerDamage],
+    calibration: Calibration | None,
+) -> Report:
+    memory = memory_of(lowered, manifest.target.requires.memory_bytes, _SERVED_TOKENS)
+    coverage = None
+    if calibration and request.calibration:
+        used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
+        coverage = {"digest": calibration.digest} | coverage_of(used, held_out, lowered.program.vocab_size)
+        coverage |= coverage_of_set(request.calibration)
+    return Report(manifest, dict(writer.files), effects, memory, damage, coverage)
 
 
 def _check_kv_cache(dtype: str) -> None:
@@ -125,7 +219,7 @@ def _check_kv_cache(dtype: str) -> None:
 
 
 def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
-    """Kernel calls a step would take with every pass but the fusions."""
+    """Kernel calls a step would take with every pass but the fusions; `preset` is without those that calibrate."""
     unfused = graph.clone()
     run_pipeline(unfused, [step for step in preset if not type(step).__module__.startswith("passes.fusion")])
     return count_kernel_calls(unfused)
@@ -158,10 +252,11 @@ def _manifest(
     target: targets.Target,
     checkpoint: Checkpoint,
     model: ModelInfo,
+    recipe: Recipe,
     records: Sequence[Mapping[str, Any]],
     lowered: Lowered,
 ) -> Manifest:
-    program, special = lowered.program, checkpoint.special
+    program = lowered.program
     kv_blocks = -(-min(_SERVED_TOKENS, program.max_context) // program.block_size)
     memory = _exact_bytes(lowered) + program.arena_bytes + kv_blocks * program.kv.block_bytes + _PROCESS_BYTES
     applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
@@ -170,20 +265,29 @@ def _manifest(
         model=model,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
         passes=(opened, *applied, *_tuning_record(lowered)),
-        quantization=QUANTIZATION[request.quantization] | {"kv_cache": KV_CACHES[program.kv.dtype]},
+        quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
-        prompt_template=PromptTemplate(
-            checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"]
-        ),
-        special_tokens=SpecialTokens(
-            special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"]
-        ),
+        prompt_template=prompt_template(checkpoint),
+        special_tokens=special_tokens(checkpoint),
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
         | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}
         | {"C compiler": lowered.c_compiler, "kernel tilings": "; ".join(lowered.tilings)},
         files={},
     )
+
+
+def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
+    """What the manifest says of weights and activations, beside the passes' own records."""
+    if not recipe.bits:
+        return {"scheme": "none", "weights": "float32", "activations": "float32"}
+    wide = recipe.bits == 16
+    activations = "16 bits per token, dynamic, as two int8 planes" if wide else "int8 per token, dynamic"
+    used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
+    int4 = recipe.weight_bits == 4
+    weights = f"int4 in groups of {GROUP} inputs, int8 embedding and head" if int4 else "int8 per output channel"
+    scheme = {"scheme": f"w{recipe.weight_bits}a{recipe.bits}", "weights": weights, "activations": activations}
+    return scheme | dict(_METHODS[name] for name in used)
 
 
 def _tuning_record(lowered: Lowered) -> list[PassRecord]:

@@ -14,6 +14,7 @@ _PARTS = (
     ("kernels", ".so"),
     ("program", "program.json"),
     ("tokenizer", "tokenizer.json"),
+    ("report", "report.html"),
     ("other", ""),
 )
 

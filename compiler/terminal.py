@@ -19,14 +19,22 @@ def progress_bars() -> Iterator[Progress]:
     """Draws what it hears, one bar a stage; says nothing when stderr is no terminal or rich is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ModuleNotFoundError:
         yield lambda stage, done=0, total=0: None
         return
     if not sys.stderr.isatty():
         yield lambda stage, done=0, total=0: None
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -73,12 +81,37 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
         ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
         ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
     ]
+    rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
     for record in engine["passes"]:
         tuned = record["options"].get("entries") if record["name"] == "tune-kernels" else None
         rows += tiling_rows(tuned) if tuned else [(f"pass {record['name']}", _pass_line(record))]
     rows += [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
     return rows
+
+
+def set_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of `calibrate-set` for what `compiler.requests.write_set` returns, with the set's path."""
+    source, coverage = made["source"], made["coverage"]
+    requests, length, tokens = coverage["requests"], coverage["length"], coverage["tokens"]
+    kept, unit = length["calibration"], length["unit"]
+    rows = [
+        ("set", made["set"]),
+        ("from", f"{source['name']}: {requests['read']:,} requests, {size(source['bytes'])}"),
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in made["dropped"].items() if count),
+        ("kept", f"{requests['kept']:,} in {coverage['strata']['kept']:,} strata of length and labels"),
+        ("calibration", f"{requests['calibration']:,} of {coverage['asked_for']['calibration']:,} asked for"),
+        ("held out", f"{requests['holdout']:,} of {coverage['asked_for']['holdout']:,} asked for"),
+        ("length", f"{kept['least']:,} to {kept['greatest']:,} {unit}, median {kept['median']:,}"),
+        (
+            "coverage",
+            f"{100 * tokens['calibration']['distinct_share']:.1f}% of {tokens['distinct']:,} {unit}, "
+            f"{100 * tokens['calibration']['occurrence_share']:.1f}% of their {tokens['occurrences']:,} occurrences",
+        ),
+    ]
+    if made["redacted"] is not None:
+        rows.append(("redacted", ", ".join(f"{count:,} {kind}" for kind, count in made["redacted"].items())))
+    return [*rows, ("digest", made["digest"]), ("report", f"{made['set']}/coverage.html")]
 
 
 def tiling_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

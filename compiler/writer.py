@@ -94,13 +94,23 @@ class EngineWriter:
                 on_progress(done, total)
         self.files[path] = file.entry()
 
+    def draft(self, manifest: Manifest) -> Path:
+        """The engine where it is being built, with a manifest that `finish` will replace, so that it can be tried out."""
+        draft = self._directory.path / MANIFEST_NAME
+        draft.write_text(manifest_text(self._complete(manifest)), encoding="utf-8")
+        return self._directory.path
+
     def finish(self, manifest: Manifest) -> Path:
         """Writes manifest.json with the records of all files written so far and puts the engine in place."""
-        complete = replace(manifest, files=dict(sorted(self.files.items())))
+        complete = self._complete(manifest)
+        (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
         read_manifest(self._directory.path)  # what the runtime would refuse is refused here
         self._directory.commit()
         return self._directory.out
+
+    def _complete(self, manifest: Manifest) -> Manifest:
+        return replace(manifest, files=dict(sorted(self.files.items())))
 
 
 def is_engine(path: Path) -> bool:

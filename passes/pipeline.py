@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import onnx_ir as ir
 from compiler.errors import CompileError
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
-from passes.base import Pass
+from passes.base import Pass, PassResult
+from passes.calibration.data import CalibrationData
 from passes.cleanup.merge_duplicates import MergeDuplicates
 from passes.cleanup.remove_identities import RemoveIdentities
 from passes.cleanup.remove_unused import RemoveUnused
@@ -20,10 +22,14 @@ from passes.fusion.fuse_add_norm import FuseAddNorm
 from passes.fusion.fuse_dequantize import FuseDequantize
 from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
+from passes.quantization.gptq_rounding import GptqRounding
 from passes.quantization.quantize_embedding import QuantizeEmbedding
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
+from passes.quantization.smooth_activations import SmoothActivations
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from passes.rotation.fold_layer_norms import FoldLayerNorms
+from passes.rotation.rotate_activations import RotateActivations
 from passes.rotation.rotate_residual import RotateResidual
 from passes.rotation.rotate_values import RotateValues
 
@@ -31,20 +37,63 @@ from passes.rotation.rotate_values import RotateValues
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
 # Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
 ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
-# W8A8 everywhere; the embedding after the linears: a tied head reads the same INT8 table
-QUANTIZATION: tuple[Pass, ...] = (QuantizeLinears(), QuantizeEmbedding())
+# What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
+ONLINE_ROTATION: tuple[Pass, ...] = (RotateActivations(),)
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
+# What makes INT8 more accurate; those of CALIBRATED look at requests
+METHODS = ("smooth", "rotate", "rotate-online", "gptq")
+CALIBRATED = ("smooth", "gptq")
 
-PRESETS: Mapping[str, tuple[Pass, ...]] = {
-    "int8": CLEANUP + ROTATION + QUANTIZATION + FUSION,
-    "int8-a16": (*CLEANUP, *ROTATION, QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION),
-    "int8-plain": CLEANUP + QUANTIZATION + FUSION,
-    "none": (*CLEANUP, FuseProjections(), FuseAddNorm()),
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset: the bits of activations (0: everything stays float32), the methods used, and the bits of the layers' weights
+    (embedding and head are INT8 also where those have 4)."""
+
+    bits: int = 8
+    methods: tuple[str, ...] = ()
+    weight_bits: int = 8
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
+    "int8-a16": Recipe(16, ("rotate", "gptq")),
+    "int8-plain": Recipe(8),
+    "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weight_bits=4),
+    "none": Recipe(0),
 }
 
 
-def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None) -> list[dict[str, Any]]:
+def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+    """The passes of a recipe, in order. Without requests those methods are left out that need some. `keep` are names of linears
+    that stay float32."""
+    if not recipe.bits:
+        return (*CLEANUP, FuseProjections(), FuseAddNorm())
+    smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
+    rotate = ROTATION if "rotate" in recipe.methods else ()
+    online = ONLINE_ROTATION if "rotate-online" in recipe.methods else ()
+    gptq = GptqRounding(data, keep=keep, weight_bits=recipe.weight_bits) if "gptq" in recipe.methods and data else None
+    # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
+    groups = (QuantizeGroups(keep=keep),) if recipe.weight_bits == 4 else ()
+    quantize = (*groups, QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
+    return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *quantize, *FUSION)
+
+
+PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}
+
+
+# Hears of the graph as it is after a pass, and before the first one with nothing else; it may read the graph and not keep it.
+OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
+
+
+def _unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    pass
+
+
+def run_pipeline(
+    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = _unheard
+) -> list[dict[str, Any]]:
     """Run the passes on the model in place; returns the manifest's record of each: name, options, changes, refusals.
 
     The graph is verified before the first pass and after each. With `dump_dir`, every stage is written there as text and as
@@ -53,6 +102,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None 
     """
     verify(model)
     _dump(model, dump_dir, 0, "frontend")
+    on_pass(None, model, None)
     records: list[dict[str, Any]] = []
     for number, step in enumerate(passes, 1):
         try:
@@ -72,6 +122,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None 
         records.append(
             {"name": step.name, "options": step.options, "changes": result.changes, "refusals": list(result.refusals)}
         )
+        on_pass(step, model, result)
     return records
 
 

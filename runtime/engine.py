@@ -123,11 +123,16 @@ class Engine:
         """Answer one prompt piece by piece; complete characters only. Several streams may be read in turn."""
         return Stream(self, self._loop, lambda on_piece: self._prepare(prompt, params, raw, on_piece))
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Float32 logits [tokens, vocabulary] after each of `token_ids`, taken as they are."""
+    def logits(self, token_ids: Sequence[int], *, start: int = 0) -> NDArray[np.float32]:
+        """Float32 logits [tokens - start, vocabulary] after each of `token_ids[start:]`, taken as they are.
+
+        A `start` saves the head's work and the memory of logits that nobody looks at; those that remain are the same.
+        """
         ids = self._check_ids(token_ids)
         self._scheduler.check_length(len(ids), "the token sequence is too long")
-        return self._loop.call(lambda: self._score(ids))
+        if not 0 <= start < len(ids):
+            raise EngineError("request", "start", found=str(start), expected=f"0 to {len(ids) - 1}, a place in the sequence")
+        return self._loop.call(lambda: self._score(ids, start))
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[ProfileHandle]:
@@ -169,21 +174,26 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _score(self, ids: list[int]) -> NDArray[np.float32]:
+    def _score(self, ids: list[int], start: int) -> NDArray[np.float32]:
         sequence = TokenSequence(ids, 0)
         batch = self._scheduler.batch
-        out = np.empty((len(ids), self.executor.vocab_size), np.float32)
-        chunk = min(batch.max_tokens, batch.max_rows)
+        out = np.empty((len(ids) - start, self.executor.vocab_size), np.float32)
         self._scheduler.admit(sequence)
         try:
             assert sequence.blocks is not None, "admitted"
             sequence.blocks.grow(len(ids))
-            for first in range(0, len(ids), chunk):
-                count = min(chunk, len(ids) - first)
-                fill(batch, sequence, 0, first, count)
-                batch.logit_rows[:count] = np.arange(count, dtype=np.int32)
-                batch.tokens = batch.rows = count
-                out[first : first + count] = self.executor.step()
+            first = 0
+            while first < len(ids):
+                wanted = max(first, start)  # the step's tokens before this one need no logits
+                end = min(len(ids), first + batch.max_tokens, wanted + batch.max_rows)
+                fill(batch, sequence, 0, first, end - first)
+                rows = max(0, end - wanted)
+                batch.logit_rows[:rows] = np.arange(wanted - first, wanted - first + rows, dtype=np.int32)
+                batch.tokens, batch.rows = end - first, rows
+                logits = self.executor.step()
+                if rows:
+                    out[wanted - start : wanted - start + rows] = logits
+                first = end
         finally:
             self._scheduler.release(sequence)
         return out

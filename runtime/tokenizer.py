@@ -34,11 +34,11 @@ class Tokenizer:
             remedy = "rebuild the engine with belle-compile build"
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; begins with BOS where the model wants it, once."""
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """Token ids; begins with BOS where the model wants it or `add_bos` says so, once."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = self.special.bos
-        if self.special.add_bos and bos is not None and ids[:1] != [bos]:
+        if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
         return ids
 

@@ -4,7 +4,8 @@
 
 Greedy: the share of the reference's tokens that come out at the same place, answers that are the same throughout, and how many
 tokens pass before the first difference. Teacher-forced, where an adapter offers logits: the same most likely token along the
-reference's answers, and the mean KL divergence from the reference in nats. Needs engines, as `python -m benchmarks.peers
+reference's answers, and the mean KL divergence from the reference in nats; the same over windows of Python's language
+documentation, with the ratio of perplexities. Needs engines, as `python -m benchmarks.peers
 smollm2-135m --prepare` makes them. Writes results/peers/agreement.json, which the report shows.
 """
 
@@ -20,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from benchmarks import machine
 from benchmarks.engines import SMOLLM2
 from benchmarks.peers import report
@@ -27,10 +30,13 @@ from benchmarks.peers.convert import Ready, prepare, prepare_all
 from benchmarks.peers.home import MODELS, PeersError, last_line, venv_python
 from benchmarks.peers.models import tensor_shapes
 from benchmarks.peers.rounds import run_worker
-from benchmarks.peers.rows import Row, choose, read_rows
+from benchmarks.peers.rows import OURS, Row, choose, read_rows
+from benchmarks.text import windows
 from runtime import host
 
-LONGEST, TIMEOUT_S = 32, 900.0
+LONGEST, TIMEOUT_S, WINDOWS = 32, 900.0, 20
+# Besides the rows of peers.toml: as fast as ours there, so only their answers are compared.
+CALIBRATED = tuple(Row(f"belle {preset}, calibrated", OURS, 8, f"{preset}+calibrated") for preset in ("int8", "int8-a16"))
 QUESTIONS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain photosynthesis to a child.",
     "List three healthy breakfast ideas.", "How do I boil an egg?", "Who wrote Romeo and Juliet?",
@@ -58,6 +64,17 @@ def tokenize(model: Path) -> list[list[int]]:
         raise PeersError(f"could not tokenize the questions: {last_line(found.stderr, found.returncode)}")
     ids: list[list[int]] = json.loads(found.stdout.splitlines()[-1])
     return ids
+
+
+def documentation(model: Path) -> list[list[int]]:
+    """Windows that no calibration of the benchmarks looks at."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    return windows(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 0, WINDOWS)[1]
+
+
+def as_answers(texts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Each text as the answer to its own first token."""
+    return {"prompts": [ids[:1] for ids in texts], "answers": [ids[1:] for ids in texts]}
 
 
 def agreement(reference: list[list[int]], answers: list[list[int]], limit: int, eos: int) -> tuple[float, int, float]:
@@ -93,9 +110,12 @@ def compare(ready: list[Ready], model: Path, threads: int) -> list[dict[str, Any
             raise PeersError(f"the reference failed: {greedy['error']}")
         reference = greedy["answers"]
         forced = {"work": "teacher", "answers": reference}
-        first = run(reference_row, {**forced, "save_to": logits})
-        if "error" in first:
-            raise PeersError(f"the reference failed: {first['error']}")
+        text = str(Path(folder) / "text.npy")
+        read = {"work": "teacher", **as_answers(documentation(model))}
+        for work, path in ((forced, logits), (read, text)):
+            first = run(reference_row, {**work, "save_to": path})
+            if "error" in first:
+                raise PeersError(f"the reference failed: {first['error']}")
         for one in ready:
             line: dict[str, Any] = {"name": one.row.name}
             answers = run(one, {"work": "greedy"})
@@ -105,6 +125,7 @@ def compare(ready: list[Ready], model: Path, threads: int) -> list[dict[str, Any
             share, whole, before = agreement(reference, answers["answers"], LONGEST, eos)
             line |= {"greedy": round(share, 4), "same_answers": whole, "before_difference": round(before, 2)}
             line["teacher"] = run(one, {**forced, "compare_with": logits}).get("teacher")
+            line["text"] = run(one, {**read, "compare_with": text}).get("teacher") if line["teacher"] else None
             found.append(line)
             print(json.dumps(line), file=sys.stderr, flush=True)
     return found
@@ -120,7 +141,7 @@ def main() -> None:
     try:
         if not tensor_shapes(model):
             raise PeersError(f"no checkpoint in {model}: run python -m benchmarks.peers {SMOLLM2} --prepare")
-        ready, failed = prepare_all(choose(read_rows(), SMOLLM2, arguments.only), model, {})
+        ready, failed = prepare_all(choose([*read_rows(), *CALIBRATED], SMOLLM2, arguments.only), model, {})
         rows = compare(ready, model, arguments.threads) + [{"name": row.name, "error": error} for row, error in failed]
     except PeersError as error:
         raise SystemExit(f"peers: {error}.") from None

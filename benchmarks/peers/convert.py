@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import tokenizers
+
 from benchmarks.engines import SHAPES, cost
 from benchmarks.peers.home import ENGINES, LOGS, MODELS, PeersError, check_space, remove, run_logged, venv_python
 from benchmarks.peers.models import tensor_shapes, untied_embedding, weights_read
 from benchmarks.peers.rows import OURS, Row, choose, read_rows
+from benchmarks.text import windows
 
 QUANTIZE = """
 import ctypes, sys, llama_cpp
@@ -31,6 +34,7 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # enum llama_ftype
 ORT_BYTES = {"int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}  # per weight: blocks of 32 with a float32 scale
+CALIBRATION_WINDOWS = 80
 SOURCES = ("compiler", "passes", "runtime")
 
 
@@ -78,8 +82,9 @@ def sources_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _ours(model: Path, preset: str) -> Path:
-    engine = engine_path(OURS, model.name, preset).absolute()
+def _ours(model: Path, form: str) -> Path:
+    """An engine of a preset; "PRESET+calibrated": by text that nothing is judged with."""
+    engine = engine_path(OURS, model.name, form).absolute()
     stamp = engine.with_name(engine.name + ".sources")
     if (engine / "manifest.json").is_file() and stamp.is_file() and stamp.read_text().strip() == sources_digest():
         return engine
@@ -87,9 +92,23 @@ def _ours(model: Path, preset: str) -> Path:
     check_space(engine.parent, 1.1 * weights_read(model), f"the engine {engine.name}")
     stamp.unlink(missing_ok=True)
     print(f"{engine.name}: compiling", flush=True)
-    run_logged([sys.executable, "-m", "compiler", "build", model, "--quant", preset, "--force", "-o", engine], engine.name)
+    preset, _, calibrated = form.partition("+")
+    command: list[str | Path] = [sys.executable, "-m", "compiler", "build", model, "--quant", preset, "--force", "-o", engine]
+    if calibrated:
+        requests = LOGS / f"requests-{model.name}.jsonl"
+        write_requests(model, requests)
+        command += ["--calibration", requests, "--no-gate"]
+    run_logged(command, engine.name)
     stamp.write_text(sources_digest() + "\n")
     return engine
+
+
+def write_requests(model: Path, out: Path) -> None:
+    """Windows of text in the tokens of a checkpoint."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    given, _ = windows(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, CALIBRATION_WINDOWS, 0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in given), encoding="utf-8")
 
 
 def _convert(row: Row, model: Path, engine: Path, note: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import exp
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -217,7 +218,7 @@ def agreement(result: Line) -> str:
     rows = []
     for row in result["rows"]:
         if "error" in row:
-            rows.append([row["name"], f"failed: {_cell(row['error'])}", *["-"] * 4])
+            rows.append([row["name"], f"failed: {_cell(row['error'])}", *["-"] * 7])
             continue
         cells = [
             row["name"],
@@ -225,14 +226,18 @@ def agreement(result: Line) -> str:
             f"{row['same_answers']}/{result['prompts']}",
             f"{row['before_difference']:.1f}",
         ]
-        teacher = row["teacher"]
-        rows.append([*cells, *([f"{teacher['top1']:.3f}", f"{teacher['kl']:.4f}"] if teacher else ["-", "-"])])
+        teacher, text = row["teacher"], row.get("text")
+        cells += [f"{teacher['top1']:.3f}", f"{teacher['kl']:.4f}"] if teacher else ["-", "-"]
+        cells += [f"{text['top1']:.3f}", f"{text['kl']:.4f}", f"{exp(text['loss']):.4f}"] if text else ["-"] * 3
+        rows.append(cells)
     about = (
         f"{result['prompts']} chat prompts, greedy answers of at most {result['longest']} tokens, {result['date']}: share of "
         "equal tokens, answers equal throughout, tokens before the first difference; along the reference's answers, the same "
-        "most likely token and KL divergence in nats. The weights were expanded from 4 bits, so rows of 4 bits quantise twice."
+        "most likely token and KL divergence in nats, and so along windows of Python's documentation, with the ratio of "
+        "perplexities. The weights were expanded from 4 bits, so rows of 4 bits quantise twice."
     )
     header = ["engine", "greedy", "same answer", "before the first difference", "teacher-forced top-1", "KL"]
+    header += ["text: top-1", "KL", "perplexity ratio"]
     return f"## Agreement with Transformers fp32, {result['shape']}\n\n{about}\n\n{table(header, rows)}\n"
 
 

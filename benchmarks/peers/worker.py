@@ -149,13 +149,16 @@ def teacher_forced(adapter: Any, request: dict[str, Any]) -> dict[str, Any]:
     if "save_to" in request:
         np.save(request["save_to"], logits)
     reference = np.load(request.get("compare_with") or request["save_to"], mmap_mode="r")
-    same, divergence = 0, 0.0
-    for ours, theirs in zip(logits, reference, strict=True):
+    targets = [token for answer in request["answers"] for token in answer]
+    same, divergence, loss = 0, 0.0, 0.0
+    for ours, theirs, target in zip(logits, reference, targets, strict=True):
         p, q = (x.astype(np.float64) - x.max() for x in (theirs, ours))
         p, q = (x - np.log(np.exp(x).sum()) for x in (p, q))
         same += int(ours.argmax() == theirs.argmax())
         divergence += float((np.exp(p) * (p - q)).sum())
-    return {"teacher": {"positions": len(logits), "top1": same / len(logits), "kl": divergence / len(logits)}}
+        loss += float(p[target] - q[target])
+    found = {"top1": same, "kl": divergence, "loss": loss}  # loss: how much more than the reference's
+    return {"teacher": {"positions": len(logits)} | {name: value / len(logits) for name, value in found.items()}}
 
 
 def main() -> None:

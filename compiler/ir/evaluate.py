@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from compiler.ir.cache import PagedCache
 from compiler.ir.ops import attributes_of, spec_of
 from compiler.ir.signature import TensorSpec, dtype_name
 
-__all__ = ["PagedCache", "evaluate"]
+__all__ = ["PagedCache", "evaluate", "stepwise"]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +27,19 @@ def evaluate(
     Weights are read when a node needs them and dropped after it. Raises CompileError where an input is missing or has
     another dtype or shape than the graph says.
     """
+    steps = stepwise(model, inputs, cache, also=also)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: dict[str, Array] = end.value
+            return result
+
+
+def stepwise(
+    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
+) -> Generator[ir.Node, None, dict[str, Array]]:
+    """`evaluate`, a node at a time: yields each one that has run, and returns the outputs."""
     values = _checked(model, inputs)
     wanted = {*also, *(str(output.name) for output in model.graph.outputs)}
     uses = {value: len(value.uses()) for node in model.graph for value in node.outputs}
@@ -47,6 +60,7 @@ def evaluate(
             uses[value] -= sum(other is value for other in node.inputs)
             if not uses[value]:
                 del values[value]
+        yield node
     missing = wanted - result.keys()
     if missing:
         raise CompileError("evaluate", "values asked for", found=", ".join(sorted(missing)), expected="names of the graph")

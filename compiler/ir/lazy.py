@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,61 @@ Array = npt.NDArray[Any]
 
 
 def lazy(name: str, compute: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType | npt.DTypeLike) -> ir.LazyTensor:
-    """A tensor whose values `compute` returns on every read; nothing is kept.
+    """A tensor whose values `compute` returns on every read; nothing is kept but inside of `keeping`.
 
     A read raises CompileError where the result has another shape or dtype than announced.
     """
     element = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))
     expected = f"{element.numpy()}{list(shape)}"
+    key = object()
 
-    def read() -> ir.Tensor[Array]:
+    def values() -> Array:
         array = compute()
         found = f"{array.dtype}{list(array.shape)}"
         if found != expected:
             raise CompileError("weights", f"tensor {name}", found=found, expected=expected)
-        return ir.Tensor(np.ascontiguousarray(array), dtype=element, name=name)
+        return np.ascontiguousarray(array)
+
+    def read() -> ir.Tensor[Array]:
+        return ir.Tensor(_kept.read(key, values) if _kept else values(), dtype=element, name=name)
 
     return ir.LazyTensor(read, dtype=element, shape=ir.Shape(shape), name=name)
+
+
+@contextmanager
+def keeping(most: int) -> Iterator[None]:
+    """Inside, values of lazy tensors that were read last are kept, up to `most` bytes: tensors that are computed from the same
+    ones are read in one go without computing these again. What is kept cannot be written to."""
+    global _kept
+    outer, _kept = _kept, _Kept(most)
+    try:
+        yield
+    finally:
+        _kept = outer
+
+
+class _Kept:
+    """The arrays used last, by key."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._arrays: OrderedDict[object, Array] = OrderedDict()
+
+    def read(self, key: object, compute: Callable[[], Array]) -> Array:
+        """What is kept for a key, or what is computed now, as a read-only view."""
+        if key in self._arrays:
+            self._arrays.move_to_end(key)
+            return self._arrays[key]
+        array: Array = compute().view()
+        array.setflags(write=False)
+        self._arrays[key] = array
+        self._bytes += array.nbytes
+        while self._bytes > self._most:
+            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+        return array
+
+
+_kept: _Kept | None = None
 
 
 class Shared:

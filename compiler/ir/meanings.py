@@ -14,6 +14,7 @@ from compiler.ir.cache import Floats, Integers, PagedCache
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
+Nibbles = npt.NDArray[Any]  # of the type int4 that NumPy does not have and ml_dtypes adds
 Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 # Integers of quantized activations lie within +- the limit. 16 bits end at 256*127 + 127, so that an integer is 256 * high +
@@ -21,6 +22,7 @@ Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 LIMITS = {8: 127, 16: 32_639}
 # Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
+GROUP = 128  # neighbouring inputs of an output that share a scale, of INT4 weights; the last group may have fewer
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
@@ -83,6 +85,31 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     return result
 
 
+def golay_signs(size: int) -> Floats:
+    """+1 and -1: the first `size`, a power of two, of the Golay-Rudin-Shapiro sequence. No Walsh function is near it, which is
+    what it is for: neither a row's mean nor any other such pattern gathers in one channel of a Hadamard transform behind it."""
+    signs, other = np.ones(1, np.float32), np.ones(1, np.float32)
+    while len(signs) < size:
+        signs, other = np.concatenate([signs, other]), np.concatenate([signs, -other])
+    return signs
+
+
+def block_hadamard(x: Floats, *, block: int) -> Floats:
+    """Each `block` neighbours of a row times diag(signs) H: Golay's signs, then the normalized Walsh-Hadamard matrix.
+
+    The sums are butterflies, those of direct neighbours first, and scaled at the end. The matrix is orthogonal, so
+    block_hadamard(x) @ block_hadamard(weight).T is x @ weight.T but for rounding.
+    """
+    y: Floats = x.reshape(-1, block) * golay_signs(block)
+    stride = 1
+    while stride < block:
+        pairs = y.reshape(-1, 2, stride)
+        y = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        stride *= 2
+    scaled: Floats = y.reshape(x.shape) * np.float32(block**-0.5)
+    return scaled
+
+
 def quantize_tokens(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row."""
     limit = np.float32(LIMITS[bits])
@@ -101,6 +128,21 @@ def dequantize(acc: Sums, xs: Floats, ws: Floats, bias: Floats | None) -> Floats
     """(acc * ws[n]) * xs[t] + bias[n]."""
     scaled = acc.astype(np.float32) * ws * xs[:, None]
     return scaled if bias is None else scaled + bias
+
+
+def group_linear(xq: Bytes, xs: Floats, wq: Nibbles, ws: npt.NDArray[np.float16], bias: Floats | None) -> Floats:
+    """total * xs[t] + bias[n], total = (the sum of xq * wq over a group of inputs) * ws[n, group], added up group by group.
+
+    Sums of a group are exact. Groups come in the order of the inputs, from a total of 0, each product and sum in one rounding
+    (fused), the last one too. float64 stands in for that: it holds the products exactly, and the sums but for a bit far down.
+    """
+    total: Floats = np.zeros((len(xq), len(wq)), np.float32)
+    for group in range(ws.shape[1]):
+        inputs = slice(group * GROUP, (group + 1) * GROUP)
+        sums: npt.NDArray[np.float64] = xq[:, inputs].astype(np.float64) @ wq[:, inputs].astype(np.float64).T
+        total = (sums * ws[:, group].astype(np.float64) + total).astype(np.float32)
+    scaled: npt.NDArray[np.float64] = total.astype(np.float64) * xs[:, None]
+    return (scaled if bias is None else scaled + bias).astype(np.float32)
 
 
 def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats) -> Floats:
@@ -134,14 +176,18 @@ def add_norm_quantize(
     return total, *quantize_tokens(normed, bits=bits)
 
 
-def gelu_quantize(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
-    """Gelu, quantized per token."""
-    return quantize_tokens(gelu(x), bits=bits)
+def gelu_quantize(x: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
+    """Gelu, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
+    return _rotate_quantize(gelu(x), bits, hadamard)
 
 
-def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
-    """SwiGLU, quantized per token."""
-    return quantize_tokens(swiglu(gate, up), bits=bits)
+def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
+    """SwiGLU, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
+    return _rotate_quantize(swiglu(gate, up), bits, hadamard)
+
+
+def _rotate_quantize(x: Floats, bits: int, hadamard: int) -> tuple[Quantized, Floats]:
+    return quantize_tokens(block_hadamard(x, block=hadamard) if hadamard else x, bits=bits)
 
 
 def rotary_table(

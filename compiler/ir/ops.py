@@ -73,6 +73,27 @@ def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec
     return [TensorSpec(x.dtype, (*x.dims[:-1], width)) for width in widths]
 
 
+def _check_block(size: int, x: TensorSpec | None) -> None:
+    """Blocks of a Hadamard transform: whole registers of 16 floats, and whole blocks in a row."""
+    assert x is not None
+    width = x.dims[-1]
+    if size < 16 or size & (size - 1) or not isinstance(width, int) or width % size:
+        expected = f"a power of two from 16 on that divides the width {width}"
+        raise CompileError("verify", "block of the Hadamard transform", found=str(size), expected=expected)
+
+
+def _group_linear(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    spec, wq, ws = spec_of(node), given[2], given[3]
+    inferred = signature.infer(spec.inputs, spec.outputs, given, {})
+    assert wq is not None and ws is not None
+    inputs = wq.dims[1]
+    groups = -(-inputs // meanings.GROUP) if isinstance(inputs, int) else None
+    if ws.dims[1] != groups:
+        expected = f"float16[N, {groups}]: a scale for every {meanings.GROUP} of {inputs} inputs"
+        raise CompileError("verify", "input ws", found=str(ws), expected=expected)
+    return inferred
+
+
 def _identity(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
     assert given[0] is not None
     return [given[0]]
@@ -85,6 +106,7 @@ _LAST_AXIS = {
 }
 _NORM = {"kind": Attribute(str, allowed=("rms", "layer")), "epsilon": Attribute(float)}
 _BITS = {"bits": Attribute(int, 8, allowed=signature.ACTIVATION_BITS)}
+_ROTATED_BITS = _BITS | {"hadamard": Attribute(int, 0)}  # block of a BlockHadamard before the quantization; 0: there is none
 _GEMM = {
     "alpha": Attribute(float, 1.0, allowed=(1.0,)),
     "beta": Attribute(float, 1.0, allowed=(1.0,)),
@@ -121,6 +143,7 @@ SPECS: tuple[OpSpec, ...] = (
            {"approximate": Attribute(str, "none", allowed=("tanh",))}),
     # What ONNX lacks.
     OpSpec(BELLE, "SwiGLU", "gate:float32[T,F] up:float32[T,F]", "y:float32[T,F]", meanings.swiglu),
+    OpSpec(BELLE, "BlockHadamard", "x:float32[T,K]", "y:float32[T,K]", meanings.block_hadamard, {"block": Attribute(int)}),
     OpSpec(BELLE, "RotaryTable", "positions:int32[T] sequences:int32[T] inv_freq:float32[H]", "cos_sin:float32[T,2*H]",
            meanings.rotary_table, _ROTARY),
     OpSpec(BELLE, "Attention",
@@ -135,6 +158,9 @@ SPECS: tuple[OpSpec, ...] = (
            meanings.dequantize),
     OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V]", "y:float32[T,K]",
            meanings.quantized_embedding),
+    # INT4 weights with a scale per output and group of inputs: group by group, so there is no one integer product to scale.
+    OpSpec(BELLE, "GroupQuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int4[N,K] ws:float16[N,G] bias?:float32[N]",
+           "y:float32[T,N]", meanings.group_linear, rule=_group_linear),
     # Fusions.
     OpSpec(BELLE, "QuantizedLinear", "xq:int8/int16[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),
@@ -144,9 +170,10 @@ SPECS: tuple[OpSpec, ...] = (
            meanings.norm_quantize, _NORM | _BITS),
     OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
            "sum:float32[T,K] xq:int8/int16[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM | _BITS),
-    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize, _BITS),
+    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize,
+           _ROTATED_BITS),
     OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F]", "xq:int8/int16[T,F] xs:float32[T]",
-           meanings.swiglu_quantize, _BITS),
+           meanings.swiglu_quantize, _ROTATED_BITS),
 )  # fmt: skip
 
 REGISTRY: Mapping[str, OpSpec] = {spec.name: spec for spec in SPECS}
@@ -193,12 +220,16 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
     try:
         if spec.rule is not None:
             for operand, found in zip(spec.inputs, given, strict=True):
-                if found is None:
+                if found is None and not operand.optional:
                     raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
         if attributes.get("kind") == "rms" and given[-1] is not None:
             raise CompileError("verify", "input bias", found=str(given[-1]), expected="none with kind='rms'")
-        return signature.infer(spec.inputs, spec.outputs, given, attributes)
+        outputs = signature.infer(spec.inputs, spec.outputs, given, attributes)
+        block = attributes.get("block", attributes.get("hadamard") or None)
+        if block is not None:
+            _check_block(block, given[0])
+        return outputs
     except CompileError as error:
         raise CompileError(
             "verify", f"{spec.name}: {error.what}", node=str(node.name), found=error.found, expected=error.expected

@@ -13,6 +13,8 @@ from compiler.errors import CompileError
 Dim = int | str
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int4": ir.DataType.INT4,
     "int8": ir.DataType.INT8,
     "int16": ir.DataType.INT16,
     "int32": ir.DataType.INT32,

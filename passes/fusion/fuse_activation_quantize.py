@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -14,25 +15,37 @@ _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
 
 
 @dataclass(frozen=True)
-class FuseActivationQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
+class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
     """xq, xs = QuantizeTokens(Gelu(x))   becomes   xq, xs = GeluQuantize(x);   SwiGLU(gate, up) likewise; the bits are kept
 
-    Refuses when something else reads the float32 result.
+    xq, xs = QuantizeTokens(BlockHadamard(Gelu(x)))   becomes   xq, xs = GeluQuantize(x) with the attribute hadamard
+
+    Refuses when something else reads a float32 result.
     """
 
-    def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-        x = node.inputs[0] if node.op_type == "QuantizeTokens" else None
-        activation = None if x is None else x.producer()
-        return (activation, node) if activation is not None and activation.op_type in _FUSED else None
+    def pattern(self, node: ir.Node) -> tuple[ir.Node, ...] | None:
+        source = _producer(node) if node.op_type == "QuantizeTokens" else None
+        rotate = (source,) if source is not None and source.op_type == "BlockHadamard" else ()
+        activation = _producer(rotate[0]) if rotate else source
+        if activation is None or activation.op_type not in _FUSED:
+            return None
+        return (activation, *rotate, node)
 
-    def check(self, match: tuple[ir.Node, ir.Node]) -> str:
-        activation, quantize = match
-        readers = other_readers(activation.outputs[0], quantize)
-        return f"the float32 result of {activation.name} is also read by {', '.join(readers)}" if readers else ""
+    def check(self, match: tuple[ir.Node, ...]) -> str:
+        for node, reader in pairwise(match):
+            if readers := other_readers(node.outputs[0], reader):
+                return f"the float32 result of {node.name} is also read by {', '.join(readers)}"
+        return ""
 
-    def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
-        activation, quantize = match
-        node = make_node(
-            _FUSED[activation.op_type], activation.inputs, str(activation.name), attributes=attributes_of(quantize)
-        )
+    def rewrite(self, match: tuple[ir.Node, ...], graph: ir.Graph) -> Replacement:
+        activation, *rotate, quantize = match
+        attributes = attributes_of(quantize)
+        if rotate:
+            attributes["hadamard"] = attributes_of(rotate[0])["block"]
+        node = make_node(_FUSED[activation.op_type], activation.inputs, str(activation.name), attributes=attributes)
         return Replacement(match, [node], dict(zip(quantize.outputs, node.outputs, strict=True)))
+
+
+def _producer(node: ir.Node) -> ir.Node | None:
+    """Of its first input."""
+    return node.inputs[0].producer() if node.inputs[0] is not None else None

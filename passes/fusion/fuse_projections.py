@@ -16,16 +16,17 @@ from compiler.ir.lazy import Shared, lazy
 from compiler.ir.ops import spec_of
 from passes.base import Replacement, RewritePass, is_weight, other_readers
 
-_WEIGHT = {"Gemm": 1, "QuantizedLinear": 2}  # input of the weight: before it is what the linears share, the bias comes last
+# input of the weight: before it is what the linears share, the bias comes last
+_WEIGHT = {"Gemm": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}
 
 
 @dataclass(frozen=True)
 class FuseProjections(RewritePass[list[ir.Node]]):
     """a = Linear(x, wa, ba); b = Linear(x, wb, bb)   becomes   a, b = Split(Linear(x, [wa; wb], [ba; bb]))
 
-    Linear is Gemm or QuantizedLinear (so quantized graphs need FuseDequantize first). Weights, scales and biases are
-    concatenated when they are read. A linear without bias among others with one gets zeros. Refuses when a weight is
-    computed or has another reader, which would store it twice.
+    Linear is Gemm, QuantizedLinear or GroupQuantizedLinear (so INT8 graphs need FuseDequantize first). Weights, scales and
+    biases are concatenated when they are read. A linear without bias among others with one gets zeros. Refuses when a weight
+    is computed or has another reader, which would store it twice.
     """
 
     def pattern(self, node: ir.Node) -> list[ir.Node] | None:

@@ -12,6 +12,7 @@ from compiler.ir.build import make_node
 from compiler.ir.meanings import MAX_INPUTS
 from compiler.ir.ops import attributes_of
 from passes.base import PassResult, Replacement, RewritePass, is_weight
+from passes.quantization.activations import quantize_tokens, quantizer_of
 from passes.quantization.weights import quantized_weight
 
 
@@ -58,11 +59,7 @@ class QuantizeLinears(RewritePass[ir.Node]):
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
         x, weight, *bias = match.inputs
         assert x is not None and weight is not None
-        quantize = next((node for node in x.consumers() if node.op_type == "QuantizeTokens"), None)
-        new = []
-        if quantize is None:
-            quantize = make_node("QuantizeTokens", [x], f"{x.name}.quantize", attributes={"bits": self._bits(x)})
-            new.append(quantize)
+        quantize, new = quantize_tokens(x, self._bits(x))
         xq, xs = quantize.outputs
         wq, ws = quantized_weight(weight, graph)
         multiply = make_node("IntegerLinear", [xq, wq], f"{match.name}.accumulate")
@@ -71,11 +68,10 @@ class QuantizeLinears(RewritePass[ir.Node]):
 
     def _bits(self, x: ir.Value) -> int:
         """Bits of x for the linears that read it: those that it has, or 16 as soon as one of them is wide."""
-        readers = x.consumers()
-        quantize = next((node for node in readers if node.op_type == "QuantizeTokens"), None)
+        quantize = quantizer_of(x)
         if quantize is not None:
             return int(attributes_of(quantize)["bits"])
-        linears = (node for node in readers if self.pattern(node) and not _first(self.keep, node))
+        linears = (node for node in x.consumers() if self.pattern(node) and not _first(self.keep, node))
         return 16 if any(_first(self.wide, linear) for linear in linears) else self.activation_bits
 
 

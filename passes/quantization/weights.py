@@ -1,4 +1,4 @@
-"""INT8 weights with one scale per output channel, computed when they are read."""
+"""Integer weights and their scales, computed when they are read: INT8 with one per output channel, INT4 with one per group."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from compiler.errors import CompileError
 from compiler.ir.build import make_initializer
 from compiler.ir.lazy import Shared, lazy
+from compiler.ir.meanings import GROUP
+from passes.quantization import groups
 
+# In the meta of a float32 weight that is a product: Shared integers [N, K] and scales, float32 [N] or float16 [N, G] of groups
+INTEGERS, GROUPED = "integers", "grouped integers"
 _ROWS = 1024  # rows quantized at a time, so that temporaries stay small beside the weight
 
 
 def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K].
+    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K], rounded to nearest where no pass has
+    chosen integers before.
 
     The second call for the same weight returns the same two: a tied head and embedding share one table.
     """
@@ -24,12 +30,28 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     assert source is not None
     shape = source.shape.numpy()
     if f"{name}.int8" not in graph.initializers:
-        both = Shared(lambda: quantize_rows(source.numpy(), name))
+        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_rows(source.numpy(), name))
         integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8)
         scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT)
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
     return graph.initializers[f"{name}.int8"], graph.initializers[f"{name}.scale"]
+
+
+def grouped_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """Initializers <name>.int4 [N, K] and <name>.scales [N, G] of a float32 weight [N, K], rounded to nearest where no pass has
+    chosen integers before. The second call for the same weight returns the same two."""
+    name, source = str(weight.name), weight.const_value
+    assert source is not None
+    outputs, inputs = source.shape.numpy()
+    if f"{name}.int4" not in graph.initializers:
+        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name))
+        int4 = ir.DataType.INT4
+        integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), (outputs, inputs), int4)
+        scales = lazy(f"{name}.scales", lambda: both[1], (outputs, -(-inputs // GROUP)), ir.DataType.FLOAT16)
+        for tensor in (integers, scales):
+            graph.register_initializer(make_initializer(tensor))
+    return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]
 
 
 def quantize_rows(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -50,3 +72,36 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArr
         divisors = np.where(scales[rows] > 0, scales[rows], np.float32(1))[:, None]
         integers[rows] = np.clip(np.rint(block / divisors), -127, 127)
     return integers, scales
+
+
+def quantize_groups(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """int8 integers of INT4's range, the nearest to weight / scale, and float16 scales [N, G] for the least squared error.
+
+    Raises CompileError where the weight holds NaN, infinity, or what no float16 scale is large enough for.
+    """
+    outputs, inputs = weight.shape
+    integers = np.empty(weight.shape, np.int8)
+    scales = np.empty((outputs, -(-inputs // GROUP)), np.float16)
+    equal = torch.ones(inputs)
+    for start in range(0, outputs, _ROWS):
+        rows = slice(start, start + _ROWS)
+        block = torch.from_numpy(np.array(weight[rows]))
+        check_groups(block, f"tensor {name}")
+        steps = groups.group_scales(block, equal)
+        integers[rows] = groups.nearest(block, groups.every_input(steps, inputs)).numpy()
+        scales[rows] = steps.numpy()
+    return integers, scales
+
+
+def check_groups(weight: torch.Tensor, what: str) -> None:
+    """Raises CompileError where the weight cannot be INT4 integers times float16 scales."""
+    largest = float(weight.abs().max())  # NaN where there is one
+    if not largest <= groups.LARGEST:
+        expected = f"finite weights within +-{groups.LARGEST:,.0f}"
+        raise CompileError("quantize", what, found=f"a weight of magnitude {largest:,.0f}", expected=expected)
+
+
+def product(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: the weight that integers and scales of either kind stand for."""
+    steps = scales[:, None] if scales.ndim == 1 else groups.every_input(scales.float(), integers.shape[1])
+    return integers * steps

@@ -165,11 +165,14 @@ def test_page_and_plot(tmp_path: Path) -> None:
     save(tmp_path / "llama-1b.jsonl", lines())
     save(tmp_path / "smollm2-135m.jsonl", lines())
     greedy = {"name": "fast", "greedy": 0.5, "same_answers": 7, "before_difference": 9.0, "teacher": None}
-    agreement = {"shape": "smollm2-135m", "prompts": 20, "longest": 32, "date": "2026-01-01", "rows": [greedy]}
+    measured = {"positions": 9, "top1": 0.9, "kl": 0.01, "loss": 0.002}
+    forced = greedy | {"name": "read", "teacher": measured, "text": measured}
+    agreement = {"shape": "smollm2-135m", "prompts": 20, "longest": 32, "date": "2026-01-01", "rows": [greedy, forced]}
     (tmp_path / "agreement.json").write_text(json.dumps(agreement))
     page = report.write(tmp_path).read_text()
     assert page.index("## smollm2-135m") < page.index("## llama-1b") < page.index("## Agreement")
-    assert "| fast | 0.500 | 7/20 | 9.0 | - | - |" in page
+    assert "| fast | 0.500 | 7/20 | 9.0 | - | - | - | - | - |" in page
+    assert "| read | 0.500 | 7/20 | 9.0 | 0.900 | 0.0100 | 0.900 | 0.0100 | 1.0020 |" in page
     first = (tmp_path / "speed.svg").read_bytes()
     report.write(tmp_path)
     assert (tmp_path / "speed.svg").read_bytes() == first and b"belle int8" in first
@@ -245,7 +248,7 @@ def test_answers_and_logits_of_our_adapter(engine: Path, tmp_path: Path) -> None
     assert len(answers) == 2 and all(0 < len(answer) <= 5 for answer in answers)
     work = {"work": "teacher", "prompts": prompts, "answers": answers, "save_to": str(tmp_path / "logits.npy")}
     teacher = rounds.run_worker(one, work, 1, 60)["teacher"]
-    assert teacher == {"positions": sum(map(len, answers)), "top1": 1.0, "kl": 0.0}
+    assert teacher == {"positions": sum(map(len, answers)), "top1": 1.0, "kl": 0.0, "loss": 0.0}
     wrong = Ready(Row("a", "belle", 8, "int8", "threads=3"), Path(sys.executable), engine, 1.0)
     assert "unknown option 'threads=3'" in rounds.run_worker(wrong, {"work": "greedy"}, 1, 60)["error"]
 

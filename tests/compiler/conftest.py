@@ -30,11 +30,11 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         kv_cache: str,
         tune: Callable[[int, int], None] | None = None,
     ) -> Lowered:
-        program, weights, _ = lower(model, calls_before_fusion, kv_cache)
+        program, weights, _, buffers = lower(model, calls_before_fusion, kv_cache)
         kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas}
         if tune is None:
-            return Lowered(program, weights, kernels, ["avx2: built-in"], "cc 1.0")
+            return Lowered(program, weights, kernels, ["avx2: built-in"], "cc 1.0", buffers=buffers)
         tune(1, 1)
-        return Lowered(program, weights, kernels, ["avx2: measured"], "cc 1.0", TUNED)
+        return Lowered(program, weights, kernels, ["avx2: measured"], "cc 1.0", TUNED, buffers)
 
     monkeypatch.setattr(driver, "compile_graph", compile_graph)

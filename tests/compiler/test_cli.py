@@ -14,10 +14,10 @@ import click
 import pytest
 
 from compiler import cli, targets
-from compiler.driver import QUANTIZATION
 from passes.pipeline import PRESETS
 from runtime import host
 from tests.compiler.engines import write_engine
+from tests.parity.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    assert sorted(cli.cli.commands) == ["build", "inspect", "targets", "verify"]
+    assert sorted(cli.cli.commands) == ["build", "calibrate-set", "inspect", "sensitivity", "targets", "verify"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,8 @@ RUNTIME_ONLY = """
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in "torch transformers onnx onnx_ir tvm gguf safetensors rich ml_dtypes".split():
+        absent = "torch transformers onnx onnx_ir tvm gguf safetensors rich ml_dtypes rensa backports"
+        if name.partition(".")[0] in absent.split():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 from compiler.cli import main
@@ -179,10 +180,11 @@ def test_without_the_build_extra_engines_can_be_inspected_and_builds_say_what_to
         assert (done.returncode, done.stderr) == (0, "")
     done = run_runtime_only("verify", engine)
     assert done.returncode == 0 or "this host cannot run the engine" in done.stderr
-    done = run_runtime_only("build", "x", "-o", engine.parent / "new")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("belle-compile: build: the Python package ")
-    assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
+    for command in ("build", "calibrate-set"):
+        done = run_runtime_only(command, "x", "-o", engine.parent / "new")
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("belle-compile: build: the Python package ")
+        assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
 
 
 def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
@@ -211,11 +213,41 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
 def test_quantizations_are_the_presets() -> None:
     quant = next(parameter for parameter in cli.cli.commands["build"].params if parameter.name == "quant")
     assert isinstance(quant.type, click.Choice)
-    assert tuple(quant.type.choices) == tuple(PRESETS) == tuple(QUANTIZATION)
+    assert tuple(quant.type.choices) == tuple(PRESETS)
+
+
+OPTIONS = {
+    "build": {
+        "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--isa", "--template", "--dump-ir", "--calibration",
+        "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--tune",
+        "--drift", "--force",
+    },
+    "calibrate-set": {
+        "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
+        "--similarity", "--max-length", "--force",
+    },
+    "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
+}  # fmt: skip
 
 
 def test_options_are_these_and_no_more() -> None:
-    parameters = [parameter for command in cli.cli.commands.values() for parameter in command.params]
-    options = {option for parameter in parameters if isinstance(parameter, click.Option) for option in parameter.opts}
-    build = {"--target", "-o", "--output", "--quant", "--kv-cache", "--isa", "--template", "--dump-ir", "--tune", "--force"}
-    assert options == build | {"--json"}
+    for name, command in cli.cli.commands.items():
+        options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+        assert options == OPTIONS.get(name, set()) | {"--json"}
+
+
+def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    checkpoint = VARIANTS["llama_gqa"](tmp_path / "checkpoint")
+    requests = tmp_path / "requests.txt"
+    requests.write_text("".join(f"the {i} and {i * i} you\n" for i in range(40)))
+    command = ("sensitivity", checkpoint, "--calibration", requests, "--output-errors", "--tokens", 100)
+    status, out, _ = run(capsys, *command, "-o", tmp_path / "layers.svg")
+    assert status == 0 and len(out.splitlines()) == 20 and "output error" in out
+    plot = (tmp_path / "layers.svg").read_text()
+    assert plot.startswith("<svg") and plot.count("<rect") == 1 + 3 * 7 + 1
+    status, out, _ = run(capsys, *command, "-o", tmp_path / "layers.json", "--json")
+    assert status == 0 and json.loads(out) == json.loads((tmp_path / "layers.json").read_text())
+    layers = json.loads(out)["layers"]
+    assert len(layers) == 3 * 7 + 1 and layers[0]["output_error"] >= layers[-1]["output_error"] > 0
+    status, _, err = run(capsys, *command, "-o", tmp_path / "layers.txt")
+    assert status == 2 and "expected a name that ends in .json or .svg" in err

@@ -18,10 +18,12 @@ from compiler.backends.tvm.isa import AVX2
 from compiler.backends.tvm.library import compile_library
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
+from compiler.report.effects import TOKENS
 from passes.pipeline import PRESETS
 from runtime.artifact import Manifest, read_manifest, verify_files
 from runtime.program import read_program
 from tests.compiler.conftest import TUNED
+from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
@@ -58,7 +60,7 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
     assert manifest.prompt_template.name == f"belle-{family}"
     assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
-    assert manifest.quantization["scheme"] == {"none": "none", "int8-a16": "w8a16"}.get(quantization, "w8a8")
+    assert manifest.quantization["scheme"] == {"none": "none", "int8-a16": "w8a16", "int4": "w4a8"}.get(quantization, "w8a8")
     assert manifest.kernel_calls.before > manifest.kernel_calls.after > 0
     assert manifest.target.requires.memory_bytes > sum(record.bytes for record in manifest.files.values())
     program = read_program(out / "rank0")
@@ -94,7 +96,7 @@ def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     first, second = (build(BuildRequest(llama, tmp_path / name)) for name in ("a", "b"))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
@@ -102,8 +104,8 @@ def test_the_same_checkpoint_gives_the_same_bytes(llama: Path, tmp_path: Path) -
 def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     build(BuildRequest(llama, tmp_path / "engine", dump_ir=tmp_path / "ir", on_progress=lambda *told: heard.append(told)))
-    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == ["open", "digest", "optimize", "compile", "weights"]
-    for stage in ("digest", "weights"):
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == ["open", "digest", "optimize", "drift", "compile", "weights"]
+    for stage in ("digest", "drift", "weights"):
         done = [(done, total) for name, done, total in heard if name == stage]
         assert done == sorted(done) and done[-1][0] == done[-1][1] > 0
     dumped = sorted(path.name for path in (tmp_path / "ir").glob("*.txt"))
@@ -136,9 +138,9 @@ def test_tuning_is_recorded_where_it_was_asked_for(llama: Path, tmp_path: Path) 
 
 
 def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = "expected int8 or int8-a16 or int8-plain or none"
-    with pytest.raises(CompileError, match=f"^quantization: unknown preset: found 'int4', {expected}"):
-        build(BuildRequest(llama, tmp_path / "engine", quantization="int4"))
+    expected = "expected int8 or int8-a16 or int8-plain or int4 or none"
+    with pytest.raises(CompileError, match=f"^quantization: unknown preset: found 'int3', {expected}"):
+        build(BuildRequest(llama, tmp_path / "engine", quantization="int3"))
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
 
@@ -157,3 +159,20 @@ def test_without_a_c_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(CompileError, match=r"^tvm: no C compiler to link the kernels with; install one, .*apt install gcc"):
         compile_library([], AVX2)
+
+
+def test_the_report_is_a_file_of_the_engine(llama: Path, tmp_path: Path) -> None:
+    out = build(BuildRequest(llama, tmp_path / "engine"))
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    passes = page.text("passes")
+    assert f"over {TOKENS} tokens of a fixed text" in passes
+    assert all(step.name in passes for step in PRESETS["int8"])
+    assert "rank0/weights.safetensors" in page.text("built") and "config.json SHA-256" in page.text("built")
+    assert "share an arena of" in page.text("memory") and "float16" in page.text("memory")
+    assert "built without --calibration" in page.text("accuracy")
+    assert dict(terminal.engine_rows(inspection.inspect(out)))["report"] == f"{out}/report.html"
+
+
+def test_drift_can_be_left_out(llama: Path, tmp_path: Path) -> None:
+    out = build(BuildRequest(llama, tmp_path / "engine", drift=False))
+    assert "Drift: not measured: built with --no-drift." in Page((out / "report.html").read_text()).text("passes")

@@ -53,9 +53,9 @@ def test_the_same_checkpoint_gives_the_same_bytes_kernels_included(builder: Buil
 # INT8 engines
 
 
-def int8_graph(checkpoint: Path) -> ir.Model:
+def quantized_graph(checkpoint: Path, preset: str) -> ir.Model:
     graph = build_graph(open_checkpoint(checkpoint))
-    run_pipeline(graph, PRESETS["int8"])
+    run_pipeline(graph, PRESETS[preset])
     return graph
 
 
@@ -74,6 +74,14 @@ def engine_logits(directory: Path, isa: str | None, steps: list[list[int]]) -> F
         return np.concatenate([stepper.step({0: step})[0] for step in steps])
 
 
+CASES = [("bloom", "int8"), ("llama_gqa", "int8"), ("bloom", "int4"), ("llama_gqa", "int4")]
+
+
+def isas_of(variant: str, preset: str) -> tuple[str, ...]:
+    """Engines that other tests build too."""
+    return CPU.isas if (variant, preset) == ("llama_gqa", "int8") else RUNNABLE
+
+
 def prompts(checkpoint: Path, count: int = 4) -> list[list[list[int]]]:
     """Steps of one sequence each: a prompt of 21 tokens, then 4 one by one."""
     several = [random_ids(checkpoint, 25, seed) for seed in range(count)]
@@ -81,10 +89,12 @@ def prompts(checkpoint: Path, count: int = 4) -> list[list[list[int]]]:
 
 
 @pytest.mark.skipif(len(RUNNABLE) < 2, reason="needs AVX2 and AVX512-VNNI")
-@pytest.mark.parametrize("variant", ["bloom", "llama_gqa"])
-def test_all_instruction_sets_give_the_same_logits(builder: Builder, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variant", "preset"), CASES)
+def test_all_instruction_sets_give_the_same_logits(
+    builder: Builder, variant: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last bit: integers are exact, and the kernels add floats in the same order whatever the registers' width."""
-    directory = builder.engine(variant, "int8", CPU.isas if variant == "llama_gqa" else RUNNABLE)
+    directory = builder.engine(variant, preset, isas_of(variant, preset))
     steps = prompts(builder.checkpoint(variant), 1)[0]
     expected = engine_logits(directory, RUNNABLE[0], steps)
     for isa in RUNNABLE[1:]:
@@ -93,16 +103,16 @@ def test_all_instruction_sets_give_the_same_logits(builder: Builder, variant: st
         np.testing.assert_array_equal(engine_logits(directory, None, steps), expected)
 
 
-@pytest.mark.parametrize("variant", ["bloom", "llama_gqa"])
-def test_int8_logits_are_those_of_the_graph(builder: Builder, variant: str) -> None:
+@pytest.mark.parametrize(("variant", "preset"), CASES)
+def test_logits_are_those_of_the_quantized_graph(builder: Builder, variant: str, preset: str) -> None:
     """Rows are equal to a few units in the last place, or a value that lay between two integers was rounded the other way.
 
     The order of float32 sums decides such a value. It can disturb its row and, through the cache, those behind it by as much as
     quantization itself does, but no more; and it is rare: about 1 prompt in 8 has one.
     """
     checkpoint = builder.checkpoint(variant)
-    directory = builder.engine(variant, "int8", CPU.isas if variant == "llama_gqa" else RUNNABLE)
-    graph, unquantized = int8_graph(checkpoint), build_graph(open_checkpoint(checkpoint))
+    directory = builder.engine(variant, preset, isas_of(variant, preset))
+    graph, unquantized = quantized_graph(checkpoint, preset), build_graph(open_checkpoint(checkpoint))
     exact = []
     for steps in prompts(checkpoint):
         found = engine_logits(directory, None, steps)
@@ -111,7 +121,8 @@ def test_int8_logits_are_those_of_the_graph(builder: Builder, variant: str) -> N
         fp32 = np.concatenate([original.step({0: step})[0] for step in steps])
         scale = np.abs(fp32).max()
         error, quantization_error = np.abs(found - meant) / scale, np.abs(meant - fp32) / scale
-        assert 0.001 < quantization_error.mean() < 0.05, "quantization shows, and is quantization only"
+        most = 0.05 if preset == "int8" else 0.2
+        assert 0.001 < quantization_error.mean() < most, "quantization shows, and is quantization only"
         assert error.mean() < quantization_error.mean() / 4
         exact.extend(error.max(axis=1) < 1e-6)
     assert np.mean(exact) > 0.5, f"{np.mean(exact):.2f} of the rows are equal"
@@ -136,7 +147,7 @@ out, *checkpoints = sys.argv[1:]
 for checkpoint in checkpoints:
     finished, sizes = threading.Event(), [0]
     threading.Thread(target=watch, args=(finished, sizes), daemon=True).start()
-    build(BuildRequest(checkpoint, Path(out), isas=("avx2",), force=True))
+    build(BuildRequest(checkpoint, Path(out), isas=("avx2",), force=True, drift=False))
     finished.set()
     print(max(sizes), Path(out, "rank0/kernels-avx2.so").read_text())
 """
@@ -159,7 +170,8 @@ def test_memory_of_a_build_does_not_grow_with_the_number_of_layers(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     _, (peak_few, *kernels_few), (peak_many, *kernels_many) = map(str.split, done.stdout.splitlines())
     assert kernels_few == kernels_many
-    assert int(peak_many) - int(peak_few) < LAYER_BYTES, f"{done.stdout}a layer has {LAYER_BYTES} bytes"
+    # Six layers more; the allocator keeps up to one layer more or less from run to run.
+    assert int(peak_many) - int(peak_few) < 2 * LAYER_BYTES, f"{done.stdout}a layer has {LAYER_BYTES} bytes"
 
 
 # Engines that do not fit

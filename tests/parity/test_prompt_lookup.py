@@ -12,8 +12,10 @@ from runtime import Engine, SamplingParams
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.variants import random_ids
 
+CASES = [("llama_gqa", "none"), ("llama_gqa", "int8"), ("bloom_3_heads", "int8"), ("llama_gqa", "int4")]
 
-@pytest.fixture(scope="module", params=[("llama_gqa", "none"), ("llama_gqa", "int8"), ("bloom_3_heads", "int8")], ids="-".join)
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest, builder: Builder) -> Iterator[tuple[Path, Engine]]:
     """A checkpoint and its loaded engine."""
     variant, quantization = request.param

@@ -28,7 +28,8 @@ TOLERANCE = 1e-3  # activations are as good as exact; what is left is mostly val
 def unrotated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
     """Builds int8-a16 without rotations: the reference rounds the checkpoint's own weights."""
     linears = QuantizeLinears(activation_bits=16)
-    monkeypatch.setattr(driver, "PRESETS", {"int8-a16": (*CLEANUP, linears, QuantizeEmbedding(), *FUSION)})
+    passes = (*CLEANUP, linears, QuantizeEmbedding(), *FUSION)
+    monkeypatch.setattr(driver, "passes_of", lambda recipe, data=None, keep=(): passes)
     return Builder(tmp_path)
 
 

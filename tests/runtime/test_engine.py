@@ -154,6 +154,11 @@ def test_logits_are_those_of_every_prefix() -> None:
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, [hash_rule(ids[: i + 1]) for i in range(len(ids))])
         np.testing.assert_array_equal(engine.logits(ids[:2]), found[:2])
+        for start in range(len(ids)):
+            np.testing.assert_array_equal(engine.logits(ids, start=start), found[start:])
+        for start in (-1, len(ids)):
+            with pytest.raises(EngineError, match=f"start: found {start}, expected 0 to 10, a place in the sequence"):
+                engine.logits(ids, start=start)
 
 
 def test_chat_messages_and_raw_text() -> None:

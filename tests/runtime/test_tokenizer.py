@@ -95,6 +95,8 @@ def test_bos_is_added_once_and_only_where_wanted() -> None:
     assert tokenizer.encode("hello")[0] == 1 and tokenizer.encode("hello")[1] != 1
     assert tokenizer.encode("<s>hello") == tokenizer.encode("hello")
     assert BYTES.encode("hello")[0] != 1
+    assert tokenizer.encode("hello", add_bos=False) == BYTES.encode("hello")
+    assert BYTES.encode("hello", add_bos=True) == tokenizer.encode("hello")
 
 
 def test_saved_truncation_and_padding_are_off() -> None:

@@ -11,17 +11,19 @@ if TYPE_CHECKING:
 
     from compiler.backends.tvm.kernels.base import Kernel
     from compiler.backends.tvm.lower import PackedWeight
+    from compiler.backends.tvm.memory_plan import PlannedBuffer
     from compiler.backends.tvm.tuning.table import TilingTable
     from runtime.program import Program
 
 CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; append to the cache, attend. Others: one
+WITHOUT_KERNEL = frozenset({"Identity", "IntegerLinear", "Dequantize"})  # passes remove or fuse these
 
 
 @dataclass(frozen=True)
 class Lowered:
     """A graph as an engine holds it. `kernels` are the shared libraries by file name; `tilings` says for each instruction set
     where the kernels' tilings come from, `c_compiler` what compiled the code around the kernels, `tuned` is what was measured
-    for this build."""
+    for this build. `buffers` is what the program's arena holds, in order of the calls that write it first."""
 
     program: Program
     weights: Sequence[PackedWeight]
@@ -29,11 +31,17 @@ class Lowered:
     tilings: Sequence[str] = ()
     c_compiler: str = ""
     tuned: TilingTable | None = None
+    buffers: Sequence[PlannedBuffer] = ()
 
 
 def count_kernel_calls(model: ir.Model) -> int:
     """Kernel calls of one step of a graph, whether or not it could be lowered as it is."""
     return sum(CALLS_OF_OP.get(node.op_type, 1) for node in model.graph)
+
+
+def can_lower(model: ir.Model) -> bool:
+    """Whether every op of a graph has a kernel as it is."""
+    return not any(node.op_type in WITHOUT_KERNEL for node in model.graph)
 
 
 def compile_graph(
@@ -54,7 +62,7 @@ def compile_graph(
     from compiler.backends.tvm.lower import lower
     from compiler.backends.tvm.tuning.table import processors, read_table
 
-    program, weights, kernels = lower(model, calls_before_fusion, kv_cache)
+    program, weights, kernels, buffers = lower(model, calls_before_fusion, kv_cache)
     tuned = _tune(program, kernels, isas, tune) if tune else None
     tables = []
     for isa in isas:
@@ -68,7 +76,7 @@ def compile_graph(
         tables += [common, *own]
     libraries = {table.library: compile_library(kernels, ISAS[table.isa], table) for table in tables}
     sources = [table.describe() for table in tables]
-    return Lowered(program, weights, libraries, sources, compiler_version(), tuned)
+    return Lowered(program, weights, libraries, sources, compiler_version(), tuned, buffers)
 
 
 def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> bool:

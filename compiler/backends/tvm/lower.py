@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.kernels.base import ROW_ALIGNMENT, Kernel, View, round_up
-from compiler.backends.tvm.memory_plan import Lifetime, plan_memory
+from compiler.backends.tvm.memory_plan import Lifetime, PlannedBuffer, plan_memory
 from compiler.errors import CompileError
 from compiler.ir.ops import attributes_of
 from runtime.program import KV, Arena, Arg, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
@@ -146,6 +146,18 @@ class Lowering:
             f"{name}.correction", "int32", (size,), lambda: packing.pack_vector(packing.correction(tensor.numpy()))
         )
 
+    def int4_panels(self, value: ir.Value | None) -> Weight:
+        """int4 [outputs, inputs] in panels, two weights a byte."""
+        tensor, name = _tensor(value)
+        shape = packing.int4_panels_shape(*_matrix(tensor))
+        return self._weight(name, "uint8", shape, lambda: packing.pack_int4(tensor.numpy().astype(np.int8)))
+
+    def group_scales(self, value: ir.Value | None) -> Weight:
+        """float16 [outputs, groups] in panels."""
+        tensor, name = _tensor(value)
+        shape = packing.group_scales_shape(*_matrix(tensor))
+        return self._weight(name, "float16", shape, lambda: packing.pack_group_scales(tensor.numpy()))
+
     def float_panels(self, value: ir.Value | None) -> Weight:
         """float32 [outputs, inputs] in panels."""
         tensor, name = _tensor(value)
@@ -172,15 +184,15 @@ def _matrix(tensor: ir.TensorProtocol) -> tuple[int, int]:
 
 def lower(
     model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto"
-) -> tuple[Program, list[PackedWeight], list[Kernel]]:
-    """The program, the weights in the order of their first use, and the kernels of a graph.
+) -> tuple[Program, list[PackedWeight], list[Kernel], list[PlannedBuffer]]:
+    """The program, the weights in the order of their first use, the kernels and the buffers of a graph.
 
     `kv_cache` is the type of the KV cache; "auto" is float16 with quantized linear layers, else float32.
     """
     from compiler.backends.tvm.rules import RULES
 
     metadata = model.metadata_props
-    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear") for node in model.graph)
+    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear", "GroupQuantizedLinear") for node in model.graph)
     kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
     layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
     lowering = Lowering(model, kv_dtype, layers, -(-int(metadata["max_position"]) // 16))
@@ -193,7 +205,8 @@ def lower(
             )  # fmt: skip
         rule(lowering, node, attributes_of(node))
     logits = lowering.place(model.graph.outputs[0])
-    offsets, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
+    buffers, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
+    offsets = {buffer: planned.offset for buffer, planned in buffers.items()}
     calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
     program = Program(
         max_tokens=MAX_TOKENS,
@@ -207,21 +220,27 @@ def lower(
         calls=calls,
         kernel_calls=FusionCalls(calls_before_fusion, len(calls)),
     )
-    return program, list(lowering.weights.values()), list({call.kernel: None for call in lowering.calls})
+    kernels = list({call.kernel: None for call in lowering.calls})
+    return program, list(lowering.weights.values()), kernels, list(buffers.values())
 
 
 def _buffers(call: PendingCall) -> Iterable[Buffer]:
     return (operand.buffer for operand in call.operands if isinstance(operand, Place))
 
 
-def _place_buffers(calls: list[PendingCall], logits: Buffer) -> tuple[dict[Buffer, int], int]:
+def _place_buffers(calls: list[PendingCall], logits: Buffer) -> tuple[dict[Buffer, PlannedBuffer], int]:
     spans: dict[Buffer, tuple[int, int]] = {}
     for index, call in enumerate(calls):
         for buffer in _buffers(call):
             spans[buffer] = (spans.get(buffer, (index, index))[0], index)
     spans[logits] = (spans[logits][0], len(calls))
     plan = plan_memory([Lifetime(buffer.bytes, first, last) for buffer, (first, last) in spans.items()])
-    return dict(zip(spans, plan.offsets, strict=True)), plan.arena_bytes
+    placed = zip(spans.items(), plan.offsets, strict=True)
+    planned = {
+        buffer: PlannedBuffer(calls[first].node, offset, buffer.bytes, first, last)
+        for (buffer, (first, last)), offset in placed
+    }
+    return planned, plan.arena_bytes
 
 
 def _finish(call: PendingCall, offsets: dict[Buffer, int], weights: dict[str, PackedWeight]) -> Call:

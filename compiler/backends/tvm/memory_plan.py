@@ -21,6 +21,20 @@ class Lifetime:
 
 
 @dataclass(frozen=True)
+class PlannedBuffer:
+    """A buffer of `bytes` at `offset` of the arena, from call `first`, of graph node `node`, to call `last` inclusive.
+
+    That of the logits lives for one call more than there are.
+    """
+
+    node: str
+    offset: int
+    bytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Byte offset of every buffer, in the order given, and the size of the arena."""
 

@@ -25,6 +25,33 @@ def pack_int8(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     return np.ascontiguousarray(padded.reshape(panels, PANEL, groups, 4).transpose(0, 2, 1, 3))
 
 
+def int4_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
+    """[outputs/16][inputs/8][16][4]"""
+    panels, groups, _, _ = int8_panels_shape(outputs, inputs)
+    return (panels, groups // 2, PANEL, 4)
+
+
+def pack_int4(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """[outputs, inputs] of -8..7 to the panels of int8, every two steps of 4 inputs in one: the first in the low halves of the
+    bytes, the second in the high ones. They hold 0..15, the weight + 8; padding is a weight of zero."""
+    steps = (pack_int8(weight) + 8).astype(np.uint8)
+    packed: npt.NDArray[np.uint8] = steps[:, 0::2] | (steps[:, 1::2] << 4).astype(np.uint8)
+    return packed
+
+
+def group_scales_shape(outputs: int, groups: int) -> tuple[int, int, int]:
+    """[outputs/16][groups][16], an even number of panels: a tensor has a multiple of 64 bytes"""
+    return (round_up(outputs, 2 * PANEL) // PANEL, groups, PANEL)
+
+
+def pack_group_scales(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    """[outputs, groups] to panels; padding is zero."""
+    panels, groups, _ = group_scales_shape(*scales.shape)
+    padded = np.zeros((panels * PANEL, groups), np.float16)
+    padded[: scales.shape[0]] = scales
+    return np.ascontiguousarray(padded.reshape(panels, PANEL, groups).transpose(0, 2, 1))
+
+
 def float_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
     """[outputs/16][inputs][16]"""
     return (round_up(outputs, PANEL) // PANEL, inputs, PANEL)

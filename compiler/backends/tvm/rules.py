@@ -12,6 +12,8 @@ from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
+from compiler.backends.tvm.kernels.group_linear import GroupLinear
+from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm
 from compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
@@ -93,6 +95,15 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
     low.call(kernel, node, out.buffer.rows, *operands, out)
 
 
+def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    xq, xs, bias = low.place(node.inputs[0]), low.place(node.inputs[1]), _input(node, 4)
+    out = low.allocate(node.outputs[0])
+    kernel = GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    operands: list[Operand] = [xq, xs, low.int4_panels(node.inputs[2]), low.group_scales(node.inputs[3])]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
 def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x = low.place(node.inputs[0])
     xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
@@ -126,10 +137,18 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
         x = low.place(node.inputs[0])
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
         outputs = [low.allocate(output) for output in node.outputs]
-        kernel = Activation(kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes)
+        kernel = Activation(
+            kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
+            attributes.get("hadamard") or None,
+        )  # fmt: skip
         low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *outputs)
 
     return rule
+
+
+def block_hadamard(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, out = low.place(node.inputs[0]), low.allocate(node.outputs[0])
+    low.call(BlockHadamard(x.width, attributes["block"], x.view, out.view), node, out.buffer.rows, x, out)
 
 
 def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
@@ -171,9 +190,11 @@ RULES: dict[str, Rule] = {
     "GeluQuantize": _activation_rule("gelu", quantizes=True),
     "SwiGLU": _activation_rule("swiglu", quantizes=False),
     "SwiGLUQuantize": _activation_rule("swiglu", quantizes=True),
+    "BlockHadamard": block_hadamard,
     "QuantizeTokens": quantize_tokens,
     "QuantizedEmbedding": quantized_embedding,
     "QuantizedLinear": quantized_linear,
+    "GroupQuantizedLinear": group_linear,
     "RotaryTable": rotary_table,
     "Attention": attention,
 }

@@ -92,6 +92,11 @@ def splat_i32(value: int, lanes: int = LANES) -> Expr:
     return T.broadcast(T.int32(value), lanes) if lanes > 1 else T.int32(value)
 
 
+def constants(values: Sequence[float]) -> Expr:
+    """One float32 constant for each lane."""
+    return T.Shuffle([T.float32(value) for value in values], [T.int32(lane) for lane in range(len(values))])
+
+
 def pure(dtype: str, intrinsic: str, *args: Expr) -> Expr:
     """A call to an LLVM intrinsic without side effects."""
     return T.call_llvm_pure_intrin(dtype, intrinsic, *args)

@@ -13,7 +13,7 @@ import pytest
 from compiler.errors import CompileError
 from compiler.ir.build import GraphBuilder
 from compiler.ir.evaluate import PagedCache, evaluate
-from compiler.ir.lazy import Shared, lazy
+from compiler.ir.lazy import Shared, keeping, lazy
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
 
@@ -146,6 +146,32 @@ def test_lazy_reads_on_every_use_and_checks_what_it_gets() -> None:
         wrong.numpy()
     with pytest.raises(CompileError, match=r"found float32\[2, 3\], expected int8\[2, 3\]"):
         lazy("w", compute, (2, 3), np.int8).numpy()
+
+
+def test_values_read_last_are_kept_inside_of_keeping() -> None:
+    computed = []
+
+    def tensor(name: str) -> ir.LazyTensor:
+        def compute() -> np.ndarray:
+            computed.append(name)
+            return np.zeros(25, np.float32)
+
+        return lazy(name, compute, (25,), np.float32)
+
+    a, b, c = map(tensor, "abc")
+    with keeping(200):
+        assert [each.numpy().nbytes for each in (a, b, a, b)] == [100] * 4 and computed == ["a", "b"]
+        with pytest.raises(ValueError, match="read-only"):
+            a.numpy()[0] = 1
+        c.numpy(), a.numpy()  # b was read before a, and goes
+        assert computed == ["a", "b", "c"]
+        b.numpy()
+        assert computed == ["a", "b", "c", "b"]
+    with keeping(99):
+        a.numpy(), a.numpy()
+        assert computed[4:] == ["a", "a"]
+    a.numpy()[0] = 1
+    assert computed[6:] == ["a"]
 
 
 def test_shared_keeps_the_last_source_only() -> None:

@@ -92,6 +92,42 @@ def test_quantized_ops_are_their_parts() -> None:
     np.testing.assert_array_equal(meanings.quantized_embedding(np.array([3, 3, 0], np.int32), wq, ws)[2], wq[0] * ws[0])
 
 
+@pytest.mark.parametrize(("width", "block"), [(48, 16), (64, 64), (1536, 512)])
+def test_block_hadamard(width: int, block: int) -> None:
+    """The matrix, written out: signs, then (-1)**(number of ones that two indices share in binary) / sqrt(block)."""
+    ones = np.array([[bin(i & j).count("1") for i in range(block)] for j in range(block)])
+    neighbours = np.array([bin(i & i >> 1).count("1") for i in range(block)])
+    signs = (-1.0) ** neighbours
+    np.testing.assert_array_equal(meanings.golay_signs(block), signs)
+    matrix = np.kron(np.eye(width // block), signs[:, None] * (-1.0) ** ones / block**0.5)
+    x, weight = floats(5, width), floats(7, width)
+    found = meanings.block_hadamard(x, block=block)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, x @ matrix, rtol=0, atol=2e-6)
+    product = found @ meanings.block_hadamard(weight, block=block).T
+    np.testing.assert_allclose(product, x @ weight.T, rtol=0, atol=1e-4)
+
+
+def test_block_hadamard_gathers_nothing_in_one_channel() -> None:
+    """Neither one outlier nor the mean of a row, which a Hadamard matrix alone would put into its first channel."""
+    outlier, mean = np.zeros((1, 512), np.float32), np.ones((1, 512), np.float32)
+    outlier[0, 17] = 1
+    assert np.abs(meanings.block_hadamard(outlier, block=512)).max() == pytest.approx(512**-0.5)
+    assert np.abs(meanings.block_hadamard(mean, block=512)).max() == pytest.approx(2**0.5)
+
+
+def test_activations_are_rotated_before_they_are_quantized() -> None:
+    x, up = floats(4, 96), floats(4, 96)
+    for bits in (8, 16):
+        for found, activated in (
+            (meanings.gelu_quantize(x, bits=bits, hadamard=32), meanings.gelu(x)),
+            (meanings.swiglu_quantize(x, up, bits=bits, hadamard=32), meanings.swiglu(x, up)),
+        ):
+            expected = meanings.quantize_tokens(meanings.block_hadamard(activated, block=32), bits=bits)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 def rotary(positions: list[int], sequences: list[int], config: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
     """(found, expected) [T, D]; Transformers sees each sequence alone, as a step's batch of one."""
     module = LlamaRotaryEmbedding(config)

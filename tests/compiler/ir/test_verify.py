@@ -197,6 +197,21 @@ def test_rms_has_no_bias() -> None:
         make_node("NormQuantize", [x, w, w], "n", attributes={"kind": "rms", "epsilon": 1e-5})
 
 
+@pytest.mark.parametrize("block", [0, -16, 8, 24, 64])
+def test_blocks_of_a_hadamard_transform(block: int) -> None:
+    b = GraphBuilder()
+    x = b.op("Gather", b.weight("table", np.ones((10, 96), np.float32)), b.inputs.token_ids, name="embed")
+    message = (
+        rf"block of the Hadamard transform \(node n\): found {block}, expected a power of two from 16 on that divides .* 96"
+    )
+    with pytest.raises(CompileError, match=message):
+        make_node("BlockHadamard", [x], "n", attributes={"block": block})
+    if block:
+        with pytest.raises(CompileError, match=f"GeluQuantize: {message}"):
+            make_node("GeluQuantize", [x], "n", attributes={"hadamard": block})
+    assert make_node("BlockHadamard", [x], "n", attributes={"block": 32}).outputs[0].shape == ir.Shape(["T", 96])
+
+
 def test_bits_of_activations() -> None:
     """Integers of 8 and 16 bits and their sums go together, through all ops."""
     b = GraphBuilder()
@@ -216,6 +231,23 @@ def test_bits_of_activations() -> None:
     model.graph.node("quantize.16").attributes["bits"] = ir.AttrInt64("bits", 8)
     with pytest.raises(CompileError, match=r"output quantize.16.xq .*: found int16\[T, 8\], expected int8\[T, 8\]"):
         verify(model)
+
+
+def test_scales_of_groups() -> None:
+    """One for every 128 inputs, the last of which may be fewer."""
+    b = GraphBuilder()
+    x = b.op("Gather", b.weight("table", np.ones((10, 300), np.float32)), b.inputs.token_ids, name="embed")
+    xq, xs = b.ops("QuantizeTokens", x, name="quantize")
+    wq = b.weight("wq", np.ones((3, 300), ir.DataType.INT4.numpy()))
+    ws, two = (b.weight(f"ws.{groups}", np.ones((3, groups), np.float16)) for groups in (3, 2))
+    bias = b.weight("bias", np.ones(3, np.float32))
+    for name, biases in (("y", ()), ("z", (bias,))):
+        assert str(TensorSpec.of(b.op("GroupQuantizedLinear", xq, xs, wq, ws, *biases, name=name))) == "float32[T, 3]"
+    message = r"input ws \(node m\): found float16\[3, 2\], expected float16\[N, 3\]: a scale for every 128 of 300 inputs"
+    with pytest.raises(CompileError, match=message):
+        make_node("GroupQuantizedLinear", [xq, xs, wq, two], "m")
+    with pytest.raises(CompileError, match=r"input wq \(node m\): found int8\[3, 300\], expected int4\[N, K\]"):
+        make_node("GroupQuantizedLinear", [xq, xs, b.weight("w8", np.ones((3, 300), np.int8)), ws], "m")
 
 
 def test_split_sizes() -> None:

@@ -11,6 +11,7 @@ import pytest
 from passes.base import PassResult
 from passes.fusion.fuse_dequantize import FuseDequantize
 from passes.fusion.fuse_projections import FuseProjections, joined
+from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
@@ -45,6 +46,15 @@ def test_same_results(biases: list[bool]) -> None:
     model = projections(biases)
     before, _ = check_pass(FuseProjections(), model)
     assert_same_results(before, model, rtol=1e-6)  # a BLAS may sum a wider matrix in another order
+
+
+@pytest.mark.parametrize("biases", [[False, False], [True, False, True]])
+def test_same_results_with_int4_weights(biases: list[bool]) -> None:
+    model = projections(biases)
+    assert QuantizeGroups().run(model).changes == len(biases)
+    before, result = check_pass(FuseProjections(), model)
+    assert result == PassResult(1) and count(model, "GroupQuantizedLinear") == 1
+    assert_same_results(before, model)
 
 
 def test_llama_fuses_both_groups_of_each_layer() -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.hadamard import transform_row
 from compiler.backends.tvm.kernels.rowwise import each, quantize_row
 from compiler.backends.tvm.tir import Buffer, Expr
 
@@ -17,7 +18,8 @@ from compiler.backends.tvm.tir import Buffer, Expr
 class Activation(Kernel):
     """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
 
-    With `quantize`, the result has 8 bits for each of `planes`.
+    With `quantize`, the result has 8 bits for each of `planes`. With `hadamard`, blocks of so many channels are transformed
+    before.
     """
 
     kind: ClassVar[str] = "activation"
@@ -28,6 +30,7 @@ class Activation(Kernel):
     up: View | None
     out: View
     planes: int = 1
+    hadamard: int | None = None
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         up = (("up", "float32"),) if self.up else ()
@@ -49,6 +52,8 @@ class Activation(Kernel):
 
             kept, start = (tir.local(self.width), tir.i64(0)) if self.quantize else (named["out"], tir.bind(self.out.row(row)))
             each(self.width, lambda c, lanes: tir.store(kept, start + c, value(c, lanes), lanes))
+            if self.hadamard:
+                transform_row(self.width, self.hadamard, kept, start, kept, start)
             if self.quantize:
                 quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
                              self.planes)  # fmt: skip

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.activation import Activation
 from compiler.backends.tvm.kernels.base import Kernel, View
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
+from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm
 from compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from compiler.backends.tvm.kernels.rotary import RotaryTable
 from compiler.backends.tvm.kernels.rows import Add, GatherRows
+from compiler.backends.tvm.library import compile_library
 from compiler.backends.tvm.packing import pack_float, pack_int8, pack_vector
 from compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
+from tests.compiler.backends.tvm.tuning.test_candidates import inner_loops
 
 WIDTHS = (5, 37, 64, 176)
 PLANES = {5: (1,), 37: (1, 2), 64: (1,), 176: (1, 2)}  # of quantized results of each width, to save compiling some
@@ -46,11 +52,15 @@ def norm(kind: str, width: int, *, add: bool, planes: int = 0, total: bool = Tru
                 view if add and total else None, out, planes or 1)  # fmt: skip
 
 
-def activation(function: str, width: int, planes: int = 0) -> Activation:
+def activation(function: str, width: int, planes: int = 0, hadamard: int | None = None) -> Activation:
     swiglu = function == "swiglu"
     x = View(own(2 * width).stride)
     up, out = View(x.stride, width) if swiglu else None, quantized(width, planes or 1)
-    return Activation(function, width, planes > 0, x, up, out, planes or 1)
+    return Activation(function, width, planes > 0, x, up, out, planes or 1, hadamard)
+
+
+def block_hadamard(width: int, block: int) -> BlockHadamard:
+    return BlockHadamard(width, block, part(width), own(width))
 
 
 def quantize_tokens(width: int, planes: int) -> QuantizeTokens:
@@ -61,10 +71,16 @@ NORMS = [norm(kind, width, add=add, planes=planes) for kind in ("layer", "rms") 
          for planes in (0, *PLANES[width])]  # fmt: skip
 SUM_UNUSED = norm("rms", 37, add=True, total=False)
 ACTIVATIONS = [activation(f, width, planes) for f in ("gelu", "swiglu") for width in WIDTHS for planes in (0, *PLANES[width])]
+# (width, block): one vector, one visit to memory, two and three; some of them several blocks
+HADAMARDS = [(176, 16), (96, 32), (64, 64), (384, 128), (1536, 512)]
+ROTATED = [activation(f, width, planes, block) for f in ("gelu", "swiglu") for width, block in (HADAMARDS[0], HADAMARDS[-1])
+           for planes in (1, 2)]  # fmt: skip
 ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 2048, 10000.0),
             RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
 KERNELS: list[Kernel] = [
-    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTARIES,
+    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES,
+    *[activation(kernel.function, kernel.width) for kernel in ROTATED],
+    *[block_hadamard(*shape) for shape in HADAMARDS],
     *[quantize_tokens(width, planes) for width in WIDTHS for planes in (1, 2)],
     *[GatherRows(width, part(width), own(width)) for width in WIDTHS],
     *[Add(width, part(width), own(width), own(width)) for width in WIDTHS],
@@ -176,6 +192,43 @@ def test_activation(library: Library, kernel: Activation, rows: int) -> None:
         xq, xs = garbage((rows, quantizing.out.stride), np.uint8), garbage(rows)
         library.call(quantizing, ints(rows), *buffers, xq, xs)
         assert_quantized(xq, xs, out[:, :width], planes)
+
+
+@pytest.mark.parametrize(("width", "block"), HADAMARDS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_block_hadamard_is_exact(library: Library, width: int, block: int, rows: int) -> None:
+    kernel = block_hadamard(width, block)
+    x, out = values(rows, width), garbage((rows, kernel.out.stride))
+    library.call(kernel, ints(rows), place(x, kernel.x), out)
+    np.testing.assert_array_equal(out[:, :width], meanings.block_hadamard(x, block=block))
+    assert np.isnan(out[:, width:]).all()
+
+
+@pytest.mark.parametrize("kernel", ROTATED, ids=lambda k: k.name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_activation_with_hadamard(library: Library, kernel: Activation, rows: int) -> None:
+    """Exactly the meaning's, for the floats that the activation alone gives."""
+    plain, width = activation(kernel.function, kernel.width), kernel.width
+    buffers = [place(values(rows, 2 * width), View(kernel.x.stride))] * (2 if kernel.up else 1)
+    out = garbage((rows, plain.out.stride))
+    library.call(plain, ints(rows), *buffers, out)
+    xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
+    library.call(kernel, ints(rows), *buffers, xq, xs)
+    assert kernel.hadamard is not None
+    assert_quantized(xq, xs, meanings.block_hadamard(out[:, :width], block=kernel.hadamard), kernel.planes)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.parametrize("isa", [AVX2, AVX512VNNI], ids=lambda isa: isa.name)
+def test_hadamard_loops_are_vectors_in_registers(isa: Isa, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    path.write_bytes(compile_library([block_hadamard(1536, 512)], isa))
+    loops = inner_loops(path, "vsubps")
+    assert len(loops) >= 2
+    for loop in loops:
+        spills = [line for line in loop if "(%rsp)" in line and re.search("%[xyz]mm", line) and "mov" in line]
+        scalars = [line for line in loop if re.match(r"v(add|sub|mul|fm\w+)ss", line)]
+        assert not spills and len(scalars) <= 4, "\n".join(loop)  # the signs of a group are two scalars
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -1,0 +1,153 @@
+"""How far an engine's predictions are from the unquantized model's, over held-out requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+
+from compiler.ir.stream import ActivationStream
+from runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+Tensor = torch.Tensor
+
+GREEDY_TOKENS = 32  # of a continuation that is held against the model's own
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out request as tokens: the prompt, and the answer it should get where one is known."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What an engine kept. `top1_agreement` and `kl` (nats, of the model's distribution to the engine's) are means over every
+    token; `perplexity_ratio` is the engine's over the model's on prompts and answers; `accuracy_kept` compares the shares of
+    expected answers' tokens that engine and model predict, None without answers; `greedy_prefix` is the mean part of a greedy
+    continuation up to the first token where the model would go on otherwise."""
+
+    requests: int
+    tokens: int
+    top1_agreement: float
+    kl: float
+    perplexity: float
+    perplexity_ratio: float
+    greedy_prefix: float
+    answers: int = 0
+    answer_accuracy: float | None = None
+    accuracy_kept: float | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """For manifest and report."""
+        return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(self).items()}
+
+
+@dataclass
+class Comparison:
+    """Running sums over sequences that both have read."""
+
+    tokens: int = 0
+    agree: int = 0
+    kl: float = 0.0
+    predicted: int = 0
+    reference_loss: float = 0.0
+    loss: float = 0.0
+    answer_tokens: int = 0
+    reference_right: int = 0
+    right: int = 0
+    matched: list[float] = field(default_factory=list)
+
+    def add(self, reference: Tensor, other: Tensor, ids: Sequence[int], answer: int = 0) -> None:
+        """Logits [tokens, vocabulary] of both after each of `ids`, the last `answer` of which are an expected answer."""
+        p, q = (torch.log_softmax(logits.double(), -1) for logits in (reference, other))
+        ours, theirs = q.argmax(-1), p.argmax(-1)
+        self.tokens += len(ids)
+        self.agree += int((ours == theirs).sum())
+        self.kl += float((p.exp() * (p - q)).sum())
+        targets = torch.tensor(ids[1:], dtype=torch.int64)
+        self.predicted += len(targets)
+        self.reference_loss -= float(p[:-1].gather(1, targets[:, None]).sum())
+        self.loss -= float(q[:-1].gather(1, targets[:, None]).sum())
+        if answer:
+            self.answer_tokens += answer
+            self.reference_right += int((theirs[:-1] == targets)[-answer:].sum())
+            self.right += int((ours[:-1] == targets)[-answer:].sum())
+
+    def add_continuation(self, reference: Tensor, ids: Sequence[int], continued: int) -> None:
+        """The model's logits over a prompt and the engine's greedy continuation of `continued` tokens."""
+        chosen = reference[-continued - 1 : -1].argmax(-1)
+        same = (chosen == torch.tensor(ids[-continued:])).tolist()
+        self.matched.append((same.index(False) if False in same else continued) / continued)
+
+    def means(self) -> dict[str, float]:
+        """Over every token that was added, and the perplexity over every one that was predicted."""
+        predicted = max(self.predicted, 1)
+        return {
+            "tokens": self.tokens,
+            "top1_agreement": round(self.agree / self.tokens, 6),
+            "kl": round(self.kl / self.tokens, 6),
+            "perplexity": round(math.exp(self.loss / predicted), 6),
+            "perplexity_ratio": round(math.exp((self.loss - self.reference_loss) / predicted), 6),
+        }
+
+    def result(self, requests: int, answers: int) -> Accuracy:
+        """What was added, of so many requests, of which some have answers."""
+        accuracy = kept = None
+        if self.answer_tokens:
+            accuracy = self.right / self.answer_tokens
+            kept = self.right / self.reference_right if self.reference_right else 1.0
+        prefix = sum(self.matched) / max(len(self.matched), 1)
+        means: dict[str, Any] = self.means()
+        return Accuracy(requests, **means, greedy_prefix=prefix, answers=answers, answer_accuracy=accuracy, accuracy_kept=kept)
+
+
+def measure(
+    engine: Engine,
+    model: ir.Model,
+    samples: Sequence[Sample],
+    folder: Path,
+    *,
+    greedy: int = GREEDY_TOKENS,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Accuracy:
+    """Runs the samples through the engine as it will serve, and through the unquantized `model` in float32, one segment's
+    weights at a time; the activations between lie in `folder`. `on_progress` hears of the model's segments."""
+    room = engine.max_context
+    samples = [sample for sample in samples if len(sample.tokens) <= room]
+    params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=greedy, ignore_eos=True)
+    continued = [sample.prompt for sample in samples if len(sample.prompt) + greedy <= room]
+    answers = engine.generate([list(prompt) for prompt in continued], params) if continued else []
+    tails = [(*prompt, *result.token_ids) for prompt, result in zip(continued, answers, strict=True)]
+    stream = ActivationStream(model, [*(sample.tokens for sample in samples), *tails], folder)
+    comparison = Comparison()
+
+    def compare(number: int, logits: Tensor) -> None:
+        if number >= len(samples):
+            comparison.add_continuation(logits, tails[number - len(samples)], greedy)
+            return
+        ids = samples[number].tokens
+        ours = torch.from_numpy(engine.logits(ids))
+        comparison.add(logits, ours, ids, len(samples[number].answer))
+
+    for number in range(len(stream.segments)):
+        on_progress(number, len(stream.segments))
+        stream.forward(number, stream.load(number), on_logits=compare)
+        stream.drop(number)
+    on_progress(len(stream.segments), len(stream.segments))
+    return comparison.result(len(samples), sum(bool(sample.answer) for sample in samples))

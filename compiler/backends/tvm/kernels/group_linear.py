@@ -1,0 +1,224 @@
+"""int4 linear layer: tokens quantized per row, weights with a scale per output and group of 128 inputs.
+
+Weights lie in panels of 16 outputs as in quantized_linear.py, two a byte: [outputs/16][inputs/8][16][4], the low halves of 64
+bytes are one step (16 outputs x 4 inputs) and the high halves the next. They are stored as weight + 8, so one `and` makes
+either half a register of unsigned bytes 0..15, and these are the unsigned side of the product; activations, stored as uint8 =
+int8 + 128, become the signed side by an `xor`. What is to be taken out again is then 8 * the sum of the row's activations in
+the group. It is the same for all outputs, so both are done for a group and a whole block of panels at once, and sums start from
+it. Signed weights would cost two more instructions for each register, and with unsigned activations a correction for each
+output and group, which is 6% more memory to read.
+
+A group's sum is exact in int32. It is scaled and added to the row's float32 total in one fused step, group after group from the
+first input on, so a token's bits depend neither on the rows beside it nor on the instruction set.
+
+On AVX2 a product with weights of 0..15 needs no sign trick, and 8 steps fit in 16 bits: 8 * 2 * 15 * 128 < 2^15.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
+from compiler.backends.tvm.kernels.tiling import LINE, Walk
+from compiler.backends.tvm.tir import Buffer, Expr, T
+from compiler.ir.meanings import GROUP
+
+CHUNK = 8  # inputs of a panel in one cache line: two steps
+WORDS = LINE // 4  # of one, counted in int32 as weights and tokens are
+
+
+# AVX512 has 32 registers, AVX2 has 16 half as wide; totals wait in memory while a group is summed up. Measured on Zen 4, where
+# software prefetch made decoding slower.
+WALKS = {"vnni": Walk(4, 6), "maddubs": Walk(1, 4)}
+
+
+@dataclass(frozen=True)
+class GroupLinear(Kernel):
+    """out[t, n] = (sum over groups of (sum_k a[t, k] * w[n, k]) * scale[n, group]) * xs[t] + bias[n], as meanings.group_linear
+    rounds it."""
+
+    kind: ClassVar[str] = "glinear"
+    outputs: int
+    inputs: int
+    bias: bool
+    x: View
+    out: View
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        bias = (("bias", "float32"),) if self.bias else ()
+        return (("rows", "int32"), ("xq", "int32"), ("xs", "float32"), ("weight", "int32"), ("scale", "float16"),
+                *bias, ("out", "float32"))  # fmt: skip
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        rows_pointer, xq, xs, weight, scale, *rest = buffers
+        bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
+        rows = tir.rows_of(rows_pointer)
+        kind = VnniGroups if isa.dot == "vnni" else MaddubsGroups
+        panels = round_up(self.outputs, PANEL) // PANEL
+        depth = round_up(self.inputs, INPUT_ALIGNMENT)
+        panel_words, groups = depth // CHUNK * WORDS, -(-depth // GROUP)
+
+        def finish(row: Expr, panel: Expr, lane: int, lanes: int, total: Expr) -> None:
+            column = panel * PANEL + lane
+            of_row = tir.splat(xs[row], lanes)
+            value = total * of_row if bias is None else tir.fma(total, of_row, tir.load(bias, column, lanes), lanes)
+            tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
+
+        def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
+            starts = [tir.bind(((row + m) * self.x.stride + self.x.offset) // 4) for m in range(height)]
+            bases = [tir.bind((panel + p) * panel_words) for p in range(width)]
+            scales = [tir.bind((panel + p) * (groups * PANEL)) for p in range(width)]
+            sums = kind(xq, starts, weight, bases, scale, scales)
+            sums.add(depth)
+            for (m, p, lane), slot in sums.slots.items():
+                finish(row + m, panel + p, lane, sums.lanes, sums.totals[slot])
+
+        for_blocks(rows, panels, WALKS[isa.dot], block)
+
+
+class GroupSums:
+    """Rows x panels of sums in registers of `lanes`: int32 within a group, float32 totals of the groups before."""
+
+    lanes: ClassVar[int]
+    together: ClassVar[int]  # chunks whose products are added up at once
+
+    def __init__(self, xq: Buffer, starts: list[Expr], weight: Buffer, bases: list[Expr], scale: Buffer,
+                 scale_bases: list[Expr]) -> None:  # fmt: skip
+        self.xq, self.starts, self.weight, self.bases = xq, starts, weight, bases
+        self.scale, self.scale_bases = scale, scale_bases
+        self.parts = [(p, lane) for p in range(len(bases)) for lane in range(0, PANEL, self.lanes)]
+        self.slots = {
+            (m, p, lane): m * len(self.parts) + i for m in range(len(starts)) for i, (p, lane) in enumerate(self.parts)
+        }
+        self.acc = tir.Registers(len(self.slots), tir.int_type(self.lanes))
+        self.signed = tir.local(len(starts) * GROUP // 4, "int32")
+        self.totals = tir.Registers(len(self.slots), tir.float_type(self.lanes), tir.splat(0.0, self.lanes))
+
+    def add(self, depth: int) -> None:
+        """All `depth` inputs, group by group."""
+
+        def group(index: Expr) -> None:
+            # The last group may be half a one. Hidden from LLVM, which would unroll what follows for either length.
+            chunks = tir.opaque(T.min(tir.i64(GROUP // CHUNK), depth // CHUNK - index * (GROUP // CHUNK)))
+            self._group(index, chunks)
+
+        tir.for_range(-(-depth // GROUP), group)
+
+    def _group(self, group: Expr, chunks: Expr) -> None:
+        for m, start in enumerate(self.starts):
+            eightfold = self._take(m, tir.bind(start + group * (GROUP // 4)), chunks)
+            initial = tir.bind(T.broadcast(T.int32(0) - eightfold, self.lanes))
+            for i in range(len(self.parts)):
+                self.acc[m * len(self.parts) + i] = initial
+
+        def products(index: Expr) -> None:
+            chunk = tir.bind(group * (GROUP // CHUNK) + index * self.together)
+            self._products(chunk, tir.bind(index * (2 * self.together)))
+
+        tir.for_range(T.floordiv(chunks, tir.i64(self.together)), products)
+        for i, (p, lane) in enumerate(self.parts):
+            halves = tir.load(self.scale, self.scale_bases[p] + group * PANEL + lane, self.lanes)
+            scales = tir.bind(T.cast(halves, tir.float_type(self.lanes)))
+            for m in range(len(self.starts)):
+                slot = m * len(self.parts) + i
+                self.totals[slot] = tir.fma(
+                    T.cast(self.acc[slot], tir.float_type(self.lanes)), scales, self.totals[slot], self.lanes
+                )
+
+    def _take(self, m: int, start: Expr, chunks: Expr) -> Expr:
+        """Makes a row's activations of a group signed, whose upper bit turns from int8 + 128 to int8; returns 8 * their sum."""
+        total = tir.scalar(tir.splat_i32(0, self.lanes), tir.int_type(self.lanes))
+        at_once = INPUT_ALIGNMENT // 4
+
+        def part(index: Expr) -> None:
+            for offset in range(0, at_once, self.lanes):
+                place = tir.bind(index * at_once + offset)
+                signs = tir.splat_i32(-0x7F7F7F80, self.lanes)  # 0x80808080
+                words = tir.bind(T.bitwise_xor(tir.load(self.xq, start + place, self.lanes), signs))
+                tir.store(self.signed, place + m * (GROUP // 4), words, self.lanes)
+                total[0] = total[0] + self._fours(T.broadcast(T.int8(8), 4 * self.lanes), self._bytes(words))
+
+        tir.for_range(T.floordiv(chunks, tir.i64(INPUT_ALIGNMENT // CHUNK)), part)
+        return tir.bind(tir.pure("int32", "llvm.vector.reduce.add", total[0]))
+
+    def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
+        """int32 sums of the products of four neighbours each."""
+        raise NotImplementedError
+
+    def _products(self, chunk: Expr, step: Expr) -> None:
+        """Add the products of `together` chunks, the first of which begins with that step of the group."""
+        raise NotImplementedError
+
+    def _bytes(self, words: Expr) -> Expr:
+        return T.reinterpret(f"int8x{4 * self.lanes}", words)
+
+    def _token(self, m: int, step: Expr) -> Expr:
+        """The four activations of a step of the group, for every output."""
+        return tir.bind(self._bytes(T.broadcast(self.signed[step + m * (GROUP // 4)], self.lanes)))
+
+    def _weights(self, chunk: Expr, p: int, lane: int) -> tuple[Expr, Expr]:
+        """Both steps of a chunk: weights + 8."""
+        mask = tir.splat_i32(0x0F0F0F0F, self.lanes)
+        both = tir.bind(tir.load(self.weight, self.bases[p] + chunk * WORDS + lane, self.lanes))
+        high = T.bitwise_and(T.shift_right(both, tir.splat_i32(4, self.lanes)), mask)
+        return tir.bind(self._bytes(T.bitwise_and(both, mask))), tir.bind(self._bytes(high))
+
+
+class VnniGroups(GroupSums):
+    """One vpdpbusd takes 4 inputs of 16 outputs."""
+
+    lanes = PANEL
+    together = 1
+
+    def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
+        return _dot(tir.splat_i32(0, self.lanes), unsigned, signed)
+
+    def _products(self, chunk: Expr, step: Expr) -> None:
+        weights = [self._weights(chunk, p, lane) for p, lane in self.parts]
+        for half in range(2):
+            for m in range(len(self.starts)):
+                token = self._token(m, step + half)
+                for i, both in enumerate(weights):
+                    slot = m * len(weights) + i
+                    self.acc[slot] = _dot(self.acc[slot], both[half], token)
+
+
+class MaddubsGroups(GroupSums):
+    """The same with 256-bit registers: a panel is two halves of 8 outputs, and sums of 8 steps stay in 16 bits."""
+
+    lanes = PANEL // 2
+    together = 4
+
+    def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
+        return self._added(_pairs(unsigned, signed))
+
+    def _products(self, chunk: Expr, step: Expr) -> None:
+        pairs = tir.Registers(len(self.slots), f"int16x{2 * self.lanes}", T.broadcast(T.int16(0), 2 * self.lanes))
+        for c in range(self.together):
+            tokens = [[self._token(m, step + 2 * c + half) for half in range(2)] for m in range(len(self.starts))]
+            for i, (p, lane) in enumerate(self.parts):
+                weights = self._weights(chunk + c, p, lane)
+                for m, token in enumerate(tokens):
+                    slot = m * len(self.parts) + i
+                    for half in range(2):
+                        pairs[slot] = pairs[slot] + _pairs(weights[half], token[half])
+        for slot in self.slots.values():
+            self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
+
+    def _added(self, pairs: Expr) -> Expr:
+        """int32 sums of two neighbours each."""
+        ones = T.broadcast(T.int16(1), 2 * self.lanes)
+        return tir.pure(tir.int_type(self.lanes), "llvm.x86.avx2.pmadd.wd", pairs, ones)
+
+
+def _dot(total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    return tir.bind(tir.pure(tir.I16, "llvm.x86.avx512.vpdpbusd.512", total, unsigned, signed))
+
+
+def _pairs(unsigned: Expr, signed: Expr) -> Expr:
+    return tir.pure("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)

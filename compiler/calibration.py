@@ -1,0 +1,94 @@
+"""Requests become tokens, as the engine's template and tokenizer will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from compiler.accuracy import Sample
+from compiler.checkpoint import Checkpoint
+from compiler.errors import CompileError
+from compiler.requests import Request, open_set
+from runtime.artifact import PromptTemplate, SpecialTokens
+from runtime.prompt import ChatTemplate
+from runtime.tokenizer import Tokenizer
+
+MOST_TOKENS = 512  # of a request: what comes later is cut off
+
+
+def prompt_template(checkpoint: Checkpoint) -> PromptTemplate:
+    """The template an engine of this checkpoint carries."""
+    special = checkpoint.special
+    return PromptTemplate(checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"])
+
+
+def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
+    """Its special tokens."""
+    special = checkpoint.special
+    return SpecialTokens(special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"])
+
+
+class Encoder:
+    """Turns requests into samples of at most `most` tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, vocabulary: int, *, raw: bool = False) -> None:
+        """`raw` takes texts as they are, without the prompt template."""
+        self._raw, self._vocabulary = raw, vocabulary
+        self._template = ChatTemplate(prompt_template(checkpoint))
+        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint))
+
+    def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
+        """One for each request that has two tokens or more; the rest of a longer one, answer first, is cut off."""
+        found = []
+        for request in requests:
+            sample = self.sample(request)
+            prompt = sample.prompt[:most]
+            if len(prompt) > 1:
+                found.append(Sample(prompt, sample.answer[: most - len(prompt)]))
+        return found
+
+    def sample(self, request: Request) -> Sample:
+        """A request's prompt and expected answer. Raises CompileError for a token id that the model does not have."""
+        if request.token_ids is not None:
+            if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocabulary:
+                found = f"token id {max(request.token_ids, key=lambda t: t if t >= self._vocabulary else -t)}"
+                raise CompileError("calibration", f"line {request.line}", found=found, expected=f"0 to {self._vocabulary - 1}")
+            prompt = list(request.token_ids)
+        elif request.messages is not None:
+            prompt = self._tokenizer.encode(self._template.render(request.messages))
+        else:
+            text = request.text or ""
+            prompt = self._tokenizer.encode(text if self._raw else self._template.render([{"role": "user", "content": text}]))
+        answer = self._answer(request.answer) if request.answer and request.token_ids is None else []
+        return Sample(tuple(prompt), tuple(answer))
+
+    def _answer(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text)
+        bos = self._tokenizer.special.bos
+        return ids[1:] if self._tokenizer.special.add_bos and ids[:1] == [bos] else ids
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A build's requests as tokens: those that weights are rounded by, those that the engine is judged by, and the digest of
+    the set they are from."""
+
+    digest: str
+    calibration: tuple[Sample, ...]
+    holdout: tuple[Sample, ...]
+
+
+def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -> Calibration:
+    """Opens a set or a file of requests and encodes it for a checkpoint; raises CompileError where nothing is left of it."""
+    found = open_set(path)
+    encoder = Encoder(checkpoint, int(checkpoint.config["vocab_size"]), raw=raw)
+    parts = [tuple(encoder.samples(requests, MOST_TOKENS)) for requests in (found.calibration, found.holdout)]
+    if not all(parts):
+        raise CompileError(
+            "calibration", str(path), found=f"{len(parts[0])} requests to calibrate with and {len(parts[1])} held out",
+            expected="at least one of each", remedy="give more requests",
+        )  # fmt: skip
+    return Calibration(found.digest, *parts)

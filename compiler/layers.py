@@ -1,0 +1,130 @@
+"""Which linear layers INT8 hurts most: what `sensitivity` shows, what a size budget keeps, what report and gate point at."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from compiler.calibration import Calibration, read_calibration
+from compiler.checkpoint import open_checkpoint
+from compiler.errors import CompileError
+from compiler.frontends import build_graph
+from passes.calibration.sensitivity import LayerDamage, output_errors
+from passes.calibration.sensitivity import alone as damage_alone
+from passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
+from passes.quantization.quantize_groups import QuantizeGroups
+from passes.quantization.quantize_linears import QuantizeLinears
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from passes.base import Pass
+
+Progress = Callable[[str, int, int], None]
+
+_TRIED_PARAMETERS, _RANKED_TOKENS = 500_000_000, 1024  # of models whose layers are tried one by one; of requests for that
+
+
+def preset(name: str) -> Recipe:
+    """A preset of the pipeline by name; raises CompileError where there is none."""
+    if name not in RECIPES:
+        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(RECIPES))
+    return RECIPES[name]
+
+
+def rank(
+    checkpoint: str | Path,
+    calibration: Path,
+    *,
+    quantization: str = "int8",
+    raw_requests: bool = False,
+    tokens: int = 2048,
+    alone: bool = True,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> list[LayerDamage]:
+    """The linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
+    predictions on up to `tokens` tokens of requests, or, not `alone`, by the errors of their own outputs."""
+    on_progress("open", 0, 0)
+    opened, recipe = open_checkpoint(checkpoint), preset(quantization)
+    requests = read_calibration(calibration, opened, raw=raw_requests)
+    sequences = _first_tokens(requests, tokens)
+    graph = build_graph(opened)
+    on_progress("optimize", 0, 0)
+    linears = _before_linears(passes_of(recipe))
+    run_pipeline(graph, linears.before)
+    with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
+        if not alone:
+            return output_errors(graph, sequences, Path(name), bits=linears.bits, weight_bits=linears.weight_bits)
+        return damage_alone(
+            graph,
+            sequences,
+            Path(name),
+            bits=linears.bits,
+            weight_bits=linears.weight_bits,
+            on_progress=lambda done, total: on_progress("layers", done, total),
+        )
+
+
+def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
+    """Held-out requests up to a number of tokens; the last one is cut there."""
+    sequences: list[tuple[int, ...]] = []
+    for sample in (*calibration.holdout, *calibration.calibration):
+        if tokens > 1:
+            sequences.append(sample.tokens[:tokens])
+            tokens -= len(sequences[-1])
+    return sequences
+
+
+class _Linears(NamedTuple):
+    """The passes before linears are quantized, and the bits of activations and weights then."""
+
+    before: Sequence[Pass]
+    bits: int
+    weight_bits: int
+
+
+def _before_linears(passes: Sequence[Pass]) -> _Linears:
+    at = next((i for i, step in enumerate(passes) if isinstance(step, (QuantizeGroups, QuantizeLinears))), None)
+    step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
+    if at is None or step is None:
+        raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
+    return _Linears(passes[:at], step.activation_bits, 4 if isinstance(passes[at], QuantizeGroups) else 8)
+
+
+def kept(
+    graph: ir.Model, recipe: Recipe, size_budget: float, calibration: Calibration | None, folder: Path, on_progress: Progress
+) -> tuple[str, ...]:
+    """The linears that stay float32 within the size budget: those with the greatest damage a byte, by the predictions where the
+    model is small enough to try each, else by their outputs' errors."""
+    if calibration is None or not recipe.bits:
+        found, remedy = "no requests to rank layers by", "give some with --calibration"
+        raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
+    linears = _before_linears(passes_of(recipe))
+    run_pipeline(graph, linears.before)
+    parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
+    sequences = _first_tokens(calibration, _RANKED_TOKENS)
+    if parameters <= _TRIED_PARAMETERS:
+        layers = damage_alone(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits,
+                              on_progress=lambda done, total: on_progress("layers", done, total))  # fmt: skip
+    else:
+        layers = output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)
+    room = (size_budget - 1) * sum(layer.weights for layer in layers)
+    kept = []
+    for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
+        if 3 * layer.weights <= room:  # float32 instead of int8
+            kept.append(layer.name)
+            room -= 3 * layer.weights
+    return tuple(sorted(kept))
+
+
+def errors(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path) -> list[LayerDamage]:
+    """The linears by the errors of their outputs over a few held-out requests, the largest first."""
+    if not any(isinstance(step, QuantizeLinears) for step in passes):
+        return []
+    linears = _before_linears(passes)
+    run_pipeline(graph, linears.before)
+    sequences = [sample.tokens for sample in calibration.holdout[:16]]
+    return output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)

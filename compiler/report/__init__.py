@@ -1,0 +1,24 @@
+"""report.html: what was built, what each pass did, how accurate it is, what it needs; one page without links to anything."""
+
+from __future__ import annotations
+
+from compiler.report.coverage import coverage_of, coverage_of_set
+from compiler.report.data import Drift, Effects, Memory, Report, Stage
+from compiler.report.effects import PassEffects, pass_effects
+from compiler.report.memory import memory_of
+from compiler.report.render import REPORT_NAME, render
+
+__all__ = [
+    "REPORT_NAME",
+    "Drift",
+    "Effects",
+    "Memory",
+    "PassEffects",
+    "Report",
+    "Stage",
+    "coverage_of",
+    "coverage_of_set",
+    "memory_of",
+    "pass_effects",
+    "render",
+]

@@ -1,0 +1,44 @@
+"""What calibration requests cover, counted from their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+
+Sequences = Sequence[Sequence[int]]
+
+
+def coverage_of(calibration: Sequences, holdout: Sequences, vocabulary: int) -> dict[str, Any]:
+    """Numbers of requests and tokens of both parts, how long requests are, and how many of the vocabulary's tokens occur."""
+    lengths = [len(sequence) for sequence in (*calibration, *holdout)]
+    seen = {token for sequence in calibration for token in sequence}
+    return {
+        "requests": {"to calibrate with": len(calibration), "held out": len(holdout)},
+        "tokens": {"to calibrate with": sum(map(len, calibration)), "held out": sum(map(len, holdout))},
+        "longest_request_tokens": max(lengths, default=0),
+        "length_histogram": _histogram(lengths),
+        "different_tokens": len(seen),
+        "token_coverage": len(seen) / vocabulary,
+    }
+
+
+def coverage_of_set(path: Path) -> dict[str, Any]:
+    """What the directory of a calibration set says of itself, under "set"; nothing for a file, or where it cannot be read."""
+    try:
+        found = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"set": found}
+
+
+def _histogram(lengths: Sequence[int]) -> dict[str, int]:
+    """How many lengths lie in each range from the shortest to the longest."""
+    ranges = [(low + 1, high) for low, high in zip((0, *_BOUNDS), _BOUNDS, strict=False)]
+    counts = [(f"{low} to {high}", sum(low <= length <= high for length in lengths)) for low, high in ranges]
+    counts.append((f"over {_BOUNDS[-1]}", sum(length > _BOUNDS[-1] for length in lengths)))
+    filled = [i for i, (_, count) in enumerate(counts) if count]
+    return dict(counts[filled[0] : filled[-1] + 1]) if filled else {}

@@ -1,0 +1,188 @@
+"""What each pass does to a graph: bytes of weights, kernel calls, and how far the logits move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import tokenizers
+
+from compiler.backends.tvm import can_lower, count_kernel_calls
+from compiler.ir.cache import BLOCK_SIZE, PagedCache
+from compiler.ir.evaluate import stepwise
+from compiler.ir.lazy import keeping
+from compiler.ir.ops import attributes_of
+from compiler.report.data import Drift, Effects, Stage
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+FRONTEND = "frontend"
+TOKENS = 48  # of the sequence that drift is measured on
+MOST_PARAMETERS = 500_000_000  # of a model whose drift is measured without being asked for
+_KEPT_BYTES = 256 << 20  # of weights that others are computed from
+_TEXT = (
+    "写一首关于春天的诗。The capital of France is Paris, and the capital of Japan is Tokyo. 一加一等于二，二加二等于四。"
+    "def double(x): return 2 * x. 今天天气很好，我们一起去公园散步吧。"
+)
+
+
+class Step(Protocol):
+    """Of a pass, its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Result(Protocol):
+    """Of what a pass says when it has run, the number of places it changed."""
+
+    @property
+    def changes(self) -> int: ...
+
+
+def pass_effects(tokenizer_json: str, parameters: int, wanted: bool | None = None) -> PassEffects:
+    """An observer for a pipeline that measures drift on the first tokens of a fixed text, if `wanted`; by default for models of
+    up to `MOST_PARAMETERS`, as every stage then costs a run of the model in NumPy."""
+    if wanted is False:
+        return PassEffects(unmeasured="not measured: built with --no-drift")
+    if wanted is None and parameters > MOST_PARAMETERS:
+        most = f"{MOST_PARAMETERS / 1e6:.0f} M parameters"
+        why = f"by default only up to {most}, as it takes a run of the model for each pass; build with --drift to have it"
+        return PassEffects(unmeasured=f"not measured: {why}")
+    encoding = tokenizers.Tokenizer.from_str(tokenizer_json).encode(_TEXT, add_special_tokens=False)
+    return PassEffects(encoding.ids)
+
+
+class PassEffects:
+    """Hears of every stage of one pipeline. Where there are tokens, copies of the graphs, which hold no values of weights, are
+    kept until `result` runs them."""
+
+    def __init__(self, tokens: Sequence[int] = (), unmeasured: str = "not measured") -> None:
+        self._wanted, self._unmeasured = tuple(tokens), unmeasured
+        self._stages: list[Stage] = []
+        self._graphs: dict[int, ir.Model] = {}  # by number of the stage, of those that changed something
+
+    def observe(self, step: Step | None, model: ir.Model, result: Result | None) -> None:
+        """The `on_pass` of a pipeline: the graph after `step`, which changed so much; None and None come first."""
+        name, changes = (FRONTEND, None) if step is None or result is None else (step.name, result.changes)
+        if changes == 0:
+            self._stages.append(replace(self._stages[-1], name=name, changes=0))
+            return
+        if self._wanted:
+            self._graphs[len(self._stages)] = model.clone()
+        self._stages.append(Stage(name, changes, weight_bytes(model), count_kernel_calls(model), can_lower(model)))
+
+    def result(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Effects:
+        """What was found, with drift measured now; `on_progress` hears of weights read."""
+        graphs, self._graphs = self._graphs, {}
+        if not graphs:
+            return Effects(tuple(self._stages), 0, self._unmeasured)
+        tokens = _usable(self._wanted, graphs[0])
+        drifts = _drifts(graphs, tokens, on_progress)
+        if drifts is None:
+            return Effects(tuple(self._stages), 0, "not measured: the model's own logits are not finite")
+        latest, stages = drifts[0], []
+        for number, stage in enumerate(self._stages):
+            latest = drifts.get(number, latest)
+            stages.append(replace(stage, drift=latest))
+        return Effects(tuple(stages), len(tokens), "")
+
+
+def _drifts(
+    graphs: Mapping[int, ir.Model], tokens: Sequence[int], on_progress: Callable[[int, int], None]
+) -> dict[int, Drift] | None:
+    """Of each graph against the first, number 0; None where the first has logits that are not finite."""
+    found: dict[int, Drift] = {}
+    first: Array = np.empty(0)
+    p: Floats = np.empty(0)
+    for number, logits in logits_of(graphs, tokens, on_progress):
+        if not number:
+            if not np.isfinite(logits).all():
+                return None
+            first, p, found[0] = logits, _log_softmax(logits), Drift(0.0, 1.0, 0.0)
+            continue
+        q = _log_softmax(logits)
+        kl = float((np.exp(p) * (p - q)).sum()) / len(tokens)
+        same = float((p.argmax(-1) == q.argmax(-1)).mean())
+        found[number] = Drift(max(kl, 0.0), same, float(np.abs(logits - first).max() / np.abs(first).max()))
+    return found
+
+
+def logits_of(
+    graphs: Mapping[int, ir.Model], tokens: Sequence[int], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[int, Array]]:
+    """The logits [tokens, vocabulary] of each graph after each token of one sequence, by its number; the first graph's first.
+
+    The graphs run side by side: a weight of one is mostly computed from one of another, which is at hand then.
+    """
+    waiting = [_Run(number, stepwise(graph, *_step(graph, tokens)), _elements(graph.graph)) for number, graph in graphs.items()]
+    total = sum(run.total for run in waiting)
+    with keeping(_KEPT_BYTES):
+        while waiting:
+            run = min(waiting, key=lambda run: run.done / max(run.total, 1))
+            try:
+                run.done += _elements([next(run.nodes)])
+                on_progress(total - sum(run.total - run.done for run in waiting), total)
+            except StopIteration as end:
+                waiting.remove(run)
+                yield run.number, end.value["logits"]
+
+
+@dataclass
+class _Run:
+    """A graph that is being run: elements of weights read, and to read in all."""
+
+    number: int
+    nodes: Generator[ir.Node, None, dict[str, Array]]
+    total: int
+    done: int = 0
+
+
+def _elements(nodes: Iterable[ir.Node]) -> int:
+    """Of matrices that nodes read; vectors differ more between graphs and do not count."""
+    read = (value.const_value for node in nodes for value in node.inputs if value is not None)
+    return sum(tensor.size for tensor in read if tensor is not None and len(tensor.shape) > 1)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Of the initializers that a graph reads."""
+    read = (value for value in model.graph.initializers.values() if value.uses())
+    return sum(value.const_value.nbytes for value in read if value.const_value is not None)
+
+
+def _step(model: ir.Model, tokens: Sequence[int]) -> tuple[dict[str, Array], PagedCache]:
+    """Inputs of a step that reads one sequence, and a float32 cache for it."""
+    cached = [attributes_of(node) for node in model.graph if node.op_type == "Attention"]
+    kv_heads, head_dim = (cached[0][key] if cached else 1 for key in ("num_kv_heads", "head_dim"))
+    count = len(tokens)
+    blocks = -(-count // BLOCK_SIZE)
+    places = np.arange(count, dtype=np.int32)
+    inputs: dict[str, Array] = {
+        "token_ids": np.asarray(tokens, np.int32),
+        "positions": places,
+        "sequences": np.zeros(count, np.int32),
+        "block_table": np.arange(blocks, dtype=np.int32)[None],
+        "logit_rows": places,
+    }
+    return inputs, PagedCache(1 + max((each["layer"] for each in cached), default=0), kv_heads, head_dim, blocks)
+
+
+def _usable(tokens: Sequence[int], model: ir.Model) -> tuple[int, ...]:
+    """The first tokens that the model has and has room for; where it has next to none of them, some that it has."""
+    shape = model.graph.outputs[0].shape
+    assert shape is not None and isinstance(shape[1], int)
+    vocabulary, most = shape[1], min(TOKENS, int(model.metadata_props.get("max_position", TOKENS)))
+    known = [token for token in tokens if token < vocabulary]
+    return tuple(known[:most]) if len(known) > 1 else tuple(7919 * place % vocabulary for place in range(most))
+
+
+def _log_softmax(logits: Array) -> Floats:
+    shifted: Floats = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

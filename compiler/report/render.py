@@ -1,0 +1,34 @@
+"""Writes the page: the same report gives the same bytes."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import jinja2
+
+from compiler.report import views
+from compiler.report.data import Report
+
+REPORT_NAME = "report.html"
+_TEMPLATE = "report.html.jinja"
+
+
+def render(report: Report) -> str:
+    """One HTML page that reads nothing else: style and plots are in it, and it has no scripts."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string((files("compiler.report") / _TEMPLATE).read_text(encoding="utf-8"))
+    manifest = report.manifest
+    return template.render(
+        manifest=manifest,
+        version=manifest.toolchain.get("belle-compile", ""),
+        summary=views.summary(report),
+        built=views.built(report),
+        effects=views.effects(report.effects),
+        unmeasured=report.effects.unmeasured,
+        accuracy=views.accuracy(manifest),
+        layers=views.layers(report.layers),
+        coverage=views.coverage(report.coverage),
+        memory=views.memory(report.memory, str(manifest.quantization.get("kv_cache", ""))),
+    )

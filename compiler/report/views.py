@@ -1,0 +1,294 @@
+"""A report's sections as rows, bars and sentences, in the order of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compiler.report import figures
+from compiler.report.data import Damage, Drift, Effects, Memory, Report, Stage
+from compiler.report.figures import Bar, number, percent, phrase, words
+from compiler.terminal import size, tiling_rows
+from runtime.artifact import Manifest, PassRecord
+
+View = dict[str, Any]
+
+MOST_LAYERS = 40
+_LEAST_KL = 1e-6  # what is below is rounding of float32
+_FIRST_CALLS = 40  # of a step, drawn by themselves where there are more: two or three layers, which look like all others
+_MOST_BARS = 60
+_MOST_IN_A_ROW = 4  # numbers that stand beside each other; of more there is a plot, as of what is called ...
+_PLOTTED = ("histogram", "shares", "dropped")
+
+
+def summary(report: Report) -> list[tuple[str, str, str]]:
+    """What one looks for first: (what, how much, more of it)."""
+    manifest, stages, accuracy = report.manifest, report.effects.stages, report.manifest.accuracy
+    total = sum(record.bytes for record in report.files.values())
+    weights = sum(report.memory.weights.values()) if report.memory else 0
+    calls, needs = manifest.kernel_calls, manifest.target.requires
+    cards = [
+        ("engine", size(total), f"{len(report.files)} files beside manifest and report"),
+        ("weights", size(weights), f"{size(stages[0].weight_bytes)} in float32" if stages else "as packed for the kernels"),
+        ("kernel calls a step", number(calls.after), f"{number(calls.before)} before fusion"),
+        ("memory a host needs", size(needs.memory_bytes), f"{needs.arch} with {' or '.join(needs.isa)}"),
+    ]
+    if not weights:
+        del cards[1]
+    if accuracy and _real(accuracy.get("top1_agreement")):
+        more = f"KL {number(accuracy['kl'])} nats a token" if _real(accuracy.get("kl")) else ""
+        return [*cards, ("same next token", percent(accuracy["top1_agreement"]), more)]
+    return [*cards, ("accuracy", "not measured", "built without --calibration")]
+
+
+def built(report: Report) -> View:
+    """What was built, from what, with what."""
+    manifest = report.manifest
+    model, target, template, special = manifest.model, manifest.target, manifest.prompt_template, manifest.special_tokens
+    facts = [
+        ("model", f"{model.name}: {model.family}, {model.parameters / 1e6:,.1f} M parameters"),
+        ("dimensions", phrase({words(name): value for name, value in model.dimensions.items()})),
+        ("target", f"{target.name}, kernels for {', '.join(target.isas)}"),
+        ("quantization", "; ".join(f"{words(name)}: {phrase(value)}" for name, value in manifest.quantization.items())),
+        ("prompt template", template.name),
+        ("answers end with", f"token {' or '.join(map(str, special.eos))}" if special.eos else "no token of their own"),
+        ("generation defaults", phrase({words(name): value for name, value in vars(manifest.generation).items()})),
+    ]
+    return {
+        "facts": facts,
+        "passes": [_pass(record) for record in manifest.passes],
+        "toolchain": sorted(manifest.toolchain.items()),
+        "sources": sorted(model.source_digests.items()),
+        "files": [(path, size(record.bytes), record.sha256) for path, record in sorted(report.files.items())],
+    }
+
+
+def _pass(record: PassRecord) -> View:
+    options, notes = dict(record.options), list(record.refusals)
+    if isinstance(entries := options.pop("entries", None), list):  # of tune-kernels
+        notes = [f"{name}: {line}" for name, line in tiling_rows(entries)] + notes
+    shown = {words(name): value for name, value in options.items() if value not in ([], {}, "")}
+    return {"name": record.name, "changes": number(record.changes), "options": phrase(shown), "notes": notes}
+
+
+def effects(found: Effects) -> View | None:
+    """A row for each stage, and a plot of each number over the passes that changed something."""
+    if not found.stages:
+        return None
+    changed = [stage for stage in found.stages if stage.changes != 0]
+    plots: list[tuple[str, list[tuple[str, float, str]]]] = [
+        ("weights read", [(stage.name, stage.weight_bytes, size(stage.weight_bytes)) for stage in changed]),
+        ("kernel calls a step", [(stage.name, stage.kernel_calls, _calls(stage)) for stage in changed]),
+    ]
+    if found.tokens:
+        drifts = [(stage.name, stage.drift) for stage in changed if stage.drift]
+        plots.insert(0, ("drift: KL, nats a token", [(name, drift.kl, _kl(drift)) for name, drift in drifts]))
+    return {
+        "rows": [_stage(stage) for stage in found.stages],
+        "plots": [(title, figures.bars(rows)) for title, rows in plots],
+        "tokens": found.tokens,
+        "unmeasured": found.unmeasured,
+        "unlowered": any(not stage.lowers for stage in found.stages),
+    }
+
+
+def _stage(stage: Stage) -> View:
+    drift = stage.drift
+    cells = [
+        "" if stage.changes is None else number(stage.changes),
+        size(stage.weight_bytes),
+        _calls(stage),
+        *(("–", "–", "–") if drift is None else (_kl(drift), percent(drift.top1), number(drift.max_difference, 2))),
+    ]
+    return {"name": stage.name, "idle": stage.changes == 0, "cells": cells}
+
+
+def _calls(stage: Stage) -> str:
+    return number(stage.kernel_calls) if stage.lowers else f"({number(stage.kernel_calls)})"
+
+
+def _kl(drift: Drift) -> str:
+    return number(drift.kl) if drift.kl >= _LEAST_KL else "0" if drift.kl == 0 else f"< {number(_LEAST_KL, 1)}"
+
+
+def accuracy(manifest: Manifest) -> View | None:
+    """The unquantized model beside the engine, with the limits of the build."""
+    found = manifest.accuracy
+    if not found:
+        return None
+    rest = dict(found)
+    limits = dict(rest.pop("limits", None) or {})
+    ratio, kept, answered = (rest.get(key) for key in ("perplexity_ratio", "accuracy_kept", "answer_accuracy"))
+    perplexity = rest.get("perplexity")
+    before = {
+        "perplexity": number(perplexity / ratio, 5) if _real(perplexity) and _real(ratio) and ratio else "",
+        "answer_accuracy": percent(answered / kept) if _real(answered) and _real(kept) and kept else "",
+        "perplexity_ratio": "1",
+        "top1_agreement": percent(1),
+        "accuracy_kept": percent(1),
+        "greedy_prefix": percent(1),
+        "kl": "0",
+    }
+    rows = []
+    for key, label, text in _MEASURES:
+        value, limit = rest.pop(key, None), _LIMITS.get(key)
+        bound = limits.pop(limit[0], None) if limit else None
+        if value is None and bound is None:
+            continue
+        row = {"label": label, "before": before[key], "after": text(value) if _real(value) else phrase(value)}
+        rows.append(row | _verdict(value, bound, limit, text))
+    counts = [f"{phrase(rest.pop(key))} {key}" for key in ("requests", "tokens", "answers") if key in rest]
+    others = {words(key): value for key, value in (rest | limits).items() if value is not None}
+    return {"rows": rows, "counts": ", ".join(counts), "others": [(name, phrase(value)) for name, value in others.items()]}
+
+
+def _short(value: float) -> str:
+    return number(value, 4)
+
+
+_MEASURES = (
+    ("perplexity", "perplexity", lambda value: number(value, 5)),
+    ("perplexity_ratio", "perplexity, engine to model", lambda value: number(value, 5)),
+    ("top1_agreement", "same next token (top-1)", percent),
+    ("kl", "KL divergence, nats a token", _short),
+    ("greedy_prefix", "greedy answer, part until it differs", percent),
+    ("answer_accuracy", "tokens of expected answers predicted", percent),
+    ("accuracy_kept", "of that accuracy kept", percent),
+)
+_LIMITS = {  # measure -> name of its limit, and whether it is the most or the least allowed
+    "perplexity_ratio": ("max_perplexity_ratio", True),
+    "top1_agreement": ("min_top1", False),
+    "accuracy_kept": ("min_accuracy_kept", False),
+}
+
+
+def _verdict(value: Any, bound: Any, limit: tuple[str, bool] | None, text: Any) -> View:
+    if limit is None or not _real(bound):
+        return {"limit": "", "passed": None}
+    at_most = limit[1]
+    passed = None if not _real(value) else bool(value <= bound if at_most else value >= bound)
+    return {"limit": f"at {'most' if at_most else 'least'} {text(float(bound))}", "passed": passed}
+
+
+def layers(found: Sequence[Damage]) -> View | None:
+    """The linears that INT8 hurts most, and how the damage lies over the depth of the model."""
+    if not found:
+        return None
+    by_kl = all(layer.kl is not None for layer in found)
+
+    def damage(layer: Damage) -> float:
+        return float(layer.kl or 0.0) if by_kl else layer.output_error
+
+    worst = sorted(found, key=lambda layer: (-damage(layer), layer.name))
+    deepest: dict[int, Damage] = {}
+    for layer in worst:
+        index = next((int(word) for word in layer.name.split(".") if word.isdecimal()), None)
+        if index is not None:
+            deepest.setdefault(index, layer)
+    about = "the greatest damage in each layer, first to last"
+    names = [(f"{deepest[i].name}: {number(damage(deepest[i]))}", damage(deepest[i])) for i in sorted(deepest)]
+    ends = (f"layer {min(deepest)}", f"layer {max(deepest)}") if deepest else ("", "")
+    shown = [(layer.name, damage(layer), number(damage(layer))) for layer in worst[:MOST_LAYERS]]
+    return {
+        "by_kl": by_kl,
+        "total": len(found),
+        "bars": figures.bars(shown),
+        "profile": figures.columns(names, ends, about) if len(names) > 1 else None,
+    }
+
+
+def memory(found: Memory | None, kv_cache: str) -> View | None:
+    """What a host's memory is needed for, and how activations share the arena."""
+    if found is None:
+        return None
+    kv = f"KV cache for {number(found.kv_tokens)} tokens"
+    parts = [("weights", sum(found.weights.values())), ("activations (arena)", found.arena), (kv, found.kv_served),
+             ("kernels, program, tokenizer, process", found.rest)]  # fmt: skip
+    drawings = []
+    if found.buffers:
+        whole = f"all {number(found.calls)} calls of a step"
+        if found.calls > _FIRST_CALLS:
+            about = f"the first {_FIRST_CALLS} calls of a step"
+            drawings.append(figures.lifetimes(found.buffers, found.arena, _FIRST_CALLS, about))
+        drawings.append(figures.lifetimes(found.buffers, found.arena, found.calls, whole))
+    return {
+        "required": size(found.required),
+        "parts": _sized(parts),
+        "weights": _sized(list(found.weights.items())),
+        "kv_cache": kv_cache,
+        "kv_token": size(round(found.kv_token)),
+        "kv_block": size(found.kv_block),
+        "kv_block_tokens": found.kv_block_tokens,
+        "kv_whole": size(-(-found.max_context // found.kv_block_tokens) * found.kv_block),
+        "max_context": number(found.max_context),
+        "arena": size(found.arena),
+        "buffers": number(len(found.buffers)),
+        "unshared": size(sum(buffer.bytes for buffer in found.buffers)),
+        "drawings": drawings,
+    }
+
+
+def coverage(found: Mapping[str, Any] | None) -> View | None:
+    """Numbers and texts as rows; what there is much of as bars, lists of anything else as tables; nothing is left out."""
+    if not found:
+        return None
+    view: View = {"rows": [], "plots": [], "tables": []}
+    for key, value in found.items():
+        _cover(words(str(key)), value, view)
+    return view
+
+
+def _cover(title: str, value: Any, view: View) -> None:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        _cover_rows(title, value, view)
+        return
+    if isinstance(value, list) and value and all(_is_pair(item) for item in value):
+        value = {phrase(name): count for name, count in value}
+    if not isinstance(value, Mapping):
+        text = percent(value) if isinstance(value, float) and 0 <= value <= 1 else phrase(value)
+        view["rows"].append((title, text or "none"))
+    elif value and all(_real(count) for count in value.values()):
+        shares = all(isinstance(count, float) and 0 <= count <= 1 for count in value.values())
+        text_of = percent if shares else number
+        if len(value) > _MOST_IN_A_ROW or title.endswith(_PLOTTED):
+            _plot(title, [(str(name), float(count), text_of(count)) for name, count in value.items()], view)
+        else:
+            view["rows"].append((title, ", ".join(f"{words(str(name))} {text_of(count)}" for name, count in value.items())))
+    elif value:
+        for name, inner in value.items():
+            _cover(f"{title}: {words(str(name))}", inner, view)
+    else:
+        view["rows"].append((title, "none"))
+
+
+def _cover_rows(title: str, rows: Sequence[Mapping[str, Any]], view: View) -> None:
+    """Mappings in a list: for ranges, and values of a label, bars of calibration requests beside all; else a table."""
+    labels = [f"{row['from']} to {row['to']}" if row.keys() >= {"from", "to"} else row.get("value") for row in rows]
+    key = next((key for key in ("calibration_share", "calibration") if all(_real(row.get(key)) for row in rows)), "")
+    if not key or None in labels:
+        heads = list(dict.fromkeys(str(name) for row in rows for name in row))
+        view["tables"].append((title, heads, [[phrase(row.get(name, "")) for name in heads] for row in rows]))
+        return
+    text, all_key = (percent if key.endswith("_share") else number), key.replace("calibration", "read")
+    bars = []
+    for label, row in zip(labels, rows, strict=True):
+        of_all = f", of all {text(row[all_key])}" if _real(row.get(all_key)) else ""
+        bars.append((str(label), float(row[key]), f"{text(row[key])}{of_all}"))
+    _plot(title, bars, view)
+
+
+def _plot(title: str, rows: Sequence[tuple[str, float, str]], view: View) -> None:
+    more = f", {_MOST_BARS} of {number(len(rows))}" if len(rows) > _MOST_BARS else ""
+    view["plots"].append((title + more, figures.bars(rows[:_MOST_BARS])))
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 2 and not _real(item[0]) and _real(item[1])
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sized(parts: Sequence[tuple[str, int]]) -> list[Bar]:
+    return figures.bars((name, count, size(count)) for name, count in parts)

@@ -1,0 +1,130 @@
+"""What a selection covers of what it was made from: lengths, labels, tokens, and what was dropped and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from compiler.requests.selection import Selection, SelectOptions
+from compiler.requests.strata import bucket, bucket_bounds
+from compiler.requests.units import Units
+
+_MISSING_SHOWN = 20
+
+
+def coverage_report(selection: Selection, options: SelectOptions, units: Units) -> dict[str, Any]:
+    """The content of coverage.json. Shares are of 1; lengths are in `length.unit`.
+
+    "read" is every request of the file, "kept" those that were not dropped, "calibration" and "holdout" what was chosen of
+    those. `tokens` says for both how many of the file's distinct tokens they have (`distinct_share`), and how many of all its
+    tokens are one of these (`occurrence_share`).
+    """
+    groups = {
+        "read": selection.read, "kept": selection.kept, "calibration": selection.calibrating, "holdout": selection.held_out,
+    }  # fmt: skip
+    return {
+        "requests": {name: census.requests for name, census in groups.items()},
+        "asked_for": {"calibration": options.size, "holdout": options.holdout},
+        "dropped": selection.dropped,
+        "redacted": selection.redacted,
+        "shared_beginning": len(selection.shared_beginning),
+        "strata": {"kept": selection.strata, "without_calibration_request": selection.strata_left_out},
+        "length": {
+            "unit": units.name,
+            **{name: _lengths(census.lengths) for name, census in groups.items()},
+            "histogram": _histogram({name: census.lengths for name, census in groups.items()}),
+        },
+        "labels": {name: _shares({group: census.labels.get(name, Counter()) for group, census in groups.items()})
+                   for name in options.labels},
+        "tokens": _tokens(selection, units),
+    }  # fmt: skip
+
+
+def _lengths(lengths: Mapping[int, int]) -> dict[str, Any]:
+    """Least, mean, median and greatest length; of an even number of requests the lower one in the middle."""
+    count = sum(lengths.values())
+    if not count:
+        return {"least": None, "mean": None, "median": None, "greatest": None}
+    passed, median = 0, 0
+    for length in sorted(lengths):
+        passed += lengths[length]
+        if 2 * passed >= count:
+            median = length
+            break
+    mean = sum(length * times for length, times in lengths.items()) / count
+    return {"least": min(lengths), "mean": round(mean, 2), "median": median, "greatest": max(lengths)}
+
+
+def _histogram(groups: Mapping[str, Mapping[int, int]]) -> list[dict[str, int]]:
+    """A row for each power of two that has requests: its bounds and how many requests of each group."""
+    counts = {group: Counter[int]() for group in groups}
+    for group, lengths in groups.items():
+        for length, times in lengths.items():
+            counts[group][bucket(length)] += times
+    numbers = {number for group in counts.values() for number in group}
+    return [
+        {"from": bucket_bounds(number)[0], "to": bucket_bounds(number)[1], **{name: counts[name][number] for name in groups}}
+        for number in range(min(numbers), max(numbers) + 1)
+    ]
+
+
+def _shares(groups: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """A row for each value of a label, the most frequent one first: how many requests of each group have it, and shares."""
+    totals = {name: sum(values.values()) for name, values in groups.items()}
+    rows = []
+    for value in sorted(groups["read"], key=lambda value: (-groups["read"][value], value)):
+        counts = {name: values.get(value, 0) for name, values in groups.items()}
+        shares = {f"{name}_share": _share(counts[name], totals[name]) for name in groups}
+        rows.append({"value": value, **counts, **shares})
+    return rows
+
+
+def _tokens(selection: Selection, units: Units) -> dict[str, Any]:
+    read = selection.read.units
+    occurrences = sum(read.values())
+    missing = sorted(
+        (unit for unit in read if unit not in selection.calibrating.units), key=lambda unit: (-read[unit], str(unit))
+    )
+    covered: dict[str, Any] = {}
+    for name, census in (("calibration", selection.calibrating), ("holdout", selection.held_out)):
+        covered[name] = {
+            "distinct": len(census.units),
+            "distinct_share": _share(len(census.units), len(read)),
+            "occurrence_share": _share(sum(read[unit] for unit in census.units), occurrences),
+        }
+    return {
+        "unit": units.name,
+        "tokenizer": units.source,
+        "distinct": len(read),
+        "occurrences": occurrences,
+        **covered,
+        "most_frequent_missing": [
+            {"token": units.spelled(unit), "occurrences": read[unit]} for unit in missing[:_MISSING_SHOWN]
+        ],
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 6) if whole else 0.0
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the report should know beside its numbers, as sentences."""
+    requests, asked, found = report["requests"], report["asked_for"], []
+    short = [f"{requests[name]} of {asked[name]} for {name}" for name in asked if requests[name] < asked[name]]
+    if short:
+        found.append(f"Fewer requests than asked for were left: {' and '.join(short)}.")
+    if report["tokens"]["tokenizer"] is None:
+        found.append("No tokenizer was given: lengths and coverage are in characters, and requests of token ids in those.")
+    if report["shared_beginning"]:
+        found.append(
+            f"Most requests begin with the same {report['shared_beginning']} characters, which were left out when near "
+            "duplicates were looked for."
+        )
+    without = report["strata"]["without_calibration_request"]
+    if without:
+        found.append(
+            f"{without} of {report['strata']['kept']} strata (length by label) have no calibration request: take a larger size."
+        )
+    return found

@@ -1,0 +1,119 @@
+"""A file of lines, plain, gzip or zstd, streamed once from its beginning to its end and digested on the way."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from compiler.errors import CompileError
+from compiler.requests.request import STAGE
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_COMPRESSED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_LONGEST_LINE = 16 << 20
+_BUFFER = 1 << 18
+
+Progress = Callable[[int, int], None]
+
+
+class Source:
+    """The lines of a file. `sha256` and `bytes` are those of the file as it lies on the disk, once all lines were read.
+
+    What a file is compressed with is told from its first bytes, so a pipe will do as well. Raises CompileError for a file that
+    is missing, damaged or cut off, and for a line above 16 MiB. `on_progress(done, total)` hears bytes of the file.
+    """
+
+    def __init__(self, path: str | Path, on_progress: Progress = lambda done, total: None) -> None:
+        self.path = Path(path)
+        self.bytes, self.sha256 = 0, ""
+        self._on_progress = on_progress
+
+    @property
+    def suffix(self) -> str:
+        """The file's suffix without that of a compression: ".jsonl" for requests.jsonl.gz."""
+        names = [suffix.lower() for suffix in self.path.suffixes]
+        if names and names[-1] in _COMPRESSED:
+            names.pop()
+        return names[-1] if names else ""
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Each line's number, from 1, and its bytes without the line break; a byte order mark is left out."""
+        with self._open() as file:
+            raw = _Digested(file, self._on_progress)
+            buffered = io.BufferedReader(raw, _BUFFER)
+            stream, kind = self._decompressed(buffered)
+            number = 0
+            try:
+                while line := stream.readline(_LONGEST_LINE + 1):
+                    number += 1
+                    if len(line) > _LONGEST_LINE:
+                        raise self._refuse(f"line {number} of {self.path}", "more than 16 MiB", "one request a line")
+                    yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
+            except EOFError:
+                found = f"the end of the file amid its {kind} data, after line {number}"
+                raise self._refuse(str(self.path), found, f"a complete {kind} file", "copy it again") from None
+            except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+                found = f"damaged {kind} data after line {number} ({error})"
+                raise self._refuse(str(self.path), found, f"an intact {kind} file", "copy it again") from error
+            while buffered.read(_BUFFER):  # padding that the decompressor left
+                pass
+            self.bytes, self.sha256 = raw.bytes, raw.digest.hexdigest()
+
+    def _open(self) -> io.FileIO:
+        try:
+            return open(self.path, "rb", buffering=0)
+        except IsADirectoryError:
+            found, remedy = "a directory", "give the file in it"
+        except FileNotFoundError:
+            found, remedy = "nothing there", "check the path"
+        except OSError as error:
+            found, remedy = error.strerror or str(error), "check the file's permissions"
+        raise self._refuse(str(self.path), found, "a file of requests", remedy)
+
+    def _decompressed(self, buffered: io.BufferedReader[Any]) -> tuple[BinaryIO, str]:
+        """The stream of lines, and what the file is compressed with."""
+        head = buffered.peek(4)
+        if head.startswith(_GZIP):
+            return cast("BinaryIO", gzip.GzipFile(fileobj=buffered)), "gzip"
+        if head.startswith(_ZSTD):
+            return cast("BinaryIO", zstd.ZstdFile(cast("BinaryIO", buffered))), "zstd"
+        named = _COMPRESSED.get(self.path.suffix.lower())
+        if named and head:
+            found = f"a file named {self.path.suffix} that does not begin as {named} does"
+            raise self._refuse(str(self.path), found, f"{named} data", "give it the name that fits its content")
+        return buffered, "plain"
+
+    def _refuse(self, what: str, found: str, expected: str, remedy: str = "") -> CompileError:
+        return CompileError(STAGE, what, found=found, expected=expected, remedy=remedy)
+
+
+class _Digested(io.RawIOBase):
+    """Digests and counts what is read through it."""
+
+    def __init__(self, file: io.FileIO, on_progress: Progress) -> None:
+        self.digest, self.bytes = hashlib.sha256(), 0
+        self._file, self._on_progress = file, on_progress
+        self._total = file.seek(0, io.SEEK_END) if file.seekable() else 0
+        if self._total:
+            file.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        self.bytes += count
+        self._on_progress(self.bytes, self._total)
+        return count

@@ -1,0 +1,95 @@
+"""What a request is measured in: the tokens of a tokenizer, or characters where none is given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from compiler.errors import CompileError
+from compiler.requests.request import STAGE, Request
+
+Unit = str | int  # a character or a token id
+
+
+class Units(Protocol):
+    """Splits requests into units. `name` is their plural; `source` says which tokenizer they are from, None for characters."""
+
+    name: str
+    source: dict[str, str] | None
+
+    def split(self, requests: Sequence[Request]) -> list[Sequence[Unit]]:
+        """The units of each request, in order."""
+
+    def spelled(self, unit: Unit) -> str:
+        """A unit as text for people."""
+
+
+class Characters:
+    """Characters of texts and messages; a request of token ids is counted by its ids."""
+
+    name = "characters"
+    source: dict[str, str] | None = None
+
+    def split(self, requests: Sequence[Request]) -> list[Sequence[Unit]]:
+        return [request.written() if request.token_ids is None else request.token_ids for request in requests]
+
+    def spelled(self, unit: Unit) -> str:
+        return unit if isinstance(unit, str) else f"token {unit}"
+
+
+class Tokens:
+    """Tokens of texts and of messages' contents, without special tokens and prompt template."""
+
+    name = "tokens"
+
+    def __init__(self, text: str, name: str) -> None:
+        self._tokenizer = Tokenizer.from_str(text)
+        self._vocabulary = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.source: dict[str, str] | None = {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def split(self, requests: Sequence[Request]) -> list[Sequence[Unit]]:
+        texts = [request.written() for request in requests if request.token_ids is None]
+        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [next(encoded).ids if request.token_ids is None else self._checked(request) for request in requests]
+
+    def spelled(self, unit: Unit) -> str:
+        assert isinstance(unit, int)
+        text: str = self._tokenizer.decode([unit], skip_special_tokens=False)
+        return text if text.strip("\ufffd ") else str(self._tokenizer.id_to_token(unit))
+
+    def _checked(self, request: Request) -> Sequence[int]:
+        ids = request.token_ids or ()
+        if max(ids, default=0) >= self._vocabulary:
+            raise CompileError(
+                STAGE,
+                f"line {request.line}",
+                found=f"token id {max(ids)}",
+                expected=f"ids of the tokenizer, below {self._vocabulary}",
+                remedy="give the tokenizer the ids were made with",
+            )
+        return ids
+
+
+def open_units(tokenizer: str | Path | None) -> Units:
+    """Tokens of the tokenizer at a path: a tokenizer.json, a checkpoint, an engine; characters for None."""
+    if tokenizer is None:
+        return Characters()
+    path = Path(tokenizer).expanduser()
+    from compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
+
+    if path.is_file() and path.suffix == ".json":
+        try:
+            return Tokens(check_tokenizer(path.read_text(encoding="utf-8"), str(path)), path.name)
+        except UnicodeDecodeError:
+            raise CompileError(
+                STAGE, f"tokenizer {path}", found="a file that is not UTF-8", expected="tokenizer.json"
+            ) from None
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return Tokens(load_tokenizer(path)[0], path.resolve().name)
+    from compiler.checkpoint import open_checkpoint
+
+    return Tokens(open_checkpoint(path).tokenizer_json, path.name)

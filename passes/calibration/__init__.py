@@ -1,0 +1,1 @@
+"""What a model's activations say, collected segment by segment over many sequences."""

@@ -1,0 +1,59 @@
+"""What a pass that takes long has finished, so that a killed build goes on from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compiler.ir.stream import ActivationStream
+from passes.calibration.data import CalibrationData
+
+
+class Work:
+    """A folder of results that belong to one key; another key's are cleared. `done` segments need not run again."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._state, self._folder, self._key = folder / "state.json", folder, key
+        try:
+            state = json.loads(self._state.read_text(encoding="utf-8"))
+            self.done = int(state["segments"]) if state["key"] == key else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            self.done = 0
+        if not self.done:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str) -> Path:
+        """Where a result lies."""
+        return self._folder / f"{name}.safetensors"
+
+    def finish(self, number: int) -> None:
+        """Segments up to this one are done."""
+        fresh = self._state.with_suffix(".new")
+        fresh.write_text(json.dumps({"key": self._key, "segments": number + 1}), encoding="utf-8")
+        fresh.replace(self._state)
+
+
+def walk(
+    data: CalibrationData, model: ir.Model, name: str, key: str
+) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
+    """The work of the pass `name`, and an iteration over (stream, segment) that are not done yet; each is marked as done, and
+    the seam before it dropped, when the next one is asked for."""
+    folder = data.folder / name
+    work = Work(folder, key)
+
+    def segments() -> Iterator[tuple[ActivationStream, int]]:
+        stream = ActivationStream(model, data.sequences, folder)
+        total = len(stream.segments) * stream.tokens
+        for number in range(work.done, len(stream.segments)):
+            data.on_progress(number * stream.tokens, total)
+            yield stream, number
+            work.finish(number)
+            stream.drop(number)
+        data.on_progress(total, total)
+
+    return work, segments

@@ -1,0 +1,204 @@
+"""Outliers of activations go into the weights behind them, channel by channel (Xiao et al., SmoothQuant, arXiv:2211.10438)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from compiler.ir.ops import attributes_of
+from compiler.ir.stream import ActivationStream, Tensor, linears, quantized
+from passes.base import Pass, PassResult, is_weight, other_readers
+from passes.calibration.data import CalibrationData
+from passes.calibration.work import walk
+from passes.rotation.weights import replace_weight
+
+Floats = npt.NDArray[np.float32]
+_DONE = "smoothed"
+_SAMPLES = 256  # rows of a linear's input that choose its alpha
+_ALPHAS = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # 0.3 to 0.9
+_LEAST = 1e-5
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a channel of an activation can be divided by s: `source` writes it, with `inputs` (weights to divide, by row or
+    element) from row `start` on, and `readers` are the linears whose columns are multiplied in return. One factor serves
+    `repeat` runs of `width` channels each (grouped-query heads)."""
+
+    value: ir.Value
+    source: ir.Node
+    inputs: tuple[int, ...]
+    start: int
+    readers: tuple[ir.Node, ...]
+    width: int = 0
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class SmoothActivations(Pass):
+    """n = RMSNorm(x, g); y = Gemm(n, W)   becomes   n' = RMSNorm(x, g / s); y = Gemm(n', W diag(s))
+
+    s = max|n|^alpha / max|W|^(1 - alpha), channel by channel over calibration requests, so that what is hard to round in n is
+    shared with W. The same for LayerNorm (BLOOM's fused query-key-value, and its way into the GELU), between the values and the
+    attention's output projection, and between up and down of a SwiGLU; nothing can be moved through a GELU. alpha None: each
+    place takes that of 0.3 to 0.9 with the least INT8 error of its linears' outputs. Refuses a place with other readers.
+    """
+
+    data: CalibrationData = field(repr=False)
+    alpha: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.data.describe() | {"alpha": "searched" if self.alpha is None else self.alpha}
+
+    def run(self, model: ir.Model) -> PassResult:
+        places, refusals = _places(model.graph)
+        if not places or _DONE in model.metadata_props:
+            return PassResult(0, refusals)
+        work, segments = walk(self.data, model, self.name, self.data.key(model, self.options))
+        files = {place.value: work.file(f"{i:05d}") for i, place in enumerate(places)}
+        for stream, number in segments():
+            for place, factors in self._factors(stream, number, {place.value: place for place in places}):
+                save_file({"factors": factors.cpu().contiguous()}, files[place.value])
+        for place in places:
+            _divide(place, load_file(files[place.value])["factors"], model.graph)
+        model.metadata_props[_DONE] = str(self.options["alpha"])
+        return PassResult(len(places), refusals)
+
+    def _factors(
+        self, stream: ActivationStream, number: int, places: dict[ir.Value, _Place]
+    ) -> Iterator[tuple[_Place, Tensor]]:
+        """The factors of a segment's places; writes the next seam."""
+        weights = stream.load(number)
+        first = {node.inputs[0]: node for node in reversed(list(linears(stream.segments[number]))) if node.inputs[0] in places}
+        largest: dict[ir.Value, Tensor] = {}
+        samples: dict[ir.Value, list[Tensor]] = {}
+
+        def observe(node: ir.Node, x: Tensor) -> Tensor:
+            source = node.inputs[0]
+            if source is not None and first.get(source) is node:
+                absmax = x.abs().amax(dim=0)
+                largest[source] = torch.maximum(largest[source], absmax) if source in largest else absmax
+                step = max(1, len(x) * len(stream.batches) // _SAMPLES)
+                samples.setdefault(source, []).append(x[::step].clone())
+            return x
+
+        stream.forward(number, weights, on_linear=observe)
+        for value, absmax in largest.items():
+            place = places[value]
+            matrices = [weights[reader.inputs[1]] for reader in place.readers if reader.inputs[1] is not None]
+            yield place, self._choose(place, absmax, torch.cat(samples[value]), matrices)
+
+    def _choose(self, place: _Place, absmax: Tensor, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        columns = torch.stack([matrix.abs().amax(dim=0) for matrix in matrices]).amax(dim=0)
+        candidates = {
+            alpha: _smoothing(place, absmax, columns, alpha) for alpha in ((self.alpha,) if self.alpha is not None else _ALPHAS)
+        }
+        if len(candidates) == 1:
+            return next(iter(candidates.values()))
+        exact = [x @ matrix.T for matrix in matrices]
+
+        def error(factors: Tensor) -> float:
+            rounded = quantized(x / factors, 8)
+            return sum(
+                float((rounded @ quantized(matrix * factors, 8).T - right).square().sum())
+                for matrix, right in zip(matrices, exact, strict=True)
+            )
+
+        return min(candidates.values(), key=error)
+
+
+def _smoothing(place: _Place, absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """float32 [K]: what each channel is divided by; channels that share a factor take their largest."""
+    if place.repeat > 1:
+        absmax, columns = (_shared(place, values) for values in (absmax, columns))
+    factors = absmax.clamp(min=_LEAST) ** alpha / columns.clamp(min=_LEAST) ** (1 - alpha)
+    return torch.where((absmax > 0) & (columns > 0), factors.clamp(_LEAST, 1 / _LEAST), 1.0)
+
+
+def _shared(place: _Place, values: Tensor) -> Tensor:
+    """[groups, repeat, width]: the largest over the repeats, for each of them."""
+    grouped = values.view(-1, place.repeat, place.width)
+    return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def _places(graph: ir.Graph) -> tuple[list[_Place], tuple[str, ...]]:
+    """Every activation that linears alone read and whose writer can take the factors, and why others cannot."""
+    places: list[_Place] = []
+    refusals: list[str] = []
+    for node in graph:
+        value = node.outputs[0]
+        readers = tuple(value.consumers())
+        if not readers or not all(reader.op_type == "Gemm" and is_weight(reader.inputs[1]) for reader in readers):
+            continue
+        place, reason = _place(node, value, readers)
+        if place is not None:
+            places.append(place)
+        elif reason:
+            refusals.append(f"{node.name}: {reason}")
+    return places, tuple(refusals)
+
+
+def _place(node: ir.Node, value: ir.Value, readers: tuple[ir.Node, ...]) -> tuple[_Place | None, str]:
+    for reader in readers:
+        weight = reader.inputs[1]
+        assert weight is not None
+        if others := other_readers(weight, reader):
+            return None, f"the weight of {reader.name} is also read by {', '.join(others)}"
+    if node.op_type in ("RMSNormalization", "LayerNormalization"):
+        vectors = tuple(i for i in range(1, len(node.inputs)) if node.inputs[i] is not None)
+        return _Place(value, node, vectors, 0, readers), ""
+    if node.op_type == "SwiGLU":
+        return _through_linear(value, node, node.inputs[1], readers)
+    if node.op_type == "Attention":
+        options = attributes_of(node)
+        repeat = options["num_heads"] // options["num_kv_heads"]
+        return _through_linear(value, node, node.inputs[2], readers, options["head_dim"], repeat)
+    return None, "" if node.op_type != "Gelu" else "nothing can be moved through a GELU"
+
+
+def _through_linear(
+    value: ir.Value, node: ir.Node, source: ir.Value | None, readers: tuple[ir.Node, ...], width: int = 0, repeat: int = 1
+) -> tuple[_Place | None, str]:
+    """A place whose factors divide the rows of the linear that computes `source`."""
+    assert source is not None
+    if others := other_readers(source, node):
+        return None, f"{source.name} is also read by {', '.join(others)}"
+    linear, start = source.producer(), 0
+    if linear is not None and linear.op_type == "Split":
+        sizes, fused = linear.inputs[1], linear.inputs[0]
+        assert sizes is not None and sizes.const_value is not None and fused is not None
+        start = int(sizes.const_value.numpy()[: list(linear.outputs).index(source)].sum())
+        linear = fused.producer()
+    if linear is None or linear.op_type != "Gemm" or not is_weight(linear.inputs[1]):
+        return None, f"{source.name} does not come from a linear"
+    inputs = tuple(i for i in (1, 2) if i < len(linear.inputs) and linear.inputs[i] is not None)
+    return _Place(value, linear, inputs, start, readers, width, repeat), ""
+
+
+def _divide(place: _Place, factors: Floats, graph: ir.Graph) -> None:
+    own = factors if place.repeat == 1 else factors.reshape(-1, place.repeat, place.width)[:, 0].reshape(-1)
+    rows = slice(place.start, place.start + len(own))
+    for index in place.inputs:
+        replace_weight(place.source, index, partial(_divide_rows, own, rows), graph, "smoothed")
+    for reader in place.readers:
+        replace_weight(reader, 1, partial(_multiply_columns, factors), graph, "smoothed")
+
+
+def _divide_rows(factors: Floats, rows: slice, weight: Floats) -> Floats:
+    weight[rows] /= factors if weight.ndim == 1 else factors[:, None]
+    return weight
+
+
+def _multiply_columns(factors: Floats, weight: Floats) -> Floats:
+    weight *= factors
+    return weight

@@ -1,0 +1,79 @@
+"""R4: what the feed-forward activation gives is rotated while running; the linear behind it absorbs the rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.errors import CompileError
+from compiler.ir.build import make_node
+from compiler.ir.meanings import block_hadamard
+from compiler.ir.ops import attributes_of
+from passes.base import Replacement, RewritePass, is_weight, other_readers
+from passes.rotation.weights import replace_weight
+
+Floats = npt.NDArray[np.float32]
+SMALLEST = 16  # block: a register of the kernels
+_ROWS = 64  # of a weight rotated at a time, so that temporaries stay in the cache
+
+
+@dataclass(frozen=True)
+class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
+    """a = SwiGLU(gate, up); y = Gemm(a, W, c)   becomes   a = SwiGLU(gate, up); y = Gemm(BlockHadamard(a), W Q, c)
+
+    and Gelu likewise. Q is the orthogonal matrix of BlockHadamard. This activation has the largest outliers, and as it is not
+    linear, no weight before it can rotate them away (QuaRot's online transform before down_proj). The block is the
+    largest power of two that divides the width, up to `block`: the larger, the further an outlier is spread, and the more
+    the kernel adds. Refuses an activation with another reader, a weight that is computed, and a width that 16 does not divide.
+    """
+
+    block: int = 512
+
+    def __post_init__(self) -> None:
+        if self.block < SMALLEST or self.block & (self.block - 1):
+            expected = f"a power of two from {SMALLEST} on"
+            raise CompileError("rotate", "option block", found=str(self.block), expected=expected)
+
+    def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+        x = node.inputs[0] if node.op_type == "Gemm" else None
+        activation = None if x is None else x.producer()
+        return (activation, node) if activation is not None and activation.op_type in ("SwiGLU", "Gelu") else None
+
+    def check(self, match: tuple[ir.Node, ir.Node]) -> str:
+        activation, linear = match
+        if others := other_readers(activation.outputs[0], linear):
+            return f"the result of {activation.name} is also read by {', '.join(others)}"
+        if not is_weight(linear.inputs[1]):
+            return "its weight is computed, so it cannot absorb a rotation"
+        width = _width(activation)
+        return f"no power of two from {SMALLEST} on divides its {width} inputs" if width % SMALLEST else ""
+
+    def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
+        activation, linear = match
+        width = _width(activation)
+        block = min(width & -width, self.block)
+        rotate = make_node("BlockHadamard", activation.outputs, f"{activation.name}.hadamard", attributes={"block": block})
+        replace_weight(linear, 1, partial(_rotate_rows, block), graph)
+        inputs = [rotate.outputs[0], *linear.inputs[1:]]
+        node = make_node("Gemm", inputs, str(linear.name), attributes=attributes_of(linear))
+        return Replacement([linear], [rotate, node], {linear.outputs[0]: node.outputs[0]})
+
+
+def _width(activation: ir.Node) -> int:
+    shape = activation.outputs[0].shape
+    assert shape is not None
+    width = shape[1]
+    assert isinstance(width, int), "only rows are symbolic"
+    return width
+
+
+def _rotate_rows(block: int, weight: Floats) -> Floats:
+    """weight @ Q: its rows are transformed as the activations are."""
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        weight[rows] = block_hadamard(weight[rows], block=block)
+    return weight

@@ -1,0 +1,111 @@
+"""The int4 linear kernel against its NumPy meaning, on every instruction set, decode and prefill alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from compiler.backends.tvm import packing
+from compiler.backends.tvm.isa import AMX
+from compiler.backends.tvm.kernels.base import View
+from compiler.backends.tvm.kernels.group_linear import GroupLinear
+from compiler.backends.tvm.library import compile_library
+from compiler.ir import meanings
+from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
+
+# Outputs, inputs: not multiples of 16, 64 or 128, fewer than a group, a last group of up to 64 and of more
+SHAPES = [(100, 96), (16, 64), (150, 200), (48, 320), (65, 1154)]
+ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 40)
+CAPACITY = 64
+Array = npt.NDArray[Any]
+
+
+def group_linear(outputs: int, inputs: int, bias: bool = True) -> GroupLinear:
+    return GroupLinear(outputs, inputs, bias, View.of_width(inputs), View.of_width(outputs))
+
+
+@pytest.fixture(scope="module", params=HOST_ISAS, ids=lambda isa: isa.name)
+def library(request: pytest.FixtureRequest) -> Library:
+    return Library([*(group_linear(*shape) for shape in SHAPES), group_linear(*SHAPES[2], bias=False)], request.param)
+
+
+def operands(shape: tuple[int, int], rows: int, seed: int = 0) -> tuple[Array, Array, Array, Array, Array]:
+    """xq, xs, wq, ws, bias; first the extremes of both factors."""
+    rng = np.random.default_rng(seed)
+    outputs, inputs = shape
+    xq, wq = rng.integers(-127, 128, (rows, inputs)), rng.integers(-8, 8, shape)
+    xq[0], xq[-1, : inputs // 2] = 127, -127
+    wq[0], wq[1] = 7, -8
+    ws = rng.normal(0, 0.01, (outputs, -(-inputs // meanings.GROUP)))
+    ws[2, 0] = 0
+    return (xq.astype(np.int8), rng.random(rows, np.float32), wq.astype(np.int8), ws.astype(np.float16),
+            rng.standard_normal(outputs, np.float32))  # fmt: skip
+
+
+def tokens(xq: Array) -> Array:
+    """uint8 = int8 + 128; padding and rows past the last hold what is worst: -128 and 127."""
+    stored = np.full((CAPACITY, View.of_width(xq.shape[1]).stride), 0, np.uint8)
+    stored[:, 1::3] = 255
+    stored[: len(xq), : xq.shape[1]] = xq.astype(np.int32) + 128
+    return aligned_copy(stored)
+
+
+def run(library: Library, kernel: GroupLinear, xq: Array, xs: Array, wq: Array, ws: Array, bias: Array) -> Array:
+    out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
+    biases = [aligned_copy(packing.pack_vector(bias))] if kernel.bias else []
+    library.call(
+        kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int4(wq)),
+        aligned_copy(packing.pack_group_scales(ws)), *biases, out,
+    )  # fmt: skip
+    return out[: len(xq), : kernel.outputs]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_what_its_meaning_says(library: Library, shape: tuple[int, int]) -> None:
+    """To the bit: sums are exact and every rounding is the meaning's."""
+    for rows in ROWS:
+        xq, xs, wq, ws, bias = operands(shape, rows)
+        got = run(library, group_linear(*shape), xq, xs, wq, ws, bias)
+        np.testing.assert_array_equal(got, meanings.group_linear(xq, xs, wq, ws, bias), err_msg=f"{rows} rows")
+
+
+def test_without_bias(library: Library) -> None:
+    xq, xs, wq, ws, bias = operands(SHAPES[2], 3)
+    got = run(library, group_linear(*SHAPES[2], bias=False), xq, xs, wq, ws, bias)
+    np.testing.assert_array_equal(got, meanings.group_linear(xq, xs, wq, ws, None))
+
+
+def test_a_row_does_not_depend_on_those_beside_it(library: Library) -> None:
+    xq, xs, wq, ws, bias = operands(SHAPES[3], 40)
+    together = run(library, group_linear(*SHAPES[3]), xq, xs, wq, ws, bias)
+    for rows in (1, 4, 9):
+        alone = run(library, group_linear(*SHAPES[3]), xq[-rows:], xs[-rows:], wq, ws, bias)
+        np.testing.assert_array_equal(alone, together[-rows:])
+
+
+def test_the_meaning_is_a_product_with_the_weights_that_integers_and_scales_stand_for() -> None:
+    xq, xs, wq, ws, bias = operands((20, 300), 4)
+    weight = wq * np.repeat(ws.astype(np.float64), meanings.GROUP, axis=1)[:, :300]
+    expected = (xq * xs[:, None].astype(np.float64)) @ weight.T + bias
+    np.testing.assert_allclose(
+        meanings.group_linear(xq, xs, wq, ws, bias), expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+    )
+
+
+def test_packed_weights() -> None:
+    """16 outputs x 4 inputs of one step in the low halves of 64 bytes, those of the next step in the high ones."""
+    wq = np.arange(20 * 70).reshape(20, 70) % 16 - 8
+    packed = packing.pack_int4(wq.astype(np.int8))
+    assert packed.shape == packing.int4_panels_shape(20, 70) == (2, 16, 16, 4) and packed.dtype == np.uint8
+    for n, k in ((0, 0), (3, 6), (17, 69), (19, 12)):
+        byte = packed[n // 16, k // 8, n % 16, k % 4]
+        assert (byte >> 4 if k // 4 % 2 else byte & 15) == wq[n, k] + 8
+    assert packed[1, 15, 15, 3] == 0x88, "padding is a weight of zero"
+
+
+def test_amx_hosts_take_the_same_kernel() -> None:
+    code = compile_library([group_linear(64, 256)], AMX)
+    assert b"\xc4\xe2\x78\x49" not in code, "no tile instructions"

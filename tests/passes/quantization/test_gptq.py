@@ -1,0 +1,205 @@
+"""GPTQ: its arithmetic, and the pass that runs it through a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compiler.errors import CompileError
+from passes.base import PassResult
+from passes.calibration.data import CalibrationData
+from passes.quantization import gptq
+from passes.quantization.gptq_rounding import GptqRounding
+from passes.quantization.quantize_groups import QuantizeGroups
+from passes.quantization.quantize_linears import QuantizeLinears
+from passes.quantization.weights import product, quantize_groups
+from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama
+
+SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(16))
+
+
+def data(folder: Path, **changes: object) -> CalibrationData:
+    return CalibrationData(**{"sequences": SEQUENCES, "digest": "a set", "checkpoint": "a model", "folder": folder} | changes)  # type: ignore[arg-type]
+
+
+def correlated(outputs: int = 24, inputs: int = 160) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and inputs [512, K] of which many depend on each other."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(inputs // 8, inputs, generator=generator)
+    x = torch.randn(512, inputs // 8, generator=generator) @ mixing + 0.1 * torch.randn(512, inputs, generator=generator)
+    return torch.randn(outputs, inputs, generator=generator), x
+
+
+def error(weight: torch.Tensor, rounded: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> float:
+    integers, scales = rounded
+    return float((x @ (integers * scales[:, None] - weight).T).square().sum())
+
+
+def nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = weight.abs().amax(dim=1) / 127
+    return torch.round(weight / scales[:, None]), scales
+
+
+def test_outputs_change_less_than_with_the_nearest_integers() -> None:
+    weight, x = correlated()
+    rounded = gptq.round_weight(weight, x.T @ x, 0.01)
+    assert rounded[0].dtype == torch.int8 and rounded[0].abs().max() <= 127
+    assert error(weight, rounded, x) < 0.25 * error(weight, nearest(weight), x)
+
+
+def test_without_correlation_it_is_rounding_to_nearest() -> None:
+    weight, _ = correlated()
+    integers, scales = gptq.round_weight(weight, torch.eye(160), 0.0, clips=(1.0,))
+    expected, expected_scales = nearest(weight)
+    assert torch.equal(integers.float(), expected) and torch.equal(scales, expected_scales)
+
+
+def test_integers_stay_what_they_are() -> None:
+    _, x = correlated()
+    integers = torch.randint(-127, 128, (24, 160), generator=torch.Generator().manual_seed(1)).float()
+    integers[:, 0] = 127
+    found, scales = gptq.round_weight(integers / 64, x.T @ x, 0.01)
+    assert torch.equal(found.float(), integers) and torch.equal(scales, torch.full((24,), 1 / 64))
+
+
+def test_inputs_that_are_always_zero_and_rows_of_zeros() -> None:
+    weight, x = correlated()
+    x[:, 5] = 0
+    weight[3] = 0
+    integers, scales = gptq.round_weight(weight, x.T @ x, 0.01)
+    assert torch.isfinite(scales).all() and not integers[3].any()
+    assert error(weight, (integers, scales), x) < error(weight, nearest(weight.clamp(min=1e-9)), x)
+
+
+def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = correlated()
+    whole = gptq.round_weight(weight, x.T @ x, 0.01)
+    monkeypatch.setattr(gptq, "ROWS", 7)
+    parts = gptq.round_weight(weight, x.T @ x, 0.01)
+    assert torch.equal(whole[1], parts[1])
+    # Sums of another length may round otherwise in float32, which moves a value that lies between two integers.
+    assert (whole[0] != parts[0]).float().mean() < 0.01
+
+
+def test_a_smaller_scale_is_taken_where_it_pays() -> None:
+    weight = torch.full((1, 1000), 0.0995)
+    weight[0, 0] = 12.7  # absmax / 127 = 0.1: all others round up by half a hundredth, 900 times
+    importance = torch.full((1000,), 1e-3)
+    importance[0] = 1e-9
+    assert gptq.scales_of(weight, importance, (1.0, 0.995))[0] == pytest.approx(0.0995)
+    assert gptq.scales_of(weight, importance, (1.0,))[0] == pytest.approx(0.1)
+
+
+def test_linears_keep_the_integers(tmp_path: Path) -> None:
+    """What QuantizeLinears multiplies is what the pass has chosen, exactly."""
+    model = llama(last_norm=True)
+    before, result = check_pass(GptqRounding(data(tmp_path)), model)
+    assert result == PassResult(7 * 2 + 1)
+    assert_same_results(before, model, rtol=0.02)
+    weights = {str(node.name): node.inputs[1] for node in model.graph if node.op_type == "Gemm"}
+    products = {name: value.const_value.numpy().copy() for name, value in weights.items()}
+    assert QuantizeLinears().run(model).changes == len(products)
+    for node in model.graph:
+        if node.op_type == "Dequantize":
+            integers, scale = node.inputs[0].producer().inputs[1], node.inputs[2]
+            product = integers.const_value.numpy() * scale.const_value.numpy()[:, None]
+            assert np.array_equal(product, products[str(node.name)])
+
+
+def grouped_error(weight: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x @ (product(integers, scales) - weight).T).square().sum())
+
+
+@pytest.mark.parametrize("inputs", [160, 256, 300])
+def test_int4_outputs_change_less_than_with_the_nearest_integers(inputs: int) -> None:
+    weight, x = correlated(inputs=inputs // 8 * 8)
+    rounded = gptq.round_weight(weight, x.T @ x, 0.01, grouped=True)
+    assert rounded[0].dtype == torch.int8 and rounded[0].min() >= -8 and rounded[0].max() <= 7
+    assert rounded[1].dtype == torch.float16 and rounded[1].shape == (24, -(-weight.shape[1] // 128))
+    plain = map(torch.from_numpy, quantize_groups(weight.numpy(), "w"))
+    assert grouped_error(weight, *rounded, x) < 0.35 * grouped_error(weight, *plain, x)
+
+
+def test_int4_without_correlation_is_rounding_to_nearest() -> None:
+    weight, _ = correlated(inputs=304)
+    integers, scales = gptq.round_weight(weight, torch.eye(304), 0.0, grouped=True)
+    expected, expected_scales = quantize_groups(weight.numpy(), "w")
+    assert np.array_equal(integers.numpy(), expected) and np.array_equal(scales.numpy(), expected_scales)
+
+
+def test_int4_scales_belong_to_neighbours_whatever_the_order_of_rounding() -> None:
+    """Integers come back, though inputs of both groups take turns."""
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(-8, 8, (24, 256), generator=generator).float()
+    integers[:, ::100] = -8
+    steps = torch.tensor([0.5, -0.125]).repeat_interleave(128)
+    hessian = torch.diag(torch.rand(256, generator=generator) + 0.5)
+    found, scales = gptq.round_weight(integers * steps, hessian, 0.01, grouped=True)
+    assert torch.equal(found.float(), integers) and scales.unique().tolist() == [-0.125, 0.5]
+
+
+def test_layers_keep_int4_integers_and_the_head_int8_ones(tmp_path: Path) -> None:
+    model = llama(last_norm=True)
+    _, result = check_pass(GptqRounding(data(tmp_path), weight_bits=4), model)
+    assert result == PassResult(7 * 2 + 1)
+    weights = {str(node.name): node.inputs[1] for node in model.graph if node.op_type == "Gemm"}
+    products = {name: value.const_value.numpy().copy() for name, value in weights.items()}
+    assert QuantizeGroups().run(model).changes == 7 * 2 and QuantizeLinears().run(model).changes == 1
+    seen = set()
+    for node in model.graph:
+        if node.op_type == "GroupQuantizedLinear":
+            wq, ws = (value.const_value.numpy() for value in node.inputs[2:4])
+            seen.add(str(node.name))
+            found = product(torch.from_numpy(wq.astype(np.int8)), torch.from_numpy(ws))
+            assert np.array_equal(found.numpy(), products[str(node.name)])
+    assert seen == products.keys() - {"lm_head"}
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    _, result = check_pass(GptqRounding(data(tmp_path)), bloom(last_norm=True))
+    assert result.changes == 4 * 2
+    assert result.refusals == ("lm_head: its weight is also read by embed",)
+
+
+def test_a_quantized_graph_is_left_alone(tmp_path: Path) -> None:
+    model = llama()
+    QuantizeLinears().run(model)
+    _, result = check_pass(GptqRounding(data(tmp_path)), model)
+    assert result == PassResult() and not list(tmp_path.iterdir())
+
+
+def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    heard: list[int] = []
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at_three(done: int, total: int) -> None:
+        if done >= 3 * 16 * 24:
+            raise Killed
+
+    def chosen(model: object) -> dict[str, np.ndarray]:
+        return {str(node.name): node.inputs[1].const_value.numpy() for node in model.graph if node.op_type == "Gemm"}  # type: ignore[attr-defined]
+
+    with pytest.raises(Killed):
+        GptqRounding(data(tmp_path / "a", on_progress=kill_at_three)).run(llama())
+    resumed, whole, other = llama(), llama(), llama()
+    GptqRounding(data(tmp_path / "a", on_progress=lambda done, total: heard.append(done // (16 * 24)))).run(resumed)
+    assert heard == [3, 4, 5]
+    GptqRounding(data(tmp_path / "b")).run(whole)
+    assert all(np.array_equal(array, chosen(whole)[name]) for name, array in chosen(resumed).items())
+    heard.clear()
+    again = data(tmp_path / "a", digest="another set", on_progress=lambda done, total: heard.append(done // (16 * 24)))
+    GptqRounding(again).run(other)
+    assert heard == [0, 1, 2, 3, 4, 5]
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    model = llama()
+    weight = next(node for node in model.graph if node.op_type == "Gemm").inputs[1].const_value.numpy()
+    weight[0, 0] = np.nan
+    with pytest.raises(CompileError, match=r"the weight of layers.0.attn.q: found NaN or infinity"):
+        GptqRounding(data(tmp_path)).run(model)
