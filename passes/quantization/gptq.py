@@ -44,8 +44,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def round_weight(
     weight: Tensor, hessian: Tensor, damping: float, clips: tuple[float, ...] = CLIPS, *, grouped: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and scales float32 [N] of a weight [N, K] whose inputs x have the second moments `hessian` = sum x x^T [K, K];
-    with `grouped`, INT4 integers and scales float16 [N, G].
+    """int8 [N, K] and scales float32 [N] of a weight [N, K] whose inputs x have the second moments `hessian` = sum x x^T
+    [K, K]; with `grouped`, INT4 integers and scales float16 [N, G].
 
     Inputs are taken in falling order of their second moment; the error of each, as far as later ones can make up for it,
     is taken from their weights before these are rounded. Scales are chosen before that: groups are neighbours in the order in

@@ -35,8 +35,7 @@ def pack_int4(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """[outputs, inputs] of -8..7 to the panels of int8, every two steps of 4 inputs in one: the first in the low halves of the
     bytes, the second in the high ones. They hold 0..15, the weight + 8; padding is a weight of zero."""
     steps = (pack_int8(weight) + 8).astype(np.uint8)
-    packed: npt.NDArray[np.uint8] = steps[:, 0::2] | steps[:, 1::2] << 4
-    return packed
+    return steps[:, 0::2] | steps[:, 1::2] << np.uint8(4)
 
 
 def group_scales_shape(outputs: int, groups: int) -> tuple[int, int, int]:
