@@ -71,9 +71,9 @@ def _docstrings_of(file: Path) -> Iterator[str]:
     except SyntaxError:  # lib2to3 keeps files of Python 2
         return
     for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        text = ast.get_docstring(node) if documented else None  # type: ignore[arg-type]
-        if text:
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if text := ast.get_docstring(node):
             yield text.strip()
 
 

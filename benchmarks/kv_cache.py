@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.accuracy import RESULTS, WINDOW, Comparison, documentation_windows
+from benchmarks.accuracy import RESULTS, WINDOW, documentation_windows
+from compiler.accuracy import Comparison
 from runtime import Engine
 from runtime.artifact import read_manifest
 

@@ -182,7 +182,7 @@ def held_out_figures(model: Any, train_ids: torch.Tensor, ids: torch.Tensor) -> 
     """Perplexity on text the model has not seen, beside that of how often each token occurs in the text it has."""
     model.eval()
     windows = ids[: (len(ids) - 1) // SEQUENCE * SEQUENCE + 1].unfold(0, SEQUENCE + 1, SEQUENCE)
-    loss = sum(loss_of(model, part).item() * len(part) for part in windows.split(8)) / len(windows)
+    loss = sum(loss_of(model, window[None]).item() for window in windows) / len(windows)
     counts = torch.bincount(train_ids, minlength=MODEL["vocab_size"]).double() + 1
     unigram = -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
     return {
