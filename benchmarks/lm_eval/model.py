@@ -115,7 +115,7 @@ class BelleLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _score(
         self, windows: Sequence[Window], disable_tqdm: bool, keys: Sequence[Any] | None = None
     ) -> list[tuple[float, bool]]:
-        """Scores in the order of `windows`; each goes into the harness' cache under its key at once."""
+        """Scores in the order of `windows`; each goes to the harness' cache at once, for runs that are broken off."""
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(windows), desc="Scoring", disable=disable_tqdm) as progress:
             for group in by_inputs(windows):

@@ -28,7 +28,9 @@ def case(request: pytest.FixtureRequest, builder: Builder) -> Iterator[tuple[Pat
 def test_prefill(case: tuple[Path, Engine]) -> None:
     checkpoint, engine = case
     ids = random_ids(checkpoint, PROMPT)
-    assert relative_error(engine.logits(ids), hf_logits(checkpoint, ids)) < TOLERANCE
+    found = engine.logits(ids)
+    assert relative_error(found, hf_logits(checkpoint, ids)) < TOLERANCE
+    np.testing.assert_array_equal(engine.logits(ids, start=13), found[13:])
 
 
 def test_decode_step_by_step(case: tuple[Path, Engine]) -> None:

@@ -57,6 +57,7 @@ def test_the_error_is_that_of_the_weights(unrotated: Builder, variant: str, isa:
     weight_only, exact = weight_only_logits(checkpoint, ids), hf_logits(checkpoint, ids)
     with Engine.load(unrotated.engine(variant, "int8-a16", (isa,)), threads=2, kv_tokens=512) as engine:
         at_once = np.array(engine.logits(ids))
+        np.testing.assert_array_equal(engine.logits(ids, start=38), at_once[38:])
         stepper = EngineStepper(engine)
         stepped = np.concatenate([stepper.step({0: step})[0] for step in (ids[:33], *([token] for token in ids[33:]))])
     for got in (at_once, stepped):
