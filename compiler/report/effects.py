@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 FRONTEND = "frontend"
 TOKENS = 48  # of the sequence that drift is measured on
-MOST_PARAMETERS = 500_000_000  # of a model whose drift is measured without being asked for
+MOST_PARAMETERS = 20_000_000  # of a model whose drift is measured without being asked for
 _KEPT_BYTES = 256 << 20  # of weights that others are computed from
 _TEXT = (
     "写一首关于春天的诗。The capital of France is Paris, and the capital of Japan is Tokyo. 一加一等于二，二加二等于四。"
