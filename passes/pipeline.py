@@ -59,7 +59,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
-    "int8-a16": Recipe(16, ("rotate", "gptq")),
+    "int8-accurate": Recipe(16, ("rotate", "gptq")),
     "int8-plain": Recipe(8),
     "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weight_bits=4),
     "none": Recipe(0),
