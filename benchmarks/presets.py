@@ -4,7 +4,7 @@
     python -m benchmarks.presets smollm2-135m --preset int8-plain --rounds 9
 
 A round runs every batch with both engines, one right after the other, and every other round the other one first. The ratio is
-the median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE.json.
+the median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE-PRESET.json.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
         for task, found in result["tasks"].items():
             print(f"{shape}, {task}: {arguments.preset} takes {found['ratio']:.3f} of {BASE}'s time "
                   f"({found['ratio_lowest']:.3f} to {found['ratio_highest']:.3f})")  # fmt: skip
-        (arguments.out / f"presets-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / f"presets-{shape}-{arguments.preset}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
