@@ -263,7 +263,7 @@ def _manifest(
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
     return Manifest(
         model=model,
-        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
+        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
         passes=(opened, *applied, *_tuning_record(lowered)),
         quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),

@@ -18,8 +18,8 @@ from runtime import host
 from runtime.errors import EngineError
 from runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
 
-FORMAT_VERSION = 1
-READABLE_VERSIONS = (1,)
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (2,)
 MANIFEST_NAME = "manifest.json"
 STAGE = "engine"
 
@@ -45,7 +45,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache."""
+    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache of one rank."""
 
     arch: str
     isa: tuple[str, ...]
@@ -54,11 +54,13 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """The target built for; `isas` are the kernel sets the engine carries, best first."""
+    """The target built for; `isas` are the kernel sets the engine carries, best first, and `ranks` the processes that run it
+    together."""
 
     name: str
     isas: tuple[str, ...]
     requires: Requirements
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
         for isa in isas:
             if isa not in host.ISA_FLAGS:
                 raise refuse(where, isa, f"among {known}")
+    if manifest.target.ranks < 1:
+        raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 
 
 def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None) -> None:

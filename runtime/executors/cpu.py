@@ -66,7 +66,7 @@ class CpuExecutor:
         self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"])
         start, stride = program.logits.offset, program.logits.stride
         floats = self._arena[start : start + 4 * stride * program.max_rows].view(np.float32)
-        self._logits = floats.reshape(program.max_rows, stride)[:, : program.vocab_size]
+        self._logits = floats.reshape(program.max_rows, stride)[:, : program.logits.count]
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
         self._lists: dict[tuple[int, int], tuple[CallList, NDArray[np.int64]]] = {}

@@ -215,7 +215,7 @@ def lower(
         max_blocks=lowering.max_blocks,
         arena_bytes=arena_bytes,
         vocab_size=logits.width,
-        logits=Logits(offsets[logits.buffer], logits.buffer.stride),
+        logits=Logits(offsets[logits.buffer], logits.buffer.stride, 0, logits.width),
         kv=KVLayout(layers, kv_heads, head_dim, lowering.kv_dtype),
         calls=calls,
         kernel_calls=FusionCalls(calls_before_fusion, len(calls)),

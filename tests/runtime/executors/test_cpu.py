@@ -30,7 +30,7 @@ HIDDEN, STRIDE, MAX_TOKENS, MAX_ROWS = 64, 320, 24, 8
 X, LOGITS = 0, MAX_TOKENS * HIDDEN * 4
 PROGRAM = Program(
     max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_sequences=3, max_blocks=4, arena_bytes=LOGITS + MAX_ROWS * STRIDE * 4,
-    vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE), kv=KVLayout(2, 1, 16, "float32"),
+    vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE, 0, VOCABULARY), kv=KVLayout(2, 1, 16, "float32"),
     calls=(
         Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
         Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("token_ids"), KV(1, "v")), kernel="mark"),
