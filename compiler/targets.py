@@ -23,6 +23,7 @@ class Target:
     isas: tuple[str, ...]
     ranks: int
     description: str
+    max_ranks: int = 8
 
     def carrying(self, isas: Sequence[str]) -> Target:
         """The same target with only some of its instruction sets; all of them for none named."""
@@ -30,6 +31,13 @@ class Target:
             what, known = f"instruction set of {self.name}", ", ".join(self.isas)
             raise CompileError("target", what, found=", ".join(unknown), expected=known)
         return replace(self, isas=tuple(isa for isa in self.isas if not isas or isa in isas))
+
+    def with_ranks(self, ranks: int) -> Target:
+        """The same kind of host for so many ranks: "cpux2" for two of "cpu"."""
+        if ranks > self.max_ranks:
+            expected = f"at most {self.max_ranks}"
+            raise CompileError("target", f"ranks of {self.name}", found=str(ranks), expected=expected)
+        return self if ranks == self.ranks else replace(self, name=f"{self.name}x{ranks}", ranks=ranks)
 
 
 CPU = Target(
@@ -69,14 +77,7 @@ def parse(text: str) -> Target:
     names = ", ".join(target.name for target in SUPPORTED)
     for target in SUPPORTED:
         if device == target.name:
-            if ranks != target.ranks:
-                raise CompileError(
-                    "target",
-                    f"{target.name} engines have {target.ranks} rank",
-                    found=f"{ranks} ranks in {text!r}",
-                    remedy=f"use --target {target.name}",
-                )
-            return target
+            return target.with_ranks(ranks)
     if device in RECOGNISED:
         raise CompileError(
             "target",

@@ -39,6 +39,9 @@ def test_some_of_the_instruction_sets() -> None:
         targets.CPU.carrying(("avx2", "sse4"))
 
 
-def test_cpu_has_one_rank() -> None:
-    with pytest.raises(CompileError, match=r"cpu engines have 1 rank: found 4 ranks in 'cpux4'; use --target cpu\."):
-        targets.parse("cpux4")
+def test_cpu_for_several_ranks() -> None:
+    two = targets.parse("CPUx2")
+    assert (two.name, two.ranks, two.isas) == ("cpux2", 2, targets.CPU.isas)
+    assert two.carrying(("avx2",)).ranks == 2
+    with pytest.raises(CompileError, match=r"^target: ranks of cpu: found 9, expected at most 8\.$"):
+        targets.parse("cpux9")
