@@ -70,7 +70,7 @@ class RankGraph:
         elif (node.op_type in (*ACTIVATIONS, *KEEPS_CHANNELS) and gives) or not (given or gives):
             self._append(node, node.inputs)
         else:
-            named = ", ".join(str(value.name) for value in given or gives if value is not None)
+            named = ", ".join(str(value.name) for value in gives or given if value is not None)
             raise CompileError(
                 "partition", f"parts of {named}", node=str(node.name), found=node.op_type,
                 expected="linears, attention and activations where ranks have parts",
