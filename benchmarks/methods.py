@@ -1,7 +1,8 @@
 """What each way of quantizing keeps of SmolLM2-135M's accuracy: engines against the float32 model on held-out text.
 
     python -m benchmarks.methods                      # every row, on the model as it is and with outliers
-    python -m benchmarks.methods --row int8 --row "int8-a16: rotate" --out /tmp/methods
+    python -m benchmarks.methods --row int8 --row "int8-accurate: rotate" --out /tmp/methods
+    python -m benchmarks.methods --row "int8: smooth" --add             # into the results that are there
 
 Calibration and judging use different windows of Python's language documentation. Each row is an engine, built by the compiler
 and run by the runtime. Writes methods.json and METHODS.md.
@@ -27,6 +28,7 @@ from compiler.checkpoint import open_checkpoint
 from compiler.driver import BuildRequest, build
 from compiler.frontends import build_graph
 from compiler.ir.stream import ActivationStream
+from passes.pipeline import CALIBRATED
 from runtime import Engine
 
 RESULTS = Path("benchmarks/results")
@@ -47,13 +49,14 @@ class Row:
     @property
     def calibrated(self) -> bool:
         """Whether it looks at calibration text."""
-        return self.methods is None or bool({"smooth", "gptq"} & set(self.methods))
+        return self.methods is None or bool(set(CALIBRATED) & set(self.methods))
 
 
 ROWS = (
     Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("gptq",)), Row("int8", ("smooth", "gptq")),
     Row("int8", ("rotate",)), Row("int8", ("rotate", "rotate-online")), Row("int8"),
-    Row("int8-a16", ()), Row("int8-a16", ("rotate",)), Row("int8-a16"),
+    Row("int8", ("static",)), Row("int8", ("rotate", "rotate-online", "gptq", "static")),
+    Row("int8-accurate", ()), Row("int8-accurate", ("rotate",)), Row("int8-accurate"),
     Row("int4", ()), Row("int4", ("rotate", "rotate-online")), Row("int4"),
 )  # fmt: skip
 HARD = (Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("rotate", "rotate-online")), Row("int8"))
@@ -126,6 +129,24 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Tables with the rows of both, the new ones in place of old ones of their name, in the order of `ROWS`; raises SystemExit
+    where they cannot stand in one table."""
+    differing = [key for key in old if key != "results" and _what(old[key]) != _what(new[key])]
+    if differing:
+        raise SystemExit(f"the results that are there have another {', '.join(differing)}: measure all rows again")
+    order = [row.name for row in ROWS]
+    tables = {}
+    for title in {**old["results"], **new["results"]}:
+        rows = old["results"].get(title, {}) | new["results"].get(title, {})
+        tables[title] = {name: rows[name] for name in sorted(rows, key=order.index)}
+    return tables
+
+
+def _what(value: Any) -> Any:
+    return {**value, "command": ""} if isinstance(value, dict) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(dict.fromkeys(row.name for row in (*ROWS, *HARD)))
@@ -135,6 +156,7 @@ def main() -> None:
         "--calibration", type=int, default=40, help="windows to calibrate with, of which the compiler holds out a fifth"
     )
     parser.add_argument("--held-out", type=int, default=20, help="windows to judge by")
+    parser.add_argument("--add", action="store_true", help="keep the results of other rows, of the same day and machine")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     gguf = fetch(Path("build/smollm2"))
@@ -147,6 +169,8 @@ def main() -> None:
             results[title] = measure(source, chosen, arguments.calibration, arguments.held_out)
     report = {"model": gguf.name, "calibration": arguments.calibration, "held_out": arguments.held_out, "results": results,
               "machine": machine.describe()}  # fmt: skip
+    if arguments.add:
+        report["results"] = merged(json.loads((arguments.out / "methods.json").read_text()), report)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "methods.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "METHODS.md").write_text(markdown(report))

@@ -1,10 +1,10 @@
 """What a preset costs in speed beside the default, batch by batch: both engines loaded at once and run in turns.
 
-    python -m benchmarks.presets llama-1b                        # int8-a16 against int8
+    python -m benchmarks.presets llama-1b                        # int8-accurate against int8
     python -m benchmarks.presets smollm2-135m --preset int8-plain --rounds 9
 
 A round runs every batch with both engines, one right after the other, and every other round the other one first. The ratio is
-the median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE.json.
+the median over rounds of the two times of a step that were taken next to each other. Writes presets-SHAPE-PRESET.json.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def compare(shape: str, preset: str, rounds: int, threads: int, reuse: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--preset", default="int8-a16", help="compared with int8 (default: int8-a16)")
+    parser.add_argument("--preset", default="int8-accurate", help="compared with int8 (default: int8-accurate)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(host.usable_cores()))
     parser.add_argument("--reuse", action="store_true", help="take engines in build/engines as they are")
@@ -91,7 +91,7 @@ def main() -> None:
         for task, found in result["tasks"].items():
             print(f"{shape}, {task}: {arguments.preset} takes {found['ratio']:.3f} of {BASE}'s time "
                   f"({found['ratio_lowest']:.3f} to {found['ratio_highest']:.3f})")  # fmt: skip
-        (arguments.out / f"presets-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / f"presets-{shape}-{arguments.preset}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,15 +41,15 @@ def cli() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What to build for; see `belle-compile targets`.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
 @click.option(
-    "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "int4", "none"]), default="int8", show_default=True,
-    help="int8: weights per output channel, activations per token, rotations. int8-a16: the same with activations of 16 bits, "
-    "for more accuracy at more arithmetic. int8-plain: without rotations. int4: the layers' weights with 4 bits, a scale for "
-    "every 128 inputs: half the memory, for some accuracy. none: float32, for comparison.",
+    "--quant", type=click.Choice(["int8", "int8-accurate", "int8-plain", "int4", "none"]), default="int8", show_default=True,
+    help="int8: weights per output channel, activations per token, rotations. int8-accurate: the same with activations of 16 "
+    "bits, for more accuracy at more arithmetic. int8-plain: without rotations. int4: the layers' weights with 4 bits, a scale "
+    "for every 128 inputs: half the memory, for some accuracy. none: float32, for comparison.",
 )  # fmt: skip
 @click.option(
     "--methods",
     metavar="NAMES",
-    help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, rotate-online, gptq; or none.",
+    help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, rotate-online, gptq, static; or none.",
 )
 @click.option(
     "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
@@ -152,7 +152,7 @@ def build(
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), metavar="FILE|SET", help="Requests to judge by.")
 @click.option("--raw-requests", is_flag=True, help="Take the requests' texts as they are, without the prompt template.")
 @click.option(
-    "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "int4"]), default="int8", show_default=True,
+    "--quant", type=click.Choice(["int8", "int8-accurate", "int8-plain", "int4"]), default="int8", show_default=True,
     help="Whose rotations and widths of weights and activations are tried.",
 )  # fmt: skip
 @click.option("--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Of requests to run, at most.")

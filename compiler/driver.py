@@ -48,6 +48,7 @@ _METHODS = {  # what the manifest says of each
     "rotate": ("rotations", "residual stream and values, folded into the weights"),
     "rotate-online": ("online rotations", "feed-forward activations, while running"),
     "gptq": ("rounding", "by calibration requests (GPTQ)"),
+    "static": ("clipping", "of activations, by calibration requests"),
 }
 TUNING = "tune-kernels"  # its record is only in engines built with `tune`
 KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
@@ -306,9 +307,9 @@ def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     """What the manifest says of weights and activations, beside the passes' own records."""
     if not recipe.bits:
         return {"scheme": "none", "weights": "float32", "activations": "float32"}
-    wide = recipe.bits == 16
-    activations = "16 bits per token, dynamic, as two int8 planes" if wide else "int8 per token, dynamic"
     used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
+    integers = "16 bits as two int8 planes" if recipe.bits == 16 else "int8"
+    activations = f"{integers}, one scale {'for all tokens' if 'static' in used else 'a token, found while running'}"
     int4 = recipe.weight_bits == 4
     weights = f"int4 in groups of {GROUP} inputs, int8 embedding and head" if int4 else "int8 per output channel"
     scheme = {"scheme": f"w{recipe.weight_bits}a{recipe.bits}", "weights": weights, "activations": activations}

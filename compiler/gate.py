@@ -75,7 +75,7 @@ class Gate:
             f"the engine is too far from the unquantized model over {accuracy.requests} held-out requests",
             found=", ".join(found for found, _ in misses),
             expected=", ".join(expected for _, expected in misses),
-            remedy=f"{look}build with --quant int8-a16, or with more calibration requests, or set other limits",
+            remedy=f"{look}build with --quant int8-accurate, or with more calibration requests, or set other limits",
         )
 
     def to_plain(self) -> dict[str, Any]:

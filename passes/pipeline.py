@@ -29,6 +29,7 @@ from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_groups import QuantizeGroups
 from passes.quantization.quantize_linears import QuantizeLinears
 from passes.quantization.smooth_activations import SmoothActivations
+from passes.quantization.static_activations import StaticActivations
 from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from passes.rotation.fold_layer_norms import FoldLayerNorms
 from passes.rotation.rotate_activations import RotateActivations
@@ -44,8 +45,8 @@ ONLINE_ROTATION: tuple[Pass, ...] = (RotateActivations(),)
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
 # What makes INT8 more accurate; those of CALIBRATED look at requests
-METHODS = ("smooth", "rotate", "rotate-online", "gptq")
-CALIBRATED = ("smooth", "gptq")
+METHODS = ("smooth", "rotate", "rotate-online", "gptq", "static")
+CALIBRATED = ("smooth", "gptq", "static")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
-    "int8-a16": Recipe(16, ("rotate", "gptq")),
+    "int8-accurate": Recipe(16, ("rotate", "gptq")),
     "int8-plain": Recipe(8),
     "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weight_bits=4),
     "none": Recipe(0),
@@ -79,7 +80,8 @@ def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[s
     # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
     groups = (QuantizeGroups(keep=keep),) if recipe.weight_bits == 4 else ()
     quantize = (*groups, QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
-    return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *quantize, *FUSION)
+    static = (StaticActivations(data, activation_bits=recipe.bits),) if "static" in recipe.methods and data else ()
+    return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *static, *quantize, *FUSION)
 
 
 PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}

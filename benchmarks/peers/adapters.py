@@ -182,11 +182,13 @@ class OpenVINO:
         import openvino
         import openvino_genai
 
-        self.tensor, self.lib = openvino.Tensor, openvino_genai
-        settings: dict[str, object] = {"INFERENCE_NUM_THREADS": THREADS}
-        for word in option.split():
-            settings["INFERENCE_PRECISION_HINT" if word == "f32" else "ATTENTION_BACKEND"] = word
-        self.pipeline = openvino_genai.LLMPipeline(engine, "CPU", **settings)
+        self.core, self.tensor, self.lib, self.engine = openvino.Core, openvino.Tensor, openvino_genai, engine
+        self.settings: dict[str, object] = {"INFERENCE_NUM_THREADS": THREADS}
+        if "f32" in option.split():
+            self.settings["INFERENCE_PRECISION_HINT"] = "f32"
+        backends = {"ATTENTION_BACKEND": word for word in option.split() if word != "f32"}
+        self.pipeline = openvino_genai.LLMPipeline(engine, "CPU", **self.settings, **backends)
+        self.request: Any = None
 
     def gen(self, batch: list[Ids], n_new: int, ignore_eos: bool, tick: Tick = nothing) -> list[Ids]:
         ids = np.array(batch, dtype=np.int64)
@@ -206,6 +208,19 @@ class OpenVINO:
             return lib.StreamingStatus.RUNNING
 
         return [type("Streamer", (lib.StreamerBase,), {"write": write, "end": lambda streamer: None})()]
+
+    def logits(self, ids: Ids, start: int) -> Floats:
+        """By the same model outside the pipeline, which gives none."""
+        if self.request is None:
+            model = self.core().compile_model(f"{self.engine}/openvino_model.xml", "CPU", self.settings)
+            self.request = model.create_infer_request()
+        self.request.reset_state()
+        row = np.array([ids], dtype=np.int64)
+        given = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(row.size)[None]}
+        names = {name for port in self.request.model_inputs for name in port.names}
+        inputs = {name: value for name, value in given.items() if name in names}
+        self.request.infer({**inputs, "beam_idx": np.zeros(1, dtype=np.int32)})
+        return np.array(self.request.get_tensor("logits").data[0, start:], dtype=np.float32)
 
 
 class PromptThenTokens:

@@ -36,7 +36,7 @@ from runtime import host
 
 LONGEST, TIMEOUT_S, WINDOWS = 32, 900.0, 20
 # Besides the rows of peers.toml: as fast as ours there, so only their answers are compared.
-CALIBRATED = tuple(Row(f"belle {preset}, calibrated", OURS, 8, f"{preset}+calibrated") for preset in ("int8", "int8-a16"))
+CALIBRATED = tuple(Row(f"belle {preset}, calibrated", OURS, 8, f"{preset}+calibrated") for preset in ("int8", "int8-accurate"))
 QUESTIONS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain photosynthesis to a child.",
     "List three healthy breakfast ideas.", "How do I boil an egg?", "Who wrote Romeo and Juliet?",

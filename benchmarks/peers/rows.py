@@ -22,7 +22,7 @@ ADAPTERS = {
     "hf": "Transformers",
 }
 FORMATS: dict[str, tuple[str, ...]] = {
-    "belle": ("int8", "int8-a16", "int8-plain"),
+    "belle": ("int8", "int8-accurate", "int8-plain"),
     "llama": ("q8_0", "q4_0", "q4_k_m"),
     "ct2": ("int8", "int8_bfloat16", "float32"),
     "ort": ("int8", "int4"),

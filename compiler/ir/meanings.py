@@ -111,9 +111,15 @@ def block_hadamard(x: Floats, *, block: int) -> Floats:
     return scaled
 
 
-def quantize_tokens(x: Floats, *, bits: int = 8) -> tuple[Quantized, Floats]:
-    """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row."""
+def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> tuple[Quantized, Floats]:
+    """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row.
+
+    With a `step`, that is the scale of every token, and what lies beyond limit steps is clipped.
+    """
     limit = np.float32(LIMITS[bits])
+    if step is not None:
+        integers = np.clip(np.rint(x * (np.float32(1) / step)), -limit, limit)
+        return integers.astype(np.int8 if bits == 8 else np.int16), np.repeat(step, len(x))
     absmax = np.abs(x).max(axis=-1)
     inverse = np.divide(limit, absmax, out=np.zeros_like(absmax), where=absmax > 0)
     return np.rint(x * inverse[:, None]).astype(np.int8 if bits == 8 else np.int16), absmax / limit
@@ -187,32 +193,42 @@ def add_norm(x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: 
 
 
 def norm_quantize(
-    x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float, bits: int = 8
+    x: Floats, scale: Floats, bias: Floats | None, step: Floats | None = None, *, kind: str, epsilon: float, bits: int = 8
 ) -> tuple[Quantized, Floats]:
-    """The norm, quantized per token."""
-    return quantize_tokens(norm(x, scale, bias, kind=kind, epsilon=epsilon), bits=bits)
+    """The norm, quantized."""
+    return quantize_tokens(norm(x, scale, bias, kind=kind, epsilon=epsilon), step, bits=bits)
 
 
 def add_norm_quantize(
-    x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float, bits: int = 8
+    x: Floats,
+    r: Floats,
+    scale: Floats,
+    bias: Floats | None,
+    step: Floats | None = None,
+    *,
+    kind: str,
+    epsilon: float,
+    bits: int = 8,
 ) -> tuple[Floats, Quantized, Floats]:
-    """The sum, and its norm quantized per token."""
+    """The sum, and its norm quantized."""
     total, normed = add_norm(x, r, scale, bias, kind=kind, epsilon=epsilon)
-    return total, *quantize_tokens(normed, bits=bits)
+    return total, *quantize_tokens(normed, step, bits=bits)
 
 
-def gelu_quantize(x: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
-    """Gelu, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
-    return _rotate_quantize(gelu(x), bits, hadamard)
+def gelu_quantize(x: Floats, step: Floats | None = None, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
+    """Gelu, with `hadamard` then BlockHadamard of such blocks, quantized."""
+    return _rotate_quantize(gelu(x), step, bits, hadamard)
 
 
-def swiglu_quantize(gate: Floats, up: Floats, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
-    """SwiGLU, with `hadamard` then BlockHadamard of such blocks, quantized per token."""
-    return _rotate_quantize(swiglu(gate, up), bits, hadamard)
+def swiglu_quantize(
+    gate: Floats, up: Floats, step: Floats | None = None, *, bits: int = 8, hadamard: int = 0
+) -> tuple[Quantized, Floats]:
+    """SwiGLU, with `hadamard` then BlockHadamard of such blocks, quantized."""
+    return _rotate_quantize(swiglu(gate, up), step, bits, hadamard)
 
 
-def _rotate_quantize(x: Floats, bits: int, hadamard: int) -> tuple[Quantized, Floats]:
-    return quantize_tokens(block_hadamard(x, block=hadamard) if hadamard else x, bits=bits)
+def _rotate_quantize(x: Floats, step: Floats | None, bits: int, hadamard: int) -> tuple[Quantized, Floats]:
+    return quantize_tokens(block_hadamard(x, block=hadamard) if hadamard else x, step, bits=bits)
 
 
 def rotary_table(

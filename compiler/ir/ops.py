@@ -153,8 +153,10 @@ SPECS: tuple[OpSpec, ...] = (
            "positions:int32[T] sequences:int32[T] block_table:int32[B,MB] "
            "cos_sin?:float32[T,head_dim] slopes?:float32[num_heads]",
            "y:float32[T,num_heads*head_dim]", meanings.attention, _ATTENTION, stateful=True),
-    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with one per token.
-    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.quantize_tokens, _BITS),
+    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with one per token, found while running, or with
+    # one `step` for all tokens.
+    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K] step?:float32[1]", "xq:int8/int16[T,K] xs:float32[T]",
+           meanings.quantize_tokens, _BITS),
     OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq:int8[N,K]", "acc:int32/int64[T,N]", meanings.integer_linear),
     OpSpec(BELLE, "Dequantize", "acc:int32/int64[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
            meanings.dequantize),
@@ -171,13 +173,13 @@ SPECS: tuple[OpSpec, ...] = (
            "y:float32[T,N]", meanings.quantized_linear),
     OpSpec(BELLE, "AddNorm", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
            "sum:float32[T,K] normed:float32[T,K]", meanings.add_norm, _NORM),
-    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "xq:int8/int16[T,K] xs:float32[T]",
-           meanings.norm_quantize, _NORM | _BITS),
-    OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
+    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K] step?:float32[1]",
+           "xq:int8/int16[T,K] xs:float32[T]", meanings.norm_quantize, _NORM | _BITS),
+    OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K] step?:float32[1]",
            "sum:float32[T,K] xq:int8/int16[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM | _BITS),
-    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize,
+    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K] step?:float32[1]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize,
            _ROTATED_BITS),
-    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F]", "xq:int8/int16[T,F] xs:float32[T]",
+    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F] step?:float32[1]", "xq:int8/int16[T,F] xs:float32[T]",
            meanings.swiglu_quantize, _ROTATED_BITS),
 )  # fmt: skip
 
@@ -228,8 +230,9 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
                 if found is None and not operand.optional:
                     raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
-        if attributes.get("kind") == "rms" and given[-1] is not None:
-            raise CompileError("verify", "input bias", found=str(given[-1]), expected="none with kind='rms'")
+        bias = next((found for operand, found in zip(spec.inputs, given, strict=True) if operand.name == "bias"), None)
+        if attributes.get("kind") == "rms" and bias is not None:
+            raise CompileError("verify", "input bias", found=str(bias), expected="none with kind='rms'")
         outputs = signature.infer(spec.inputs, spec.outputs, given, attributes)
         block = attributes.get("block", attributes.get("hadamard") or None)
         if block is not None:

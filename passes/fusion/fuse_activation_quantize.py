@@ -16,11 +16,11 @@ _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
 
 @dataclass(frozen=True)
 class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
-    """xq, xs = QuantizeTokens(Gelu(x))   becomes   xq, xs = GeluQuantize(x);   SwiGLU(gate, up) likewise; the bits are kept
+    """xq, xs = QuantizeTokens(Gelu(x))   becomes   xq, xs = GeluQuantize(x);   SwiGLU(gate, up) likewise
 
     xq, xs = QuantizeTokens(BlockHadamard(Gelu(x)))   becomes   xq, xs = GeluQuantize(x) with the attribute hadamard
 
-    Refuses when something else reads a float32 result.
+    Bits and a fixed step are kept. Refuses when something else reads a float32 result.
     """
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ...] | None:
@@ -42,7 +42,8 @@ class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
         attributes = attributes_of(quantize)
         if rotate:
             attributes["hadamard"] = attributes_of(rotate[0])["block"]
-        node = make_node(_FUSED[activation.op_type], activation.inputs, str(activation.name), attributes=attributes)
+        inputs = [*activation.inputs, *quantize.inputs[1:]]
+        node = make_node(_FUSED[activation.op_type], inputs, str(activation.name), attributes=attributes)
         return Replacement(match, [node], dict(zip(quantize.outputs, node.outputs, strict=True)))
 
 

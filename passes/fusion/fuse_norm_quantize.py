@@ -18,7 +18,7 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     s, n = AddNorm(x, r, scale, bias); xq, xs = QuantizeTokens(n)   becomes   s, xq, xs = AddNormQuantize(x, r, scale, bias)
 
-    The bits are kept. Refuses when something else reads the float32 result, as the residual stream does in BLOOM
+    Bits and a fixed step are kept. Refuses when something else reads the float32 result, as the residual stream does in BLOOM
     checkpoints with apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
     """
 
@@ -37,10 +37,12 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         norm, quantize = match
         attributes, bits = attributes_of(norm), attributes_of(quantize)
-        if norm.op_type == "AddNorm":
-            node = make_node("AddNormQuantize", norm.inputs, str(norm.name), attributes=attributes | bits)
-        else:
+        adds = norm.op_type == "AddNorm"
+        no_bias = [None] * (3 + adds - len(norm.inputs))
+        inputs = [*norm.inputs, *no_bias, *quantize.inputs[1:]]
+        if not adds:
             attributes = {"kind": NORMS[norm.op_type], "epsilon": attributes["epsilon"]}
-            node = make_node("NormQuantize", norm.inputs, str(norm.name), attributes=attributes | bits)
+        op = "AddNormQuantize" if adds else "NormQuantize"
+        node = make_node(op, inputs, str(norm.name), attributes=attributes | bits)
         old = [*norm.outputs[:-1], *quantize.outputs]
         return Replacement(match, [node], dict(zip(old, node.outputs, strict=True)))

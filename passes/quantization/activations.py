@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
+from compiler.ir.build import make_initializer, make_node
+from compiler.ir.meanings import LIMITS
+
+CLIP = "clip"  # in the meta of a float32 activation: the magnitude that becomes the largest integer of all its tokens
 
 
 def quantizer_of(x: ir.Value) -> ir.Node | None:
@@ -12,10 +16,15 @@ def quantizer_of(x: ir.Value) -> ir.Node | None:
     return next((node for node in x.consumers() if node.op_type == "QuantizeTokens"), None)
 
 
-def quantize_tokens(x: ir.Value, bits: int) -> tuple[ir.Node, list[ir.Node]]:
+def quantize_tokens(x: ir.Value, bits: int, graph: ir.Graph) -> tuple[ir.Node, list[ir.Node]]:
     """The QuantizeTokens of x, and the nodes that are new for it."""
     known = quantizer_of(x)
     if known is not None:
         return known, []
-    node = make_node("QuantizeTokens", [x], f"{x.name}.quantize", attributes={"bits": bits})
+    inputs = [x]
+    if CLIP in x.meta:
+        step = make_initializer(ir.tensor(np.array([x.meta[CLIP] / LIMITS[bits]], np.float32), name=f"{x.name}.step"))
+        graph.register_initializer(step)
+        inputs.append(step)
+    node = make_node("QuantizeTokens", inputs, f"{x.name}.quantize", attributes={"bits": bits})
     return node, [node]

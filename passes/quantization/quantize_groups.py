@@ -43,6 +43,6 @@ class QuantizeGroups(RewritePass[ir.Node]):
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
         x, weight, *bias = match.inputs
         assert x is not None and weight is not None
-        quantize, new = quantize_tokens(x, 8)
+        quantize, new = quantize_tokens(x, 8, graph)
         node = make_node("GroupQuantizedLinear", [*quantize.outputs, *grouped_weight(weight, graph), *bias], str(match.name))
         return Replacement([match], [*new, node], {match.outputs[0]: node.outputs[0]})

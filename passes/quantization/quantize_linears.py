@@ -59,7 +59,7 @@ class QuantizeLinears(RewritePass[ir.Node]):
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
         x, weight, *bias = match.inputs
         assert x is not None and weight is not None
-        quantize, new = quantize_tokens(x, self._bits(x))
+        quantize, new = quantize_tokens(x, self._bits(x), graph)
         xq, xs = quantize.outputs
         wq, ws = quantized_weight(weight, graph)
         multiply = make_node("IntegerLinear", [xq, wq], f"{match.name}.accumulate")

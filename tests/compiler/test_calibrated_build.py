@@ -56,6 +56,14 @@ def test_the_manifest_says_what_was_kept(checkpoint: Path, requests: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
+def test_activations_with_one_scale_for_all_tokens(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    engine = build(request(checkpoint, requests, tmp_path / "engine", methods=("rotate", "rotate-online", "gptq", "static")))
+    manifest = read_manifest(engine)
+    assert manifest.quantization["activations"] == "int8, one scale for all tokens"
+    assert record(manifest, "static-activations")["clip"] == "mse"
+    assert manifest.accuracy is not None and 0.5 < manifest.accuracy["top1_agreement"]
+
+
 def test_the_same_requests_give_the_same_engine(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
     first, second = (build(request(checkpoint, requests, tmp_path / name)) for name in ("one", "two"))
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()

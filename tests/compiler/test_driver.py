@@ -60,7 +60,8 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
     assert manifest.prompt_template.name == f"belle-{family}"
     assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
-    assert manifest.quantization["scheme"] == {"none": "none", "int8-a16": "w8a16", "int4": "w4a8"}.get(quantization, "w8a8")
+    schemes = {"none": "none", "int8-accurate": "w8a16", "int4": "w4a8"}
+    assert manifest.quantization["scheme"] == schemes.get(quantization, "w8a8")
     assert manifest.kernel_calls.before > manifest.kernel_calls.after > 0
     assert manifest.target.requires.memory_bytes > sum(record.bytes for record in manifest.files.values())
     program = read_program(out / "rank0")
@@ -138,7 +139,7 @@ def test_tuning_is_recorded_where_it_was_asked_for(llama: Path, tmp_path: Path) 
 
 
 def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = "expected int8 or int8-a16 or int8-plain or int4 or none"
+    expected = "expected int8 or int8-accurate or int8-plain or int4 or none"
     with pytest.raises(CompileError, match=f"^quantization: unknown preset: found 'int3', {expected}"):
         build(BuildRequest(llama, tmp_path / "engine", quantization="int3"))
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):

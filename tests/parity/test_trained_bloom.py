@@ -38,7 +38,7 @@ def test_it_was_trained(windows: list[tuple[list[int], Floats]]) -> None:
     assert comparison.means()["perplexity"] < logits.shape[1] / 10
 
 
-@pytest.mark.parametrize("preset", ["int8", "int8-a16"])
+@pytest.mark.parametrize("preset", ["int8", "int8-accurate"])
 def test_int8_answers_as_float32_does(windows: list[tuple[list[int], Floats]], preset: str, tmp_path: Path) -> None:
     comparison = Comparison()
     directory = build(BuildRequest(FIXTURE, tmp_path / "engine", quantization=preset, isas=("avx2",)))

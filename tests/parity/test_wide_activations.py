@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # activations are as good as exact; what is left is mostly val
 
 @pytest.fixture
 def unrotated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
-    """Builds int8-a16 without rotations: the reference rounds the checkpoint's own weights."""
+    """Builds int8-accurate without rotations: the reference rounds the checkpoint's own weights."""
     linears = QuantizeLinears(activation_bits=16)
     passes = (*CLEANUP, linears, QuantizeEmbedding(), *FUSION)
     monkeypatch.setattr(driver, "passes_of", lambda recipe, data=None, keep=(): passes)
@@ -55,7 +55,7 @@ def test_the_error_is_that_of_the_weights(unrotated: Builder, variant: str, isa:
     checkpoint = unrotated.checkpoint(variant)
     ids = random_ids(checkpoint, 41)
     weight_only, exact = weight_only_logits(checkpoint, ids), hf_logits(checkpoint, ids)
-    with Engine.load(unrotated.engine(variant, "int8-a16", (isa,)), threads=2, kv_tokens=512) as engine:
+    with Engine.load(unrotated.engine(variant, "int8-accurate", (isa,)), threads=2, kv_tokens=512) as engine:
         at_once = np.array(engine.logits(ids))
         np.testing.assert_array_equal(engine.logits(ids, start=38), at_once[38:])
         stepper = EngineStepper(engine)

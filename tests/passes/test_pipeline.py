@@ -45,7 +45,7 @@ def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model], preset: str
 
 @pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
 def test_results_of_presets(make: Callable[[], ir.Model]) -> None:
-    for preset, rtol in (("none", 2e-6), ("int8", 0.06), ("int8-plain", 0.06), ("int8-a16", 0.03), ("int4", 0.4)):
+    for preset, rtol in (("none", 2e-6), ("int8", 0.06), ("int8-plain", 0.06), ("int8-accurate", 0.03), ("int4", 0.4)):
         model = make()
         run_pipeline(model, PRESETS[preset])
         assert_same_results(make(), model, rtol=rtol)

@@ -123,9 +123,15 @@ def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    x = low.place(node.inputs[0])
+    x, step = low.place(node.inputs[0]), _step(low, node, 1)
     xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
-    low.call(QuantizeTokens(x.width, x.view, xq.view, xq.planes), node, xq.buffer.rows, x, xq, xs)
+    low.call(QuantizeTokens(x.width, x.view, xq.view, xq.planes, bool(step)), node, xq.buffer.rows, x, *step, xq, xs)
+
+
+def _step(low: Lowering, node: ir.Node, index: int) -> list[Operand]:
+    """The fixed step of a quantization, where it has one."""
+    step = _input(node, index)
+    return [] if step is None else [low.vector(step)]
 
 
 def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
@@ -137,14 +143,15 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
         scale, bias = node.inputs[1 + adds], _input(node, 2 + adds)
         outputs = [low.allocate(output) for output in node.outputs]
         total = outputs.pop(0) if adds else None
+        step = _step(low, node, 3 + adds) if quantizes else []
         kernel = Norm(
             norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
             quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
-            planes=outputs[0].planes,
+            planes=outputs[0].planes, step=bool(step),
         )  # fmt: skip
         operands: list[Operand] = [x, *([r] if r else []), low.vector(scale)]
         operands += [low.vector(bias)] if bias is not None else []
-        operands += [total] if total else []
+        operands += [*([total] if total else []), *step]
         low.call(kernel, node, outputs[0].buffer.rows, *operands, *outputs)
 
     return rule
@@ -154,12 +161,13 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
     def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         x = low.place(node.inputs[0])
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
+        step = _step(low, node, 1 + (up is not None)) if quantizes else []
         outputs = [low.allocate(output) for output in node.outputs]
         kernel = Activation(
             kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
-            attributes.get("hadamard") or None,
+            attributes.get("hadamard") or None, bool(step),
         )  # fmt: skip
-        low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *outputs)
+        low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *step, *outputs)
 
     return rule
 

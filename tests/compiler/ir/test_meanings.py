@@ -52,6 +52,15 @@ def test_quantize_tokens() -> None:
     assert xq.dtype == np.int8 and xs.dtype == np.float32
 
 
+def test_quantize_tokens_with_one_step_for_all() -> None:
+    x, step = np.array([[0, 0.25, -0.75], [100, -100, 63.5]], np.float32), np.array([0.5], np.float32)
+    xq, xs = meanings.quantize_tokens(x, step)
+    assert xq.tolist() == [[0, 0, -2], [127, -127, 127]]  # halves go to even; beyond 127 steps is clipped
+    np.testing.assert_array_equal(xs, [0.5, 0.5])
+    for found in (meanings.gelu_quantize(x, step), meanings.swiglu_quantize(x, x, step)):
+        np.testing.assert_array_equal(found[1], [0.5, 0.5])
+
+
 def test_quantize_tokens_to_16_bits() -> None:
     limit = meanings.LIMITS[16]
     x = np.array([[0, 0, 0], [limit, -limit, 0.5], [1, -2, 1e-5]], np.float32)

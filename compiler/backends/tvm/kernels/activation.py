@@ -18,8 +18,8 @@ from compiler.backends.tvm.tir import Buffer, Expr
 class Activation(Kernel):
     """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
 
-    With `quantize`, the result has 8 bits for each of `planes`. With `hadamard`, blocks of so many channels are transformed
-    before.
+    With `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale. With `hadamard`, blocks of so
+    many channels are transformed before.
     """
 
     kind: ClassVar[str] = "activation"
@@ -31,11 +31,13 @@ class Activation(Kernel):
     out: View
     planes: int = 1
     hadamard: int | None = None
+    step: bool = False
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         up = (("up", "float32"),) if self.up else ()
         out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        return (("rows", "int32"), ("x", "float32"), *up, *out)
+        step = (("step", "float32"),) if self.step else ()
+        return (("rows", "int32"), ("x", "float32"), *up, *step, *out)
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         assert (self.function, self.up is None) in (("gelu", True), ("swiglu", False)), self
@@ -56,7 +58,7 @@ class Activation(Kernel):
                 transform_row(self.width, self.hadamard, kept, start, kept, start)
             if self.quantize:
                 quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
-                             self.planes)  # fmt: skip
+                             self.planes, named.get("step"))  # fmt: skip
 
         tir.for_rows(tir.rows_of(named["rows"]), activate)
 

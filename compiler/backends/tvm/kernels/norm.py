@@ -18,7 +18,7 @@ class Norm(Kernel):
 
     `norm` is "layer" (mean, then centred variance, as torch computes it) or "rms" (no mean). Without `r` it
     normalizes x. `total` may be None when nobody else reads the sum, or name the same memory as x or r. With
-    `quantize`, the result has 8 bits for each of `planes`.
+    `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale.
     """
 
     kind: ClassVar[str] = "norm"
@@ -32,13 +32,15 @@ class Norm(Kernel):
     total: View | None
     out: View
     planes: int = 1
+    step: bool = False
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         residual = (("r", "float32"),) if self.r else ()
         bias = (("bias", "float32"),) if self.bias else ()
         total = (("total", "float32"),) if self.total else ()
+        step = (("step", "float32"),) if self.step else ()
         out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *out)
+        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *step, *out)
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
@@ -53,7 +55,7 @@ class Norm(Kernel):
         kept = tir.local(self.width)
         each(self.width, lambda c, lanes: tir.store(kept, c, normed(c, lanes), lanes))
         quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
-                     self.planes)  # fmt: skip
+                     self.planes, named.get("step"))  # fmt: skip
 
     def _input(self, row: Expr, named: dict[str, Buffer]) -> Values:
         """x, or x + r, which is written to `total` first if that is wanted."""

@@ -58,19 +58,29 @@ def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
     return tir.bind(T.Select(absmax > zero, tir.splat(limit, lanes) / absmax, zero))
 
 
-def quantize_row(width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1) -> None:
-    """belle::QuantizeTokens for one row: integers rint(value * limit / absmax), scale absmax / limit.
+def quantize_row(
+    width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1, step: Buffer | None = None
+) -> None:
+    """belle::QuantizeTokens for one row: integers rint(value * limit / absmax), scale absmax / limit; with a `step`, integers
+    rint(value / step) within the limit, and that scale.
 
     8 bits are stored as one byte, integer + 128. 16 bits are two: integer = 256 * high + low with both signed; the row has
     the bytes high + 128 in its first half and low + 128 in its second.
     """
     start, limit = tir.bind(out.row(row)), float(LIMITS[8 * planes])
-    absmax = row_absmax(width, values)
-    inverse = inverse_scale(absmax, limit=limit)
-    tir.store(xs, row, absmax / T.float32(limit), 1)
+    if step is None:
+        absmax = row_absmax(width, values)
+        inverse, scale = inverse_scale(absmax, limit=limit), absmax / T.float32(limit)
+    else:
+        scale = tir.bind(tir.load(step, tir.i64(0), 1))
+        inverse = tir.bind(T.float32(1.0) / scale)
+    tir.store(xs, row, scale, 1)
 
     def write(column: Expr, lanes: int) -> None:
-        integer = T.cast(tir.rint(values(column, lanes) * tir.splat(inverse, lanes), lanes), tir.int_type(lanes))
+        rounded = tir.rint(values(column, lanes) * tir.splat(inverse, lanes), lanes)
+        if step is not None:
+            rounded = T.max(T.min(rounded, tir.splat(limit, lanes)), tir.splat(-limit, lanes))
+        integer = T.cast(rounded, tir.int_type(lanes))
         byte = tir.with_lanes("uint8", lanes)
         if planes == 1:
             tir.store(xq, start + column, T.cast(integer + tir.splat_i32(128, lanes), byte), lanes)

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, default=None, help="the best of this host by default")
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model's shapes; repeatable")
     parser.add_argument("--shape", action="append", metavar="OUTPUTSxINPUTS", help="only this shape; repeatable")
-    parser.add_argument("--planes", type=int, choices=(1, 2), action="append", help="1: int8; 2: int8-a16; both by default")
+    parser.add_argument("--planes", type=int, choices=(1, 2), action="append", help="1: int8; 2: int8-accurate; default both")
     parser.add_argument("--threads", type=int, default=None, help="every usable core by default")
     parser.add_argument("--own", action="store_true", help="write the table of this processor alone, not the one for all")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")

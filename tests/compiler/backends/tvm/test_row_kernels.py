@@ -45,26 +45,26 @@ def quantized(width: int, planes: int) -> View:
     return View(planes * own(width).stride)
 
 
-def norm(kind: str, width: int, *, add: bool, planes: int = 0, total: bool = True) -> Norm:
+def norm(kind: str, width: int, *, add: bool, planes: int = 0, total: bool = True, step: bool = False) -> Norm:
     """A norm with a float result, or a quantized one of 1 or 2 planes."""
     view, out = own(width), quantized(width, planes or 1)
     return Norm(kind, width, 1e-5, kind == "layer", planes > 0, part(width), view if add else None,
-                view if add and total else None, out, planes or 1)  # fmt: skip
+                view if add and total else None, out, planes or 1, step)  # fmt: skip
 
 
-def activation(function: str, width: int, planes: int = 0, hadamard: int | None = None) -> Activation:
+def activation(function: str, width: int, planes: int = 0, hadamard: int | None = None, step: bool = False) -> Activation:
     swiglu = function == "swiglu"
     x = View(own(2 * width).stride)
     up, out = View(x.stride, width) if swiglu else None, quantized(width, planes or 1)
-    return Activation(function, width, planes > 0, x, up, out, planes or 1, hadamard)
+    return Activation(function, width, planes > 0, x, up, out, planes or 1, hadamard, step)
 
 
 def block_hadamard(width: int, block: int) -> BlockHadamard:
     return BlockHadamard(width, block, part(width), own(width))
 
 
-def quantize_tokens(width: int, planes: int) -> QuantizeTokens:
-    return QuantizeTokens(width, part(width), quantized(width, planes), planes)
+def quantize_tokens(width: int, planes: int, step: bool = False) -> QuantizeTokens:
+    return QuantizeTokens(width, part(width), quantized(width, planes), planes, step)
 
 
 NORMS = [norm(kind, width, add=add, planes=planes) for kind in ("layer", "rms") for width in WIDTHS for add in (False, True)
@@ -75,10 +75,13 @@ ACTIVATIONS = [activation(f, width, planes) for f in ("gelu", "swiglu") for widt
 HADAMARDS = [(176, 16), (96, 32), (64, 64), (384, 128), (1536, 512)]
 ROTATED = [activation(f, width, planes, block) for f in ("gelu", "swiglu") for width, block in (HADAMARDS[0], HADAMARDS[-1])
            for planes in (1, 2)]  # fmt: skip
+STATIC = [(quantize_tokens(37, planes, step=True), norm("rms", 37, add=True, planes=planes, step=True),
+           activation("gelu", 37, planes, step=True), activation("swiglu", 96, planes, 32, step=True))
+          for planes in (1, 2)]  # fmt: skip
 ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 2048, 10000.0),
             RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
 KERNELS: list[Kernel] = [
-    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES,
+    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES, *STATIC[0], *STATIC[1], activation("swiglu", 96),
     *[activation(kernel.function, kernel.width) for kernel in ROTATED],
     *[block_hadamard(*shape) for shape in HADAMARDS],
     *[quantize_tokens(width, planes) for width in WIDTHS for planes in (1, 2)],
@@ -107,9 +110,9 @@ def values(rows: int, width: int, seed: int = 0) -> Array:
     return x
 
 
-def assert_quantized(xq: Array, xs: Array, x: Array, planes: int) -> None:
+def assert_quantized(xq: Array, xs: Array, x: Array, planes: int, step: Array | None = None) -> None:
     """The integers and scales are exactly those of NumPy for these floats."""
-    expected_xq, expected_xs = meanings.quantize_tokens(x, bits=8 * planes)
+    expected_xq, expected_xs = meanings.quantize_tokens(x, step, bits=8 * planes)
     parts = xq.astype(np.int32).reshape(len(xq), planes, -1)[:, :, : x.shape[1]] - 128
     np.testing.assert_array_equal(parts[:, 0] if planes == 1 else 256 * parts[:, 0] + parts[:, 1], expected_xq)
     assert parts[:, 0].min() >= -127, "the kernels count on it"
@@ -125,6 +128,33 @@ def test_quantize_tokens_is_exact(library: Library, width: int, rows: int, plane
     xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
     library.call(kernel, ints(rows), place(x, kernel.x), xq, xs)
     assert_quantized(xq, xs, x, planes)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("which", range(4))
+def test_one_step_for_all_tokens(library: Library, planes: int, which: int) -> None:
+    """Exactly NumPy's integers for the floats that the kernel without quantization gives, some of them clipped."""
+    kernel, rows = STATIC[planes - 1][which], 7
+    x, r, scale = values(rows, kernel.width), values(rows, kernel.width, 1), np.ones(kernel.width, np.float32)
+    buffers = [ints(rows), place(x, kernel.x)]
+    if isinstance(kernel, Norm):
+        buffers += [place(r, own(37)), aligned_copy(pack_vector(scale)), garbage((rows, 64))]
+        plain: Kernel = norm("rms", 37, add=True)
+    elif isinstance(kernel, Activation):
+        buffers += [place(x, kernel.x)] if kernel.up else []
+        if kernel.up:
+            buffers[1] = buffers[2] = place(np.concatenate([x, r], axis=1), View(kernel.x.stride))
+        plain = activation(kernel.function, kernel.width)
+    out = garbage((rows, own(kernel.width).stride))
+    if not isinstance(kernel, QuantizeTokens):
+        library.call(plain, *buffers, out)
+    floats = x if isinstance(kernel, QuantizeTokens) else out[:, : kernel.width]
+    if isinstance(kernel, Activation) and kernel.hadamard:
+        floats = meanings.block_hadamard(floats, block=kernel.hadamard)
+    step = np.array([np.abs(floats).max() / 3 / meanings.LIMITS[8 * planes]], np.float32)
+    xq, xs = garbage((rows, kernel.out.stride), np.uint8), garbage(rows)
+    library.call(kernel, *buffers, aligned_copy(pack_vector(step)), xq, xs)
+    assert_quantized(xq, xs, floats, planes, step)
 
 
 def test_quantize_tokens_of_16_bits_at_the_ends_of_its_range(library: Library) -> None:

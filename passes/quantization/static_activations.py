@@ -1,0 +1,114 @@
+"""Activations get one scale for all tokens, found by calibration: what executors need that find none while running."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import load_file, save_file
+
+from compiler.errors import CompileError
+from compiler.ir.meanings import LIMITS
+from compiler.ir.stream import ActivationStream, Tensor, linears
+from passes.base import Pass, PassResult
+from passes.calibration.data import CalibrationData
+from passes.calibration.work import walk
+from passes.quantization.activations import CLIP
+
+_PER_OCTAVE, _OCTAVES = 32, 64  # bins of a histogram of magnitudes from 2^-64 to 2^64, each 2% wide
+_BINS = 2 * _OCTAVES * _PER_OCTAVE
+_TRIED = 12 * _PER_OCTAVE  # clips down to 1/4096 of the largest magnitude
+_PERCENTILE = re.compile(r"p(?P<percent>\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class StaticActivations(Pass):
+    """xq, xs = QuantizeTokens(x)   will be   xq, xs = QuantizeTokens(x, step) with one step for all tokens
+
+    The calibration sequences run through the graph, segment by segment; `clip` says what becomes the largest integer of what a
+    linear reads: "max" its largest magnitude, "p99.99" the magnitude that so many percent stay below, "mse" the one with the
+    least squared error at `activation_bits`, rounding and clipping together. Less accurate than a scale per token: one token
+    with outliers sets the scale of all others. Results of finished segments are kept in the data's folder: a second run goes
+    on where a killed one stopped. Needs a graph of float32 ops, as it will be quantized.
+    """
+
+    data: CalibrationData = field(repr=False)
+    clip: str = "mse"
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        found = _PERCENTILE.fullmatch(self.clip)
+        if self.clip not in ("max", "mse") and not (found and 0 < float(found["percent"]) <= 100):
+            raise CompileError(
+                "quantize", "option clip", found=repr(self.clip), expected='"max", "mse" or a percentile: "p99.99"'
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.data.describe() | {"clip": self.clip, "activation_bits": self.activation_bits}
+
+    def run(self, model: ir.Model) -> PassResult:
+        """Finds the clip of everything that a linear reads and that has none."""
+        inputs = (node.inputs[0] for node in model.graph if node.op_type == "Gemm")
+        read = dict.fromkeys(x for x in inputs if x is not None and CLIP not in x.meta)
+        if not read:
+            return PassResult()
+        work, segments = walk(self.data, model, self.name, self.data.key(model, self.data.describe()))
+        files = {x: work.file(f"{i:05d}") for i, x in enumerate(read)}
+        for stream, number in segments():
+            _segment(stream, number, files)
+        seen = [x for x, file in files.items() if file.is_file()]
+        for x in seen:
+            x.meta[CLIP] = choose_clip(load_file(files[x])["counts"], self.clip, self.activation_bits)
+        return PassResult(len(seen))
+
+
+def _segment(stream: ActivationStream, number: int, files: dict[ir.Value, Path]) -> None:
+    """Count what a segment's linears read, and write the next seam."""
+    counts: dict[ir.Value, Tensor] = {}
+    first = {node.inputs[0]: node for node in reversed(list(linears(stream.segments[number])))}
+
+    def observe(node: ir.Node, x: Tensor) -> Tensor:
+        source = node.inputs[0]
+        if source is not None and first.get(source) is node:
+            found = histogram(x, str(node.name))
+            counts[source] = counts[source] + found if source in counts else found
+        return x
+
+    stream.forward(number, stream.load(number), on_linear=observe)
+    for source, found in counts.items():
+        save_file({"counts": found.cpu()}, files[source])
+
+
+def histogram(x: Tensor, name: str) -> Tensor:
+    """How many values of x have a magnitude in each bin; zeros are in the first."""
+    if not torch.isfinite(x).all():
+        raise CompileError("calibrate", f"what {name} reads", found="NaN or infinity", expected="finite activations")
+    bins = (torch.log2(x.abs().flatten()) + _OCTAVES).mul_(_PER_OCTAVE).clamp_(0, _BINS - 1)
+    return torch.bincount(bins.long(), minlength=_BINS)
+
+
+def choose_clip(counts: Tensor, clip: str, bits: int) -> float:
+    """The magnitude that becomes the largest integer; at the upper edge of a bin."""
+    edges = torch.exp2(torch.arange(1, _BINS + 1, dtype=torch.float64) / _PER_OCTAVE - _OCTAVES)
+    weights = counts.double()
+    if clip == "mse":
+        last = int(counts.nonzero().max())
+        tried = edges[max(0, last - _TRIED) : last + 1]
+        return float(tried[squared_errors(weights, edges, tried, LIMITS[bits]).argmin()])
+    share = 1.0 if clip == "max" else float(clip[1:]) / 100
+    reached = weights.cumsum(0) >= share * weights.sum()
+    return float(edges[int(reached.nonzero().min())])
+
+
+def squared_errors(weights: Tensor, edges: Tensor, clips: Tensor, limit: int) -> Tensor:
+    """For each clip, the squared error of all values: rounding to its steps below it, what is cut off above."""
+    middles = edges * 2 ** (-0.5 / _PER_OCTAVE)
+    step = (clips / limit)[:, None]
+    rounding = torch.where(middles < step / 2, middles.square(), step.square() / 12)
+    error = torch.where(middles > clips[:, None], (middles - clips[:, None]).square(), rounding)
+    return error @ weights
