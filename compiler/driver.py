@@ -8,25 +8,27 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler import layers, targets
-from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls
+from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls, plan_graph
 from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
+from compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
 from compiler.frontends import build_graph
 from compiler.gate import DEFAULT_GATE, Gate, check_ranks
 from compiler.ir.meanings import GROUP
 from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
-from compiler.writer import EngineWriter, tensor_bytes, write_weights
+from compiler.writer import EngineWriter, write_weights
 from passes.calibration.data import CalibrationData
 from passes.calibration.sensitivity import LayerDamage
-from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_pipeline, run_ranks
+from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_pipeline, run_ranks, unheard
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
@@ -57,9 +59,6 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
     "float16": "float16",
     "int8": "int8 per token and head",
 }
-_FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
-_PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
-_SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 _WORST = 5  # layers to look at where an engine misses a limit
 
 
@@ -116,12 +115,13 @@ def build(request: BuildRequest) -> Path:
         calibration = None
         if request.calibration is not None:
             calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
+        graph = build_graph(checkpoint)
+        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe), target.ranks)
+        check_memory(target, partial(_planned, graph, passes_of(recipe), request.kv_cache))
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
+        model = _model_info(request, checkpoint, graph, digests)
 
         say("optimize", 0, 0)
-        graph = build_graph(checkpoint)
-        model = _model_info(request, checkpoint, graph, digests)
-        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe), target.ranks)
         data = None
         if calibration is not None:
             data = _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
@@ -139,7 +139,7 @@ def build(request: BuildRequest) -> Path:
             graphs, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
         )
 
-        writer.check_space(sum(map(_exact_bytes, lowered)))
+        writer.check_space(sum(map(file_bytes, lowered)))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
         for rank, part in enumerate(lowered):
             writer.write(f"rank{rank}/program.json", part.program.to_json().encode())
@@ -209,7 +209,7 @@ def _report(
     damage: Sequence[LayerDamage],
     calibration: Calibration | None,
 ) -> Report:
-    ranks = [memory_of(rank, _required_bytes(rank), _SERVED_TOKENS) for rank in lowered]
+    ranks = [memory_of(rank, required_bytes(rank), SERVED_TOKENS) for rank in lowered]
     most = max(ranks, key=lambda rank: rank.required)
     coverage = None
     if calibration and request.calibration:
@@ -233,8 +233,14 @@ def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass], ranks: int) -
     return count_kernel_calls(run_ranks(unfused, (), ranks)[0][0] if ranks > 1 else unfused)
 
 
+def _planned(graph: ir.Model, preset: Sequence[Pass], kv_cache: str, ranks: int) -> list[Lowered]:
+    """The memory that so many ranks take, by passes that do not calibrate."""
+    whole = graph.clone()
+    return [plan_graph(model, kv_cache) for model in _run_passes(whole, preset, ranks)[0]]
+
+
 def _run_passes(
-    graph: ir.Model, passes: Sequence[Pass], ranks: int, dump_ir: Path | None, on_pass: OnPass
+    graph: ir.Model, passes: Sequence[Pass], ranks: int, dump_ir: Path | None = None, on_pass: OnPass = unheard
 ) -> tuple[list[ir.Model], list[dict[str, Any]]]:
     """The graph of each rank, and what each pass did."""
     if ranks == 1:
@@ -247,19 +253,7 @@ def _run_passes(
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return values * (4 if quantization == "none" else 1) + _FIXED_BYTES
-
-
-def _exact_bytes(lowered: Lowered) -> int:
-    weights = sum(tensor_bytes(weight) for weight in lowered.weights)
-    return weights + sum(map(len, lowered.kernels.values())) + _FIXED_BYTES
-
-
-def _required_bytes(lowered: Lowered) -> int:
-    """Of a host, for a rank that serves one sequence of `_SERVED_TOKENS`."""
-    program = lowered.program
-    kv_blocks = -(-min(_SERVED_TOKENS, program.max_context) // program.block_size)
-    return _exact_bytes(lowered) + program.arena_bytes + kv_blocks * program.kv.block_bytes + _PROCESS_BYTES
+    return values * (4 if quantization == "none" else 1) + FIXED_BYTES
 
 
 def _model_info(request: BuildRequest, checkpoint: Checkpoint, graph: ir.Model, digests: dict[str, str]) -> ModelInfo:
@@ -283,7 +277,7 @@ def _manifest(
     records: Sequence[Mapping[str, Any]],
     lowered: Sequence[Lowered],
 ) -> Manifest:
-    first, memory = lowered[0], max(map(_required_bytes, lowered))
+    first, memory = lowered[0], max(map(required_bytes, lowered))
     program = first.program
     applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))

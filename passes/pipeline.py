@@ -98,12 +98,12 @@ def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...
 OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
 
 
-def _unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-    pass
+def unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    """An observer that does nothing."""
 
 
 def run_pipeline(
-    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = _unheard
+    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = unheard
 ) -> list[dict[str, Any]]:
     """Run the passes on the model in place; returns the manifest's record of each: name, options, changes, refusals.
 
@@ -138,7 +138,7 @@ def run_pipeline(
 
 
 def run_ranks(
-    model: ir.Model, fusions: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = _unheard
+    model: ir.Model, fusions: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = unheard
 ) -> tuple[list[ir.Model], list[dict[str, Any]]]:
     """The graphs of all ranks, made of parts of the whole one and fused, and the records of rank 0, which are those of all.
     `dump_dir` gets a folder for each rank; `on_pass` hears of rank 0."""
@@ -147,7 +147,7 @@ def run_ranks(
     for rank, graph in enumerate(graphs):
         folder = None if dump_dir is None else dump_dir / f"rank{rank}"
         passes = (PartitionTensors(rank, ranks), *fusions)
-        found = run_pipeline(graph, passes, folder, _unheard if rank else partial(_not_first, on_pass))
+        found = run_pipeline(graph, passes, folder, unheard if rank else partial(_not_first, on_pass))
         records = records or found
     return graphs, records
 

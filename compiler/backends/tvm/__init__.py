@@ -44,6 +44,14 @@ def can_lower(model: ir.Model) -> bool:
     return not any(node.op_type in WITHOUT_KERNEL for node in model.graph)
 
 
+def plan_graph(model: ir.Model, kv_cache: str = "auto") -> Lowered:
+    """What `compile_graphs` makes of a rank's graph, but for its kernels, which take long: weights, program and memory plan."""
+    from compiler.backends.tvm.lower import lower
+
+    program, weights, _, buffers = lower(model, 0, kv_cache)
+    return Lowered(program, weights, {}, buffers=buffers)
+
+
 def compile_graphs(
     models: Sequence[ir.Model],
     isas: Sequence[str] = ("avx2", "avx512vnni", "amx"),
