@@ -297,6 +297,34 @@ def calibrate_set(
 
 
 @cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True, help="What to plan for; see `belle-compile targets`.")
+@click.option("--quant", default="int8", show_default=True, help="A preset, as for build.")
+@click.option("--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
+              help="Type of the KV cache, as for build.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences answered at a time.")
+@click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def plan(checkpoint: Path, target: str, quant: str, kv_cache: str, batch: int, context: int, as_json: bool) -> None:
+    """Predicts memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
+
+    CHECKPOINT is what build takes, or a config.json alone: no weight is read. A step is what has to be read, computed and
+    exchanged at the rates that kernels were measured to reach, which the first lines name. The target cpu is this host.
+
+    \b
+    Examples:
+      belle-compile plan /models/BELLE-7B-2M --target a100-80g --batch 32
+      belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
+      belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
+    """
+    from compiler.plan.table import Load, text
+    from compiler.plan.table import plan as predicted
+
+    found = predicted(checkpoint, target, quant, Load(batch, context), kv_cache)
+    click.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else text(found))
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def targets(as_json: bool) -> None:
     """Lists the devices that --target names, and which ones can be built for.

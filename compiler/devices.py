@@ -13,8 +13,9 @@ class Device:
     """A kind of device; each rank of an engine has one.
 
     `memory` in bytes, `memory_bandwidth` and `link_bandwidth` (from one device to the others, one way) in bytes a second,
-    `link_latency` (of a sum over ranks of a few kB) in seconds; 0 where that depends on the host. Names without a size or form
-    are the smaller memory of the kind, as clouds call them, and the form with NVLink where there is one.
+    `link_latency` (of a sum over ranks of a few kB) in seconds, `int8` and `half` in dense operations a second on 8-bit
+    integers and 16-bit floats; 0 where that depends on the host. Names without a size or form are the smaller memory of the
+    kind, as clouds call them, and the form with NVLink where there is one.
     """
 
     name: str
@@ -24,6 +25,8 @@ class Device:
     memory_bandwidth: float = 0
     link_bandwidth: float = 0
     link_latency: float = 0
+    int8: float = 0
+    half: float = 0
     max_ranks: int = 8
 
 
@@ -34,13 +37,13 @@ CPU = Device("cpu", "x86-64 with AVX2 or better; the runtime picks the best kern
 # Bandwidths are those of NVIDIA's data sheets, memory is what drivers show of it in whole GiB, which may be less.
 _ALL = (
     CPU,
-    Device("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, _SWITCHED),
-    Device("a100-80g", "NVIDIA A100 80 GB, SXM", "8.0", 80 * GIB, 2039 * GB, _NVLINK_3, _SWITCHED),
-    Device("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, _SWITCHED),
-    Device("h200", "NVIDIA H200 141 GB, SXM", "9.0", 140 * GIB, 4800 * GB, _NVLINK_4, _SWITCHED),
-    Device("l40s", "NVIDIA L40S 48 GB", "8.9", 44 * GIB, 864 * GB, _PCIE_4, _OVER_PCIE),
-    Device("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", "8.9", 23 * GIB, 1008 * GB, _PCIE_4, _OVER_PCIE),
-    Device("t4", "NVIDIA T4 16 GB", "7.5", 15 * GIB, 320 * GB, _PCIE_3, _OVER_PCIE),
+    Device("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, _SWITCHED, 624e12, 312e12),
+    Device("a100-80g", "NVIDIA A100 80 GB, SXM", "8.0", 80 * GIB, 2039 * GB, _NVLINK_3, _SWITCHED, 624e12, 312e12),
+    Device("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, _SWITCHED, 1979e12, 989e12),
+    Device("h200", "NVIDIA H200 141 GB, SXM", "9.0", 140 * GIB, 4800 * GB, _NVLINK_4, _SWITCHED, 1979e12, 989e12),
+    Device("l40s", "NVIDIA L40S 48 GB", "8.9", 44 * GIB, 864 * GB, _PCIE_4, _OVER_PCIE, 733e12, 362e12),
+    Device("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", "8.9", 23 * GIB, 1008 * GB, _PCIE_4, _OVER_PCIE, 661e12, 165e12),
+    Device("t4", "NVIDIA T4 16 GB", "7.5", 15 * GIB, 320 * GB, _PCIE_3, _OVER_PCIE, 130e12, 65e12),
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
 ALIASES: Mapping[str, str] = {"a100": "a100-40g"}

@@ -58,7 +58,7 @@ _REMEDY = "see `belle-compile targets`"
 @dataclass(frozen=True)
 class _TargetFile:
     """The keys of a file with a target: the device, and what of it is otherwise. Memory in GiB and bandwidths in GB/s are those
-    of one rank, latency is in microseconds; all but the device may be left out."""
+    of one rank, latency is in microseconds, INT8 operations in trillions a second; all but the device may be left out."""
 
     device: str
     ranks: int | None
@@ -68,6 +68,7 @@ class _TargetFile:
     memory_bandwidth_gb: float | None
     link_bandwidth_gb: float | None
     link_latency_us: float | None
+    int8_tops: float | None
 
 
 def parse(text: str) -> Target:
@@ -76,30 +77,42 @@ def parse(text: str) -> Target:
 
     Raises CompileError for a device or a number of ranks this release does not build for.
     """
+    device, ranks, isas = resolve(text)
+    for target in SUPPORTED:
+        if device.name == target.device.name:
+            return replace(target, device=device).carrying(isas).with_ranks(ranks)
+    names = ", ".join(target.name for target in SUPPORTED)
+    raise CompileError(
+        "target",
+        f"{known_as(device.name)} is known but this release does not build for it yet",
+        found=repr(text),
+        expected=names,
+        remedy=f"use --target {names}",
+    )
+
+
+def resolve(text: str) -> tuple[Device, int, tuple[str, ...]]:
+    """The device, the ranks and the instruction sets (none: all) that a target's name or file means, built for or not; raises
+    CompileError for what is unknown."""
     if text.strip().endswith(_SUFFIX):
         return _read(Path(text.strip()))
     match = _NAME.fullmatch(text.strip().lower())
-    return _target(match["device"] if match else "", int(match["ranks"] or 1) if match else 1, text)
+    return _device(match["device"] if match else "", text), int(match["ranks"] or 1) if match else 1, ()
 
 
-def _target(device: str, ranks: int, text: str) -> Target:
+def _device(name: str, text: str) -> Device:
+    device = DEVICES.get(ALIASES.get(name, name))
+    if device is not None:
+        return device
     names = ", ".join(target.name for target in SUPPORTED)
-    for target in SUPPORTED:
-        if device == target.device.name:
-            return target.with_ranks(ranks)
-    if known := known_as(device):
-        raise CompileError(
-            "target",
-            f"{known} is known but this release does not build for it yet",
-            found=repr(text),
-            expected=names,
-            remedy=f"use --target {names}",
-        )
+    if known := known_as(name):
+        what, remedy = f"{known} is known but this release does not build for it yet", f"use --target {names}"
+        raise CompileError("target", what, found=repr(text), expected=names, remedy=remedy)
     raise CompileError("target", "unknown target", found=repr(text), expected=names, remedy=_REMEDY)
 
 
-def _read(path: Path) -> Target:
-    """The target that a file describes."""
+def _read(path: Path) -> tuple[Device, int, tuple[str, ...]]:
+    """What a file describes."""
     plain = _toml(path)
     absent: dict[str, Any] = {field.name: None for field in fields(_TargetFile) if field.name != "device"}
 
@@ -114,9 +127,7 @@ def _read(path: Path) -> Target:
                 raise refuse(name, f"{value:g}", "a number above 0")
     except EngineError as error:
         raise CompileError("target", error.what, found=error.found, expected=error.expected, remedy=_REMEDY) from None
-    name = file.device.strip().lower()
-    target = _target(ALIASES.get(name, name), 1, file.device)
-    known = target.device
+    known = _device(file.device.strip().lower(), file.device)
     device = replace(
         known,
         max_ranks=file.max_ranks or known.max_ranks,
@@ -124,8 +135,9 @@ def _read(path: Path) -> Target:
         memory_bandwidth=(file.memory_bandwidth_gb or 0) * GB or known.memory_bandwidth,
         link_bandwidth=(file.link_bandwidth_gb or 0) * GB or known.link_bandwidth,
         link_latency=(file.link_latency_us or 0) / 1e6 or known.link_latency,
+        int8=(file.int8_tops or 0) * 1e12 or known.int8,
     )
-    return replace(target, device=device).carrying(file.isas or ()).with_ranks(file.ranks or 1)
+    return device, file.ranks or 1, file.isas or ()
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -55,6 +55,12 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of right-aligned columns, the first row being their names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def size(count: int) -> str:
     """Bytes for people: "134.5 MB" (powers of ten, as disks are sold)."""
     value = float(count)

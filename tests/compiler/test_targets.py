@@ -13,9 +13,9 @@ from runtime import host
 
 
 def test_cpu_in_any_case_and_with_one_rank() -> None:
-    assert targets.parse("cpu") is targets.CPU
-    assert targets.parse(" CPU ") is targets.CPU
-    assert targets.parse("cpux1") is targets.CPU
+    assert targets.parse("cpu") == targets.CPU
+    assert targets.parse(" CPU ") == targets.CPU
+    assert targets.parse("cpux1") == targets.CPU
 
 
 def test_the_runtime_knows_every_instruction_set_of_the_cpu_target() -> None:
@@ -80,7 +80,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ('device = "cpu"\nmemory_gib = -1', r"key memory_gib of .*: found -1, expected a number above 0"),
         ('device = "cpu"\nranks = 20', r"ranks of cpu: found 20, expected 1 to 8"),
         ('device = "cpu"\nisas = ["neon"]', r"instruction set of cpu: found neon"),
-        ('device = "h100"\nranks = 2', r"NVIDIA H100 .* does not build for it yet: found 'h100'"),
+        ('device = "h100"\nranks = 2', r"NVIDIA H100 .* does not build for it yet: found '.*server\.toml'"),
         ('device = "abacus"', r"unknown target: found 'abacus'"),
         ("device =", r"file .*server\.toml: found .*, expected a TOML file"),
     ],
