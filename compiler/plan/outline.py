@@ -15,7 +15,6 @@ from compiler.frontends import bloom, llama
 from compiler.frontends.layers import HEAD
 
 
-
 class Outline(Checkpoint):
     """Has every tensor that a frontend asks for, in the shape that it expects."""
 
