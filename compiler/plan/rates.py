@@ -34,9 +34,15 @@ _FLOAT_OF_A_CORE = 0.1e12
 _LATENCY_S, _LINK = 8e-6, 5e9  # of ranks on one host, over MPI's shared memory
 
 
-def rates_of(device: Device, ranks: int, isas: tuple[str, ...] = ()) -> tuple[Rates, str]:
-    """Of each of `ranks`, with how they are known. A CPU without a bandwidth of its own is taken to be this host, whose memory
-    is measured and shared by the ranks, as are its cores."""
+def host_bandwidth(device: Device) -> float:
+    """Bytes a second that this host reads, measured now, where the device is a CPU without a bandwidth of its own; else 0."""
+    here = not device.compute_capability and not device.memory_bandwidth
+    return read_bandwidth(len(host.usable_cores())) if here else 0.0
+
+
+def rates_of(device: Device, ranks: int, isas: tuple[str, ...], bandwidth: float) -> tuple[Rates, str]:
+    """Of each of `ranks`, with how they are known. A CPU without a bandwidth of its own is this host: the ranks share its memory,
+    of the `bandwidth` measured, and its cores."""
     if device.compute_capability:
         reached = _GPU
         read, integer, floating = device.memory_bandwidth, device.int8, device.half
@@ -45,13 +51,11 @@ def rates_of(device: Device, ranks: int, isas: tuple[str, ...] = ()) -> tuple[Ra
     else:
         reached, cores = _CPU, len(host.usable_cores())
         isa = next((isa for isa in host.ISA_FLAGS if isa in host.host_isas() and isa in (isas or host.ISA_FLAGS)), "avx2")
-        read = device.memory_bandwidth or read_bandwidth(cores) / ranks
+        read = device.memory_bandwidth or bandwidth / ranks
         integer = device.int8 or _INTEGER_OF_A_CORE[isa] * cores / ranks
         floating = _FLOAT_OF_A_CORE * cores / ranks
         latency, link = device.link_latency or _LATENCY_S, device.link_bandwidth or _LINK
-        memory = (
-            "given" if device.memory_bandwidth else f"{read * ranks / 1e9:.0f} GB/s, read by {cores} cores of this host now"
-        )
+        memory = "given" if device.memory_bandwidth else f"{bandwidth / 1e9:.0f} GB/s, read by {cores} cores of this host now"
         source = f"{reached.source}; memory {memory}"
     return (
         Rates(read * reached.read, integer * reached.integer, floating * reached.floating, reached.call_s, latency, link),

@@ -12,7 +12,7 @@ from compiler.footprint import FIXED_BYTES, PROCESS_BYTES
 from compiler.layers import preset
 from compiler.plan.outline import outline
 from compiler.plan.predict import Rates, Step, predict
-from compiler.plan.rates import rates_of
+from compiler.plan.rates import host_bandwidth, rates_of
 from compiler.plan.work import RankWork, works_of
 from compiler.targets import resolve
 from compiler.terminal import columns, size
@@ -34,7 +34,7 @@ def plan(path: str | Path, target: str, quantization: str, load: Load, kv_cache:
     many as its name says; a number of ranks that the model cannot have says why. Raises CompileError for wrong arguments."""
     device, asked, isas = resolve(target)
     checkpoint, recipe = outline(path), preset(quantization)
-    lines, source = [], ""
+    lines, source, bandwidth = [], "", host_bandwidth(device)
     for ranks in sorted({*RANKS, asked}):
         if ranks > device.max_ranks:
             continue
@@ -43,7 +43,7 @@ def plan(path: str | Path, target: str, quantization: str, load: Load, kv_cache:
         except CompileError as error:
             lines.append({"ranks": ranks, "refused": str(error)})
             continue
-        rates, source = rates_of(device, ranks, isas)
+        rates, source = rates_of(device, ranks, isas, bandwidth)
         lines.append({"ranks": ranks, **_line(works, rates, device, load)})
     return {
         "model": str(path),
