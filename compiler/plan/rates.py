@@ -41,8 +41,8 @@ def host_bandwidth(device: Device) -> float:
 
 
 def rates_of(device: Device, ranks: int, isas: tuple[str, ...], bandwidth: float) -> tuple[Rates, str]:
-    """Of each of `ranks`, with how they are known. A CPU without a bandwidth of its own is this host: the ranks share its memory,
-    of the `bandwidth` measured, and its cores."""
+    """Of each of `ranks`, with how they are known. A CPU without a bandwidth of its own is this host: the ranks share its
+    memory, of the `bandwidth` measured, and its cores."""
     if device.compute_capability:
         reached = _GPU
         read, integer, floating = device.memory_bandwidth, device.int8, device.half
