@@ -38,7 +38,10 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", default="cpu", show_default=True, help="What to build for; see `belle-compile targets`.")
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="NAME|FILE",
+    help="What to build for: cpu, cpux2 for two ranks, or a .toml file; see `belle-compile targets`.",
+)  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
 @click.option(
     "--quant", type=click.Choice(["int8", "int8-a16", "int8-plain", "int4", "none"]), default="int8", show_default=True,
@@ -296,19 +299,30 @@ def calibrate_set(
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def targets(as_json: bool) -> None:
-    """Lists what --target accepts.
+    """Lists the devices that --target names, and which ones can be built for.
+
+    \b
+    DEVICE is one of the ranks of an engine; DEVICExN is N of them ("cpux2"). A file NAME.toml describes one of your own:
+      device = "cpu"
+      ranks = 2              # all keys but the device may be left out
+      memory_gib = 16.0      # of each rank; a build that needs more says how many ranks it takes
+      isas = ["avx512vnni"]  # others: max_ranks, memory_bandwidth_gb, link_bandwidth_gb (GB/s), link_latency_us
 
     \b
     Examples:
       belle-compile targets
       belle-compile targets --json
+      belle-compile build /models/BELLE-7B-2M --target cpux4 -o artifacts/belle-7b-cpux4
+      belle-compile build /models/BELLE-7B-2M --target server.toml -o artifacts/belle-7b
     """
     from dataclasses import asdict
 
+    from compiler.devices import ALIASES, DEVICES
     from compiler.targets import SUPPORTED
 
-    rows = [(target.name, target.description) for target in SUPPORTED]
-    _show({"targets": [asdict(target) for target in SUPPORTED]}, rows, as_json)
+    built = {target.device.name for target in SUPPORTED}
+    found = [asdict(device) | {"builds": device.name in built} for device in DEVICES.values()]
+    _show({"targets": found, "aliases": dict(ALIASES)}, terminal.device_rows(found, ALIASES), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -15,6 +15,14 @@ from runtime.engine import Engine
 from runtime.errors import EngineError
 
 
+def check_ranks(ranks: int) -> None:
+    """Raises CompileError where an engine has more ranks than `Gate.judge` can run."""
+    if ranks > 1:
+        remedy = "build with --no-gate, or build for one rank"
+        raise CompileError("gate", "an engine of several ranks is judged by running them all", found=f"{ranks} ranks",
+                           expected="1", remedy=remedy)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Gate:
     """The limits of a build. A limit that nothing was measured for (no expected answers) is not applied."""

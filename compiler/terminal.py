@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -88,6 +88,23 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
         rows += tiling_rows(tuned) if tuned else [(f"pass {record['name']}", _pass_line(record))]
     rows += [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
     return rows
+
+
+def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The lines of `targets`: a table whose first column is the device's name; what depends on the host is a dash."""
+    heads = ("builds", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")
+    lines = [heads]
+    for device in devices:
+        figures = (device["memory_bandwidth"] / 1e9, device["link_bandwidth"] / 1e9, device["link_latency"] * 1e6)
+        lines.append((
+            "now" if device["builds"] else "not yet", f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "-",
+            *(f"{figure:.0f}" if figure else "-" for figure in figures), f"1-{device['max_ranks']}",
+            device["compute_capability"] or "-", device["description"],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rows = list(zip(["device", *(device["name"] for device in devices)], texts, strict=True))
+    return rows + [(alias, f"the same as {name}") for alias, name in aliases.items()]
 
 
 def set_rows(made: dict[str, Any]) -> list[tuple[str, str]]:

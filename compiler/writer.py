@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -16,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from compiler.directory import AtomicDirectory
+from compiler.ir.lazy import wholes_kept
 from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
-from runtime.program import ALIGNMENT
+from runtime.program import ALIGNMENT, Program, Weight
 
 # What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
 _CHUNK = 8 << 20
@@ -38,6 +40,15 @@ class PackedTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def pack(self) -> Callable[[], npt.NDArray[Any]]: ...
+
+
+class RankWeights(Protocol):
+    """Of a rank, its tensors in the order in which the calls of its program read them first."""
+
+    @property
+    def weights(self) -> Sequence[PackedTensor]: ...
+    @property
+    def program(self) -> Program: ...
 
 
 class EngineWriter:
@@ -78,11 +89,20 @@ class EngineWriter:
         the header is padded with spaces, and tensors must have sizes that are multiples of 64 since the format allows no holes.
         `on_progress` hears the bytes written so far and the bytes in all.
         """
-        header, total = safetensors_header(tensors)
-        done = 0
-        with _File(self._directory, path) as file:
-            file.write(header)
+        done, total = 0, sum(map(tensor_bytes, tensors))
+        with self.tensor_file(path, tensors) as write:
             for tensor in tensors:
+                write(tensor)
+                done += tensor_bytes(tensor)
+                on_progress(done, total)
+
+    @contextmanager
+    def tensor_file(self, path: str, tensors: Sequence[PackedTensor]) -> Iterator[Callable[[PackedTensor], None]]:
+        """The same for files that grow side by side: gives what packs and writes a tensor, to be called for each in order."""
+        with _File(self._directory, path) as file:
+            file.write(safetensors_header(tensors)[0])
+
+            def write(tensor: PackedTensor) -> None:
                 array = np.ascontiguousarray(tensor.pack())
                 if (array.dtype.name, array.shape) != (tensor.dtype, tuple(tensor.shape)):
                     raise AssertionError(
@@ -90,8 +110,8 @@ class EngineWriter:
                         f"{array.dtype.name}{list(array.shape)}"
                     )
                 file.write(array.reshape(-1).view(np.uint8).data)
-                done += array.nbytes
-                on_progress(done, total)
+
+            yield write
         self.files[path] = file.entry()
 
     def draft(self, manifest: Manifest) -> Path:
@@ -111,6 +131,38 @@ class EngineWriter:
 
     def _complete(self, manifest: Manifest) -> Manifest:
         return replace(manifest, files=dict(sorted(self.files.items())))
+
+
+def write_weights(
+    writer: EngineWriter, ranks: Sequence[RankWeights], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Writes the weights of all ranks side by side, those of one call of the program after those of another: ranks whose
+    tensors are parts of the same ones compute these once, and hold no more of them than one rank alone does."""
+    done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.weights)
+    with ExitStack() as files:
+        writes = [
+            files.enter_context(writer.tensor_file(f"rank{number}/weights.safetensors", rank.weights))
+            for number, rank in enumerate(ranks)
+        ]
+        groups = [_by_call(rank) for rank in ranks]
+        for of_ranks in zip(*groups, strict=True):
+            with wholes_kept() if len(ranks) > 1 else nullcontext():
+                for write, tensors in zip(writes, of_ranks, strict=True):
+                    for tensor in tensors:
+                        write(tensor)
+                        done += tensor_bytes(tensor)
+                        on_progress(done, total)
+
+
+def _by_call(rank: RankWeights) -> list[list[PackedTensor]]:
+    """The tensors in their order, grouped by the call that reads them first."""
+    named = {tensor.name: tensor for tensor in rank.weights}
+    groups = []
+    for call in rank.program.calls:
+        names = dict.fromkeys(arg.name for arg in call.args if isinstance(arg, Weight))
+        groups.append([named.pop(name) for name in names if name in named])
+    assert not named, f"no call reads {', '.join(named)}"
+    return groups
 
 
 def is_engine(path: Path) -> bool:

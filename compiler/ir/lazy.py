@@ -75,6 +75,50 @@ class _Kept:
 _kept: _Kept | None = None
 
 
+def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: int, name: str) -> ir.LazyTensor:
+    """Some rows (axis 0) or columns (axis 1) of a tensor, range by range. Inside of `wholes_kept` the tensor is read once for
+    all of its parts."""
+    shape = list(whole.shape.numpy())
+    shape[axis] = sum(stop - start for start, stop in ranges)
+
+    def take() -> Array:
+        array = whole.numpy() if _wholes is None else _wholes.read(whole)
+        parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in ranges]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    return lazy(name, take, shape, whole.dtype)
+
+
+@contextmanager
+def wholes_kept() -> Iterator[None]:
+    """Inside, tensors that `part_of` takes parts of are kept once they are read: ranks that read their parts of the same ones
+    in turn compute these once. They are all in memory until the end, so that it is for a few tensors at a time."""
+    global _wholes
+    outer, _wholes = _wholes, _Wholes()
+    try:
+        yield
+    finally:
+        _wholes = outer
+
+
+class _Wholes:
+    """Values of tensors that have been read."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, tuple[ir.TensorProtocol, Array]] = {}  # by identity; the tensor is kept so that it stays unique
+
+    def read(self, tensor: ir.TensorProtocol) -> Array:
+        """What is kept of a tensor, or what is computed now, as a read-only view."""
+        if id(tensor) not in self._arrays:
+            array: Array = tensor.numpy().view()
+            array.setflags(write=False)
+            self._arrays[id(tensor)] = tensor, array
+        return self._arrays[id(tensor)][1]
+
+
+_wholes: _Wholes | None = None
+
+
 class Shared:
     """Several tensors computed at once from one source, such as a weight's integers and their scales.
 

@@ -30,5 +30,5 @@ def render(report: Report) -> str:
         accuracy=views.accuracy(manifest),
         layers=views.layers(report.layers),
         coverage=views.coverage(report.coverage),
-        memory=views.memory(report.memory, str(manifest.quantization.get("kv_cache", ""))),
+        memory=views.memory(report.memory, str(manifest.quantization.get("kv_cache", "")), report.ranks),
     )

@@ -144,10 +144,10 @@ def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypat
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
 
-    def full(model: ir.Model, **options: object) -> Lowered:
+    def full(models: list[ir.Model], **options: object) -> list[Lowered]:
         raise CompileError("tvm", "op Conv", found="no kernel")
 
-    monkeypatch.setattr(driver, "compile_graph", full)
+    monkeypatch.setattr(driver, "compile_graphs", full)
     with pytest.raises(CompileError, match=r"^tvm: op Conv"):
         build(BuildRequest(llama, tmp_path / "engine"))
     assert list(tmp_path.iterdir()) == []
