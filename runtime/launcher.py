@@ -43,7 +43,7 @@ class _Rank:
         self.handle = os.pidfd_open(process)
         self.silent_s = 0.0
         self.exit: int | None = None
-        self.gone = False
+        self.gone_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ class Launcher:
             if first and first.exit is not None:
                 self._wait(_FAREWELL_S, lambda: self._mpiexec.poll() is not None)
                 return first.exit
-            if self._mpiexec.poll() is not None or any(rank.gone and rank.exit is None for rank in self._ranks.values()):
+            if self._mpiexec.poll() is not None or self._lost():
                 self._error = self._error or self._how_it_ended()
             elif len(self._ranks) < self._count:
                 waited += passed
@@ -151,7 +151,7 @@ class Launcher:
             self._select.unregister(line)
             line.close()
             if rank:
-                rank.gone = True
+                rank.gone_s = time.monotonic()
             return
         *lines, heard[0] = (heard[0] + data).split(b"\n")
         for text in lines:
@@ -203,6 +203,13 @@ class Launcher:
         remedy = "look at what holds it up, or give it more time with --rank-timeout"
         return str(EngineError("ranks", names, found=f"nothing within {self._timeout_s:g} s", remedy=remedy))
 
+    def _lost(self) -> list[_Rank]:
+        """Ranks that ended without a word, in order."""
+        return sorted(
+            (rank for rank in self._ranks.values() if rank.gone_s is not None and rank.exit is None),
+            key=lambda rank: rank.gone_s or 0.0,
+        )
+
     def _how_it_ended(self) -> str:
         """A sentence on the rank that ended first, as mpiexec saw it."""
         self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
@@ -212,13 +219,13 @@ class Launcher:
         words = "\n".join(self._output)
         process = re.search(r"PID (\d+) RUNNING", words)
         rank = next((rank for rank in self._ranks.values() if process and rank.process == int(process[1])), None)
-        rank = rank or next((rank for rank in self._ranks.values() if rank.gone and rank.exit is None), None)
+        rank = rank or next(iter(self._lost()), None)
         killed, exited = re.search(r"EXIT STRING: .*\(signal (\d+)\)", words), re.search(r"EXIT CODE: (\d+)", words)
         how = "ended unexpectedly"
         if killed:
             how = f"was killed by signal {killed[1]} ({signal.Signals(int(killed[1])).name})"
-        elif exited:
-            how = f"ended with exit code {exited[1]}"
+        elif exited or self._mpiexec.returncode:  # of a rank that was not killed it only passes the code on
+            how = f"ended with exit code {exited[1] if exited else self._mpiexec.returncode}"
         if rank:
             return str(EngineError("ranks", f"{rank.name} {how}", remedy="the other ranks were ended with it"))
         found = next((line for line in reversed(self._output) if not _NOISE.match(line)), how)
