@@ -49,7 +49,7 @@ Examples:
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
-@click.option("--threads", type=int, help="Threads of the kernels.  [default: all usable cores]")
+@click.option("--threads", type=int, help="Threads of the kernels of a rank.  [default: all usable cores]")
 @click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
 @click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
 @click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]")

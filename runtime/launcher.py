@@ -85,7 +85,8 @@ class Launcher:
 
     def _start(self) -> None:
         # A yielding MPI lets ranks that outnumber the cores go on. Signals of the terminal are for this process alone.
-        environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100", **os.environ}
+        # Within a job of Slurm or the like Hydra would look for hosts elsewhere.
+        environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100", "HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", **os.environ}
         environment |= {LAUNCHER: self._address, TIMEOUT: str(self._timeout_s)}
         self._mpiexec = subprocess.Popen(
             [mpiexec(), "-n", str(self._count), *self._command], env=environment, start_new_session=True,

@@ -36,7 +36,13 @@ def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, 
     """Check and load an engine. Of several ranks only rank 0 comes back; the others serve it, and end their process."""
     here = ranks.place()
     if here is not None:
-        return _load_ranks(directory, options, MpiCollectives(abort=_exit if ranks.supervised() else None))
+        collectives = MpiCollectives(abort=_exit if ranks.supervised() else None)
+        if collectives.ranks != here.ranks:
+            collectives.close()
+            remedy = "start them with the mpiexec of the MPI that mpi4py uses, or with srun --mpi=pmi2"
+            found, expected = f"{collectives.ranks} in MPI's world", f"{here.ranks}, as the environment says"
+            raise EngineError("ranks", "MPI", found=found, expected=expected, remedy=remedy)
+        return _load_ranks(directory, options, collectives)
     manifest = read_manifest(directory)
     if (count := manifest.target.ranks) > 1:
         remedy = f"use belle-run --ranks {count}, or start this program with mpiexec -n {count}"

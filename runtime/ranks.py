@@ -70,7 +70,9 @@ class Line:
         if here.rank:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
         self.say("hello", [here.rank, os.getpid()])
-        _, handles, _, _ = socket.recv_fds(self._socket, 1, 3)
+        started, handles, _, _ = socket.recv_fds(self._socket, 1, 3)
+        if not started:
+            os._exit(1)
         for number, handle in enumerate(handles):
             os.dup2(handle, number)
             os.close(handle)
