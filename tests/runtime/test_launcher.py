@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -73,6 +74,43 @@ def test_ranks_that_somebody_else_started(engines: dict[int, Path]) -> None:
     code, out, errors = belle_run(engines[1], *SHORT, before=mine).end()
     assert code == 1 and out == ""
     assert errors.count("engine: ranks: found 2, expected 1, what the engine was built for") == 1
+
+
+def test_a_program_of_several_ranks(engines: dict[int, Path]) -> None:
+    change = """
+from runtime import Engine, SamplingParams
+with Engine.load(sys.argv[1]) as engine:
+    (result,) = engine.generate(["hello"], SamplingParams(temperature=0))
+    print(rank, result.token_ids, len(engine.logits([1, 2, 3])), engine.executor.threads)
+sys.exit(0)
+"""
+    code, out, errors = belle_run(engines[2], change=change, before=(launcher.mpiexec(), "-n", "2")).end()
+    threads = max(1, len(host.usable_cores()) // 2)
+    assert (code, errors) == (0, "") and out == f"0 {tokens(engines[1], *SHORT)} 3 {threads}\n"
+
+
+def test_ctrl_c_at_a_terminal_breaks_an_answer_off(engines: dict[int, Path]) -> None:
+    ours, theirs = os.openpty()
+    arguments = ("--temperature", 0, "--ignore-eos", "--raw", "--max-new-tokens", 60_000)
+    run = belle_run(engines[2], *arguments, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    until(ours, "> ")
+    os.write(ours, b"hello\n")
+    until(ours, "hello")
+    time.sleep(0.3)  # within the answer
+    run.process.send_signal(signal.SIGINT)  # what the terminal's Ctrl-C does
+    until(ours, "\n> ")
+    os.write(ours, b"/exit\n")
+    assert run.end(10)[0] == 0
+    os.close(ours)
+
+
+def until(terminal: int, text: str) -> None:
+    """Read what a terminal shows up to some text."""
+    seen, deadline = "", time.monotonic() + 20
+    while text not in seen.replace("\r", ""):
+        assert time.monotonic() < deadline and select.select([terminal], [], [], 20)[0], seen
+        seen += os.read(terminal, 65536).decode(errors="replace")
 
 
 def test_another_number_of_ranks(engines: dict[int, Path]) -> None:
