@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -55,7 +55,9 @@ class Collectives(Protocol):
 
 
 class MpiCollectives:
-    """Over MPI: messages between ranks, sums through shared memory where all ranks are on one host."""
+    """Over MPI: messages between ranks, sums through shared memory where all ranks are on one host. One a process."""
+
+    _joined = False
 
     def __init__(self, *, shared: bool | None = None, abort: Callable[[], None] | None = None) -> None:
         """Join the other ranks; waits until all do. `shared` False sums by messages even on one host, `abort` ends all ranks in
@@ -63,6 +65,9 @@ class MpiCollectives:
 
         Raises `EngineError` when mpi4py is missing.
         """
+        if MpiCollectives._joined:
+            remedy = "start the ranks anew, or keep the engine"
+            raise EngineError("ranks", "an engine was loaded by these processes before", remedy=remedy)
         try:
             import mpi4py
 
@@ -83,8 +88,10 @@ class MpiCollectives:
         shared = self.ranks_here == self.ranks if shared is None else shared
         self._sums = _SharedSums(self._comm, MPI) if shared else None
         self._clean, self._abort = False, abort
-        # MPI_Finalize waits for all ranks; one that leaves in the middle of a step must not.
-        atexit.register(self._leave)
+        # MPI_Finalize waits for all ranks; one that leaves in the middle of a step must not. Finalizers run last made first: an
+        # engine that nobody closed has closed itself before.
+        weakref.finalize(MpiCollectives, self._leave)
+        MpiCollectives._joined = True
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
         if not values.flags.c_contiguous:

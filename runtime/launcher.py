@@ -40,7 +40,6 @@ class _Rank:
 
     def __init__(self, number: int, process: int, line: socket.socket) -> None:
         self.number, self.process, self.line = number, process, line
-        self.handle = os.pidfd_open(process)
         self.silent_s = 0.0
         self.exit: int | None = None
         self.gone_s: float | None = None
@@ -62,6 +61,7 @@ class Launcher:
         self._partial = b""
         self._signals: list[int] = []
         self._interrupted = float("-inf")  # when the last interrupt went to rank 0
+        self._asked_s = 0.0  # since ranks were asked
         self._select = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -98,7 +98,7 @@ class Launcher:
 
     def _watch(self) -> int:
         """Until all ranks have ended or something went wrong; the exit code."""
-        last, waited, pinged = time.monotonic(), 0.0, 0.0
+        last, waited = time.monotonic(), 0.0
         while not self._error:
             self._look(_TICK_S)
             # Seconds that this process looked on: it may have been stopped itself.
@@ -117,14 +117,8 @@ class Launcher:
                 waited += passed
                 if waited > self._timeout_s:
                     self._error = self._late()
-            pinged += passed
-            for rank in self._ranks.values():
-                rank.silent_s += passed
-                if len(self._ranks) == self._count and pinged > 1:
-                    with contextlib.suppress(OSError):
-                        rank.line.send(b"?", socket.MSG_DONTWAIT)
-            pinged = 0.0 if pinged > 1 else pinged
-            self._check_silence()
+            else:
+                self._ask(passed)
         return 1
 
     def _look(self, timeout: float) -> None:
@@ -186,13 +180,22 @@ class Launcher:
             if len(self._ranks) < self._count or first is None or now - self._interrupted < _TWICE_S:
                 return 130
             self._interrupted = now
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(first.handle, signal.SIGINT)
+            if first.gone_s is None:
+                os.kill(first.process, signal.SIGINT)
         return None
 
-    def _check_silence(self) -> None:
-        silent = [rank for rank in self._ranks.values() if rank.silent_s > self._timeout_s]
-        if silent and len(self._ranks) == self._count and not self._error:
+    def _ask(self, passed: float) -> None:
+        """Ask ranks every second whether they are alive; one that has not answered for too long ends the run."""
+        running = [rank for rank in self._ranks.values() if rank.exit is None]
+        self._asked_s += passed
+        for rank in running:
+            rank.silent_s += passed
+            if self._asked_s > 1:
+                with contextlib.suppress(OSError):
+                    rank.line.send(b"?", socket.MSG_DONTWAIT)
+        self._asked_s = 0.0 if self._asked_s > 1 else self._asked_s
+        silent = [rank for rank in running if rank.silent_s > self._timeout_s]
+        if silent:
             # Others may be silent because they wait for the one that was stopped.
             rank = next((rank for rank in silent if _is_stopped(rank.process)), silent[0])
             state = "it is stopped" if _is_stopped(rank.process) else f"nothing for {self._timeout_s:g} s"
@@ -251,7 +254,6 @@ class Launcher:
             time.sleep(0.02)
         self._mpiexec.wait()
         for rank in self._ranks.values():
-            os.close(rank.handle)
             rank.line.close()
 
     @contextlib.contextmanager

@@ -100,11 +100,11 @@ def _load_ranks(directory: Path, options: Options, collectives: Collectives) -> 
     timeout = ranks.timeout_s()
     verdict = json.loads(collectives.agree(json.dumps(words).encode(), _judge(collectives.ranks, timeout), timeout))
     if "error" in verdict or loaded is None:
-        # If one is absent, rank 0 ends all after it has said so; its exit code is that of the run.
+        # If one is absent, rank 0 ends all after it has said so. Of different exit codes Hydra gives any.
         if collectives.rank or verdict["all"]:
             collectives.close()
         if collectives.rank:
-            sys.exit(0)
+            sys.exit(1)
         raise EngineError(**verdict["error"])
     if collectives.rank:
         serve(loaded[2], collectives)
