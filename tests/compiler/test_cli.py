@@ -229,6 +229,7 @@ OPTIONS = {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
+    "repartition": {"--target", "-o", "--output", "--force"},
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
 }  # fmt: skip
 
