@@ -26,7 +26,7 @@ from runtime.errors import EngineError
 from runtime.ranks import LAUNCHER, TIMEOUT
 
 _TICK_S = 0.1
-_LAST_WORDS_S = 2.0  # for mpiexec to say how a rank ended
+_LAST_WORDS_S = 4.0  # for mpiexec to say how a rank ended
 _FAREWELL_S = 5.0  # for ranks to end after rank 0 has
 _TWICE_S = 1.0  # a second interrupt within this time ends all at once
 # Hydra's lines about processes that ended, and MPICH's of a rank that ends all.
@@ -202,10 +202,10 @@ class Launcher:
             self._error = str(EngineError("ranks", f"{rank.name} does not answer", found=state))
 
     def _late(self) -> str:
-        absent = [number for number in range(self._count) if number not in self._ranks]
-        names = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))} did not start"
+        names = f"{_names(self._absent())} did not start"
         remedy = "look at what holds it up, or give it more time with --rank-timeout"
-        return str(EngineError("ranks", names, found=f"nothing within {self._timeout_s:g} s", remedy=remedy))
+        found = self._last_words() or f"nothing within {self._timeout_s:g} s"  # mpiexec is silent about those that fail early
+        return str(EngineError("ranks", names, found=found, remedy=remedy))
 
     def _lost(self) -> list[_Rank]:
         """Ranks that ended without a word, in order."""
@@ -216,24 +216,37 @@ class Launcher:
 
     def _how_it_ended(self) -> str:
         """A sentence on the rank that ended first, as mpiexec saw it."""
+        lost = self._lost()
         self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
         self._look(0)
         if self._error:
             return self._error  # of a rank, which came in the meantime
         words = "\n".join(self._output)
-        process = re.search(r"PID (\d+) RUNNING", words)
-        rank = next((rank for rank in self._ranks.values() if process and rank.process == int(process[1])), None)
-        rank = rank or next(iter(self._lost()), None)
         killed, exited = re.search(r"EXIT STRING: .*\(signal (\d+)\)", words), re.search(r"EXIT CODE: (\d+)", words)
         how = "ended unexpectedly"
         if killed:
             how = f"was killed by signal {killed[1]} ({signal.Signals(int(killed[1])).name})"
         elif exited or self._mpiexec.returncode:  # of a rank that was not killed it only passes the code on
             how = f"ended with exit code {exited[1] if exited else self._mpiexec.returncode}"
-        if rank:
-            return str(EngineError("ranks", f"{rank.name} {how}", remedy="the other ranks were ended with it"))
-        found = next((line for line in reversed(self._output) if not _NOISE.match(line)), how)
-        return str(EngineError("ranks", "mpiexec could not start them", found=found))
+        remedy, absent = "the other ranks were ended with it", self._absent()
+        if len(absent) == self._count:
+            return str(EngineError("ranks", "mpiexec could not start them", found=self._last_words() or how))
+        if absent:  # then mpiexec names any of those that it has ended
+            return str(
+                EngineError("ranks", f"one of them {how} before all had started", found=self._last_words(), remedy=remedy)
+            )
+        process = re.search(r"PID (\d+) RUNNING", words)
+        named = [rank for rank in self._ranks.values() if process and rank.process == int(process[1])]
+        # Who was gone alone was the first; mpiexec may name one that it has ended itself.
+        first = next(iter(lost if len(lost) == 1 else [*named, *self._lost()]), None)
+        return str(EngineError("ranks", f"{first.name if first else 'one of them'} {how}", remedy=remedy))
+
+    def _last_words(self) -> str:
+        return next((line for line in reversed(self._output) if not _NOISE.match(line)), "")
+
+    def _absent(self) -> list[int]:
+        """Ranks that have not reported."""
+        return [number for number in range(self._count) if number not in self._ranks]
 
     def _read_output(self, pipe: Any) -> None:
         data = os.read(pipe.fileno(), 65536)
@@ -275,6 +288,10 @@ def mpiexec() -> str:
         remedy = "pip install 'belle-compile[ranks]', or put that of an MPI installation on the PATH"
         raise EngineError("ranks", "mpiexec is missing", remedy=remedy)
     return found
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _standard_files() -> list[int]:

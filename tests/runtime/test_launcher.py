@@ -155,19 +155,29 @@ def test_a_rank_that_does_not_load(engines: dict[int, Path], tmp_path: Path) -> 
     assert errors.startswith("engine: file rank2/program.json is missing from ")
 
 
+def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
+    errors = failure(engines[2], "if rank == 1: time.sleep(3), os.kill(os.getpid(), signal.SIGKILL)")
+    how = "was killed by signal 9 (SIGKILL) before all had started; the other ranks were ended with it"
+    assert errors == f"ranks: one of them {how}.\n"
+    errors = failure(engines[2], "if rank == 1: 1 // 0", "--rank-timeout", 4, *SHORT)
+    assert errors.startswith(
+        "ranks: rank 1 did not start: found ZeroDivisionError: integer division or modulo by zero; look at"
+    )
+
+
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
     stop = "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
-    errors = failure(engines[2], stop, "--rank-timeout", 2, *SHORT)
-    assert errors.startswith("ranks: rank 1 did not start: found nothing within 2 s; look at what holds it up, or give it more")
+    errors = failure(engines[2], stop, "--rank-timeout", 4, *SHORT)
+    assert errors.startswith("ranks: rank 1 did not start: found nothing within 4 s; look at what holds it up, or give it more")
 
 
 def test_a_rank_that_hangs_while_it_loads(engines: dict[int, Path]) -> None:
     sleep = "import runtime.loading\nif rank == 1: runtime.loading.check_host = lambda *_: time.sleep(99)"
-    errors = failure(engines[2], sleep, "--rank-timeout", 2, *SHORT)
-    assert errors.startswith("ranks: rank 1 did not get ready: found nothing within 2 s; look at what holds it up")
-    mine = belle_run(engines[2], "--rank-timeout", 2, *SHORT, change=sleep, before=(launcher.mpiexec(), "-n", "2"))
+    errors = failure(engines[2], sleep, "--rank-timeout", 4, *SHORT)
+    assert errors.startswith("ranks: rank 1 did not get ready: found nothing within 4 s; look at what holds it up")
+    mine = belle_run(engines[2], "--rank-timeout", 4, *SHORT, change=sleep, before=(launcher.mpiexec(), "-n", "2"))
     code, _, errors = mine.end()
-    assert code != 0 and errors.count("ranks: rank 1 did not get ready: found nothing within 2 s") == 1
+    assert code != 0 and errors.count("ranks: rank 1 did not get ready: found nothing within 4 s") == 1
 
 
 STEP = "from runtime.executors.cpu import CpuExecutor\nfrom runtime.errors import EngineError\n"
@@ -216,7 +226,7 @@ def test_a_rank_that_is_killed(engines: dict[int, Path], rank: int) -> None:
 
 
 def test_a_rank_that_is_stopped(engines: dict[int, Path]) -> None:
-    run = answering(engines[2], "--rank-timeout", 2)
+    run = answering(engines[2], "--rank-timeout", 4)
     process = run.rank(1)
     os.kill(process, signal.SIGSTOP)
     code, _, errors = run.end()
