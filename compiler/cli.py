@@ -151,6 +151,31 @@ def build(
 
 
 @cli.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="NAME|FILE", help="What for: as cpux4; see `belle-compile targets`.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
+@click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def repartition(engine: Path, target: str, output: Path, force: bool, as_json: bool) -> None:
+    """Makes an engine for another number of ranks from ENGINE, without its checkpoint; nothing is quantized again.
+
+    Weights, programs and kernels are those that a build for this target gives, byte for byte.
+
+    \b
+    Examples:
+      belle-compile repartition artifacts/belle-7b-cpu --target cpux2 -o artifacts/belle-7b-cpux2
+      belle-compile repartition artifacts/belle-7b-cpux2 --target cpu -o artifacts/belle-7b-cpu
+    """
+    from compiler import inspection
+    from compiler.repartition import RepartitionRequest
+    from compiler.repartition import repartition as make
+
+    with terminal.progress_bars() as progress:
+        found = inspection.inspect(make(RepartitionRequest(engine, output, target, force, progress)))
+    _show(found, terminal.engine_rows(found), as_json)
+
+
+@cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), metavar="FILE|SET", help="Requests to judge by.")
 @click.option("--raw-requests", is_flag=True, help="Take the requests' texts as they are, without the prompt template.")

@@ -23,9 +23,10 @@ from compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_by
 from compiler.frontends import build_graph
 from compiler.gate import DEFAULT_GATE, Gate, check_ranks
 from compiler.ir.meanings import GROUP
+from compiler.ir.text import to_onnx
 from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
-from compiler.writer import EngineWriter, write_weights
+from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from passes.calibration.data import CalibrationData
 from passes.calibration.sensitivity import LayerDamage
 from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_pipeline, run_ranks, unheard
@@ -42,7 +43,7 @@ from runtime.artifact import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from passes.base import Pass
+    from passes.base import Pass, PassResult
     from passes.pipeline import OnPass
 
 _METHODS = {  # what the manifest says of each
@@ -130,7 +131,8 @@ def build(request: BuildRequest) -> Path:
             keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
         passes = passes_of(recipe, data, keep)
         observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
-        graphs, records = _run_passes(graph, passes, target.ranks, request.dump_ir, observer.observe)
+        hears = _BeforeFusion(observer.observe, at_fusion(passes)[0][-1])
+        graphs, records = _run_passes(graph, passes, target.ranks, request.dump_ir, hears)
         effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
@@ -141,11 +143,8 @@ def build(request: BuildRequest) -> Path:
 
         writer.check_space(sum(map(file_bytes, lowered)))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
-        for rank, part in enumerate(lowered):
-            writer.write(f"rank{rank}/program.json", part.program.to_json().encode())
-            for name, content in sorted(part.kernels.items()):
-                writer.write(f"rank{rank}/{name}", content)
-        write_weights(writer, lowered, lambda done, total: say("weights", done, total))
+        writer.write(GRAPH_NAME, hears.graph)
+        write_ranks(writer, lowered, lambda done, total: say("weights", done, total))
 
         manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
         damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
@@ -242,13 +241,27 @@ def _planned(graph: ir.Model, preset: Sequence[Pass], kv_cache: str, ranks: int)
 def _run_passes(
     graph: ir.Model, passes: Sequence[Pass], ranks: int, dump_ir: Path | None = None, on_pass: OnPass = unheard
 ) -> tuple[list[ir.Model], list[dict[str, Any]]]:
-    """The graph of each rank, and what each pass did."""
+    """The graph of each rank, and what each pass did; from the partition on, `on_pass` hears of rank 0."""
     if ranks == 1:
         return [graph], run_pipeline(graph, passes, dump_dir=dump_ir, on_pass=on_pass)
     before, fusions = at_fusion(passes)
     records = run_pipeline(graph, before, dump_dir=dump_ir, on_pass=on_pass)
     graphs, of_ranks = run_ranks(graph, fusions, ranks, dump_ir, on_pass)
     return graphs, records + of_ranks
+
+
+@dataclass
+class _BeforeFusion:
+    """Hears of the passes beside another observer, and keeps the graph before it is divided and fused, as ONNX."""
+
+    on_pass: OnPass
+    last: Pass
+    graph: bytes = b""
+
+    def __call__(self, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+        self.on_pass(step, model, result)
+        if step is self.last:
+            self.graph = to_onnx(model)
 
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:

@@ -74,13 +74,17 @@ def size(count: int) -> str:
 def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of `inspect` for what `compiler.inspection.inspect` returns."""
     model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
+    each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
     calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
     rows = [
         ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
         ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
         ("dimensions", ", ".join(f"{name} {value}" for name, value in model["dimensions"].items())),
         ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
-        ("needs", f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory"),
+        (
+            "needs",
+            f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory{each}",
+        ),
         ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
         ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
         ("prompt template", template["name"]),
@@ -89,6 +93,9 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
+    if each:
+        weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]
+        rows += [(f"weights of rank {rank}", size(count)) for rank, count in enumerate(weights)]
     for record in engine["passes"]:
         tuned = record["options"].get("entries") if record["name"] == "tune-kernels" else None
         rows += tiling_rows(tuned) if tuned else [(f"pass {record['name']}", _pass_line(record))]

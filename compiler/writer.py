@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from math import prod
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from compiler.directory import AtomicDirectory
 from compiler.ir.lazy import wholes_kept
 from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
-from runtime.program import ALIGNMENT, Program, Weight
+from runtime.program import ALIGNMENT, PROGRAM_NAME, Program, Weight
 
+GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
 _CHUNK = 8 << 20
 _ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
@@ -42,13 +43,15 @@ class PackedTensor(Protocol):
     def pack(self) -> Callable[[], npt.NDArray[Any]]: ...
 
 
-class RankWeights(Protocol):
-    """Of a rank, its tensors in the order in which the calls of its program read them first."""
+class Rank(Protocol):
+    """Of a rank, its program, kernel libraries by file name, and tensors in the order in which the program reads them."""
 
     @property
     def weights(self) -> Sequence[PackedTensor]: ...
     @property
     def program(self) -> Program: ...
+    @property
+    def kernels(self) -> Mapping[str, bytes]: ...
 
 
 class EngineWriter:
@@ -133,9 +136,18 @@ class EngineWriter:
         return replace(manifest, files=dict(sorted(self.files.items())))
 
 
-def write_weights(
-    writer: EngineWriter, ranks: Sequence[RankWeights], on_progress: Callable[[int, int], None] = lambda done, total: None
+def write_ranks(
+    writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
+    """Writes the directory of each rank; `on_progress` hears of bytes of weights."""
+    for number, rank in enumerate(ranks):
+        writer.write(f"rank{number}/{PROGRAM_NAME}", rank.program.to_json().encode())
+        for name, content in sorted(rank.kernels.items()):
+            writer.write(f"rank{number}/{name}", content)
+    _write_weights(writer, ranks, on_progress)
+
+
+def _write_weights(writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None]) -> None:
     """Writes the weights of all ranks side by side, those of one call of the program after those of another: ranks whose
     tensors are parts of the same ones compute these once, and hold no more of them than one rank alone does."""
     done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.weights)
@@ -154,7 +166,7 @@ def write_weights(
                         on_progress(done, total)
 
 
-def _by_call(rank: RankWeights) -> list[list[PackedTensor]]:
+def _by_call(rank: Rank) -> list[list[PackedTensor]]:
     """The tensors in their order, grouped by the call that reads them first."""
     named = {tensor.name: tensor for tensor in rank.weights}
     groups = []

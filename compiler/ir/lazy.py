@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from compiler.errors import CompileError
 
 Array = npt.NDArray[Any]
+_PIECES = "pieces"  # in the meta of a tensor
 
 
 def lazy(name: str, compute: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType | npt.DTypeLike) -> ir.LazyTensor:
@@ -86,7 +88,36 @@ def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: i
         parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in ranges]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
-    return lazy(name, take, shape, whole.dtype)
+    part = lazy(name, take, shape, whole.dtype)
+    part.meta[_PIECES] = [Piece(whole, tuple(ranges), axis)]
+    return part
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where values of one tensor come from another: its rows or columns `ranges` lie there behind each other, from row `at`."""
+
+    tensor: ir.TensorProtocol
+    ranges: tuple[tuple[int, int], ...]
+    axis: int = 0
+    at: int = 0
+
+
+def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
+    """The tensor, with a record that it is these ones stacked along axis 0."""
+    pieces, at = [], 0
+    for part in parts:
+        rows = part.shape.numpy()[0]
+        pieces.append(Piece(part, ((0, rows),), at=at))
+        at += rows
+    tensor.meta[_PIECES] = pieces
+    return tensor
+
+
+def pieces_of(tensor: ir.TensorProtocol) -> list[Piece]:
+    """What a tensor of `part_of` or `made_of` is made of; nothing for others."""
+    found: list[Piece] = tensor.meta.get(_PIECES, [])
+    return found
 
 
 @contextmanager

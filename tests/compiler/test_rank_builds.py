@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from compiler import inspection
+from compiler import inspection, terminal
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
+from passes.quantization import weights
 from runtime.artifact import read_manifest, verify_files
 from runtime.program import read_program
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS
 
+Floats = npt.NDArray[np.float32]
 pytestmark = pytest.mark.usefixtures("no_kernels")
 
 
@@ -40,8 +43,8 @@ def test_every_rank_has_its_directory(checkpoint: Path, quantization: str, tmp_p
     sums = [[call.node for call in program.calls if call.all_reduce] for program in programs]
     assert sums[0] == sums[1] == sums[2] and len(sums[0]) == 1 + 2 * 3
     for rank, program in enumerate(programs):
-        weights = load_file(out / f"rank{rank}" / "weights.safetensors")
-        assert list(weights) and set(weights) == set(program.weight_names())
+        tensors = load_file(out / f"rank{rank}" / "weights.safetensors")
+        assert list(tensors) and set(tensors) == set(program.weight_names())
     assert manifest.kernel_calls.after == len(programs[0].calls) == len(alone.calls) + len(sums[0])
 
 
@@ -63,14 +66,35 @@ def test_memory_is_that_of_the_rank_that_needs_most(checkpoint: Path, tmp_path: 
     out = build(BuildRequest(checkpoint, tmp_path / "two", quantization="none", target="cpux2"))
     two = inspection.inspect(out)
     assert 0 < two["target"]["requires"]["memory_bytes"] < one.target.requires.memory_bytes
+    rows = dict(terminal.engine_rows(two))
+    assert rows["needs"].endswith("for each of 2 ranks") and "weights of rank 1" in rows
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     first, second = (build(BuildRequest(checkpoint, tmp_path / name, target="cpux2")) for name in ("a", "b"))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert len(files) == 3 + 2 * 5
+    assert len(files) == 4 + 2 * 5
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("variant", ["bloom_6_heads", "llama"])
+def test_each_weight_is_quantized_once_for_all_ranks(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as often as for one: linears that are fused are read together on all ranks."""
+    read: list[str] = []
+
+    def quantize_rows(weight: Floats, name: str) -> tuple[Floats, Floats]:
+        read.append(name)
+        return original(weight, name)
+
+    original = weights.quantize_rows
+    monkeypatch.setattr(weights, "quantize_rows", quantize_rows)
+    checkpoint = VARIANTS[variant](tmp_path / "checkpoint")
+    build(BuildRequest(checkpoint, tmp_path / "one", quantization="int8-plain", drift=False))
+    one = read.copy()
+    read.clear()
+    build(BuildRequest(checkpoint, tmp_path / "three", quantization="int8-plain", target="cpux3", drift=False))
+    assert sorted(read) == sorted(one)
 
 
 def test_shares_that_do_not_fit_are_refused_before_anything_is_read(checkpoint: Path, tmp_path: Path) -> None:

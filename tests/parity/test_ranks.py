@@ -76,7 +76,7 @@ def larger(root: Path, family: str) -> Path:
 
 
 # Activations of 8 bits round otherwise by what a rank has of them
-QUANTIZED = {"int8": 0.03, "int8-plain": 0.03, "int8-a16": 2e-4, "int4": 0.03}
+QUANTIZED = {"int8": 0.03, "int8-plain": 0.03, "int8-accurate": 2e-4, "int4": 0.03}
 INT4_BLOOM = "key/value heads for 3 ranks: found 5, in units of 4, expected 3 units or more; build for at most 2 ranks"
 
 

@@ -64,7 +64,7 @@ def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> Non
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("preset", "rtol"), [("none", 2e-6), ("int8-a16", 2e-4), ("int8", 0.03), ("int8-plain", 0.03)])
+@pytest.mark.parametrize(("preset", "rtol"), [("none", 2e-6), ("int8-accurate", 2e-4), ("int8", 0.03), ("int8-plain", 0.03)])
 def test_results(name: str, preset: str, rtol: float) -> None:
     one, several = MODELS[name](), parts_of(quantized(name, preset), preset=preset)
     run_pipeline(one, PRESETS[preset])

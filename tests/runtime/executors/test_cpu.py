@@ -245,6 +245,21 @@ def test_kernel_and_tensor_that_are_missing(rank: Path, weights: dict[str, np.nd
         load(rank)
 
 
+def test_a_program_of_other_ranks(rank: Path) -> None:
+    text = (rank / "program.json").read_text().replace('"count": 300', '"count": 150').replace('"ranks": 1', '"ranks": 2')
+    (rank / "program.json").write_text(text)
+    with pytest.raises(EngineError, match=r"program of .*: found this process is rank 0 of 1, expected rank 0 of 2"):
+        load(rank)
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "memory_bytes", lambda: 1000 + 40 * PROGRAM.kv.block_bytes)
+    blocks = [cpu._kv_blocks(PROGRAM, None, 100, ranks) for ranks in (4, 5)]
+    assert blocks == [5, 4]
+    with pytest.raises(EngineError, match="kv_tokens: found 400 tokens"):
+        cpu._kv_blocks(PROGRAM, 400, 100, 2)
+
+
 def test_impossible_thread_count(built: Path) -> None:
     with pytest.raises(EngineError, match="cpu: threads: found 0, expected 1 to 256"):
         load(built, threads=0)
