@@ -21,7 +21,7 @@ from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
 from compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
 from compiler.frontends import build_graph
-from compiler.gate import DEFAULT_GATE, Gate, check_ranks
+from compiler.gate import DEFAULT_GATE, Gate
 from compiler.ir.meanings import GROUP
 from compiler.ir.text import to_onnx
 from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
@@ -106,8 +106,6 @@ def build(request: BuildRequest) -> Path:
     """
     target, recipe = targets.parse(request.target).carrying(request.isas), _recipe(request)
     _check_kv_cache(request.kv_cache)
-    if request.calibration and request.gate:
-        check_ranks(target.ranks)
     say = request.on_progress
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         say("open", 0, 0)
@@ -150,7 +148,7 @@ def build(request: BuildRequest) -> Path:
         damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
         if calibration and request.gate:
             accuracy = request.gate.judge(
-                writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
+                writer.draft(manifest), target.ranks, build_graph(checkpoint), calibration.holdout, folder / "gate",
                 worst=[layer.name for layer in damage[:_WORST]],
                 on_progress=lambda done, total: say("gate", done, total),
             )  # fmt: skip

@@ -107,13 +107,6 @@ def test_shares_that_do_not_fit_are_refused_before_anything_is_read(checkpoint: 
     assert set(heard) == {"open"} and not (tmp_path / "engine").exists()
 
 
-def test_the_gate_needs_one_rank(checkpoint: Path, tmp_path: Path) -> None:
-    requests = tmp_path / "requests.txt"
-    requests.write_text("one\ntwo\n")
-    with pytest.raises(CompileError, match=r"^gate: an engine of several ranks is judged by running them all: found 2 ranks"):
-        build(BuildRequest(checkpoint, tmp_path / "engine", target="cpux2", calibration=requests))
-
-
 def test_int8_weights_of_the_ranks_are_panels_of_the_whole(checkpoint: Path, tmp_path: Path) -> None:
     """Shares of 16 outputs are whole panels: those of the vocabulary lie behind each other."""
     one = load_file(build(BuildRequest(checkpoint, tmp_path / "one")) / "rank0/weights.safetensors")
