@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER = "tokenizer.json"
 _PARTITION = PartitionTensors(0, 1).name
+_MADE = "made from an engine for other ranks, whose report has what was measured of that"
 _UNMEASURED = "not measured: made from an engine, without the model's own logits"
 
 
@@ -81,7 +82,9 @@ def repartition(request: RepartitionRequest) -> Path:
         manifest = _manifest(old, target, records, lowered)
         ranks = [memory_of(rank, required_bytes(rank), SERVED_TOKENS) for rank in lowered]
         memory, several = max(ranks, key=lambda rank: rank.required), ranks if len(ranks) > 1 else ()
-        report = Report(manifest, dict(writer.files), Effects(unmeasured=_UNMEASURED), memory, ranks=several)
+        report = Report(
+            manifest, dict(writer.files), Effects(unmeasured=_UNMEASURED), memory, ranks=several, uncalibrated=_MADE
+        )
         writer.write(REPORT_NAME, render(report).encode())
         return writer.finish(manifest)
 

@@ -94,7 +94,7 @@ class Memory:
 class Report:
     """Everything on the page. `files` are the engine's others; `memory` is that of the rank that needs most, `ranks` that of
     each where there are several; `coverage` says what calibration requests covered, as a mapping of numbers, texts, and
-    mappings or lists of these; None and no `layers` where a build had no requests."""
+    mappings or lists of these; None and no `layers` where a build had no requests, or for the reason `uncalibrated`."""
 
     manifest: Manifest
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -103,6 +103,7 @@ class Report:
     layers: Sequence[Damage] = ()
     coverage: Mapping[str, Any] | None = None
     ranks: Sequence[Memory] = ()
+    uncalibrated: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON has it."""

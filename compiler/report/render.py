@@ -27,6 +27,7 @@ def render(report: Report) -> str:
         built=views.built(report),
         effects=views.effects(report.effects),
         unmeasured=report.effects.unmeasured,
+        uncalibrated=report.uncalibrated,
         accuracy=views.accuracy(manifest),
         layers=views.layers(report.layers),
         coverage=views.coverage(report.coverage),

@@ -38,7 +38,7 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
     if accuracy and _real(accuracy.get("top1_agreement")):
         more = f"KL {number(accuracy['kl'])} nats a token" if _real(accuracy.get("kl")) else ""
         return [*cards, ("same next token", percent(accuracy["top1_agreement"]), more)]
-    return [*cards, ("accuracy", "not measured", "built without --calibration")]
+    return [*cards, ("accuracy", "not measured", report.uncalibrated or "built without --calibration")]
 
 
 def built(report: Report) -> View:

@@ -84,7 +84,9 @@ def test_the_manifest(checkpoint: Path, tmp_path: Path, stand_ins: None) -> None
     assert [vars(record) for record in found.passes] == [vars(record) for record in expected.passes]
     for field in ("model", "target", "quantization", "kernel_calls", "toolchain", "generation"):
         assert getattr(found, field) == getattr(expected, field), field
-    assert "made from an engine" in (made / "report.html").read_text(encoding="utf-8")
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert page.count("made from an engine for other ranks") == 4 and "without the model" in page
+    assert "built without" not in page
 
 
 def test_real_kernels(checkpoint: Path, tmp_path: Path) -> None:

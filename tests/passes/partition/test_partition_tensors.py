@@ -18,6 +18,7 @@ from compiler.ir.text import to_text
 from compiler.ir.verify import verify
 from passes.base import PassResult
 from passes.partition.partition_tensors import PartitionTensors
+from passes.partition.rank_graph import RankGraph
 from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, Tiny, bloom, check_pass, count, llama, side_by_side
 
@@ -171,3 +172,11 @@ def test_graphs_that_it_does_not_know() -> None:
     x = b.attention(q, k, b.linear(v, "v", 32), "attn", 0)
     with pytest.raises(CompileError, match=r"^partition: part split\.2 \(node split\): found other readers, expected queries"):
         PartitionTensors(0, 2).run(b.head(x))
+
+
+def test_parity_rejects_a_bias_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deliberately broken rewrite: what is added behind a sum would be added once a rank."""
+    monkeypatch.setattr(RankGraph, "_zeros", lambda self, bias: bias)
+    expected = logits([MODELS["bloom"]()])
+    found = logits(parts_of(MODELS["bloom"]()))
+    assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max()
