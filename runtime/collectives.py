@@ -18,6 +18,7 @@ _LINE = 64
 _SPINS = 300  # looks at a value in a row before giving the core away between them
 _YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
 _SLEEP_S = 0.0005
+_LAST_WORDS_S = 0.3
 _HEARD, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # tags
 
 
@@ -88,8 +89,8 @@ class MpiCollectives:
         shared = self.ranks_here == self.ranks if shared is None else shared
         self._sums = _SharedSums(self._comm, MPI) if shared else None
         self._clean, self._abort = False, abort
-        # MPI_Finalize waits for all ranks; one that leaves in the middle of a step must not. Finalizers run last made first: an
-        # engine that nobody closed has closed itself before.
+        # MPI_Finalize waits for all ranks, so one that leaves in the middle of a step ends them. Finalizers run last made
+        # first: an engine that nobody closed has closed itself before.
         weakref.finalize(MpiCollectives, self._leave)
         MpiCollectives._joined = True
 
@@ -150,11 +151,13 @@ class MpiCollectives:
     def abort(self) -> None:
         if self._abort:
             self._abort()
+        time.sleep(_LAST_WORDS_S)  # mpiexec passes on no more of what ranks said
         self._mpi.COMM_WORLD.Abort(1)
 
     def _leave(self) -> None:
         if not self._clean:
             self.abort()
+        self._mpi.Finalize()  # mpi4py does so only for what it began; without it mpiexec ends the other ranks
 
     def _receive(self, source: int, tag: int, until: float | None) -> Any:
         """A message, or None when it has not come by the time `until`."""

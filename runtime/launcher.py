@@ -100,7 +100,8 @@ class Launcher:
         """Until all ranks have ended or something went wrong; the exit code."""
         last, waited = time.monotonic(), 0.0
         while not self._error:
-            self._look(_TICK_S)
+            ended = self._mpiexec.poll() is not None  # before the look, which hears all that ranks have said until then
+            self._look(0 if ended else _TICK_S)
             # Seconds that this process looked on: it may have been stopped itself.
             now = time.monotonic()
             passed, last = min(now - last, 1.0), now
@@ -111,7 +112,7 @@ class Launcher:
             if first and first.exit is not None:
                 self._wait(_FAREWELL_S, lambda: self._mpiexec.poll() is not None)
                 return first.exit
-            if self._mpiexec.poll() is not None or self._lost():
+            if ended or self._lost():
                 self._error = self._error or self._how_it_ended()
             elif len(self._ranks) < self._count:
                 waited += passed

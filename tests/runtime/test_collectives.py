@@ -112,6 +112,17 @@ if me == 0: assert set(heard) == {0, 2}
 """)  # fmt: skip
 
 
+def test_a_rank_that_leaves_in_order_waits_for_all() -> None:
+    works(2, """
+import time
+if me == 1:
+    ranks.close()
+    raise SystemExit
+time.sleep(1)
+comm = type("Alone", (), {"Barrier": lambda self: None})()
+""")  # fmt: skip
+
+
 def test_a_rank_that_leaves_ends_all() -> None:
     done = run(2, "if me == 1: raise SystemExit(3)\nranks.all_reduce(np.zeros(4, np.float32))")
     assert done.returncode != 0 and "well" not in done.stdout

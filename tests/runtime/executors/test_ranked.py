@@ -156,6 +156,8 @@ def test_a_step_that_fails_is_the_last() -> None:
         with pytest.raises(EngineError, match="an earlier step failed, and the ranks are out of step since; load the engine"):
             engine.generate([[1]], REQUESTS[0])
     assert made.parts[0].closed and not made.collectives[0].closed  # so that the process' end ends the others
+    made.collectives[0].broadcast(np.zeros(3, np.int32), 3)
+    made.threads[0].join(10)
 
 
 def test_the_fewest_blocks_count() -> None:
