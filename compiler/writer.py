@@ -105,7 +105,10 @@ class EngineWriter:
         with _File(self._directory, path) as file:
             file.write(safetensors_header(tensors)[0])
 
+            expected = iter(tensors)
+
             def write(tensor: PackedTensor) -> None:
+                assert tensor is next(expected), f"{tensor.name} is not next in the header of {path}"
                 array = np.ascontiguousarray(tensor.pack())
                 if (array.dtype.name, array.shape) != (tensor.dtype, tuple(tensor.shape)):
                     raise AssertionError(

@@ -47,7 +47,8 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    assert sorted(cli.cli.commands) == ["build", "calibrate-set", "inspect", "repartition", "sensitivity", "targets", "verify"]
+    commands = ["build", "calibrate-set", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
+    assert sorted(cli.cli.commands) == commands
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +230,7 @@ OPTIONS = {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
+    "plan": {"--target", "--quant", "--kv-cache", "--batch", "--context"},
     "repartition": {"--target", "-o", "--output", "--force"},
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
 }  # fmt: skip

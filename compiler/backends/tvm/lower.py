@@ -235,7 +235,8 @@ def lower(
         ranks=ranks,
     )
     kernels = list({call.kernel: None for call in lowering.calls if call.kernel})
-    return program, list(lowering.weights.values()), kernels, list(buffers.values())
+    read = dict.fromkeys(arg.name for call in calls for arg in call.args if isinstance(arg, Weight))
+    return program, [lowering.weights[name] for name in read], kernels, list(buffers.values())
 
 
 def _buffers(call: PendingCall) -> Iterable[Buffer]:
