@@ -68,7 +68,7 @@ def measure(checkpoint: Path, rows: tuple[Row, ...], calibration: int, held_out:
     with tempfile.TemporaryDirectory(dir="build") as name:
         folder, found = Path(name), dict[str, Any]()
         engines: dict[str, Path] = {}
-        encode = _encoder(opened)
+        encode = encoder(opened)
         given, judged = windows(encode, calibration, held_out)
         requests = folder / "requests.jsonl"
         requests.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in given))
@@ -101,7 +101,8 @@ def reference_logits(opened: Any, judged: list[list[int]], folder: Path) -> list
     return [found[i] for i in range(len(judged))]
 
 
-def _encoder(opened: Any) -> Any:
+def encoder(opened: Any) -> Any:
+    """Text to token ids, by the checkpoint's tokenizer."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(opened.tokenizer_json)

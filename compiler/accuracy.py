@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from compiler.ir.stream import ActivationStream
+from compiler.ranked_engine import RankedEngine
+from runtime.engine import Engine
 from runtime.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
 
 Tensor = torch.Tensor
 
@@ -118,7 +117,7 @@ class Comparison:
 
 
 def measure(
-    engine: Engine,
+    engine: Engine | RankedEngine,
     model: ir.Model,
     samples: Sequence[Sample],
     folder: Path,

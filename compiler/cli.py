@@ -38,7 +38,10 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", default="cpu", show_default=True, help="What to build for; see `belle-compile targets`.")
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="NAME|FILE",
+    help="What to build for: cpu, cpux2 for two ranks, or a .toml file; see `belle-compile targets`.",
+)  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
 @click.option(
     "--quant", type=click.Choice(["int8", "int8-accurate", "int8-plain", "int4", "none"]), default="int8", show_default=True,
@@ -145,6 +148,31 @@ def build(
     engine["build"] = {"seconds": round(seconds, 3), "peak_memory_bytes": peak}
     rows = [*terminal.engine_rows(engine), ("built in", f"{seconds:.1f} s, with at most {terminal.size(peak)} of memory")]
     _show(engine, rows, as_json)
+
+
+@cli.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="NAME|FILE", help="What for: as cpux4; see `belle-compile targets`.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The engine directory to make.")
+@click.option("--force", is_flag=True, help="Replace the engine at OUTPUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def repartition(engine: Path, target: str, output: Path, force: bool, as_json: bool) -> None:
+    """Makes an engine for another number of ranks from ENGINE, without its checkpoint; nothing is quantized again.
+
+    Weights, programs and kernels are those that a build for this target gives, byte for byte.
+
+    \b
+    Examples:
+      belle-compile repartition artifacts/belle-7b-cpu --target cpux2 -o artifacts/belle-7b-cpux2
+      belle-compile repartition artifacts/belle-7b-cpux2 --target cpu -o artifacts/belle-7b-cpu
+    """
+    from compiler import inspection
+    from compiler.repartition import RepartitionRequest
+    from compiler.repartition import repartition as make
+
+    with terminal.progress_bars() as progress:
+        found = inspection.inspect(make(RepartitionRequest(engine, output, target, force, progress)))
+    _show(found, terminal.engine_rows(found), as_json)
 
 
 @cli.command()
@@ -294,21 +322,60 @@ def calibrate_set(
 
 
 @cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True, help="What to plan for; see `belle-compile targets`.")
+@click.option("--quant", default="int8", show_default=True, help="A preset, as for build.")
+@click.option("--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
+              help="Type of the KV cache, as for build.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences answered at a time.")
+@click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def plan(checkpoint: Path, target: str, quant: str, kv_cache: str, batch: int, context: int, as_json: bool) -> None:
+    """Predicts memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
+
+    CHECKPOINT is what build takes, or a config.json alone: no weight is read. A step is what has to be read, computed and
+    exchanged at the rates that kernels were measured to reach, which the first lines name. The target cpu is this host.
+
+    \b
+    Examples:
+      belle-compile plan /models/BELLE-7B-2M --target a100-80g --batch 32
+      belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
+      belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
+    """
+    from compiler.plan.table import Load, text
+    from compiler.plan.table import plan as predicted
+
+    found = predicted(checkpoint, target, quant, Load(batch, context), kv_cache)
+    click.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else text(found))
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def targets(as_json: bool) -> None:
-    """Lists what --target accepts.
+    """Lists the devices that --target names, and which ones can be built for.
+
+    \b
+    DEVICE is one of the ranks of an engine; DEVICExN is N of them ("cpux2"). A file NAME.toml describes one of your own:
+      device = "cpu"
+      ranks = 2              # all keys but the device may be left out
+      memory_gib = 16.0      # of each rank; a build that needs more says how many ranks it takes
+      isas = ["avx512vnni"]  # others: max_ranks, memory_bandwidth_gb, link_bandwidth_gb (GB/s), link_latency_us
 
     \b
     Examples:
       belle-compile targets
       belle-compile targets --json
+      belle-compile build /models/BELLE-7B-2M --target cpux4 -o artifacts/belle-7b-cpux4
+      belle-compile build /models/BELLE-7B-2M --target server.toml -o artifacts/belle-7b
     """
     from dataclasses import asdict
 
+    from compiler.devices import ALIASES, DEVICES
     from compiler.targets import SUPPORTED
 
-    rows = [(target.name, target.description) for target in SUPPORTED]
-    _show({"targets": [asdict(target) for target in SUPPORTED]}, rows, as_json)
+    built = {target.device.name for target in SUPPORTED}
+    found = [asdict(device) | {"builds": device.name in built} for device in DEVICES.values()]
+    _show({"targets": found, "aliases": dict(ALIASES)}, terminal.device_rows(found, ALIASES), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

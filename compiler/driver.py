@@ -8,25 +8,28 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler import layers, targets
-from compiler.backends.tvm import Lowered, compile_graph, count_kernel_calls
+from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls, plan_graph
 from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
+from compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
 from compiler.frontends import build_graph
 from compiler.gate import DEFAULT_GATE, Gate
 from compiler.ir.meanings import GROUP
+from compiler.ir.text import to_onnx
 from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
 from compiler.version import __version__
-from compiler.writer import EngineWriter, tensor_bytes
+from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from passes.calibration.data import CalibrationData
 from passes.calibration.sensitivity import LayerDamage
-from passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_pipeline
+from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_pipeline, run_ranks, unheard
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
@@ -40,7 +43,8 @@ from runtime.artifact import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from passes.base import Pass
+    from passes.base import Pass, PassResult
+    from passes.pipeline import OnPass
 
 _METHODS = {  # what the manifest says of each
     "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
@@ -56,9 +60,6 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
     "float16": "float16",
     "int8": "int8 per token and head",
 }
-_FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
-_PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
-_SERVED_TOKENS = 2048  # of KV cache a host must have room for at least
 _WORST = 5  # layers to look at where an engine misses a limit
 
 
@@ -113,12 +114,13 @@ def build(request: BuildRequest) -> Path:
         calibration = None
         if request.calibration is not None:
             calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
+        graph = build_graph(checkpoint)
+        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe), target.ranks)
+        check_memory(target, partial(_planned, graph, passes_of(recipe), request.kv_cache))
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
+        model = _model_info(request, checkpoint, graph, digests)
 
         say("optimize", 0, 0)
-        graph = build_graph(checkpoint)
-        model = _model_info(request, checkpoint, graph, digests)
-        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe))
         data = None
         if calibration is not None:
             data = _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
@@ -127,27 +129,26 @@ def build(request: BuildRequest) -> Path:
             keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
         passes = passes_of(recipe, data, keep)
         observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
-        records = run_pipeline(graph, passes, dump_dir=request.dump_ir, on_pass=observer.observe)
+        hears = _BeforeFusion(observer.observe, at_fusion(passes)[0][-1])
+        graphs, records = _run_passes(graph, passes, target.ranks, request.dump_ir, hears)
         effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
-        lowered = compile_graph(
-            graph, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
+        lowered = compile_graphs(
+            graphs, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
         )
 
-        writer.check_space(_exact_bytes(lowered))
+        writer.check_space(sum(map(file_bytes, lowered)))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
-        writer.write("rank0/program.json", lowered.program.to_json().encode())
-        for name, content in sorted(lowered.kernels.items()):
-            writer.write(f"rank0/{name}", content)
-        writer.write_tensors("rank0/weights.safetensors", lowered.weights, lambda done, total: say("weights", done, total))
+        writer.write(GRAPH_NAME, hears.graph)
+        write_ranks(writer, lowered, lambda done, total: say("weights", done, total))
 
         manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
         damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
         if calibration and request.gate:
             accuracy = request.gate.judge(
-                writer.draft(manifest), build_graph(checkpoint), calibration.holdout, folder / "gate",
+                writer.draft(manifest), target.ranks, build_graph(checkpoint), calibration.holdout, folder / "gate",
                 worst=[layer.name for layer in damage[:_WORST]],
                 on_progress=lambda done, total: say("gate", done, total),
             )  # fmt: skip
@@ -201,17 +202,19 @@ def _report(
     manifest: Manifest,
     writer: EngineWriter,
     effects: Effects,
-    lowered: Lowered,
+    lowered: Sequence[Lowered],
     damage: Sequence[LayerDamage],
     calibration: Calibration | None,
 ) -> Report:
-    memory = memory_of(lowered, manifest.target.requires.memory_bytes, _SERVED_TOKENS)
+    ranks = [memory_of(rank, required_bytes(rank), SERVED_TOKENS) for rank in lowered]
+    most = max(ranks, key=lambda rank: rank.required)
     coverage = None
     if calibration and request.calibration:
         used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
-        coverage = {"digest": calibration.digest} | coverage_of(used, held_out, lowered.program.vocab_size)
+        coverage = {"digest": calibration.digest} | coverage_of(used, held_out, lowered[0].program.vocab_size)
         coverage |= coverage_of_set(request.calibration)
-    return Report(manifest, dict(writer.files), effects, memory, damage, coverage)
+    several = ranks if len(ranks) > 1 else ()
+    return Report(manifest, dict(writer.files), effects, most, damage, coverage, several)
 
 
 def _check_kv_cache(dtype: str) -> None:
@@ -219,21 +222,49 @@ def _check_kv_cache(dtype: str) -> None:
         raise CompileError("kv cache", "unknown type", found=repr(dtype), expected=" or ".join(KV_CACHES))
 
 
-def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass]) -> int:
-    """Kernel calls a step would take with every pass but the fusions; `preset` is without those that calibrate."""
-    unfused = graph.clone()
-    run_pipeline(unfused, [step for step in preset if not type(step).__module__.startswith("passes.fusion")])
-    return count_kernel_calls(unfused)
+def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass], ranks: int) -> int:
+    """Kernel calls that a step of a rank would take with every pass but the fusions; `preset` is without those that calibrate.
+    A model that cannot be divided among so many ranks is refused here, before anything takes long."""
+    unfused, (before, _) = graph.clone(), at_fusion(preset)
+    run_pipeline(unfused, before)
+    return count_kernel_calls(run_ranks(unfused, (), ranks)[0][0] if ranks > 1 else unfused)
+
+
+def _planned(graph: ir.Model, preset: Sequence[Pass], kv_cache: str, ranks: int) -> list[Lowered]:
+    """The memory that so many ranks take, by passes that do not calibrate."""
+    whole = graph.clone()
+    return [plan_graph(model, kv_cache) for model in _run_passes(whole, preset, ranks)[0]]
+
+
+def _run_passes(
+    graph: ir.Model, passes: Sequence[Pass], ranks: int, dump_ir: Path | None = None, on_pass: OnPass = unheard
+) -> tuple[list[ir.Model], list[dict[str, Any]]]:
+    """The graph of each rank, and what each pass did; from the partition on, `on_pass` hears of rank 0."""
+    if ranks == 1:
+        return [graph], run_pipeline(graph, passes, dump_dir=dump_ir, on_pass=on_pass)
+    before, fusions = at_fusion(passes)
+    records = run_pipeline(graph, before, dump_dir=dump_ir, on_pass=on_pass)
+    graphs, of_ranks = run_ranks(graph, fusions, ranks, dump_ir, on_pass)
+    return graphs, records + of_ranks
+
+
+@dataclass
+class _BeforeFusion:
+    """Hears of the passes beside another observer, and keeps the graph before it is divided and fused, as ONNX."""
+
+    on_pass: OnPass
+    last: Pass
+    graph: bytes = b""
+
+    def __call__(self, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+        self.on_pass(step, model, result)
+        if step is self.last:
+            self.graph = to_onnx(model)
 
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return values * (4 if quantization == "none" else 1) + _FIXED_BYTES
-
-
-def _exact_bytes(lowered: Lowered) -> int:
-    weights = sum(tensor_bytes(weight) for weight in lowered.weights)
-    return weights + sum(map(len, lowered.kernels.values())) + _FIXED_BYTES
+    return values * (4 if quantization == "none" else 1) + FIXED_BYTES
 
 
 def _model_info(request: BuildRequest, checkpoint: Checkpoint, graph: ir.Model, digests: dict[str, str]) -> ModelInfo:
@@ -255,17 +286,16 @@ def _manifest(
     model: ModelInfo,
     recipe: Recipe,
     records: Sequence[Mapping[str, Any]],
-    lowered: Lowered,
+    lowered: Sequence[Lowered],
 ) -> Manifest:
-    program = lowered.program
-    kv_blocks = -(-min(_SERVED_TOKENS, program.max_context) // program.block_size)
-    memory = _exact_bytes(lowered) + program.arena_bytes + kv_blocks * program.kv.block_bytes + _PROCESS_BYTES
+    first, memory = lowered[0], max(map(required_bytes, lowered))
+    program = first.program
     applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
     return Manifest(
         model=model,
-        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory)),
-        passes=(opened, *applied, *_tuning_record(lowered)),
+        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
+        passes=(opened, *applied, *_tuning_record(first)),
         quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
         prompt_template=prompt_template(checkpoint),
@@ -273,7 +303,7 @@ def _manifest(
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
         | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}
-        | {"C compiler": lowered.c_compiler, "kernel tilings": "; ".join(lowered.tilings)},
+        | {"C compiler": first.c_compiler, "kernel tilings": "; ".join(first.tilings)},
         files={},
     )
 

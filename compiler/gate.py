@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from compiler.accuracy import Accuracy, Sample, measure
 from compiler.errors import CompileError
+from compiler.ranked_engine import RankedEngine
 from runtime.engine import Engine
 from runtime.errors import EngineError
 
@@ -39,16 +40,17 @@ class Gate:
     def judge(
         self,
         directory: Path,
+        ranks: int,
         model: ir.Model,
         holdout: Sequence[Sample],
         folder: Path,
         worst: list[str],
         on_progress: Callable[[int, int], None],
     ) -> Accuracy:
-        """Runs the held-out requests through engine and unquantized model. Raises CompileError when a limit is missed, which
-        names the `worst` layers, or when the engine cannot run here."""
+        """Runs the held-out requests through the engine, all `ranks` of it, and the unquantized model. Raises CompileError when
+        a limit is missed, which names the `worst` layers, or when the engine cannot run here."""
         try:
-            engine = Engine.load(directory)
+            engine = Engine.load(directory) if ranks == 1 else RankedEngine(directory, ranks)
         except EngineError as error:
             raise CompileError(
                 "gate", "the engine cannot run on this host", found=str(error).removesuffix("."),

@@ -14,6 +14,7 @@ _PARTS = (
     ("kernels", ".so"),
     ("program", "program.json"),
     ("tokenizer", "tokenizer.json"),
+    ("graph", "graph.onnx"),
     ("report", "report.html"),
     ("other", ""),
 )

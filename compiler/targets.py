@@ -1,28 +1,35 @@
-"""What an engine is built for: the target's name, the instruction sets it carries kernels for, its ranks."""
+"""What an engine is built for: a device, the instruction sets it carries kernels for, its ranks."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
+from compiler.devices import ALIASES, DEVICES, GB, GIB, Device, known_as
 from compiler.errors import CompileError
+from runtime.errors import EngineError
+from runtime.schema import from_plain
 
 
 @dataclass(frozen=True)
 class Target:
     """A kind of host and how many ranks of it serve one engine.
 
-    `name` is what the user typed in its shortest form ("cpu"), `arch` the machine of the serving host as `uname -m`
+    `name` is what the user typed in its shortest form ("cpu", "cpux2"), `arch` the machine of the serving host as `uname -m`
     prints it, `isas` the instruction sets the fat engine carries kernels for, best first,
-    and `ranks` the processes that share one model.
+    and `ranks` the processes that share one model, each on a device of its own.
     """
 
     name: str
     arch: str
     isas: tuple[str, ...]
     ranks: int
-    description: str
+    device: Device
 
     def carrying(self, isas: Sequence[str]) -> Target:
         """The same target with only some of its instruction sets; all of them for none named."""
@@ -31,58 +38,113 @@ class Target:
             raise CompileError("target", what, found=", ".join(unknown), expected=known)
         return replace(self, isas=tuple(isa for isa in self.isas if not isas or isa in isas))
 
+    def with_ranks(self, ranks: int) -> Target:
+        """The same kind of host for so many ranks: "cpux2" for two of "cpu"."""
+        name, most = self.device.name, self.device.max_ranks
+        if not 1 <= ranks <= most:
+            raise CompileError("target", f"ranks of {name}", found=str(ranks), expected=f"1 to {most}")
+        return self if ranks == self.ranks else replace(self, name=name if ranks == 1 else f"{name}x{ranks}", ranks=ranks)
 
-CPU = Target(
-    name="cpu",
-    arch="x86_64",
-    isas=("amx", "avx512vnni", "avx2"),
-    ranks=1,
-    description="x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
-)
+
+CPU = Target(name="cpu", arch="x86_64", isas=("amx", "avx512vnni", "avx2"), ranks=1, device=DEVICES["cpu"])
 
 SUPPORTED = (CPU,)
 
-# Names of devices a target can be asked for by, so that a request for one is told from a typing error.
-RECOGNISED = {
-    "v100": "NVIDIA V100 (sm_70)",
-    "t4": "NVIDIA T4 (sm_75)",
-    "a100": "NVIDIA A100 (sm_80)",
-    "a30": "NVIDIA A30 (sm_80)",
-    "a10": "NVIDIA A10 (sm_86)",
-    "l4": "NVIDIA L4 (sm_89)",
-    "l40s": "NVIDIA L40S (sm_89)",
-    "h100": "NVIDIA H100 (sm_90)",
-    "h200": "NVIDIA H200 (sm_90)",
-}
-
 _NAME = re.compile(r"(?P<device>[a-z][a-z0-9-]*?)(?:x(?P<ranks>[1-9][0-9]*))?")
+_SUFFIX = ".toml"
+_REMEDY = "see `belle-compile targets`"
+
+
+@dataclass(frozen=True)
+class _TargetFile:
+    """The keys of a file with a target: the device, and what of it is otherwise. Memory in GiB and bandwidths in GB/s are those
+    of one rank, latency is in microseconds, INT8 operations in trillions a second; all but the device may be left out."""
+
+    device: str
+    ranks: int | None
+    isas: tuple[str, ...] | None
+    max_ranks: int | None
+    memory_gib: float | None
+    memory_bandwidth_gb: float | None
+    link_bandwidth_gb: float | None
+    link_latency_us: float | None
+    int8_tops: float | None
 
 
 def parse(text: str) -> Target:
-    """The target called `text`: a device, with `xN` behind it for N ranks ("cpu", "a100x4"); upper or lower case.
+    """The target called `text`: a device, with `xN` behind it for N ranks ("cpu", "a100x4"), upper or lower case; or the one
+    that a file NAME.toml describes.
 
     Raises CompileError for a device or a number of ranks this release does not build for.
     """
-    match = _NAME.fullmatch(text.strip().lower())
-    device = match["device"] if match else ""
-    ranks = int(match["ranks"] or 1) if match else 1
-    names = ", ".join(target.name for target in SUPPORTED)
+    device, ranks, isas = resolve(text)
     for target in SUPPORTED:
-        if device == target.name:
-            if ranks != target.ranks:
-                raise CompileError(
-                    "target",
-                    f"{target.name} engines have {target.ranks} rank",
-                    found=f"{ranks} ranks in {text!r}",
-                    remedy=f"use --target {target.name}",
-                )
-            return target
-    if device in RECOGNISED:
-        raise CompileError(
-            "target",
-            f"{RECOGNISED[device]} is known but this release does not build for it yet",
-            found=repr(text),
-            expected=names,
-            remedy=f"use --target {names}",
-        )
-    raise CompileError("target", "unknown target", found=repr(text), expected=names, remedy="see `belle-compile targets`")
+        if device.name == target.device.name:
+            return replace(target, device=device).carrying(isas).with_ranks(ranks)
+    names = ", ".join(target.name for target in SUPPORTED)
+    raise CompileError(
+        "target",
+        f"{known_as(device.name)} is known but this release does not build for it yet",
+        found=repr(text),
+        expected=names,
+        remedy=f"use --target {names}",
+    )
+
+
+def resolve(text: str) -> tuple[Device, int, tuple[str, ...]]:
+    """The device, the ranks and the instruction sets (none: all) that a target's name or file means, built for or not; raises
+    CompileError for what is unknown."""
+    if text.strip().endswith(_SUFFIX):
+        return _read(Path(text.strip()))
+    match = _NAME.fullmatch(text.strip().lower())
+    return _device(match["device"] if match else "", text), int(match["ranks"] or 1) if match else 1, ()
+
+
+def _device(name: str, text: str) -> Device:
+    device = DEVICES.get(ALIASES.get(name, name))
+    if device is not None:
+        return device
+    names = ", ".join(target.name for target in SUPPORTED)
+    if known := known_as(name):
+        what, remedy = f"{known} is known but this release does not build for it yet", f"use --target {names}"
+        raise CompileError("target", what, found=repr(text), expected=names, remedy=remedy)
+    raise CompileError("target", "unknown target", found=repr(text), expected=names, remedy=_REMEDY)
+
+
+def _read(path: Path) -> tuple[Device, int, tuple[str, ...]]:
+    """What a file describes."""
+    plain = _toml(path)
+    absent: dict[str, Any] = {field.name: None for field in fields(_TargetFile) if field.name != "device"}
+
+    def refuse(field: str, found: str, expected: str) -> EngineError:
+        return EngineError("target", f"key {field} of {path}", found=found, expected=expected)
+
+    try:
+        file = from_plain(_TargetFile, absent | plain, refuse)
+        numbers = {name: value for name, value in vars(file).items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            if not value > 0:
+                raise refuse(name, f"{value:g}", "a number above 0")
+    except EngineError as error:
+        raise CompileError("target", error.what, found=error.found, expected=error.expected, remedy=_REMEDY) from None
+    known = _device(file.device.strip().lower(), file.device)
+    device = replace(
+        known,
+        max_ranks=file.max_ranks or known.max_ranks,
+        memory=round((file.memory_gib or 0) * GIB) or known.memory,
+        memory_bandwidth=(file.memory_bandwidth_gb or 0) * GB or known.memory_bandwidth,
+        link_bandwidth=(file.link_bandwidth_gb or 0) * GB or known.link_bandwidth,
+        link_latency=(file.link_latency_us or 0) / 1e6 or known.link_latency,
+        int8=(file.int8_tops or 0) * 1e12 or known.int8,
+    )
+    return device, file.ranks or 1, file.isas or ()
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise CompileError("target", f"file {path}", found=said, expected="a TOML file", remedy=_REMEDY) from None
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -55,6 +55,12 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of right-aligned columns, the first row being their names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def size(count: int) -> str:
     """Bytes for people: "134.5 MB" (powers of ten, as disks are sold)."""
     value = float(count)
@@ -68,13 +74,17 @@ def size(count: int) -> str:
 def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of `inspect` for what `compiler.inspection.inspect` returns."""
     model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
+    each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
     calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
     rows = [
         ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
         ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
         ("dimensions", ", ".join(f"{name} {value}" for name, value in model["dimensions"].items())),
         ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
-        ("needs", f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory"),
+        (
+            "needs",
+            f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory{each}",
+        ),
         ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
         ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
         ("prompt template", template["name"]),
@@ -83,11 +93,31 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
+    if each:
+        weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]
+        rows += [(f"weights of rank {rank}", size(count)) for rank, count in enumerate(weights)]
     for record in engine["passes"]:
         tuned = record["options"].get("entries") if record["name"] == "tune-kernels" else None
         rows += tiling_rows(tuned) if tuned else [(f"pass {record['name']}", _pass_line(record))]
     rows += [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
     return rows
+
+
+def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The lines of `targets`: a table whose first column is the device's name; what depends on the host is a dash."""
+    heads = ("builds", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")
+    lines = [heads]
+    for device in devices:
+        figures = (device["memory_bandwidth"] / 1e9, device["link_bandwidth"] / 1e9, device["link_latency"] * 1e6)
+        lines.append((
+            "now" if device["builds"] else "not yet", f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "-",
+            *(f"{figure:.0f}" if figure else "-" for figure in figures), f"1-{device['max_ranks']}",
+            device["compute_capability"] or "-", device["description"],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rows = list(zip(["device", *(device["name"] for device in devices)], texts, strict=True))
+    return rows + [(alias, f"the same as {name}") for alias, name in aliases.items()]
 
 
 def set_rows(made: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -16,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from compiler.directory import AtomicDirectory
+from compiler.ir.lazy import wholes_kept
 from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
-from runtime.program import ALIGNMENT
+from runtime.program import ALIGNMENT, PROGRAM_NAME, Program, Weight
 
+GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
 _CHUNK = 8 << 20
 _ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
@@ -38,6 +41,17 @@ class PackedTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def pack(self) -> Callable[[], npt.NDArray[Any]]: ...
+
+
+class Rank(Protocol):
+    """Of a rank, its program, kernel libraries by file name, and tensors in the order in which the program reads them."""
+
+    @property
+    def weights(self) -> Sequence[PackedTensor]: ...
+    @property
+    def program(self) -> Program: ...
+    @property
+    def kernels(self) -> Mapping[str, bytes]: ...
 
 
 class EngineWriter:
@@ -78,11 +92,23 @@ class EngineWriter:
         the header is padded with spaces, and tensors must have sizes that are multiples of 64 since the format allows no holes.
         `on_progress` hears the bytes written so far and the bytes in all.
         """
-        header, total = safetensors_header(tensors)
-        done = 0
-        with _File(self._directory, path) as file:
-            file.write(header)
+        done, total = 0, sum(map(tensor_bytes, tensors))
+        with self.tensor_file(path, tensors) as write:
             for tensor in tensors:
+                write(tensor)
+                done += tensor_bytes(tensor)
+                on_progress(done, total)
+
+    @contextmanager
+    def tensor_file(self, path: str, tensors: Sequence[PackedTensor]) -> Iterator[Callable[[PackedTensor], None]]:
+        """The same for files that grow side by side: gives what packs and writes a tensor, to be called for each in order."""
+        with _File(self._directory, path) as file:
+            file.write(safetensors_header(tensors)[0])
+
+            expected = iter(tensors)
+
+            def write(tensor: PackedTensor) -> None:
+                assert tensor is next(expected), f"{tensor.name} is not next in the header of {path}"
                 array = np.ascontiguousarray(tensor.pack())
                 if (array.dtype.name, array.shape) != (tensor.dtype, tuple(tensor.shape)):
                     raise AssertionError(
@@ -90,8 +116,8 @@ class EngineWriter:
                         f"{array.dtype.name}{list(array.shape)}"
                     )
                 file.write(array.reshape(-1).view(np.uint8).data)
-                done += array.nbytes
-                on_progress(done, total)
+
+            yield write
         self.files[path] = file.entry()
 
     def draft(self, manifest: Manifest) -> Path:
@@ -111,6 +137,47 @@ class EngineWriter:
 
     def _complete(self, manifest: Manifest) -> Manifest:
         return replace(manifest, files=dict(sorted(self.files.items())))
+
+
+def write_ranks(
+    writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Writes the directory of each rank; `on_progress` hears of bytes of weights."""
+    for number, rank in enumerate(ranks):
+        writer.write(f"rank{number}/{PROGRAM_NAME}", rank.program.to_json().encode())
+        for name, content in sorted(rank.kernels.items()):
+            writer.write(f"rank{number}/{name}", content)
+    _write_weights(writer, ranks, on_progress)
+
+
+def _write_weights(writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None]) -> None:
+    """Writes the weights of all ranks side by side, those of one call of the program after those of another: ranks whose
+    tensors are parts of the same ones compute these once, and hold no more of them than one rank alone does."""
+    done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.weights)
+    with ExitStack() as files:
+        writes = [
+            files.enter_context(writer.tensor_file(f"rank{number}/weights.safetensors", rank.weights))
+            for number, rank in enumerate(ranks)
+        ]
+        groups = [_by_call(rank) for rank in ranks]
+        for of_ranks in zip(*groups, strict=True):
+            with wholes_kept() if len(ranks) > 1 else nullcontext():
+                for write, tensors in zip(writes, of_ranks, strict=True):
+                    for tensor in tensors:
+                        write(tensor)
+                        done += tensor_bytes(tensor)
+                        on_progress(done, total)
+
+
+def _by_call(rank: Rank) -> list[list[PackedTensor]]:
+    """The tensors in their order, grouped by the call that reads them first."""
+    named = {tensor.name: tensor for tensor in rank.weights}
+    groups = []
+    for call in rank.program.calls:
+        names = dict.fromkeys(arg.name for arg in call.args if isinstance(arg, Weight))
+        groups.append([named.pop(name) for name in names if name in named])
+    assert not named, f"no call reads {', '.join(named)}"
+    return groups
 
 
 def is_engine(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from passes.fusion.fuse_add_norm import FuseAddNorm
 from passes.fusion.fuse_dequantize import FuseDequantize
 from passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from passes.fusion.fuse_projections import FuseProjections
+from passes.partition.partition_tensors import PartitionTensors
 from passes.quantization.gptq_rounding import GptqRounding
 from passes.quantization.quantize_embedding import QuantizeEmbedding
 from passes.quantization.quantize_groups import QuantizeGroups
@@ -85,16 +87,23 @@ def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[s
 PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}
 
 
+def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes that see the whole model, and the fusions behind them, which see the graph of a rank where there are several:
+    weights get their scales once, and a rank's linears are fused by what it has of them."""
+    first = next((i for i, step in enumerate(passes) if type(step).__module__.startswith("passes.fusion")), len(passes))
+    return tuple(passes[:first]), tuple(passes[first:])
+
+
 # Hears of the graph as it is after a pass, and before the first one with nothing else; it may read the graph and not keep it.
 OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
 
 
-def _unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-    pass
+def unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    """An observer that does nothing."""
 
 
 def run_pipeline(
-    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = _unheard
+    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = unheard
 ) -> list[dict[str, Any]]:
     """Run the passes on the model in place; returns the manifest's record of each: name, options, changes, refusals.
 
@@ -112,6 +121,8 @@ def run_pipeline(
             _dump(model, dump_dir, number, step.name)
             verify(model)
         except Exception as error:
+            if isinstance(step, PartitionTensors) and isinstance(error, CompileError):
+                raise  # a number of ranks that the model cannot have is no failure of the pass
             before = ", ".join(record["name"] for record in records) or "none"
             inner = error if isinstance(error, CompileError) else None
             raise CompileError(
@@ -126,6 +137,27 @@ def run_pipeline(
         )
         on_pass(step, model, result)
     return records
+
+
+def run_ranks(
+    model: ir.Model, fusions: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = unheard
+) -> tuple[list[ir.Model], list[dict[str, Any]]]:
+    """The graphs of all ranks, made of parts of the whole one and fused, and the records of rank 0, which are those of all.
+    `dump_dir` gets a folder for each rank; `on_pass` hears of rank 0."""
+    graphs = [model.clone() for _ in range(ranks)]
+    records: list[dict[str, Any]] = []
+    for rank, graph in enumerate(graphs):
+        folder = None if dump_dir is None else dump_dir / f"rank{rank}"
+        passes = (PartitionTensors(rank, ranks), *fusions)
+        found = run_pipeline(graph, passes, folder, unheard if rank else partial(_not_first, on_pass))
+        records = records or found
+    return graphs, records
+
+
+def _not_first(on_pass: OnPass, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    """Leaves out the graph that the ranks begin with, which has been heard of."""
+    if step is not None:
+        on_pass(step, model, result)
 
 
 def _dump(model: ir.Model, dump_dir: Path | None, number: int, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,15 @@ from runtime import host
 from runtime.errors import EngineError
 from runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
 
-FORMAT_VERSION = 1
-READABLE_VERSIONS = (1,)
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (2,)
 MANIFEST_NAME = "manifest.json"
 STAGE = "engine"
 
 # Files up to this size are digested at every load; larger ones (the weights) by size, and in full on request.
 ALWAYS_DIGESTED_BYTES = 64 << 20
 _CHUNK = 4 << 20
+_RANK = re.compile(r"rank\d+/")
 _REBUILD = "rebuild the engine with belle-compile build"
 
 # Called while digesting: (relative path, bytes digested of all files so far, bytes to digest in all).
@@ -45,7 +47,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache."""
+    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache of one rank."""
 
     arch: str
     isa: tuple[str, ...]
@@ -54,11 +56,13 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """The target built for; `isas` are the kernel sets the engine carries, best first."""
+    """The target built for; `isas` are the kernel sets the engine carries, best first, and `ranks` the processes that run it
+    together."""
 
     name: str
     isas: tuple[str, ...]
     requires: Requirements
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,21 +203,31 @@ def _check_values(manifest: Manifest, path: Path) -> None:
         for isa in isas:
             if isa not in host.ISA_FLAGS:
                 raise refuse(where, isa, f"among {known}")
+    if manifest.target.ranks < 1:
+        raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 
 
-def verify_files(directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None) -> None:
+def verify_files(
+    directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None, rank: int | None = None
+) -> None:
     """Check every file of the manifest: there, a regular file inside the directory, of its size and digest; and that there is
-    no other code.
+    no other code. With `rank`, only the files that this rank reads.
 
     Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so loading reads no weights.
     """
     root = Path(directory).resolve()
-    for name, record in manifest.files.items():
+    own = "rank*" if rank is None else f"rank{rank}"
+    files = {
+        name: record
+        for name, record in manifest.files.items()
+        if rank is None or PurePosixPath(name).parts[0] == own or not _RANK.match(name)
+    }
+    for name, record in files.items():
         _check_entry(root, name, record)
-    for path in sorted(root.glob("rank*/*.so")):  # of these, one is looked for by this processor's name
+    for path in sorted(root.glob(f"{own}/*.so")):  # of these, one is looked for by this processor's name
         if (name := str(path.relative_to(root))) not in manifest.files:
             raise EngineError(STAGE, f"file {name} is not in the manifest", remedy="remove it or copy the engine again")
-    digested = {name: r for name, r in manifest.files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
+    digested = {name: r for name, r in files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
     total, done = sum(record.bytes for record in digested.values()), 0
     for name, record in digested.items():
         digest = hashlib.sha256()
@@ -251,8 +265,8 @@ def _check_entry(root: Path, name: str, record: FileRecord) -> None:
         raise EngineError(STAGE, f"size of {name}", found=found, expected=f"{record.bytes} bytes", remedy=copy_again)
 
 
-def check_host(manifest: Manifest) -> None:
-    """Raise `EngineError` when this host cannot run the engine: system, architecture, instruction set, memory."""
+def check_host(manifest: Manifest, ranks: int = 1) -> None:
+    """Raise `EngineError` when this host cannot run `ranks` ranks of the engine: system, processor, instruction set, memory."""
     requires = manifest.target.requires
     what = f"this host cannot run the engine built for {manifest.target.name}"
     system, machine = host.host_arch()
@@ -268,8 +282,10 @@ def check_host(manifest: Manifest) -> None:
             expected=f"one of {', '.join(requires.isa)}", remedy="run it on a newer CPU or rebuild it for this one",
         )  # fmt: skip
     memory = host.memory_bytes()
-    if memory < requires.memory_bytes:
+    needed = ranks * requires.memory_bytes
+    if memory < needed:
+        expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks} ranks" if ranks > 1 else "")
         raise EngineError(
-            STAGE, what, found=f"{memory / 2**30:.1f} GiB of memory", expected=f"{requires.memory_bytes / 2**30:.1f} GiB",
+            STAGE, what, found=f"{memory / 2**30:.1f} GiB of memory", expected=expected,
             remedy="run it on a larger host or raise the container's memory limit",
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,8 +14,12 @@ from typing import Any
 
 import click
 
+from runtime import ranks
+from runtime.artifact import read_manifest
 from runtime.engine import Engine, Prompt, Result, Stream
 from runtime.errors import BelleError
+from runtime.launcher import Launcher
+from runtime.loading import check_ranks
 from runtime.profiling import ProfileHandle
 from runtime.sampling import SamplingParams
 
@@ -44,31 +49,67 @@ Examples:
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
-@click.option("--threads", type=int, help="Threads of the kernels.  [default: all usable cores]")
+@click.option("--threads", type=int, help="Threads of the kernels of a rank.  [default: all usable cores]")
 @click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
 @click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
+@click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]")
+@click.option(
+    "--rank-timeout", type=float, envvar=ranks.TIMEOUT, default=ranks.TIMEOUT_S, metavar="S", show_default=True,
+    help="Seconds to wait for a rank that does not start or answer.",
+)  # fmt: skip
 @click.option("--verify", is_flag=True, help="Check the digest of every file, weights included, before loading.")
 def main(engine: Path, prompt: str | None, **options: Any) -> None:
     """Answer PROMPT with the engine in directory ENGINE, or chat when no PROMPT is given.
 
     What is not set here comes from the engine's generation defaults.
     """
+    os.environ[ranks.TIMEOUT] = str(options["rank_timeout"])  # for `Engine.load`
+    here = ranks.place()
+    line = ranks.Line(here) if here and ranks.supervised() else None
+    code = 0
     try:
-        fields = {field.name for field in dataclasses.fields(SamplingParams)}
-        params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
-        load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
-        with Engine.load(engine, verify="full" if options["verify"] else "header", **load) as loaded:
-            answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
-            if prompt is not None:
-                answer(loaded, prompt, params, options["raw"])
-            else:
-                _chat(loaded, params, options["raw"], answer)
+        count = _ranks(engine, options["count"])
+        if count > 1 and here is None:
+            code = Launcher(count, [sys.executable, *sys.orig_argv[1:]], options["rank_timeout"]).run()
+        else:
+            _answer(engine, prompt, options)
     except BelleError as error:
-        click.echo(f"{error}", err=True)
-        sys.exit(1)
+        code = 1
+        if line:
+            line.say("error", str(error))
+        else:
+            click.echo(f"{error}", err=True)
     except KeyboardInterrupt:
+        code = 130
         click.echo(err=True)
-        sys.exit(130)
+    except SystemExit as ended:  # of a rank that served
+        code = int(ended.code or 0)
+    if line:
+        sys.stdout.flush()
+        line.say("exit", code)
+    sys.exit(code)
+
+
+def _ranks(engine: Path, wanted: int | None) -> int:
+    """How many processes the engine takes; raises `EngineError` when another number is wanted."""
+    try:
+        manifest = read_manifest(engine)
+    except BelleError:
+        return 1  # loading says what is wrong with it
+    check_ranks(manifest, manifest.target.ranks if wanted is None else wanted)
+    return manifest.target.ranks
+
+
+def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> None:
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
+    load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
+    with Engine.load(directory, verify="full" if options["verify"] else "header", **load) as engine:
+        answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
+        if prompt is not None:
+            answer(engine, prompt, params, options["raw"])
+        else:
+            _chat(engine, params, options["raw"], answer)
 
 
 def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:

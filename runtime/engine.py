@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact import Manifest, Progress, check_host, read_manifest, verify_files
+from runtime.artifact import Manifest, Progress
 from runtime.errors import EngineError
 from runtime.generation import Generation, Result, Timings
+from runtime.loading import Options, load_parts
 from runtime.profiling import ProfileHandle, Recorder, read_bandwidth
 from runtime.prompt import ChatTemplate, Message
 from runtime.sampling import Sampler, SamplingParams
@@ -72,19 +73,15 @@ class Engine:
         `threads` defaults to the cores this process may use, `isa` to the best the CPU has (or env BELLE_ISA), `kv_tokens`
         to what half of the memory beside the weights holds. `verify="full"` digests the weights too, which reads them
         all and reports to `progress`. Raises `EngineError` for whatever does not fit, in one sentence.
+
+        An engine of several ranks is loaded in as many processes, started with mpiexec or srun. Rank 0 gets the engine; for the
+        others this does not return: they serve it until it is closed, and end with `SystemExit`. By default they share the
+        cores of a host evenly.
         """
         if verify not in ("header", "full"):
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
         started = time.perf_counter()
-        directory = Path(directory)
-        manifest = read_manifest(directory)
-        check_host(manifest)
-        verify_files(directory, manifest, full=verify == "full", progress=progress)
-        tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
-        from runtime.executors.cpu import CpuExecutor  # needs tvm_ffi, which `import runtime` does not
-
-        executor = CpuExecutor(directory / "rank0", manifest.target.isas, threads=threads, isa=isa, kv_tokens=kv_tokens)
-        engine = cls(manifest, tokenizer, executor)
+        engine = cls(*load_parts(Path(directory), Options(threads, isa, kv_tokens, verify == "full", progress)))
         engine.load_s = time.perf_counter() - started
         return engine
 
@@ -190,6 +187,8 @@ class Engine:
                 rows = max(0, end - wanted)
                 batch.logit_rows[:rows] = np.arange(wanted - first, wanted - first + rows, dtype=np.int32)
                 batch.tokens, batch.rows = end - first, rows
+                if batch.candidates is not None:
+                    batch.candidates[:rows] = 0
                 logits = self.executor.step()
                 if rows:
                     out[wanted - start : wanted - start + rows] = logits

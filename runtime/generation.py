@@ -84,6 +84,10 @@ class Generation:
         """A step that holds the first tokens is about to run."""
         self._started = self._started or time.perf_counter()
 
+    def candidates(self) -> int:
+        """How many of the best logits of each row of the next step can decide its token; 0 for all."""
+        return self._sampler.candidates(self.sequence.drafted)
+
     def accept(self, logits: NDArray[np.float32]) -> None:
         """Choose the next tokens from float32 `logits` [1 + drafts, V] (scratch) and see whether the answer ends with them.
 

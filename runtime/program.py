@@ -10,7 +10,7 @@ from typing import Any, Literal
 from runtime.errors import EngineError
 from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
 
-PROGRAM_FORMAT = 2
+PROGRAM_FORMAT = 3
 PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
@@ -53,12 +53,21 @@ Arg = Arena | Weight | Input | KV
 
 
 @dataclass(frozen=True)
+class AllReduce:
+    """Float32 rows that become the sum of those of all ranks: `width` elements each, `stride` from one row to the next."""
+
+    width: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Call:
-    """One kernel call. All arguments are pointers.
+    """One kernel call, or a sum over ranks. All arguments are pointers.
 
     `rows` says which count ("T" tokens or "R" logit rows) picks among `variants`: (largest row count or None for any,
     kernel name), ascending; the first whose bound holds is run. With `kernel` alone there is one variant, for any count.
-    `kind` and `node` are for reports; `bytes` are the weight bytes the call reads.
+    With `all_reduce` there is no kernel, and the one argument is the buffer. `kind` and `node` are for reports; `bytes` are the
+    weight bytes the call reads.
     """
 
     kind: str
@@ -68,10 +77,11 @@ class Call:
     kernel: str | None = None
     variants: tuple[tuple[int | None, str], ...] = ()
     bytes: int = 0
+    all_reduce: AllReduce | None = None
 
     def kernels(self) -> tuple[tuple[int | None, str], ...]:
-        """The variants, or the one kernel for any count."""
-        return self.variants or ((None, self.kernel or ""),)
+        """The variants, or the one kernel for any count; none for a sum over ranks."""
+        return () if self.all_reduce else self.variants or ((None, self.kernel or ""),)
 
     def kernel_for(self, rows: int) -> str:
         """Name of the kernel that runs `rows` rows."""
@@ -80,10 +90,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Logits:
-    """Where logits[R, V] (float32) lie: byte offset in the arena, row stride in elements."""
+    """Where this rank's logits (float32 [R, count]) lie: byte offset in the arena, row stride in elements. They are those of
+    tokens `first` to `first + count`; one rank has the whole vocabulary."""
 
     offset: int
     stride: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,10 @@ class FusionCalls:
 
 @dataclass(frozen=True)
 class Program:
-    """A step of at most `max_tokens` tokens, `max_rows` logit rows, `max_sequences` sequences of `max_blocks` blocks."""
+    """A step of at most `max_tokens` tokens, `max_rows` logit rows, `max_sequences` sequences of `max_blocks` blocks.
+
+    It is that of rank `rank` of `ranks`, which run it together; `vocab_size` is the model's, `kv` has this rank's heads.
+    """
 
     max_tokens: int
     max_rows: int
@@ -149,6 +165,8 @@ class Program:
     kv: KVLayout
     calls: tuple[Call, ...]
     kernel_calls: FusionCalls
+    rank: int = 0
+    ranks: int = 1
     block_size: int = BLOCK_SIZE
     format: int = PROGRAM_FORMAT
 
@@ -205,6 +223,8 @@ def _call_to_plain(call: Call) -> dict[str, Any]:
     plain["args"] = [_arg_to_plain(arg) for arg in call.args]
     if call.kernel is not None:
         plain["kernel"] = call.kernel
+    if call.all_reduce is not None:
+        plain["all_reduce"] = to_plain(call.all_reduce)
     if call.variants:
         plain["variants"] = {"any" if bound is None else str(bound): name for bound, name in call.variants}
     return plain
@@ -237,6 +257,7 @@ def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
 
 def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
     fields = {"kind": str, "node": str, "rows": str, "args": list, "kernel": str, "variants": dict, "bytes": int}
+    fields |= {"all_reduce": dict}
     if not isinstance(plain, dict):
         raise refuse(where, "no object", "an object")
     for name, value in plain.items():
@@ -252,7 +273,9 @@ def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
         variants.append((None if bound == "any" else int(bound), name))
     variants.sort(key=lambda variant: (variant[0] is None, variant[0] or 0))  # JSON's sorted keys put "16" before "4"
     args = tuple(_arg_from_plain(arg, refuse, f"{where}.args[{i}]") for i, arg in enumerate(plain["args"]))
-    return Call(plain["kind"], plain["node"], plain["rows"], args, plain.get("kernel"), tuple(variants), plain.get("bytes", 0))
+    kernel, read, reduce = plain.get("kernel"), plain.get("bytes", 0), plain.get("all_reduce")
+    summed = None if reduce is None else from_plain(AllReduce, reduce, lambda field, *rest: refuse(f"{where}.{field}", *rest))
+    return Call(plain["kind"], plain["node"], plain["rows"], args, kernel, tuple(variants), read, summed)
 
 
 def _check(program: Program, refuse: Refuse) -> None:
@@ -264,20 +287,40 @@ def _check(program: Program, refuse: Refuse) -> None:
         raise refuse("block_size", str(program.block_size), str(BLOCK_SIZE))
     if program.kv.dtype not in KV_DTYPES:
         raise refuse("kv.dtype", program.kv.dtype, " or ".join(KV_DTYPES))
+    if not 0 <= program.rank < program.ranks:
+        raise refuse("rank", f"{program.rank} of {program.ranks}", "a rank below their number")
     logits = program.logits
     end = logits.offset + 4 * logits.stride * program.max_rows
-    if logits.offset < 0 or logits.offset % ALIGNMENT or logits.stride < program.vocab_size or end > program.arena_bytes:
+    if logits.offset < 0 or logits.offset % ALIGNMENT or logits.stride < logits.count or end > program.arena_bytes:
         raise refuse("logits", f"bytes {logits.offset} to {end}, stride {logits.stride}", "rows of the vocabulary in the arena")
+    last, whole = logits.first + logits.count, logits.count == program.vocab_size
+    if logits.first < 0 or logits.count < 1 or last > program.vocab_size or whole != (program.ranks == 1):
+        raise refuse("logits", f"tokens {logits.first} to {last}", f"this rank's part of {program.vocab_size}")
     for i, call in enumerate(program.calls):
         where = f"calls[{i}] ({call.node})"
         if call.rows not in ("T", "R"):
             raise refuse(f"{where}.rows", str(call.rows), "T or R")
         most = program.max_tokens if call.rows == "T" else program.max_rows
-        last_bound, last_name = call.kernels()[-1]
-        if not last_name or (last_bound is not None and last_bound < most):
-            raise refuse(f"{where}.kernel", last_name or "none", f"a kernel for up to {most} rows")
+        if call.all_reduce:
+            _check_all_reduce(program, call, call.all_reduce, most, refuse, where)
+        else:
+            last_bound, last_name = call.kernels()[-1]
+            if not last_name or (last_bound is not None and last_bound < most):
+                raise refuse(f"{where}.kernel", last_name or "none", f"a kernel for up to {most} rows")
         for arg in call.args:
             _check_arg(program, arg, refuse, where)
+
+
+def _check_all_reduce(program: Program, call: Call, summed: AllReduce, rows: int, refuse: Refuse, where: str) -> None:
+    match call.args:
+        case (Arena(offset),) if program.ranks > 1 and not call.kernel and not call.variants:
+            end = offset + 4 * summed.stride * rows
+            if not 0 < summed.width <= summed.stride or end > program.arena_bytes:
+                found = f"{summed.width} of {summed.stride} elements, bytes {offset} to {end}"
+                raise refuse(f"{where}.all_reduce", found, "rows in the arena")
+        case _:
+            found, expected = "other arguments, a kernel, or one rank", "one arena argument and several ranks"
+            raise refuse(f"{where}.all_reduce", found, expected)
 
 
 def _check_arg(program: Program, arg: Arg, refuse: Refuse, where: str) -> None:

@@ -82,6 +82,16 @@ class Sampler:
             self._seen_count += 1
         return token
 
+    def candidates(self, more: int = 0) -> int:
+        """How many of the raw logits can decide the next token, with those equal to the last; 0 for all.
+
+        With `more` tokens sampled before it. runtime/candidates.py has the proof.
+        """
+        best = 1 if self.temperature < _GREEDY_BELOW else self.top_k
+        if best == 0 or self.repetition_penalty < 1:
+            return 0
+        return best + (self._seen_count + more if self.repetition_penalty > 1 else 0)
+
     def _choose(self, logits: NDArray[np.float32]) -> int:
         if self.temperature < _GREEDY_BELOW:
             self._penalize(logits)

@@ -9,6 +9,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.errors import EngineError
 from runtime.executors import Executor
 from runtime.generation import Generation
@@ -133,6 +136,8 @@ class StepLoop:
             wanting = self.scheduler.schedule()
             for sequence in self.scheduler.running:
                 self._generations[sequence].start()
+            if self.executor.batch.candidates is not None:
+                self._count_candidates(wanting, self.executor.batch.candidates)
         if not self.scheduler.running:
             return
         logits = self.executor.step()
@@ -148,6 +153,12 @@ class StepLoop:
                     generation.fail(error)
                 if generation.done.is_set():
                     self._drop(generation)
+
+    def _count_candidates(self, wanting: list[Sequence], candidates: NDArray[np.int32]) -> None:
+        stop = 0
+        for sequence in wanting:
+            start, stop = stop, stop + 1 + sequence.drafted
+            candidates[start:stop] = self._generations[sequence].candidates()
 
     def _drop(self, generation: Generation) -> None:
         if self._generations.pop(generation.sequence, None):

@@ -56,7 +56,8 @@ def test_passes_import_only_the_ir_and_the_errors() -> None:
 
 
 def test_only_the_driver_imports_passes() -> None:
-    assert offenders("compiler", ("passes",), besides=("compiler/driver.py", "compiler/layers.py")) == []
+    allowed = ("compiler/driver.py", "compiler/layers.py", "compiler/plan/work.py", "compiler/repartition.py")
+    assert offenders("compiler", ("passes",), besides=allowed) == []
 
 
 def test_runtime_imports_neither_sibling_nor_their_needs() -> None:

@@ -186,7 +186,8 @@ class OpenVINO:
         self.settings: dict[str, object] = {"INFERENCE_NUM_THREADS": THREADS}
         if "f32" in option.split():
             self.settings["INFERENCE_PRECISION_HINT"] = "f32"
-        backends = {"ATTENTION_BACKEND": word for word in option.split() if word != "f32"}
+        backend = [word for word in option.split() if word != "f32"]
+        backends = {"ATTENTION_BACKEND": backend[0]} if backend else {}
         self.pipeline = openvino_genai.LLMPipeline(engine, "CPU", **self.settings, **backends)
         self.request: Any = None
 

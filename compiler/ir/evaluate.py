@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compiler.errors import CompileError
+from compiler.ir import meanings
 from compiler.ir.cache import PagedCache
 from compiler.ir.ops import attributes_of, spec_of
 from compiler.ir.signature import TensorSpec, dtype_name
 
-__all__ = ["PagedCache", "evaluate", "stepwise"]
+__all__ = ["PagedCache", "evaluate", "evaluate_ranks", "stepwise"]
 
 Array = npt.NDArray[Any]
 
@@ -36,10 +38,54 @@ def evaluate(
             return result
 
 
+def evaluate_ranks(
+    models: Sequence[ir.Model], inputs: Mapping[str, Array], caches: Sequence[PagedCache], *, also: Collection[str] = ()
+) -> list[dict[str, Array]]:
+    """`evaluate` for the graphs of all ranks, side by side from one sum to the next; each rank's outputs."""
+    runs = [_run(model, inputs, cache, also) for model, cache in zip(models, caches, strict=True)]
+    total: Array | None = None
+    while True:
+        reached = [_to_sum(run, total) for run in runs]
+        outputs = [outcome for outcome in reached if isinstance(outcome, dict)]
+        if len(outputs) == len(runs):
+            return outputs
+        nodes = {outcome.node.name for outcome in reached if isinstance(outcome, _Addend)}
+        if outputs or len(nodes) > 1:
+            found = ", ".join(sorted(map(str, nodes))) + (" and the end" if outputs else "")
+            raise CompileError("evaluate", "sums over ranks", found=found, expected="the same ones in the same order on each")
+        total = meanings.all_reduce([outcome.array for outcome in reached if isinstance(outcome, _Addend)])
+
+
 def stepwise(
     model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
 ) -> Generator[ir.Node, None, dict[str, Array]]:
     """`evaluate`, a node at a time: yields each one that has run, and returns the outputs."""
+    run = _run(model, inputs, cache, also)
+    while True:
+        try:
+            reached = next(run)
+        except StopIteration as end:
+            result: dict[str, Array] = end.value
+            return result
+        if isinstance(reached, _Addend):
+            name, remedy = str(reached.node.name), "evaluate the graphs of all ranks together"
+            raise CompileError("evaluate", reached.node.op_type, node=name, found="one rank", remedy=remedy)
+        yield reached
+
+
+@dataclass(frozen=True)
+class _Addend:
+    """What a rank has at a sum, which it waits for."""
+
+    node: ir.Node
+    array: Array
+
+
+_Run = Generator["ir.Node | _Addend", "Array | None", dict[str, Array]]
+
+
+def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str]) -> _Run:
+    """Yields each node that has run; at a sum over ranks what is to be added, to be sent the sum."""
     values = _checked(model, inputs)
     wanted = {*also, *(str(output.name) for output in model.graph.outputs)}
     uses = {value: len(value.uses()) for node in model.graph for value in node.outputs}
@@ -51,7 +97,11 @@ def stepwise(
         keywords = {name: value for name, value in attributes_of(node).items() if name in spec.meaningful}
         if spec.stateful:
             keywords["cache"] = cache
-        produced = spec.meaning(*arrays, **keywords)
+        if spec.collective:
+            assert arrays[0] is not None
+            produced: Any = yield _Addend(node, arrays[0])
+        else:
+            produced = spec.meaning(*arrays, **keywords)
         for value, array in zip(node.outputs, produced if isinstance(produced, tuple) else (produced,), strict=True):
             values[value] = array
             if value.name in wanted:
@@ -65,6 +115,18 @@ def stepwise(
     if missing:
         raise CompileError("evaluate", "values asked for", found=", ".join(sorted(missing)), expected="names of the graph")
     return result
+
+
+def _to_sum(run: _Run, total: Array | None) -> _Addend | dict[str, Array]:
+    """Sends the last sum, None at the start, and goes on to the next one, or to the outputs."""
+    try:
+        reached = run.send(total)
+        while not isinstance(reached, _Addend):
+            reached = next(run)
+        return reached
+    except StopIteration as end:
+        outputs: dict[str, Array] = end.value
+        return outputs
 
 
 def _read(value: ir.Value, values: Mapping[ir.Value, Array]) -> Array:

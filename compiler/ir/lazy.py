@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from compiler.errors import CompileError
 
 Array = npt.NDArray[Any]
+_PIECES = "pieces"  # in the meta of a tensor
 
 
 def lazy(name: str, compute: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType | npt.DTypeLike) -> ir.LazyTensor:
@@ -73,6 +75,79 @@ class _Kept:
 
 
 _kept: _Kept | None = None
+
+
+def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: int, name: str) -> ir.LazyTensor:
+    """Some rows (axis 0) or columns (axis 1) of a tensor, range by range. Inside of `wholes_kept` the tensor is read once for
+    all of its parts."""
+    shape = list(whole.shape.numpy())
+    shape[axis] = sum(stop - start for start, stop in ranges)
+
+    def take() -> Array:
+        array = whole.numpy() if _wholes is None else _wholes.read(whole)
+        parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in ranges]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    part = lazy(name, take, shape, whole.dtype)
+    part.meta[_PIECES] = [Piece(whole, tuple(ranges), axis)]
+    return part
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where values of one tensor come from another: its rows or columns `ranges` lie there behind each other, from row `at`."""
+
+    tensor: ir.TensorProtocol
+    ranges: tuple[tuple[int, int], ...]
+    axis: int = 0
+    at: int = 0
+
+
+def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
+    """The tensor, with a record that it is these ones stacked along axis 0."""
+    pieces, at = [], 0
+    for part in parts:
+        rows = part.shape.numpy()[0]
+        pieces.append(Piece(part, ((0, rows),), at=at))
+        at += rows
+    tensor.meta[_PIECES] = pieces
+    return tensor
+
+
+def pieces_of(tensor: ir.TensorProtocol) -> list[Piece]:
+    """What a tensor of `part_of` or `made_of` is made of; nothing for others."""
+    found: list[Piece] = tensor.meta.get(_PIECES, [])
+    return found
+
+
+@contextmanager
+def wholes_kept() -> Iterator[None]:
+    """Inside, tensors that `part_of` takes parts of are kept once they are read: ranks that read their parts of the same ones
+    in turn compute these once. They are all in memory until the end, so that it is for a few tensors at a time."""
+    global _wholes
+    outer, _wholes = _wholes, _Wholes()
+    try:
+        yield
+    finally:
+        _wholes = outer
+
+
+class _Wholes:
+    """Values of tensors that have been read."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, tuple[ir.TensorProtocol, Array]] = {}  # by identity; the tensor is kept so that it stays unique
+
+    def read(self, tensor: ir.TensorProtocol) -> Array:
+        """What is kept of a tensor, or what is computed now, as a read-only view."""
+        if id(tensor) not in self._arrays:
+            array: Array = tensor.numpy().view()
+            array.setflags(write=False)
+            self._arrays[id(tensor)] = tensor, array
+        return self._arrays[id(tensor)][1]
+
+
+_wholes: _Wholes | None = None
 
 
 class Shared:

@@ -5,6 +5,7 @@ Arithmetic is float32 throughout, one rounding per operation written; integer pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -151,9 +152,33 @@ def group_linear(xq: Bytes, xs: Floats, wq: Nibbles, ws: npt.NDArray[np.float16]
     return (scaled if bias is None else scaled + bias).astype(np.float32)
 
 
-def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats) -> Floats:
-    """Rows of the table wq * ws."""
-    return wq[token_ids].astype(np.float32) * ws[token_ids, None]
+def embedding(token_ids: Integers, table: Floats, first: Integers) -> Floats:
+    """Rows of a table whose own first row is that of token `first`; zeros for tokens that it does not have."""
+    rows, known = _rows_of(token_ids, len(table), first)
+    return np.where(known[:, None], table[rows], np.float32(0))
+
+
+def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats, first: Integers | None = None) -> Floats:
+    """Rows of the table wq * ws; with `first` as in `embedding`."""
+    if first is None:
+        return wq[token_ids].astype(np.float32) * ws[token_ids, None]
+    rows, known = _rows_of(token_ids, len(wq), first)
+    return wq[rows].astype(np.float32) * np.where(known, ws[rows], np.float32(0))[:, None]
+
+
+def _rows_of(token_ids: Integers, size: int, first: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
+    """Rows of a table of `size` tokens from `first` on, and which tokens it has; row 0 stands in for the others."""
+    rows = token_ids - first[0]
+    known = (rows >= 0) & (rows < size)
+    return np.where(known, rows, 0), known
+
+
+def all_reduce(addends: Sequence[Floats]) -> Floats:
+    """What all ranks have, added up in their order."""
+    total = addends[0]
+    for addend in addends[1:]:
+        total = total + addend
+    return total
 
 
 def quantized_linear(xq: Quantized, xs: Floats, wq: Bytes, ws: Floats, bias: Floats | None) -> Floats:

@@ -34,7 +34,8 @@ class OpSpec:
     """One op. `takes` and `gives` are signatures (see signature.py) and the shape rule, unless `rule` replaces it.
 
     `meaning` gets the inputs in order (None for one left out) and, by name, the attributes that `meaningful` lists,
-    which are those an implementation depends on; a stateful op also gets `cache`, the PagedCache.
+    which are those an implementation depends on; a stateful op also gets `cache`, the PagedCache. That of a collective op gets
+    its input on every rank, in their order.
     """
 
     domain: str
@@ -44,6 +45,7 @@ class OpSpec:
     meaning: Callable[..., Any]
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     stateful: bool = False
+    collective: bool = False
     rule: ShapeRule | None = None
     variadic: bool = False
 
@@ -158,11 +160,14 @@ SPECS: tuple[OpSpec, ...] = (
     OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq:int8[N,K]", "acc:int32/int64[T,N]", meanings.integer_linear),
     OpSpec(BELLE, "Dequantize", "acc:int32/int64[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
            meanings.dequantize),
-    OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V]", "y:float32[T,K]",
+    OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V] first?:int32[1]", "y:float32[T,K]",
            meanings.quantized_embedding),
     # INT4 weights with a scale per output and group of inputs: group by group, so there is no one integer product to scale.
     OpSpec(BELLE, "GroupQuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int4[N,K] ws:float16[N,G] bias?:float32[N]",
            "y:float32[T,N]", meanings.group_linear, rule=_group_linear),
+    # What one of several ranks does. An embedding with `first` has the tokens from that one on, and gives zeros for others.
+    OpSpec(BELLE, "Embedding", "token_ids:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]", meanings.embedding),
+    OpSpec(BELLE, "AllReduce", "x:float32[T,K]", "sum:float32[T,K]", meanings.all_reduce, collective=True),
     # Fusions.
     OpSpec(BELLE, "QuantizedLinear", "xq:int8/int16[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from compiler.ir import ops
 from compiler.ir.signature import TensorSpec
+from compiler.ir.verify import verify
 
+_EXACT = "exact "  # before an attribute's name in the metadata of its node: the float of 64 bits
 _INLINE = 16  # initializers of up to this many int64 elements are printed with their values
 
 
@@ -32,8 +36,8 @@ def to_text(model: ir.Model) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save_onnx(model: ir.Model, path: Path) -> None:
-    """Write the graph as an ONNX file that opens in Netron: weights are named and shaped, their values left out."""
+def to_onnx(model: ir.Model) -> bytes:
+    """The graph as an ONNX file that opens in Netron: weights are named and shaped, their values left out."""
     graph = model.clone()
     for value in graph.graph.initializers.values():
         tensor = value.const_value
@@ -44,7 +48,31 @@ def save_onnx(model: ir.Model, path: Path) -> None:
         value.const_value = ir.ExternalTensor(
             "weights-left-out", offset=0, length=tensor.nbytes, dtype=tensor.dtype, shape=shape, name=str(value.name)
         )
-    path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    for node in graph.graph:
+        for name, attribute in node.attributes.items():
+            if isinstance(attribute.value, float):  # ONNX keeps 32 bits of it, and kernels are named by all of them
+                node.metadata_props[_EXACT + name] = repr(attribute.value)
+    content: bytes = ir.to_proto(graph).SerializeToString(deterministic=True)
+    return content
+
+
+def from_onnx(content: bytes, weight: Callable[[str, Sequence[int], ir.DataType], ir.TensorProtocol]) -> ir.Model:
+    """The verified graph that `to_onnx` gave; `weight` makes the tensors left out, of a name, shape and type."""
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(content))
+    for name, value in model.graph.initializers.items():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            value.const_value = weight(name, tensor.shape.numpy(), tensor.dtype)
+    for node in model.graph:
+        for key in [key for key in node.metadata_props if key.startswith(_EXACT)]:
+            name = key.removeprefix(_EXACT)
+            node.attributes[name] = ir.AttrFloat32(name, float(node.metadata_props.pop(key)))
+    verify(model)
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path) -> None:
+    """Write `to_onnx`."""
+    path.write_bytes(to_onnx(model))
 
 
 def _weight(value: ir.Value) -> str:

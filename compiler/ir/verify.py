@@ -26,13 +26,15 @@ def verify(model: ir.Model) -> None:
 
     In order is: the interface of INTERFACE in, float32 logits [R, V] out; every value defined once and before its use;
     every op registered, its inputs, attributes, dtypes and shapes as its spec says; one Attention per layer, all of
-    the same cache geometry, which is also that of the metadata where given.
+    the same cache geometry, which is also that of the metadata where given; sums over ranks where the metadata says that there
+    are several, of values that nothing else reads: they are taken in place.
     """
     _verify_interface(model)
     _verify_order(model.graph)
     for node in model.graph:
         _verify_node(node)
     _verify_cache(model)
+    _verify_ranks(model)
 
 
 def _verify_interface(model: ir.Model) -> None:
@@ -119,6 +121,22 @@ def _verify_cache(model: ir.Model) -> None:
         if attributes["num_heads"] % attributes["num_kv_heads"]:
             found, expected = str(attributes["num_heads"]), f"a multiple of num_kv_heads = {attributes['num_kv_heads']}"
             raise CompileError("verify", "num_heads of Attention", node=name, found=found, expected=expected)
+
+
+def _verify_ranks(model: ir.Model) -> None:
+    facts = model.metadata_props
+    rank, ranks = int(facts.get("rank", 0)), int(facts.get("ranks", 1))
+    if not 0 <= rank < ranks:
+        raise CompileError("verify", "rank of the metadata", found=f"{rank} of {ranks}", expected="a rank below their number")
+    for node in model.graph:
+        if node.op_type != "AllReduce":
+            continue
+        addend = node.inputs[0]
+        if ranks == 1:
+            raise CompileError("verify", "AllReduce", node=str(node.name), found="one rank", expected="ranks in the metadata")
+        if addend is None or addend.producer() is None or len(addend.uses()) > 1 or addend.is_graph_output():
+            found = f"{addend.name}, which is read elsewhere or not computed" if addend else "nothing"
+            raise CompileError("verify", "AllReduce", node=str(node.name), found=found, expected="a value of its own")
 
 
 def _listed(specs: Mapping[str, str]) -> str:

@@ -24,7 +24,8 @@ class Drift:
 @dataclass(frozen=True)
 class Stage:
     """The graph after a pass, or as the frontend made it: `changes` is None then. `weight_bytes` are those of the weights it
-    reads; `kernel_calls` of a step count one for each op, also where the graph has ops without a kernel (`lowers` is False)."""
+    reads; `kernel_calls` of a step count one for each op, also where the graph has ops without a kernel (`lowers` is False). A
+    graph that is not `whole` is that of rank 0 of several, which has no logits without the others."""
 
     name: str
     changes: int | None
@@ -32,6 +33,7 @@ class Stage:
     kernel_calls: int
     lowers: bool
     drift: Drift | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. `files` are the engine's others; `coverage` says what calibration requests covered, as a mapping
-    of numbers, texts, and mappings or lists of these; None and no `layers` where a build had no requests."""
+    """Everything on the page. `files` are the engine's others; `memory` is that of the rank that needs most, `ranks` that of
+    each where there are several; `coverage` says what calibration requests covered, as a mapping of numbers, texts, and
+    mappings or lists of these; None and no `layers` where a build had no requests, or for the reason `uncalibrated`."""
 
     manifest: Manifest
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -99,6 +102,8 @@ class Report:
     memory: Memory | None = None
     layers: Sequence[Damage] = ()
     coverage: Mapping[str, Any] | None = None
+    ranks: Sequence[Memory] = ()
+    uncalibrated: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -73,9 +73,10 @@ class PassEffects:
         if changes == 0:
             self._stages.append(replace(self._stages[-1], name=name, changes=0))
             return
-        if self._wanted:
+        whole = "ranks" not in model.metadata_props
+        if self._wanted and whole:
             self._graphs[len(self._stages)] = model.clone()
-        self._stages.append(Stage(name, changes, weight_bytes(model), count_kernel_calls(model), can_lower(model)))
+        self._stages.append(Stage(name, changes, weight_bytes(model), count_kernel_calls(model), can_lower(model), whole=whole))
 
     def result(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Effects:
         """What was found, with drift measured now; `on_progress` hears of weights read."""
@@ -89,7 +90,7 @@ class PassEffects:
         latest, stages = drifts[0], []
         for number, stage in enumerate(self._stages):
             latest = drifts.get(number, latest)
-            stages.append(replace(stage, drift=latest))
+            stages.append(replace(stage, drift=latest if stage.whole else None))
         return Effects(tuple(stages), len(tokens), "")
 
 

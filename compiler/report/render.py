@@ -27,8 +27,9 @@ def render(report: Report) -> str:
         built=views.built(report),
         effects=views.effects(report.effects),
         unmeasured=report.effects.unmeasured,
+        uncalibrated=report.uncalibrated,
         accuracy=views.accuracy(manifest),
         layers=views.layers(report.layers),
         coverage=views.coverage(report.coverage),
-        memory=views.memory(report.memory, str(manifest.quantization.get("kv_cache", ""))),
+        memory=views.memory(report.memory, str(manifest.quantization.get("kv_cache", "")), report.ranks),
     )

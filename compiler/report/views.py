@@ -38,7 +38,7 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
     if accuracy and _real(accuracy.get("top1_agreement")):
         more = f"KL {number(accuracy['kl'])} nats a token" if _real(accuracy.get("kl")) else ""
         return [*cards, ("same next token", percent(accuracy["top1_agreement"]), more)]
-    return [*cards, ("accuracy", "not measured", "built without --calibration")]
+    return [*cards, ("accuracy", "not measured", report.uncalibrated or "built without --calibration")]
 
 
 def built(report: Report) -> View:
@@ -89,6 +89,7 @@ def effects(found: Effects) -> View | None:
         "tokens": found.tokens,
         "unmeasured": found.unmeasured,
         "unlowered": any(not stage.lowers for stage in found.stages),
+        "parts": any(not stage.whole for stage in found.stages),
     }
 
 
@@ -197,7 +198,7 @@ def layers(found: Sequence[Damage]) -> View | None:
     }
 
 
-def memory(found: Memory | None, kv_cache: str) -> View | None:
+def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) -> View | None:
     """What a host's memory is needed for, and how activations share the arena."""
     if found is None:
         return None
@@ -213,6 +214,10 @@ def memory(found: Memory | None, kv_cache: str) -> View | None:
         drawings.append(figures.lifetimes(found.buffers, found.arena, found.calls, whole))
     return {
         "required": size(found.required),
+        "ranks": [
+            [size(count) for count in (sum(rank.weights.values()), rank.arena, rank.kv_served, rank.rest, rank.required)]
+            for rank in ranks
+        ],
         "parts": _sized(parts),
         "weights": _sized(list(found.weights.items())),
         "kv_cache": kv_cache,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import Shared, lazy
+from compiler.ir.lazy import Shared, lazy, made_of
 from compiler.ir.ops import spec_of
 from passes.base import Replacement, RewritePass, is_weight, other_readers
 
@@ -108,9 +108,8 @@ def _stack(columns: Sequence[Sequence[ir.TensorProtocol]]) -> list[ir.LazyTensor
         return results
 
     shared = Shared(read)
+    names = [joined([str(tensor.name) for tensor in column]) for column in columns]
     return [
-        lazy(
-            joined([str(tensor.name) for tensor in column]), partial(shared.__getitem__, index), shapes[index], column[0].dtype
-        )
+        made_of(lazy(names[index], partial(shared.__getitem__, index), shapes[index], column[0].dtype), column)
         for index, column in enumerate(columns)
     ]

@@ -20,6 +20,8 @@ class StepBatch:
     `token_ids`, `positions`, `sequences` [max_tokens]: the first `tokens` entries count; a token's sequence is its row of
     `block_table` [max_sequences, max_blocks], its position counts from 0. A sequence's tokens lie in ascending positions.
     `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are wanted.
+    `candidates` [max_rows], where the executor asks for it: how many of a row's best logits matter, with those equal to the
+    last; others may come as -inf. 0: all matter.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class StepBatch:
         sequences: NDArray[np.int32],
         block_table: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
+        candidates: NDArray[np.int32] | None = None,
     ) -> None:
         self.token_ids = token_ids
         self.positions = positions
         self.sequences = sequences
         self.block_table = block_table
         self.logit_rows = logit_rows
+        self.candidates = candidates
         self.tokens = 0
         self.rows = 0
 

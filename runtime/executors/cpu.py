@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import host
+from runtime.collectives import Collectives
 from runtime.errors import EngineError
 from runtime.executors import StepBatch
 from runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
+from runtime.executors.summed import Sum, SummedLists
 from runtime.kv_cache import blocks_for
 from runtime.memory import WeightsFile, anonymous
 from runtime.profiling import Recorder
-from runtime.program import ALIGNMENT, KV, Arena, Arg, Call, Input, Program, Weight, read_program
+from runtime.program import ALIGNMENT, KV, AllReduce, Arena, Arg, Call, Input, Program, Weight, read_program
 
 WEIGHTS_NAME = "weights.safetensors"
 
@@ -46,14 +48,24 @@ class CpuExecutor:
         threads: int | None = None,
         isa: str | None = None,
         kv_tokens: int | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
-        """Map and bind `directory` (rank0) whose engine carries kernels for the `carried` instruction sets."""
+        """Map and bind `directory` (rank0) whose engine carries kernels for the `carried` instruction sets.
+
+        A program of several ranks needs `collectives` for its sums.
+        """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
         self.vocab_size = program.vocab_size
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(program.weight_names())
-        self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes)
+        self._collectives = collectives
+        found, expected = (collectives.rank, collectives.ranks) if collectives else (0, 1), (program.rank, program.ranks)
+        if found != expected:
+            ranks = [f"rank {rank} of {count}" for rank, count in (found, expected)]
+            raise EngineError("engine", f"program of {directory}", found=f"this process is {ranks[0]}", expected=ranks[1])
+        here = collectives.ranks_here if collectives else 1
+        self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes, here)
         library = KernelLibrary(kernels_path(directory, self.isa))
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
 
@@ -66,10 +78,10 @@ class CpuExecutor:
         self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"])
         start, stride = program.logits.offset, program.logits.stride
         floats = self._arena[start : start + 4 * stride * program.max_rows].view(np.float32)
-        self._logits = floats.reshape(program.max_rows, stride)[:, : program.vocab_size]
+        self._logits = floats.reshape(program.max_rows, stride)[:, : program.logits.count]
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
-        self._lists: dict[tuple[int, int], tuple[CallList, NDArray[np.int64]]] = {}
+        self._lists: dict[tuple[int, int], tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
         self._recorder: Recorder | None = None
         self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
         self.threads = self._pool.threads
@@ -103,19 +115,33 @@ class CpuExecutor:
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
-    def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList, NDArray[np.int64]]:
+    def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList | SummedLists, NDArray[np.int64]]:
         """The list for row counts, and the numbers of its calls in the program."""
         started = time.perf_counter()
         counts = {"T": tokens, "R": rows}
         numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
         calls = [self.program.calls[number] for number in numbers]
-        bound = [
-            (self._kernels[call.kernel_for(counts[call.rows])], [self._pointer(arg) for arg in call.args]) for call in calls
-        ]
-        self._lists[key] = CallList(self._pool, bound), np.array(numbers)
+        if self._collectives is None:
+            bound: CallList | SummedLists = CallList(self._pool, [self._bound(call, counts[call.rows]) for call in calls])
+        else:
+            mixed = [
+                self._sum(call, call.all_reduce) if call.all_reduce else self._bound(call, counts[call.rows]) for call in calls
+            ]
+            bound = SummedLists(self._pool, mixed, self._collectives)
+        self._lists[key] = bound, np.array(numbers)
         if self._recorder:
             self._recorder.leave_out(time.perf_counter() - started)
         return self._lists[key]
+
+    def _bound(self, call: Call, rows: int) -> tuple[int, list[int]]:
+        return self._kernels[call.kernel_for(rows)], [self._pointer(arg) for arg in call.args]
+
+    def _sum(self, call: Call, summed: AllReduce) -> Sum:
+        (argument,) = call.args
+        assert isinstance(argument, Arena), "checked when the program was read"
+        most = self.program.max_tokens if call.rows == "T" else self.program.max_rows
+        memory = self._arena[argument.offset : argument.offset + 4 * summed.stride * most].view(np.float32)
+        return Sum(memory.reshape(most, summed.stride), summed.width, self._inputs[call.rows])
 
     def _pointer(self, arg: Arg) -> int:
         match arg:
@@ -162,9 +188,10 @@ def _allow_amx() -> bool:
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0
 
 
-def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int) -> int:
-    """Blocks of the KV cache: for `kv_tokens`, else what half of the memory beside the weights holds."""
-    memory = host.memory_bytes()
+def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_here: int) -> int:
+    """Blocks of the KV cache: for `kv_tokens`, else what half of the memory beside the weights holds. Ranks of this host share
+    its memory evenly."""
+    memory = host.memory_bytes() // ranks_here
     if kv_tokens is not None:
         blocks = blocks_for(kv_tokens)
         needed = blocks * program.kv.block_bytes

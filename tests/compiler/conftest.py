@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import pytest
@@ -22,19 +22,19 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few bytes stand in for each kernel library: compiling them takes long and has its own tests. So does measuring:
     a build that is to tune finds `TUNED`."""
 
-    def compile_graph(
-        model: ir.Model,
+    def compile_graphs(
+        models: Sequence[ir.Model],
         isas: tuple[str, ...],
         *,
         calls_before_fusion: int,
         kv_cache: str,
         tune: Callable[[int, int], None] | None = None,
-    ) -> Lowered:
-        program, weights, _, buffers = lower(model, calls_before_fusion, kv_cache)
+    ) -> list[Lowered]:
+        if tune is not None:
+            tune(1, 1)
+        tilings, tuned = (["avx2: built-in"], None) if tune is None else (["avx2: measured"], TUNED)
         kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas}
-        if tune is None:
-            return Lowered(program, weights, kernels, ["avx2: built-in"], "cc 1.0", buffers=buffers)
-        tune(1, 1)
-        return Lowered(program, weights, kernels, ["avx2: measured"], "cc 1.0", TUNED, buffers)
+        ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
+        return [Lowered(program, weights, kernels, tilings, "cc 1.0", tuned, buffers) for program, weights, _, buffers in ranks]
 
-    monkeypatch.setattr(driver, "compile_graph", compile_graph)
+    monkeypatch.setattr(driver, "compile_graphs", compile_graphs)

@@ -155,4 +155,4 @@ def test_an_engine_that_cannot_be_tried(tmp_path: Path) -> None:
     with pytest.raises(
         CompileError, match=r"the engine cannot run on this host: found .*; build where it can, or with --no-gate"
     ):
-        Gate().judge(tmp_path, llama(), SAMPLES, tmp_path, [], lambda done, total: None)
+        Gate().judge(tmp_path, 1, llama(), SAMPLES, tmp_path, [], lambda done, total: None)

@@ -64,6 +64,15 @@ def test_activations_with_one_scale_for_all_tokens(checkpoint: Path, requests: P
     assert manifest.accuracy is not None and 0.5 < manifest.accuracy["top1_agreement"]
 
 
+def test_all_ranks_of_an_engine_are_judged(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    methods = ("rotate", "gptq")
+    one, two = (read_manifest(build(request(checkpoint, requests, tmp_path / target, target=target, methods=methods)))
+                for target in ("cpu", "cpux2"))  # fmt: skip
+    assert one.accuracy is not None and two.accuracy is not None
+    assert two.accuracy["tokens"] == one.accuracy["tokens"] and two.accuracy["kl"] < 2 * one.accuracy["kl"]
+    assert two.accuracy["kl"] != one.accuracy["kl"], "each rank rounds what it has of the activations"
+
+
 def test_the_same_requests_give_the_same_engine(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
     first, second = (build(request(checkpoint, requests, tmp_path / name)) for name in ("one", "two"))
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()

@@ -47,7 +47,8 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    assert sorted(cli.cli.commands) == ["build", "calibrate-set", "inspect", "sensitivity", "targets", "verify"]
+    commands = ["build", "calibrate-set", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
+    assert sorted(cli.cli.commands) == commands
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,9 +56,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "targets")[1].startswith("cpu  ")
+    lines = [line.split() for line in run(capsys, "targets")[1].splitlines()]
+    assert lines[0][:2] == ["device", "builds"] and lines[1][:2] == ["cpu", "now"]
+    assert ["h100", "not", "yet", "79", "GiB", "3350", "450", "15", "1-8", "9.0", "NVIDIA"] in [line[:11] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
-    assert [target["name"] for target in found["targets"]] == [target.name for target in targets.SUPPORTED]
+    assert [device["name"] for device in found["targets"] if device["builds"]] == [target.name for target in targets.SUPPORTED]
+    assert found["aliases"] == {"a100": "a100-40g"}
 
 
 def test_inspect_says_what_the_engine_is(capsys: pytest.CaptureFixture[str], engine: Path) -> None:
@@ -226,6 +230,8 @@ OPTIONS = {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
+    "plan": {"--target", "--quant", "--kv-cache", "--batch", "--context"},
+    "repartition": {"--target", "-o", "--output", "--force"},
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
 }  # fmt: skip
 

@@ -220,7 +220,7 @@ CHANGES = {
     "a field": (
         '"format_version"',
         '"format_versioo"',
-        "format version of MANIFEST: found none, expected 1; rebuild the engine",
+        "format version of MANIFEST: found none, expected 2; rebuild the engine",
     ),
     "an instruction set": ('"avx2"', '"avx3"', "MANIFEST: field target.isas does not fit: found avx3, expected among amx, "),
     "a quote": ('"rank0/program.json"', '"rank0/program.json', "MANIFEST is not JSON: found "),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from compiler import targets
+from compiler.devices import DEVICES
 from compiler.errors import CompileError
 from runtime import host
 
 
 def test_cpu_in_any_case_and_with_one_rank() -> None:
-    assert targets.parse("cpu") is targets.CPU
-    assert targets.parse(" CPU ") is targets.CPU
-    assert targets.parse("cpux1") is targets.CPU
+    assert targets.parse("cpu") == targets.CPU
+    assert targets.parse(" CPU ") == targets.CPU
+    assert targets.parse("cpux1") == targets.CPU
 
 
 def test_the_runtime_knows_every_instruction_set_of_the_cpu_target() -> None:
@@ -39,6 +42,56 @@ def test_some_of_the_instruction_sets() -> None:
         targets.CPU.carrying(("avx2", "sse4"))
 
 
-def test_cpu_has_one_rank() -> None:
-    with pytest.raises(CompileError, match=r"cpu engines have 1 rank: found 4 ranks in 'cpux4'; use --target cpu\."):
-        targets.parse("cpux4")
+def test_cpu_for_several_ranks() -> None:
+    two = targets.parse("CPUx2")
+    assert (two.name, two.ranks, two.isas) == ("cpux2", 2, targets.CPU.isas)
+    assert two.carrying(("avx2",)).ranks == 2
+    with pytest.raises(CompileError, match=r"^target: ranks of cpu: found 9, expected 1 to 8\.$"):
+        targets.parse("cpux9")
+
+
+def test_devices_are_described() -> None:
+    assert all(
+        device.memory and device.memory_bandwidth and device.link_latency for name, device in DEVICES.items() if name != "cpu"
+    )
+    assert targets.known_as("a100") == "NVIDIA A100 40 GB, SXM (sm_80)"
+    assert targets.CPU.device.memory == 0, "that of the host"
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    text = 'device = "cpu"\nranks = 2\nmemory_gib = 1.5\nisas = ["avx2"]\nlink_latency_us = 20\nmax_ranks = 16\n'
+    target = targets.parse(write(tmp_path / "server.toml", text))
+    assert (target.name, target.ranks, target.isas) == ("cpux2", 2, ("avx2",))
+    assert (target.device.memory, target.device.link_latency, target.device.max_ranks) == (3 << 29, 2e-5, 16)
+    assert targets.parse(write(tmp_path / "plain.toml", 'device = "CPU"')) == targets.CPU
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"key device of .*server\.toml: found nothing, expected a string; see `belle-compile targets`"),
+        ('device = "cpu"\nspeed = 3', r"key speed of .*: found an unknown field, expected one of device, ranks"),
+        ('device = "cpu"\nranks = "two"', r'key ranks of .*: found "two", expected an integer'),
+        ('device = "cpu"\nmemory_gib = -1', r"key memory_gib of .*: found -1, expected a number above 0"),
+        ('device = "cpu"\nranks = 20', r"ranks of cpu: found 20, expected 1 to 8"),
+        ('device = "cpu"\nisas = ["neon"]', r"instruction set of cpu: found neon"),
+        ('device = "h100"\nranks = 2', r"NVIDIA H100 .* does not build for it yet: found '.*server\.toml'"),
+        ('device = "abacus"', r"unknown target: found 'abacus'"),
+        ("device =", r"file .*server\.toml: found .*, expected a TOML file"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CompileError, match=f"^target: {message}"):
+        targets.parse(write(tmp_path / "server.toml", text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompileError, match=r"^target: file .*none\.toml: found No such file or directory, expected a TOML file"
+    ):
+        targets.parse(str(tmp_path / "none.toml"))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.evaluate import PagedCache, evaluate
+from compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
 
 Floats = npt.NDArray[np.float32]
 
@@ -20,11 +20,9 @@ class Stepper:
 
     def __init__(self, model: ir.Model, sequences: int = 1, length: int = 64) -> None:
         self.model = model
-        facts = model.metadata_props
         per_sequence = -(-length // BLOCK_SIZE)
         blocks = sequences * per_sequence + 3  # more than needed, so some stay unused
-        layers, kv_heads, head_dim = (int(facts[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
-        self.cache = PagedCache(layers, kv_heads, head_dim, blocks)
+        self.cache = cache_of(model, blocks)
         order = np.random.default_rng(7).permutation(blocks)[: sequences * per_sequence]
         self.block_table = order.reshape(sequences, per_sequence).astype(np.int32)
         self.done = [0] * sequences
@@ -40,11 +38,38 @@ class Stepper:
             "block_table": self.block_table,
             "logit_rows": np.arange(len(rows), dtype=np.int32),
         }
-        logits = evaluate(self.model, inputs, self.cache)["logits"]
+        logits = self.logits(inputs)
         for sequence, given in tokens.items():
             self.done[sequence] += len(given)
         ends = np.cumsum([len(given) for given in tokens.values()])[:-1]
         return dict(zip(tokens, np.split(logits, ends), strict=True))
+
+    def logits(self, inputs: Mapping[str, npt.NDArray[np.int32]]) -> Floats:
+        """Of one step, for all its tokens."""
+        return evaluate(self.model, inputs, self.cache)["logits"]
+
+
+class RankStepper(Stepper):
+    """The same for the graphs of all ranks, whose logits make up the vocabulary."""
+
+    def __init__(self, models: Sequence[ir.Model], sequences: int = 1, length: int = 64) -> None:
+        super().__init__(models[0], sequences, length)
+        self.models = models
+        self.caches = [cache_of(model, self.cache.k.shape[1]) for model in models]
+
+    def logits(self, inputs: Mapping[str, npt.NDArray[np.int32]]) -> Floats:
+        """Of one step, for all its tokens, those of one rank beside those of the next."""
+        parts = [outputs["logits"] for outputs in evaluate_ranks(self.models, inputs, self.caches)]
+        ends = np.cumsum([0, *(part.shape[1] for part in parts)])
+        assert [int(model.metadata_props["first_token"]) for model in self.models] == ends[:-1].tolist()
+        return np.concatenate(parts, axis=1)
+
+
+def cache_of(model: ir.Model, blocks: int) -> PagedCache:
+    """A cache for the heads of a graph."""
+    facts = model.metadata_props
+    layers, kv_heads, head_dim = (int(facts[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
+    return PagedCache(layers, kv_heads, head_dim, blocks)
 
 
 def relative_error(found: Floats, expected: Floats) -> float:

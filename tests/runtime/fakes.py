@@ -113,7 +113,7 @@ class FakeExecutor:
 def fake_program(max_tokens: int, max_rows: int, max_sequences: int, max_blocks: int) -> Program:
     """Attention over the cache of one layer, 64 bytes a token, and a head of 1000 bytes."""
     calls = (Call("attention", "h.0", "T", (), "attention"), Call("linear", "head", "R", (), "head", bytes=1000))
-    logits, kv = Logits(0, VOCABULARY), KVLayout(1, 1, 8, "float32")
+    logits, kv = Logits(0, VOCABULARY, 0, VOCABULARY), KVLayout(1, 1, 8, "float32")
     return Program(max_tokens, max_rows, max_sequences, max_blocks, 4 * VOCABULARY * max_rows, VOCABULARY, logits, kv, calls,
                    FusionCalls(2, 2))  # fmt: skip
 

@@ -80,6 +80,20 @@ def test_missing_file_is_named(directory: Path) -> None:
         verify_files(directory, read_manifest(directory), full=False)
 
 
+def test_a_rank_needs_its_own_files_only(tmp_path: Path) -> None:
+    names = ("tokenizer.json", "rank0/program.json", "rank1/program.json")
+    directory = make_directory(tmp_path / "e", {name: b"x" for name in names})
+    manifest = read_manifest(directory)
+    (directory / "rank0/program.json").unlink()
+    verify_files(directory, manifest, full=True, rank=1)
+    for rank in (0, None):
+        with pytest.raises(EngineError, match=r"file rank0/program\.json is missing"):
+            verify_files(directory, manifest, full=True, rank=rank)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(EngineError, match=r"file tokenizer\.json is missing"):
+        verify_files(directory, manifest, full=True, rank=1)
+
+
 def test_link_out_of_the_directory_is_refused(directory: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(CONTENTS["tokenizer.json"])
@@ -111,10 +125,10 @@ def test_path_that_escapes_is_refused(directory: Path, path: str) -> None:
         read_manifest(directory)
 
 
-@pytest.mark.parametrize(("version", "found"), [(2, "2"), ("1", '"1"'), (True, "true")])
+@pytest.mark.parametrize(("version", "found"), [(1, "1"), ("2", '"2"'), (True, "true")])
 def test_other_format_version(directory: Path, version: object, found: str) -> None:
     edit(directory, format_version=version)
-    with pytest.raises(EngineError, match=rf"format version of .*: found {found}, expected 1; rebuild the engine"):
+    with pytest.raises(EngineError, match=rf"format version of .*: found {found}, expected 2; rebuild the engine"):
         read_manifest(directory)
 
 
@@ -185,3 +199,6 @@ def test_host_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "memory_bytes", lambda: 2 << 30)
     with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 8\.0 GiB; run it on a larger host"):
         check_host(manifest(target=need("amx", 8 << 30)))
+    check_host(manifest(target=need("avx2", 1 << 30)), 2)
+    with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 3\.0 GiB for 3 ranks; run it on a larger host"):
+        check_host(manifest(target=need("avx2", 1 << 30)), 3)

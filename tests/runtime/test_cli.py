@@ -158,6 +158,13 @@ def test_bug_is_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(run("x").exception, ZeroDivisionError)
 
 
+def test_ranks_that_an_engine_has_not(tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "e", {"tokenizer.json": b"{}"})
+    result = CliRunner().invoke(main, [str(directory), "--ranks", "2", "x"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("engine: ranks: found 2, expected 1, what the engine was built for; run it with 1, or make")
+
+
 def test_help_shows_examples() -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = {"torch", "transformers", "onnx", "onnx_ir", "tvm", "pydantic", "rich", "safetensors", "compiler", "passes",
-           "tvm_ffi"}  # fmt: skip
+           "tvm_ffi", "mpi4py"}  # fmt: skip
 HEAVY = {"numpy", "tokenizers", "jinja2", "click"}
 
 
@@ -27,7 +27,12 @@ def test_light_imports(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["from runtime import Engine, SamplingParams", "import runtime.executors.cpu, runtime.cli"]
+    "statement",
+    [
+        "from runtime import Engine, SamplingParams",
+        "import runtime.executors.cpu, runtime.executors.ranked",
+        "import runtime.cli",
+    ],
 )
 def test_runtime_needs_no_compiler(statement: str) -> None:
     assert not modules_after(statement) & FOREIGN

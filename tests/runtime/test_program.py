@@ -13,6 +13,7 @@ import pytest
 from runtime.errors import EngineError
 from runtime.program import (
     KV,
+    AllReduce,
     Arena,
     Call,
     FusionCalls,
@@ -31,8 +32,8 @@ CALLS = (
     Call("linear", "head", "R", (Arena(0), Weight("head")), variants=((4, "l4"), (8, "l8"))),
 )
 PROGRAM = Program(
-    max_tokens=32, max_rows=8, max_sequences=4, max_blocks=4, arena_bytes=8192, vocab_size=100, logits=Logits(4096, 128),
-    kv=KVLayout(2, 2, 16, "float16"), calls=CALLS, kernel_calls=FusionCalls(9, 3),
+    max_tokens=32, max_rows=8, max_sequences=4, max_blocks=4, arena_bytes=8192, vocab_size=100,
+    logits=Logits(4096, 128, 0, 100), kv=KVLayout(2, 2, 16, "float16"), calls=CALLS, kernel_calls=FusionCalls(9, 3),
 )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 2; rebuild"),
+        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 3; rebuild"),
         (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
@@ -83,6 +84,10 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda p: p["kv"].update(dtype="int4"), r"kv\.dtype does not fit: found int4, expected float32 or float16 or int8"),
         (lambda p: p["logits"].update(stride=64), "field logits does not fit: found bytes 4096 to 6144, stride 64"),
         (lambda p: p["logits"].update(offset=4160), "field logits does not fit"),
+        (lambda p: p["logits"].update(count=64), "field logits does not fit: found tokens 0 to 64, expected this rank's part"),
+        (lambda p: p.update(rank=1), "field rank does not fit: found 1 of 1, expected a rank below their number"),
+        (lambda p: p["calls"][2].update(all_reduce={"width": 8, "stride": 8}), r"\(head\)\.all_reduce does not fit"),
+        (lambda p: p["calls"][2].update(all_reduce={"width": 8}), r"calls\[2\]\.stride does not fit: found nothing"),
         (lambda p: p["calls"][0]["args"].append({"arena": 8}), r"calls\[0\] \(embed\)\.args does not fit: found arena off"),
         (lambda p: p["calls"][0]["args"].append({"arena": 8192}), "found arena offset 8192, expected a multiple of 64 below"),
         (lambda p: p["calls"][0]["args"].append({"kv": 2, "part": "k"}), "found kv layer 2, expected a layer below 2"),
@@ -99,6 +104,19 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         program_from_json(spoil(change))
+
+
+SUM = Call("all-reduce", "h.0", "T", (Arena(64),), all_reduce=AllReduce(60, 64))
+SHARE = dataclasses.replace(PROGRAM, rank=1, ranks=2, logits=Logits(4096, 128, 50, 50), arena_bytes=8256, calls=(*CALLS, SUM))
+
+
+def test_a_rank_has_its_part_of_the_vocabulary_and_sums_over_ranks() -> None:
+    assert program_from_json(SHARE.to_json()) == SHARE
+    assert SHARE.kernel_names() == PROGRAM.kernel_names()
+    with pytest.raises(EngineError, match=r"\(h\.0\)\.all_reduce does not fit: found 60 of 64 elements, bytes 64 to 8256"):
+        dataclasses.replace(SHARE, arena_bytes=8192).to_json()
+    with pytest.raises(EngineError, match="field logits does not fit: found tokens 51 to 101, expected this rank's part"):
+        dataclasses.replace(SHARE, logits=Logits(4096, 128, 51, 50)).to_json()
 
 
 def test_inconsistent_program_is_not_written() -> None:

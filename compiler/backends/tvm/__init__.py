@@ -44,15 +44,24 @@ def can_lower(model: ir.Model) -> bool:
     return not any(node.op_type in WITHOUT_KERNEL for node in model.graph)
 
 
-def compile_graph(
-    model: ir.Model,
+def plan_graph(model: ir.Model, kv_cache: str = "auto") -> Lowered:
+    """What `compile_graphs` makes of a rank's graph, but for its kernels, which take long: weights, program and memory plan."""
+    from compiler.backends.tvm.lower import lower
+
+    program, weights, _, buffers = lower(model, 0, kv_cache)
+    return Lowered(program, weights, {}, buffers=buffers)
+
+
+def compile_graphs(
+    models: Sequence[ir.Model],
     isas: Sequence[str] = ("avx2", "avx512vnni", "amx"),
     *,
     calls_before_fusion: int,
     kv_cache: str = "auto",
     tune: Callable[[int, int], None] | None = None,
-) -> Lowered:
-    """Lower a verified graph and compile its kernels for every instruction set named; `kv_cache` as in `lower`.
+) -> list[Lowered]:
+    """Lower the verified graph of each rank and compile its kernels for every instruction set named; `kv_cache` as in `lower`.
+    Ranks with the same kernels share their libraries.
 
     The kernels' tilings are those of the tables in this repository, and nothing is measured, unless `tune` is given: then
     those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
@@ -60,10 +69,25 @@ def compile_graph(
     from compiler.backends.tvm.isa import ISAS
     from compiler.backends.tvm.library import compile_library, compiler_version
     from compiler.backends.tvm.lower import lower
+
+    ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
+    tuned = _tune([(program, kernels) for program, _, kernels, _ in ranks], isas, tune) if tune else None
+    compiled: dict[frozenset[Kernel], Mapping[str, bytes]] = {}
+    lowered = []
+    for program, weights, kernels, buffers in ranks:
+        tables, same = _tables(kernels, isas, tuned), frozenset(kernels)
+        if same not in compiled:
+            compiled[same] = {table.library: compile_library(kernels, ISAS[table.isa], table) for table in tables}
+        sources = [table.describe() for table in tables]
+        lowered.append(Lowered(program, weights, compiled[same], sources, compiler_version(), tuned, buffers))
+    return lowered
+
+
+def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable | None) -> list[TilingTable]:
+    """The tilings of each library: what was measured now, else those of this repository, and those of single processors where
+    they differ for some kernel."""
     from compiler.backends.tvm.tuning.table import processors, read_table
 
-    program, weights, kernels, buffers = lower(model, calls_before_fusion, kv_cache)
-    tuned = _tune(program, kernels, isas, tune) if tune else None
     tables = []
     for isa in isas:
         if tuned and tuned.entries and tuned.isa == isa:
@@ -74,9 +98,7 @@ def compile_graph(
             table for table in (read_table(isa, processor) for processor in processors(isa)) if _differ(kernels, table, common)
         ]
         tables += [common, *own]
-    libraries = {table.library: compile_library(kernels, ISAS[table.isa], table) for table in tables}
-    sources = [table.describe() for table in tables]
-    return Lowered(program, weights, libraries, sources, compiler_version(), tuned, buffers)
+    return tables
 
 
 def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> bool:
@@ -87,14 +109,16 @@ def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> 
 
 
 def _tune(
-    program: Program, kernels: Sequence[Kernel], isas: Sequence[str], progress: Callable[[int, int], None]
+    ranks: Sequence[tuple[Program, Sequence[Kernel]]], isas: Sequence[str], progress: Callable[[int, int], None]
 ) -> TilingTable:
-    """Measure the shapes of a program on this host."""
+    """Measure the shapes of all ranks' programs on this host."""
     from compiler.backends.tvm.isa import ISAS
     from compiler.backends.tvm.tuning import search
     from runtime.executors.cpu import choose_isa
 
-    limits = {"T": program.max_tokens, "R": program.max_rows}
-    rows = {call.kernel: limits[call.rows] for call in program.calls}
-    shapes = search.shapes_of({kernel: rows[kernel.name] for kernel in kernels})
-    return search.search(shapes, ISAS[choose_isa(tuple(isas))], progress=progress)
+    rows: dict[Kernel, int] = {}
+    for program, kernels in ranks:
+        limits = {"T": program.max_tokens, "R": program.max_rows}
+        named = {call.kernel: limits[call.rows] for call in program.calls}
+        rows |= {kernel: named[kernel.name] for kernel in kernels}
+    return search.search(search.shapes_of(rows), ISAS[choose_isa(tuple(isas))], progress=progress)

@@ -15,7 +15,7 @@ from compiler.backends.tvm.kernels.base import ROW_ALIGNMENT, Kernel, View, roun
 from compiler.backends.tvm.memory_plan import Lifetime, PlannedBuffer, plan_memory
 from compiler.errors import CompileError
 from compiler.ir.ops import attributes_of
-from runtime.program import KV, Arena, Arg, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from runtime.program import KV, AllReduce, Arena, Arg, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 
 Rows = Literal["T", "R"]
 MAX_TOKENS = 512  # of one step; prompts beyond it are read in several
@@ -71,9 +71,9 @@ Operand = Place | Arg
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A call whose buffers have no addresses yet."""
+    """A call whose buffers have no addresses yet; one without a kernel is a sum over ranks of the one operand's rows."""
 
-    kernel: Kernel
+    kernel: Kernel | None
     node: str
     rows: Rows
     operands: tuple[Operand, ...]
@@ -124,6 +124,11 @@ class Lowering:
             raise CompileError("tvm", f"kernel {kernel.name}", found=f"{len(operands) + 1} arguments", expected=str(expected))
         self.calls.append(PendingCall(kernel, str(node.name), rows, (Input(rows), *operands)))
 
+    def all_reduce(self, node: ir.Node, place: Place) -> None:
+        """Append a sum over ranks, in place."""
+        assert not place.offset, "rows of a part are not summed"
+        self.calls.append(PendingCall(None, str(node.name), place.buffer.rows, (place,)))
+
     # Weights, by initializer; asking twice gives the same tensor, so tied weights are stored once.
 
     def vector(self, value: ir.Value | None) -> Weight:
@@ -131,6 +136,11 @@ class Lowering:
         tensor, name = _tensor(value)
         size = round_up(tensor.shape.numpy()[0], packing.VECTOR_ALIGNMENT)
         return self._weight(name, "float32", (size,), lambda: packing.pack_vector(tensor.numpy()))
+
+    def number(self, value: ir.Value | None) -> Weight:
+        """One int32, padded like a vector."""
+        tensor, name = _tensor(value)
+        return self._weight(name, "int32", (packing.VECTOR_ALIGNMENT,), lambda: packing.pack_vector(tensor.numpy()))
 
     def int8_panels(self, value: ir.Value | None) -> Weight:
         """int8 [outputs, inputs] in panels."""
@@ -208,20 +218,25 @@ def lower(
     buffers, arena_bytes = _place_buffers(lowering.calls, logits.buffer)
     offsets = {buffer: planned.offset for buffer, planned in buffers.items()}
     calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
+    facts = {key: int(metadata.get(key, 0)) for key in ("rank", "ranks", "vocab_size", "first_token")}
+    ranks = facts["ranks"] or 1
     program = Program(
         max_tokens=MAX_TOKENS,
         max_rows=MAX_ROWS,
         max_sequences=MAX_SEQUENCES,
         max_blocks=lowering.max_blocks,
         arena_bytes=arena_bytes,
-        vocab_size=logits.width,
-        logits=Logits(offsets[logits.buffer], logits.buffer.stride),
+        vocab_size=facts["vocab_size"] if ranks > 1 else logits.width,
+        logits=Logits(offsets[logits.buffer], logits.buffer.stride, facts["first_token"], logits.width),
         kv=KVLayout(layers, kv_heads, head_dim, lowering.kv_dtype),
         calls=calls,
         kernel_calls=FusionCalls(calls_before_fusion, len(calls)),
+        rank=facts["rank"],
+        ranks=ranks,
     )
-    kernels = list({call.kernel: None for call in lowering.calls})
-    return program, list(lowering.weights.values()), kernels, list(buffers.values())
+    kernels = list({call.kernel: None for call in lowering.calls if call.kernel})
+    read = dict.fromkeys(arg.name for call in calls for arg in call.args if isinstance(arg, Weight))
+    return program, [lowering.weights[name] for name in read], kernels, list(buffers.values())
 
 
 def _buffers(call: PendingCall) -> Iterable[Buffer]:
@@ -245,6 +260,10 @@ def _place_buffers(calls: list[PendingCall], logits: Buffer) -> tuple[dict[Buffe
 
 def _finish(call: PendingCall, offsets: dict[Buffer, int], weights: dict[str, PackedWeight]) -> Call:
     args = tuple(Arena(offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
+    if call.kernel is None:
+        (place,) = (operand for operand in call.operands if isinstance(operand, Place))
+        summed = AllReduce(place.width, place.buffer.stride)
+        return Call(kind="all_reduce", node=call.node, rows=call.rows, args=args, all_reduce=summed)
     read = sum(weights[arg.name].bytes for arg in args if isinstance(arg, Weight))
     if "embedding" in call.kernel.kind:
         read = 0  # one row per token, not the table

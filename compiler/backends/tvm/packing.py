@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -76,3 +78,15 @@ def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
     """What unsigned activations add to each output: 128 times the sum of its weights."""
     sums: npt.NDArray[np.int64] = weight.sum(axis=1, dtype=np.int64)
     return (128 * sums).astype(np.int32)
+
+
+def unpack(packed: npt.NDArray[Any], shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """What was packed, of its own shape: a vector, or a matrix of int8, of int4 (as int8), of float32, or of float16 scales."""
+    if len(shape) == 1:
+        return packed[: shape[0]]
+    panels = len(packed)
+    if dtype == "int4":
+        packed = np.stack([packed & 15, packed >> 4], axis=2).astype(np.int8) - np.int8(8)
+    together = 4 if dtype in ("int8", "int4") else 1  # inputs of an output that are neighbours
+    rows: npt.NDArray[Any] = packed.reshape(panels, -1, PANEL, together).transpose(0, 2, 1, 3).reshape(panels * PANEL, -1)
+    return rows[: shape[0], : shape[1]]

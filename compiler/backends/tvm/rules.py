@@ -62,12 +62,30 @@ def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         low.call(GatherRows(x.width, x.view, out.view), node, out.buffer.rows, _graph_input(indices), x, out)
 
 
-def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    ids, table, scales = node.inputs
+def partial_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    ids, table, first = node.inputs
     assert table is not None and table.shape is not None
     out = low.allocate(node.outputs[0])
-    kernel = QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view)
-    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.int8_panels(table), low.vector(scales), out)
+    kernel = FloatEmbedding(table.shape.numpy()[0], out.width, out.view, partial=True)
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.float_panels(table), low.number(first), out)
+
+
+def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    ids, table, scales = node.inputs[:3]
+    first = _input(node, 3)
+    assert table is not None and table.shape is not None
+    out = low.allocate(node.outputs[0])
+    kernel = QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view, partial=first is not None)
+    operands: list[Operand] = [low.int8_panels(table), low.vector(scales)]
+    operands += [low.number(first)] if first is not None else []
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), *operands, out)
+
+
+def all_reduce(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """In place: the verified graph has no other reader of what is summed."""
+    place = low.place(node.inputs[0])
+    low.places[node.outputs[0]] = place
+    low.all_reduce(node, place)
 
 
 def add(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
@@ -200,7 +218,9 @@ RULES: dict[str, Rule] = {
     "SwiGLUQuantize": _activation_rule("swiglu", quantizes=True),
     "BlockHadamard": block_hadamard,
     "QuantizeTokens": quantize_tokens,
+    "Embedding": partial_embedding,
     "QuantizedEmbedding": quantized_embedding,
+    "AllReduce": all_reduce,
     "QuantizedLinear": quantized_linear,
     "GroupQuantizedLinear": group_linear,
     "RotaryTable": rotary_table,

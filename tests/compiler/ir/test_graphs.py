@@ -12,8 +12,8 @@ import pytest
 
 from compiler.errors import CompileError
 from compiler.ir.build import GraphBuilder
-from compiler.ir.evaluate import PagedCache, evaluate
-from compiler.ir.lazy import Shared, keeping, lazy
+from compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
+from compiler.ir.lazy import Shared, keeping, lazy, part_of, wholes_kept
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
 
@@ -187,3 +187,74 @@ def test_shared_keeps_the_last_source_only() -> None:
     first, second = source("first"), source("second")
     assert (first[0], first[1], second[1], second[0]) == (1, 2, 2, 1) and computed == ["first", "second"]
     assert first[0] == 1 and computed == ["first", "second", "first"]
+
+
+def test_parts_of_a_tensor() -> None:
+    reads = []
+
+    def read() -> np.ndarray:
+        reads.append(1)
+        return np.arange(24, dtype=np.float32).reshape(4, 6)
+
+    whole = lazy("whole", read, (4, 6), np.float32)
+    rows, columns = part_of(whole, [(0, 1), (3, 4)], 0, "rows"), part_of(whole, [(2, 4)], 1, "columns")
+    assert (rows.name, list(rows.shape), list(columns.shape)) == ("rows", [2, 6], [4, 2]) and not reads
+    np.testing.assert_array_equal(rows.numpy(), read()[[0, 3]])
+    np.testing.assert_array_equal(columns.numpy(), read()[:, 2:4])
+    reads.clear()
+    with wholes_kept():
+        for tensor in (rows, columns, rows):
+            tensor.numpy()
+        assert len(reads) == 1
+        assert not part_of(whole, [(0, 4)], 0, "all").numpy().flags.writeable, "others read the same memory"
+    rows.numpy()
+    assert len(reads) == 2
+
+
+def summing(rank: int, ranks: int = 2, name: str = "total") -> ir.Model:
+    """A rank with half of the tokens and a linear of its own."""
+    b = GraphBuilder("rank")
+    table, first = b.weight("table", np.full((5, 4), 1.0 + rank, np.float32)), b.weight("first", np.array([5 * rank], np.int32))
+    x = b.op("AllReduce", b.op("Embedding", b.inputs.token_ids, table, first, name="embed"), name=name)
+    rows = b.op("Gather", x, b.inputs.logit_rows, name="rows")
+    logits = b.op("Gemm", rows, b.weight("head.weight", np.full((3, 4), rank, np.float32)), name="head", transB=1)
+    logits.name = "logits"
+    b.graph.outputs.append(logits)
+    facts = {"rank": str(rank), "ranks": str(ranks)}
+    model = ir.Model(b.graph, ir_version=11, metadata_props=facts)
+    verify(model)
+    return model
+
+
+def test_ranks_side_by_side() -> None:
+    caches = [PagedCache(1, 1, 4, 2) for _ in range(2)]
+    found = evaluate_ranks([summing(0), summing(1)], inputs([4, 5, 9]), caches, also=["total"])
+    for outputs in found:
+        np.testing.assert_array_equal(outputs["total"], np.repeat([[1], [2], [2]], 4, axis=1))
+    assert [outputs["logits"].tolist() for outputs in found] == [[[0] * 3] * 3, [[4] * 3, [8] * 3, [8] * 3]]
+
+
+def test_a_rank_alone_or_with_others_that_sum_elsewhere() -> None:
+    with pytest.raises(
+        CompileError, match=r"AllReduce \(node total\): found one rank; evaluate the graphs of all ranks together"
+    ):
+        evaluate(summing(0), inputs([4]), PagedCache(1, 1, 4, 2))
+    caches = [PagedCache(1, 1, 4, 2) for _ in range(2)]
+    with pytest.raises(CompileError, match=r"sums over ranks: found other, total, expected the same ones in the same order"):
+        evaluate_ranks([summing(0), summing(1, name="other")], inputs([4]), caches)
+    with pytest.raises(CompileError, match=r"sums over ranks: found total and the end"):
+        evaluate_ranks([summing(0), small()], inputs([4]), caches)
+
+
+def test_sums_that_do_not_verify() -> None:
+    model = summing(0)
+    model.metadata_props["rank"] = "2"
+    with pytest.raises(CompileError, match=r"rank of the metadata: found 2 of 2, expected a rank below their number"):
+        verify(model)
+    model.metadata_props.clear()
+    with pytest.raises(CompileError, match=r"AllReduce \(node total\): found one rank, expected ranks in the metadata"):
+        verify(model)
+    model = summing(0)
+    model.graph.node("rows").replace_input_with(0, model.graph.node("embed").outputs[0])
+    with pytest.raises(CompileError, match=r"\(node total\): found embed, which is read elsewhere or not computed"):
+        verify(model)

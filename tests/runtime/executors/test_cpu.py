@@ -30,7 +30,7 @@ HIDDEN, STRIDE, MAX_TOKENS, MAX_ROWS = 64, 320, 24, 8
 X, LOGITS = 0, MAX_TOKENS * HIDDEN * 4
 PROGRAM = Program(
     max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_sequences=3, max_blocks=4, arena_bytes=LOGITS + MAX_ROWS * STRIDE * 4,
-    vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE), kv=KVLayout(2, 1, 16, "float32"),
+    vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE, 0, VOCABULARY), kv=KVLayout(2, 1, 16, "float32"),
     calls=(
         Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
         Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("token_ids"), KV(1, "v")), kernel="mark"),
@@ -243,6 +243,21 @@ def test_kernel_and_tensor_that_are_missing(rank: Path, weights: dict[str, np.nd
     write_weights(rank / "weights.safetensors", {"table": weights["table"]})
     with pytest.raises(EngineError, match=r"tensors of .*: found 1 missing, the first of them head"):
         load(rank)
+
+
+def test_a_program_of_other_ranks(rank: Path) -> None:
+    text = (rank / "program.json").read_text().replace('"count": 300', '"count": 150').replace('"ranks": 1', '"ranks": 2')
+    (rank / "program.json").write_text(text)
+    with pytest.raises(EngineError, match=r"program of .*: found this process is rank 0 of 1, expected rank 0 of 2"):
+        load(rank)
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "memory_bytes", lambda: 1000 + 40 * PROGRAM.kv.block_bytes)
+    blocks = [cpu._kv_blocks(PROGRAM, None, 100, ranks) for ranks in (4, 5)]
+    assert blocks == [5, 4]
+    with pytest.raises(EngineError, match="kv_tokens: found 400 tokens"):
+        cpu._kv_blocks(PROGRAM, 400, 100, 2)
 
 
 def test_impossible_thread_count(built: Path) -> None:

@@ -1,4 +1,8 @@
-"""Embedding lookups in tables packed like the weights of a linear layer, so that a tied LM head shares them."""
+"""Embedding lookups in tables packed like the weights of a linear layer, so that a tied LM head shares them.
+
+A partial table has some tokens of the vocabulary, from a first one that is given when running: ranks whose tables are equally
+long have the same kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,57 +16,71 @@ from compiler.backends.tvm.kernels.panels import PANEL
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
+_FIRST = (("first", "int32"),)
 
-def _token(token_ids: Buffer, row: Expr, vocab: int) -> Expr:
-    """The token of a row, kept inside the table whatever the caller sent."""
-    return tir.bind(tir.i64(T.max(T.min(token_ids[row], T.int32(vocab - 1)), T.int32(0))))
+
+def _token(token_ids: Buffer, row: Expr, vocab: int, first: Buffer | None) -> tuple[Expr, Expr]:
+    """The table's row for a token, kept inside the table whatever the caller sent; and 1.0, or 0.0 for a token that a partial
+    table does not have."""
+    wanted = token_ids[row] if first is None else T.bind(token_ids[row] - first[0])
+    inside = T.max(T.min(wanted, T.int32(vocab - 1)), T.int32(0))
+    known = None if first is None else T.bind(T.Select(wanted == inside, T.float32(1), T.float32(0)))
+    return tir.bind(tir.i64(inside)), known
 
 
 @dataclass(frozen=True)
 class FloatEmbedding(Kernel):
-    """out[t] = table[token_ids[t]], table packed [vocab/16][width][16]"""
+    """out[t] = table[token_ids[t]], table packed [vocab/16][width][16]; partial: table[token_ids[t] - first], else zeros"""
 
     kind: ClassVar[str] = "embedding"
     vocab: int
     width: int
     out: View
+    partial: bool = False
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("token_ids", "int32"), ("table", "float32"), ("out", "float32"))
+        return (("rows", "int32"), ("token_ids", "int32"), ("table", "float32"), *_FIRST[: self.partial], ("out", "float32"))
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        rows, token_ids, table, out = buffers
+        rows, token_ids, table, *first, out = buffers
 
         def lookup(row: Expr) -> None:
-            token = _token(token_ids, row, self.vocab)
+            token, known = _token(token_ids, row, self.vocab, *(first or [None]))
             source = tir.bind(T.floordiv(token, PANEL) * (self.width * PANEL) + T.floormod(token, PANEL))
             target = tir.bind(self.out.row(row))
-            tir.for_range(self.width, lambda k: tir.store(out, target + k, table[source + k * PANEL], 1))
+
+            def copy(k: Expr) -> None:
+                value = table[source + k * PANEL]
+                tir.store(out, target + k, value if known is None else value * known, 1)
+
+            tir.for_range(self.width, copy)
 
         tir.for_rows(tir.rows_of(rows), lookup)
 
 
 @dataclass(frozen=True)
 class QuantizedEmbedding(Kernel):
-    """out[t] = table[token_ids[t]] * scales[token_ids[t]], table packed [vocab/16][width/4][16][4]"""
+    """out[t] = table[token_ids[t]] * scales[token_ids[t]], table packed [vocab/16][width/4][16][4]; partial likewise"""
 
     kind: ClassVar[str] = "qembedding"
     vocab: int
     width: int
     out: View
+    partial: bool = False
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("token_ids", "int32"), ("table", "int8"), ("scales", "float32"), ("out", "float32"))
+        tables = (("table", "int8"), ("scales", "float32"), *_FIRST[: self.partial])
+        return (("rows", "int32"), ("token_ids", "int32"), *tables, ("out", "float32"))
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        rows, token_ids, table, scales, out = buffers
+        rows, token_ids, table, scales, *first, out = buffers
         depth = round_up(self.width, INPUT_ALIGNMENT)
 
         def lookup(row: Expr) -> None:
-            token = _token(token_ids, row, self.vocab)
+            token, known = _token(token_ids, row, self.vocab, *(first or [None]))
             source = tir.bind(T.floordiv(token, PANEL) * (depth * PANEL) + T.floormod(token, PANEL) * 4)
             target = tir.bind(self.out.row(row))
-            scale = tir.bind(scales[token])
+            scale = tir.bind(scales[token] if known is None else scales[token] * known)
 
             def group(start: Expr, lanes: int) -> None:
                 """`lanes` inputs of one group of four, which are neighbours."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from compiler.backends.tvm.kernels.base import View
+import onnx_ir as ir
+import pytest
+
+from compiler.backends.tvm import compile_graphs, library
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import Kernel, View
 from compiler.backends.tvm.kernels.group_linear import GroupLinear
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.lower import lower
-from passes.pipeline import PRESETS, run_pipeline
+from compiler.backends.tvm.tuning.table import TilingTable
+from passes.partition import channels
+from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
 from passes.quantization.quantize_linears import QuantizeLinears
+from runtime.program import AllReduce, program_from_json
+from tests.passes import helpers
 from tests.passes.helpers import HEAD_DIM, llama
 
 
@@ -41,3 +50,49 @@ def test_int4_weights_take_half_a_byte_and_a_scale_for_128() -> None:
     for weight in weights:
         packed = weight.pack()
         assert (packed.dtype.name, packed.shape) == (weight.dtype, weight.shape) and packed.nbytes % 64 == 0
+
+
+def ranks_of(count: int, monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> list[ir.Model]:
+    """A small LLaMA's, with 32 channels in its feed-forward part for each of two ranks, or 32 and 16."""
+    monkeypatch.setattr(helpers, "VOCABULARY", vocabulary)
+    model = llama(layers=1)
+    before, fusions = at_fusion(PRESETS["int8-plain"])
+    run_pipeline(model, before)
+    model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
+    return run_ranks(model, fusions, count)[0]
+
+
+def test_sums_over_ranks_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ranks_of(2, monkeypatch, 40)
+    programs = [lower(model, calls_before_fusion=0)[0] for model in models]
+    assert [(p.rank, p.ranks, p.vocab_size, p.logits.first, p.logits.count) for p in programs] == [
+        (0, 2, 40, 0, 32), (1, 2, 40, 32, 8),
+    ]  # fmt: skip
+    for program in programs:
+        assert program_from_json(program.to_json()) == program
+        sums = [at for at, call in enumerate(program.calls) if call.all_reduce]
+        assert [program.calls[at].node for at in sums] == [
+            "embed.all_reduce", "layers.0.attn.o.all_reduce", "layers.0.mlp.down.all_reduce",
+        ]  # fmt: skip
+        for at in sums:
+            call, writer = program.calls[at], program.calls[at - 1]
+            assert call.args == writer.args[-1:] and call.kernels() == ()
+            assert call.all_reduce == AllReduce(width=32, stride=64)
+
+
+def test_ranks_with_the_same_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feed-forward part of 48 channels is uneven, that of 64 is not."""
+    compiled: list[int] = []
+
+    def compile_library(kernels: list[Kernel], isa: Isa, tilings: TilingTable) -> bytes:
+        compiled.append(len(kernels))
+        return b"so"
+
+    monkeypatch.setattr(library, "compile_library", compile_library)
+    compile_graphs(ranks_of(2, monkeypatch, 64), ["avx2"], calls_before_fusion=0)
+    uneven = len(compiled)
+    compiled.clear()
+    monkeypatch.setattr(channels, "CHANNELS", 24)
+    lowered = compile_graphs(ranks_of(2, monkeypatch, 64), ["avx2"], calls_before_fusion=0)
+    assert uneven == 2 * len(compiled) > 0
+    assert lowered[0].kernels is lowered[1].kernels

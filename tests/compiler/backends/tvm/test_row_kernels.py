@@ -89,6 +89,7 @@ KERNELS: list[Kernel] = [
     *[Add(width, part(width), own(width), own(width)) for width in WIDTHS],
     *[FloatEmbedding(VOCAB, width, own(width)) for width in WIDTHS],
     *[QuantizedEmbedding(VOCAB, width, own(width)) for width in WIDTHS],
+    FloatEmbedding(VOCAB, 37, own(37), partial=True), QuantizedEmbedding(VOCAB, 37, own(37), partial=True),
 ]  # fmt: skip
 
 
@@ -284,6 +285,23 @@ def test_embeddings_read_the_tables_of_the_linear_layers(library: Library, width
     kernel = QuantizedEmbedding(VOCAB, width, own(width))
     library.call(kernel, ints(5), tokens, aligned_copy(pack_int8(wq)), aligned_copy(pack_vector(ws)), out)
     np.testing.assert_array_equal(out[:, :width], meanings.quantized_embedding(tokens, wq, ws))
+
+
+def test_embeddings_of_some_tokens_give_zeros_for_others(library: Library) -> None:
+    width, first = 37, ints(100, *[0] * 15)
+    tokens = ints(99, 100, 136, 137, 0, 2**31 - 1)
+    table, out = values(VOCAB, width), garbage((6, own(width).stride))
+    kernel = FloatEmbedding(VOCAB, width, own(width), partial=True)
+    library.call(kernel, ints(6), tokens, aligned_copy(pack_float(table)), first, out)
+    np.testing.assert_array_equal(out[:, :width], meanings.embedding(tokens, table, first[:1]))
+    np.testing.assert_array_equal(out[1:3, :width], table[[0, 36]])
+    assert not out[[0, 3, 4, 5], :width].any() and np.isnan(out[:, width:]).all()
+    wq = np.random.default_rng(0).integers(-127, 128, (VOCAB, width), np.int8)
+    ws = np.random.default_rng(1).random(VOCAB, np.float32)
+    quantized = QuantizedEmbedding(VOCAB, width, own(width), partial=True)
+    library.call(quantized, ints(6), tokens, aligned_copy(pack_int8(wq)), aligned_copy(pack_vector(ws)), first, out)
+    np.testing.assert_array_equal(out[:, :width], meanings.quantized_embedding(tokens, wq, ws, first[:1]))
+    assert not out[[0, 3, 4, 5], :width].any()
 
 
 @pytest.mark.parametrize("kernel", ROTARIES, ids=lambda k: k.name)

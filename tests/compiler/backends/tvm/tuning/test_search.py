@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from compiler.backends.tvm import compile_graph
+from compiler.backends.tvm import compile_graphs
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
@@ -106,12 +106,12 @@ def test_a_build_searches_the_model_for_this_host_when_asked_to(
 
     compiled = times(lambda tiling, rows: 2.0 - (tiling.walk_for(rows).wide == 1))
     monkeypatch.setattr(cpu, "choose_isa", lambda isas: isas[0])
-    plain = compile_graph(graph(), ["avx2"], calls_before_fusion=1)
+    (plain,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1)
     assert compiled == [] and plain.tuned is None and len(plain.tilings) == 1, "an ordinary build measures nothing"
-    again = compile_graph(graph(), ["avx2"], calls_before_fusion=1)
+    (again,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1)
     assert again.kernels == plain.kernels and again.tilings == plain.tilings
     heard: list[tuple[int, int]] = []
-    tuned = compile_graph(graph(), ["avx2"], calls_before_fusion=1, tune=lambda *told: heard.append(told))
+    (tuned,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1, tune=lambda *told: heard.append(told))
     assert tuned.tuned is not None and len(tuned.tuned.entries) == len(heard) - 1 > 1
     assert all(walk.wide == 1 for entry in tuned.tuned.entries for _, walk in entry.tiling.walks)
     assert tuned.tilings[0].startswith("avx2: measured ")

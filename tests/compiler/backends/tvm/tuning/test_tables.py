@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.backends.tvm import compile_graph
+from compiler.backends.tvm import compile_graphs
 from compiler.backends.tvm.isa import AVX2, ISAS
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
 from compiler.backends.tvm.library import compile_library
@@ -75,7 +75,7 @@ def test_a_build_carries_a_library_for_a_processor_whose_table_differs(
     monkeypatch.setattr(tuning_table.processors, "__defaults__", (tmp_path,))
     model = build_graph(open_checkpoint(checkpoint))
     run_pipeline(model, PRESETS["int8"])
-    lowered = compile_graph(model, ["avx2"], calls_before_fusion=1)
+    (lowered,) = compile_graphs([model], ["avx2"], calls_before_fusion=1)
     assert sorted(lowered.kernels) == ["kernels-avx2-znver4.so", "kernels-avx2.so"], "znver5's is the common one"
     assert lowered.kernels["kernels-avx2-znver4.so"] != lowered.kernels["kernels-avx2.so"]
     assert [source.partition(":")[0] for source in lowered.tilings] == ["avx2", "avx2 on znver4"]

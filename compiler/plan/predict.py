@@ -1,0 +1,71 @@
+"""The time of a step from what it reads, computes and exchanges, and the rates of a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compiler.plan.work import RankWork
+
+_LINE = 4  # bytes of a channel that ranks sum
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one rank: bytes a second from memory, operations a second on integers and on floats, as kernels reach them; seconds
+    that a kernel call takes by itself; seconds and bytes a second of a message between two ranks."""
+
+    read: float
+    integer: float
+    floating: float
+    call_s: float
+    latency_s: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step by where they go: products and attention by what limits each (memory or arithmetic), kernel calls by
+    themselves, sums over ranks."""
+
+    memory_s: float
+    arithmetic_s: float
+    calls_s: float
+    sums_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.memory_s + self.arithmetic_s + self.calls_s + self.sums_s
+
+
+def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens: int, context: int) -> Step:
+    """A step of `tokens` new tokens each of `sequences` sequences that have, on average, `context` tokens behind them; the last
+    token of each wants logits."""
+    memory = arithmetic = 0.0
+
+    def add(read: float, compute: float) -> None:
+        nonlocal memory, arithmetic
+        if read >= compute:
+            memory += read
+        else:
+            arithmetic += compute
+
+    for product in work.products:
+        rows = sequences * (tokens if product.of_tokens else 1)
+        rate = rates.integer if product.integer else rates.floating
+        add(product.weight_bytes / rates.read, rows * product.operations / rate)
+    read = sequences * work.kv_bytes(context) / max(len(work.attention), 1) / rates.read
+    for attention in work.attention:
+        add(read, sequences * tokens * context * attention.operations / rates.floating)
+    sums = sum(sum_seconds(sequences * tokens * width * _LINE, rates, ranks) for width in work.sums)
+    return Step(memory, arithmetic, work.calls * rates.call_s, sums)
+
+
+def sum_seconds(size: int, rates: Rates, ranks: int) -> float:
+    """An all-reduce of `size` bytes: two passes round a ring of all ranks, or for small ones a message to each other rank at
+    once, whichever is faster."""
+    if ranks == 1:
+        return 0.0
+    ring = 2 * (ranks - 1) * (rates.latency_s + size / ranks / rates.link)
+    direct = rates.latency_s + (ranks - 1) * size / rates.link
+    return min(ring, direct)

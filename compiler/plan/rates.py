@@ -1,0 +1,63 @@
+"""How fast a device reads, computes and exchanges with our kernels, as far as it has been measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compiler.devices import Device
+from compiler.plan.predict import Rates
+from runtime import host
+from runtime.profiling import read_bandwidth
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """Shares of a device's rates that kernels reach in whole steps, and what a call costs beside; `source` says how that is
+    known."""
+
+    read: float
+    integer: float
+    floating: float
+    call_s: float
+    source: str
+
+
+# LLaMA-1.1B and SmolLM2 on two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md): 0.94 of the read bandwidth, 0.79 of
+# the VNNI rate, and what is left of a step of SmolLM2, 0.75 ms for 306 calls.
+_CPU = _Reached(0.94, 0.79, 0.5, 2.4e-6, "measured on a Zen 4 host")
+_GPU = _Reached(0.85, 0.6, 0.5, 2.0e-6, "assumed: nothing has been measured on a GPU yet")
+
+# Operations a second of one core by the best instructions for bytes (benchmarks/int8_rate.py on that host; AMX: a register-only
+# loop on a Sapphire Rapids), and of float32 ones.
+_INTEGER_OF_A_CORE = {"amx": 13.3e12 / 2, "avx512vnni": 0.47e12, "avx2": 0.236e12}
+_FLOAT_OF_A_CORE = 0.1e12
+_LATENCY_S, _LINK = 8e-6, 5e9  # of ranks on one host, over MPI's shared memory
+
+
+def host_bandwidth(device: Device) -> float:
+    """Bytes a second that this host reads, measured now, where the device is a CPU without a bandwidth of its own; else 0."""
+    here = not device.compute_capability and not device.memory_bandwidth
+    return read_bandwidth(len(host.usable_cores())) if here else 0.0
+
+
+def rates_of(device: Device, ranks: int, isas: tuple[str, ...], bandwidth: float) -> tuple[Rates, str]:
+    """Of each of `ranks`, with how they are known. A CPU without a bandwidth of its own is this host: the ranks share its
+    memory, of the `bandwidth` measured, and its cores."""
+    if device.compute_capability:
+        reached = _GPU
+        read, integer, floating = device.memory_bandwidth, device.int8, device.half
+        latency, link = device.link_latency, device.link_bandwidth
+        source = reached.source
+    else:
+        reached, cores = _CPU, len(host.usable_cores())
+        isa = next((isa for isa in host.ISA_FLAGS if isa in host.host_isas() and isa in (isas or host.ISA_FLAGS)), "avx2")
+        read = device.memory_bandwidth or bandwidth / ranks
+        integer = device.int8 or _INTEGER_OF_A_CORE[isa] * cores / ranks
+        floating = _FLOAT_OF_A_CORE * cores / ranks
+        latency, link = device.link_latency or _LATENCY_S, device.link_bandwidth or _LINK
+        memory = "given" if device.memory_bandwidth else f"{bandwidth / 1e9:.0f} GB/s, read by {cores} cores of this host now"
+        source = f"{reached.source}; memory {memory}"
+    return (
+        Rates(read * reached.read, integer * reached.integer, floating * reached.floating, reached.call_s, latency, link),
+        source,
+    )

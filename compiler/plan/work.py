@@ -1,0 +1,103 @@
+"""What each rank has to hold, read and compute, from the graphs that a build would compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from compiler.backends.tvm.lower import lower
+from compiler.checkpoint import Checkpoint
+from compiler.frontends import build_graph
+from compiler.ir.ops import attributes_of
+from passes.pipeline import Recipe, at_fusion, passes_of, run_pipeline, run_ranks
+from runtime.program import KVLayout
+
+_LINEARS = {"Gemm": 1, "IntegerLinear": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}  # op -> index of its weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: bytes of its weight, operations for each row, whether these are on integers, and whether its rows are
+    the tokens of a step or those that logits are wanted of."""
+
+    weight_bytes: int
+    operations: int
+    integer: bool
+    of_tokens: bool
+
+
+@dataclass(frozen=True)
+class Attending:
+    """Attention of one layer: operations for each token and token of context."""
+
+    operations: int
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """What one rank holds (bytes of weights and of workspace, the layout of its KV cache) and what a step of it is made of:
+    products, attention, kernel calls, and channels that it sums with the other ranks, one entry for each sum."""
+
+    rank: int
+    weight_bytes: int
+    workspace_bytes: int
+    kv: KVLayout
+    products: tuple[Product, ...]
+    attention: tuple[Attending, ...]
+    calls: int
+    sums: tuple[int, ...]
+
+    def kv_bytes(self, context: int) -> int:
+        """Keys and values of so many tokens of a sequence, in whole blocks."""
+        return -(-context // 16) * self.kv.block_bytes
+
+
+def works_of(checkpoint: Checkpoint, recipe: Recipe, ranks: int, kv_cache: str = "auto") -> list[RankWork]:
+    """The work of each of `ranks`; no weight is read. Raises CompileError where the model cannot be divided so."""
+    graph = build_graph(checkpoint)
+    before, fusions = at_fusion(passes_of(recipe))
+    run_pipeline(graph, before)
+    if ranks == 1:
+        run_pipeline(graph, fusions)
+        return [_work(0, graph, kv_cache)]
+    graphs, _ = run_ranks(graph, fusions, ranks)
+    return [_work(rank, one, kv_cache) for rank, one in enumerate(graphs)]
+
+
+def _work(rank: int, graph: ir.Model, kv_cache: str) -> RankWork:
+    program, weights, *_ = lower(graph, 0, kv_cache)
+    attention = [attributes_of(node) for node in graph.graph if node.op_type == "Attention"]
+    return RankWork(
+        rank=rank,
+        weight_bytes=sum(weight.bytes for weight in weights),
+        workspace_bytes=program.arena_bytes,
+        kv=program.kv,
+        products=tuple(_products(graph)),
+        attention=tuple(Attending(_attention_operations(options)) for options in attention),
+        calls=sum(call.all_reduce is None for call in program.calls),
+        sums=tuple(call.all_reduce.width for call in program.calls if call.all_reduce),
+    )
+
+
+def _attention_operations(options: dict[str, Any]) -> int:
+    """Of scores and weighted values, a multiplication and an addition each."""
+    return 4 * int(options["num_heads"]) * int(options["head_dim"])
+
+
+def _products(graph: ir.Model) -> Iterator[Product]:
+    for node in graph.graph:
+        if node.op_type not in _LINEARS:
+            continue
+        weight, output = node.inputs[_LINEARS[node.op_type]], node.outputs[0]
+        assert weight is not None and weight.shape is not None and weight.dtype is not None and output.shape is not None
+        outputs, inputs = weight.shape.numpy()
+        wide = node.op_type != "Gemm" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.INT16
+        yield Product(
+            weight_bytes=int(outputs * inputs * weight.dtype.itemsize),
+            operations=2 * outputs * inputs * (2 if wide else 1),
+            integer=node.op_type != "Gemm",
+            of_tokens=str(output.shape[0]) == "T",
+        )

@@ -1,0 +1,136 @@
+"""An engine of several ranks for a process that is none of them: what is asked goes to rank 0 of a run of its own.
+
+python -m compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import ranks
+from runtime.engine import Engine, Result
+from runtime.errors import BelleError, EngineError
+from runtime.launcher import Launcher
+from runtime.sampling import SamplingParams
+
+_TIMEOUT_S = 60.0  # for a rank to start or to answer: a build may leave the host busy
+
+
+class RankedEngine:
+    """What `Engine` gives of answers and logits, from ranks that end with `close`."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        """Start them; raises `EngineError` with their sentence where they cannot run."""
+        self._said = tempfile.TemporaryFile()
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(directory), str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._said, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        try:
+            self.max_context: int = self._ask("max_context")
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Result]:
+        """As `Engine.generate` for token ids."""
+        found: list[Result] = self._ask("generate", [list(ids) for ids in prompts], params)
+        return found
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """As `Engine.logits`."""
+        found: npt.NDArray[np.float32] = self._ask("logits", list(token_ids))
+        return found
+
+    def close(self) -> None:
+        """End the ranks. A second time does nothing."""
+        assert self._process.stdin is not None and self._process.stdout is not None, "pipes"
+        with suppress(OSError):
+            self._process.stdin.close()  # what rank 0 ends at, and the others with it
+        try:
+            self._process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._process.stdout.close()
+        self._said.close()
+
+    def __enter__(self) -> RankedEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _ask(self, *question: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None, "pipes"
+        try:
+            pickle.dump(question, self._process.stdin)
+            self._process.stdin.flush()
+            good, answer = pickle.load(self._process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self._process.wait()
+            self._said.seek(0)
+            words = self._said.read().decode(errors="replace").strip().splitlines()
+            found = words[-1].removesuffix(".") if words else f"exit code {self._process.returncode}"
+            raise EngineError("ranks", "they do not run here", found=found) from None
+        if not good:
+            raise EngineError(**answer)
+        return answer
+
+
+def _answer(engine: Engine) -> None:
+    """Questions from the standard input until it ends, answers to the standard output."""
+    questions, answers = sys.stdin.buffer, sys.stdout.buffer
+    while True:
+        try:
+            what, *arguments = pickle.load(questions)
+        except EOFError:
+            return
+        try:
+            found = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments)
+            answer = True, found
+        except BelleError as error:
+            names = ("stage", "what", "found", "expected", "remedy", "node")
+            answer = False, {name: getattr(error, name) for name in names}
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _rank(directory: Path, here: ranks.Place) -> int:
+    """One rank: only rank 0 comes to answer; the others serve it."""
+    line, code = ranks.Line(here), 0
+    try:
+        with Engine.load(directory) as engine:
+            _answer(engine)
+    except BelleError as error:
+        line.say("error", str(error))
+        code = 1
+    except SystemExit as ended:  # of a rank that served
+        code = int(ended.code or 0)
+    line.say("exit", code)
+    return code
+
+
+def main() -> int:
+    """The launcher, or a rank that it has started."""
+    directory, count = Path(sys.argv[1]), int(sys.argv[2])
+    here = ranks.place()
+    if here is not None and ranks.supervised():
+        return _rank(directory, here)
+    return Launcher(count, [sys.executable, *sys.orig_argv[1:]], _TIMEOUT_S).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

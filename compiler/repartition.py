@@ -1,0 +1,130 @@
+"""An engine for another number of ranks, made of one that is there: without its checkpoint, and nothing is quantized again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler import targets
+from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls, plan_graph
+from compiler.driver import TUNING
+from compiler.errors import CompileError
+from compiler.footprint import SERVED_TOKENS, check_memory, file_bytes, required_bytes
+from compiler.ir.text import from_onnx
+from compiler.report import REPORT_NAME, Effects, Report, memory_of, render
+from compiler.unpacking import WholeWeights
+from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
+from passes.partition.partition_tensors import PartitionTensors
+from passes.pipeline import FUSION, run_pipeline, run_ranks
+from runtime.artifact import KernelCalls, Manifest, PassRecord, Requirements, TargetInfo, read_manifest, verify_files
+from runtime.program import Program, read_program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from passes.base import Pass
+
+_TOKENIZER = "tokenizer.json"
+_PARTITION = PartitionTensors(0, 1).name
+_MADE = "made from an engine for other ranks, whose report has what was measured of that"
+_UNMEASURED = "not measured: made from an engine, without the model's own logits"
+
+
+@dataclass(frozen=True)
+class RepartitionRequest:
+    """Which engine to make another one of, for what, and where to; the others as in a `BuildRequest`."""
+
+    engine: Path
+    output: Path
+    target: str
+    force: bool = False
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+def repartition(request: RepartitionRequest) -> Path:
+    """Makes an engine for the target of the weights in another; returns its path.
+
+    Weights, programs and kernels are those, byte for byte, that a build of the checkpoint for this target gives (but for
+    kernels built with `tune`: tilings are those of this repository here). The accuracy in the manifest is not taken over: where
+    ranks sum, activations are rounded by what each of them has.
+
+    Raises CompileError where the engine has no graph, or does not fit the target, EngineError where it is damaged.
+    """
+    old = read_manifest(request.engine)
+    target = targets.parse(request.target).carrying(old.target.isas)
+    say = request.on_progress
+    if GRAPH_NAME not in old.files:
+        remedy = "build it again from its checkpoint"
+        raise CompileError("repartition", f"engine {request.engine}", found=f"no {GRAPH_NAME}", remedy=remedy)
+    with EngineWriter(request.output, force=request.force) as writer:
+        verify_files(request.engine, old, full=True, progress=lambda file, done, total: say("digest", done, total))
+        say("optimize", 0, 0)
+        weights, program = WholeWeights(request.engine), read_program(request.engine / "rank0")
+        graph_bytes = (request.engine / GRAPH_NAME).read_bytes()
+        graph = from_onnx(graph_bytes, weights.tensor)
+        fusions = _fusions(old)
+        weights.find(_divided(graph, fusions, old.target.ranks)[0])
+        check_memory(target, partial(_planned, graph, fusions, program))
+        graphs, records = _divided(graph, fusions, target.ranks)
+
+        say("compile", 0, 0)
+        lowered = compile_graphs(
+            graphs, isas=target.isas, calls_before_fusion=_calls_before_fusion(program, graph, target.ranks),
+            kv_cache=program.kv.dtype,
+        )  # fmt: skip
+        writer.check_space(sum(map(file_bytes, lowered)))
+        writer.write(_TOKENIZER, (request.engine / _TOKENIZER).read_bytes())
+        writer.write(GRAPH_NAME, graph_bytes)
+        write_ranks(writer, lowered, lambda done, total: say("weights", done, total))
+        manifest = _manifest(old, target, records, lowered)
+        ranks = [memory_of(rank, required_bytes(rank), SERVED_TOKENS) for rank in lowered]
+        memory, several = max(ranks, key=lambda rank: rank.required), ranks if len(ranks) > 1 else ()
+        report = Report(
+            manifest, dict(writer.files), Effects(unmeasured=_UNMEASURED), memory, ranks=several, uncalibrated=_MADE
+        )
+        writer.write(REPORT_NAME, render(report).encode())
+        return writer.finish(manifest)
+
+
+def _fusions(manifest: Manifest) -> list[Pass]:
+    """The fusions of an engine, as its passes are named."""
+    known = {step.name: step for step in FUSION}
+    return [known[record.name] for record in manifest.passes if record.name in known]
+
+
+def _divided(graph: ir.Model, fusions: Sequence[Pass], ranks: int) -> tuple[list[ir.Model], list[dict[str, Any]]]:
+    """The graphs of the ranks, and what the passes did; `graph` stays as it is."""
+    if ranks > 1:
+        return run_ranks(graph, fusions, ranks)
+    alone = graph.clone()
+    return [alone], run_pipeline(alone, fusions)
+
+
+def _planned(graph: ir.Model, fusions: Sequence[Pass], program: Program, ranks: int) -> list[Lowered]:
+    return [plan_graph(model, program.kv.dtype) for model in _divided(graph, fusions, ranks)[0]]
+
+
+def _calls_before_fusion(program: Program, graph: ir.Model, ranks: int) -> int:
+    """What the engine's program says, with the sums of the new ranks for those that it has."""
+    added = count_kernel_calls(run_ranks(graph, (), ranks)[0][0]) - count_kernel_calls(graph) if ranks > 1 else 0
+    return program.kernel_calls.before_fusion - sum(call.all_reduce is not None for call in program.calls) + added
+
+
+def _manifest(old: Manifest, target: targets.Target, records: Sequence[dict[str, Any]], lowered: Sequence[Lowered]) -> Manifest:
+    calls, memory = lowered[0].program.kernel_calls, max(map(required_bytes, lowered))
+    fused = {_PARTITION, *(step.name for step in FUSION)}
+    before = [record for record in old.passes if record.name not in fused and record.name != TUNING]
+    after = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
+    tilings = {"C compiler": lowered[0].c_compiler, "kernel tilings": "; ".join(lowered[0].tilings)}
+    return replace(
+        old,
+        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
+        passes=(*before, *after),
+        kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
+        toolchain=dict(old.toolchain) | tilings,
+        files={},
+        accuracy=None,
+    )

@@ -1,0 +1,87 @@
+"""The whole weights of an engine, put together again from the packed tensors of its ranks when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from safetensors import safe_open
+
+from compiler.backends.tvm.packing import unpack
+from compiler.errors import CompileError
+from compiler.ir.lazy import lazy, pieces_of
+from compiler.ir.signature import dtype_name
+
+Array = npt.NDArray[Any]
+
+
+class WholeWeights:
+    """Makes the weights of a graph without values (`tensor`), and finds their values in the ranks that were made of it.
+
+    `find` gets the ranks' graphs, whose initializers are these tensors, parts of them, or parts stacked by fusion; what they
+    are is recorded by `part_of` and `made_of`.
+    """
+
+    def __init__(self, engine: Path) -> None:
+        self._engine = engine
+        self._places: dict[int, list[tuple[int, str, ir.TensorProtocol]]] = {}  # by identity: rank, name there, tensor there
+        self._tensors: list[ir.TensorProtocol] = []
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.LazyTensor:
+        """A weight that is read once its places are found."""
+        made = lazy(name, lambda: self._read(made), shape, dtype)
+        self._tensors.append(made)
+        return made
+
+    def find(self, ranks: Sequence[ir.Model]) -> None:
+        """Where each weight lies; raises CompileError where the ranks do not hold all of them."""
+        for rank, model in enumerate(ranks):
+            for name, value in model.graph.initializers.items():
+                if value.const_value is not None:
+                    for whole in _wholes(value.const_value):
+                        self._places.setdefault(id(whole), []).append((rank, name, value.const_value))
+        missing = [str(tensor.name) for tensor in self._tensors if id(tensor) not in self._places]
+        if missing:
+            found = f"no {missing[0]}"
+            raise CompileError("repartition", f"weights of {self._engine}", found=found, expected="all weights of its graph")
+
+    def _read(self, whole: ir.TensorProtocol) -> Array:
+        result = np.empty(whole.shape.numpy(), whole.dtype.numpy())
+        for rank, name, tensor in self._places[id(whole)]:
+            file = self._engine / f"rank{rank}" / "weights.safetensors"
+            with safe_open(file, framework="numpy") as weights:
+                packed = weights.get_tensor(name)
+            _copy(unpack(packed, tuple(tensor.shape.numpy()), dtype_name(tensor.dtype)), tensor, whole, result)
+            if tensor is whole:
+                break  # every rank has all of it
+        return result
+
+
+def _wholes(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
+    """The tensors that a tensor is made of in the end."""
+    pieces = pieces_of(tensor)
+    for piece in pieces:
+        yield from _wholes(piece.tensor)
+    if not pieces:
+        yield tensor
+
+
+def _copy(array: Array, tensor: ir.TensorProtocol, whole: ir.TensorProtocol, result: Array) -> None:
+    """What `array`, the values of `tensor`, has of the whole goes into `result`."""
+    if tensor is whole:
+        result[...] = array
+    for piece in pieces_of(tensor):
+        if piece.tensor is not whole:  # stacked parts
+            rows = piece.tensor.shape.numpy()[0] if pieces_of(piece.tensor) else 0
+            _copy(array[piece.at : piece.at + rows], piece.tensor, whole, result)
+            continue
+        at = piece.at
+        for start, stop in piece.ranges:
+            target = (slice(None),) * piece.axis + (slice(start, stop),)
+            source = (slice(None),) * piece.axis + (slice(at, at + stop - start),)
+            result[target] = array[source]
+            at += stop - start

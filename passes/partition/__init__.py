@@ -1,0 +1,1 @@
+"""Passes that give each of several ranks its part of a model."""

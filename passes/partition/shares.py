@@ -1,0 +1,49 @@
+"""Which heads, channels and tokens a rank has: contiguous, in whole units, the first ranks one unit more where it is uneven."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from compiler.errors import CompileError
+
+Range = tuple[int, int]  # from the first to before the last
+
+CHANNELS = 16  # of a feed-forward part that stay together: a panel of the kernels
+TOKENS = 16  # of the vocabulary that stay together
+
+
+def share(total: int, unit: int, rank: int, ranks: int, what: str, remedy: str = "") -> Range:
+    """The part of `total` that a rank has, in units of which the last may be short; raises CompileError where some rank would
+    have none, with `remedy` beside fewer ranks."""
+    units = -(-total // unit)
+    if units < ranks:
+        fewer = f"build for {'one rank' if units == 1 else f'at most {units} ranks'}"
+        raise CompileError(
+            "partition", f"{what} for {ranks} ranks", found=f"{total}, in units of {unit}" if unit > 1 else str(total),
+            expected=f"{ranks} units or more", remedy=f"{fewer}, or {remedy}" if remedy else fewer,
+        )  # fmt: skip
+    least, more = divmod(units, ranks)
+    start = rank * least + min(rank, more)
+    stop = start + least + (rank < more)
+    return start * unit, min(stop * unit, total)
+
+
+def heads(num_heads: int, num_kv_heads: int, together: int, rank: int, ranks: int) -> tuple[Range, Range]:
+    """The query heads and the key/value heads of a rank, which begins at a multiple of `together` query heads.
+
+    A key/value head goes with all of its query heads. Where there are fewer of them than ranks, each is on as many ranks as
+    have query heads of it. Raises CompileError where that does not come out even.
+    """
+    group = num_heads // num_kv_heads
+    if num_kv_heads >= ranks:
+        start, stop = share(num_kv_heads, together // gcd(together, group), rank, ranks, "key/value heads")
+        return (start * group, stop * group), (start, stop)
+    if ranks % num_kv_heads or (num_kv_heads > 1 and group % together):
+        found = f"{num_kv_heads} of {group} query heads each"
+        fits = "a divisor of the ranks" if ranks % num_kv_heads else f"query heads in groups of {together}"
+        remedy = f"build for {num_kv_heads} {'rank' if num_kv_heads == 1 else 'ranks'}"
+        raise CompileError("partition", f"key/value heads for {ranks} ranks", found=found, expected=fits, remedy=remedy)
+    copies = ranks // num_kv_heads
+    kv_head, member = divmod(rank, copies)
+    start, stop = share(group, together, member, copies, "query heads of a key/value head")
+    return (kv_head * group + start, kv_head * group + stop), (kv_head, kv_head + 1)

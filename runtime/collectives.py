@@ -1,0 +1,226 @@
+"""What ranks do together: sums of activations, a step's inputs from rank 0 to all, results from all to rank 0."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+
+SLOT_FLOATS = 64 * 1024  # of a rank in shared memory; longer sums go through in pieces, which stay in cache
+_LINE = 64
+_SPINS = 300  # looks at a value in a row before giving the core away between them
+_YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
+_SLEEP_S = 0.0005
+_LAST_WORDS_S = 0.3
+_HEARD, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # tags
+
+
+class Collectives(Protocol):
+    """The ranks of an engine. Every rank makes the same calls in the same order, from one thread at a time."""
+
+    rank: int
+    ranks: int
+    ranks_here: int  # of this host
+    sharing: int  # of these, ranks that may run on the same cores
+
+    def all_reduce(self, values: NDArray[np.float32]) -> None:
+        """Make `values` ([n], or [rows, width] with any row stride) the sum over ranks, the same bit for bit on each."""
+        ...
+
+    def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
+        """Give the first `length` numbers of rank 0's `message` to the others' buffers of at least that size."""
+        ...
+
+    def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
+        """Give the first `length` numbers of every rank's `message` to rank 0, which has a buffer for each in `into`."""
+        ...
+
+    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        """Rank 0 judges what ranks said within the time (rank -> words), and all get its verdict."""
+        ...
+
+    def close(self) -> None:
+        """Say that this rank leaves in good order. A process that ends without it ends all ranks."""
+        ...
+
+    def abort(self) -> None:
+        """End all ranks at once, this process included."""
+        ...
+
+
+class MpiCollectives:
+    """Over MPI: messages between ranks, sums through shared memory where all ranks are on one host. One a process."""
+
+    _joined = False
+
+    def __init__(self, *, shared: bool | None = None, abort: Callable[[], None] | None = None) -> None:
+        """Join the other ranks; waits until all do. `shared` False sums by messages even on one host, `abort` ends all ranks in
+        place of MPI_Abort.
+
+        Raises `EngineError` when mpi4py is missing.
+        """
+        if MpiCollectives._joined:
+            remedy = "start the ranks anew, or keep the engine"
+            raise EngineError("ranks", "an engine was loaded by these processes before", remedy=remedy)
+        try:
+            import mpi4py
+
+            mpi4py.rc.initialize = False
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
+            remedy = "pip install 'belle-compile[ranks]'"
+            raise EngineError("ranks", "MPI is missing", found=str(error).splitlines()[0], remedy=remedy) from None
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        self._mpi = MPI
+        self._comm: Any = MPI.COMM_WORLD.Dup()
+        self.rank, self.ranks = int(self._comm.rank), int(self._comm.size)
+        here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.ranks_here = int(here.size)
+        cores = os.sched_getaffinity(0)
+        self.sharing = sum(1 for others in here.allgather(cores) if others & cores)
+        shared = self.ranks_here == self.ranks if shared is None else shared
+        self._sums = _SharedSums(self._comm, MPI) if shared else None
+        self._clean, self._abort = False, abort
+        # MPI_Finalize waits for all ranks, so one that leaves in the middle of a step ends them. Finalizers run last made
+        # first: an engine that nobody closed has closed itself before.
+        weakref.finalize(MpiCollectives, self._leave)
+        MpiCollectives._joined = True
+
+    def all_reduce(self, values: NDArray[np.float32]) -> None:
+        if not values.flags.c_contiguous:
+            packed = np.ascontiguousarray(values)
+            self._all_reduce(packed.reshape(-1))
+            values[:] = packed
+        else:
+            self._all_reduce(values.reshape(-1))
+
+    def _all_reduce(self, values: NDArray[np.float32]) -> None:
+        if self._sums:
+            self._sums.add(values)
+        elif self.ranks == 2:
+            self._comm.Allreduce(self._mpi.IN_PLACE, values)  # a + b is b + a bit for bit
+        else:
+            # MPI only advises that MPI_Allreduce give all ranks the same bits, and algorithms in which each of three ranks
+            # begins with its own value do not. What one rank has summed and sent is the same everywhere.
+            self._comm.Reduce(values if self.rank else self._mpi.IN_PLACE, values, root=0)
+            self._comm.Bcast(values, root=0)
+
+    def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
+        if self.rank:
+            self._wait(self._comm.Irecv(message, 0, _STEP), sleepy=True)
+            return
+        sent = [self._comm.Isend(message[:length], rank, _STEP) for rank in range(1, self.ranks)]
+        for request in sent:
+            self._wait(request)
+
+    def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
+        if self.rank:
+            self._wait(self._comm.Isend(message[:length], 0, _RESULT))
+            return
+        coming = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
+        into[0][:length] = message[:length]
+        for request in coming:
+            self._wait(request)
+
+    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        if self.rank:
+            self._comm.isend(words, 0, _HEARD).wait()
+            verdict: bytes = self._receive(0, _VERDICT, None)
+            return verdict
+        until, said = time.monotonic() + timeout_s, {0: words}
+        for rank in range(1, self.ranks):
+            heard = self._receive(rank, _HEARD, until)
+            if heard is not None:
+                said[rank] = heard
+        verdict = judge(said)
+        for rank in said.keys() - {0}:
+            self._comm.isend(verdict, rank, _VERDICT).wait()
+        return verdict
+
+    def close(self) -> None:
+        self._clean = True
+
+    def abort(self) -> None:
+        if self._abort:
+            self._abort()
+        time.sleep(_LAST_WORDS_S)  # mpiexec passes on no more of what ranks said
+        self._mpi.COMM_WORLD.Abort(1)
+
+    def _leave(self) -> None:
+        if not self._clean:
+            self.abort()
+        self._mpi.Finalize()  # mpi4py does so only for what it began; without it mpiexec ends the other ranks
+
+    def _receive(self, source: int, tag: int, until: float | None) -> Any:
+        """A message, or None when it has not come by the time `until`."""
+        while not self._comm.iprobe(source, tag):
+            if until is not None and time.monotonic() > until:
+                return None
+            time.sleep(_SLEEP_S)
+        return self._comm.recv(source=source, tag=tag)
+
+    def _wait(self, request: Any, *, sleepy: bool = False) -> None:
+        """MPI's own waiting keeps the core even from the rank that is waited for."""
+        look, looks = request.Test, 0
+        while not look():
+            looks += 1
+            if sleepy and looks > _YIELDS:
+                time.sleep(_SLEEP_S)
+            elif looks > _SPINS:
+                os.sched_yield()
+
+
+class _SharedSums:
+    """Sums of ranks of one host through memory that all of them map.
+
+    Every rank copies its values to its slot, raises its flag, waits for all flags, and adds all slots up in the order of ranks:
+    so all have the same bits. Slots are there twice: who is at sum n + 2 knows that all have raised the flag for n + 1, and
+    so have read the slots of n, which are written again only now. On x86 stores are seen in the order they were made.
+    """
+
+    def __init__(self, comm: Any, mpi: Any) -> None:
+        ranks = int(comm.size)
+        own = 4 * 2 * SLOT_FLOATS + _LINE
+        self._window = mpi.Win.Allocate_shared(own, 1, comm=comm)  # kept: it is the memory
+        self._slots: list[list[NDArray[np.float32]]] = [[], []]
+        flags = []
+        for rank in range(ranks):
+            memory, _ = self._window.Shared_query(rank)
+            whole = np.frombuffer(memory, np.uint8)
+            floats = whole[_LINE:own].view(np.float32)
+            self._slots[0].append(floats[:SLOT_FLOATS])
+            self._slots[1].append(floats[SLOT_FLOATS:])
+            flags.append(memoryview(whole[:8].view(np.int64)))  # type: ignore[arg-type]  # quicker to look at than an array
+        self._rank = int(comm.rank)
+        self._own = flags[self._rank]
+        self._others = [flag for rank, flag in enumerate(flags) if rank != self._rank]
+        self._own[0] = self._count = 0
+        comm.Barrier()
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Make contiguous `values` the sum over ranks."""
+        for start in range(0, len(values), SLOT_FLOATS):
+            self._add(values[start : start + SLOT_FLOATS])
+
+    def _add(self, values: NDArray[np.float32]) -> None:
+        self._count = count = self._count + 1
+        slots, size = self._slots[count & 1], len(values)
+        slots[self._rank][:size] = values
+        self._own[0] = count
+        for flag in self._others:
+            looks = 0
+            while flag[0] < count:
+                looks += 1
+                if looks > _SPINS:
+                    os.sched_yield()
+        np.add(slots[0][:size], slots[1][:size], out=values)
+        for slot in slots[2:]:
+            np.add(values, slot[:size], out=values)

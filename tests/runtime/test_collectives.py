@@ -1,0 +1,134 @@
+"""What ranks do together, in as many processes under mpiexec."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mpi4py")
+
+from runtime import collectives
+from runtime.errors import EngineError
+from runtime.launcher import mpiexec
+
+ROOT = Path(__file__).parents[2]
+BEGIN = """
+import numpy as np
+from runtime.collectives import SLOT_FLOATS, MpiCollectives
+ranks = MpiCollectives(shared={shared})
+comm, me, n = ranks._comm, ranks.rank, ranks.ranks
+def same(array):
+    return len(set(comm.allgather(array.tobytes()))) == 1
+"""
+END = """
+comm.Barrier()
+ranks.close()
+if me == 0: print("well")
+"""
+
+
+def run(count: int, code: str, *, shared: bool | None = None) -> subprocess.CompletedProcess[str]:
+    program = BEGIN.format(shared=shared) + code + END
+    command = [mpiexec(), "-n", str(count), sys.executable, "-c", program]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        env={**os.environ, "MPIR_CVAR_POLLS_BEFORE_YIELD": "100", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def works(count: int, code: str, *, shared: bool | None = None) -> None:
+    done = run(count, code, shared=shared)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+SUMS = """
+random = np.random.default_rng(me)
+for size in (1, 7, 2048, SLOT_FLOATS, 2 * SLOT_FLOATS + 3):
+    for _ in range(5 if size < 5000 else 1):
+        part = (random.normal(size=size) * 10.0 ** random.integers(-6, 7, size)).astype(np.float32)
+        parts = comm.allgather(part)
+        ranks.all_reduce(part)
+        assert same(part)
+        exact = np.sum(parts, axis=0, dtype=np.float64)
+        assert np.allclose(part, exact, rtol=0, atol=np.abs(parts).max() * 1e-6)
+rows = np.full((5, 64), me + 1, np.float32)
+before = rows.copy()
+ranks.all_reduce(rows[:3, :60])
+assert (rows[:3, :60] == n * (n + 1) / 2).all()
+rows[:3, :60] = me + 1
+assert (rows == before).all()
+whole = np.full((5, 64), me, np.float32)
+ranks.all_reduce(whole)
+assert (whole == n * (n - 1) / 2).all()
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_sums_are_the_same_bit_for_bit(count: int, shared: bool) -> None:
+    works(count, SUMS, shared=shared)
+
+
+def test_sums_of_ranks_that_are_late() -> None:
+    works(2, """
+import time
+for i in range(40):
+    if i % 4 == me: time.sleep(0.002)
+    x = np.full(100, i + me, np.float32)
+    ranks.all_reduce(x)
+    assert (x == 2 * i + 1).all()
+""")  # fmt: skip
+
+
+def test_messages_to_all_and_to_rank_0() -> None:
+    works(3, """
+assert (n, ranks.ranks_here, ranks.sharing) == (3, 3, 3)
+buffer = np.full(100_000, -1, np.int32)
+for length in (1, 10, 90_000):
+    if me == 0: buffer[:length] = np.arange(length)
+    ranks.broadcast(buffer, length)
+    assert (buffer[:length] == np.arange(length)).all() and (buffer[length:] == -1).all()
+    into = [np.zeros(100_000, np.int32) for _ in range(n)] if me == 0 else []
+    ranks.gather(np.full(100_000, me + 1, np.int32), length + me, into)
+    if me == 0: assert [int(part.sum()) for part in into] == [(rank + 1) * (length + rank) for rank in range(n)]
+""")  # fmt: skip
+
+
+def test_agreement_without_one_of_them() -> None:
+    works(3, """
+heard = {}
+def judge(said):
+    heard.update(said)
+    return b"good"
+assert ranks.agree(b"rank %d" % me, judge, 30) == b"good"
+if me == 0: assert heard == {0: b"rank 0", 1: b"rank 1", 2: b"rank 2"}
+heard.clear()
+if me != 1: assert ranks.agree(b"again", judge, 0.5) == b"good"
+if me == 0: assert set(heard) == {0, 2}
+""")  # fmt: skip
+
+
+def test_a_rank_that_leaves_in_order_waits_for_all() -> None:
+    works(2, """
+import time
+if me == 1:
+    ranks.close()
+    raise SystemExit
+time.sleep(1)
+comm = type("Alone", (), {"Barrier": lambda self: None})()
+""")  # fmt: skip
+
+
+def test_a_rank_that_leaves_ends_all() -> None:
+    done = run(2, "if me == 1: raise SystemExit(3)\nranks.all_reduce(np.zeros(4, np.float32))")
+    assert done.returncode != 0 and "well" not in done.stdout
+
+
+def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(EngineError, match=r"MPI is missing: found .*; pip install 'belle-compile\[ranks\]'"):
+        collectives.MpiCollectives()
