@@ -55,8 +55,8 @@ def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens:
         rate = rates.integer if product.integer else rates.floating
         add(product.weight_bytes / rates.read, rows * product.operations / rate)
     read = sequences * work.kv_bytes(context) / max(len(work.attention), 1) / rates.read
-    for attention in work.attention:
-        add(read, sequences * tokens * context * attention.operations / rates.floating)
+    for operations in work.attention:
+        add(read, sequences * tokens * context * operations / rates.floating)
     sums = sum(sum_seconds(sequences * tokens * width * _LINE, rates, ranks) for width in work.sums)
     return Step(memory, arithmetic, work.calls * rates.call_s, sums)
 

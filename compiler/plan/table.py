@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compiler.backends.tvm.lower import MAX_TOKENS
 from compiler.devices import Device
 from compiler.errors import CompileError
 from compiler.footprint import FIXED_BYTES, PROCESS_BYTES
@@ -18,7 +19,6 @@ from compiler.targets import resolve
 from compiler.terminal import columns, size
 
 RANKS = (1, 2, 4, 8)
-CHUNK = 512  # tokens of a prompt in one step
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def _time(work: RankWork, rates: Rates, ranks: int, load: Load, prompt: bool) ->
     """Of a token of every sequence, or of one sequence's prompt of `context` tokens."""
     if not prompt:
         return predict(work, rates, ranks, sequences=load.batch, tokens=1, context=load.context)
-    chunks = range(0, load.context, CHUNK)
-    sizes = [min(CHUNK, load.context - start) for start in chunks]
+    chunks = range(0, load.context, MAX_TOKENS)
+    sizes = [min(MAX_TOKENS, load.context - start) for start in chunks]
     steps = [
         predict(work, rates, ranks, sequences=1, tokens=tokens, context=start + tokens // 2)
         for start, tokens in zip(chunks, sizes, strict=True)

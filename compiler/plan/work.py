@@ -13,6 +13,7 @@ from compiler.checkpoint import Checkpoint
 from compiler.frontends import build_graph
 from compiler.ir.ops import attributes_of
 from passes.pipeline import Recipe, at_fusion, passes_of, run_pipeline, run_ranks
+from runtime.kv_cache import blocks_for
 from runtime.program import KVLayout
 
 _LINEARS = {"Gemm": 1, "IntegerLinear": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}  # op -> index of its weight
@@ -30,29 +31,23 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Attending:
-    """Attention of one layer: operations for each token and token of context."""
-
-    operations: int
-
-
-@dataclass(frozen=True)
 class RankWork:
     """What one rank holds (bytes of weights and of workspace, the layout of its KV cache) and what a step of it is made of:
-    products, attention, kernel calls, and channels that it sums with the other ranks, one entry for each sum."""
+    products, attention (of each layer, operations for a token and a token of context), kernel calls, and channels that it sums
+    with the other ranks, one entry for each sum."""
 
     rank: int
     weight_bytes: int
     workspace_bytes: int
     kv: KVLayout
     products: tuple[Product, ...]
-    attention: tuple[Attending, ...]
+    attention: tuple[int, ...]
     calls: int
     sums: tuple[int, ...]
 
     def kv_bytes(self, context: int) -> int:
         """Keys and values of so many tokens of a sequence, in whole blocks."""
-        return -(-context // 16) * self.kv.block_bytes
+        return blocks_for(context) * self.kv.block_bytes
 
 
 def works_of(checkpoint: Checkpoint, recipe: Recipe, ranks: int, kv_cache: str = "auto") -> list[RankWork]:
@@ -76,7 +71,7 @@ def _work(rank: int, graph: ir.Model, kv_cache: str) -> RankWork:
         workspace_bytes=program.arena_bytes,
         kv=program.kv,
         products=tuple(_products(graph)),
-        attention=tuple(Attending(_attention_operations(options)) for options in attention),
+        attention=tuple(map(_attention_operations, attention)),
         calls=sum(call.all_reduce is None for call in program.calls),
         sums=tuple(call.all_reduce.width for call in program.calls if call.all_reduce),
     )
