@@ -41,7 +41,7 @@ class Layers:
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         read = tensor.read if reorder is None else lambda: reorder(tensor)
-        return self.builder.weight(name, lazy(name, read, shape, np.float32))
+        return self.builder.weight(name, lazy(name, read, shape, np.float32, tensor.rows if reorder is None else None))
 
     def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, reorder: Reorder | None = None) -> ir.Value:
         """x @ weight.T + bias; sizes are (outputs, inputs), as the weight's."""

@@ -16,11 +16,19 @@ import onnx_ir as ir
 from compiler.errors import CompileError
 
 Array = npt.NDArray[Any]
-_PIECES = "pieces"  # in the meta of a tensor
+Rows = Callable[[int, int], Array]
+_PIECES, _ROWS = "pieces", "rows"  # in the meta of a tensor
 
 
-def lazy(name: str, compute: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType | npt.DTypeLike) -> ir.LazyTensor:
-    """A tensor whose values `compute` returns on every read; nothing is kept but inside of `keeping`.
+def lazy(
+    name: str,
+    compute: Callable[[], Array],
+    shape: Sequence[int],
+    dtype: ir.DataType | npt.DTypeLike,
+    rows: Rows | None = None,
+) -> ir.LazyTensor:
+    """A tensor whose values `compute` returns on every read; nothing is kept but inside of `keeping`. With `rows(start, stop)`
+    some rows can be read alone, see `read_rows`.
 
     A read raises CompileError where the result has another shape or dtype than announced.
     """
@@ -38,7 +46,23 @@ def lazy(name: str, compute: Callable[[], Array], shape: Sequence[int], dtype: i
     def read() -> ir.Tensor[Array]:
         return ir.Tensor(_kept.read(key, values) if _kept else values(), dtype=element, name=name)
 
-    return ir.LazyTensor(read, dtype=element, shape=ir.Shape(shape), name=name)
+    tensor = ir.LazyTensor(read, dtype=element, shape=ir.Shape(shape), name=name)
+    if rows is not None:
+        tensor.meta[_ROWS] = rows
+    return tensor
+
+
+def has_rows(tensor: ir.TensorProtocol) -> bool:
+    """Whether some rows can be read without computing all of them."""
+    return _ROWS in tensor.meta
+
+
+def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
+    """Rows of a tensor that `has_rows`, in an array that nobody else has: tables are the largest tensors of a model, and what
+    takes them row by row never holds one in float32."""
+    rows: Rows = tensor.meta[_ROWS]
+    array = rows(start, stop)
+    return array if array.flags.writeable and array.flags.owndata else np.array(array)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from compiler.errors import CompileError
 from compiler.ir.build import make_initializer
-from compiler.ir.lazy import Shared, lazy
+from compiler.ir.lazy import Shared, has_rows, lazy, read_rows
 from compiler.ir.meanings import GROUP
 from passes.quantization import groups
 
@@ -30,7 +30,7 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     assert source is not None
     shape = source.shape.numpy()
     if f"{name}.int8" not in graph.initializers:
-        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_rows(source.numpy(), name))
+        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_tensor(source, name))
         integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8)
         scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT)
         for tensor in (integers, scales):
@@ -54,10 +54,22 @@ def grouped_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Valu
     return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]
 
 
-def quantize_rows(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """quantize_rows of a tensor, of which only some rows are in memory as float32 where these can be read alone."""
+    if not has_rows(weight):
+        return quantize_rows(weight.numpy(), name)
+    count, inputs = weight.shape.numpy()
+    integers, scales = np.empty((count, inputs), np.int8), np.empty(count, np.float32)
+    for start in range(0, count, _ROWS):
+        rows = slice(start, min(start + _ROWS, count))
+        integers[rows], scales[rows] = quantize_rows(read_rows(weight, rows.start, rows.stop), name, start)
+    return integers, scales
+
+
+def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """int8 weight / scale, rounded half to even and within +-127, and scale = absmax / 127 of each row; zero rows give zeros.
 
-    Raises CompileError where the weight holds NaN or infinity.
+    Raises CompileError where the weight, whose rows are those from `first` on, holds NaN or infinity.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty(len(weight), np.float32)
@@ -66,7 +78,7 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArr
         block = weight[rows]
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         if not np.isfinite(absmax).all():
-            bad = start + int(np.argmin(np.isfinite(absmax)))
+            bad = first + start + int(np.argmin(np.isfinite(absmax)))
             raise CompileError("quantize", f"tensor {name}", found=f"NaN or infinity in row {bad}", expected="finite weights")
         scales[rows] = absmax / np.float32(127)
         divisors = np.where(scales[rows] > 0, scales[rows], np.float32(1))[:, None]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from compiler.ir import meanings
 from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import lazy
+from compiler.ir.lazy import has_rows, lazy, read_rows
 from compiler.ir.ops import attributes_of
 from passes.base import Replacement, RewritePass, is_weight, other_readers
 from passes.rotation.weights import own
@@ -47,15 +47,17 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
         assert table is not None and table.const_value is not None
         source, name = table.const_value, f"{table.name}.normalized"
         parts = [value.const_value for value in norm.inputs[1:] if value is not None and value.const_value is not None]
-        compute = partial(_normalize, source, parts, attributes_of(norm)["epsilon"])
-        folded = make_initializer(lazy(name, compute, source.shape.numpy(), ir.DataType.FLOAT))
+        normalize = partial(_normalize, parts, attributes_of(norm)["epsilon"])
+        rows = (lambda start, stop: normalize(read_rows(source, start, stop))) if has_rows(source) else None
+        tensor = lazy(name, lambda: normalize(own(source)), source.shape.numpy(), ir.DataType.FLOAT, rows)
+        folded = make_initializer(tensor)
         graph.register_initializer(folded)
         node = make_node("Gather", [folded, ids], str(norm.name))
         return Replacement(match, [node], {norm.outputs[0]: node.outputs[0]})
 
 
-def _normalize(table: ir.TensorProtocol, parts: list[ir.TensorProtocol], epsilon: float) -> Floats:
-    rows = own(table)
+def _normalize(parts: list[ir.TensorProtocol], epsilon: float, rows: Floats) -> Floats:
+    """In place."""
     vectors = [part.numpy() for part in parts]
     for start in range(0, len(rows), _ROWS):
         block = slice(start, start + _ROWS)

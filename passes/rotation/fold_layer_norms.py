@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import lazy
+from compiler.ir.lazy import has_rows, lazy, read_rows
 from compiler.ir.ops import attributes_of
 from passes.base import Pass, PassResult, Replacement, apply
 from passes.rotation.stream import find_stream
@@ -38,7 +38,7 @@ class FoldLayerNorms(Pass):
         if reason:
             return PassResult(0, (reason,))
         for node in stream.tables:
-            replace_weight(node, 0, _center_rows, graph, "centered")
+            replace_weight(node, 0, _center_rows, graph, "centered", by_rows=True)
         for node in stream.writers:
             replace_weight(node, 1, _center_columns, graph, "centered")
             if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -69,8 +69,12 @@ def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> Non
 
 
 def _shifted(weight: ir.TensorProtocol, shift: ir.TensorProtocol, bias: ir.TensorProtocol | None) -> Floats:
-    matrix, vector = weight.numpy(), shift.numpy().astype(np.float64)
-    chunks = [matrix[start : start + _ROWS] @ vector for start in range(0, len(matrix), _ROWS)]
+    vector, count = shift.numpy().astype(np.float64), weight.shape.numpy()[0]
+    matrix = None if has_rows(weight) else weight.numpy()
+    chunks = []
+    for start in range(0, count, _ROWS):
+        stop = min(start + _ROWS, count)
+        chunks.append((read_rows(weight, start, stop) if matrix is None else matrix[start:stop]) @ vector)
     product: Floats = np.concatenate(chunks).astype(np.float32)
     total: Floats = product if bias is None else product + bias.numpy()
     return total

@@ -42,9 +42,9 @@ class RotateResidual(Pass):
         size = int(norm.shape.numpy()[0])
         rotation = Rotation(size, self.seed)
         for node in stream.tables:
-            replace_weight(node, 0, partial(_rotate_rows, rotation), graph)
+            replace_weight(node, 0, partial(_rotate_rows, rotation), graph, by_rows=True)
         for node in stream.readers:
-            replace_weight(node, 1, partial(_read, rotation, _scale_before(node)), graph)
+            replace_weight(node, 1, partial(_read, rotation, _scale_before(node)), graph, by_rows=True)
         for node in stream.writers:
             replace_weight(node, 1, rotation.left, graph)
             if len(node.inputs) > 2 and node.inputs[2] is not None:

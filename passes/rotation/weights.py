@@ -9,15 +9,22 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compiler.ir.build import make_initializer
-from compiler.ir.lazy import lazy
+from compiler.ir.lazy import has_rows, lazy, read_rows
 
 Floats = npt.NDArray[np.float32]
 
 
 def replace_weight(
-    node: ir.Node, index: int, change: Callable[[Floats], Floats], graph: ir.Graph, suffix: str = "rotated"
+    node: ir.Node,
+    index: int,
+    change: Callable[[Floats], Floats],
+    graph: ir.Graph,
+    suffix: str = "rotated",
+    *,
+    by_rows: bool = False,
 ) -> None:
-    """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it.
+    """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it. `by_rows` says that a
+    row of the result depends on that row of the weight only.
 
     `change` may overwrite its argument, which is its own: embedding tables are the largest tensors of a model, and a
     chain of changes holds one of them.
@@ -30,7 +37,8 @@ def replace_weight(
     name = f"{weight.name}.{suffix}"
     if name in graph.initializers:
         name = f"{node.name}.weight.{suffix}"
-    tensor = lazy(name, lambda: change(own(source)), source.shape.numpy(), ir.DataType.FLOAT)
+    rows = (lambda start, stop: change(read_rows(source, start, stop))) if by_rows and has_rows(source) else None
+    tensor = lazy(name, lambda: change(own(source)), source.shape.numpy(), ir.DataType.FLOAT, rows)
     value = make_initializer(tensor)
     graph.register_initializer(value)
     node.replace_input_with(index, value)
