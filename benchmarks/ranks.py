@@ -31,7 +31,8 @@ from compiler.accuracy import Comparison
 from compiler.checkpoint import open_checkpoint
 from compiler.driver import BuildRequest, build
 from compiler.ranked_engine import RankedEngine
-from runtime import Engine, SamplingParams
+from runtime import Engine, SamplingParams, host
+from runtime.profiling import read_bandwidth
 
 TASKS = (Task("decode", 1, 32, 64), Task("decode, batch 8", 8, 32, 32), Task("prefill 512", 1, 512))
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=256, ignore_eos=True)
@@ -60,19 +61,24 @@ def speed(shape: str, counts: list[int], rounds: int) -> dict[str, Any]:
     engines = {ranks: made(shape, ranks, "int8") for ranks in (1, *counts)}
     random = np.random.default_rng(0)
     samples: dict[str, dict[int, list[float]]] = {task.name: {ranks: [] for ranks in engines} for task in TASKS}
+    bandwidths = [read_bandwidth(len(host.usable_cores()))]
     for number in range(rounds):
         for ranks in list(engines)[:: 1 if number % 2 == 0 else -1]:
             with load(engines[ranks], ranks) as engine:
                 for task in TASKS:
                     task.run(engine, random, 4)  # type: ignore[arg-type]  # has generate
                     samples[task.name][ranks].append(round(task.run(engine, random), 6))  # type: ignore[arg-type]
+        bandwidths.append(read_bandwidth(len(host.usable_cores())))
         print(f"round {number + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = {
         name: {ranks: round(statistics.median(several / one for several, one in zip(times[ranks], times[1], strict=True)), 4)
                for ranks in counts}
         for name, times in samples.items()
     }  # fmt: skip
-    return {"shape": shape, "rounds": rounds, "time_over_one_rank": ratios, "samples": samples, "machine": machine.describe()}
+    return {
+        "shape": shape, "rounds": rounds, "time_over_one_rank": ratios, "samples": samples,
+        "read_gb_per_second": [round(bandwidth / 1e9, 2) for bandwidth in bandwidths], "machine": machine.describe(),
+    }  # fmt: skip
 
 
 def accuracy(counts: list[int]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_CHUNK = 64  # values that share a maximum
 ALL = -1  # in place of a count: the row's logits, without ids
 
 
@@ -69,6 +70,15 @@ def _best(row: NDArray[np.float32], most: int) -> NDArray[np.int64] | None:
     """Places of the `most` largest values and of those equal to the last; None if all are to be sent."""
     if not 0 < 2 * most < len(row) or not np.isfinite(row.max()):  # the maximum of a row with NaN is NaN
         return None
-    least = np.partition(row, len(row) - most)[len(row) - most]
-    places = np.flatnonzero(row >= least)
+    # As many chunks have a maximum that reaches a value as there are values, or fewer: few values are left to be sorted out.
+    maxima = np.maximum.reduceat(row, np.arange(0, len(row), _CHUNK))
+    places = np.flatnonzero(row >= _largest(maxima, most)) if most <= len(maxima) else np.arange(len(row))
+    values = row[places]
+    places = places[values >= _largest(values, most)]
     return places if 2 * len(places) < len(row) else None
+
+
+def _largest(values: NDArray[np.float32], number: int) -> np.float32:
+    """The value that `number` values reach."""
+    found: np.float32 = values.max() if number == 1 else np.partition(values, len(values) - number)[len(values) - number]
+    return found

@@ -12,8 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
+from runtime.memory import anonymous
 
 SLOT_FLOATS = 64 * 1024  # of a rank in shared memory; longer sums go through in pieces, which stay in cache
+_LARGE = 16 * 1024  # floats from which on a second wait takes less time than copies
+_PIECE = 16 * 1024  # floats that are added up at a time, and stay in a core's own cache
+_READY, _DONE, _PLACE = 0, 1, 2  # of a rank's line: sums that it is ready for and done with, and where its values are
+_SHARED_FILES = "/dev/shm"
 _LINE = 64
 _SPINS = 300  # looks at a value in a row before giving the core away between them
 _YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
@@ -28,7 +33,12 @@ class Collectives(Protocol):
     rank: int
     ranks: int
     ranks_here: int  # of this host
+    rank_here: int  # among those
     sharing: int  # of these, ranks that may run on the same cores
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        """So many zero bytes: contiguous values in it are summed the fastest. Every rank asks for some, once."""
+        ...
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
         """Make `values` ([n], or [rows, width] with any row stride) the sum over ranks, the same bit for bit on each."""
@@ -83,7 +93,7 @@ class MpiCollectives:
         self._comm: Any = MPI.COMM_WORLD.Dup()
         self.rank, self.ranks = int(self._comm.rank), int(self._comm.size)
         here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.ranks_here = int(here.size)
+        self.ranks_here, self.rank_here = int(here.size), int(here.rank)
         cores = os.sched_getaffinity(0)
         self.sharing = sum(1 for others in here.allgather(cores) if others & cores)
         shared = self.ranks_here == self.ranks if shared is None else shared
@@ -93,6 +103,10 @@ class MpiCollectives:
         # first: an engine that nobody closed has closed itself before.
         weakref.finalize(MpiCollectives, self._leave)
         MpiCollectives._joined = True
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        shared = self._sums.memory(size, self._comm, self._mpi) if self._sums else None
+        return anonymous(size) if shared is None else shared
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
         if not values.flags.c_contiguous:
@@ -181,9 +195,13 @@ class MpiCollectives:
 class _SharedSums:
     """Sums of ranks of one host through memory that all of them map.
 
-    Every rank copies its values to its slot, raises its flag, waits for all flags, and adds all slots up in the order of ranks:
-    so all have the same bits. Slots are there twice: who is at sum n + 2 knows that all have raised the flag for n + 1, and
-    so have read the slots of n, which are written again only now. On x86 stores are seen in the order they were made.
+    Small ones: every rank copies its values to its slot, raises its flag, waits for all flags, and adds all slots up in the
+    order of ranks: so all have the same bits. Slots are there twice: who is at sum n + 2 knows that all have raised the flag
+    for n + 1, and so have read the slots of n, which are written again only now. On x86 stores are seen in the order in which
+    they were made.
+
+    Large ones whose values lie in `memory`: nobody copies anything. When all ranks have said where their values are, each adds
+    up its share of them, in the order of ranks, and writes that to all; they go on when all have said that they are done.
     """
 
     def __init__(self, comm: Any, mpi: Any) -> None:
@@ -191,22 +209,48 @@ class _SharedSums:
         own = 4 * 2 * SLOT_FLOATS + _LINE
         self._window = mpi.Win.Allocate_shared(own, 1, comm=comm)  # kept: it is the memory
         self._slots: list[list[NDArray[np.float32]]] = [[], []]
-        flags = []
+        lines = []
         for rank in range(ranks):
             memory, _ = self._window.Shared_query(rank)
             whole = np.frombuffer(memory, np.uint8)
             floats = whole[_LINE:own].view(np.float32)
             self._slots[0].append(floats[:SLOT_FLOATS])
             self._slots[1].append(floats[SLOT_FLOATS:])
-            flags.append(memoryview(whole[:8].view(np.int64)))  # type: ignore[arg-type]  # quicker to look at than an array
-        self._rank = int(comm.rank)
-        self._own = flags[self._rank]
-        self._others = [flag for rank, flag in enumerate(flags) if rank != self._rank]
-        self._own[0] = self._count = 0
+            lines.append(memoryview(whole[:24].view(np.int64)))  # type: ignore[arg-type]  # quicker to look at than an array
+        self._rank, self._lines = int(comm.rank), lines
+        self._own = lines[self._rank]
+        self._others = [line for rank, line in enumerate(lines) if rank != self._rank]
+        self._own[_READY] = self._own[_DONE] = self._count = 0
+        self._arenas: list[NDArray[np.uint8]] = []
+        self._sum = np.empty(_PIECE, np.float32)
         comm.Barrier()
+
+    def memory(self, size: int, comm: Any, mpi: Any) -> NDArray[np.uint8] | None:
+        """Zero bytes that all ranks map, or None where the host's shared memory has no room for those of all."""
+        wanted = sum(comm.allgather(size))
+        try:
+            room = os.statvfs(_SHARED_FILES)
+            fits = room.f_bavail * room.f_frsize > 2 * wanted
+        except OSError:
+            fits = False
+        if self._arenas or not all(comm.allgather(fits)):
+            return None
+        self._arena_window = mpi.Win.Allocate_shared(size, 1, comm=comm)
+        for rank in range(len(self._lines)):
+            memory, _ = self._arena_window.Shared_query(rank)
+            self._arenas.append(np.frombuffer(memory, np.uint8))
+        own = self._arenas[self._rank]
+        own[:] = 0
+        comm.Barrier()
+        return own
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Make contiguous `values` the sum over ranks."""
+        if len(values) >= _LARGE and self._arenas:
+            offset = values.ctypes.data - self._arenas[self._rank].ctypes.data
+            if 0 <= offset <= len(self._arenas[self._rank]) - values.nbytes:
+                self._add_in_place(offset, len(values))
+                return
         for start in range(0, len(values), SLOT_FLOATS):
             self._add(values[start : start + SLOT_FLOATS])
 
@@ -214,13 +258,36 @@ class _SharedSums:
         self._count = count = self._count + 1
         slots, size = self._slots[count & 1], len(values)
         slots[self._rank][:size] = values
-        self._own[0] = count
-        for flag in self._others:
-            looks = 0
-            while flag[0] < count:
-                looks += 1
-                if looks > _SPINS:
-                    os.sched_yield()
+        self._own[_READY] = count
+        self._wait(_READY, count)
         np.add(slots[0][:size], slots[1][:size], out=values)
         for slot in slots[2:]:
             np.add(values, slot[:size], out=values)
+
+    def _add_in_place(self, offset: int, size: int) -> None:
+        self._count = count = self._count + 1
+        self._own[_PLACE] = offset
+        self._own[_READY] = count
+        self._wait(_READY, count)
+        starts = (line[_PLACE] for line in self._lines)
+        rows = [arena[start : start + 4 * size].view(np.float32) for arena, start in zip(self._arenas, starts, strict=True)]
+        ranks = len(rows)
+        first, last = (size * number // ranks for number in (self._rank, self._rank + 1))
+        for start in range(first, last, _PIECE):
+            piece = slice(start, min(start + _PIECE, last))
+            total = self._sum[: piece.stop - start]
+            np.add(rows[0][piece], rows[1][piece], out=total)
+            for row in rows[2:]:
+                np.add(total, row[piece], out=total)
+            for row in rows:
+                row[piece] = total
+        self._own[_DONE] = count
+        self._wait(_DONE, count)
+
+    def _wait(self, what: int, count: int) -> None:
+        for line in self._others:
+            looks = 0
+            while line[what] < count:
+                looks += 1
+                if looks > _SPINS:
+                    os.sched_yield()

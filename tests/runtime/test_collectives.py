@@ -55,6 +55,23 @@ for size in (1, 7, 2048, SLOT_FLOATS, 2 * SLOT_FLOATS + 3):
         assert same(part)
         exact = np.sum(parts, axis=0, dtype=np.float64)
         assert np.allclose(part, exact, rtol=0, atol=np.abs(parts).max() * 1e-6)
+arena = ranks.memory(1 << 20)
+assert not arena.any()
+for size in (2048, 16_384, 70_001):
+    for at in (0, 64 * (me + 1)):  # ranks may have their values in different places
+        own = arena[at : at + 4 * size].view(np.float32)
+        own[:] = (random.normal(size=size) * 10.0 ** random.integers(-6, 7, size)).astype(np.float32)
+        parts = comm.allgather(own.copy())
+        guard = arena[at + 4 * size : at + 4 * size + 64]
+        guard[:] = 7 + me
+        comm.Barrier()
+        ranks.all_reduce(own)
+        assert same(own) and (guard == 7 + me).all()
+        one_by_one = parts[0]
+        for part in parts[1:]:
+            one_by_one = one_by_one + part
+        assert not ranks._sums or np.array_equal(own, one_by_one), 'in the order of ranks'
+        comm.Barrier()
 rows = np.full((5, 64), me + 1, np.float32)
 before = rows.copy()
 ranks.all_reduce(rows[:3, :60])
@@ -86,7 +103,7 @@ for i in range(40):
 
 def test_messages_to_all_and_to_rank_0() -> None:
     works(3, """
-assert (n, ranks.ranks_here, ranks.sharing) == (3, 3, 3)
+assert (n, ranks.ranks_here, ranks.sharing, ranks.rank_here) == (3, 3, 3, me)
 buffer = np.full(100_000, -1, np.int32)
 for length in (1, 10, 90_000):
     if me == 0: buffer[:length] = np.arange(length)

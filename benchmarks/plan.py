@@ -1,0 +1,128 @@
+"""What `belle-compile plan` predicts beside what was measured, on this machine's results: python -m benchmarks.plan (seconds).
+
+Reads speed-SHAPE.json (benchmarks.speed) and ranks.json (benchmarks.ranks) and writes PLAN.md. A prediction has the model's
+dimensions, the instruction set, the number of ranks and the read bandwidth measured in the same run; nothing of it is fitted to
+the shape it is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import checkpoints
+from benchmarks.tasks import TASKS, Task
+from compiler.devices import DEVICES
+from compiler.layers import preset
+from compiler.plan.outline import outline
+from compiler.plan.predict import predict
+from compiler.plan.rates import rates_of
+from compiler.plan.work import RankWork, works_of
+
+RESULTS = Path("benchmarks/results")
+NAMED = {task.name: task for task in TASKS}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of a step (of a whole prompt in prefill), predicted and measured."""
+
+    shape: str
+    ranks: int
+    task: str
+    predicted: float
+    measured: float
+    read_gb: float
+    sums: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 where it was faster in truth."""
+        return self.predicted / self.measured
+
+
+def works(shape: str, ranks: int) -> list[RankWork]:
+    """By the dimensions of the shape."""
+    dimensions = checkpoints.SHAPES[shape]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(dimensions | checkpoints.COMMON[dimensions["model_type"]]))
+        return works_of(outline(config), preset("int8"), ranks)
+
+
+def row(shape: str, ranks: int, task: Task, isa: str, measured: float, read_gb: float) -> Row:
+    """Of the rank that takes longest."""
+    rates, _ = rates_of(DEVICES["cpu"], ranks, (isa,), 1e9 * read_gb)
+    tokens, context = (1, round(task.context)) if task.steps else (task.prompt, task.prompt // 2)
+    steps = [predict(work, rates, ranks, sequences=task.batch, tokens=tokens, context=context) for work in works(shape, ranks)]
+    slowest = max(steps, key=lambda step: step.seconds)
+    return Row(shape, ranks, task.name, slowest.seconds, measured, read_gb, slowest.sums_s)
+
+
+def of_speed(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iterator[Row]:
+    """Of one rank; the limit of decoding is the bandwidth measured beside each sample."""
+    limits = [sample["limit"] for name in NAMED if NAMED[name].steps for sample in found["samples"].get(name, {}).get(isa, [])]
+    for name, samples in found["samples"].items():
+        if name in NAMED and isa in samples:
+            own = [sample["limit"] for sample in samples[isa]] if NAMED[name].steps else limits
+            seconds = statistics.median(sample["seconds"] for sample in samples[isa])
+            yield row(shape, 1, NAMED[name], isa, seconds, statistics.median(own))
+
+
+def of_ranks(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iterator[Row]:
+    """Of several ranks."""
+    read_gb = statistics.median(found["read_gb_per_second"])
+    for name, by_ranks in found["samples"].items():
+        for ranks, seconds in by_ranks.items():
+            if int(ranks) > 1:
+                yield row(shape, int(ranks), NAMED[name], isa, statistics.median(seconds), read_gb)
+
+
+def page(rows: Sequence[Row], machines: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "# Plans beside measurements",
+        "",
+        "Written by `python -m benchmarks.plan` from speed-SHAPE.json and ranks.json; do not edit. Milliseconds of a decoding",
+        "step, and of a whole prompt in prefill; predicted with the read bandwidth measured in the same run.",
+        "",
+        "| shape | ranks | work | read GB/s | predicted ms | of it sums | measured ms | predicted / measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in rows:
+        times = f"{1e3 * one.predicted:.1f} | {1e3 * one.sums:.2f} | {1e3 * one.measured:.1f} | {one.ratio:.2f}"
+        lines.append(f"| {one.shape} | {one.ranks} | {one.task} | {one.read_gb:.1f} | {times} |")
+    lines += ["", "Measured:", ""]
+    lines += [f"- {name}: {m['processor']}, {m['system']}, {m['date']}, `{m['command']}`" for name, m in machines.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    machines: dict[str, dict[str, Any]] = {}
+    for path in sorted(arguments.results.glob("speed-*.json")):
+        shape, found = path.stem.removeprefix("speed-"), json.loads(path.read_text())
+        if shape in checkpoints.SHAPES:  # others have no dimensions without their checkpoint
+            rows += of_speed(found, shape)
+            machines[path.name] = found["machine"]
+    ranks = arguments.results / "ranks.json"
+    if ranks.is_file():
+        for shape, found in json.loads(ranks.read_text())["speed"].items():
+            if "read_gb_per_second" in found:
+                rows += of_ranks(found, shape)
+                machines[f"ranks.json, {shape}"] = found["machine"]
+    (arguments.results / "PLAN.md").write_text(page(rows, machines))
+    print(page(rows, machines))
+
+
+if __name__ == "__main__":
+    main()
