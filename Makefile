@@ -1,8 +1,9 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, GPU, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
 
 PYTHON ?= python3
 VENV ?= .venv
+GPU ?= h100
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
 PRESETS := int8 int8-accurate int8-plain
@@ -15,7 +16,7 @@ PEERS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers clean
+.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers gpu-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,18 @@ bench-scaling: $(VENV)/.installed-bench ## Measure batches, contexts and threads
 bench-peers: $(VENV)/.installed-bench ## Measure SHAPES side by side with other engines (a quiet machine, 4 hours, 30 GB of disk).
 	$(BIN)/python -m benchmarks.peers $(SHAPES) --rounds $(ROUNDS) $(if $(PEERS),--only $(PEERS))
 
+gpu-check: build/gpu-check-$(GPU)/bundle.json ## Run engines for GPU on the GPU of this host; without one, look at what would be run.
+	@if $(BIN)/python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]' && \
+	  $(BIN)/python -m benchmarks.gpu_check build/gpu-check-$(GPU) --out benchmarks/results/gpu-check.json; \
+	else \
+	  echo "no NVIDIA driver here: this is what a GPU host would run" && \
+	  $(BIN)/python -m benchmarks.gpu_check build/gpu-check-$(GPU) --dry-run; \
+	fi
+
+build/gpu-check-$(GPU)/bundle.json: | $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_check.bundle --target $(GPU) $(@D)
+
 clean: ## Remove what was built; keeps the environment and artifacts.
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -73,13 +86,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make virtual environments: run 'apt install python3-venv' (Debian, Ubuntu) and try again." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,ranks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,test,ranks]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,ranks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,test,ranks,dev]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,ranks,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,test,ranks,bench]'
 	@touch $@

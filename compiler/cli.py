@@ -228,18 +228,24 @@ def sensitivity(
 @cli.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def inspect(engine: Path, as_json: bool) -> None:
+@click.option("--kernels", is_flag=True, help="Every kernel of an engine for GPUs, in place of the rest.")
+def inspect(engine: Path, as_json: bool, kernels: bool) -> None:
     """Says what ENGINE is and what it needs, from its manifest; reads no weights.
 
     \b
     Examples:
       belle-compile inspect artifacts/belle-7b-cpu
+      belle-compile inspect artifacts/belle-7b-a100 --kernels
       belle-compile inspect artifacts/belle-7b-cpu --json | jq .kernel_calls
     """
     from compiler import inspection
 
     found = inspection.inspect(engine)
-    _show(found, terminal.engine_rows(found), as_json)
+    if kernels:
+        of_gpu = found.get("kernels", {})
+        _show({"kernels": of_gpu}, terminal.kernel_rows(of_gpu, each=True) or [("kernels", "one library, for CPUs")], as_json)
+    else:
+        _show(found, terminal.engine_rows(found), as_json)
 
 
 @cli.command()

@@ -56,10 +56,14 @@ OTHERS: Mapping[str, str] = {
 }
 
 
+def architecture(device: Device) -> str:
+    """Of a GPU, as its compilers name it: "sm_80"; empty for a processor."""
+    return f"sm_{device.compute_capability.replace('.', '')}" if device.compute_capability else ""
+
+
 def known_as(name: str) -> str:
     """What a device is called in messages, empty for one that is not known."""
     device = DEVICES.get(ALIASES.get(name, name))
     if device is None:
         return OTHERS.get(name, "")
-    architecture = f" (sm_{device.compute_capability.replace('.', '')})" if device.compute_capability else ""
-    return device.description + architecture
+    return device.description + (f" ({architecture(device)})" if device.compute_capability else "")

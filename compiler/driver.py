@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler import layers, targets
-from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls, plan_graph
+from compiler.backends import Lowered, compile_graphs, count_kernel_calls, plan_graph
 from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from compiler.checkpoint import Checkpoint, open_checkpoint
 from compiler.errors import CompileError
@@ -116,7 +116,7 @@ def build(request: BuildRequest) -> Path:
             calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         graph = build_graph(checkpoint)
         calls_before_fusion = _count_without_fusion(graph, passes_of(recipe), target.ranks)
-        check_memory(target, partial(_planned, graph, passes_of(recipe), request.kv_cache))
+        check_memory(target, partial(_planned, graph, passes_of(recipe), target, request.kv_cache))
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
         model = _model_info(request, checkpoint, graph, digests)
 
@@ -135,9 +135,7 @@ def build(request: BuildRequest) -> Path:
 
         say("compile", 0, 0)
         tune = (lambda done, total: say("tune", done, total)) if request.tune else None
-        lowered = compile_graphs(
-            graphs, isas=target.isas, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune
-        )
+        lowered = compile_graphs(graphs, target, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune)
 
         writer.check_space(sum(map(file_bytes, lowered)))
         writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
@@ -230,10 +228,10 @@ def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass], ranks: int) -
     return count_kernel_calls(run_ranks(unfused, (), ranks)[0][0] if ranks > 1 else unfused)
 
 
-def _planned(graph: ir.Model, preset: Sequence[Pass], kv_cache: str, ranks: int) -> list[Lowered]:
+def _planned(graph: ir.Model, preset: Sequence[Pass], target: targets.Target, kv_cache: str, ranks: int) -> list[Lowered]:
     """The memory that so many ranks take, by passes that do not calibrate."""
     whole = graph.clone()
-    return [plan_graph(model, kv_cache) for model in _run_passes(whole, preset, ranks)[0]]
+    return [plan_graph(model, target.is_gpu, kv_cache) for model in _run_passes(whole, preset, ranks)[0]]
 
 
 def _run_passes(
@@ -302,8 +300,8 @@ def _manifest(
         special_tokens=special_tokens(checkpoint),
         generation=GenerationDefaults(**checkpoint.generation),
         toolchain={"belle-compile": __version__}
-        | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx-ir")}
-        | {"C compiler": first.c_compiler, "kernel tilings": "; ".join(first.tilings)},
+        | {name: _version(name) for name in ("numpy", "onnx-ir")}
+        | dict(first.toolchain),
         files={},
     )
 

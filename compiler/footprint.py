@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from compiler.backends.tvm import Lowered
+from compiler.backends import Lowered
 from compiler.errors import CompileError
 from compiler.targets import Target
 from compiler.terminal import size
 from compiler.writer import tensor_bytes
+from runtime.host import GPU_RESERVE_BYTES
 
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer
@@ -22,7 +23,8 @@ def file_bytes(lowered: Lowered) -> int:
 
 def required_bytes(lowered: Lowered) -> int:
     """Of a host, for a rank that serves one sequence of `SERVED_TOKENS`, or of the model's context."""
-    return file_bytes(lowered) + lowered.program.arena_bytes + _kv_bytes(lowered) + PROCESS_BYTES
+    beside = GPU_RESERVE_BYTES if lowered.program.launches or lowered.program.candidates else PROCESS_BYTES
+    return file_bytes(lowered) + _working_bytes(lowered) + _kv_bytes(lowered) + beside
 
 
 def check_memory(target: Target, lowered: Callable[[int], Sequence[Lowered]]) -> None:
@@ -39,11 +41,13 @@ def check_memory(target: Target, lowered: Callable[[int], Sequence[Lowered]]) ->
     name = target.device.name
     which = f"rank {number} of {target.ranks}" if target.ranks > 1 else "the model"
     remedy = f"build for {fitting} ranks (--target {name}x{fitting})" if fitting else f"no number of ranks up to {most} will do"
-    parts = [("weights", _weight_bytes(rank)), ("KV cache", _kv_bytes(rank)), ("activations", rank.program.arena_bytes)]
+    parts = [("weights", _weight_bytes(rank)), ("KV cache", _kv_bytes(rank)), ("activations", _working_bytes(rank))]
     raise CompileError(
         "target",
         f"{which} does not fit the memory of a {name} device",
-        found=f"{size(needed)} needed: " + ", ".join(f"{what} {size(count)}" for what, count in parts) + ", and the process",
+        found=f"{size(needed)} needed: "
+        + ", ".join(f"{what} {size(count)}" for what, count in parts)
+        + ", and the process or driver",
         expected=f"at most {size(memory)}",
         remedy=remedy,
     )
@@ -58,6 +62,10 @@ def _fits(ranks: int, memory: int, lowered: Callable[[int], Sequence[Lowered]]) 
 
 def _weight_bytes(lowered: Lowered) -> int:
     return sum(tensor_bytes(weight) for weight in lowered.weights)
+
+
+def _working_bytes(lowered: Lowered) -> int:
+    return lowered.program.arena_bytes + lowered.program.scratch_bytes
 
 
 def _kv_bytes(lowered: Lowered) -> int:

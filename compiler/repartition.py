@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler import targets
-from compiler.backends.tvm import Lowered, compile_graphs, count_kernel_calls, plan_graph
+from compiler.backends import BEHIND_LOGITS, Lowered, compile_graphs, count_kernel_calls, plan_graph
 from compiler.driver import TUNING
 from compiler.errors import CompileError
 from compiler.footprint import SERVED_TOKENS, check_memory, file_bytes, required_bytes
@@ -54,7 +54,9 @@ def repartition(request: RepartitionRequest) -> Path:
     Raises CompileError where the engine has no graph, or does not fit the target, EngineError where it is damaged.
     """
     old = read_manifest(request.engine)
-    target = targets.parse(request.target).carrying(old.target.isas)
+    target = targets.parse(request.target)
+    if target.is_gpu == old.target.is_gpu:
+        target = target.carrying(old.target.isas)
     say = request.on_progress
     if GRAPH_NAME not in old.files:
         remedy = "build it again from its checkpoint"
@@ -62,17 +64,17 @@ def repartition(request: RepartitionRequest) -> Path:
     with EngineWriter(request.output, force=request.force) as writer:
         verify_files(request.engine, old, full=True, progress=lambda file, done, total: say("digest", done, total))
         say("optimize", 0, 0)
-        weights, program = WholeWeights(request.engine), read_program(request.engine / "rank0")
+        weights, program = WholeWeights(request.engine, rows=old.target.is_gpu), read_program(request.engine / "rank0")
         graph_bytes = (request.engine / GRAPH_NAME).read_bytes()
         graph = from_onnx(graph_bytes, weights.tensor)
         fusions = _fusions(old)
         weights.find(_divided(graph, fusions, old.target.ranks)[0])
-        check_memory(target, partial(_planned, graph, fusions, program))
+        check_memory(target, partial(_planned, graph, fusions, program, target))
         graphs, records = _divided(graph, fusions, target.ranks)
 
         say("compile", 0, 0)
         lowered = compile_graphs(
-            graphs, isas=target.isas, calls_before_fusion=_calls_before_fusion(program, graph, target.ranks),
+            graphs, target, calls_before_fusion=_calls_before_fusion(program, graph, target.ranks),
             kv_cache=program.kv.dtype,
         )  # fmt: skip
         writer.check_space(sum(map(file_bytes, lowered)))
@@ -103,14 +105,15 @@ def _divided(graph: ir.Model, fusions: Sequence[Pass], ranks: int) -> tuple[list
     return [alone], run_pipeline(alone, fusions)
 
 
-def _planned(graph: ir.Model, fusions: Sequence[Pass], program: Program, ranks: int) -> list[Lowered]:
-    return [plan_graph(model, program.kv.dtype) for model in _divided(graph, fusions, ranks)[0]]
+def _planned(graph: ir.Model, fusions: Sequence[Pass], program: Program, target: targets.Target, ranks: int) -> list[Lowered]:
+    return [plan_graph(model, target.is_gpu, program.kv.dtype) for model in _divided(graph, fusions, ranks)[0]]
 
 
 def _calls_before_fusion(program: Program, graph: ir.Model, ranks: int) -> int:
     """What the engine's program says, with the sums of the new ranks for those that it has."""
     added = count_kernel_calls(run_ranks(graph, (), ranks)[0][0]) - count_kernel_calls(graph) if ranks > 1 else 0
-    return program.kernel_calls.before_fusion - sum(call.all_reduce is not None for call in program.calls) + added
+    own = sum(call.all_reduce is not None or call.kind in BEHIND_LOGITS for call in program.calls)
+    return program.kernel_calls.before_fusion - own + added
 
 
 def _manifest(old: Manifest, target: targets.Target, records: Sequence[dict[str, Any]], lowered: Sequence[Lowered]) -> Manifest:
@@ -118,13 +121,12 @@ def _manifest(old: Manifest, target: targets.Target, records: Sequence[dict[str,
     fused = {_PARTITION, *(step.name for step in FUSION)}
     before = [record for record in old.passes if record.name not in fused and record.name != TUNING]
     after = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
-    tilings = {"C compiler": lowered[0].c_compiler, "kernel tilings": "; ".join(lowered[0].tilings)}
     return replace(
         old,
         target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
         passes=(*before, *after),
         kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
-        toolchain=dict(old.toolchain) | tilings,
+        toolchain=dict(old.toolchain) | dict(lowered[0].toolchain),
         files={},
         accuracy=None,
     )

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compiler.devices import ALIASES, DEVICES, GB, GIB, Device, known_as
+from compiler.devices import ALIASES, DEVICES, GB, GIB, Device, architecture, known_as
 from compiler.errors import CompileError
 from runtime.errors import EngineError
+from runtime.host import GPU_ARCHS
 from runtime.schema import from_plain
 
 
@@ -21,8 +22,8 @@ class Target:
     """A kind of host and how many ranks of it serve one engine.
 
     `name` is what the user typed in its shortest form ("cpu", "cpux2"), `arch` the machine of the serving host as `uname -m`
-    prints it, `isas` the instruction sets the fat engine carries kernels for, best first,
-    and `ranks` the processes that share one model, each on a device of its own.
+    prints it (empty: any), `isas` the instruction sets the fat engine carries kernels for, best first (of a GPU its
+    architecture, "sm_80"), and `ranks` the processes that share one model, each on a device of its own.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Target:
     isas: tuple[str, ...]
     ranks: int
     device: Device
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether its devices are GPUs, each of a host of any kind; else they are the host's processor."""
+        return bool(self.device.compute_capability)
 
     def carrying(self, isas: Sequence[str]) -> Target:
         """The same target with only some of its instruction sets; all of them for none named."""
@@ -48,7 +54,12 @@ class Target:
 
 CPU = Target(name="cpu", arch="x86_64", isas=("amx", "avx512vnni", "avx2"), ranks=1, device=DEVICES["cpu"])
 
-SUPPORTED = (CPU,)
+_GPUS = tuple(
+    Target(name=device.name, arch="", isas=(architecture(device),), ranks=1, device=device)
+    for device in DEVICES.values()
+    if architecture(device) in GPU_ARCHS
+)
+SUPPORTED = (CPU, *_GPUS)
 
 _NAME = re.compile(r"(?P<device>[a-z][a-z0-9-]*?)(?:x(?P<ranks>[1-9][0-9]*))?")
 _SUFFIX = ".toml"
@@ -96,7 +107,10 @@ def resolve(text: str) -> tuple[Device, int, tuple[str, ...]]:
     CompileError for what is unknown."""
     if text.strip().endswith(_SUFFIX):
         return _read(Path(text.strip()))
-    match = _NAME.fullmatch(text.strip().lower())
+    name = text.strip().lower()
+    if name in DEVICES:  # such as rtx4090, which is not 4090 of something
+        return DEVICES[name], 1, ()
+    match = _NAME.fullmatch(name)
     return _device(match["device"] if match else "", text), int(match["ranks"] or 1) if match else 1, ()
 
 

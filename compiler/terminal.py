@@ -71,11 +71,29 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> list[tuple[str, str]]:
+    """What machine code takes of a GPU, by kind or of `each` kernel: registers of a thread, shared memory of a block, bytes of
+    registers that spilled or lie in arrays, tensor-core instructions."""
+    groups: dict[str, list[Any]] = {}
+    for name, launch in kernels.items():
+        groups.setdefault(name if each else launch["kind"], []).append(launch)
+    rows = []
+    for name, some in groups.items():
+        registers, local = [launch["registers"] for launch in some], max(launch["local"] for launch in some)
+        cores = sorted({core for launch in some for core in launch["tensor_cores"]})
+        count = [] if each else [f"{len(some)} kernels"]
+        between = f"{min(registers)}" if len(set(registers)) == 1 else f"{min(registers)} to {max(registers)}"
+        facts = [f"{between} registers", f"{size(max(launch['shared'] for launch in some))} shared", f"{size(local)} local"]
+        rows.append((f"kernel {name}", ", ".join([*count, *facts, *cores])))
+    return rows
+
+
 def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of `inspect` for what `compiler.inspection.inspect` returns."""
     model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
     each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
     calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
+    host = f"{requires['arch'] or 'a GPU'} with one of {', '.join(requires['isa'])}"
     rows = [
         ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
         ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
@@ -83,7 +101,7 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
         ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
         (
             "needs",
-            f"{requires['arch']} with one of {', '.join(requires['isa'])}; {size(requires['memory_bytes'])} of memory{each}",
+            f"{host}; {size(requires['memory_bytes'])} of memory{each}",
         ),
         ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
         ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
@@ -92,6 +110,7 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
     ]
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
+    rows += kernel_rows(engine.get("kernels", {}))
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
     if each:
         weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]

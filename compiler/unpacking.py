@@ -26,8 +26,9 @@ class WholeWeights:
     are is recorded by `part_of` and `made_of`.
     """
 
-    def __init__(self, engine: Path) -> None:
-        self._engine = engine
+    def __init__(self, engine: Path, *, rows: bool = False) -> None:
+        """Matrices lie as panels, or with `rows`, as GPUs read them, as rows that are padded."""
+        self._engine, self._rows = engine, rows
         self._places: dict[int, list[tuple[int, str, ir.TensorProtocol]]] = {}  # by identity: rank, name there, tensor there
         self._tensors: list[ir.TensorProtocol] = []
 
@@ -55,7 +56,10 @@ class WholeWeights:
             file = self._engine / f"rank{rank}" / "weights.safetensors"
             with safe_open(file, framework="numpy") as weights:
                 packed = weights.get_tensor(name)
-            _copy(unpack(packed, tuple(tensor.shape.numpy()), dtype_name(tensor.dtype)), tensor, whole, result)
+            shape = tuple(tensor.shape.numpy())
+            inside = tuple(slice(size) for size in shape)
+            values = packed[inside] if self._rows else unpack(packed, shape, dtype_name(tensor.dtype))
+            _copy(values, tensor, whole, result)
             if tensor is whole:
                 break  # every rank has all of it
         return result

@@ -47,7 +47,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a host must have: one of the `isa`s, and memory for weights, arena and KV cache of one rank."""
+    """What a host must have: the machine `arch` (empty: any), a processor or GPUs with one of the `isa`s, and memory of those
+    for weights, arena and KV cache of one rank."""
 
     arch: str
     isa: tuple[str, ...]
@@ -63,6 +64,11 @@ class TargetInfo:
     isas: tuple[str, ...]
     requires: Requirements
     ranks: int = 1
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels are for GPUs."""
+        return not set(self.isas) - set(host.GPU_ARCHS)
 
 
 @dataclass(frozen=True)
@@ -198,11 +204,11 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise refuse(f"files.{name}.sha256", json.dumps(record.sha256[:70]), "64 hexadecimal digits")
         if record.bytes < 0:
             raise refuse(f"files.{name}.bytes", str(record.bytes), "a size")
-    known = ", ".join(host.ISA_FLAGS)
+    kinds = (*host.ISA_FLAGS, *host.GPU_ARCHS)
     for where, isas in (("target.isas", manifest.target.isas), ("target.requires.isa", manifest.target.requires.isa)):
         for isa in isas:
-            if isa not in host.ISA_FLAGS:
-                raise refuse(where, isa, f"among {known}")
+            if isa not in kinds:
+                raise refuse(where, isa, f"among {', '.join(kinds)}")
     if manifest.target.ranks < 1:
         raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 
@@ -224,7 +230,9 @@ def verify_files(
     }
     for name, record in files.items():
         _check_entry(root, name, record)
-    for path in sorted(root.glob(f"{own}/*.so")):  # of these, one is looked for by this processor's name
+    for path in sorted(
+        [*root.glob(f"{own}/*.so"), *root.glob(f"{own}/*.zip")]
+    ):  # of these, one is looked for by this processor's name
         if (name := str(path.relative_to(root))) not in manifest.files:
             raise EngineError(STAGE, f"file {name} is not in the manifest", remedy="remove it or copy the engine again")
     digested = {name: r for name, r in files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
@@ -266,14 +274,16 @@ def _check_entry(root: Path, name: str, record: FileRecord) -> None:
 
 
 def check_host(manifest: Manifest, ranks: int = 1) -> None:
-    """Raise `EngineError` when this host cannot run `ranks` ranks of the engine: system, processor, instruction set, memory."""
+    """Raise `EngineError` when this host cannot run `ranks` ranks of the engine: system, processor, instruction set, memory.
+    What a GPU must be like is checked when it is opened."""
     requires = manifest.target.requires
     what = f"this host cannot run the engine built for {manifest.target.name}"
     system, machine = host.host_arch()
-    if (system, machine) != ("Linux", requires.arch):
-        raise EngineError(
-            STAGE, what, found=f"{system} {machine}", expected=f"Linux {requires.arch}", remedy="run it on such a host"
-        )
+    if system != "Linux" or requires.arch not in ("", machine):
+        expected = f"Linux {requires.arch}".strip()
+        raise EngineError(STAGE, what, found=f"{system} {machine}", expected=expected, remedy="run it on such a host")
+    if manifest.target.is_gpu:
+        return
     isas = host.host_isas()
     if not set(isas) & set(requires.isa):
         missing = "; ".join(f"{isa} lacks {', '.join(host.missing_flags(isa))}" for isa in requires.isa)

@@ -18,7 +18,7 @@ from runtime.artifact import Manifest, Progress
 from runtime.errors import EngineError
 from runtime.generation import Generation, Result, Timings
 from runtime.loading import Options, load_parts
-from runtime.profiling import ProfileHandle, Recorder, read_bandwidth
+from runtime.profiling import ProfileHandle, Recorder
 from runtime.prompt import ChatTemplate, Message
 from runtime.sampling import Sampler, SamplingParams
 from runtime.scheduler import Sequence as TokenSequence
@@ -143,14 +143,14 @@ class Engine:
             print(profile.result.table())
         """
         handle, threads = ProfileHandle(), self.executor.threads
-        before = read_bandwidth(threads)
+        before = self._loop.call(self.executor.read_bandwidth)
         recorder = Recorder(self.executor.program, self.executor.batch)
         self._loop.record(recorder)
         try:
             yield handle
         finally:
             self._loop.record(None)
-        handle.result = recorder.profile(self.executor.isa, threads, max(before, read_bandwidth(threads)))
+        handle.result = recorder.profile(self.executor.isa, threads, max(before, self._loop.call(self.executor.read_bandwidth)))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids the model would see for a prompt."""

@@ -22,6 +22,12 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx2": _AVX2,
 }
 
+# Architectures of GPUs that engines are built for. What is compiled for one runs on those of the same major version (its first
+# digit) from it on.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # a block's, of such a GPU
+GPU_ARCHS = tuple(SHARED_BYTES)
+GPU_RESERVE_BYTES = 512 << 20  # of a GPU's memory, for the driver, code and recorded steps
+
 # Microarchitectures that kernels are tuned for: vendor, family and models, as in /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[str, int, frozenset[int]]] = {
     "znver5": ("AuthenticAMD", 26, frozenset(range(256))),

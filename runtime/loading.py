@@ -18,7 +18,6 @@ from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runtime.executors import Executor
-    from runtime.executors.cpu import CpuExecutor
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,13 @@ def check_ranks(manifest: Manifest, wanted: int) -> None:
 
 def _load_rank(
     directory: Path, manifest: Manifest, options: Options, collectives: Collectives | None
-) -> tuple[Tokenizer, CpuExecutor]:
+) -> tuple[Tokenizer, Executor]:
     rank, here = (collectives.rank, collectives.ranks_here) if collectives else (0, 1)
     check_host(manifest, here)
     verify_files(directory, manifest, full=options.full, progress=options.progress, rank=rank)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
+    if manifest.target.is_gpu:
+        return tokenizer, _on_gpu(directory / f"rank{rank}", manifest, options, collectives.rank_here if collectives else 0)
     from runtime.executors.cpu import CpuExecutor  # loads no kernels before the checks
 
     threads = options.threads
@@ -81,11 +82,20 @@ def _load_rank(
     return tokenizer, executor
 
 
+def _on_gpu(directory: Path, manifest: Manifest, options: Options, number: int) -> Executor:
+    if options.isa is not None and options.isa not in manifest.target.isas:
+        found, expected = options.isa, ", ".join(manifest.target.isas)
+        raise EngineError("engine", "instruction set", found=found, expected=f"{expected}, what the engine was built for")
+    from runtime.executors.cuda import CudaExecutor
+
+    return CudaExecutor(directory, manifest.target.isas, kv_tokens=options.kv_tokens, number=number)
+
+
 def _load_ranks(directory: Path, options: Options, collectives: Collectives) -> tuple[Manifest, Tokenizer, Executor]:
     """Load this rank and agree with the others that they belong together; what does not fit is said once, by rank 0."""
     from runtime.executors.ranked import RankedExecutor, serve, sums_of
 
-    loaded: tuple[Manifest, Tokenizer, CpuExecutor] | None = None
+    loaded: tuple[Manifest, Tokenizer, Executor] | None = None
     try:
         manifest = read_manifest(directory)
         check_ranks(manifest, collectives.ranks)
@@ -106,6 +116,7 @@ def _load_ranks(directory: Path, options: Options, collectives: Collectives) -> 
         if collectives.rank:
             sys.exit(1)
         raise EngineError(**verdict["error"])
+    loaded[2].join(collectives)
     if collectives.rank:
         serve(loaded[2], collectives)
         sys.exit(0)

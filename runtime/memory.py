@@ -62,6 +62,15 @@ class WeightsFile:
         """Size of the file."""
         return len(self._bytes)
 
+    @property
+    def contents(self) -> NDArray[np.uint8]:
+        """The file."""
+        return self._bytes
+
+    def offset(self, name: str) -> int:
+        """Where a tensor begins in the file."""
+        return self._offsets[name]
+
     def address(self, name: str) -> int:
         """Where a tensor lies in memory."""
         return int(self._bytes.ctypes.data) + self._offsets[name]

@@ -92,6 +92,12 @@ class _Sums:
     tokens: int = 0
     wall_s: float = 0.0
     kv_tokens: int = 0  # cached tokens that attention read, summed over steps
+    kv_alone: int = 0  # of these, those of sequences with one token in the step
+
+    def kv_of(self, kind: str) -> int:
+        """Cached tokens that a kind of kernel read."""
+        runs = self.kv_tokens - self.kv_alone
+        return {"attention": self.kv_tokens, "attention_alone": self.kv_alone, "attention_runs": runs}.get(kind, 0)
 
 
 @dataclass
@@ -148,7 +154,9 @@ class Recorder:
         sums.wall_s += wall_s
         contexts = np.zeros(batch.max_sequences, np.int64)
         np.maximum.at(contexts, batch.sequences[: batch.tokens], batch.positions[: batch.tokens] + 1)
+        alone = np.bincount(batch.sequences[: batch.tokens], minlength=len(contexts)) == 1
         sums.kv_tokens += int(contexts.sum())
+        sums.kv_alone += int(contexts[alone].sum())
 
     def _phase(self, name: str, bandwidth: float) -> Phase:
         sums = self._phases[name]
@@ -160,8 +168,7 @@ class Recorder:
         for (kind, rows), numbers in groups.items():
             calls, seconds = int(sums.calls[numbers].sum()), float(sums.seconds[numbers].sum())
             read = sum(self._program.calls[n].bytes * int(sums.calls[n]) for n in numbers)
-            if kind == "attention":
-                read += len(numbers) * sums.kv_tokens * kv_bytes_per_token(self._program) // self._program.kv.layers
+            read += len(numbers) * sums.kv_of(kind) * kv_bytes_per_token(self._program) // self._program.kv.layers
             rate = read / seconds
             share = rate / bandwidth if read else None
             kernels.append(KernelTime(kind, rows, calls, seconds, seconds / sums.wall_s, read, rate, share))

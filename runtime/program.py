@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from runtime.errors import EngineError
 from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
 
-PROGRAM_FORMAT = 3
+PROGRAM_FORMAT = 4
 PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
-INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "T", "R")
+INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "T", "R")
 KV_DTYPES = {"float32": 4, "float16": 2, "int8": 1}
 SCALES_BYTES = 4 * BLOCK_SIZE  # of an int8 cache: one float32 per token of a block, for each head
+CUBIN = ".cubin"  # in an archive of a GPU's kernels, after the kernel's name
 _REBUILD = "rebuild the engine with belle-compile build"
 
 
@@ -49,7 +50,17 @@ class KV:
     part: Literal["k", "v"]
 
 
-Arg = Arena | Weight | Input | KV
+@dataclass(frozen=True)
+class Scratch:
+    """Memory beside the arena that holds zeros between calls; JSON {"scratch": byte offset}."""
+
+    offset: int
+
+
+Arg = Arena | Weight | Input | KV | Scratch
+# Steps in which a call is run: all, or those with tokens that are the only ones of their sequence ("alone", as when decoding),
+# or those with several of one sequence ("runs", as of a prompt). The kernel sees to it that it takes no other tokens.
+When = Literal["always", "alone", "runs"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Call:
     `rows` says which count ("T" tokens or "R" logit rows) picks among `variants`: (largest row count or None for any,
     kernel name), ascending; the first whose bound holds is run. With `kernel` alone there is one variant, for any count.
     With `all_reduce` there is no kernel, and the one argument is the buffer. `kind` and `node` are for reports; `bytes` are the
-    weight bytes the call reads.
+    weight bytes the call reads. Where a step has no token that the call is for (`when`), it may be left out.
     """
 
     kind: str
@@ -78,6 +89,7 @@ class Call:
     variants: tuple[tuple[int | None, str], ...] = ()
     bytes: int = 0
     all_reduce: AllReduce | None = None
+    when: When = "always"
 
     def kernels(self) -> tuple[tuple[int | None, str], ...]:
         """The variants, or the one kernel for any count; none for a sum over ranks."""
@@ -101,7 +113,8 @@ class Logits:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """KV cache: [num_blocks][layers] of k[kv_heads][head_dim][16] and v[kv_heads][16][head_dim].
+    """KV cache: [num_blocks][layers] of k[kv_heads][head_dim][16] and v[kv_heads][16][head_dim]; keys lie as values do where
+    they are not `transposed_keys`.
 
     Blocks are outermost, so that a short sequence touches few pages, and these may be huge ones.
 
@@ -113,6 +126,7 @@ class KVLayout:
     kv_heads: int
     head_dim: int
     dtype: str
+    transposed_keys: bool = True
 
     @property
     def scales_bytes(self) -> int:
@@ -141,6 +155,39 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Where a program leaves the best logits of each row, as `candidates` of a step asks for: byte offsets in the arena of
+    their number (int32 [R]), places (int32 [R, capacity]) and values (float32 [R, capacity]). Where there are more than the
+    capacity, the places are of no use."""
+
+    counts: int
+    places: int
+    values: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a GPU starts a kernel: the function's name in its module, threads of a block, bytes of shared memory that are asked
+    for, and the grid: `grid` blocks, times one for every `rows` rows along the first axis where rows are not 0. What is left
+    is for reports: registers and bytes of local memory of a thread, and the tensor-core instructions of the machine code."""
+
+    symbol: str
+    threads: int
+    shared: int
+    grid: tuple[int, ...]
+    rows: int
+    registers: int
+    local: int
+    tensor_cores: tuple[str, ...]
+
+    def blocks(self, count: int) -> tuple[int, int, int]:
+        """The grid for so many rows."""
+        x, y, z = self.grid
+        return (x * (-(-count // self.rows) if self.rows else 1), y, z)
+
+
+@dataclass(frozen=True)
 class FusionCalls:
     """Kernel calls of one step before and after fusion."""
 
@@ -152,7 +199,9 @@ class FusionCalls:
 class Program:
     """A step of at most `max_tokens` tokens, `max_rows` logit rows, `max_sequences` sequences of `max_blocks` blocks.
 
-    It is that of rank `rank` of `ranks`, which run it together; `vocab_size` is the model's, `kv` has this rank's heads.
+    It is that of rank `rank` of `ranks`, which run it together; `vocab_size` is the model's, `kv` has this rank's heads. On a
+    GPU every kernel has a launch, and may have `alternatives` by the bound that a call gives it ("any": None): kernels that
+    compute the same from the same arguments for so many rows, of which the host takes the fastest.
     """
 
     max_tokens: int
@@ -167,6 +216,10 @@ class Program:
     kernel_calls: FusionCalls
     rank: int = 0
     ranks: int = 1
+    scratch_bytes: int = 0
+    candidates: Candidates | None = None
+    launches: dict[str, Launch] = field(default_factory=dict)
+    alternatives: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     block_size: int = BLOCK_SIZE
     format: int = PROGRAM_FORMAT
 
@@ -177,7 +230,9 @@ class Program:
 
     def kernel_names(self) -> tuple[str, ...]:
         """Every kernel the library must export, sorted."""
-        return tuple(sorted({name for call in self.calls for _, name in call.kernels()}))
+        called = {name for call in self.calls for _, name in call.kernels()}
+        others = (names for by_bound in self.alternatives.values() for names in by_bound.values())
+        return tuple(sorted(called.union(*others)))
 
     def weight_names(self) -> tuple[str, ...]:
         """Every tensor the weights file must hold, sorted."""
@@ -213,7 +268,7 @@ def program_from_json(text: str, where: str = PROGRAM_NAME) -> Program:
         raise refuse("calls", "no list", "a list")
     program = from_plain(Program, plain | {"calls": []}, refuse)
     parsed = tuple(_call_from_plain(call, refuse, f"calls[{i}]") for i, call in enumerate(calls))
-    program = Program(**{**program.__dict__, "calls": parsed})
+    program = replace(program, calls=parsed)
     _check(program, refuse)
     return program
 
@@ -221,6 +276,8 @@ def program_from_json(text: str, where: str = PROGRAM_NAME) -> Program:
 def _call_to_plain(call: Call) -> dict[str, Any]:
     plain: dict[str, Any] = {"kind": call.kind, "node": call.node, "rows": call.rows, "bytes": call.bytes}
     plain["args"] = [_arg_to_plain(arg) for arg in call.args]
+    if call.when != "always":
+        plain["when"] = call.when
     if call.kernel is not None:
         plain["kernel"] = call.kernel
     if call.all_reduce is not None:
@@ -240,6 +297,8 @@ def _arg_to_plain(arg: Arg) -> dict[str, Any]:
             return {"input": name}
         case KV(layer, part):
             return {"kv": layer, "part": part}
+        case Scratch(offset):
+            return {"scratch": offset}
 
 
 def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
@@ -252,12 +311,14 @@ def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
             return Input(name)
         case {"kv": int(layer), "part": "k" | "v" as part, **rest} if not rest:
             return KV(layer, part)
-    raise refuse(where, json.dumps(plain)[:80], "an arena, weight, input or kv argument")
+        case {"scratch": int(offset), **rest} if not rest:
+            return Scratch(offset)
+    raise refuse(where, json.dumps(plain)[:80], "an arena, weight, input, kv or scratch argument")
 
 
 def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
     fields = {"kind": str, "node": str, "rows": str, "args": list, "kernel": str, "variants": dict, "bytes": int}
-    fields |= {"all_reduce": dict}
+    fields |= {"all_reduce": dict, "when": str}
     if not isinstance(plain, dict):
         raise refuse(where, "no object", "an object")
     for name, value in plain.items():
@@ -275,7 +336,10 @@ def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
     args = tuple(_arg_from_plain(arg, refuse, f"{where}.args[{i}]") for i, arg in enumerate(plain["args"]))
     kernel, read, reduce = plain.get("kernel"), plain.get("bytes", 0), plain.get("all_reduce")
     summed = None if reduce is None else from_plain(AllReduce, reduce, lambda field, *rest: refuse(f"{where}.{field}", *rest))
-    return Call(plain["kind"], plain["node"], plain["rows"], args, kernel, tuple(variants), read, summed)
+    when = plain.get("when", "always")
+    if when not in get_args(When):
+        raise refuse(f"{where}.when", when, " or ".join(get_args(When)))
+    return Call(plain["kind"], plain["node"], plain["rows"], args, kernel, tuple(variants), read, summed, when)
 
 
 def _check(program: Program, refuse: Refuse) -> None:
@@ -296,6 +360,7 @@ def _check(program: Program, refuse: Refuse) -> None:
     last, whole = logits.first + logits.count, logits.count == program.vocab_size
     if logits.first < 0 or logits.count < 1 or last > program.vocab_size or whole != (program.ranks == 1):
         raise refuse("logits", f"tokens {logits.first} to {last}", f"this rank's part of {program.vocab_size}")
+    _check_launches(program, refuse)
     for i, call in enumerate(program.calls):
         where = f"calls[{i}] ({call.node})"
         if call.rows not in ("T", "R"):
@@ -309,6 +374,22 @@ def _check(program: Program, refuse: Refuse) -> None:
                 raise refuse(f"{where}.kernel", last_name or "none", f"a kernel for up to {most} rows")
         for arg in call.args:
             _check_arg(program, arg, refuse, where)
+
+
+def _check_launches(program: Program, refuse: Refuse) -> None:
+    """On a GPU every kernel can be started, and candidates lie in the arena."""
+    if program.launches and (missing := set(program.kernel_names()) - set(program.launches)):
+        raise refuse("launches", f"none of {min(missing)}", "one of every kernel")
+    for name, launch in program.launches.items():
+        if len(launch.grid) != 3 or min(launch.grid) < 1 or launch.rows < 0 or not 0 < launch.threads <= 1024:
+            raise refuse(
+                f"launches.{name}", f"grid {launch.grid}, {launch.threads} threads", "a grid of three, 1 to 1024 threads"
+            )
+    if best := program.candidates:
+        size = 4 * best.capacity * program.max_rows
+        ends = best.counts + 4 * program.max_rows, best.places + size, best.values + size
+        if min(best.counts, best.places, best.values) < 0 or max(ends) > program.arena_bytes or best.capacity < 1:
+            raise refuse("candidates", f"bytes up to {max(ends)}", "rows in the arena")
 
 
 def _check_all_reduce(program: Program, call: Call, summed: AllReduce, rows: int, refuse: Refuse, where: str) -> None:
@@ -327,6 +408,8 @@ def _check_arg(program: Program, arg: Arg, refuse: Refuse, where: str) -> None:
     match arg:
         case Arena(offset) if offset < 0 or offset >= program.arena_bytes or offset % ALIGNMENT:
             raise refuse(f"{where}.args", f"arena offset {offset}", f"a multiple of 64 below {program.arena_bytes}")
+        case Scratch(offset) if not 0 <= offset < program.scratch_bytes:
+            raise refuse(f"{where}.args", f"scratch offset {offset}", f"one below {program.scratch_bytes}")
         case Input(name) if name not in INPUTS:
             raise refuse(f"{where}.args", f"input {name}", "one of " + ", ".join(INPUTS))
         case KV(layer, _) if not 0 <= layer < program.kv.layers:

@@ -1,11 +1,15 @@
-"""What all tests share: golden texts."""
+"""What all tests share: golden texts, and Triton kernels that are interpreted."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Read when kernels are imported. Tests that compile them do so in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.backends.tvm.lower import MAX_TOKENS
 from compiler.devices import Device
 from compiler.errors import CompileError
 from compiler.footprint import FIXED_BYTES, PROCESS_BYTES
@@ -39,7 +38,7 @@ def plan(path: str | Path, target: str, quantization: str, load: Load, kv_cache:
         if ranks > device.max_ranks:
             continue
         try:
-            works = works_of(checkpoint, recipe, ranks, kv_cache)
+            works = works_of(checkpoint, recipe, ranks, kv_cache, gpu=bool(device.compute_capability))
         except CompileError as error:
             lines.append({"ranks": ranks, "refused": str(error)})
             continue
@@ -84,8 +83,8 @@ def _time(work: RankWork, rates: Rates, ranks: int, load: Load, prompt: bool) ->
     """Of a token of every sequence, or of one sequence's prompt of `context` tokens."""
     if not prompt:
         return predict(work, rates, ranks, sequences=load.batch, tokens=1, context=load.context)
-    chunks = range(0, load.context, MAX_TOKENS)
-    sizes = [min(MAX_TOKENS, load.context - start) for start in chunks]
+    chunks = range(0, load.context, work.max_tokens)
+    sizes = [min(work.max_tokens, load.context - start) for start in chunks]
     steps = [
         predict(work, rates, ranks, sequences=1, tokens=tokens, context=start + tokens // 2)
         for start, tokens in zip(chunks, sizes, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.backends.tvm.lower import lower
+from compiler.backends import plan_graph
 from compiler.checkpoint import Checkpoint
 from compiler.frontends import build_graph
 from compiler.ir.ops import attributes_of
@@ -34,9 +34,10 @@ class Product:
 class RankWork:
     """What one rank holds (bytes of weights and of workspace, the layout of its KV cache) and what a step of it is made of:
     products, attention (of each layer, operations for a token and a token of context), kernel calls, and channels that it sums
-    with the other ranks, one entry for each sum."""
+    with the other ranks, one entry for each sum. A step has `max_tokens` at most."""
 
     rank: int
+    max_tokens: int
     weight_bytes: int
     workspace_bytes: int
     kv: KVLayout
@@ -50,29 +51,34 @@ class RankWork:
         return blocks_for(context) * self.kv.block_bytes
 
 
-def works_of(checkpoint: Checkpoint, recipe: Recipe, ranks: int, kv_cache: str = "auto") -> list[RankWork]:
-    """The work of each of `ranks`; no weight is read. Raises CompileError where the model cannot be divided so."""
+def works_of(
+    checkpoint: Checkpoint, recipe: Recipe, ranks: int, kv_cache: str = "auto", *, gpu: bool = False
+) -> list[RankWork]:
+    """The work of each of `ranks`, on GPUs or on processors; no weight is read. Raises CompileError where the model cannot be
+    divided so."""
     graph = build_graph(checkpoint)
     before, fusions = at_fusion(passes_of(recipe))
     run_pipeline(graph, before)
     if ranks == 1:
         run_pipeline(graph, fusions)
-        return [_work(0, graph, kv_cache)]
+        return [_work(0, graph, kv_cache, gpu)]
     graphs, _ = run_ranks(graph, fusions, ranks)
-    return [_work(rank, one, kv_cache) for rank, one in enumerate(graphs)]
+    return [_work(rank, one, kv_cache, gpu) for rank, one in enumerate(graphs)]
 
 
-def _work(rank: int, graph: ir.Model, kv_cache: str) -> RankWork:
-    program, weights, *_ = lower(graph, 0, kv_cache)
+def _work(rank: int, graph: ir.Model, kv_cache: str, gpu: bool) -> RankWork:
+    lowered = plan_graph(graph, gpu, kv_cache)
+    program, weights = lowered.program, lowered.weights
     attention = [attributes_of(node) for node in graph.graph if node.op_type == "Attention"]
     return RankWork(
         rank=rank,
+        max_tokens=program.max_tokens,
         weight_bytes=sum(weight.bytes for weight in weights),
-        workspace_bytes=program.arena_bytes,
+        workspace_bytes=program.arena_bytes + program.scratch_bytes,
         kv=program.kv,
         products=tuple(_products(graph)),
         attention=tuple(map(_attention_operations, attention)),
-        calls=sum(call.all_reduce is None for call in program.calls),
+        calls=sum(call.all_reduce is None and call.when != "runs" for call in program.calls),
         sums=tuple(call.all_reduce.width for call in program.calls if call.all_reduce),
     )
 

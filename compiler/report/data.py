@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from compiler.backends.tvm.memory_plan import PlannedBuffer
+from compiler.backends.memory_plan import PlannedBuffer
 from runtime.artifact import FileRecord, Manifest
 from runtime.schema import to_plain
 

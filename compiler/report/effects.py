@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import tokenizers
 
-from compiler.backends.tvm import can_lower, count_kernel_calls
+from compiler.backends import can_lower, count_kernel_calls
 from compiler.ir.cache import BLOCK_SIZE, PagedCache
 from compiler.ir.evaluate import stepwise
 from compiler.ir.lazy import keeping

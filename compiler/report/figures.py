@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compiler.backends.tvm.memory_plan import PlannedBuffer
+from compiler.backends.memory_plan import PlannedBuffer
 from compiler.terminal import size
 
 

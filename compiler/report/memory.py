@@ -8,7 +8,7 @@ from compiler.report.data import Memory
 from runtime.program import Call, Program, Weight
 
 if TYPE_CHECKING:
-    from compiler.backends.tvm import Lowered
+    from compiler.backends import Lowered
 
 EMBEDDING, HEAD, ATTENTION, FEED_FORWARD, OTHER = "embedding", "head", "attention", "feed-forward", "norms and tables"
 _PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, HEAD, f"{EMBEDDING} and {HEAD}, shared", OTHER)

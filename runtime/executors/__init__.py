@@ -11,6 +11,7 @@ from runtime.kv_cache import BLOCK_SIZE
 from runtime.program import Program
 
 if TYPE_CHECKING:
+    from runtime.collectives import Collectives
     from runtime.profiling import Recorder
 
 
@@ -18,7 +19,8 @@ class StepBatch:
     """The inputs of one step: int32 buffers of the executor, allocated once, filled in place by the scheduler.
 
     `token_ids`, `positions`, `sequences` [max_tokens]: the first `tokens` entries count; a token's sequence is its row of
-    `block_table` [max_sequences, max_blocks], its position counts from 0. A sequence's tokens lie in ascending positions.
+    `block_table` [max_sequences, max_blocks], its position counts from 0. A sequence's tokens lie side by side, in ascending
+    positions.
     `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are wanted.
     `candidates` [max_rows], where the executor asks for it: how many of a row's best logits matter, with those equal to the
     last; others may come as -inf. 0: all matter.
@@ -77,8 +79,16 @@ class Executor(Protocol):
         """Run what `batch` holds; logits [batch.rows, vocab_size], scratch that is valid until the next step."""
         ...
 
+    def join(self, collectives: Collectives) -> None:
+        """Be one of several ranks, which all call it when all are there, before the first step."""
+        ...
+
     def record(self, recorder: Recorder | None) -> None:
         """Tell `recorder` of every kernel call from the next step on, or nobody."""
+        ...
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that memory gives now: the limit of steps that read much and compute little."""
         ...
 
     def close(self) -> None:

@@ -21,8 +21,8 @@ from runtime.executors.native import CallList, FailedCall, KernelLibrary, Thread
 from runtime.executors.summed import Sum, SummedLists
 from runtime.kv_cache import blocks_for
 from runtime.memory import WeightsFile, anonymous
-from runtime.profiling import Recorder
-from runtime.program import ALIGNMENT, KV, AllReduce, Arena, Arg, Call, Input, Program, Weight, read_program
+from runtime.profiling import Recorder, read_bandwidth
+from runtime.program import ALIGNMENT, KV, AllReduce, Arena, Arg, Call, Input, Program, Scratch, Weight, read_program
 
 WEIGHTS_NAME = "weights.safetensors"
 
@@ -70,15 +70,14 @@ class CpuExecutor:
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
 
         self._arena = anonymous(program.arena_bytes)
+        self._scratch = anonymous(program.scratch_bytes)
         self._kv = anonymous(self.num_blocks * program.kv.block_bytes)
         self._inputs = _allocate_inputs(program)
         self._tokens, self._rows = self._inputs["T"], self._inputs["R"]
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
         self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"])
-        start, stride = program.logits.offset, program.logits.stride
-        floats = self._arena[start : start + 4 * stride * program.max_rows].view(np.float32)
-        self._logits = floats.reshape(program.max_rows, stride)[:, : program.logits.count]
+        self._logits = self._logits_in_arena()
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
         self._lists: dict[tuple[int, int], tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
@@ -103,17 +102,31 @@ class CpuExecutor:
             raise EngineError("cpu", f"kernel {call.kind} of {call.node}", found=failed.message) from None
         return self._logits[:rows]
 
+    def join(self, collectives: Collectives) -> None:
+        """Put the arena where ranks sum it fastest. All ranks call it, once all are there, before the first step."""
+        self._arena = collectives.memory(self.program.arena_bytes)
+        self._logits = self._logits_in_arena()
+
     def record(self, recorder: Recorder | None) -> None:
         """Time every kernel call from the next step on, or stop doing so."""
         self._recorder = recorder
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that this executor's cores read from memory."""
+        return read_bandwidth(self.threads)
 
     def close(self) -> None:
         """End the threads, drop weights and buffers; their memory is unmapped with the last array that shows it."""
         self._pool.close()
         self._lists.clear()
-        for name in ("_arena", "_kv", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
+        for name in ("_arena", "_scratch", "_kv", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
+
+    def _logits_in_arena(self) -> NDArray[np.float32]:
+        logits, most = self.program.logits, self.program.max_rows
+        floats = self._arena[logits.offset : logits.offset + 4 * logits.stride * most].view(np.float32)
+        return floats.reshape(most, logits.stride)[:, : logits.count]
 
     def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList | SummedLists, NDArray[np.int64]]:
         """The list for row counts, and the numbers of its calls in the program."""
@@ -153,6 +166,8 @@ class CpuExecutor:
                 return int(self._inputs[name].ctypes.data)
             case KV():
                 return int(self._kv.ctypes.data) + self.program.kv.part_offset(arg)
+            case Scratch(offset):
+                return int(self._scratch.ctypes.data) + offset
 
 
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:

@@ -55,6 +55,7 @@ class RankedExecutor:
         self._failed = True  # until the step is through
         self._collectives.broadcast(self._message, _write(batch, wanted, self._known, self._message))
         self._own.batch.tokens, self._own.batch.rows = batch.tokens, batch.rows
+        _tell(self._own, wanted)
         logits, rows = self._own.step(), batch.rows
         if rows:
             own = self._results[0]
@@ -64,9 +65,16 @@ class RankedExecutor:
         self._failed = False
         return self._logits[:rows]
 
+    def join(self, collectives: Collectives) -> None:
+        """It has."""
+
     def record(self, recorder: Recorder | None) -> None:
         """Time every kernel call of this rank from the next step on, or stop doing so. Sums count with their waiting."""
         self._own.record(recorder)
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that this rank reads from memory."""
+        return self._own.read_bandwidth()
 
     def close(self) -> None:
         """End the other ranks and free the memory."""
@@ -90,12 +98,19 @@ def serve(own: Executor, collectives: Collectives) -> None:
         if not message[0]:
             break
         _read(message, batch, wanted)
+        _tell(own, wanted)
         logits = own.step()
         if batch.rows:
             length = candidates.pack(logits, wanted[: batch.rows], result)
             collectives.gather(result, length, [])
     collectives.close()
     own.close()
+
+
+def _tell(own: Executor, wanted: NDArray[np.int32]) -> None:
+    """How many logits matter, to an executor that asks."""
+    if own.batch.candidates is not None:
+        own.batch.candidates[:] = wanted
 
 
 def sums_of(program: Program) -> list[tuple[str, int]]:

@@ -8,11 +8,12 @@ import onnx_ir as ir
 import pytest
 
 from compiler import driver
-from compiler.backends.tvm import Lowered
+from compiler.backends import Lowered
 from compiler.backends.tvm.isa import AVX2
 from compiler.backends.tvm.kernels.tiling import built_in
 from compiler.backends.tvm.lower import lower
 from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
+from compiler.targets import Target
 
 TUNED = TilingTable("avx2", (Entry(Shape(96, 64), built_in(AVX2), {1: (9.0, 10.0)}),), {"processor": "x"}, "2026-01-02")
 
@@ -24,7 +25,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def compile_graphs(
         models: Sequence[ir.Model],
-        isas: tuple[str, ...],
+        target: Target,
         *,
         calls_before_fusion: int,
         kv_cache: str,
@@ -32,9 +33,10 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> list[Lowered]:
         if tune is not None:
             tune(1, 1)
-        tilings, tuned = (["avx2: built-in"], None) if tune is None else (["avx2: measured"], TUNED)
-        kernels = {f"kernels-{isa}.so": isa.encode() for isa in isas}
+        tilings, tuned = ("avx2: built-in", None) if tune is None else ("avx2: measured", TUNED)
+        toolchain = {"C compiler": "cc 1.0", "kernel tilings": tilings}
+        kernels = {f"kernels-{isa}.so": isa.encode() for isa in target.isas}
         ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
-        return [Lowered(program, weights, kernels, tilings, "cc 1.0", tuned, buffers) for program, weights, _, buffers in ranks]
+        return [Lowered(program, weights, kernels, toolchain, tuned, buffers) for program, weights, _, buffers in ranks]
 
     monkeypatch.setattr(driver, "compile_graphs", compile_graphs)

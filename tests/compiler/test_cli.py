@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in run(capsys, "targets")[1].splitlines()]
     assert lines[0][:2] == ["device", "builds"] and lines[1][:2] == ["cpu", "now"]
-    assert ["h100", "not", "yet", "79", "GiB", "3350", "450", "15", "1-8", "9.0", "NVIDIA"] in [line[:11] for line in lines]
+    assert ["t4", "not", "yet", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:11] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
     assert [device["name"] for device in found["targets"] if device["builds"]] == [target.name for target in targets.SUPPORTED]
     assert found["aliases"] == {"a100": "a100-40g"}
@@ -104,7 +104,7 @@ def test_verify_on_a_host_that_is_too_old(
 def test_build_refuses_an_unknown_target_before_anything_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "engine"
     assert "unknown target: found 'tpu', expected cpu" in fail(capsys, "build", "missing", "-o", out, "--target", "tpu")
-    assert "does not build for it yet" in fail(capsys, "build", "missing", "-o", out, "--target", "a100x4")
+    assert "does not build for it yet" in fail(capsys, "build", "missing", "-o", out, "--target", "t4x4")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,6 +230,7 @@ OPTIONS = {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
+    "inspect": {"--kernels"},
     "plan": {"--target", "--quant", "--kv-cache", "--batch", "--context"},
     "repartition": {"--target", "-o", "--output", "--force"},
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},

@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from compiler import driver, inspection, terminal
-from compiler.backends.tvm import Lowered
+from compiler.backends import Lowered
 from compiler.backends.tvm.isa import AVX2
 from compiler.backends.tvm.library import compile_library
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
 from compiler.report.effects import TOKENS
+from compiler.targets import Target
 from passes.pipeline import PRESETS
 from runtime.artifact import Manifest, read_manifest, verify_files
 from runtime.program import read_program
@@ -145,7 +146,7 @@ def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypat
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
 
-    def full(models: list[ir.Model], **options: object) -> list[Lowered]:
+    def full(models: list[ir.Model], target: Target, **options: object) -> list[Lowered]:
         raise CompileError("tvm", "op Conv", found="no kernel")
 
     monkeypatch.setattr(driver, "compile_graphs", full)

@@ -10,6 +10,7 @@ import pytest
 
 from compiler import driver
 from compiler import repartition as repartitioning
+from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm import packing
 from compiler.driver import BuildRequest, build
 from compiler.errors import CompileError
@@ -131,6 +132,6 @@ def test_unpacking(shape: tuple[int, int]) -> None:
     for packed, expected, dtype in (
         (packing.pack_int8(int8), int8, "int8"), (packing.pack_float(floats), floats, "float32"),
         (packing.pack_int4(int4), int4, "int4"), (packing.pack_group_scales(scales), scales, "float16"),
-        (packing.pack_vector(floats[0]), floats[0], "float32"),
+        (pack_vector(floats[0]), floats[0], "float32"),
     ):  # fmt: skip
         np.testing.assert_array_equal(packing.unpack(packed, expected.shape, dtype), expected)

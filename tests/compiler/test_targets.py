@@ -22,17 +22,32 @@ def test_the_runtime_knows_every_instruction_set_of_the_cpu_target() -> None:
     assert targets.CPU.isas == tuple(host.ISA_FLAGS), "same names, same order: best first"
 
 
-@pytest.mark.parametrize(("text", "name"), [("a100x4", "NVIDIA A100"), ("h100", "NVIDIA H100"), ("V100x8", "NVIDIA V100")])
+BUILT = "cpu, a100-40g, a100-80g, h100, h200, l40s, rtx4090"
+
+
+@pytest.mark.parametrize(("text", "name"), [("t4", "NVIDIA T4"), ("V100x8", "NVIDIA V100")])
 def test_known_devices_are_refused_as_not_supported_yet(text: str, name: str) -> None:
-    message = rf"^target: {name} .* does not build for it yet: found '{text}', expected cpu; use --target cpu\.$"
+    message = rf"^target: {name} .* does not build for it yet: found '{text}', expected {BUILT}; use --target {BUILT}\.$"
     with pytest.raises(CompileError, match=message):
         targets.parse(text)
 
 
 @pytest.mark.parametrize("text", ["gpu", "a1000", "", "x4", "a100x0", "a100x", "cpu x2", "芯片"])
 def test_other_names_list_what_there_is(text: str) -> None:
-    with pytest.raises(CompileError, match=r"^target: unknown target: found .*, expected cpu; see `belle-compile targets`\.$"):
+    with pytest.raises(
+        CompileError, match=rf"^target: unknown target: found .*, expected {BUILT}; see `belle-compile targets`\.$"
+    ):
         targets.parse(text)
+
+
+def test_gpus_by_their_architecture() -> None:
+    found = {name: targets.parse(name) for name in ("a100x1", "A100x4", "h100x2", "l40s", "rtx4090")}
+    assert [target.isas for target in found.values()] == [("sm_80",), ("sm_80",), ("sm_90",), ("sm_89",), ("sm_89",)]
+    assert [(target.name, target.ranks) for target in found.values()] == [
+        ("a100-40g", 1), ("a100-40gx4", 4), ("h100x2", 2), ("l40s", 1), ("rtx4090", 1),
+    ]  # fmt: skip
+    assert all(target.is_gpu and not target.arch for target in found.values()) and not targets.CPU.is_gpu
+    assert {isa for target in targets.SUPPORTED if target.is_gpu for isa in target.isas} <= set(host.GPU_ARCHS)
 
 
 def test_some_of_the_instruction_sets() -> None:
@@ -80,7 +95,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ('device = "cpu"\nmemory_gib = -1', r"key memory_gib of .*: found -1, expected a number above 0"),
         ('device = "cpu"\nranks = 20', r"ranks of cpu: found 20, expected 1 to 8"),
         ('device = "cpu"\nisas = ["neon"]', r"instruction set of cpu: found neon"),
-        ('device = "h100"\nranks = 2', r"NVIDIA H100 .* does not build for it yet: found '.*server\.toml'"),
+        ('device = "t4"\nranks = 2', r"NVIDIA T4 .* does not build for it yet: found '.*server\.toml'"),
         ('device = "abacus"', r"unknown target: found 'abacus'"),
         ("device =", r"file .*server\.toml: found .*, expected a TOML file"),
     ],

@@ -101,6 +101,12 @@ class FakeExecutor:
     def record(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
 
+    def join(self, collectives: Any) -> None:
+        raise AssertionError("fakes are alone, or have joined")
+
+    def read_bandwidth(self) -> float:
+        return 1e10
+
     def close(self) -> None:
         self.closed = True
 

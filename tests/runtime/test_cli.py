@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime import Engine, EngineError, engine
+from runtime import Engine, EngineError
 from runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
 
@@ -67,7 +67,7 @@ def test_json_is_one_object() -> None:
 
 @pytest.mark.usefixtures("loads")
 def test_profile_is_a_table_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "read_bandwidth", lambda threads: 20e9)
+    monkeypatch.setattr(FakeExecutor, "read_bandwidth", lambda self: 20e9)
     result = run("hello", "--profile")
     assert result.stdout == ANSWER + "\n"
     for text in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import EngineError, SamplingParams, engine
+from runtime import EngineError, SamplingParams
 from runtime.profiling import Profile, kv_bytes_per_token, read_bandwidth
 from tests.runtime.fakes import FakeExecutor, make_engine
 
@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=4)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 GB/s, then 10."""
     rates = iter([20e9, 10e9] * 5)
-    monkeypatch.setattr(engine, "read_bandwidth", lambda threads: next(rates))
+    monkeypatch.setattr(FakeExecutor, "read_bandwidth", lambda self: next(rates))
 
 
 def profile(prompts: list[list[int]], executor: FakeExecutor | None = None) -> Profile:

@@ -16,11 +16,14 @@ from runtime.program import (
     AllReduce,
     Arena,
     Call,
+    Candidates,
     FusionCalls,
     Input,
     KVLayout,
+    Launch,
     Logits,
     Program,
+    Scratch,
     Weight,
     program_from_json,
     read_program,
@@ -76,7 +79,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 3; rebuild"),
+        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 4; rebuild"),
         (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
@@ -130,3 +133,44 @@ def test_missing_and_broken_file(tmp_path: Path) -> None:
     (tmp_path / "program.json").write_text("{")
     with pytest.raises(EngineError, match=r"program\.json is not JSON"):
         read_program(tmp_path)
+
+
+LAUNCH = Launch("fn", 128, 4096, (3, 2, 1), 16, 40, 0, ("IMMA",))
+GPU = dataclasses.replace(
+    PROGRAM,
+    calls=(*CALLS[:2], dataclasses.replace(CALLS[2], args=(Arena(0), Scratch(256)), when="runs")),
+    launches=dict.fromkeys((*PROGRAM.kernel_names(), "l4b"), LAUNCH),
+    alternatives={"l4": {"4": ("l4b",)}},
+    scratch_bytes=512,
+    candidates=Candidates(0, 64, 320, 8),
+    kv=KVLayout(2, 2, 16, "float16", transposed_keys=False),
+)
+
+
+def test_programs_for_gpus() -> None:
+    read = program_from_json(GPU.to_json())
+    assert read == GPU and read.calls[2].when == "runs" and read.calls[0].when == "always"
+    assert "l4b" in read.kernel_names()
+    assert [LAUNCH.blocks(rows) for rows in (1, 16, 17)] == [(3, 2, 1), (3, 2, 1), (6, 2, 1)]
+    assert dataclasses.replace(LAUNCH, rows=0).blocks(99) == (3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["launches"].pop("l4b"), "launches does not fit: found none of l4b, expected one of every kernel"),
+        (lambda p: p["launches"]["a"].update(grid=[1, 2]), r"launches\.a does not fit: found grid \(1, 2\), 128 threads"),
+        (lambda p: p["launches"]["a"].update(threads=2048), "found grid .*, 2048 threads, expected a grid of three, 1 to 1024"),
+        (lambda p: p["calls"][2].update(when="never"), r"when does not fit: found never, expected always or alone or runs"),
+        (lambda p: p["calls"][2]["args"][1].update(scratch=512), "found scratch offset 512, expected one below 512"),
+        (
+            lambda p: p["candidates"].update(capacity=4096),
+            "candidates does not fit: found bytes up to .*, expected rows",
+        ),
+    ],
+)
+def test_what_does_not_fit_of_a_gpu_program_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    plain = json.loads(GPU.to_json())
+    change(plain)
+    with pytest.raises(EngineError, match=message):
+        program_from_json(json.dumps(plain))

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from compiler.backends import Lowered
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from compiler.backends.tvm.kernels.base import Kernel
-    from compiler.backends.tvm.lower import PackedWeight
-    from compiler.backends.tvm.memory_plan import PlannedBuffer
     from compiler.backends.tvm.tuning.table import TilingTable
     from runtime.program import Program
-
-CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; append to the cache, attend. Others: one
-WITHOUT_KERNEL = frozenset({"Identity", "IntegerLinear", "Dequantize"})  # passes remove or fuse these
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A graph as an engine holds it. `kernels` are the shared libraries by file name; `tilings` says for each instruction set
-    where the kernels' tilings come from, `c_compiler` what compiled the code around the kernels, `tuned` is what was measured
-    for this build. `buffers` is what the program's arena holds, in order of the calls that write it first."""
-
-    program: Program
-    weights: Sequence[PackedWeight]
-    kernels: Mapping[str, bytes]
-    tilings: Sequence[str] = ()
-    c_compiler: str = ""
-    tuned: TilingTable | None = None
-    buffers: Sequence[PlannedBuffer] = ()
-
-
-def count_kernel_calls(model: ir.Model) -> int:
-    """Kernel calls of one step of a graph, whether or not it could be lowered as it is."""
-    return sum(CALLS_OF_OP.get(node.op_type, 1) for node in model.graph)
-
-
-def can_lower(model: ir.Model) -> bool:
-    """Whether every op of a graph has a kernel as it is."""
-    return not any(node.op_type in WITHOUT_KERNEL for node in model.graph)
-
-
-def plan_graph(model: ir.Model, kv_cache: str = "auto") -> Lowered:
-    """What `compile_graphs` makes of a rank's graph, but for its kernels, which take long: weights, program and memory plan."""
-    from compiler.backends.tvm.lower import lower
-
-    program, weights, _, buffers = lower(model, 0, kv_cache)
-    return Lowered(program, weights, {}, buffers=buffers)
 
 
 def compile_graphs(
@@ -67,7 +31,7 @@ def compile_graphs(
     those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
     """
     from compiler.backends.tvm.isa import ISAS
-    from compiler.backends.tvm.library import compile_library, compiler_version
+    from compiler.backends.tvm.library import compile_library
     from compiler.backends.tvm.lower import lower
 
     ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
@@ -78,9 +42,16 @@ def compile_graphs(
         tables, same = _tables(kernels, isas, tuned), frozenset(kernels)
         if same not in compiled:
             compiled[same] = {table.library: compile_library(kernels, ISAS[table.isa], table) for table in tables}
-        sources = [table.describe() for table in tables]
-        lowered.append(Lowered(program, weights, compiled[same], sources, compiler_version(), tuned, buffers))
+        toolchain = _versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
+        lowered.append(Lowered(program, weights, compiled[same], toolchain, tuned, buffers))
     return lowered
+
+
+def _versions() -> dict[str, str]:
+    """What the libraries were compiled with."""
+    from compiler.backends.tvm.library import compiler_version
+
+    return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"C compiler": compiler_version()}
 
 
 def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable | None) -> list[TilingTable]:

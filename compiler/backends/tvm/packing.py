@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.backends.tvm.kernels.base import round_up
+from compiler.backends.kernel import round_up
 from compiler.backends.tvm.kernels.panels import PANEL
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 
-VECTOR_ALIGNMENT = 16  # 64 bytes of float32 or int32
+_PANELS = 64  # packed at a time
 
 
 def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
@@ -20,11 +20,17 @@ def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
 
 
 def pack_int8(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """[outputs, inputs] to panels; padding is zero."""
-    panels, groups, _, _ = int8_panels_shape(*weight.shape)
-    padded = np.zeros((panels * PANEL, groups * 4), np.int8)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    return np.ascontiguousarray(padded.reshape(panels, PANEL, groups, 4).transpose(0, 2, 1, 3))
+    """[outputs, inputs] to panels; padding is zero. Panel groups are packed one after the other: beside the weight and the
+    result, which may be large, memory is small."""
+    shape = panels, groups, _, _ = int8_panels_shape(*weight.shape)
+    packed = np.empty(shape, np.int8)
+    for start in range(0, panels, _PANELS):
+        rows = weight[start * PANEL : (start + _PANELS) * PANEL]
+        count = min(_PANELS, panels - start)
+        padded = np.zeros((count * PANEL, groups * 4), np.int8)
+        padded[: len(rows), : weight.shape[1]] = rows
+        packed[start : start + count] = padded.reshape(count, PANEL, groups, 4).transpose(0, 2, 1, 3)
+    return packed
 
 
 def int4_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
@@ -65,13 +71,6 @@ def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     padded = np.zeros((panels * PANEL, inputs), np.float32)
     padded[: weight.shape[0]] = weight
     return np.ascontiguousarray(padded.reshape(panels, PANEL, inputs).transpose(0, 2, 1))
-
-
-def pack_vector(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """A vector padded with zeros to 64 bytes."""
-    padded = np.zeros(round_up(values.size, VECTOR_ALIGNMENT), values.dtype)
-    padded[: values.size] = values.reshape(-1)
-    return padded
 
 
 def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:

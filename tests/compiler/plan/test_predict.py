@@ -12,7 +12,7 @@ from runtime.program import KVLayout
 
 RATES = Rates(read=100e9, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
 LAYER, HEAD = Product(10**8, 2 * 10**8, True, True), Product(10**7, 2 * 10**7, True, False)
-WORK = RankWork(0, 11 * 10**7, 0, KVLayout(1, 8, 64, "float16"), (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
+WORK = RankWork(0, 512, 11 * 10**7, 0, KVLayout(1, 8, 64, "float16"), (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
 
 
 def test_one_token_reads_its_weights_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
-from compiler.backends.tvm.memory_plan import PlannedBuffer
+from compiler.backends.memory_plan import PlannedBuffer
 from compiler.report import Drift, Effects, Memory, Report, Stage
 from runtime.artifact import FileRecord, PassRecord
 from tests.compiler.engines import MANIFEST

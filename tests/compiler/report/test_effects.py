@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.backends.tvm import count_kernel_calls
+from compiler.backends import count_kernel_calls
 from compiler.ir.build import make_initializer
 from compiler.ir.lazy import lazy
 from compiler.report import Drift, Effects, PassEffects, Stage, pass_effects

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from compiler.backends.tvm import WITHOUT_KERNEL, Lowered
+from compiler.backends import WITHOUT_KERNEL, Lowered
+from compiler.backends.rules import RULES
 from compiler.backends.tvm.lower import lower
-from compiler.backends.tvm.rules import RULES
 from compiler.ir.ops import REGISTRY
 from compiler.report import Memory, coverage_of, coverage_of_set, memory_of
 from passes.pipeline import PRESETS, run_pipeline

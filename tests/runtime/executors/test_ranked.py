@@ -22,10 +22,13 @@ class Threads:
     """Collectives of ranks that are threads, but for sums, which fakes have none of."""
 
     def __init__(self, rank: int, ranks: int, down: list[queue.Queue[np.ndarray]], up: list[queue.Queue[np.ndarray]]) -> None:
-        self.rank, self.ranks, self.ranks_here, self.sharing = rank, ranks, ranks, ranks
+        self.rank, self.ranks, self.ranks_here, self.sharing, self.rank_here = rank, ranks, ranks, ranks, rank
         self.down, self.up = down, up
         self.sent: list[int] = []  # lengths
         self.closed = False
+
+    def memory(self, size: int) -> np.ndarray:
+        raise NotImplementedError
 
     def all_reduce(self, values: np.ndarray) -> None:
         raise NotImplementedError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import View
 from compiler.backends.tvm.kernels.panels import PANEL
 from compiler.backends.tvm.tir import Buffer, Expr, T
 

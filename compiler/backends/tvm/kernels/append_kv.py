@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from compiler.backends.kernel import View, round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax

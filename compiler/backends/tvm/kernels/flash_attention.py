@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compiler.backends.kernel import round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.base import round_up
 from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import each

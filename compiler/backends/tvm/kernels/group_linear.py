@@ -19,9 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from compiler.backends.kernel import View, round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 from compiler.backends.tvm.kernels.tiling import LINE, Walk

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 from compiler.ir.meanings import golay_signs
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
 
+from compiler.backends.kernel import View, round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.amx import tile_rows
-from compiler.backends.tvm.kernels.base import Kernel, View, round_up
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
 from compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
 from compiler.backends.tvm.tir import Buffer, Expr, T

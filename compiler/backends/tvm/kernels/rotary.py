@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels import float64
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.rowwise import Values, each
 from compiler.backends.tvm.tir import Buffer, Expr, T
 

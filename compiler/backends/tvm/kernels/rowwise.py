@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import cycle
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
-from compiler.backends.tvm.kernels.base import View
 from compiler.backends.tvm.tir import Buffer, Expr, T
 from compiler.ir.meanings import LIMITS
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compiler.backends.kernel import round_up
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import round_up
 from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, QuantizedLinear
 from compiler.backends.tvm.library import compile_functions
 from runtime import host

@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
 from compiler.backends.tvm.tuning.candidates import TILE_PANELS, TILE_ROWS, Bucket, buckets

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.library import compile_library
 from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.host import host_isas

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compiler.backends.kernel import View
+from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX
-from compiler.backends.tvm.kernels.base import View
 from compiler.backends.tvm.kernels.group_linear import GroupLinear
 from compiler.backends.tvm.library import compile_library
 from compiler.ir import meanings
@@ -55,7 +56,7 @@ def tokens(xq: Array) -> Array:
 
 def run(library: Library, kernel: GroupLinear, xq: Array, xs: Array, wq: Array, ws: Array, bias: Array) -> Array:
     out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
-    biases = [aligned_copy(packing.pack_vector(bias))] if kernel.bias else []
+    biases = [aligned_copy(pack_vector(bias))] if kernel.bias else []
     library.call(
         kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int4(wq)),
         aligned_copy(packing.pack_group_scales(ws)), *biases, out,

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compiler.backends.kernel import View
+from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX
-from compiler.backends.tvm.kernels.base import View
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.library import compile_library
@@ -62,10 +63,10 @@ def integers(rng: np.random.Generator, planes: int, *shape: int) -> Array:
 
 def run_quantized(library: Library, kernel: QuantizedLinear, xq: Array, xs: Array, wq: Array, ws: Array, bias: Array) -> Array:
     out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
-    biases = [aligned_copy(packing.pack_vector(bias))] if kernel.bias else []
+    biases = [aligned_copy(pack_vector(bias))] if kernel.bias else []
     library.call(
         kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int8(wq)),
-        aligned_copy(packing.pack_vector(ws)), aligned_copy(packing.pack_vector(packing.correction(wq))), *biases, out,
+        aligned_copy(pack_vector(ws)), aligned_copy(pack_vector(packing.correction(wq))), *biases, out,
     )  # fmt: skip
     return out[: len(xq), : kernel.outputs]
 
@@ -132,7 +133,7 @@ def test_float_linear(library: Library, shape: tuple[int, int]) -> None:
         stored[:rows, :inputs] = x
         out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
         library.call(kernel, ints(rows), aligned_copy(stored), aligned_copy(packing.pack_float(weight)),
-                    aligned_copy(packing.pack_vector(bias)), out)  # fmt: skip
+                    aligned_copy(pack_vector(bias)), out)  # fmt: skip
         expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
         np.testing.assert_allclose(out[:rows, :outputs], expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 

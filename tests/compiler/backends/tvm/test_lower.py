@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
+from compiler.backends.kernel import View
 from compiler.backends.tvm import compile_graphs, library
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.group_linear import GroupLinear
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.lower import lower

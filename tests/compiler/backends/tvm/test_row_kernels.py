@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compiler.backends.kernel import View
+from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.activation import Activation
-from compiler.backends.tvm.kernels.base import Kernel, View
+from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm
@@ -20,7 +22,7 @@ from compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from compiler.backends.tvm.kernels.rotary import RotaryTable
 from compiler.backends.tvm.kernels.rows import Add, GatherRows
 from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.packing import pack_float, pack_int8, pack_vector
+from compiler.backends.tvm.packing import pack_float, pack_int8
 from compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
 from tests.compiler.backends.tvm.tuning.test_candidates import inner_loops

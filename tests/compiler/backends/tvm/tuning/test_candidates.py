@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
@@ -33,8 +34,8 @@ def test_every_candidate_is_exact(isa: Isa, planes: int, tmp_path: Path) -> None
     wq = rng.integers(-127, 128, SHAPE).astype(np.int8)
     wq[0], wq[1] = 127, -127
     ones = aligned_copy(np.ones(CAPACITY, np.float32))
-    scale = aligned_copy(packing.pack_vector(np.ones(SHAPE[0], np.float32)))
-    packed, correction = aligned_copy(packing.pack_int8(wq)), aligned_copy(packing.pack_vector(packing.correction(wq)))
+    scale = aligned_copy(pack_vector(np.ones(SHAPE[0], np.float32)))
+    packed, correction = aligned_copy(packing.pack_int8(wq)), aligned_copy(pack_vector(packing.correction(wq)))
     kernel = quantized(*SHAPE, False, planes)
     # Blocks for the row counts of this test only, which is what the search compiles, too.
     tilings = [LinearTiling(((None, walk),), trial_rows=ROWS) for walk in _walks(isa, planes)]

@@ -7,19 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.backends.tvm.kernels.activation import Activation
-from compiler.backends.tvm.kernels.append_kv import AppendKV
-from compiler.backends.tvm.kernels.attention import Attention
-from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
-from compiler.backends.tvm.kernels.float_linear import FloatLinear
-from compiler.backends.tvm.kernels.group_linear import GroupLinear
-from compiler.backends.tvm.kernels.hadamard import BlockHadamard
-from compiler.backends.tvm.kernels.norm import Norm
-from compiler.backends.tvm.kernels.quantize import QuantizeTokens
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.kernels.rotary import RotaryTable
-from compiler.backends.tvm.kernels.rows import Add, GatherRows
-from compiler.backends.tvm.lower import Lowering, Operand, Place, cache_parts
+from compiler.backends.lowering import Lowering, Operand, Place, cache_parts
+from compiler.errors import CompileError
 from runtime.program import Input
 
 Attributes = dict[str, Any]
@@ -55,19 +44,19 @@ def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     out = low.allocate(node.outputs[0])
     if table.is_initializer():
         assert table.shape is not None
-        embedding = FloatEmbedding(table.shape.numpy()[0], out.width, out.view)
-        low.call(embedding, node, out.buffer.rows, _graph_input(indices), low.float_panels(table), out)
+        embedding = low.kernels.FloatEmbedding(table.shape.numpy()[0], out.width, out.view)
+        low.call(embedding, node, out.buffer.rows, _graph_input(indices), low.float_matrix(table), out)
     else:
         x = low.place(table)
-        low.call(GatherRows(x.width, x.view, out.view), node, out.buffer.rows, _graph_input(indices), x, out)
+        low.call(low.kernels.GatherRows(x.width, x.view, out.view), node, out.buffer.rows, _graph_input(indices), x, out)
 
 
 def partial_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     ids, table, first = node.inputs
     assert table is not None and table.shape is not None
     out = low.allocate(node.outputs[0])
-    kernel = FloatEmbedding(table.shape.numpy()[0], out.width, out.view, partial=True)
-    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.float_panels(table), low.number(first), out)
+    kernel = low.kernels.FloatEmbedding(table.shape.numpy()[0], out.width, out.view, partial=True)
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.float_matrix(table), low.number(first), out)
 
 
 def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
@@ -75,8 +64,8 @@ def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) ->
     first = _input(node, 3)
     assert table is not None and table.shape is not None
     out = low.allocate(node.outputs[0])
-    kernel = QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view, partial=first is not None)
-    operands: list[Operand] = [low.int8_panels(table), low.vector(scales)]
+    kernel = low.kernels.QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view, partial=first is not None)
+    operands: list[Operand] = [low.int8_matrix(table), low.vector(scales)]
     operands += [low.number(first)] if first is not None else []
     low.call(kernel, node, out.buffer.rows, _graph_input(ids), *operands, out)
 
@@ -91,14 +80,14 @@ def all_reduce(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 def add(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x, r = low.place(node.inputs[0]), low.place(node.inputs[1])
     out = low.allocate(node.outputs[0])
-    low.call(Add(x.width, x.view, r.view, out.view), node, out.buffer.rows, x, r, out)
+    low.call(low.kernels.Add(x.width, x.view, r.view, out.view), node, out.buffer.rows, x, r, out)
 
 
 def linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x, weight, bias = low.place(node.inputs[0]), node.inputs[1], _input(node, 2)
     out = low.allocate(node.outputs[0])
-    kernel = FloatLinear(out.width, x.width, bias is not None, x.view, out.view)
-    operands: list[Operand] = [x, low.float_panels(weight)]
+    kernel = low.kernels.FloatLinear(out.width, x.width, bias is not None, x.view, out.view)
+    operands: list[Operand] = [x, low.float_matrix(weight)]
     operands += [low.vector(bias)] if bias is not None else []
     low.call(kernel, node, out.buffer.rows, *operands, out)
 
@@ -107,8 +96,8 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
     xq, xs, weight, scale, bias = (low.place(node.inputs[0]), low.place(node.inputs[1]), node.inputs[2], node.inputs[3],
                                    _input(node, 4))  # fmt: skip
     out = low.allocate(node.outputs[0])
-    kernel = QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
-    operands: list[Operand] = [xq, xs, low.int8_panels(weight), low.vector(scale), low.correction(weight)]
+    kernel = low.kernels.QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
+    operands: list[Operand] = [xq, xs, *low.int8_linear(weight, scale)]
     operands += [low.vector(bias)] if bias is not None else []
     low.call(kernel, node, out.buffer.rows, *operands, out)
 
@@ -116,8 +105,11 @@ def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> No
 def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     xq, xs, bias = low.place(node.inputs[0]), low.place(node.inputs[1]), _input(node, 4)
     out = low.allocate(node.outputs[0])
-    kernel = GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
-    operands: list[Operand] = [xq, xs, low.int4_panels(node.inputs[2]), low.group_scales(node.inputs[3])]
+    if low.kernels.GroupLinear is None:
+        remedy = "build with --quant int8, or for a CPU"
+        raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found="no kernel for int4", remedy=remedy)
+    kernel = low.kernels.GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    operands: list[Operand] = [xq, xs, *low.int4_linear(node.inputs[2], node.inputs[3])]
     operands += [low.vector(bias)] if bias is not None else []
     low.call(kernel, node, out.buffer.rows, *operands, out)
 
@@ -125,7 +117,9 @@ def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x, step = low.place(node.inputs[0]), _step(low, node, 1)
     xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
-    low.call(QuantizeTokens(x.width, x.view, xq.view, xq.planes, bool(step)), node, xq.buffer.rows, x, *step, xq, xs)
+    low.call(
+        low.kernels.QuantizeTokens(x.width, x.view, xq.view, xq.planes, bool(step)), node, xq.buffer.rows, x, *step, xq, xs
+    )
 
 
 def _step(low: Lowering, node: ir.Node, index: int) -> list[Operand]:
@@ -144,7 +138,7 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
         outputs = [low.allocate(output) for output in node.outputs]
         total = outputs.pop(0) if adds else None
         step = _step(low, node, 3 + adds) if quantizes else []
-        kernel = Norm(
+        kernel = low.kernels.Norm(
             norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
             quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
             planes=outputs[0].planes, step=bool(step),
@@ -163,7 +157,7 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
         step = _step(low, node, 1 + (up is not None)) if quantizes else []
         outputs = [low.allocate(output) for output in node.outputs]
-        kernel = Activation(
+        kernel = low.kernels.Activation(
             kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
             attributes.get("hadamard") or None, bool(step),
         )  # fmt: skip
@@ -174,32 +168,35 @@ def _activation_rule(kind: str, quantizes: bool) -> Rule:
 
 def block_hadamard(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     x, out = low.place(node.inputs[0]), low.allocate(node.outputs[0])
-    low.call(BlockHadamard(x.width, attributes["block"], x.view, out.view), node, out.buffer.rows, x, out)
+    low.call(low.kernels.BlockHadamard(x.width, attributes["block"], x.view, out.view), node, out.buffer.rows, x, out)
 
 
 def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     positions, sequences, inv_freq = node.inputs
     out = low.allocate(node.outputs[0])
-    kernel = RotaryTable(head_dim=out.width, **attributes)
+    kernel = low.kernels.RotaryTable(head_dim=out.width, **attributes)
     low.call(kernel, node, out.buffer.rows, _graph_input(positions), _graph_input(sequences), low.vector(inv_freq), out)
 
 
 def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """Two calls: keys and values go into the cache, then the queries read it."""
+    """Keys and values go into the cache, then the queries read it: one call, or one for each sort of tokens."""
     q, k, v = (low.place(value) for value in node.inputs[:3])
     where = [_graph_input(value) for value in node.inputs[3:6]]
     cos_sin, slopes = _input(node, 6), _input(node, 7)
     table: list[Operand] = [low.place(cos_sin)] if cos_sin is not None else []
     out = low.allocate(node.outputs[0])
     layer, kv_heads, head_dim = attributes["layer"], attributes["num_kv_heads"], attributes["head_dim"]
-    append = AppendKV(low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None)
-    attend = Attention(
-        low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
-        low.kv_dtype, cos_sin is not None, slopes is not None,
-    )  # fmt: skip
+    append = low.kernels.AppendKV(
+        low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None
+    )
     low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer))
     biases: list[Operand] = [low.vector(slopes)] if slopes is not None else []
-    low.call(attend, node, "T", q, *where, *table, *biases, *cache_parts(layer), out)
+    for when, kind in low.kernels.Attention:
+        attend = kind(
+            low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
+            low.kv_dtype, cos_sin is not None, slopes is not None,
+        )  # fmt: skip
+        low.call(attend, node, "T", q, *where, *table, *biases, *cache_parts(layer), out, when=when)
 
 
 RULES: dict[str, Rule] = {

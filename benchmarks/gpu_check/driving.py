@@ -1,0 +1,73 @@
+"""Steps of an executor without tokenizer and scheduler: what a GPU host runs with numpy alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.executors.cuda import CudaExecutor
+from runtime.kv_cache import BLOCK_SIZE, blocks_for
+
+Floats = NDArray[np.float32]
+
+
+class Sequences:
+    """`count` sequences of up to `length` tokens, each with blocks of its own."""
+
+    def __init__(self, executor: CudaExecutor, count: int, length: int) -> None:
+        each = blocks_for(length)
+        if count * each > executor.num_blocks:
+            raise SystemExit(f"{count} sequences of {length} tokens need {count * each * BLOCK_SIZE} tokens of KV cache")
+        self._executor = executor
+        executor.batch.block_table[:count, :each] = np.arange(count * each).reshape(count, each)
+        self.lengths = [0] * count
+
+    def step(self, tokens: Mapping[int, Sequence[int]], *, candidates: int = 1, every: bool = False) -> Floats:
+        """Logits after the last token of each sequence that is given some, or after every one of them."""
+        batch, at = self._executor.batch, 0
+        rows: list[int] = []
+        for sequence, given in tokens.items():
+            size, start = len(given), self.lengths[sequence]
+            batch.token_ids[at : at + size] = given
+            batch.positions[at : at + size] = np.arange(start, start + size)
+            batch.sequences[at : at + size] = sequence
+            self.lengths[sequence] += size
+            rows += range(at, at + size) if every else [at + size - 1]
+            at += size
+        batch.logit_rows[: len(rows)] = rows
+        batch.tokens, batch.rows = at, len(rows)
+        assert batch.candidates is not None
+        batch.candidates[: len(rows)] = candidates
+        return self._executor.step()
+
+    def prefill(self, sequence: int, tokens: Sequence[int]) -> Floats:
+        """Read a prompt in as many steps as it takes; logits after its last token."""
+        most = self._executor.batch.max_tokens
+        for start in range(0, len(tokens), most):
+            logits = self.step({sequence: tokens[start : start + most]})
+        return logits
+
+    def decode(self, steps: int) -> float:
+        """Median seconds of a step that gives each sequence its likeliest token."""
+        tokens = {sequence: [7] for sequence in range(len(self.lengths))}
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            logits = self.step(tokens)
+            best = logits.argmax(axis=1)
+            seconds.append(time.perf_counter() - started)
+            tokens = {sequence: [int(best[sequence])] for sequence in tokens}
+        return float(np.median(seconds))
+
+
+def greedy(executor: CudaExecutor, ids: Sequence[int], count: int) -> tuple[Floats, list[int]]:
+    """Logits after every token of a prompt, and the likeliest tokens after it."""
+    sequences = Sequences(executor, 1, len(ids) + count)
+    logits = np.array(sequences.step({0: ids}, candidates=0, every=True))
+    answer = [int(logits[-1].argmax())]
+    while len(answer) < count:
+        answer.append(int(sequences.step({0: answer[-1:]})[0].argmax()))
+    return logits, answer

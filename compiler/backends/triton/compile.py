@@ -1,0 +1,186 @@
+"""Compiles Triton kernels to machine code for NVIDIA GPUs, where there is neither GPU nor driver, and reads what came out.
+
+python -m compiler.backends.triton.compile ARCH    # a worker: kernels come pickled on stdin, code goes to stdout
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from compiler.backends import require_triton
+from compiler.backends.triton.kernels.base import Kernel
+from compiler.errors import CompileError
+from runtime import host
+from runtime.host import SHARED_BYTES
+from runtime.program import CUBIN, Launch
+
+Compiled = tuple[bytes, Launch]
+
+_TYPES = {"int8": "*i8", "int32": "*i32", "float16": "*fp16", "float32": "*fp32"}
+_ALIGNED = [["tt.divisibility", 16]]
+_TENSOR_CORES = re.compile(r"^(?:[IH]MMA|[IHQ]GMMA|WGMMA)\b")
+_USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# No paths of this host in the code, nothing from a cache of other versions, and sums of products in one rounding.
+_SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+_FEW = 4  # kernels that are not worth another process
+
+
+def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = ()) -> dict[str, Compiled]:
+    """The machine code of each for `arch` ("sm_80") by name, and how it is started; by as many processes as there are cores.
+    Of the `others`, those are left out that do not come out well.
+
+    Raises CompileError where registers spill, or where tensor cores are not used by a kernel that must.
+    """
+    toolchain()  # says what is missing
+    named = {kernel.name: (kernel, False) for kernel in others} | {kernel.name: (kernel, True) for kernel in needed}
+    # Neighbours in this order are alike, and so take as long: each process gets some of all.
+    ordered = [named[name] for name in sorted(named)]
+    workers = max(1, min(len(host.usable_cores()), -(-len(ordered) // _FEW)))
+    with tempfile.TemporaryDirectory(prefix="belle-triton-") as folder, ThreadPoolExecutor(workers) as threads:
+        compile_share = partial(_compile_share, arch=arch, folder=folder)
+        results = list(threads.map(compile_share, (ordered[number::workers] for number in range(workers))))
+    found: dict[str, Compiled] = {}
+    for result in results:
+        if isinstance(result, CompileError):
+            raise result
+        found |= result
+    return dict(sorted(found.items()))
+
+
+def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -> dict[str, Compiled] | CompileError:
+    """By a process of its own."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    # Triton has a newer assembler for architectures from 9.0 on, whose code needs a newer driver; this one knows them too.
+    assembler = {"TRITON_PTXAS_PATH": str(_tool("ptxas")), "TRITON_PTXAS_BLACKWELL_PATH": str(_tool("ptxas"))}
+    environment |= _SETTINGS | assembler | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": path}
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, arch]
+    done = subprocess.run(command, env=environment, input=pickle.dumps(kernels), capture_output=True)
+    if done.returncode:
+        found = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return CompileError("triton", "a process that compiles kernels ended", found=found[0])
+    compiled, failure = pickle.loads(done.stdout)
+    return CompileError(**failure) if failure else dict(compiled)
+
+
+def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
+    """The same for one kernel in this process, whose environment is as `_SETTINGS` says."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    start = kernel.start()
+    names = [f"{name}_ptr" for name, _ in kernel.pointers()]
+    signature = {name: _TYPES[dtype] for name, (_, dtype) in zip(names, kernel.pointers(), strict=True)}
+    # A constant of None is only for a pointer that the kernel does not have.
+    constants = {name: value for name, value in kernel.constants().items() if name not in signature}
+    parameters = kernel.function.arg_names
+    assert set(parameters) == signature.keys() | constants.keys(), f"{kernel.name}: {parameters}"
+    assert [name for name in parameters if name in signature] == names, f"{kernel.name}: {names}"
+    source = ASTSource(
+        kernel.function,
+        {name: signature.get(name, "constexpr") for name in parameters},
+        {(parameters.index(name),): value for name, value in constants.items()},
+        {(parameters.index(name),): _ALIGNED for name in names},
+    )
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": start.warps, "num_stages": start.stages})
+    code: bytes = compiled.asm["cubin"]
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise CompileError("triton", f"kernel {kernel.name}", found="memory that Triton wants of its own", expected="none")
+    if metadata.shared > SHARED_BYTES[arch]:
+        found, expected = f"{metadata.shared} bytes of shared memory on {arch}", f"at most {SHARED_BYTES[arch]}"
+        raise CompileError("triton", f"kernel {kernel.name}", found=found, expected=expected, remedy="make its tile smaller")
+    registers, local, instructions = _usage(code, metadata.name)
+    if local > kernel.stack():
+        found, expected = f"{local} bytes of local memory on {arch}", f"{kernel.stack()}: registers spill"
+        raise CompileError("triton", f"kernel {kernel.name}", found=found, expected=expected, remedy="make its tile smaller")
+    used = tuple(sorted({name.partition(".")[0] for name in instructions if _TENSOR_CORES.match(name)}))
+    if kernel.tensor_cores() and not used:
+        raise CompileError("triton", f"kernel {kernel.name}", found=f"no tensor-core instruction on {arch}", expected="some")
+    launch = Launch(metadata.name, 32 * metadata.num_warps, metadata.shared, start.grid, start.rows, registers, local, used)
+    return code, launch
+
+
+def _usage(code: bytes, symbol: str) -> tuple[int, int, list[str]]:
+    """Registers, bytes of local memory and the instructions of a function, by NVIDIA's own tools."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        text = _run("cuobjdump", "-sass", file.name)
+    found = next((match for match in _USAGE.finditer(usage) if match[1] == symbol), None)
+    if found is None:
+        raise CompileError("triton", f"cuobjdump on {symbol}", found=usage.strip()[-200:], expected="its registers")
+    return int(found[2]), int(found[3]) + int(found[5]), _INSTRUCTION.findall(text)
+
+
+def _tool(name: str) -> Path:
+    require_triton()
+    spec = find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(tool: str, *arguments: str) -> str:
+    try:
+        done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError("triton", tool, found=error.strerror or str(error), remedy="install triton again") from None
+    if done.returncode:
+        raise CompileError("triton", tool, found=(done.stderr or done.stdout).strip()[-200:], remedy="install triton again")
+    return done.stdout
+
+
+@cache
+def toolchain() -> dict[str, str]:
+    """Versions that the machine code depends on."""
+    from importlib.metadata import version
+
+    ptxas = _run("ptxas", "--version").strip().splitlines()[-1]
+    return {"triton": version("triton"), "ptxas": ptxas}
+
+
+def archive(modules: Mapping[str, bytes]) -> bytes:
+    """A zip file of modules, one for each kernel; equal modules give equal bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as written:
+        for name, code in sorted(modules.items()):
+            written.writestr(zipfile.ZipInfo(name + CUBIN), code)
+    return file.getvalue()
+
+
+def _work(arch: str) -> None:
+    kernels: list[tuple[Kernel, bool]] = pickle.load(sys.stdin.buffer)
+    output, sys.stdout = sys.stdout.buffer, sys.stderr
+    compiled: dict[str, Compiled] = {}
+    failure: dict[str, str] = {}
+    for kernel, needed in kernels:
+        try:
+            compiled[kernel.name] = compile_kernel(kernel, arch)
+        except CompileError as error:
+            if needed:
+                failure = {name: getattr(error, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
+                break
+        except Exception as error:
+            if needed:  # a fault of ours or of Triton's
+                raise RuntimeError(f"kernel {kernel.name}: {type(error).__name__}: {error}") from error
+    pickle.dump((compiled, failure), output)
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])

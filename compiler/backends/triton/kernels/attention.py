@@ -1,0 +1,306 @@
+"""Causal attention over the paged cache: one kernel for tokens that are alone in their sequence's part of a step, as when
+decoding, whose context is split among programs; one for runs of tokens of one sequence, as of a prompt.
+
+Every step may hold both sorts of tokens; each kernel leaves the other's alone. Products are computed in float16 with float32
+sums where the cache is float16 or int8, and in float32 where it is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View, Workspace
+from compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
+from compiler.backends.triton.kernels.cache import of_cache, read_tokens, tokens_of
+
+_LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
+_PROGRAMS = 256  # that decoding one token is to be split into
+_FEW_SPLITS = 4
+_NONE = tl.constexpr(2147483647)  # in place of a sequence
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _is_alone(sequences_ptr, at, sequence, rows, inside):
+    """Whether the tokens before and after are of other sequences."""
+    before = tl.load(sequences_ptr + at - 1, mask=(at > 0) & inside, other=-1)
+    after = tl.load(sequences_ptr + at + 1, mask=(at + 1 < rows) & inside, other=-1)
+    return (before != sequence) & (after != sequence)
+
+
+@triton.jit
+def _queries(q_ptr, cos_sin_ptr, place, table, inside, pairs, wide, HALF: tl.constexpr):
+    """Both halves of query heads [rows, pairs], rotated, float32."""
+    mask = inside[:, None] & wide[None, :]
+    first = tl.load(q_ptr + place[:, None] + pairs[None, :], mask=mask, other=0.0)
+    second = tl.load(q_ptr + place[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
+    if cos_sin_ptr is not None:
+        cos = tl.load(cos_sin_ptr + table[:, None] + pairs[None, :], mask=mask, other=0.0)
+        sin = tl.load(cos_sin_ptr + table[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
+        rotated = first * cos - second * sin
+        second = second * cos + first * sin
+        first = rotated
+    return first, second
+
+
+@triton.jit
+def _attend(first, second, most, total, values, slopes, last, tokens, there, mine, k_ptr, v_ptr, places, scales, pairs, cols,
+            HALF: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr, SCALES: tl.constexpr,
+            ONE: tl.constexpr):  # fmt: skip
+    """One tile of the context: online softmax of queries [rows, .] over tokens, in powers of two. `ONE` is for a single query:
+    products without tensor cores."""
+    wide = pairs < HALF
+    k_first = read_tokens(k_ptr, places, scales, pairs, there, wide, SCALES)
+    k_second = read_tokens(k_ptr, places + HALF, scales, pairs, there, wide, SCALES)
+    if ONE:
+        scores = tl.sum(k_first * first, axis=1)[None, :] + tl.sum(k_second * second, axis=1)[None, :]
+    else:
+        kind = k_first.dtype
+        scores = tl.dot(first.to(kind), tl.trans(k_first), input_precision="ieee")
+        scores = tl.dot(second.to(kind), tl.trans(k_second), scores, input_precision="ieee")
+    scores = scores * (SCALE * _LOG2E)
+    if slopes is not None:
+        scores += (slopes * _LOG2E)[:, None] * tokens.to(tl.float32)[None, :]
+    scores = tl.where(mine[:, None] & there[None, :] & (tokens[None, :] <= last[:, None]), scores, float("-inf"))
+    peak = tl.maximum(most, tl.max(scores, axis=1))
+    # A row that has seen nothing yet has no peak; its sums are zeros, and its powers become zeros too.
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    factor = tl.exp2(most - safe)
+    powers = tl.exp2(scores - safe[:, None])
+    v = read_tokens(v_ptr, places, scales, cols, there, cols < HEAD_DIM, SCALES)
+    if ONE:
+        values = values * factor[:, None] + tl.sum(v.to(tl.float32) * tl.trans(powers), axis=0)[None, :]
+    else:
+        values = tl.dot(powers.to(v.dtype), v, values * factor[:, None], input_precision="ieee")
+    return peak, total * factor + tl.sum(powers, axis=1), values
+
+
+@triton.jit
+def attend_alone(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr, kcache_ptr,
+                 vcache_ptr, out_ptr, parts_ptr, tickets_ptr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
+                 HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
+                 SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
+                 HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr, Q_STRIDE: tl.constexpr,
+                 Q_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+    """A program has the query heads of a key/value head of one token, and a part of its context. The last one to be done puts
+    the parts together."""
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tl.load(rows_ptr)
+    if row >= rows:
+        return
+    sequence = tl.load(sequences_ptr + row)
+    if not _is_alone(sequences_ptr, row, sequence, rows, True):
+        return
+    position = tl.load(positions_ptr + row)
+    tiles = position // BT + 1
+    each = (tiles + SPLITS - 1) // SPLITS
+    parts = (tiles + each - 1) // each
+    if split >= parts:
+        return
+    members, pairs, cols = tl.arange(0, BG), tl.arange(0, BH), tl.arange(0, BD)
+    mine = members < GROUP
+    at = row.to(tl.int64)
+    heads = head * GROUP + members
+    first, second = _queries(q_ptr, cos_sin_ptr, at * Q_STRIDE + Q_OFFSET + heads * HEAD_DIM,
+                             at * TABLE_STRIDE + members * 0, mine, pairs, pairs < HALF, HALF)  # fmt: skip
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads, mask=mine, other=0.0)
+    most = tl.full((BG,), float("-inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    values = tl.zeros((BG, BD), tl.float32)
+    last = position + members * 0
+    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
+        tokens = tile * BT + tl.arange(0, BT)
+        there = tokens <= position
+        places, scales = tokens_of(block_table_ptr, sequence, tokens, there, head, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE,
+                                   HEAD_STRIDE, SCALES)  # fmt: skip
+        most, total, values = _attend(first, second, most, total, values, slopes, last, tokens, there, mine, kcache_ptr,
+                                      vcache_ptr, places, scales, pairs, cols, HALF, HEAD_DIM, SCALE, SCALES,
+                                      GROUP == 1)  # fmt: skip
+    out = out_ptr + at * OUT_STRIDE + OUT_OFFSET + heads[:, None] * HEAD_DIM + cols[None, :]
+    written = mine[:, None] & (cols < HEAD_DIM)[None, :]
+    if parts == 1:
+        tl.store(out, tl.div_rn(values, tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BG, BD))), mask=written)
+        return
+    # Parts: values [SPLITS, GROUP, BD] of a sequence and head, then peaks and totals.
+    size: tl.constexpr = GROUP * (BD + 2)
+    pair = sequence * KV_HEADS + head
+    part = parts_ptr + (pair * SPLITS + split).to(tl.int64) * size
+    tl.store(part + members[:, None] * BD + cols[None, :], values, mask=mine[:, None])
+    tl.store(part + GROUP * BD + members, most, mask=mine)
+    tl.store(part + GROUP * BD + GROUP + members, total, mask=mine)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    ticket = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel")
+    if ticket == parts - 1:
+        tl.store(tickets_ptr + pair, 0)
+        most = tl.full((BG,), float("-inf"), tl.float32)
+        total = tl.zeros((BG,), tl.float32)
+        values = tl.zeros((BG, BD), tl.float32)
+        for other in range(0, parts):
+            part = parts_ptr + (pair * SPLITS + other).to(tl.int64) * size
+            peak = tl.load(part + GROUP * BD + members, mask=mine, other=float("-inf"), cache_modifier=".cg")
+            larger = tl.maximum(most, peak)
+            safe = tl.where(larger == float("-inf"), 0.0, larger)
+            old, new = tl.exp2(most - safe), tl.exp2(peak - safe)
+            added = tl.load(part + GROUP * BD + GROUP + members, mask=mine, other=0.0, cache_modifier=".cg")
+            total = total * old + added * new
+            place = part + members[:, None] * BD + cols[None, :]
+            found = tl.load(place, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+            values = values * old[:, None] + found * new[:, None]
+            most = larger
+        tl.store(out, tl.div_rn(values, tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BG, BD))), mask=written)
+
+
+@triton.jit
+def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr, kcache_ptr,
+                vcache_ptr, out_ptr, GROUP: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+                BD: tl.constexpr, BT: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr,
+                BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+                Q_STRIDE: tl.constexpr, Q_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
+                OUT_OFFSET: tl.constexpr):  # fmt: skip
+    """A program has one query head of BM neighbouring tokens, and takes the sequences among them one after the other."""
+    rows = tl.load(rows_ptr)
+    start = tl.program_id(0) * BM
+    if start >= rows:
+        return
+    head = tl.program_id(1)
+    at = start + tl.arange(0, BM)
+    inside = at < rows
+    sequences = tl.load(sequences_ptr + at, mask=inside, other=-1)
+    positions = tl.load(positions_ptr + at, mask=inside, other=-1)
+    todo = inside & (_is_alone(sequences_ptr, at, sequences, rows, inside) == 0)
+    pairs, cols = tl.arange(0, BH), tl.arange(0, BD)
+    place = at.to(tl.int64) * Q_STRIDE + Q_OFFSET + head * HEAD_DIM
+    first, second = _queries(q_ptr, cos_sin_ptr, place, at.to(tl.int64) * TABLE_STRIDE, inside, pairs, pairs < HALF, HALF)
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + head) + tl.zeros((BM,), tl.float32)
+    out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + head * HEAD_DIM + cols[None, :]
+    sequence = tl.min(tl.where(todo, sequences, _NONE), axis=0)
+    while sequence < _NONE:
+        mine = todo & (sequences == sequence)
+        length = tl.max(tl.where(mine, positions, -1), axis=0) + 1
+        most = tl.full((BM,), float("-inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        values = tl.zeros((BM, BD), tl.float32)
+        for begin in range(0, length, BT):
+            tokens = begin + tl.arange(0, BT)
+            there = tokens < length
+            places, scales = tokens_of(block_table_ptr, sequence, tokens, there, head // GROUP, HEAD_DIM, MAX_BLOCKS,
+                                       BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
+            most, total, values = _attend(first, second, most, total, values, slopes, positions, tokens, there, mine,
+                                          kcache_ptr, vcache_ptr, places, scales, pairs, cols, HALF, HEAD_DIM, SCALE, SCALES,
+                                          False)  # fmt: skip
+        divisor = tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BM, BD))
+        tl.store(out, tl.div_rn(values, divisor), mask=mine[:, None] & (cols < HEAD_DIM)[None, :])
+        sequence = tl.min(tl.where(todo & (sequences > sequence), sequences, _NONE), axis=0)
+
+
+@dataclass(frozen=True)
+class _Attention(Kernel):
+    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    q: View
+    out: View
+    max_blocks: int
+    cache_dtype: str
+    rotary: bool
+    alibi: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile of the context."""
+        return 64 if self.cache_dtype != "float32" else 32
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
+        slopes = (("slopes", "float32"),) if self.alibi else ()
+        return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"),
+                ("block_table", "int32"), *cos_sin, *slopes, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype),
+                ("out", "float32"))  # fmt: skip
+
+    def constants(self) -> Mapping[str, Any]:
+        half = self.head_dim // 2
+        cache = of_cache(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
+        return {
+            "cos_sin_ptr": None, "slopes_ptr": None, **cache, "GROUP": self.group, "HALF": half,
+            "BH": max(power_of_two(half), _LEAST), "BD": max(power_of_two(self.head_dim), _LEAST), "BT": self.tokens,
+            "SCALE": self.scale, "MAX_BLOCKS": self.max_blocks, "TABLE_STRIDE": View.of_width(self.head_dim).stride,
+            **of_view("Q", self.q), **of_view("OUT", self.out),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttendAlone(_Attention):
+    """For tokens that are the only ones of their sequence in a step."""
+
+    kind: ClassVar[str] = "attention_alone"
+    few: bool = False  # parts, of a step with more tokens than sequences can decode: most of them are others'
+
+    function = attend_alone
+
+    @property
+    def splits(self) -> int:
+        """Parts of the longest context."""
+        return _FEW_SPLITS if self.few else max(_FEW_SPLITS, min(64, power_of_two(_PROGRAMS // self.num_kv_heads)))
+
+    def variants(self) -> Sequence[tuple[int | None, AttendAlone]]:
+        return [(STEP.sequences, self), (None, replace(self, few=True))]
+
+    @property
+    def members(self) -> int:
+        """Query heads of a program."""
+        return 1 if self.group == 1 else max(power_of_two(self.group), _LEAST)
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (*super().pointers(), ("parts", "float32"), ("tickets", "int32"))
+
+    def workspaces(self) -> tuple[Workspace, ...]:
+        pairs = STEP.sequences * self.num_kv_heads
+        size = self.group * (max(power_of_two(self.head_dim), _LEAST) + 2)
+        return Workspace(4 * pairs * replace(self, few=False).splits * size, False), Workspace(4 * pairs, True)
+
+    def start(self) -> Start:
+        return Start((1, self.num_kv_heads, self.splits), 1, 4, 2)
+
+    def constants(self) -> Mapping[str, Any]:
+        own = {"KV_HEADS": self.num_kv_heads, "BG": self.members, "SPLITS": self.splits}
+        return {**super().constants(), **own}
+
+
+@dataclass(frozen=True)
+class AttendRuns(_Attention):
+    """For tokens of which a step has several of one sequence."""
+
+    kind: ClassVar[str] = "attention_runs"
+    function = attend_runs
+
+    @property
+    def rows(self) -> int:
+        """Of a tile of queries."""
+        return 64 if self.cache_dtype != "float32" else 32
+
+    def tensor_cores(self) -> bool:
+        return self.cache_dtype != "float32"
+
+    def start(self) -> Start:
+        return Start((1, self.num_heads, 1), self.rows, 8, 2)
+
+    def constants(self) -> Mapping[str, Any]:
+        return {**super().constants(), "BM": self.rows}

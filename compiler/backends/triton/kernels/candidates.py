@@ -1,0 +1,130 @@
+"""The best logits of each row, found on the device: what sampling needs, in place of the whole vocabulary.
+
+The k-th largest of the maxima of chunks is not above the k-th largest logit, since k chunks have a maximum that reaches it. So
+every logit among the k largest, and those equal to the last of them, reaches that threshold; few others do. What reaches it is
+collected in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View
+from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
+
+CHUNK = 256  # logits that share a maximum
+CAPACITY = 4096  # places of a row; more candidates are counted only
+_PROGRAM = 2048  # logits of a program
+_BISECTIONS = tl.constexpr(32)
+
+
+@triton.jit
+def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, COUNT: tl.constexpr, STRIDE: tl.constexpr, CHUNKS: tl.constexpr,
+                 CHUNK: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+    row, program = tl.program_id(0), tl.program_id(1)
+    if row < tl.load(rows_ptr):
+        chunks = program * EACH + tl.arange(0, EACH)
+        cols = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
+        # Not a number is more than any: the host is to see it.
+        maxima = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)
+        tl.store(maxima_ptr + row * CHUNKS + chunks, maxima, mask=chunks < CHUNKS)
+        if program == 0:
+            tl.store(counts_ptr + row, 0)
+
+
+@triton.jit
+def _ordered(x):
+    """A float32 as an integer of the same order; both zeros are the same."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, COUNT: tl.constexpr,
+            STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, PROGRAM: tl.constexpr,
+            CAPACITY: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    if row >= tl.load(rows_ptr):
+        return
+    wanted = tl.load(wanted_ptr + row)
+    if (wanted == 0) | (wanted > CHUNKS):  # all of them
+        tl.store(counts_ptr + row, CAPACITY + 1)
+        return
+    chunks = tl.arange(0, ALL_CHUNKS)
+    maxima = tl.load(maxima_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=float("-inf"))
+    order = _ordered(maxima).to(tl.int64)
+    # The largest integer that at least `wanted` maxima reach, by bisection of all there are.
+    low = tl.full((), -2147483648, tl.int64)
+    high = tl.full((), 2147483648, tl.int64)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) >> 1
+        reached = tl.sum(((order >= middle) & (chunks < CHUNKS)).to(tl.int32), axis=0)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached >= wanted, high, middle)
+    cols = tl.program_id(1) * PROGRAM + tl.arange(0, PROGRAM)
+    logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
+    chosen = ((_ordered(logits).to(tl.int64) >= low) | (logits != logits)) & (cols < COUNT)
+    number = tl.sum(chosen.to(tl.int32), axis=0)
+    if number > 0:
+        first = tl.atomic_add(counts_ptr + row, number, sem="relaxed")
+        place = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        fits = chosen & (place < CAPACITY)
+        tl.store(places_ptr + row * CAPACITY + place, cols, mask=fits)
+        tl.store(values_ptr + row * CAPACITY + place, logits, mask=fits)
+
+
+@dataclass(frozen=True)
+class _Rows(Kernel):
+    """Of `count` logits a row."""
+
+    count: int
+    logits: View
+
+    @property
+    def chunks(self) -> int:
+        """Of a row."""
+        return -(-self.count // CHUNK)
+
+
+@dataclass(frozen=True)
+class ChunkMaxima(_Rows):
+    """The largest of every `CHUNK` logits; counts become 0."""
+
+    kind: ClassVar[str] = "chunk_maxima"
+    function = chunk_maxima
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("logits", "float32"), ("maxima", "float32"), ("counts", "int32"))
+
+    def start(self) -> Start:
+        return Start((1, -(-self.count // _PROGRAM), 1), 1, 4)
+
+    def constants(self) -> Mapping[str, Any]:
+        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks}
+        return {**sizes, "CHUNK": CHUNK, "EACH": _PROGRAM // CHUNK}
+
+
+@dataclass(frozen=True)
+class Collect(_Rows):
+    """Counts, places and values of the logits that may be among the `wanted` largest; a count above `CAPACITY` where they are
+    more than that, or all are wanted."""
+
+    kind: ClassVar[str] = "collect"
+    function = collect
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        found = (("counts", "int32"), ("places", "int32"), ("values", "float32"))
+        return (("rows", "int32"), ("wanted", "int32"), ("logits", "float32"), ("maxima", "float32"), *found)
+
+    def start(self) -> Start:
+        return Start((1, -(-self.count // _PROGRAM), 1), 1, 4)
+
+    def constants(self) -> Mapping[str, Any]:
+        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks}
+        return {**sizes, "ALL_CHUNKS": power_of_two(self.chunks), "PROGRAM": _PROGRAM, "CAPACITY": CAPACITY}

@@ -1,0 +1,75 @@
+"""Functions that kernels share: rounding, quantization of a row, nonlinearities, the Hadamard transform."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Added and taken away again, this rounds a float32 below 2^22 to an integer, half to even.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def rint(x):
+    """The nearest integer, half to even."""
+    return (x + _ROUND) - _ROUND
+
+
+@triton.jit
+def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
+                 PLANES: tl.constexpr):  # fmt: skip
+    """x, zero beyond WIDTH, as 8 bits for each of PLANES planes and the row's scale: meanings.quantize_tokens."""
+    LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
+    if step_ptr is not None:
+        scale = tl.load(step_ptr)
+        rounded = rint(tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -LIMIT), LIMIT)).to(tl.int32)
+    else:
+        absmax = tl.max(tl.abs(x), axis=0)
+        inverse = tl.where(absmax > 0, tl.div_rn(LIMIT, tl.where(absmax > 0, absmax, 1.0)), 0.0)
+        # What is no number stays none: a maximum passes over it.
+        scale = tl.div_rn(absmax, LIMIT) + tl.sum(x * 0.0, axis=0)
+        rounded = rint(x * inverse).to(tl.int32)
+    tl.store(xs_ptr + row, scale)
+    out = xq_ptr + row.to(tl.int64) * STRIDE + OFFSET + cols
+    inside = cols < WIDTH
+    if PLANES == 1:
+        tl.store(out, rounded.to(tl.int8), mask=inside)
+    else:
+        high = (rounded + 128) >> 8
+        tl.store(out, high.to(tl.int8), mask=inside)
+        tl.store(out + STRIDE // PLANES, (rounded - 256 * high).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def scaled_sigmoid(x, argument):
+    """x * sigmoid(argument); exp(-argument) = inf gives the right limit, 0."""
+    return tl.div_rn(x, 1.0 + tl.exp(-argument))
+
+
+@triton.jit
+def gelu(x):
+    """0.5 x (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    return scaled_sigmoid(x, x * (1.5957691216057308 + 0.07135481627159668 * (x * x)))
+
+
+@triton.jit
+def golay_signs(cols, BLOCK: tl.constexpr):
+    """+1 and -1 of meanings.golay_signs, in blocks: the parity of neighbouring pairs of ones among the bits of the place."""
+    place = cols % BLOCK
+    pairs = place & (place >> 1)
+    pairs ^= pairs >> 8
+    pairs ^= pairs >> 4
+    pairs ^= pairs >> 2
+    pairs ^= pairs >> 1
+    return 1.0 - 2.0 * (pairs & 1).to(tl.float32)
+
+
+@triton.jit
+def block_hadamard(x, cols, SIZE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SCALE: tl.constexpr):
+    """meanings.block_hadamard of a row of SIZE elements, a power of two: signs, then butterflies of direct neighbours first."""
+    x = x * golay_signs(cols, BLOCK)
+    for level in tl.static_range(LEVELS):
+        pairs = tl.permute(tl.reshape(x, [SIZE // 2 ** (level + 1), 2, 2**level]), [0, 2, 1])
+        first, second = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(first + second, first - second), [0, 2, 1]), [SIZE])
+    return x * SCALE

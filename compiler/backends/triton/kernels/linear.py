@@ -1,0 +1,309 @@
+"""int8 linear layers: tiles on tensor cores, with the contraction split where there are few rows; and dot products of 4 bytes
+for one row or a few, which weights stream through once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View, Workspace, round_up
+from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
+from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
+
+_PROGRAMS = 512  # of a kernel, from which on splitting the contraction gains nothing
+
+
+@triton.jit
+def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS: tl.constexpr,
+            PLANES: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+    """Dequantize and write a tile; sums of the high plane count 256 times."""
+    if PLANES == 2:
+        total = (sums.to(tl.int64) * 256 + low_sums).to(tl.float32)
+    else:
+        total = sums.to(tl.float32)
+    there = columns < OUTPUTS
+    scale = tl.load(scale_ptr + columns, mask=there, other=0.0)
+    value = total * scale[None, :] * tl.load(xs_ptr + at, mask=at < rows, other=0.0)[:, None]
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + columns, mask=there, other=0.0)[None, :]
+    out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + columns[None, :]
+    tl.store(out, value, mask=(at < rows)[:, None] & there[None, :])
+
+
+@triton.jit
+def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
+                 OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
+                 X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Tiles of BM rows and BN outputs; with SPLITS, as many programs add parts of the inputs up in `sums`, and the last of them
+    finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
+    rows = tl.load(rows_ptr)
+    across: tl.constexpr = (OUTPUTS + BN - 1) // BN
+    down = (rows + BM - 1) // BM
+    tile = tl.program_id(0)
+    if tile < down * across:
+        # Neighbours share a tile of weights, which are the larger part.
+        at = (tile % down) * BM + tl.arange(0, BM)
+        columns = (tile // down) * BN + tl.arange(0, BN)
+        inputs = tl.arange(0, BK)
+        steps: tl.constexpr = (INPUTS + BK - 1) // BK
+        if SPLITS == 1:
+            first = 0
+            last = steps
+        else:
+            first = tl.program_id(1) * steps // SPLITS
+            last = (tl.program_id(1) + 1) * steps // SPLITS
+        # Rows and outputs beyond the end read the last one, and are not written.
+        x = xq_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * X_STRIDE + X_OFFSET + (first * BK + inputs)[None, :]
+        source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
+        w = weight_ptr + source[None, :] * DEPTH + (first * BK + inputs)[:, None]
+        sums = tl.zeros((BM, BN), tl.int32)
+        low_sums = tl.zeros((BM, BN), tl.int32)
+        for step in range(first, last):
+            if INPUTS % BK == 0:
+                weights = tl.load(w)
+                bytes = tl.load(x)
+            else:
+                there = step * BK + inputs < INPUTS
+                weights = tl.load(w, mask=there[:, None], other=0)
+                bytes = tl.load(x, mask=there[None, :], other=0)
+            sums = tl.dot(bytes, weights, sums, out_dtype=tl.int32)
+            if PLANES == 2:
+                if INPUTS % BK == 0:
+                    low = tl.load(x + X_STRIDE // 2)
+                else:
+                    low = tl.load(x + X_STRIDE // 2, mask=there[None, :], other=0)
+                low_sums = tl.dot(low, weights, low_sums, out_dtype=tl.int32)
+            x += BK
+            w += BK
+        if SPLITS == 1:
+            _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS, PLANES, OUT_STRIDE,
+                    OUT_OFFSET)  # fmt: skip
+        else:
+            place = sums_ptr + tile * (BM * BN * PLANES) + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            tl.atomic_add(place, sums, sem="relaxed")
+            if PLANES == 2:
+                tl.atomic_add(place + BM * BN, low_sums, sem="relaxed")
+            tl.debug_barrier()  # all threads have added before one of them says so
+            ticket = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel")
+            if ticket == SPLITS - 1:
+                sums = tl.load(place, cache_modifier=".cg")
+                if PLANES == 2:
+                    low_sums = tl.load(place + BM * BN, cache_modifier=".cg")
+                tl.debug_barrier()  # a thread may write what another one reads
+                tl.store(place, tl.zeros((BM, BN), tl.int32))
+                if PLANES == 2:
+                    tl.store(place + BM * BN, tl.zeros((BM, BN), tl.int32))
+                tl.store(tickets_ptr + tile, 0)
+                _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS, PLANES, OUT_STRIDE,
+                        OUT_OFFSET)  # fmt: skip
+
+
+@triton.jit
+def _dot4(x, w, sums, NATIVE: tl.constexpr):
+    """sums + the products of the four signed bytes of x and w."""
+    if NATIVE:
+        sums = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [x, w, sums], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for byte in tl.static_range(4):
+            sums += ((x << (24 - 8 * byte)) >> 24) * ((w << (24 - 8 * byte)) >> 24)
+    return sums
+
+
+@triton.jit
+def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
+                OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
+                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                WORDS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """BN outputs of up to BM rows: weights are read as words of four, once, and multiplied with every row."""
+    rows = tl.load(rows_ptr)
+    at = tl.arange(0, BM)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    words = tl.arange(0, WORDS)
+    source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
+    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[None, :, None] + words[None, None, :]
+    start = tl.minimum(at, rows - 1) * (X_STRIDE // 4) + X_OFFSET // 4
+    x = xq_ptr.to(tl.pointer_type(tl.int32)) + start[:, None, None] + words[None, None, :]
+    sums = tl.zeros((BM, BN, WORDS), tl.int32)
+    low_sums = tl.zeros((BM, BN, WORDS), tl.int32)
+    for step in range(0, (INPUTS + 4 * WORDS - 1) // (4 * WORDS)):
+        # Whole words: the inputs of a word beyond the last have weights of zero.
+        there = (step * WORDS + words < (INPUTS + 3) // 4)[None, None, :]
+        weights = tl.broadcast_to(tl.load(w, mask=there, other=0), (BM, BN, WORDS))
+        high = tl.broadcast_to(tl.load(x, mask=there, other=0), (BM, BN, WORDS))
+        sums = _dot4(high, weights, sums, NATIVE)
+        if PLANES == 2:
+            low = tl.broadcast_to(tl.load(x + X_STRIDE // 8, mask=there, other=0), (BM, BN, WORDS))
+            low_sums = _dot4(low, weights, low_sums, NATIVE)
+        x += WORDS
+        w += WORDS
+    _finish(tl.sum(sums, axis=2), tl.sum(low_sums, axis=2), at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS,
+            PLANES, OUT_STRIDE, OUT_OFFSET)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program computes: `rows` x `outputs` of the result, `inputs` at a time, with the contraction split in `splits`
+    parts; by dot products of words where `dots`, else by tensor cores."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    dots: bool = False
+
+    def __str__(self) -> str:
+        sort = "d" if self.dots else "m"
+        return f"{sort}{self.rows}x{self.outputs}x{self.inputs}s{self.splits}w{self.warps}n{self.stages}"
+
+
+# By rows of a step, the first being what is run before a host has measured. Of the others an engine has those that fit the
+# registers and shared memory of its architecture. Many programs of few outputs keep all multiprocessors reading where there is
+# one row; with more rows tiles grow, and with them what is read only once.
+_TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
+    (1, (Tile(1, 8, 1024, dots=True, stages=3), Tile(1, 4, 2048, dots=True, stages=3), Tile(1, 16, 512, dots=True, stages=3),
+         Tile(1, 2, 2048, dots=True, stages=4), Tile(16, 32, 256, 4), Tile(16, 16, 512, 2))),
+    (2, (Tile(2, 8, 1024, dots=True), Tile(2, 4, 1024, dots=True), Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4))),
+    (4, (Tile(4, 8, 512, dots=True), Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4))),
+    (8, (Tile(16, 32, 256, 4), Tile(8, 8, 512, dots=True), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4))),
+    (16, (Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4), Tile(16, 64, 256, 8))),
+    (32, (Tile(32, 64, 128, 2, 4, 4), Tile(32, 32, 256, 2), Tile(32, 64, 128, 4, 4, 4), Tile(32, 128, 128, 4, 4, 3))),
+    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 128, 128, 2, 4, 3), Tile(64, 64, 128, 2, 4, 4), Tile(64, 128, 64, 4, 4, 4))),
+    (128, (Tile(128, 64, 128, 1, 4, 3), Tile(64, 128, 128, 1, 4, 3), Tile(128, 128, 128, 1, 8, 3))),
+    (None, (Tile(128, 128, 128, 1, 8, 3), Tile(128, 256, 64, 1, 8, 3), Tile(128, 128, 64, 1, 4, 4),
+            Tile(128, 256, 128, 1, 8, 3), Tile(64, 256, 128, 1, 8, 3), Tile(128, 64, 128, 1, 4, 3))),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizedLinear(Kernel):
+    """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum is exact.
+
+    Weights are int8 [outputs, inputs], rows padded with zeros. `native` dot products are an instruction; without, they are
+    spelled out, for where that instruction is not.
+    """
+
+    kind: ClassVar[str] = "qlinear"
+    outputs: int
+    inputs: int
+    bias: bool
+    x: View
+    out: View
+    planes: int = 1
+    tile: Tile = _TILES[-1][1][0]
+    others: tuple[Tile, ...] = field(default=(), metadata={"named": False})  # that may be faster on some device
+    native: bool = field(default=True, metadata={"named": False})
+
+    @property
+    def function(self) -> Any:
+        return linear_rows if self.tile.dots else linear_tiles
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        bias = (("bias", "float32"),) if self.bias else ()
+        return (("rows", "int32"), ("xq", "int8"), ("xs", "float32"), ("weight", "int8"), ("scale", "float32"), *bias,
+                ("out", "float32"), ("sums", "int32"), ("tickets", "int32"))  # fmt: skip
+
+    def workspaces(self) -> tuple[Workspace, ...]:
+        """Sums and tickets of the tiles whose contraction is split, enough for every variant. They are those of few rows: a
+        tile has all of them."""
+        tiles = [(self._across(tile), tile) for _, tiles in self._choices() for tile in tiles if tile.splits > 1]
+        sums = max((across * tile.rows * tile.outputs for across, tile in tiles), default=1)
+        return Workspace(4 * sums * self.planes, True), Workspace(4 * max((across for across, _ in tiles), default=1), True)
+
+    def variants(self) -> Sequence[tuple[int | None, QuantizedLinear]]:
+        return [(bound, replace(self, tile=tiles[0], others=tiles[1:])) for bound, tiles in self._choices()]
+
+    def alternatives(self) -> tuple[QuantizedLinear, ...]:
+        return tuple(replace(self, tile=tile, others=()) for tile in self.others)
+
+    def _choices(self) -> list[tuple[int | None, tuple[Tile, ...]]]:
+        """The tiles by rows, with no more splits than keep a large device busy, nor than there are steps."""
+        return [(bound, tuple(dict.fromkeys(map(self._fitting, tiles)))) for bound, tiles in _TILES]
+
+    def _fitting(self, tile: Tile) -> Tile:
+        splits = min(tile.splits, max(1, _PROGRAMS // self._across(tile)), -(-self.inputs // tile.inputs))
+        return replace(tile, splits=splits)
+
+    def _across(self, tile: Tile) -> int:
+        return -(-self.outputs // tile.outputs)
+
+    def tensor_cores(self) -> bool:
+        return not self.tile.dots
+
+    def start(self) -> Start:
+        across = self._across(self.tile)
+        rows = 0 if self.tile.dots else self.tile.rows
+        return Start((across, self.tile.splits, 1), rows, self.tile.warps, self.tile.stages)
+
+    def constants(self) -> Mapping[str, Any]:
+        tile = self.tile
+        shape = {"OUTPUTS": self.outputs, "INPUTS": self.inputs, "DEPTH": round_up(self.inputs, DEPTH_ALIGNMENT)}
+        sizes: dict[str, Any] = {"BM": tile.rows, "BN": tile.outputs}
+        if tile.dots:
+            sizes |= {"WORDS": min(tile.inputs // 4, power_of_two(-(-self.inputs // 4))), "NATIVE": self.native}
+        else:
+            sizes |= {"BK": tile.inputs, "SPLITS": tile.splits}
+        return {"bias_ptr": None, **shape, "PLANES": self.planes, **of_view("X", self.x), **of_view("OUT", self.out), **sizes}
+
+
+@triton.jit
+def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+                DEPTH: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
+                OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    rows = tl.load(rows_ptr)
+    across: tl.constexpr = (OUTPUTS + BN - 1) // BN
+    down = (rows + BM - 1) // BM
+    tile = tl.program_id(0)
+    if tile < down * across:
+        at = (tile % down) * BM + tl.arange(0, BM)
+        columns = (tile // down) * BN + tl.arange(0, BN)
+        inputs = tl.arange(0, BK)
+        x = x_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * X_STRIDE + X_OFFSET + inputs[None, :]
+        w = weight_ptr + tl.minimum(columns, OUTPUTS - 1).to(tl.int64)[None, :] * DEPTH + inputs[:, None]
+        sums = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, INPUTS, BK):
+            there = start + inputs < INPUTS
+            left = tl.load(x, mask=there[None, :], other=0.0)
+            right = tl.load(w, mask=there[:, None], other=0.0)
+            sums = tl.dot(left, right, sums, input_precision="ieee")
+            x += BK
+            w += BK
+        there = columns < OUTPUTS
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + columns, mask=there, other=0.0)[None, :]
+        out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + columns[None, :]
+        tl.store(out, sums, mask=(at < rows)[:, None] & there[None, :])
+
+
+@dataclass(frozen=True)
+class FloatLinear(Kernel):
+    """out[t, n] = sum_k x[t, k] * w[n, k] + bias[n] in float32, for engines and layers that are not quantized."""
+
+    kind: ClassVar[str] = "linear"
+    outputs: int
+    inputs: int
+    bias: bool
+    x: View
+    out: View
+
+    function = float_tiles
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        bias = (("bias", "float32"),) if self.bias else ()
+        return (("rows", "int32"), ("x", "float32"), ("weight", "float32"), *bias, ("out", "float32"))
+
+    def start(self) -> Start:
+        return Start((-(-self.outputs // 32), 1, 1), 32, 4, 2)
+
+    def constants(self) -> Mapping[str, Any]:
+        depth = round_up(self.inputs, DEPTH_ALIGNMENT // 4)
+        shape = {"OUTPUTS": self.outputs, "INPUTS": self.inputs, "DEPTH": depth, "BM": 32, "BN": 32, "BK": 32}
+        return {"bias_ptr": None, **shape, **of_view("X", self.x), **of_view("OUT", self.out)}

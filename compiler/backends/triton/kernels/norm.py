@@ -1,0 +1,82 @@
+"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View
+from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from compiler.backends.triton.kernels.device import quantize_row
+
+
+@triton.jit
+def norm_rows(rows_ptr, x_ptr, r_ptr, scale_ptr, bias_ptr, total_ptr, step_ptr, xq_ptr, xs_ptr, out_ptr, WIDTH: tl.constexpr,
+              BLOCK: tl.constexpr, EPSILON: tl.constexpr, CENTRED: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
+              X_OFFSET: tl.constexpr, R_STRIDE: tl.constexpr, R_OFFSET: tl.constexpr, TOTAL_STRIDE: tl.constexpr,
+              TOTAL_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    if row < tl.load(rows_ptr):
+        cols = tl.arange(0, BLOCK)
+        inside = cols < WIDTH
+        at = row.to(tl.int64)
+        x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=inside, other=0.0)
+        if r_ptr is not None:
+            x += tl.load(r_ptr + at * R_STRIDE + R_OFFSET + cols, mask=inside, other=0.0)
+        if total_ptr is not None:
+            tl.store(total_ptr + at * TOTAL_STRIDE + TOTAL_OFFSET + cols, x, mask=inside)
+        if CENTRED:
+            x = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
+        variance = tl.sum(x * x, axis=0) / WIDTH
+        x = tl.div_rn(x, tl.sqrt_rn(variance + EPSILON)) * tl.load(scale_ptr + cols, mask=inside, other=0.0)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+        if out_ptr is not None:
+            tl.store(out_ptr + at * OUT_STRIDE + OUT_OFFSET + cols, x, mask=inside)
+        else:
+            quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, WIDTH, OUT_STRIDE, OUT_OFFSET, PLANES)
+
+
+@dataclass(frozen=True)
+class Norm(Kernel):
+    """out = norm(x + r) * scale + bias, and the sum itself to `total`; "layer" or "rms".
+
+    Without `r` it normalizes x. With `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale.
+    """
+
+    kind: ClassVar[str] = "norm"
+    norm: str
+    width: int
+    epsilon: float
+    bias: bool
+    quantize: bool
+    x: View
+    r: View | None
+    total: View | None
+    out: View
+    planes: int = 1
+    step: bool = False
+
+    function = norm_rows
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        residual = (("r", "float32"),) if self.r else ()
+        bias = (("bias", "float32"),) if self.bias else ()
+        total = (("total", "float32"),) if self.total else ()
+        step = (("step", "float32"),) if self.step else ()
+        out = (("xq", "int8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
+        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *step, *out)
+
+    def start(self) -> Start:
+        return Start((1, 1, 1), 1, warps_for(self.width))
+
+    def constants(self) -> Mapping[str, Any]:
+        absent = dict.fromkeys(("r_ptr", "bias_ptr", "total_ptr", "step_ptr", "xq_ptr", "xs_ptr", "out_ptr"))
+        constants = {"WIDTH": self.width, "BLOCK": power_of_two(self.width), "EPSILON": self.epsilon, "PLANES": self.planes}
+        views = {"X": self.x, "R": self.r or View(0), "TOTAL": self.total or View(0), "OUT": self.out}
+        placed = {key: value for name, view in views.items() for key, value in of_view(name, view).items()}
+        return {**absent, **constants, **placed, "CENTRED": self.norm == "layer"}

@@ -1,0 +1,77 @@
+"""Rotary position embedding: the table of cosines and sines of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View
+from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
+
+_TOKENS = 128  # looked at together for the length of a sequence
+
+
+@triton.jit
+def rotary_rows(rows_ptr, positions_ptr, sequences_ptr, inv_freq_ptr, cos_sin_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                STRIDE: tl.constexpr, SCALING: tl.constexpr, FACTOR: tl.constexpr, ORIGINAL: tl.constexpr, BASE: tl.constexpr,
+                TOKENS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    rows = tl.load(rows_ptr)
+    if row < rows:
+        pairs = tl.arange(0, BLOCK)
+        inside = pairs < HALF
+        frequencies = tl.load(inv_freq_ptr + pairs, mask=inside, other=0.0)
+        position = tl.load(positions_ptr + row)
+        if FACTOR != 0.0:
+            sequence = tl.load(sequences_ptr + row)
+            last = position
+            for start in range(0, rows, TOKENS):
+                tokens = start + tl.arange(0, TOKENS)
+                same = tl.load(sequences_ptr + tokens, mask=tokens < rows, other=-1) == sequence
+                last = tl.maximum(last, tl.max(tl.load(positions_ptr + tokens, mask=same, other=0), axis=0))
+            length = last + 1
+            if length > ORIGINAL:
+                stretch = tl.div_rn(FACTOR * length.to(tl.float32), ORIGINAL * 1.0) - (FACTOR - 1.0)
+                grown = BASE * tl.exp2(tl.log2(stretch) * (2 * HALF / (2 * HALF - 2)))
+                frequencies = tl.exp2(-tl.log2(grown) * (pairs.to(tl.float32) / HALF))
+        angles = position.to(tl.float32) * frequencies
+        out = cos_sin_ptr + row.to(tl.int64) * STRIDE + pairs
+        tl.store(out, tl.cos(angles) * SCALING, mask=inside)
+        tl.store(out + HALF, tl.sin(angles) * SCALING, mask=inside)
+
+
+@dataclass(frozen=True)
+class RotaryTable(Kernel):
+    """cos_sin[t] = cos(positions[t] * inv_freq), then sin, both times `attention_scaling`; with `dynamic_factor` as in
+    meanings.rotary_table."""
+
+    kind: ClassVar[str] = "rotary"
+    head_dim: int
+    attention_scaling: float
+    dynamic_factor: float
+    original_max: int
+    base: float
+
+    function = rotary_rows
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("positions", "int32"), ("sequences", "int32"), ("inv_freq", "float32"),
+                ("cos_sin", "float32"))  # fmt: skip
+
+    def stack(self) -> int:
+        return 32  # cosines of large angles, which are reduced by a product of many words
+
+    def start(self) -> Start:
+        return Start((1, 1, 1), 1, 1)
+
+    def constants(self) -> Mapping[str, Any]:
+        half = self.head_dim // 2
+        return {
+            "HALF": half, "BLOCK": power_of_two(half), "STRIDE": View.of_width(self.head_dim).stride,
+            "SCALING": float(self.attention_scaling), "FACTOR": float(self.dynamic_factor), "ORIGINAL": self.original_max,
+            "BASE": float(self.base), "TOKENS": _TOKENS,
+        }  # fmt: skip

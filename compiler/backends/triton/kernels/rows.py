@@ -1,0 +1,152 @@
+"""Kernels that move, add or look up whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import triton
+import triton.language as tl
+
+from compiler.backends.kernel import View, round_up
+from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+
+_COLUMNS = 1024  # of a block of threads; wider rows have several
+DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
+
+
+@triton.jit
+def gather_rows(rows_ptr, indices_ptr, x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    if row < tl.load(rows_ptr):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        source = tl.load(indices_ptr + row).to(tl.int64) * X_STRIDE + X_OFFSET
+        value = tl.load(x_ptr + source + cols, mask=cols < WIDTH)
+        tl.store(out_ptr + row.to(tl.int64) * OUT_STRIDE + OUT_OFFSET + cols, value, mask=cols < WIDTH)
+
+
+@triton.jit
+def add_rows(rows_ptr, x_ptr, r_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+             X_OFFSET: tl.constexpr, R_STRIDE: tl.constexpr, R_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
+             OUT_OFFSET: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    if row < tl.load(rows_ptr):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = row.to(tl.int64)
+        x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=cols < WIDTH)
+        r = tl.load(r_ptr + at * R_STRIDE + R_OFFSET + cols, mask=cols < WIDTH)
+        tl.store(out_ptr + at * OUT_STRIDE + OUT_OFFSET + cols, x + r, mask=cols < WIDTH)
+
+
+@triton.jit
+def embed_rows(rows_ptr, token_ids_ptr, table_ptr, scales_ptr, first_ptr, out_ptr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
+               DEPTH: tl.constexpr, BLOCK: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    if row < tl.load(rows_ptr):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        wanted = tl.load(token_ids_ptr + row)
+        if first_ptr is not None:
+            wanted -= tl.load(first_ptr)
+        # Kept inside the table whatever the caller sent; a token that a partial table does not have is zeros.
+        token = tl.minimum(tl.maximum(wanted, 0), VOCAB - 1)
+        value = tl.load(table_ptr + token.to(tl.int64) * DEPTH + cols, mask=cols < WIDTH).to(tl.float32)
+        if scales_ptr is not None:
+            value *= tl.load(scales_ptr + token)
+        if first_ptr is not None:
+            value = tl.where(token == wanted, value, 0.0)
+        tl.store(out_ptr + row.to(tl.int64) * OUT_STRIDE + OUT_OFFSET + cols, value, mask=cols < WIDTH)
+
+
+@dataclass(frozen=True)
+class _Columns(Kernel):
+    """A block of threads for each row and `_COLUMNS` columns."""
+
+    width: int
+
+    def start(self) -> Start:
+        block = min(_COLUMNS, power_of_two(self.width))
+        return Start((1, -(-self.width // block), 1), 1, warps_for(block))
+
+    def constants(self) -> Mapping[str, Any]:
+        return {"WIDTH": self.width, "BLOCK": min(_COLUMNS, power_of_two(self.width))}
+
+
+@dataclass(frozen=True)
+class GatherRows(_Columns):
+    """out[i] = x[indices[i]]: the rows whose logits are wanted."""
+
+    kind: ClassVar[str] = "gather"
+    x: View
+    out: View
+
+    function = gather_rows
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("indices", "int32"), ("x", "float32"), ("out", "float32"))
+
+    def constants(self) -> Mapping[str, Any]:
+        return {**super().constants(), **of_view("X", self.x), **of_view("OUT", self.out)}
+
+
+@dataclass(frozen=True)
+class Add(_Columns):
+    """out = x + r"""
+
+    kind: ClassVar[str] = "add"
+    x: View
+    r: View
+    out: View
+
+    function = add_rows
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        return (("rows", "int32"), ("x", "float32"), ("r", "float32"), ("out", "float32"))
+
+    def constants(self) -> Mapping[str, Any]:
+        return {**super().constants(), **of_view("X", self.x), **of_view("R", self.r), **of_view("OUT", self.out)}
+
+
+@dataclass(frozen=True)
+class _Embedding(Kernel):
+    """out[t] = table[token_ids[t]]; partial: table[token_ids[t] - first], zeros for a token that the table does not have."""
+
+    vocab: int
+    width: int
+    out: View
+    partial: bool = False
+
+    function = embed_rows
+    element: ClassVar[str]
+
+    def pointers(self) -> tuple[tuple[str, str], ...]:
+        scales = (("scales", "float32"),) if self.element == "int8" else ()
+        first = (("first", "int32"),) if self.partial else ()
+        return (("rows", "int32"), ("token_ids", "int32"), ("table", self.element), *scales, *first, ("out", "float32"))
+
+    def start(self) -> Start:
+        block = min(_COLUMNS, power_of_two(self.width))
+        return Start((1, -(-self.width // block), 1), 1, warps_for(block))
+
+    def constants(self) -> Mapping[str, Any]:
+        size = {"int8": 1, "float32": 4}[self.element]
+        constants = {"VOCAB": self.vocab, "WIDTH": self.width, "DEPTH": round_up(self.width * size, DEPTH_ALIGNMENT) // size}
+        constants["BLOCK"] = min(_COLUMNS, power_of_two(self.width))
+        return {"scales_ptr": None, "first_ptr": None, **constants, **of_view("OUT", self.out)}
+
+
+@dataclass(frozen=True)
+class FloatEmbedding(_Embedding):
+    """Of a float32 table."""
+
+    kind: ClassVar[str] = "embedding"
+    element: ClassVar[str] = "float32"
+
+
+@dataclass(frozen=True)
+class QuantizedEmbedding(_Embedding):
+    """Of an int8 table with a scale for each token."""
+
+    kind: ClassVar[str] = "qembedding"
+    element: ClassVar[str] = "int8"

@@ -1,0 +1,76 @@
+"""A graph as kernel calls of the GPU backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compiler.backends import lowering
+from compiler.backends.kernel import View, round_up
+from compiler.backends.lowering import Kernels, Lowering, Operand, Place
+from compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
+from compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
+from compiler.backends.triton.kernels.base import STEP
+from compiler.backends.triton.kernels.cache import AppendKV
+from compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
+from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
+from compiler.backends.triton.kernels.norm import Norm
+from compiler.backends.triton.kernels.rotary import RotaryTable
+from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT, Add, FloatEmbedding, GatherRows, QuantizedEmbedding
+from runtime.program import Input, Weight
+
+
+class TritonLowering(Lowering):
+    """Weights are matrices whose rows are padded with zeros to 64 bytes; bytes of activations are int8."""
+
+    backend = "triton"
+    byte = "int8"
+    sizes = STEP
+    kernels = Kernels(
+        FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
+        RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),
+    )  # fmt: skip
+
+    def float_matrix(self, value: ir.Value | None) -> Weight:
+        return self._matrix(value, "float32")
+
+    def int8_matrix(self, value: ir.Value | None) -> Weight:
+        return self._matrix(value, "int8")
+
+    def int8_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
+        return [self.int8_matrix(weight), self.vector(scale)]
+
+    def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
+        raise AssertionError("there is no kernel to take them")
+
+    def finish(self, node: ir.Node, logits: Place) -> tuple[Place, Place, Place, int]:
+        """The best logits of each row are found here, so that few numbers leave the device."""
+        view = View(logits.buffer.stride)
+        maxima = ChunkMaxima(logits.width, view)
+        kept = Place(self.buffer("R", maxima.chunks, "float32"), 0, maxima.chunks)
+        counts = Place(self.buffer("R", 1, "int32"), 0, 1)
+        places, values = (Place(self.buffer("R", CAPACITY, dtype), 0, CAPACITY) for dtype in ("int32", "float32"))
+        self.call(maxima, node, "R", logits, kept, counts)
+        self.call(Collect(logits.width, view), node, "R", Input("candidates"), logits, kept, counts, places, values)
+        return counts, places, values, CAPACITY
+
+    def _matrix(self, value: ir.Value | None, dtype: str) -> Weight:
+        tensor, name, outputs, inputs = self.matrix(value)
+        size = np.dtype(dtype).itemsize
+        depth = round_up(inputs * size, DEPTH_ALIGNMENT) // size
+        return self.weight(name, dtype, (outputs, depth), lambda: pad_rows(tensor.numpy(), depth))
+
+
+def pad_rows(matrix: npt.NDArray[np.generic], depth: int) -> npt.NDArray[np.generic]:
+    """Rows of `depth` elements, zeros at their ends."""
+    if matrix.shape[1] == depth:
+        return matrix
+    padded = np.zeros((len(matrix), depth), matrix.dtype)
+    padded[:, : matrix.shape[1]] = matrix
+    return padded
+
+
+def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> lowering.LoweredGraph:
+    """As `lowering.lower`, with the kernels of this backend."""
+    return lowering.lower(TritonLowering, model, calls_before_fusion, kv_cache, transposed_keys=False)

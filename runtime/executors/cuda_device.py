@@ -1,0 +1,262 @@
+"""A GPU through the driver: `cuda-bindings` and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.executors.device import Bytes
+from runtime.executors.nccl import ID_BYTES, Nccl
+from runtime.program import Launch
+
+if TYPE_CHECKING:
+    from runtime.collectives import Collectives
+
+STAGE = "cuda"
+_OLDEST = 12_080  # driver that does, by the version that it says: CUDA 12.8
+_PLAIN_SHARED = 48 << 10  # bytes of shared memory that need no permission
+_COPIED, _COPIES = 512 << 20, 8  # bytes and tries to find out how fast memory is
+_STAGING = 64 << 20  # bytes of each of two pinned buffers that weights pass through
+
+
+def open_device(number: int = 0) -> CudaDevice:
+    """The GPU of that number; raises `EngineError` where there is no driver, an older one, or no such GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")  # cuda-bindings may hang where it is missing
+    except OSError:
+        remedy = "install NVIDIA's driver, or give the container access to the GPU"
+        raise EngineError(STAGE, "no NVIDIA driver on this host", found="no libcuda.so.1", remedy=remedy) from None
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        remedy = "pip install 'belle-compile[cuda]'"
+        raise EngineError(STAGE, "the package cuda-bindings is missing", remedy=remedy) from None
+    return CudaDevice(driver, number)
+
+
+class CudaDevice:
+    """The primary context of a GPU with one stream."""
+
+    def __init__(self, driver: Any, number: int) -> None:
+        self._driver = driver
+        self._call("cuInit", 0)
+        version = self._call("cuDriverGetVersion")
+        if version < _OLDEST:
+            found, expected = (f"CUDA {number // 1000}.{number % 1000 // 10}" for number in (version, _OLDEST))
+            raise EngineError(STAGE, "NVIDIA driver", found=found, expected=f"{expected} or newer", remedy="update the driver")
+        count = self._call("cuDeviceGetCount")
+        if not 0 <= number < count:
+            raise EngineError(STAGE, "GPU", found=f"{count} on this host", expected=f"number {number}")
+        self._device = self._call("cuDeviceGet", number)
+        self.name = self._call("cuDeviceGetName", 128, self._device).split(b"\0")[0].decode()
+        attribute = driver.CUdevice_attribute
+        major, minor, self.shared_bytes = (
+            self._call("cuDeviceGetAttribute", which, self._device)
+            for which in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )
+        )
+        self.arch = f"sm_{major}{minor}"
+        self.driver_version = version
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self.enter()
+        self.memory_bytes = self._call("cuMemGetInfo")[0]
+        self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._allocated: list[Any] = []
+        self._modules: list[Any] = []
+        self._host: dict[int, int] = {}  # pinned memory: size by address
+        self._graphs: list[Any] = []
+        self._nccl: Nccl | None = None
+
+    def enter(self) -> None:
+        """Make it the calling thread's device."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, size: int, what: str) -> int:
+        """Zero bytes of the device."""
+        error, address = self._driver.cuMemAlloc(max(size, 1))
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            free = self._call("cuMemGetInfo")[0]
+            raise EngineError(
+                STAGE, f"memory of {self.name} for {what}", found=f"{free / 2**30:.2f} GiB free",
+                expected=f"{size / 2**30:.2f} GiB", remedy="load with fewer kv_tokens, or use a larger GPU",
+            )  # fmt: skip
+        self._allocated.append(address)
+        self._call("cuMemsetD8Async", address, 0, max(size, 1), self._stream)
+        return int(address)
+
+    def host_memory(self, size: int) -> Bytes:
+        """Pinned zero bytes."""
+        address = int(self._call("cuMemHostAlloc", max(size, 1), 0))
+        self._host[address] = size
+        memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        memory[:] = 0
+        return memory
+
+    def load(self, name: str, code: bytes, launch: Launch) -> Any:
+        """The function of a module."""
+        error, module = self._driver.cuModuleLoadData(code)
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            found, remedy = self._said(error), f"update the driver, or rebuild the engine for {self.arch}"
+            raise EngineError(STAGE, f"kernel {name} does not load on {self.name}", found=found, remedy=remedy)
+        self._modules.append(module)
+        function = self._call("cuModuleGetFunction", module, launch.symbol.encode())
+        if launch.shared > _PLAIN_SHARED:
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuFuncSetAttribute", function, attribute, launch.shared)
+        return function
+
+    def launch(self, function: Any, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
+        """Triton's kernels take two more pointers behind their own, to scratch memory that ours do not use."""
+        values = (*pointers, 0, 0)
+        arguments = (values, (ctypes.c_void_p,) * len(values))
+        blocks = launch.blocks(rows)
+        self._call("cuLaunchKernel", function, *blocks, launch.threads, 1, 1, launch.shared, self._stream, arguments, 0)
+
+    def upload(self, address: int, source: Bytes) -> None:
+        """Pinned memory is copied when its turn comes; anything else, such as a mapped file, passes through two pinned buffers,
+        of which one is filled while the other is copied."""
+        if self._is_pinned(source):
+            self._call("cuMemcpyHtoDAsync", address, source.ctypes.data, source.nbytes, self._stream)
+            return
+        staging = [(self.host_memory(min(_STAGING, source.nbytes)), self._call("cuEventCreate", 0)) for _ in range(2)]
+        for number, start in enumerate(range(0, source.nbytes, _STAGING)):
+            buffer, copied = staging[number % 2]
+            self._call("cuEventSynchronize", copied)
+            part = source[start : start + _STAGING]
+            buffer[: part.nbytes] = part
+            self._call("cuMemcpyHtoDAsync", address + start, buffer.ctypes.data, part.nbytes, self._stream)
+            self._call("cuEventRecord", copied, self._stream)
+        self.synchronize()
+        for buffer, copied in staging:
+            self._call("cuEventDestroy", copied)
+            del self._host[buffer.ctypes.data]
+            self._call("cuMemFreeHost", buffer.ctypes.data)
+
+    def download(self, target: Bytes, address: int) -> None:
+        """Copy to pinned memory."""
+        self._call("cuMemcpyDtoHAsync", target.ctypes.data, address, target.nbytes, self._stream)
+
+    def download_rows(self, target: Bytes, address: int, pitch: int) -> None:
+        """Copy [rows, width] to pinned memory."""
+        copy, kind = self._driver.CUDA_MEMCPY2D(), self._driver.CUmemorytype
+        copy.srcMemoryType, copy.srcDevice, copy.srcPitch = kind.CU_MEMORYTYPE_DEVICE, address, pitch
+        copy.dstMemoryType, copy.dstHost, copy.dstPitch = kind.CU_MEMORYTYPE_HOST, target.ctypes.data, target.strides[0]
+        copy.Height, copy.WidthInBytes = target.shape
+        self._call("cuMemcpy2DAsync", copy, self._stream)
+
+    def record(self, run: Callable[[], None]) -> Any:
+        """A CUDA graph of what `run` starts."""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", self._stream, mode)
+        try:
+            run()
+        except BaseException:
+            self._driver.cuStreamEndCapture(self._stream)  # what went wrong is said by what did
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            executable = self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call("cuGraphDestroy", graph)
+        self._graphs.append(executable)
+        return executable
+
+    def forget(self, recorded: Any) -> None:
+        """Destroy a graph."""
+        self._graphs.remove(recorded)
+        self._call("cuGraphExecDestroy", recorded)
+
+    def replay(self, recorded: Any) -> None:
+        """Launch a graph."""
+        self._call("cuGraphLaunch", recorded, self._stream)
+
+    def times(self, run: Callable[[Callable[[], None]], None]) -> list[float]:
+        """By events."""
+        events: list[Any] = []
+
+        def mark() -> None:
+            events.append(self._call("cuEventCreate", 0))
+            self._call("cuEventRecord", events[-1], self._stream)
+
+        run(mark)
+        self.synchronize()
+        seconds = [self._call("cuEventElapsedTime", before, after) / 1e3 for before, after in pairwise(events)]
+        for event in events:
+            self._call("cuEventDestroy", event)
+        return seconds
+
+    def join(self, collectives: Collectives) -> None:
+        """By NCCL, whose ranks find each other by what rank 0 tells the others."""
+        self._nccl = Nccl()
+        message = np.zeros(ID_BYTES // 4, np.int32)
+        if collectives.rank == 0:
+            message[:] = np.frombuffer(self._nccl.unique_id(), np.int32)
+        collectives.broadcast(message, len(message))
+        self._nccl.join(message.tobytes(), collectives.ranks, collectives.rank)
+
+    def all_reduce(self, address: int, count: int) -> None:
+        """A recorded step holds it too."""
+        assert self._nccl is not None, "one of several ranks has joined"
+        self._nccl.all_reduce(address, count, int(self._stream))
+
+    def copy_bandwidth(self) -> float:
+        """The best of a few copies within its memory, larger than any cache."""
+        held: list[Any] = []
+
+        def run(mark: Callable[[], None]) -> None:
+            for _ in range(_COPIES):
+                mark()
+                self._call("cuMemcpyDtoDAsync", held[1], held[0], _COPIED, self._stream)
+            mark()
+
+        try:
+            held += [self._call("cuMemAlloc", _COPIED), self._call("cuMemAlloc", _COPIED)]
+            return 2 * _COPIED / min(self.times(run))
+        finally:
+            for address in held:
+                self._call("cuMemFree", address)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        """Free what was allocated; the context goes with its last user."""
+        if self._nccl:
+            self._nccl.close()
+        for graph in self._graphs:
+            self._driver.cuGraphExecDestroy(graph)
+        for module in self._modules:
+            self._driver.cuModuleUnload(module)
+        for address in self._allocated:
+            self._driver.cuMemFree(address)
+        for pinned in self._host:
+            self._driver.cuMemFreeHost(pinned)
+        self._driver.cuStreamDestroy(self._stream)
+        self._driver.cuDevicePrimaryCtxRelease(self._device)
+        for kept in (self._graphs, self._modules, self._allocated, self._host):
+            kept.clear()
+
+    def _is_pinned(self, memory: Bytes) -> bool:
+        address = memory.ctypes.data
+        return any(start <= address and address + memory.nbytes <= start + size for start, size in self._host.items())
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Call the driver; raises `EngineError` with its own words when it fails."""
+        error, *results = getattr(self._driver, name)(*arguments)
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            remedy = "see nvidia-smi and the kernel's log for the GPU's state"
+            raise EngineError(STAGE, name, found=self._said(error), remedy=remedy)
+        return results[0] if len(results) == 1 else results
+
+    def _said(self, error: Any) -> str:
+        text = self._driver.cuGetErrorString(error)[1]
+        return f"{text.decode() if text else error}"

@@ -1,0 +1,69 @@
+"""Sums over GPUs by NCCL, called from its own library: no torch."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import find_spec
+from pathlib import Path
+
+from runtime.errors import EngineError
+
+ID_BYTES = 128
+_FLOAT32, _SUM = 7, 0  # ncclDataType_t, ncclRedOp_t
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = [("internal", ctypes.c_char * ID_BYTES)]
+
+
+class Nccl:
+    """One communicator of this process."""
+
+    def __init__(self) -> None:
+        """Find the library; raises `EngineError` where there is none."""
+        self._library = _load()
+        self._library.ncclGetErrorString.restype = ctypes.c_char_p
+        self._comm = ctypes.c_void_p()
+
+    def unique_id(self) -> bytes:
+        """What the ranks of a communicator must share; one of them makes it."""
+        made = _UniqueId()
+        self._call("ncclGetUniqueId", ctypes.byref(made))
+        return ctypes.string_at(ctypes.byref(made), ID_BYTES)
+
+    def join(self, shared: bytes, ranks: int, rank: int) -> None:
+        """Wait until all ranks have joined."""
+        made = _UniqueId.from_buffer_copy(shared)
+        self._call("ncclCommInitRank", ctypes.byref(self._comm), ctypes.c_int(ranks), made, ctypes.c_int(rank))
+
+    def all_reduce(self, address: int, count: int, stream: int) -> None:
+        """Make so many float32 at an address the sum over ranks, in the order of the stream."""
+        place, size = ctypes.c_void_p(address), ctypes.c_size_t(count)
+        self._call("ncclAllReduce", place, place, size, _FLOAT32, _SUM, self._comm, ctypes.c_void_p(stream))
+
+    def close(self) -> None:
+        """Leave."""
+        if self._comm:
+            self._library.ncclCommDestroy(self._comm)
+            self._comm = ctypes.c_void_p()
+
+    def _call(self, name: str, *arguments: object) -> None:
+        error = getattr(self._library, name)(*arguments)
+        if error:
+            found = self._library.ncclGetErrorString(error).decode()
+            raise EngineError("nccl", name, found=found, remedy="run with NCCL_DEBUG=INFO to see more")
+
+
+def _load() -> ctypes.CDLL:
+    """The system's library, or that of NVIDIA's Python package."""
+    names = ["libnccl.so.2"]
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        names += map(str, sorted(Path(folder).glob("nccl/lib/libnccl.so.2")))
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    remedy = "install it, as with pip install nvidia-nccl-cu13 (or -cu12, by the driver)"
+    raise EngineError("nccl", "NCCL is missing", found="no libnccl.so.2", remedy=remedy)

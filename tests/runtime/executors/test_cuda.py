@@ -1,0 +1,231 @@
+"""The CUDA executor's device, choices and refusals, with a driver that is made up; tests/parity runs engines."""
+
+from __future__ import annotations
+
+import json
+from enum import IntEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.errors import EngineError
+from runtime.executors import cuda, cuda_device
+from runtime.executors.choices import Choices, measure
+from runtime.executors.cuda_device import CudaDevice
+from runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
+
+LAUNCH = Launch("symbol", 64, 60_000, (3, 2, 1), 16, 40, 0, ("IMMA",))
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+
+
+class Driver:
+    """Remembers calls; memory is the host's. `capability`, `version` and `count` are the GPU's and the host's."""
+
+    CUresult = Result
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=77,
+    )  # fmt: skip
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+
+    def __init__(
+        self, capability: tuple[int, int] = (9, 0), version: int = 13_000, count: int = 1, free: int = 1 << 30
+    ) -> None:
+        self.capability, self.version, self.count, self.free = capability, version, count, free
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.memory: dict[int, np.ndarray] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, arguments))
+            given = {
+                "cuDriverGetVersion": self.version, "cuDeviceGetCount": self.count, "cuDeviceGetName": b"NVIDIA Fake\0\0",
+                "cuGetErrorString": b"out of memory",
+            }.get(name)  # fmt: skip
+            if name == "cuDeviceGetAttribute":
+                given = (*self.capability, 100 << 10)[arguments[0] - 75]
+            if name in ("cuMemAlloc", "cuMemHostAlloc"):
+                if name == "cuMemAlloc" and arguments[0] > self.free:
+                    return Result.CUDA_ERROR_OUT_OF_MEMORY, None
+                block = np.full(arguments[0], 9, np.uint8)
+                self.memory[block.ctypes.data] = block
+                given = block.ctypes.data
+            if name == "cuMemGetInfo":
+                return Result.CUDA_SUCCESS, self.free, 2 * self.free
+            return (
+                (Result.CUDA_SUCCESS,)
+                if given is None and name.startswith(("cuCtx", "cuLaunch"))
+                else (Result.CUDA_SUCCESS, given)
+            )
+
+        return call
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+def test_a_host_without_a_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", missing)
+    with pytest.raises(
+        EngineError, match=r"^cuda: no NVIDIA driver on this host: found no libcuda\.so\.1; install NVIDIA's driver"
+    ):
+        cuda_device.open_device()
+
+
+def test_the_device_says_what_it_is() -> None:
+    device = CudaDevice(Driver((8, 6)), 0)
+    assert (device.name, device.arch, device.memory_bytes) == ("NVIDIA Fake", "sm_86", 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [
+        (Driver(version=12_020), r"NVIDIA driver: found CUDA 12\.2, expected CUDA 12\.8 or newer; update the driver"),
+        (Driver(count=0), r"GPU: found 0 on this host, expected number 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(driver: Driver, message: str) -> None:
+    with pytest.raises(EngineError, match=f"^cuda: {message}"):
+        CudaDevice(driver, 0)
+
+
+def test_too_little_memory_says_how_much_there_is() -> None:
+    device = CudaDevice(Driver(free=1 << 20), 0)
+    message = r"^cuda: memory of NVIDIA Fake for weights: found 0\.00 GiB free, expected 1\.00 GiB; load with fewer kv_tokens"
+    with pytest.raises(EngineError, match=message):
+        device.allocate(1 << 30, "weights")
+
+
+def test_kernels_are_started_with_two_null_pointers_behind_their_own() -> None:
+    driver = Driver()
+    device = CudaDevice(driver, 0)
+    function = device.load("kernel", b"code", LAUNCH)
+    device.launch(function, LAUNCH, 33, [10, 20])
+    ((_, *rest),) = driver.named("cuLaunchKernel")
+    assert rest[:7] == [3 * 3, 2, 1, 64, 1, 1, 60_000]
+    values, types = rest[8]
+    assert values == (10, 20, 0, 0) and len(types) == 4
+    assert driver.named("cuFuncSetAttribute")[0][1:] == (8, 60_000), "more shared memory than is given unasked"
+
+
+def test_weights_pass_through_pinned_memory_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "_STAGING", 100)
+    driver = Driver()
+    device = CudaDevice(driver, 0)
+    pinned = device.host_memory(64)
+    assert not pinned.any()
+    device.upload(5000, pinned[8:24])
+    assert driver.named("cuMemcpyHtoDAsync") == [(5000, pinned.ctypes.data + 8, 16, None)]
+    source = np.arange(250, dtype=np.uint8)
+    copied: list[bytes] = []
+    copy = driver.__getattr__("cuMemcpyHtoDAsync")
+
+    def record(target: int, address: int, size: int, stream: Any) -> Any:
+        block = next(b for start, b in driver.memory.items() if start <= address < start + len(b))
+        copied.append(block[:size].tobytes())
+        return copy(target, address, size, stream)
+
+    driver.cuMemcpyHtoDAsync = record  # type: ignore[attr-defined]
+    device.upload(9000, source)
+    assert b"".join(copied) == source.tobytes()
+    assert [arguments[0] for arguments in driver.named("cuMemcpyHtoDAsync")[1:]] == [9000, 9100, 9200]
+    assert len(driver.named("cuMemFreeHost")) == 2, "the two that it passed through"
+    device.close()
+    assert len(driver.named("cuMemFreeHost")) == 3
+
+
+@pytest.mark.parametrize(
+    ("carried", "own", "chosen"),
+    [(("sm_80",), "sm_80", "sm_80"), (("sm_80",), "sm_89", "sm_80"), (("sm_80", "sm_86"), "sm_86", "sm_86")],
+)
+def test_code_for_an_older_gpu_of_the_same_major_version_runs(carried: tuple[str, ...], own: str, chosen: str) -> None:
+    assert cuda.choose_arch(carried, SimpleNamespace(arch=own, name="GPU")) == chosen  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("carried", "own"), [("sm_80", "sm_90"), ("sm_89", "sm_80"), ("sm_90", "sm_100")])
+def test_code_for_another_gpu_is_refused(carried: str, own: str) -> None:
+    message = rf"^cuda: kernels for GPU: found {carried}, expected code for {own}; rebuild the engine for this GPU"
+    with pytest.raises(EngineError, match=message):
+        cuda.choose_arch((carried,), SimpleNamespace(arch=own, name="GPU"))  # type: ignore[arg-type]
+
+
+def program(alternatives: dict[str, dict[str, tuple[str, ...]]]) -> Program:
+    calls = (
+        Call("qlinear", "a", "T", (Input("T"),), variants=((1, "one"), (None, "many"))),
+        Call("qlinear", "b", "R", (Input("R"),), variants=((1, "one"), (None, "many"))),
+    )
+    launches = dict.fromkeys(("one", "many", "other", "wide"), LAUNCH)
+    return Program(64, 8, 4, 4, 4096, 64, Logits(0, 64, 0, 64), KVLayout(1, 1, 8, "float16"), calls, FusionCalls(2, 2),
+                   launches=launches, alternatives=alternatives)  # fmt: skip
+
+
+class Timed:
+    """A device whose kernels take the time that is given; a step is what it starts."""
+
+    name = "NVIDIA Fake 80GB"
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.started, self.counts = seconds, [], []  # type: ignore[var-annotated]
+
+    def record(self, run: Any) -> list[Any]:
+        self.started = []
+        run()
+        return list(self.started)
+
+    def forget(self, recorded: list[Any]) -> None:
+        recorded.clear()
+
+    def replay(self, recorded: list[Any]) -> None:
+        self.now = sum(self.seconds[name] * rows for name, rows in recorded)
+
+    def times(self, run: Any) -> list[float]:
+        moments: list[float] = []
+        run(lambda: moments.append(getattr(self, "now", 0.0)))
+        return moments[1:]
+
+    def launch(self, call: Call, name: str, rows: int) -> None:
+        self.started.append((name, rows))
+
+
+def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
+    made = program({"one": {"1": ("other",)}, "many": {"any": ("wide", "other")}})
+    (tmp_path / "program.json").write_text(made.to_json())
+    device = Timed({"one": 3.0, "other": 2.0, "many": 1.0, "wide": 1.5})
+    choices = Choices(tmp_path, device)  # type: ignore[arg-type]
+    assert not choices.known(made) and choices.best("one", 1) == "one"
+    measure(choices, made, device, made.launches, device.launch, lambda tokens, rows: device.counts.append((tokens, rows)))  # type: ignore[arg-type]
+    assert (choices.best("one", 1), choices.best("many", None), choices.best("other", 4)) == ("other", "many", "other")
+    assert device.counts == [(64, 64), (1, 1)]
+    again = Choices(tmp_path, device)  # type: ignore[arg-type]
+    assert again.known(made) and again.found == choices.found
+    measure(again, made, device, made.launches, device.launch, lambda *counts: pytest.fail("measured again"))  # type: ignore[arg-type]
+    (file,) = tmp_path.glob("choices-*.json")
+    assert file.name == "choices-nvidia-fake-80gb.json"
+    for change in ({"program": "other"}, {"choices": {"one 1": "wide"}}, {"choices": {"one 1": "one"}}, {"choices": 3},
+                   {"choices_format": 2}):  # fmt: skip
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        assert not Choices(tmp_path, device).known(made), change  # type: ignore[arg-type]
+    file.write_text("[]")
+    assert not Choices(tmp_path, device).known(made)  # type: ignore[arg-type]
+
+
+def test_a_directory_that_cannot_be_written_to_is_no_obstacle(tmp_path: Path) -> None:
+    made = program({"one": {"1": ("other",)}})
+    (tmp_path / "program.json").write_text(made.to_json())
+    device = Timed(dict.fromkeys(("one", "other", "many"), 1.0))
+    choices = Choices(tmp_path, device)  # type: ignore[arg-type]
+    choices._path = tmp_path / "none" / "choices.json"
+    measure(choices, made, device, made.launches, device.launch, lambda *counts: None)  # type: ignore[arg-type]
+    assert choices.known(made) and not list(tmp_path.glob("choices-*"))
