@@ -57,13 +57,17 @@ def make(out: Path, target: str) -> None:
 
 def _checkpoint(shape: str, folder: Path) -> Path:
     checkpoints.SHAPES[shape] = SMALL[shape]
-    model = AutoModelForCausalLM.from_pretrained(checkpoints.make(shape, folder), dtype=torch.float32)
+    made = checkpoints.make(shape, folder)
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(SPREAD)
-    model.save_pretrained(folder)
-    return folder
+    spread = folder.with_name(f"{folder.name}-spread")  # the weights of the first are mapped
+    model.save_pretrained(spread)
+    for file in made.glob("token*"):
+        shutil.copy(file, spread)
+    return spread
 
 
 def _small(checkpoint: Path, preset: str, out: Path, target: str) -> None:

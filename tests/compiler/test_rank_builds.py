@@ -83,9 +83,9 @@ def test_each_weight_is_quantized_once_for_all_ranks(variant: str, tmp_path: Pat
     """And as often as for one: linears that are fused are read together on all ranks."""
     read: list[str] = []
 
-    def quantize_rows(weight: Floats, name: str) -> tuple[Floats, Floats]:
+    def quantize_rows(weight: Floats, name: str, first: int = 0) -> tuple[Floats, Floats]:
         read.append(name)
-        return original(weight, name)
+        return original(weight, name, first)
 
     original = weights.quantize_rows
     monkeypatch.setattr(weights, "quantize_rows", quantize_rows)

@@ -225,8 +225,8 @@ class _Attention(Kernel):
 
     @property
     def tokens(self) -> int:
-        """Of a tile of the context."""
-        return 64 if self.cache_dtype != "float32" else 32
+        """Of a tile of the context; more of another type than float16 spill registers."""
+        return 64 if self.cache_dtype == "float16" else 32
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
@@ -293,14 +293,14 @@ class AttendRuns(_Attention):
 
     @property
     def rows(self) -> int:
-        """Of a tile of queries."""
-        return 64 if self.cache_dtype != "float32" else 32
+        """Of a tile of queries; more in float32 spill registers."""
+        return 64 if self.cache_dtype != "float32" else 16
 
     def tensor_cores(self) -> bool:
         return self.cache_dtype != "float32"
 
     def start(self) -> Start:
-        return Start((1, self.num_heads, 1), self.rows, 8, 2)
+        return Start((1, self.num_heads, 1), self.rows, 8 if self.rows == 64 else 4, 2)
 
     def constants(self) -> Mapping[str, Any]:
         return {**super().constants(), "BM": self.rows}
