@@ -182,8 +182,9 @@ def tiling_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append((f"tuned {shape}, {_rows_phrase(least, bound)}", line))
             least = most + 1
         if "tiles_from" in entry and tiles_from < 1 << 20:
+            wide, panels = entry.get("tile_wide", 3), entry.get("tile_panels", 6)
             rows.append(
-                (f"tuned {shape}, {tiles_from} rows or more", f"tile products, {entry.get('tile_panels', 4)} panels a task")
+                (f"tuned {shape}, {tiles_from} rows or more", f"tile products, {panels} panels a task, {wide} at a time")
             )
     return rows
 

@@ -167,10 +167,15 @@ class Lowering(ABC):
         width = rest[0] if rest else 1
         assert isinstance(width, int), "only rows are symbolic"
         planes = _PLANES.get(value.dtype) if value.dtype else None
-        stride = (planes or 1) * round_up(width, ROW_ALIGNMENT) if rest else 1
-        place = Place(self.buffer(symbol, stride, self.byte if planes else "float32"), 0, width, planes or 1)
+        dtype = self.byte if planes else "float32"
+        stride = (planes or 1) * self.row_stride(width, dtype) if rest else 1
+        place = Place(self.buffer(symbol, stride, dtype), 0, width, planes or 1)
         self.places[value] = place
         return place
+
+    def row_stride(self, width: int, dtype: str) -> int:
+        """Elements from a row, or plane of one, to the next."""
+        return round_up(width, ROW_ALIGNMENT)
 
     def buffer(self, rows: Rows, stride: int, dtype: str) -> Buffer:
         """Room for the rows of a step."""

@@ -11,6 +11,7 @@ from compiler.backends.tvm import packing
 from compiler.backends.tvm.kernels.activation import Activation
 from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
+from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
 from compiler.backends.tvm.kernels.group_linear import GroupLinear
@@ -33,6 +34,9 @@ class TvmLowering(Lowering):
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
         RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear,
     )  # fmt: skip
+
+    def row_stride(self, width: int, dtype: str) -> int:
+        return rows_apart(width, 1 if dtype == self.byte else 4).stride
 
     def float_matrix(self, value: ir.Value | None) -> Weight:
         tensor, name, outputs, inputs = self.matrix(value)

@@ -1,8 +1,13 @@
-"""Tile products for many rows: four accumulator tiles, 32 rows or 16 rows of two planes x 32 outputs, 64 inputs a step."""
+"""Tile products for many rows: 32 rows, or 16 rows of two planes, x 2 or 3 panels of outputs, 64 inputs a step.
+
+A group of panels stays in the core's cache while the rows pass it. Tiles have no renaming, so sums that are read back at once would
+wait for the products before them: they wait in memory, and become results one row a step while the next block's products run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
@@ -12,9 +17,12 @@ from compiler.backends.tvm.tir import Buffer, Expr, T
 
 TILE = 16  # rows of a tile; a row is 64 bytes
 TILE_BYTES = TILE * 64
+TILE_SUMS = TILE * PANEL
+STEP = 64  # inputs of a product
+Finish = Callable[[Expr, Expr, list[Expr]], None]
 
 
-def _emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
+def emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
     """One tile instruction, or the C function that stands in for it in tests (`tests/.../amx_emulation.c`)."""
     if isa.emulate_amx:
         T.evaluate(T.call_extern("int32", f"belle_emulated_{intrinsic}", *args))
@@ -22,76 +30,146 @@ def _emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
         T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{intrinsic}", *args))
 
 
-def _configure(isa: Isa) -> None:
+def configure(isa: Isa) -> None:
     """All eight tiles as 16 rows of 64 bytes; every thread of the pool has a configuration of its own."""
     config = tir.local(64, "uint8")
     for i in range(64):
         value = 1 if i == 0 else 64 if 16 <= i < 32 and i % 2 == 0 else TILE if 48 <= i < 56 else 0
         T.buffer_store(config, T.uint8(value), [tir.i64(i)])
-    _emit(isa, "ldtilecfg", T.address_of(config[tir.i64(0)]))
+    emit(isa, "ldtilecfg", T.address_of(config[tir.i64(0)]))
 
 
-def tile_rows(isa: Isa, rows: Expr, panels: int, depth: int, xq: Buffer, x: View, planes: int, weight: Buffer, out: Buffer,
-              target: View, task_panels: int, finish: Callable[[Expr, Expr, list[Expr]], None]) -> None:  # fmt: skip
-    """`finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs; `task_panels` (even) to a parallel
-    task, taken two at a time.
+@dataclass
+class TileRows:
+    """Emits `finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs.
 
-    Tokens are read, and sums of the one plane, or the high one, first stored where their results will be, in whole blocks
-    of 32 rows: buffers hold a multiple of 32 rows. What the rows past the last contain does not matter.
+    Tokens are read, and results written, in whole blocks of rows: buffers hold a multiple of 32 rows. What the rows past the last
+    contain does not matter.
     """
-    halves = 2 // planes  # of a block of rows, each half a tile
-    row_block_size = halves * TILE
-    tokens = [(half * TILE, x.stride // planes * plane) for half in range(halves) for plane in range(planes)]
 
-    def pair(first: Expr, width: int) -> None:
-        low = tir.local(width * TILE * PANEL, "int32") if planes > 1 else None
+    isa: Isa
+    panels: int
+    depth: int
+    xq: Buffer
+    x: View
+    planes: int
+    weight: Buffer
+    finish: Finish
 
-        def row_block(block: Expr) -> None:
-            row = tir.bind(block * row_block_size)
-            for tile in range(2 * width):
-                _emit(isa, "tilezero", T.int8(tile))
+    def __post_init__(self) -> None:
+        self.rows_of_block = 2 // self.planes * TILE
+        # The two tiles of tokens of a block: rows below its first, plane.
+        self.tokens = [(half * TILE, plane) for half in range(2 // self.planes) for plane in range(self.planes)]
 
-            def step(k: Expr) -> None:
-                for tile, (below, plane) in enumerate(tokens):
-                    start = T.address_of(xq[(row + below) * (x.stride // 4) + (x.offset + plane) // 4 + k * TILE])
-                    _emit(isa, "tileloadd64", T.int8(4 + tile), start, tir.i64(x.stride))
-                for p in range(width):
-                    start = T.address_of(weight[(first + p) * (depth * PANEL) + k * TILE_BYTES])
-                    _emit(isa, "tileloadd64", T.int8(6 + p), start, tir.i64(64))
-                for tile in range(2):
-                    for p in range(width):
-                        _emit(isa, "tdpbusd", T.int8(tile * width + p), T.int8(4 + tile), T.int8(6 + p))
+    def take(self, rows: Expr, group: int, wide: int) -> None:
+        """`group` panels to a parallel task, `wide` of them at a time."""
+        blocks = tir.bind(T.floordiv(rows + (self.rows_of_block - 1), tir.i64(self.rows_of_block)))
 
-            tir.for_range(depth // 64, step)
+        def task(index: Expr) -> None:
+            configure(self.isa)
+            first = tir.bind(index * group)
+            last = tir.bind(T.min(first + group, tir.i64(self.panels)))
+            whole = tir.bind(T.floordiv(last - first, tir.i64(wide)))
+            waiting = _Waiting(self, wide)
 
-            def place(r: Expr, p: int) -> Expr:
-                return (row + r) * target.stride + target.offset + (first + p) * PANEL
+            def row_block(block: Expr) -> None:
+                row = tir.bind(block * self.rows_of_block)
+                tir.for_range(whole, lambda i: self._block(row, tir.bind(first + i * wide), waiting))
+                if self.panels % wide:
+                    with tir.when(first + whole * wide < last):
+                        self._block(row, tir.bind(first + whole * wide), _Waiting(self, self.panels % wide, at_once=True))
 
-            for tile, (below, plane) in enumerate(tokens):
-                for p in range(width):
-                    to, stride = out[place(below, p)], target.stride * 4
-                    if low is not None and plane:
-                        to, stride = low[tir.i64(p * TILE * PANEL)], 64
-                    _emit(isa, "tilestored64", T.int8(tile * width + p), T.address_of(to), tir.i64(stride))
+            tir.for_range(blocks, row_block)
+            waiting.flush()
+            emit(self.isa, "tilerelease")
 
-            def finish_row(r: Expr) -> None:
-                for p in range(width):
-                    sums = [T.reinterpret(tir.I16, tir.load(out, place(r, p)))]
-                    sums += [tir.load(low, p * TILE * PANEL + r * PANEL)] if low is not None else []
-                    finish(row + r, first + p, sums)
+        tir.parallel(-(-self.panels // group), task)
 
-            tir.for_range(T.min(rows - row, tir.i64(row_block_size)), finish_row)
+    def _block(self, row: Expr, panel: Expr, waiting: _Waiting) -> None:
+        """The products of a block of rows with `waiting.wide` panels; meanwhile, results of the block before."""
+        steps = self.depth // STEP
+        for tile in range(2 * waiting.wide):
+            emit(self.isa, "tilezero", T.int8(tile))
 
-        tir.for_range(T.floordiv(rows + (row_block_size - 1), tir.i64(row_block_size)), row_block)
+        def step(k: Expr) -> None:
+            self._step(row, panel, k, waiting.wide)
 
-    def task(index: Expr) -> None:
-        _configure(isa)
-        for offset in range(0, task_panels, 2):
-            first = tir.bind(index * task_panels + offset)
-            with tir.when(first + 1 < tir.i64(panels)):
-                pair(first, 2)
-            with tir.when(first + 1 == tir.i64(panels)):
-                pair(first, 1)
-        _emit(isa, "tilerelease")
+        def step_and_finish(k: Expr) -> None:
+            waiting.finish_some(k)
+            step(k)
 
-    tir.parallel(-(-panels // task_panels), task)
+        if waiting.at_once:
+            tir.for_range(steps, step)
+        else:
+            both = self.rows_of_block // waiting.rows_of_step(steps)
+            tir.either(waiting.any, lambda: tir.for_range(both, step_and_finish), lambda: tir.for_range(both, step))
+            tir.for_range(steps, step, both)
+        waiting.store(row, panel)
+
+    def _step(self, row: Expr, panel: Expr, k: Expr, wide: int) -> None:
+        """Sums in tiles 0 on, the two of tokens by turns, or one after the other where three panels leave one tile for them."""
+        sums = 2 * wide
+        loaded = -1
+        for half, (below, plane) in enumerate(self.tokens):
+            tokens = sums + half if wide < 3 else sums
+            place = (row + below) * (self.x.stride // 4) + (self.x.offset + self.x.stride // self.planes * plane) // 4 + k * TILE
+            emit(self.isa, "tileloadd64", T.int8(tokens), T.address_of(self.xq[place]), tir.i64(self.x.stride))
+            for p in range(wide) if half == 0 else reversed(range(wide)):
+                weights = 7 if wide == 3 else 6 + p
+                if p != loaded and (wide == 3 or half == 0):
+                    start = T.address_of(self.weight[(panel + p) * (self.depth * PANEL) + k * TILE_BYTES])
+                    emit(self.isa, "tileloadd64", T.int8(weights), start, tir.i64(64))
+                loaded = p
+                emit(self.isa, "tdpbusd", T.int8(half * wide + p), T.int8(tokens), T.int8(weights))
+
+
+class _Waiting:
+    """The sums of a block, in memory until they are made results."""
+
+    def __init__(self, work: TileRows, wide: int, at_once: bool = False) -> None:
+        self.work, self.wide, self.at_once = work, wide, at_once
+        self.sums = tir.local(2 * wide * TILE_SUMS, "int32")
+        if not at_once:
+            self._row, self._panel = tir.scalar(tir.i64(-1), "int64"), tir.scalar(tir.i64(0), "int64")
+
+    @property
+    def any(self) -> Expr:
+        """Whether there are some."""
+        return self._row[0] >= 0
+
+    def rows_of_step(self, steps: int) -> int:
+        """Rows to finish in each of the first steps of the next block."""
+        rows = 1
+        while rows * steps < self.work.rows_of_block:
+            rows *= 2
+        return rows
+
+    def finish_some(self, step: Expr) -> None:
+        """The rows that are due in a step."""
+        count = self.rows_of_step(self.work.depth // STEP)
+        for i in range(count):
+            self._finish(step * count + i, self._row[0], self._panel[0])
+
+    def flush(self) -> None:
+        """All that are left."""
+        with tir.when(self.any):
+            tir.for_range(self.work.rows_of_block, lambda r: self._finish(r, self._row[0], self._panel[0]))
+
+    def store(self, row: Expr, panel: Expr) -> None:
+        """Keep the sums in the tiles, or make them results."""
+        for tile in range(2 * self.wide):
+            to = T.address_of(self.sums[tir.i64(tile * TILE_SUMS)])
+            emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))
+        if self.at_once:
+            tir.for_range(self.work.rows_of_block, lambda r: self._finish(r, row, panel))
+        else:
+            self._row[0], self._panel[0] = row, panel
+
+    def _finish(self, r: Expr, row: Expr, panel: Expr) -> None:
+        """Row `r` of a block. Tiles are those of the first 16 rows or the high plane, then the others."""
+        planes = self.work.planes
+        tile = T.floordiv(r, tir.i64(TILE)) if planes == 1 else tir.i64(0)
+        place = tir.bind(tile * (self.wide * TILE_SUMS) + T.floormod(r, tir.i64(TILE)) * PANEL)
+        for p in range(self.wide):
+            sums = [tir.load(self.sums, place + (plane * self.wide + p) * TILE_SUMS) for plane in range(planes)]
+            self.work.finish(row + r, panel + p, sums)

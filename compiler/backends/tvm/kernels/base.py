@@ -8,8 +8,19 @@ from dataclasses import dataclass
 import tvm
 
 from compiler.backends import kernel
+from compiler.backends.kernel import ROW_ALIGNMENT, View, round_up
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.tir import Buffer, prim_func
+
+LINE = 64  # bytes of a cache line
+
+
+def rows_apart(width: int, itemsize: int = 4) -> View:
+    """A buffer of its own for rows of `width` elements: an odd number of cache lines from each to the next, because those that
+    are a power of two apart would share few places of a cache."""
+    stride = round_up(width, ROW_ALIGNMENT)
+    lines = stride * itemsize // LINE
+    return View(stride + (lines % 2 == 0) * (LINE // itemsize))
 
 
 @dataclass(frozen=True)

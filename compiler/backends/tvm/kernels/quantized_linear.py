@@ -21,7 +21,7 @@ from typing import ClassVar
 from compiler.backends.kernel import View, round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.amx import tile_rows
+from compiler.backends.tvm.kernels.amx import TileRows
 from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
 from compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
@@ -125,9 +125,11 @@ class QuantizedLinear(Kernel):
             return
 
         def tiles() -> None:
-            tile_rows(isa, rows, panels, depth, xq, self.x, self.planes, weight, out, self.out, tiling.tile_panels,
-                      lambda r, p, sums: finish(r, p, 0, PANEL, [total - tir.load(correction, p * PANEL) for total in sums])
-                      )  # fmt: skip
+            def done(row: Expr, panel: Expr, sums: list[Expr]) -> None:
+                finish(row, panel, 0, PANEL, [total - tir.load(correction, panel * PANEL) for total in sums])
+
+            products = TileRows(isa, panels, depth, xq, self.x, self.planes, weight, done)
+            products.take(rows, tiling.tile_panels, tiling.tile_wide)
 
         if tiling.tiles_from == 1:
             tiles()

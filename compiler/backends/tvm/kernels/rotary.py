@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels import float64
-from compiler.backends.tvm.kernels.base import Kernel
+from compiler.backends.tvm.kernels.base import Kernel, rows_apart
 from compiler.backends.tvm.kernels.rowwise import Values, each
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
@@ -42,7 +41,7 @@ class RotaryTable(Kernel):
 
         def table(row: Expr) -> None:
             position = tir.bind(T.cast(positions[row], "float32"))
-            start = tir.bind(View.of_width(self.head_dim).row(row))
+            start = tir.bind(rows_apart(self.head_dim).row(row))
 
             def write(frequencies: Values) -> None:
                 def both(c: Expr, lanes: int) -> None:
@@ -97,7 +96,7 @@ def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, 
         each(head_dim, lambda c, lanes: write(c, lanes, values(c, lanes)))
         return
     half = head_dim // 2
-    start = tir.bind(View.of_width(head_dim).row(row))
+    start = tir.bind(rows_apart(head_dim).row(row))
 
     def pair(c: Expr, lanes: int) -> None:
         low, high = tir.bind(values(c, lanes)), tir.bind(values(c + half, lanes))

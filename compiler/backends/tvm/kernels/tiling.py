@@ -59,21 +59,24 @@ class Walk:
 class LinearTiling:
     """A walk for every row count: (largest row count or None for any, walk), ascending, the first whose bound holds is taken.
 
-    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task. A trial that
-    runs with certain row counts only names them in `trial_rows`, to leave out what others would need.
+    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task, `tile_wide` of
+    them at a time. A trial that runs with certain row counts only names them in `trial_rows`, to leave out what others would
+    need.
     """
 
     walks: tuple[tuple[int | None, Walk], ...]
     tiles_from: int = 16
-    tile_panels: int = 4
+    tile_wide: int = 3
+    tile_panels: int = 6
     trial_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bounds = [bound for bound, _ in self.walks]
         if not bounds or bounds[-1] is not None or None in bounds[:-1] or sorted(set(bounds[:-1])) != bounds[:-1]:  # type: ignore[type-var]
             raise ValueError(f"row bounds {bounds}: they ascend and the last is None")
-        if self.tiles_from < 1 or self.tile_panels not in (2, 4, 8, 16):
-            raise ValueError(f"tiles from {self.tiles_from} rows, {self.tile_panels} panels a task: 1 or more; 2, 4, 8 or 16")
+        if self.tiles_from < 1 or self.tile_wide not in (2, 3) or self.tile_panels < 1 or self.tile_panels % self.tile_wide:
+            found = f"tiles from {self.tiles_from} rows, {self.tile_panels} panels a task, {self.tile_wide} at a time"
+            raise ValueError(f"{found}: 1 or more rows, 2 or 3 at a time, a multiple of it a task")
 
     def walk_for(self, rows: int) -> Walk:
         """The walk that takes `rows` rows."""

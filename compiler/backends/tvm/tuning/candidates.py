@@ -13,7 +13,7 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.tiling import Walk
 
 Change = dict[str, Any]
-TILE_PANELS = (2, 4, 8)  # panels of a parallel task of tile products
+TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # of tile products: panels at a time, and of a parallel task
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
+from compiler.backends.tvm.kernels.base import Kernel, rows_apart
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
-from compiler.backends.tvm.tuning.candidates import TILE_PANELS, TILE_ROWS, Bucket, buckets
+from compiler.backends.tvm.tuning.candidates import TILE_ROWS, TILES, Bucket, buckets
 from compiler.backends.tvm.tuning.measure import Bench, Variant, last_level_cache, load_variants
 from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from compiler.version import __version__
@@ -42,7 +42,7 @@ def shapes_of(kernels: Mapping[Kernel, int]) -> dict[Shape, int]:
 
 def kernel_of(shape: Shape) -> QuantizedLinear:
     """A kernel of this shape with buffers of its own."""
-    x, out = View(shape.planes * View.of_width(shape.inputs).stride), View.of_width(shape.outputs)
+    x, out = View(shape.planes * rows_apart(shape.inputs, 1).stride), rows_apart(shape.outputs)
     return QuantizedLinear(shape.outputs, shape.inputs, False, x, out, shape.planes)
 
 
@@ -106,8 +106,10 @@ class _Search:
         return walks[fastest] if scores[fastest] < scores[0] * (1 - MARGIN) else walks[0]
 
     def _with_tiles(self, tiling: LinearTiling) -> LinearTiling:
-        """From which row count on tile products win at every count measured, and how many panels a task of them takes."""
-        tilings = {"walks": tiling} | {f"tiles_{n}": replace(tiling, tiles_from=1, tile_panels=n) for n in TILE_PANELS}
+        """From which row count on tile products win at every count measured, and how many panels they take."""
+        tilings = {"walks": tiling} | {
+            f"tiles_{wide}_{panels}": replace(tiling, tiles_from=1, tile_wide=wide, tile_panels=panels) for wide, panels in TILES
+        }
         times = self._times(tilings, [rows for rows in TILE_ROWS if rows <= self.max_rows])
         fewest = NEVER
         for rows, (walks, *tiles) in sorted(times.items(), reverse=True):
@@ -116,7 +118,8 @@ class _Search:
             fewest = rows
         counted = [tiles for rows, (_, *tiles) in times.items() if rows >= fewest]
         scores = [prod(by_size) for by_size in zip(*counted, strict=True)] or [0.0]
-        return replace(tiling, tiles_from=fewest, tile_panels=TILE_PANELS[scores.index(min(scores))])
+        wide, panels = TILES[scores.index(min(scores))]
+        return replace(tiling, tiles_from=fewest, tile_wide=wide, tile_panels=panels)
 
     def _times(self, tilings: Mapping[str, LinearTiling], counts: Iterable[int]) -> dict[int, list[float]]:
         """Seconds a call by row count, one for each tiling."""

@@ -56,7 +56,7 @@ class Entry:
         plain: dict[str, Any] = {"outputs": self.shape.outputs, "inputs": self.shape.inputs}
         plain |= {"planes": self.shape.planes} if self.shape.planes > 1 else {}
         plain["walks"] = {"any" if bound is None else str(bound): walk.to_plain() for bound, walk in tiling.walks}
-        for name in ("tiles_from", "tile_panels"):
+        for name in ("tiles_from", "tile_wide", "tile_panels"):
             plain |= {name: getattr(tiling, name)} if getattr(tiling, name) != getattr(defaults, name) else {}
         plain["microseconds"] = {str(rows): list(times) for rows, times in self.microseconds.items()}
         return plain
@@ -67,10 +67,11 @@ class Entry:
         walks = [(None if bound == "any" else int(bound), Walk.from_plain(walk)) for bound, walk in plain["walks"].items()]
         walks.sort(key=lambda bound: (bound[0] is None, bound[0] or 0))
         tiles_from = int(plain.get("tiles_from", LinearTiling.tiles_from))
+        tile_wide = int(plain.get("tile_wide", LinearTiling.tile_wide))
         tile_panels = int(plain.get("tile_panels", LinearTiling.tile_panels))
         times = {int(rows): (float(ours), float(built_in)) for rows, (ours, built_in) in plain["microseconds"].items()}
         shape = Shape(int(plain["outputs"]), int(plain["inputs"]), int(plain.get("planes", 1)))
-        return cls(shape, LinearTiling(tuple(walks), tiles_from, tile_panels), times)
+        return cls(shape, LinearTiling(tuple(walks), tiles_from, tile_wide, tile_panels), times)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
 from compiler.ir import meanings
@@ -162,7 +163,7 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
         qkv = place(np.concatenate([q, k, v], axis=1), View(case.views[0].stride))
         batch = [positions, sequences, table]
-        tables = [place(cos_sin, View.of_width(case.dim))] if case.rotary else []
+        tables = [place(cos_sin, rows_apart(case.dim))] if case.rotary else []
         out = garbage((rows, case.attention.out.stride))
         library.call(case.append, ints(rows), qkv, qkv, *batch, *tables, keys.flat, values.flat)
         slope = [slopes] if case.alibi else []
@@ -194,7 +195,7 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: C
     table = aligned_copy(generator.permutation(NUM_BLOCKS)[:MAX_BLOCKS], np.int32)
     qkv = place(generator.standard_normal((length, sum(case.widths)), np.float32), View(case.views[0].stride))
     angles = np.arange(length)[:, None] * 0.9 ** np.arange(case.dim // 2)
-    cos_sin = place(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), View.of_width(case.dim))
+    cos_sin = place(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), rows_apart(case.dim))
     slope = [aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)] if case.alibi else []
     expected, memory = np.empty((0, heads)), b""
     for at_once in (length, 8, 3, 1):

@@ -12,6 +12,7 @@ from compiler.backends.kernel import View
 from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm import packing
 from compiler.backends.tvm.isa import AMX
+from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.float_linear import FloatLinear
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.library import compile_library
@@ -28,8 +29,8 @@ Array = npt.NDArray[Any]
 
 
 def quantized(outputs: int, inputs: int, bias: bool = True, planes: int = 1) -> QuantizedLinear:
-    x = View(planes * View.of_width(inputs).stride)
-    return QuantizedLinear(outputs, inputs, bias, x, View.of_width(outputs), planes)
+    x = View(planes * rows_apart(inputs, 1).stride)
+    return QuantizedLinear(outputs, inputs, bias, x, rows_apart(outputs), planes)
 
 
 def floating(outputs: int, inputs: int) -> FloatLinear:
@@ -48,7 +49,7 @@ def tokens(xq: Array) -> Array:
     rows, inputs = xq.shape
     low = xq if xq.dtype == np.int8 else (xq.astype(np.int32) + 128) % 256 - 128
     planes = [low] if xq.dtype == np.int8 else [(xq.astype(np.int32) - low) // 256, low]
-    stored = np.full((CAPACITY, len(planes), View.of_width(inputs).stride), 77, np.uint8)
+    stored = np.full((CAPACITY, len(planes), rows_apart(inputs, 1).stride), 77, np.uint8)
     for index, plane in enumerate(planes):
         assert -128 <= plane.min() and plane.max() <= 127
         stored[:rows, index, :inputs] = plane.astype(np.int32) + 128

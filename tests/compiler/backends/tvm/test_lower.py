@@ -78,7 +78,7 @@ def test_sums_over_ranks_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         for at in sums:
             call, writer = program.calls[at], program.calls[at - 1]
             assert call.args == writer.args[-1:] and call.kernels() == ()
-            assert call.all_reduce == AllReduce(width=32, stride=64)
+            assert call.all_reduce == AllReduce(width=32, stride=80)
 
 
 def test_ranks_with_the_same_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from compiler.backends.kernel import View
 from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
+from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.activation import Activation
 from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
@@ -312,7 +313,7 @@ def test_rotary_table(library: Library, kernel: RotaryTable) -> None:
     dim = kernel.head_dim
     positions, sequences = ints(0, 1, 99, 5, 100, 31999, 7, 2), ints(0, 0, 0, 2, 2, 1, 1, 2)
     inv_freq = (1 / kernel.base ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
-    out = garbage((8, View.of_width(dim).stride))
+    out = garbage((8, rows_apart(dim).stride))
     library.call(kernel, ints(8), positions, sequences, aligned_copy(inv_freq), out)
     expected = meanings.rotary_table(positions, sequences, inv_freq, attention_scaling=kernel.attention_scaling,
                                      dynamic_factor=kernel.dynamic_factor, original_max=kernel.original_max,

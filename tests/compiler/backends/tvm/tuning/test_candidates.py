@@ -71,12 +71,30 @@ def test_buckets_and_tiles_meet_without_gap(isa: Isa, planes: int) -> None:
     wq, none = rng.integers(-127, 128, SHAPE).astype(np.int8), np.zeros(SHAPE[0], np.float32)
     walks = ((1, Walk(8, 1)), (4, Walk(2, 3)), (8, Walk(3, 4, depth=64)), (None, Walk(2, 2, task_groups=3, row_blocks=2)))
     for tiles_from in (1, 5, 9, 12, 1 << 20) if isa.amx else (16,):
-        tiling = LinearTiling(walks, tiles_from=tiles_from, tile_panels=2)
+        tiling = LinearTiling(walks, tiles_from=tiles_from)
         kernel = replace(quantized(*SHAPE, planes=planes), tiling=tiling)
         assert kernel.name == quantized(*SHAPE, planes=planes).name
         library = Library([kernel], isa)
         for rows in (1, 2, 4, 5, 8, 9, 11, 12, 50):
             xq = integers(rng, planes, rows, SHAPE[1])
+            got = run_quantized(library, kernel, xq, np.ones(rows, np.float32), wq, none + 1, none)
+            np.testing.assert_array_equal(got, meanings.integer_linear(xq, wq).astype(np.float32), err_msg=f"{rows} rows")
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("outputs, inputs", [(200, 200), (16, 64), (40, 3000), (96, 577)])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.amx], ids=lambda isa: isa.name)
+def test_every_order_of_tiles_is_exact(isa: Isa, outputs: int, inputs: int, planes: int) -> None:
+    """Fewer panels than are taken at a time, groups and rows that are not full, fewer and more steps than rows to finish."""
+    rng = np.random.default_rng(2)
+    wq, none = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8), np.zeros(outputs, np.float32)
+    walks = ((None, Walk(1, 1)),)
+    for wide, panels in candidates.TILES:
+        tiling = LinearTiling(walks, tiles_from=1, tile_wide=wide, tile_panels=panels)
+        kernel = replace(quantized(outputs, inputs, planes=planes), tiling=tiling)
+        library = Library([kernel], isa)
+        for rows in (1, 16, 33, 50, 64):
+            xq = integers(rng, planes, rows, inputs)
             got = run_quantized(library, kernel, xq, np.ones(rows, np.float32), wq, none + 1, none)
             np.testing.assert_array_equal(got, meanings.integer_linear(xq, wq).astype(np.float32), err_msg=f"{rows} rows")
 

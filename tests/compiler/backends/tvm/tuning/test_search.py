@@ -77,12 +77,12 @@ def test_tiles_take_over_where_they_win(threshold: int | None, times: Callable[[
     def cost(tiling: LinearTiling, rows: int) -> float:
         if rows < tiling.tiles_from:
             return 1.0
-        return (2.0 if threshold is None or rows < threshold else 0.5) + 0.1 * (tiling.tile_panels != 2)
+        return (2.0 if threshold is None or rows < threshold else 0.5) + 0.1 * (tiling.tile_panels != 3)
 
     times(cost)
     (entry,) = search({Shape(64, 64): 512}, AMX, threads=1).entries
     assert entry.tiling.tiles_from == (threshold or searching.NEVER)
-    assert threshold is None or entry.tiling.tile_panels == 2
+    assert threshold is None or entry.tiling.tile_panels == 3
 
 
 def test_shapes_of_a_program() -> None:
