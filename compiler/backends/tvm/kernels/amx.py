@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.base import LINE
 from compiler.backends.tvm.kernels.panels import PANEL
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
@@ -19,6 +20,7 @@ TILE = 16  # rows of a tile; a row is 64 bytes
 TILE_BYTES = TILE * 64
 TILE_SUMS = TILE * PANEL
 STEP = 64  # inputs of a product
+AHEAD = 2  # steps that weights are fetched before they are used
 Finish = Callable[[Expr, Expr, list[Expr]], None]
 
 
@@ -86,25 +88,43 @@ class TileRows:
         tir.parallel(-(-self.panels // group), task)
 
     def _block(self, row: Expr, panel: Expr, waiting: _Waiting) -> None:
-        """The products of a block of rows with `waiting.wide` panels; meanwhile, results of the block before."""
-        steps = self.depth // STEP
-        for tile in range(2 * waiting.wide):
+        """The products of a block of rows with `waiting.wide` panels; meanwhile, results of the block before. The first block
+        fetches the weights, those of the next panels after the last of its own."""
+        steps, wide = self.depth // STEP, waiting.wide
+        turn = max(0, steps - AHEAD)
+        for tile in range(2 * wide):
             emit(self.isa, "tilezero", T.int8(tile))
 
-        def step(k: Expr) -> None:
-            self._step(row, panel, k, waiting.wide)
+        def loops(fetches: bool, finishes: bool) -> None:
+            both = self.rows_of_block // waiting.rows_of_step(steps) if finishes else 0
+            cuts = sorted({0, both, turn if fetches else 0, steps})
+            for begin, end in zip(cuts, cuts[1:], strict=False):
+                ahead = AHEAD * TILE_BYTES + (begin >= turn) * (wide - 1) * self.depth * PANEL
 
-        def step_and_finish(k: Expr) -> None:
-            waiting.finish_some(k)
-            step(k)
+                def step(k: Expr, finish: bool = begin < both, ahead: int = ahead) -> None:
+                    if finish:
+                        waiting.finish_some(k)
+                    if fetches:
+                        self._fetch(panel, k, wide, ahead)
+                    self._step(row, panel, k, wide)
 
-        if waiting.at_once:
-            tir.for_range(steps, step)
-        else:
-            both = self.rows_of_block // waiting.rows_of_step(steps)
-            tir.either(waiting.any, lambda: tir.for_range(both, step_and_finish), lambda: tir.for_range(both, step))
-            tir.for_range(steps, step, both)
+                tir.for_range(end, step, begin)
+
+        def either_loops(fetches: bool) -> None:
+            if waiting.at_once:
+                loops(fetches, False)
+            else:
+                tir.either(waiting.any, lambda: loops(fetches, True), lambda: loops(fetches, False))
+
+        tir.either(row == 0, lambda: either_loops(True), lambda: either_loops(False))
         waiting.store(row, panel)
+
+    def _fetch(self, panel: Expr, k: Expr, wide: int, ahead: int) -> None:
+        """Ask for the weights of a later step."""
+        for p in range(wide):
+            start = tir.bind((panel + p) * (self.depth * PANEL) + k * TILE_BYTES + ahead)
+            for line in range(0, TILE_BYTES, LINE):
+                tir.prefetch(self.weight, start + line)
 
     def _step(self, row: Expr, panel: Expr, k: Expr, wide: int) -> None:
         """Sums in tiles 0 on, the two of tokens by turns, or one after the other where three panels leave one tile for them."""
