@@ -68,10 +68,11 @@ class Engine:
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
     ) -> Engine:
-        """Check and load an engine directory; weights are mapped, not read.
+        """Check and load an engine directory. Weights for a CPU are mapped, not read; those for a GPU are copied there.
 
-        `threads` defaults to the cores this process may use, `isa` to the best the CPU has (or env BELLE_ISA), `kv_tokens`
-        to what half of the memory beside the weights holds. `verify="full"` digests the weights too, which reads them
+        `threads` defaults to the cores this process may use, `isa` to the best the CPU has (or env BELLE_ISA); both are of
+        engines for CPUs. `kv_tokens` defaults to what half of a host's memory beside the weights holds, or what is left of a
+        GPU's. `verify="full"` digests the weights too, which reads them
         all and reports to `progress`. Raises `EngineError` for whatever does not fit, in one sentence.
 
         An engine of several ranks is loaded in as many processes, started with mpiexec or srun. Rank 0 gets the engine; for the
