@@ -66,7 +66,8 @@ bench-peers: $(VENV)/.installed-bench ## Measure SHAPES side by side with other 
 
 gpu-check: build/gpu-check-$(GPU)/bundle.json ## Run engines for GPU on the GPU of this host; without one, look at what would be run.
 	@if $(BIN)/python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]' && \
+	  { $(BIN)/python -c 'import cuda.bindings' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'; } && \
 	  $(BIN)/python -m benchmarks.gpu_check build/gpu-check-$(GPU) --out benchmarks/results/gpu-check.json; \
 	else \
 	  echo "no NVIDIA driver here: this is what a GPU host would run" && \

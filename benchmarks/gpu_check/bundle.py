@@ -1,6 +1,6 @@
 """Makes the bundle that a GPU host needs: small engines with the answers expected of them, and a 7B model without weights.
 
-python -m benchmarks.gpu_check.bundle --target h100 build/gpu-check      # 4 minutes on 2 cores, no GPU
+python -m benchmarks.gpu_check.bundle --target h100 build/gpu-check      # 10 minutes on 2 cores, no GPU; 42 MB
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
 
 from benchmarks import checkpoints
+from benchmarks.gpu_check.checks import EXPECTED, GREEDY, LARGE, PROMPT, TOLERANCE
 from compiler import targets
 from compiler.backends import compile_graphs, count_kernel_calls
 from compiler.checkpoint import open_checkpoint
@@ -30,15 +32,19 @@ from compiler.plan.outline import outline
 from compiler.writer import safetensors_header
 from passes.pipeline import PRESETS, run_pipeline
 
+Floats = npt.NDArray[np.float32]
+
 # BELLE-7B and BELLE-LLaMA in small: heads of 64 and 128 channels, one head for several, a vocabulary of several chunks.
 SMALL: dict[str, dict[str, Any]] = {
-    "bloom-small": {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 5003},
-    "llama-small": {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-                    "num_key_value_heads": 2, "intermediate_size": 1408, "vocab_size": 5003},
+    "bloom-small": {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 2051},
+    "llama-small": {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "intermediate_size": 704, "vocab_size": 2051},
 }  # fmt: skip
-LARGE = "bloom-7b1"
-PROMPT, GREEDY = 96, 64
-SPREAD = 6.0  # random weights times this: likelier tokens, so that those that are greedily chosen are no ties
+# What layers add outweighs the token itself, or greedy decoding would repeat one token, most of all where the head is tied.
+SCALES = {"query_key_value.weight": 2.0, "attention.dense.weight": 40.0, "4h_to_h.weight": 20.0, "o_proj.weight": 4.0}
+DISTINCT = 40  # of GREEDY tokens at least
+MARGIN = 2 * TOLERANCE["none"][0]  # by which the likeliest token leads: an error that is tolerated changes no token
+SEEDS = 30
 
 
 def make(out: Path, target: str) -> None:
@@ -47,45 +53,72 @@ def make(out: Path, target: str) -> None:
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="belle-gpu-check-") as folder:
         for shape in SMALL:
-            checkpoint = _checkpoint(shape, Path(folder) / shape)
+            checkpoint, ids = _checkpoint(shape, Path(folder))
             for preset in ("none", "int8"):
-                _small(checkpoint, preset, out / f"{shape}-{preset}", target)
+                _small(checkpoint, ids, preset, out / f"{shape}-{preset}", target)
     _large(out / LARGE, target)
     arch = targets.parse(target).isas[0]
     (out / "bundle.json").write_text(json.dumps({"target": target, "arch": arch}) + "\n")
 
 
-def _checkpoint(shape: str, folder: Path) -> Path:
+def _checkpoint(shape: str, folder: Path) -> tuple[Path, list[int]]:
+    """Random weights, the first that answer a prompt with many tokens of which none is nearly a tie; and the prompt."""
     checkpoints.SHAPES[shape] = SMALL[shape]
-    made = checkpoints.make(shape, folder)
+    made = checkpoints.make(shape, folder / shape)
     model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.mul_(SPREAD)
-    spread = folder.with_name(f"{folder.name}-spread")  # the weights of the first are mapped
-    model.save_pretrained(spread)
+    ids = [int(token) for token in np.random.default_rng(1).integers(5, 250, PROMPT)]
+    for seed in range(SEEDS):
+        _fill(model, seed)
+        logits, tokens = _answer(model, ids)
+        best = np.sort(logits[PROMPT - 1 :], axis=1)
+        margin = float((best[:, -1] - best[:, -2]).min() / np.abs(logits).max())
+        if len(set(tokens)) >= DISTINCT and margin > MARGIN:
+            break
+    else:
+        raise SystemExit(f"{shape}: none of {SEEDS} random models has {DISTINCT} different tokens in its answer and no ties")
+    print(f"{shape}: seed {seed}, {len(set(tokens))} different tokens of {len(tokens)}, margin {margin:.1e}", flush=True)
+    filled = folder / f"{shape}-filled"  # the weights of the first are mapped
+    model.save_pretrained(filled)
     for file in made.glob("token*"):
-        shutil.copy(file, spread)
-    return spread
+        shutil.copy(file, filled)
+    return filled, ids
 
 
-def _small(checkpoint: Path, preset: str, out: Path, target: str) -> None:
+def _fill(model: Any, seed: int) -> None:
+    """Weights under which nothing is near its neutral value: no norm 1, no bias 0, attention far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key or ".ln_f." in key:
+                parameter.copy_(0.2 * noise + (1.0 if key.endswith("weight") else 0.0))
+            elif key.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                scale = next((scale for end, scale in SCALES.items() if key.endswith(end)), 1.5)
+                parameter.copy_(noise * scale / parameter.shape[1] ** 0.5)
+
+
+def _answer(model: Any, ids: Sequence[int]) -> tuple[Floats, list[int]]:
+    """Logits of the prompt and of all but the last token after it, and these tokens, by Transformers."""
+    with torch.no_grad():
+        answer = model.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY)
+        logits: Floats = model(answer[:, :-1]).logits[0].numpy()
+    return logits, answer[0, PROMPT:].tolist()
+
+
+def _small(checkpoint: Path, ids: Sequence[int], preset: str, out: Path, target: str) -> None:
     """An engine, with the logits of a prompt and the greedy tokens after it."""
     build(BuildRequest(checkpoint, out, target, preset, drift=False))
-    ids = np.random.default_rng(1).integers(5, 250, PROMPT).tolist()
     if preset == "none":
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0].numpy()
-            answer = model.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=GREEDY, max_new_tokens=GREEDY)
-        tokens = answer[0, PROMPT:].tolist()
+        logits, tokens = _answer(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), ids)
     else:
         logits, tokens = _meaning(checkpoint, preset, ids)
-    np.savez(out / "expected.npz", ids=ids, logits=logits, tokens=tokens)
+    np.savez(out / EXPECTED, ids=ids, logits=logits, tokens=tokens)
+    print(f"{out.name}: {len(set(tokens))} different tokens of {len(tokens)}", flush=True)
 
 
-def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], list[int]]:
+def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[Floats, list[int]]:
     """The same by the NumPy meaning of the graph, with a cache of float16."""
     graph = build_graph(open_checkpoint(checkpoint))
     run_pipeline(graph, PRESETS[preset])
@@ -94,20 +127,21 @@ def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[npt.NDA
     cache = PagedCache(layers, kv_heads, head_dim, blocks, "float16")
     table = np.arange(blocks, dtype=np.int32)[None]
 
-    def step(tokens: Sequence[int], start: int) -> npt.NDArray[np.float32]:
+    def step(tokens: Sequence[int], start: int) -> Floats:
         positions = np.arange(start, start + len(tokens), dtype=np.int32)
         inputs = {
             "token_ids": np.array(tokens, np.int32), "positions": positions, "sequences": np.zeros_like(positions),
             "block_table": table, "logit_rows": np.arange(len(tokens), dtype=np.int32),
         }  # fmt: skip
-        found: npt.NDArray[np.float32] = evaluate(graph, inputs, cache)["logits"]
+        found: Floats = evaluate(graph, inputs, cache)["logits"]
         return found
 
-    logits = step(ids, 0)
-    answer = [int(logits[-1].argmax())]
+    logits = [step(ids, 0)]
+    answer = [int(logits[0][-1].argmax())]
     while len(answer) < GREEDY:
-        answer.append(int(step(answer[-1:], PROMPT + len(answer) - 1)[0].argmax()))
-    return logits, answer
+        logits.append(step(answer[-1:], PROMPT + len(answer) - 1))
+        answer.append(int(logits[-1][0].argmax()))
+    return np.concatenate(logits), answer
 
 
 def _large(out: Path, target: str) -> None:
@@ -130,6 +164,7 @@ def main() -> None:
     parser.add_argument("--target", default="h100")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
+    hf_logging.disable_progress_bar()
     make(arguments.out, arguments.target)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"{arguments.out}: {size / 1e6:.1f} MB for {arguments.target}")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import EngineError
 from runtime.executors.cuda import CudaExecutor
 from runtime.kv_cache import BLOCK_SIZE, blocks_for
 
 Floats = NDArray[np.float32]
+Plan = Sequence[Mapping[int, int]]  # the steps: how many tokens each sequence is given
 
 
 class Sequences:
     """`count` sequences of up to `length` tokens, each with blocks of its own."""
 
     def __init__(self, executor: CudaExecutor, count: int, length: int) -> None:
-        each = blocks_for(length)
-        if count * each > executor.num_blocks:
-            raise SystemExit(f"{count} sequences of {length} tokens need {count * each * BLOCK_SIZE} tokens of KV cache")
+        each, table = blocks_for(length), executor.batch.block_table
+        if count > len(table) or each > table.shape[1] or count * each > executor.num_blocks:
+            found = f"{executor.num_blocks * BLOCK_SIZE} tokens in all, {len(table)} sequences of {executor.batch.max_context}"
+            raise EngineError("gpu check", f"a KV cache for {count} sequences of {length} tokens", found=found)
         self._executor = executor
-        executor.batch.block_table[:count, :each] = np.arange(count * each).reshape(count, each)
+        table[:count, :each] = np.arange(count * each).reshape(count, each)
         self.lengths = [0] * count
 
     def step(self, tokens: Mapping[int, Sequence[int]], *, candidates: int = 1, every: bool = False) -> Floats:
@@ -63,11 +66,25 @@ class Sequences:
         return float(np.median(seconds))
 
 
-def greedy(executor: CudaExecutor, ids: Sequence[int], count: int) -> tuple[Floats, list[int]]:
-    """Logits after every token of a prompt, and the likeliest tokens after it."""
+def follow(executor: CudaExecutor, text: Sequence[int], plan: Plan) -> Iterable[tuple[int, int, Floats]]:
+    """Sequences that all read `text`, as the plan says: (sequence, first position, logits after each token it was given)."""
+    sequences = Sequences(executor, 1 + max(max(step) for step in plan), len(text))
+    for step in plan:
+        starts = {sequence: sequences.lengths[sequence] for sequence in step}
+        given = {sequence: text[starts[sequence] : starts[sequence] + size] for sequence, size in step.items()}
+        logits = sequences.step(given, candidates=0, every=True)
+        at = 0
+        for sequence, size in step.items():
+            yield sequence, starts[sequence], np.array(logits[at : at + size])
+            at += size
+
+
+def greedy(executor: CudaExecutor, ids: Sequence[int], count: int, candidates: int) -> tuple[list[int], Floats]:
+    """The likeliest tokens after a prompt, by so many candidates; and the last logits, -inf where they are no candidates."""
     sequences = Sequences(executor, 1, len(ids) + count)
-    logits = np.array(sequences.step({0: ids}, candidates=0, every=True))
-    answer = [int(logits[-1].argmax())]
+    logits = sequences.step({0: ids}, candidates=candidates)
+    answer = [int(logits[0].argmax())]
     while len(answer) < count:
-        answer.append(int(sequences.step({0: answer[-1:]})[0].argmax()))
-    return logits, answer
+        logits = sequences.step({0: answer[-1:]}, candidates=candidates)
+        answer.append(int(logits[0].argmax()))
+    return answer, np.array(logits[0])

@@ -1,53 +1,72 @@
-"""What torch and Transformers reach on the same GPU: int8 and fp16 products, fp16 and compiled int8 decoding."""
+"""What torch and Transformers reach on the same GPU: int8 and fp16 products, fp16 and compiled int8 decoding.
+
+python -m benchmarks.gpu_check.peers CONFIG FINDINGS [--device cpu]
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu_check.findings import Findings
 
 BATCHES, CONTEXT, STEPS, ROWS = (1, 32), 128, 32, 2048
 
 
 def measure(
-    config: dict[str, Any], *, device: str = "cuda", rows: int = ROWS, batches: tuple[int, ...] = BATCHES
-) -> dict[str, Any]:
-    """By name; what is not installed is named, not measured."""
+    config: dict[str, Any], findings: Findings, *, device: str = "cuda", rows: int = ROWS, batches: tuple[int, ...] = BATCHES
+) -> None:
+    """By name; what is not installed or fails is named, and does not keep the rest from being measured."""
     try:
         import torch
     except ImportError as error:
-        return {"unmeasured": str(error)}
-    found: dict[str, Any] = {"torch": torch.__version__, "products": _products(torch, config, device, rows)}
-    for name, make in (("transformers fp16 eager", _transformers), ("torch.compile int8 weight-only", _compiled)):
+        findings.note(unmeasured=str(error))
+        return
+    findings.note(torch=torch.__version__, cuda=torch.version.cuda)
+    if device == "cuda" and not torch.cuda.is_available():
+        findings.note(unmeasured="this torch sees no GPU")
+        return
+    work: dict[str, Callable[[], dict[str, float]]] = {
+        f"product {outputs}x{inputs}": partial(_product, torch, outputs, inputs, rows, device)
+        for outputs, inputs in _layers(config["hidden_size"])
+    }
+    for name, make in (("torch.compile int8 weight-only", _compiled), ("transformers fp16 eager", _transformers)):
+        work |= {f"{name}, batch {batch}": partial(_decoding, torch, make, config, batch, device) for batch in batches}
+    for name, run in work.items():
         try:
-            for batch in batches:
-                step = make(torch, config, batch, device)
-                seconds = _decode(torch, step, device)
-                found[f"{name}, batch {batch}"] = {"seconds": seconds, "tokens_per_second": batch / seconds}
-                del step
-        except ImportError as error:
-            found[name] = {"unmeasured": str(error)}
+            findings.note_under(name, run())
+        except Exception as error:
+            traceback.print_exc()
+            findings.note_under(name, {"unmeasured": f"{type(error).__name__}: {error}"[:500]})
+        torch.compiler.reset()  # what is compiled holds weights
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    return found
 
 
-def _products(torch: Any, config: dict[str, Any], device: str, rows: int) -> dict[str, dict[str, float]]:
-    """Operations a second of `rows` tokens with each weight of a layer."""
-    hidden = config["hidden_size"]
-    found = {}
-    for outputs, inputs in ((3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)):
-        x = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device=device)
-        w = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
-        other = w.t().contiguous()
-        half_x, half_w = x.half() / 64, w.half() / 64
-        operations = 2 * rows * outputs * inputs
-        int8 = min(_seconds(torch, device, partial(torch._int_mm, x, b)) for b in (w.t(), other))
-        half = _seconds(torch, device, partial(torch.matmul, half_x, half_w.t()))
-        found[f"{outputs}x{inputs}"] = {"int8_ops": operations / int8, "fp16_ops": operations / half}
-    return found
+def _layers(hidden: int) -> tuple[tuple[int, int], ...]:
+    """Outputs and inputs of a layer's weights."""
+    return (3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)
+
+
+def _product(torch: Any, outputs: int, inputs: int, rows: int, device: str) -> dict[str, float]:
+    """Operations a second of `rows` tokens with a weight."""
+    x = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device=device)
+    w = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+    other = w.t().contiguous()
+    half_x, half_w = x.half() / 64, w.half() / 64
+    operations = 2 * rows * outputs * inputs
+    int8 = min(_seconds(torch, device, partial(torch._int_mm, x, b)) for b in (w.t(), other))
+    half = _seconds(torch, device, partial(torch.matmul, half_x, half_w.t()))
+    return {"int8_ops": operations / int8, "fp16_ops": operations / half}
 
 
 def _seconds(torch: Any, device: str, run: Callable[[], Any]) -> float:
@@ -68,16 +87,18 @@ def _wait(torch: Any, device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _decode(torch: Any, step: Callable[[], Any], device: str) -> float:
+def _decoding(torch: Any, make: Callable[..., Callable[[], Any]], config: Any, batch: int, device: str) -> dict[str, float]:
     """Median seconds of a step, synchronized as sampling would."""
     times = []
-    with torch.inference_mode():
+    with torch.no_grad():
+        step = make(torch, config, batch, device)
         for _ in range(STEPS + 8):
             started = time.perf_counter()
             step()
             _wait(torch, device)
             times.append(time.perf_counter() - started)
-    return statistics.median(times[8:])
+    seconds = statistics.median(times[8:])
+    return {"seconds": seconds, "tokens_per_second": batch / seconds, "first_s": times[0]}
 
 
 def _transformers(torch: Any, config: dict[str, Any], batch: int, device: str) -> Callable[[], Any]:
@@ -92,8 +113,7 @@ def _transformers(torch: Any, config: dict[str, Any], batch: int, device: str) -
             model = BloomForCausalLM(BloomConfig(**{name: config[name] for name in names})).eval()
     finally:
         torch.set_default_dtype(before)
-    with torch.inference_mode():
-        out = model(torch.randint(5, 250, (batch, CONTEXT), device=device), use_cache=True)
+    out = model(torch.randint(5, 250, (batch, CONTEXT), device=device), use_cache=True)
     state = {"past": out.past_key_values, "tokens": out.logits[:, -1:].argmax(-1)}
 
     def step() -> None:
@@ -110,34 +130,52 @@ def _compiled(torch: Any, config: dict[str, Any], batch: int, device: str) -> Ca
     length, width = CONTEXT + STEPS + 16, hidden // heads
     functional = torch.nn.functional
 
-    def linear(outputs: int, inputs: int) -> tuple[Any, Any]:
+    # Buffers of modules stay where they are: CUDA graphs copy other inputs at every step, and refuse those that are written to.
+    def module(**buffers: Any) -> Any:
+        made = torch.nn.Module()
+        for name, value in buffers.items():
+            made.register_buffer(name, value)
+        return made
+
+    def linear(outputs: int, inputs: int) -> Any:
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
-        return weight, torch.full((outputs,), 1e-4, dtype=half, device=device)
+        return module(weight=weight, scale=torch.full((outputs,), 1e-4, dtype=half, device=device))
 
-    def apply(x: Any, layer: tuple[Any, Any]) -> Any:
-        return functional.linear(x, layer[0].to(x.dtype)) * layer[1]
+    def apply(x: Any, layer: Any) -> Any:
+        return functional.linear(x, layer.weight.to(x.dtype)) * layer.scale
 
-    sizes = ((3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden))
-    weights = [[linear(*size) for size in sizes] for _ in range(layers)]
-    head, table = linear(vocab, hidden), torch.zeros((vocab, hidden), dtype=half, device=device)
-    caches = [torch.zeros((2, batch, heads, length, width), dtype=half, device=device) for _ in range(layers)]
-    slopes = torch.tensor([2.0 ** (-8 * (i + 1) / heads) for i in range(heads)], dtype=half, device=device)
-    places = torch.arange(length, device=device)
+    def block() -> Any:
+        cache = [torch.zeros((batch, heads, length, width), dtype=half, device=device) for _ in range(2)]
+        made = module(keys=cache[0], values=cache[1])
+        for name, size in zip(("qkv", "dense", "up", "down"), _layers(hidden), strict=True):
+            made.add_module(name, linear(*size))
+        return made
 
-    def forward(tokens: Any, position: Any) -> Any:
-        x = functional.embedding(tokens, table)
-        bias = slopes[None, :, None, None] * places[None, None, None, :].to(half)
-        bias = bias.masked_fill(places[None, None, None, :] > position, float("-inf"))
-        for (qkv, dense, up, down), cache in zip(weights, caches, strict=True):
-            q, k, v = apply(functional.layer_norm(x, (hidden,)), qkv).view(batch, 1, 3, heads, width).transpose(1, 3).unbind(2)
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
-            y = functional.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=bias.expand(batch, -1, -1, -1))
-            x = x + apply(y.transpose(1, 2).reshape(batch, 1, hidden), dense)
-            x = x + apply(functional.gelu(apply(functional.layer_norm(x, (hidden,)), up), approximate="tanh"), down)
-        return apply(functional.layer_norm(x, (hidden,)), head)[:, -1].argmax(-1, keepdim=True)
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(block() for _ in range(layers))
+            self.head, self.table = linear(vocab, hidden), module(rows=torch.zeros((vocab, hidden), dtype=half, device=device))
+            slopes = torch.tensor([2.0 ** (-8 * (i + 1) / heads) for i in range(heads)], dtype=half, device=device)
+            self.register_buffer("slopes", slopes)
+            self.register_buffer("places", torch.arange(length, device=device))
 
-    compiled = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+        def forward(self, tokens: Any, position: Any) -> Any:
+            x = functional.embedding(tokens, self.table.rows)
+            bias = self.slopes[None, :, None, None] * self.places[None, None, None, :].to(half)
+            bias = bias.masked_fill(self.places[None, None, None, :] > position, float("-inf"))
+            for one in self.blocks:
+                qkv = apply(functional.layer_norm(x, (hidden,)), one.qkv)
+                q, k, v = qkv.view(batch, 1, 3, heads, width).transpose(1, 3).unbind(2)
+                one.keys.index_copy_(2, position, k)
+                one.values.index_copy_(2, position, v)
+                mask = bias.expand(batch, -1, -1, -1)
+                y = functional.scaled_dot_product_attention(q, one.keys, one.values, attn_mask=mask)
+                x = x + apply(y.transpose(1, 2).reshape(batch, 1, hidden), one.dense)
+                x = x + apply(functional.gelu(apply(functional.layer_norm(x, (hidden,)), one.up), approximate="tanh"), one.down)
+            return apply(functional.layer_norm(x, (hidden,)), self.head)[:, -1].argmax(-1, keepdim=True)
+
+    compiled = torch.compile(Model(), mode="reduce-overhead", fullgraph=True)
     state = {"tokens": torch.full((batch, 1), 7, device=device), "position": torch.tensor([CONTEXT], device=device)}
 
     def step() -> None:
@@ -145,3 +183,18 @@ def _compiled(torch: Any, config: dict[str, Any], batch: int, device: str) -> Ca
         state["position"] = state["position"] + 1
 
     return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="config.json of a BLOOM")
+    parser.add_argument("findings", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--rows", type=int, default=ROWS)
+    arguments = parser.parse_args()
+    findings = Findings(arguments.findings)
+    measure(json.loads(arguments.config.read_text()), findings, device=arguments.device, rows=arguments.rows)
+
+
+if __name__ == "__main__":
+    main()

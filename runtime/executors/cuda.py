@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,12 +117,17 @@ class CudaExecutor:
         """Time every kernel call from the next step on, or stop doing so. Steps that are timed are not replayed as one."""
         self._recorder = recorder
 
-    def seconds_of(self, call: Call, rows: int, times: int = 5) -> float:
-        """The least time of a call for so many rows, by the device's clock; what it writes is garbage."""
-        rows = min(rows, self.program.max_tokens if call.rows == "T" else self.program.max_rows)
+    def seconds_of(self, calls: Sequence[Call], rows: int, times: int = 5) -> float:
+        """The least time of calls one after the other for so many rows, by the device's clock; what they write is garbage."""
+        counts = {"T": min(rows, self.program.max_tokens), "R": min(rows, self.program.max_rows)}
         self._device.enter()
-        self._send_counts(rows, rows)
-        recorded = self._device.record(lambda: self._launch(call, rows))
+        self._send_counts(counts["T"], counts["R"])
+
+        def launch() -> None:
+            for call in calls:
+                self._launch(call, counts[call.rows])
+
+        recorded = self._device.record(launch)
 
         def run(mark: Callable[[], None]) -> None:
             for _ in range(times):

@@ -1,7 +1,8 @@
 """Tile products for many rows: 32 rows, or 16 rows of two planes, x 2 or 3 panels of outputs, 64 inputs a step.
 
-A group of panels stays in the core's cache while the rows pass it. Tiles have no renaming, so sums that are read back at once would
-wait for the products before them: they wait in memory, and become results one row a step while the next block's products run.
+A group of panels stays in the core's cache while the rows pass it. Tiles have no renaming, so sums that are read back at once
+would wait for the products before them: they wait in memory, and become results one row a step while the next block's products
+run.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def configure(isa: Isa) -> None:
 class TileRows:
     """Emits `finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs.
 
-    Tokens are read, and results written, in whole blocks of rows: buffers hold a multiple of 32 rows. What the rows past the last
-    contain does not matter.
+    Tokens are read, and results written, in whole blocks of rows: buffers hold a multiple of 32 rows. What the rows past the
+    last contain does not matter.
     """
 
     isa: Isa
@@ -132,7 +133,9 @@ class TileRows:
         loaded = -1
         for half, (below, plane) in enumerate(self.tokens):
             tokens = sums + half if wide < 3 else sums
-            place = (row + below) * (self.x.stride // 4) + (self.x.offset + self.x.stride // self.planes * plane) // 4 + k * TILE
+            place = (
+                (row + below) * (self.x.stride // 4) + (self.x.offset + self.x.stride // self.planes * plane) // 4 + k * TILE
+            )
             emit(self.isa, "tileloadd64", T.int8(tokens), T.address_of(self.xq[place]), tir.i64(self.x.stride))
             for p in range(wide) if half == 0 else reversed(range(wide)):
                 weights = 7 if wide == 3 else 6 + p

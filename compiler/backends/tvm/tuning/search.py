@@ -108,7 +108,8 @@ class _Search:
     def _with_tiles(self, tiling: LinearTiling) -> LinearTiling:
         """From which row count on tile products win at every count measured, and how many panels they take."""
         tilings = {"walks": tiling} | {
-            f"tiles_{wide}_{panels}": replace(tiling, tiles_from=1, tile_wide=wide, tile_panels=panels) for wide, panels in TILES
+            f"tiles_{wide}_{panels}": replace(tiling, tiles_from=1, tile_wide=wide, tile_panels=panels)
+            for wide, panels in TILES
         }
         times = self._times(tilings, [rows for rows in TILE_ROWS if rows <= self.max_rows])
         fewest = NEVER

@@ -10,9 +10,9 @@ import pytest
 
 from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
+from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.ir import meanings
 from compiler.ir.cache import PagedCache
 from runtime.program import KV, KVLayout

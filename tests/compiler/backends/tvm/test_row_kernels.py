@@ -13,9 +13,8 @@ import pytest
 from compiler.backends.kernel import View
 from compiler.backends.lowering import pack_vector
 from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.base import rows_apart
 from compiler.backends.tvm.kernels.activation import Activation
-from compiler.backends.tvm.kernels.base import Kernel
+from compiler.backends.tvm.kernels.base import Kernel, rows_apart
 from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from compiler.backends.tvm.kernels.hadamard import BlockHadamard
 from compiler.backends.tvm.kernels.norm import Norm

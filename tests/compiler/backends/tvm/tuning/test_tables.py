@@ -26,7 +26,9 @@ from tests.parity.variants import VARIANTS
 SMALL = Entry(
     Shape(64, 128), LinearTiling(((1, Walk(1, 1, 256, temporal=False)), (None, Walk(1, 2, unroll=2)))), {1: (2.5, 3.0)}
 )
-LARGE = Entry(Shape(4096, 4096), LinearTiling(((None, Walk(2, 2)),), tiles_from=8, tile_wide=2, tile_panels=2), {1: (9, 9), 512: (8, 9)})
+LARGE = Entry(
+    Shape(4096, 4096), LinearTiling(((None, Walk(2, 2)),), tiles_from=8, tile_wide=2, tile_panels=2), {1: (9, 9), 512: (8, 9)}
+)
 TABLE = TilingTable("avx2", (SMALL, LARGE), {"processor": "x", "threads": 2}, "2026-01-02", {"apache-tvm": "1"})
 
 
