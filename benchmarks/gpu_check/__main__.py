@@ -36,7 +36,7 @@ from runtime.program import CUBIN, Program, read_program
 PEERS = "peers"
 LIMITS = {DEVICE: 60, LARGE: 240, PEERS: 300}  # seconds
 SMALL_LIMIT = 90
-SECONDS = 570  # for all: machines are lent for 10 minutes
+SECONDS = 470  # for all
 
 
 def checks_of(bundle: Path, peers: bool) -> dict[str, int]:

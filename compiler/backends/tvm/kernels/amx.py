@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ class TileRows:
         def loops(fetches: bool, finishes: bool) -> None:
             both = self.rows_of_block // waiting.rows_of_step(steps) if finishes else 0
             cuts = sorted({0, both, turn if fetches else 0, steps})
-            for begin, end in zip(cuts, cuts[1:], strict=False):
+            for begin, end in itertools.pairwise(cuts):
                 ahead = AHEAD * TILE_BYTES + (begin >= turn) * (wide - 1) * self.depth * PANEL
 
                 def step(k: Expr, finish: bool = begin < both, ahead: int = ahead) -> None:
