@@ -1,8 +1,9 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, GPU, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, JOBS of make test, GPU, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 GPU ?= h100
 PROMPT ?= What is the capital of France? Answer in one sentence.
 BIN := $(VENV)/bin
@@ -30,8 +31,9 @@ build/smollm2/$(MODEL): | $(VENV)/.installed
 $(DEMO)/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
 	$(BIN)/belle-compile build $< --target cpu --force -o $(DEMO)
 
-test: $(VENV)/.installed ## Run the tests.
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.installed ## Run the tests, by JOBS processes.
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ from compiler.backends.tvm.kernels.tiling import built_in
 from compiler.backends.tvm.lower import lower
 from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from compiler.targets import Target
+from tests import kernel_cache
+
+kernel_cache.install()
 
 TUNED = TilingTable("avx2", (Entry(Shape(96, 64), built_in(AVX2), {1: (9.0, 10.0)}),), {"processor": "x"}, "2026-01-02")
 

@@ -23,6 +23,7 @@ from compiler.targets import CPU
 from passes.pipeline import PRESETS, run_pipeline
 from runtime import Engine, host
 from runtime.errors import EngineError
+from tests import kernel_cache
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import Stepper
 from tests.parity.variants import make_llama, random_ids
@@ -40,8 +41,11 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 # The same bytes
 
 
-def test_the_same_checkpoint_gives_the_same_bytes_kernels_included(builder: Builder, tmp_path: Path) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes_kernels_included(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = builder.engine("llama_gqa", "int8", CPU.isas)
+    monkeypatch.delenv(kernel_cache.FOLDER, raising=False)
     second = build(BuildRequest(builder.checkpoint("llama_gqa"), tmp_path / "elsewhere", quantization="int8"))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())

@@ -12,7 +12,10 @@ import numpy.typing as npt
 from compiler.driver import BuildRequest, build
 from runtime import Engine
 from runtime.host import host_isas
+from tests import kernel_cache
 from tests.parity.variants import VARIANTS
+
+kernel_cache.install()
 
 Floats = npt.NDArray[np.float32]
 BEST_ISA = host_isas()[0]  # of the host, for tests that need one

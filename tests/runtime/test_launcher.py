@@ -19,7 +19,7 @@ pytest.importorskip("mpi4py")
 from tests.runtime import ranked
 from tests.runtime.ranked import belle_run
 
-pytestmark = pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")]
 
 LONG = ("--temperature", 0, "--ignore-eos", "--max-new-tokens", 60_000, "--raw", "hello")  # a minute's work and more
 SHORT = ("--temperature", 0, "--json", "hello")

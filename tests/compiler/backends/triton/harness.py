@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from triton.runtime import interpreter
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel
@@ -27,7 +29,27 @@ def interpret(kernel: Kernel, rows: int, addresses: Sequence[int]) -> None:
         f"{name}_ptr": torch.frombuffer((ctypes.c_uint8 * 16).from_address(address), dtype=TORCH[dtype])
         for (name, dtype), address in zip(kernel.pointers(), addresses, strict=True)
     }
-    kernel.function[grid](**{**kernel.constants(), **pointers})
+    with language_patched_once():
+        kernel.function[grid](**{**kernel.constants(), **pointers})
+
+
+@contextmanager
+def language_patched_once() -> Iterator[None]:
+    """The interpreter patches Triton's language at every call of a function from a kernel, which is a quarter of its time; once
+    for each module whose functions a kernel calls is enough."""
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
 
 
 def call(kernel: Kernel, rows: int, *arrays: Array, launched: int | None = None) -> None:
