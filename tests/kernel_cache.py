@@ -1,7 +1,8 @@
 """Libraries that a run of the tests has compiled: the same functions are not compiled again by another test or worker.
 
 Tests build engines of a few small models many times over, and LLVM takes most of that time. What is compiled is looked up by
-all that it depends on: the functions as TVM writes them, the instruction set, the C compiler and the source of what walks calls.
+all that it depends on: the functions as TVM writes them, the instruction set, the C compiler and the source of what walks
+calls.
 """
 
 from __future__ import annotations
