@@ -300,7 +300,8 @@ class AttendRuns(_Attention):
         return self.cache_dtype != "float32"
 
     def start(self) -> Start:
-        return Start((1, self.num_heads, 1), self.rows, 8 if self.rows == 64 else 4, 2)
+        warps = (8 if self.rows == 64 else 4) // (1 if self.head_dim >= 64 else 2)  # small heads on more spill registers
+        return Start((1, self.num_heads, 1), self.rows, warps, 2)
 
     def constants(self) -> Mapping[str, Any]:
         return {**super().constants(), "BM": self.rows}

@@ -48,6 +48,7 @@ OTHERS: tuple[Kernel, ...] = (
     AppendKV(32, 32, 128, View(12288, 4096), View(12288, 8192), 128, "int8", True),
     AttendAlone(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "int8", True, False, few=True),
     AttendRuns(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "float32", True, False),
+    AttendRuns(5, 6, 6, 32, 0.177, View(576), View(192), 128, "float16", False, True),
     ChunkMaxima(250880, View(250880)),
     Collect(250880, View(250880)),
     FloatLinear(4096, 4096, True, View(4096), View(4096)),
