@@ -10,9 +10,8 @@ import tvm
 from compiler.backends import kernel
 from compiler.backends.kernel import ROW_ALIGNMENT, View, round_up
 from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.tiling import LINE
 from compiler.backends.tvm.tir import Buffer, prim_func
-
-LINE = 64  # bytes of a cache line
 
 
 def rows_apart(width: int, itemsize: int = 4) -> View:
