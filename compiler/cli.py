@@ -55,8 +55,9 @@ def cli() -> None:
     help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, rotate-online, gptq, static; or none.",
 )
 @click.option(
-    "--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
-    help="Type of the KV cache. auto: float16, or float32 with --quant none. int8: half of that, a scale per token and head.",
+    "--kv-cache", type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]), default="auto", show_default=True,
+    help="Type of the KV cache. auto: 16 bits (bfloat16 on CPUs, float16 on GPUs), or float32 with --quant none. int8: half of "
+    "that, a scale per token and head.",
 )  # fmt: skip
 @click.option("--isa", "isas", multiple=True, metavar="NAME", help="Carry kernels for this instruction set only; repeatable.")
 @click.option("--template", metavar="NAME|FILE", help="Prompt template, by name or as a Jinja file, if not the checkpoint's.")
@@ -331,7 +332,7 @@ def calibrate_set(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help="What to plan for; see `belle-compile targets`.")
 @click.option("--quant", default="int8", show_default=True, help="A preset, as for build.")
-@click.option("--kv-cache", type=click.Choice(["auto", "float32", "float16", "int8"]), default="auto", show_default=True,
+@click.option("--kv-cache", type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]), default="auto", show_default=True,
               help="Type of the KV cache, as for build.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences answered at a time.")
 @click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average.")

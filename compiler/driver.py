@@ -58,6 +58,7 @@ KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "a
     "auto": "",
     "float32": "float32",
     "float16": "float16",
+    "bfloat16": "bfloat16",
     "int8": "int8 per token and head",
 }
 _WORST = 5  # layers to look at where an engine misses a limit

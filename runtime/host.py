@@ -17,7 +17,7 @@ _AVX512VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vn
 
 # Kernel sets best first, with the CPU flags (as in /proc/cpuinfo) each one's instructions need.
 ISA_FLAGS: dict[str, frozenset[str]] = {
-    "amx": _AVX512VNNI | {"amx_int8", "amx_tile"},
+    "amx": _AVX512VNNI | {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"},
     "avx512vnni": _AVX512VNNI,
     "avx2": _AVX2,
 }

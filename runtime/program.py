@@ -15,7 +15,7 @@ PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
 INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "T", "R")
-KV_DTYPES = {"float32": 4, "float16": 2, "int8": 1}
+KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALES_BYTES = 4 * BLOCK_SIZE  # of an int8 cache: one float32 per token of a block, for each head
 CUBIN = ".cubin"  # in an archive of a GPU's kernels, after the kernel's name
 _REBUILD = "rebuild the engine with belle-compile build"
@@ -117,6 +117,8 @@ class KVLayout:
     they are not `transposed_keys`.
 
     Blocks are outermost, so that a short sequence touches few pages, and these may be huge ones.
+
+    bfloat16 lies in pairs, as products of pairs take it: k[kv_heads][head_dim / 2][16][2] and v[kv_heads][8][head_dim][2].
 
     With int8 each [head_dim][16] or [16][head_dim] comes after its 16 float32 scales, one per token, and is padded so that the
     next one starts at a multiple of 64 bytes.

@@ -136,6 +136,7 @@ class Lowering(ABC):
     kernels: ClassVar[Kernels]
     byte: ClassVar[str]  # of quantized activations
     sizes: ClassVar[StepSizes]
+    half: ClassVar[str]  # the type of a KV cache of 16 bits
 
     model: ir.Model
     kv_dtype: str
@@ -276,17 +277,28 @@ class LoweredGraph(NamedTuple):
     buffers: list[PlannedBuffer]
 
 
+def _kv_cache(backend: type[Lowering], asked: str, quantized: bool, head_dim: int) -> str:
+    """The type of the KV cache, where "auto" is asked too; bfloat16 lies in pairs."""
+    if asked == "bfloat16" and (backend.half != "bfloat16" or head_dim % 2):
+        raise CompileError(
+            "kv cache", "bfloat16 cannot be had here", found=f"heads of {head_dim} for the backend {backend.backend}",
+            expected="heads of an even size on a CPU", remedy="use float16",
+        )  # fmt: skip
+    half = "float16" if head_dim % 2 else backend.half
+    return asked if asked != "auto" else half if quantized else "float32"
+
+
 def lower(
     backend: type[Lowering], model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto", *, transposed_keys: bool = True
 ) -> LoweredGraph:
-    """Lower a graph with a backend's kernels. `kv_cache` is the type of the KV cache; "auto" is float16 with quantized linear
+    """Lower a graph with a backend's kernels. `kv_cache` is the type of the KV cache; "auto" is 16 bits with quantized linear
     layers, else float32; `transposed_keys` as in `KVLayout`."""
     from compiler.backends.rules import RULES
 
     metadata = model.metadata_props
     quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear", "GroupQuantizedLinear") for node in model.graph)
-    kv_dtype = ("float16" if quantized else "float32") if kv_cache == "auto" else kv_cache
     layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
+    kv_dtype = _kv_cache(backend, kv_cache, quantized, head_dim)
     lowering = backend(model, kv_dtype, layers, -(-int(metadata["max_position"]) // 16))
     for node in model.graph:
         rule = RULES.get(node.op_type)

@@ -1,10 +1,11 @@
-"""The paged KV cache as the evaluator keeps it: same blocks, layouts and roundings as the engine's, in NumPy."""
+"""The paged KV cache as the evaluator keeps it: same blocks and roundings as the engine's, in NumPy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (NumPy knows "bfloat16" by it)
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +28,7 @@ class PagedCache:
     """Keys and values of all layers in blocks of 16 tokens; a sequence's blocks are found through its block table.
 
     k: [num_layers, num_blocks, num_kv_heads, head_dim, 16], v: [num_layers, num_blocks, num_kv_heads, 16, head_dim], of
-    `dtype`: float32, float16 or int8. An int8 cache holds value = integer * scale, with a float32 scale per token and
+    `dtype`: float32, bfloat16, float16 or int8. An int8 cache holds value = integer * scale, with a float32 scale per token and
     head: k_scales and v_scales [num_layers, num_blocks, num_kv_heads, 16]. What is read back is float32, rounded to what
     the cache can hold. Fresh blocks hold NaN (int8: in their scales), so that reading a slot which was never written
     shows in the result.
@@ -44,11 +45,11 @@ class PagedCache:
     v_scales: Floats = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.dtype in ("float32", "float16", "int8"), self.dtype
+        assert self.dtype in ("float32", "bfloat16", "float16", "int8"), self.dtype
         blocks = (self.num_layers, self.num_blocks, self.num_kv_heads)
         fresh = 0 if self.quantized else np.nan
-        self.k = np.full((*blocks, self.head_dim, BLOCK_SIZE), fresh, self.dtype)
-        self.v = np.full((*blocks, BLOCK_SIZE, self.head_dim), fresh, self.dtype)
+        self.k = np.full((*blocks, self.head_dim, BLOCK_SIZE), fresh, np.dtype(self.dtype))
+        self.v = np.full((*blocks, BLOCK_SIZE, self.head_dim), fresh, np.dtype(self.dtype))
         scales = (*blocks, BLOCK_SIZE if self.quantized else 0)
         self.k_scales, self.v_scales = (np.full(scales, np.nan, np.float32) for _ in range(2))
 

@@ -179,7 +179,7 @@ def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
     have = host.host_isas()
     if wanted is None:
         for isa in host.ISA_FLAGS:
-            if isa in carried and isa in have and (isa != "amx" or _allow_amx()):
+            if isa in carried and isa in have and (isa != "amx" or allow_amx()):
                 return isa
         found = ", ".join(have) or "none"
         expected = f"one of {', '.join(carried)}"
@@ -192,12 +192,12 @@ def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
     if wanted not in have:
         missing = ", ".join(host.missing_flags(wanted))
         raise EngineError("cpu", f"this host lacks {wanted}", found=f"no {missing} among its CPU flags")
-    if wanted == "amx" and not _allow_amx():
+    if wanted == "amx" and not allow_amx():
         raise EngineError("cpu", "the operating system refuses AMX", remedy="use Linux 5.16 or newer, or isa avx512vnni")
     return wanted
 
 
-def _allow_amx() -> bool:
+def allow_amx() -> bool:
     """Ask Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); threads made later inherit it."""
     sys_arch_prctl, arch_req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0

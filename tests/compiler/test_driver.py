@@ -74,7 +74,7 @@ def test_the_engine_is_whole_and_says_what_it_is(
 
 @pytest.mark.parametrize(
     ("quantization", "asked", "dtype"),
-    [("int8", "auto", "float16"), ("none", "auto", "float32"), ("int8", "int8", "int8"), ("none", "float16", "float16")],
+    [("int8", "auto", "bfloat16"), ("none", "auto", "float32"), ("int8", "int8", "int8"), ("none", "float16", "float16")],
 )
 def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str, asked: str, dtype: str) -> None:
     out = tmp_path / "engine"
@@ -170,7 +170,7 @@ def test_the_report_is_a_file_of_the_engine(llama: Path, tmp_path: Path) -> None
     assert f"over {TOKENS} tokens of a fixed text" in passes
     assert all(step.name in passes for step in PRESETS["int8"])
     assert "rank0/weights.safetensors" in page.text("built") and "config.json SHA-256" in page.text("built")
-    assert "share an arena of" in page.text("memory") and "float16" in page.text("memory")
+    assert "share an arena of" in page.text("memory") and "bfloat16" in page.text("memory")
     assert "built without --calibration" in page.text("accuracy")
     assert dict(terminal.engine_rows(inspection.inspect(out)))["report"] == f"{out}/report.html"
 

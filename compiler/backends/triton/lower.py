@@ -27,6 +27,7 @@ class TritonLowering(Lowering):
     backend = "triton"
     byte = "int8"
     sizes = STEP
+    half = "float16"
     kernels = Kernels(
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
         RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),

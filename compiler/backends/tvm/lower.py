@@ -30,6 +30,7 @@ class TvmLowering(Lowering):
     backend = "tvm"
     byte = "uint8"
     sizes = StepSizes(tokens=512, rows=64, sequences=64)
+    half = "bfloat16"
     kernels = Kernels(
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
         RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear,

@@ -125,8 +125,10 @@ def scalar(value: Expr, dtype: str = "float32") -> Registers:
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:
-    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on)."""
-    return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": True})
+    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on), in whole cache lines:
+    TVM aligns what it allocates to 16 bytes at most, unless the type itself asks for more."""
+    lines = -(-size * (tvm.DataType(dtype).bits // 8) // 64)
+    return view_as(T.alloc_buffer((lines,), F16, annotations={"disable_lower_builtin": True}), dtype)
 
 
 def opaque(value: Expr, dtype: str = "int64") -> Expr:
@@ -210,6 +212,15 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str
     return bind(values[0])
 
 
+def highest_lane(vector: Expr) -> Expr:
+    """The largest of 16 lanes, in all of them."""
+    for step in (8, 4, 2, 1):
+        vector = bind(vector)
+        turned = T.Shuffle([vector, vector], [T.int32(lane ^ step) for lane in range(LANES)])
+        vector = T.max(vector, turned)
+    return bind(vector)
+
+
 def transpose(vectors: Sequence[Expr]) -> list[Expr]:
     """The 16 columns of 16 vectors, in four rounds of swaps between pairs of them."""
     vectors = list(vectors)
@@ -226,9 +237,9 @@ def add(a: Expr, b: Expr) -> Expr:
     return a + b
 
 
-def prefetch(buffer: Buffer, index: Expr, temporal: bool = True) -> None:
-    """Ask for a cache line that will be read soon; once only, if not `temporal`."""
-    address, locality = T.address_of(buffer[i64(index)]), T.int32(3 if temporal else 0)
+def prefetch(buffer: Buffer, index: Expr, level: int = 1) -> None:
+    """Ask for a cache line that will be read soon, in the cache of this level; 0: once only."""
+    address, locality = T.address_of(buffer[i64(index)]), T.int32({0: 0, 1: 3, 2: 2}[level])
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), locality, T.int32(1)))
 
 
@@ -266,3 +277,35 @@ def exp(x: Expr, lanes: int = LANES) -> Expr:
     p = p * (r * r) + r + constant(1.0)
     power = T.shift_left(T.cast(n, int_type(lanes)) + splat_i32(127, lanes), splat_i32(23, lanes))
     return p * T.reinterpret(float_type(lanes), power)
+
+
+def exp2(x: Expr) -> Expr:
+    """2**x for 16 lanes of x <= 0 to 3e-6 of it, exact for 0, 0 far below: enough for what is rounded to bfloat16 next. For AVX-512."""
+    n = opaque(rint(x), F16)
+    r = opaque(x - n, F16)
+    p = splat(9.5828525e-3)
+    for coefficient in (5.5906426e-2, 2.4024099e-1, 6.9312419e-1, 1.0):
+        p = fma(p, r, splat(coefficient))
+    return pure(F16, "llvm.x86.avx512.mask.scalef.ps.512", p, n, splat(0.0), T.uint16(0xFFFF), T.int32(4))
+
+
+def bfloat16_bits(value: Expr, lanes: int = LANES) -> Expr:
+    """float32 as bfloat16 in the low half of int32, to nearest, halves to even; NaN stays NaN."""
+    value = bind(value)
+    bits = bind(T.reinterpret(int_type(lanes), value))
+    odd = T.bitwise_and(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(1, lanes))
+    rounded = T.shift_right(bits + splat_i32(0x7FFF, lanes) + odd, splat_i32(16, lanes))
+    nan = T.bitwise_or(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(0x40, lanes))
+    return bind(T.bitwise_and(T.Select(value == value, rounded, nan), splat_i32(0xFFFF, lanes)))
+
+
+def bfloat16_pair(low: Expr, high: Expr, lanes: int = LANES) -> Expr:
+    """Two bfloat16 in each int32, the first in its low half."""
+    return T.bitwise_or(bfloat16_bits(low, lanes), T.shift_left(bfloat16_bits(high, lanes), splat_i32(16, lanes)))
+
+
+def of_pair(pair: Expr, lanes: int = LANES) -> tuple[Expr, Expr]:
+    """The two float32 that were a pair of bfloat16."""
+    low = T.shift_left(pair, splat_i32(16, lanes))
+    high = T.bitwise_and(pair, splat_i32(-65536, lanes))
+    return tuple(bind(T.reinterpret(float_type(lanes), half)) for half in (low, high))

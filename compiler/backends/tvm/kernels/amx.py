@@ -15,32 +15,14 @@ from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.panels import PANEL
+from compiler.backends.tvm.kernels.tiles import TILE, TILE_BYTES, configure, emit
 from compiler.backends.tvm.kernels.tiling import LINE
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
-TILE = 16  # rows of a tile; a row is 64 bytes
-TILE_BYTES = TILE * 64
 TILE_SUMS = TILE * PANEL
 STEP = 64  # inputs of a product
 AHEAD = 2  # steps that weights are fetched before they are used
 Finish = Callable[[Expr, Expr, list[Expr]], None]
-
-
-def _emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
-    """One tile instruction, or the C function that stands in for it in tests (`tests/.../amx_emulation.c`)."""
-    if isa.emulate_amx:
-        T.evaluate(T.call_extern("int32", f"belle_emulated_{intrinsic}", *args))
-    else:
-        T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{intrinsic}", *args))
-
-
-def _configure(isa: Isa) -> None:
-    """All eight tiles as 16 rows of 64 bytes; every thread of the pool has a configuration of its own."""
-    config = tir.local(64, "uint8")
-    for i in range(64):
-        value = 1 if i == 0 else 64 if 16 <= i < 32 and i % 2 == 0 else TILE if 48 <= i < 56 else 0
-        T.buffer_store(config, T.uint8(value), [tir.i64(i)])
-    _emit(isa, "ldtilecfg", T.address_of(config[tir.i64(0)]))
 
 
 @dataclass
@@ -70,7 +52,7 @@ class TileRows:
         blocks = tir.bind(T.floordiv(rows + (self.rows_of_block - 1), tir.i64(self.rows_of_block)))
 
         def task(index: Expr) -> None:
-            _configure(self.isa)
+            configure(self.isa)
             first = tir.bind(index * group)
             last = tir.bind(T.min(first + group, tir.i64(self.panels)))
             whole = tir.bind(T.floordiv(last - first, tir.i64(wide)))
@@ -85,7 +67,7 @@ class TileRows:
 
             tir.for_range(blocks, row_block)
             waiting.flush()
-            _emit(self.isa, "tilerelease")
+            emit(self.isa, "tilerelease")
 
         tir.parallel(-(-self.panels // group), task)
 
@@ -95,7 +77,7 @@ class TileRows:
         steps, wide = self.depth // STEP, waiting.wide
         turn = max(0, steps - AHEAD)
         for tile in range(2 * wide):
-            _emit(self.isa, "tilezero", T.int8(tile))
+            emit(self.isa, "tilezero", T.int8(tile))
 
         def loops(fetches: bool, finishes: bool) -> None:
             both = self.rows_of_block // waiting.rows_of_step(steps) if finishes else 0
@@ -137,14 +119,14 @@ class TileRows:
             place = (
                 (row + below) * (self.x.stride // 4) + (self.x.offset + self.x.stride // self.planes * plane) // 4 + k * TILE
             )
-            _emit(self.isa, "tileloadd64", T.int8(tokens), T.address_of(self.xq[place]), tir.i64(self.x.stride))
+            emit(self.isa, "tileloadd64", T.int8(tokens), T.address_of(self.xq[place]), tir.i64(self.x.stride))
             for p in range(wide) if half == 0 else reversed(range(wide)):
                 weights = 7 if wide == 3 else 6 + p
                 if p != loaded and (wide == 3 or half == 0):
                     start = T.address_of(self.weight[(panel + p) * (self.depth * PANEL) + k * TILE_BYTES])
-                    _emit(self.isa, "tileloadd64", T.int8(weights), start, tir.i64(64))
+                    emit(self.isa, "tileloadd64", T.int8(weights), start, tir.i64(64))
                 loaded = p
-                _emit(self.isa, "tdpbusd", T.int8(half * wide + p), T.int8(tokens), T.int8(weights))
+                emit(self.isa, "tdpbusd", T.int8(half * wide + p), T.int8(tokens), T.int8(weights))
 
 
 class _Waiting:
@@ -183,7 +165,7 @@ class _Waiting:
         """Keep the sums in the tiles, or make them results."""
         for tile in range(2 * self.wide):
             to = T.address_of(self.sums[tir.i64(tile * TILE_SUMS)])
-            _emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))
+            emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))
         if self.at_once:
             tir.for_range(self.work.rows_of_block, lambda r: self._finish(r, row, panel))
         else:

@@ -9,7 +9,7 @@ from compiler.backends.kernel import View, round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
 from compiler.backends.tvm.tir import Buffer, Expr, T
@@ -23,8 +23,9 @@ class AppendKV(Kernel):
     """k and v of every row to the slot of its position: k [block][kv head][head_dim][16], v [block][kv head][16][head_dim].
 
     Keys are stored transposed, so that attention multiplies one element of q with 16 tokens at a time. They are
-    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127. Where a step holds all
-    tokens of a block, as when a prompt is read, its keys are transposed in registers.
+    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127; in a bfloat16 cache two elements
+    of a key, and two tokens' values, lie side by side. Where a step holds all tokens of a block, as when a prompt is read, its
+    keys are transposed in registers.
     """
 
     kind: ClassVar[str] = "append_kv"
@@ -45,7 +46,7 @@ class AppendKV(Kernel):
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
         return (("rows", "int32"), ("k", "float32"), ("v", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype))  # fmt: skip
+                ("block_table", "int32"), *cos_sin, ("kcache", self.cache.element), ("vcache", self.cache.element))  # fmt: skip
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
@@ -69,9 +70,17 @@ class AppendKV(Kernel):
         def first_of_block() -> None:
             with tir.when(slot == 0):
                 self._append_keys(row, head, block, named)
+                if self.cache.paired:
+                    self._append_value_pairs(row, head, block, named)
 
-        tir.either(whole == 0, lambda: self._append_key(row, head, block, slot, named), first_of_block)
-        self._append_value(row, head, block, slot, named)
+        def one_token() -> None:
+            self._append_key(row, head, block, slot, named)
+            if self.cache.paired:
+                self._append_half_pairs(row, head, block, slot, named)
+
+        tir.either(whole == 0, one_token, first_of_block)
+        if not self.cache.paired:
+            self._append_value(row, head, block, slot, named)
 
     def _whole_block(self, row: Expr, position: Expr, slot: Expr, named: dict[str, Buffer]) -> Expr:
         """1 if the 16 tokens of a row's block are the 16 rows from `slot` rows before it on."""
@@ -108,16 +117,32 @@ class AppendKV(Kernel):
             inverse = inverse_scale(absmax, tir.LANES)
             tir.store(as_scales(named["kcache"]), self.cache.scales_before(block), absmax / tir.splat(127.0))
 
+        def write_pair(d: Expr) -> None:
+            low, high = (tir.load(columns, (d * 2 + i) * BLOCK) for i in range(2))
+            tir.store(as_pairs(named["kcache"]), self._pairs(block) + d * BLOCK, tir.bfloat16_pair(low, high))
+
         def write(d: Expr) -> None:
             keys = tir.load(columns, d * BLOCK)
             cast = T.cast(keys, tir.with_lanes(self.cache_dtype, BLOCK)) if inverse is None else tir.to_int8(keys * inverse)
             tir.store(named["kcache"], block + d * BLOCK, cast)
 
-        tir.for_range(dim, write)
+        if self.cache.paired:
+            tir.for_range(dim // 2, write_pair)
+        else:
+            tir.for_range(dim, write)
 
     def _append_key(self, row: Expr, head: Expr, block: Expr, slot: Expr, named: dict[str, Buffer]) -> None:
         dim, rotated = self.head_dim, tir.local(self.head_dim)
         self._rotate(row, head, rotated, tir.i64(0), named)
+        if self.cache.paired:
+            pairs, start = as_pairs(named["kcache"]), tir.bind(self._pairs(block) + slot)
+
+            def pair(d: Expr) -> None:
+                both = tir.bfloat16_pair(rotated[d * 2], rotated[d * 2 + 1], 1)
+                tir.store(pairs, start + d * BLOCK, both, 1)
+
+            tir.for_range(dim // 2, pair)
+            return
         stored = self._stored(lambda c, lanes: tir.load(rotated, c, lanes), named["kcache"], block, slot)
         line = tir.local(dim, self.cache_dtype)
         each(dim, lambda c, lanes: tir.store(line, c, stored(c, lanes), lanes))
@@ -128,6 +153,30 @@ class AppendKV(Kernel):
         source, target = tir.bind(self.v.row(row) + head * dim), tir.bind(block + slot * dim)
         stored = self._stored(lambda c, lanes: tir.load(named["v"], source + c, lanes), named["vcache"], block, slot)
         each(dim, lambda c, lanes: tir.store(named["vcache"], target + c, stored(c, lanes), lanes))
+
+    def _append_value_pairs(self, row: Expr, head: Expr, block: Expr, named: dict[str, Buffer]) -> None:
+        """The values of the 16 rows from `row`, which fill a block."""
+        source, pairs = tir.bind(self.v.row(row) + head * self.head_dim), as_pairs(named["vcache"])
+
+        def two_tokens(i: Expr) -> None:
+            start, target = tir.bind(source + i * (2 * self.v.stride)), tir.bind(self._pairs(block) + i * self.head_dim)
+            each(self.head_dim, lambda c, lanes: tir.store(pairs, target + c, tir.bfloat16_pair(
+                tir.load(named["v"], start + c, lanes), tir.load(named["v"], start + self.v.stride + c, lanes), lanes), lanes))  # fmt: skip
+
+        tir.for_range(BLOCK // 2, two_tokens)
+
+    def _append_half_pairs(self, row: Expr, head: Expr, block: Expr, slot: Expr, named: dict[str, Buffer]) -> None:
+        """The values of one token, each beside its neighbour's, which another thread may be writing."""
+        source = tir.bind(self.v.row(row) + head * self.head_dim)
+        target = tir.bind(block + T.floordiv(slot, 2) * (2 * self.head_dim) + T.floormod(slot, 2))
+        line = tir.local(self.head_dim, "int32")
+        each(self.head_dim, lambda c, lanes: tir.store(
+            line, c, tir.bfloat16_bits(tir.load(named["v"], source + c, lanes), lanes), lanes))  # fmt: skip
+        tir.for_range(self.head_dim, lambda d: tir.store(named["vcache"], target + d * 2, T.cast(line[d], "uint16"), 1))
+
+    def _pairs(self, block: Expr) -> Expr:
+        """Where a head's pairs begin, counted in pairs."""
+        return T.shift_right(block, tir.i64(1))
 
     def _stored(self, values: Values, cache: Buffer, block: Expr, slot: Expr) -> Values:
         """The values of one head of one token as the cache holds them; writes their scale, if there is one."""

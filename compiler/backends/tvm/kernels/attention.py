@@ -9,7 +9,9 @@ from compiler.backends.kernel import View
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks
 from compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
+from compiler.backends.tvm.kernels.tile_attention import TileAttention
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
 FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
@@ -56,9 +58,9 @@ class Attention(Kernel):
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
         slopes = (("slopes", "float32"),) if self.alibi else ()
+        element = CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype).element
         return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, *slopes, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype),
-                ("out", "float32"))  # fmt: skip
+                ("block_table", "int32"), *cos_sin, *slopes, ("kcache", element), ("vcache", element), ("out", "float32"))  # fmt: skip
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
@@ -71,6 +73,10 @@ class Attention(Kernel):
         bytes_of_one = 4 * FEW_ROWS * self.num_heads * PartSums(self.head_dim).size
         return max(1, min(PARTS // self.num_kv_heads, PARTS_BYTES // bytes_of_one))
 
+    def _flash(self, isa: Isa, rows: int) -> FlashAttention:
+        """What computes a task of up to `rows` rows."""
+        return (TileAttention if TileAttention.takes(self, isa) else FlashAttention)(self, isa, rows)
+
     def _few_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
         """Decode: every part of a (row, kv head) is a task; the calling thread adds them up."""
         most, tokens = tir.scalar(tir.i64(1), "int64"), tir.scalar(tir.i64(0), "int64")
@@ -81,7 +87,8 @@ class Attention(Kernel):
 
         tir.for_range(rows, measure)
         parts = tir.opaque(most[0])
-        flash, layout = FlashAttention(self, isa, 1), PartSums(self.head_dim)
+        flash = self._flash(isa, 1)
+        layout = flash.layout
         size = self.group * layout.size
         saved = tir.local(FEW_ROWS * self.num_kv_heads * self.most_parts * size)
 
@@ -115,7 +122,7 @@ class Attention(Kernel):
         """Heads outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts in turns."""
         tile = self.tile_rows
         groups = tir.opaque(T.floordiv(rows + (tile - 1), tile))
-        single, tiled = FlashAttention(self, isa, 1), FlashAttention(self, isa, tile)
+        single, tiled = self._flash(isa, 1), self._flash(isa, tile)
 
         def attend(flash: FlashAttention, row: Expr, count: Expr, kv_head: Expr) -> None:
             flash.start(named, row, count, kv_head)

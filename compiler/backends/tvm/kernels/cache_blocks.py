@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.tir import Buffer, Expr, T
-from runtime.program import KVLayout
+from runtime.program import KV_DTYPES, KVLayout
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,23 @@ class CacheBlocks:
         return self.dtype == "int8"
 
     @property
+    def paired(self) -> bool:
+        """Whether two neighbours of bfloat16 make an int32."""
+        return self.dtype == "bfloat16"
+
+    @property
+    def element(self) -> str:
+        """The type that kernels take the cache as."""
+        return "uint16" if self.paired else self.dtype
+
+    @property
     def line(self) -> int:
         """Elements of a cache line."""
-        return 64 // np.dtype(self.dtype).itemsize
+        return 64 // KV_DTYPES[self.dtype]
 
     def start(self, block: Expr, head: Expr) -> Expr:
         """The first value of a head of a physical block."""
-        layout, itemsize = self._layout, np.dtype(self.dtype).itemsize
+        layout, itemsize = self._layout, KV_DTYPES[self.dtype]
         sizes = (layout.block_bytes, layout.head_block_bytes, layout.scales_bytes)
         of_block, of_head, first = (size // itemsize for size in sizes)
         return tir.opaque(tir.i64(block) * of_block + (head * of_head + first))
@@ -45,6 +53,11 @@ class CacheBlocks:
     def scales_before(self, start: Expr) -> Expr:
         """The first of the 16 scales of the values at `start`, counted in float32 from where `start` is counted from."""
         return tir.opaque(T.shift_right(start - self._layout.scales_bytes, tir.i64(2)))
+
+
+def as_pairs(cache: Buffer) -> Buffer:
+    """The cache as pairs of bfloat16."""
+    return tir.view_as(cache, "int32")
 
 
 def as_scales(cache: Buffer) -> Buffer:

@@ -17,7 +17,7 @@ from compiler.backends.kernel import round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_scales
+from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import each
 from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
@@ -45,6 +45,8 @@ class FlashAttention:
         self.queries = round_up(queries, self.tall)
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
+        self.layout = PartSums(self.dim)
+        self.unit = 1.0  # of scores, in units of the natural logarithm's
         self.cache = CacheBlocks(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
         self.padded = round_up(self.dim, LANES)
 
@@ -58,10 +60,7 @@ class FlashAttention:
         self.final = tir.opaque(self.table + T.floordiv(self.first_position + (count - 1), BLOCK))  # its last block
         self.tiles = tir.opaque(T.floordiv(self.used + (self.tall - 1), self.tall))
         self.length = tir.opaque(self.first_position + count)  # tokens seen by the last row
-        self.q, self.sums = tir.local(self.queries * self.dim), tir.local(self.queries * self.padded)
-        self.scores = tir.local(self.queries * CHUNK)
-        self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
-        self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
+        self._allocate()
         if self.cache.quantized:
             self.key_scales, self.value_scales = as_scales(named["kcache"]), as_scales(named["vcache"])
             self.scales = tir.local(CHUNK)  # of the values of a chunk
@@ -74,30 +73,41 @@ class FlashAttention:
             source, target = tir.opaque(shape.q.row(source_row) + head * self.dim), tir.bind(m * self.dim)
 
             def scaled(c: Expr, lanes: int, value: Expr) -> None:
-                tir.store(self.q, target + c, value * tir.splat(shape.scale, lanes), lanes)
+                self._keep_query(target + c, value * tir.splat(shape.scale * self.unit, lanes), lanes)
 
             rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"),
                         source_row, scaled)  # fmt: skip
             if shape.alibi:
-                tir.store(self.slopes, m, named["slopes"][head], 1)
+                tir.store(self.slopes, m, named["slopes"][head] * T.float32(self.unit), 1)
 
         def pad(m: Expr) -> None:
-            each(self.dim, lambda c, lanes: tir.store(self.q, m * self.dim + c, tir.splat(0.0, lanes), lanes))
+            each(self.dim, lambda c, lanes: self._keep_query(m * self.dim + c, tir.splat(0.0, lanes), lanes))
 
         tir.for_range(self.used, read)
         tir.for_range(self.tiles * self.tall - self.used, lambda m: pad(self.used + m))
 
+    def _allocate(self) -> None:
+        """The state of the task."""
+        self.q, self.sums = tir.local(self.queries * self.dim), tir.local(self.queries * self.padded)
+        self.scores = tir.local(self.queries * CHUNK)
+        self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
+        self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
+
+    def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
+        tir.store(self.q, at, value, lanes)
+
     def part(self, first: Expr, last: Expr) -> None:
         """The softmax over chunks first..last-1 alone."""
-
-        def zero(m: Expr) -> None:
-            tir.store(self.maxima, m, T.float32(LOWEST), 1)
-            tir.store(self.shrink, m, T.float32(1.0), 1)
-            tir.store(self.weights, m * LANES, tir.splat(0.0))
-            each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
-
-        tir.for_range(self.tiles * self.tall, zero)
+        self.first = first
+        tir.for_range(self.tiles * self.tall, self._clear)
         tir.for_range(last - first, lambda i: self._chunk(first + i))
+
+    def _clear(self, m: Expr) -> None:
+        """No token seen yet."""
+        tir.store(self.maxima, m, T.float32(LOWEST), 1)
+        tir.store(self.shrink, m, T.float32(1.0), 1)
+        tir.store(self.weights, m * LANES, tir.splat(0.0))
+        each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
 
     def _chunk(self, index: Expr) -> None:
         """Take the next 128 tokens in."""
@@ -105,6 +115,7 @@ class FlashAttention:
         tokens = tir.opaque(T.min(self.length - start, tir.i64(CHUNK)))
         first = tir.opaque(self.table + index * BLOCKS)
         blocks = tir.opaque(T.floordiv(tokens + (BLOCK - 1), BLOCK))
+        self.blocks, self.fresh = blocks, tir.opaque(tir.i64(index == self.first))
 
         def base(block: Expr) -> Expr:
             """Where a block starts in either cache, counted from the chunk; past the last one, the last again (masked)."""
@@ -124,6 +135,10 @@ class FlashAttention:
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
         return tir.bind(T.cast(tir.load(self.named[cache], index, lanes), tir.float_type(lanes)))
 
+    def _read_pair(self, cache: str, start: Expr, pair: Expr, lanes: int) -> tuple[Expr, Expr]:
+        """Pairs of bfloat16 of the head at `start`."""
+        return tir.of_pair(tir.load(as_pairs(self.named[cache]), T.shift_right(start, tir.i64(1)) + pair, lanes), lanes)
+
     def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
         """scores[m][token] = q[m] . K[token]"""
         tall, wide = self.tall, self.blocks_at_once
@@ -140,8 +155,7 @@ class FlashAttention:
                 acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
                 queries = tir.bind(index * (tall * self.dim))
 
-                def element(d: Expr) -> None:
-                    keys = [self._read("kcache", start + d * BLOCK, LANES) for start in bases]
+                def element(d: Expr, keys: list[Expr]) -> None:
                     for m in range(tall):
                         q = tir.bind(tir.splat(self.q[queries + m * self.dim + d]))
                         for i, key in enumerate(keys):
@@ -149,15 +163,20 @@ class FlashAttention:
 
                 def line(step: Expr) -> None:
                     """What one cache line of keys holds; the values of the same tokens are wanted next."""
-                    for i in range(unroll):
-                        element(step * unroll + i)
+                    if self.cache.paired:
+                        pairs = [self._read_pair("kcache", start, step * BLOCK, LANES) for start in bases]
+                        for i in range(2):
+                            element(step * 2 + i, [pair[i] for pair in pairs])
+                    else:
+                        for d in (step * unroll + i for i in range(unroll)):
+                            element(d, [self._read("kcache", start + d * BLOCK, LANES) for start in bases])
                     if self.rows == 1:
                         for start in bases:
                             tir.prefetch(self.named["vcache"], start + step * (unroll * BLOCK))
 
                 tir.for_range(self.dim // unroll, line)
                 for d in range(self.dim // unroll * unroll, self.dim):
-                    element(tir.i64(d))
+                    element(tir.i64(d), [self._read("kcache", start + tir.i64(d) * BLOCK, LANES) for start in bases])
                 scales = [tir.bind(tir.load(self.key_scales, first)) for first in firsts]
                 for m in range(tall):
                     for i in range(wide):
@@ -226,18 +245,39 @@ class FlashAttention:
                 def block(b: Expr) -> None:
                     start = base(b)
                     following = base(b + BLOCKS) if self.rows == 1 else None
+                    count = tir.opaque(T.min(tokens - b * BLOCK, tir.i64(BLOCK)))
 
-                    def token(t: Expr) -> None:
-                        values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
-                        if following is not None:  # the keys of the next chunk, as many bytes as are read here
-                            for column in range(some[0][0], some[-1][0] + some[-1][1], self.cache.line):
+                    def fetch(t: Expr, several: int) -> None:
+                        """The keys of the next chunk, as many bytes as are read here."""
+                        if following is not None:
+                            end = some[-1][0] + some[-1][1]
+                            for column in range(several * some[0][0], several * end, self.cache.line):
                                 tir.prefetch(self.named["kcache"], following + t * self.dim + column)
+
+                    def take(t: Expr, values: list[Expr]) -> None:
                         for m in range(tall):
                             power = tir.bind(self.scores[(head + m) * CHUNK + b * BLOCK + t])
                             for c, (_, lanes) in enumerate(some):
                                 acc[c][m] = tir.fma(tir.splat(power, lanes), values[c], acc[c][m], lanes)
 
-                    tir.for_range(T.min(tokens - b * BLOCK, tir.i64(BLOCK)), token)
+                    def token(t: Expr) -> None:
+                        values = [self._read("vcache", start + t * self.dim + column, lanes) for column, lanes in some]
+                        fetch(t, 1)
+                        take(t, values)
+
+                    def pair(i: Expr, both: bool = True) -> None:
+                        values = [self._read_pair("vcache", start, i * self.dim + column, lanes) for column, lanes in some]
+                        fetch(i * 2, 2)
+                        take(i * 2, [low for low, _ in values])
+                        if both:
+                            take(i * 2 + 1, [high for _, high in values])
+
+                    if self.cache.paired:
+                        tir.for_range(T.floordiv(count, 2), pair)
+                        with tir.when(T.floormod(count, 2) == 1):
+                            pair(tir.opaque(T.floordiv(count, 2)), both=False)
+                    else:
+                        tir.for_range(count, token)
 
                 tir.for_range(blocks, block)
                 for m, c, column, lanes in places:
@@ -247,7 +287,7 @@ class FlashAttention:
 
     def save_part(self, parts: Buffer, start: Expr) -> None:
         """The state of every query, one `PartSums` after the other."""
-        layout = PartSums(self.dim)
+        layout = self.layout
 
         def save(m: Expr) -> None:
             target = tir.bind(start + m * layout.size)
@@ -260,13 +300,13 @@ class FlashAttention:
 
     def clear_totals(self) -> None:
         """Begin a row that has several parts in this task."""
-        layout = PartSums(self.dim)
+        layout = self.layout
         self.totals = tir.local(self.queries * layout.size)
         tir.for_range(self.used, lambda m: layout.clear(self.totals, m * layout.size))
 
     def add_part(self) -> None:
         """Take the part just computed into the totals."""
-        layout = PartSums(self.dim)
+        layout = self.layout
 
         def add(m: Expr) -> None:
             sums = tir.bind(m * self.padded)
@@ -277,7 +317,7 @@ class FlashAttention:
 
     def finish(self) -> None:
         """Write the heads to their rows."""
-        layout, shape = PartSums(self.dim), self.shape
+        layout, shape = self.layout, self.shape
 
         def write(m: Expr) -> None:
             head = self.kv_head * self.group + T.floormod(m, self.group)
@@ -290,9 +330,10 @@ class FlashAttention:
 @dataclass(frozen=True)
 class PartSums:
     """The softmax of a query over a part of its context: sums of weighted values, 16 partial sums of the weights, and 16 times
-    the maximum that they are relative to."""
+    the maximum that they are relative to, whose powers are of e or of 2."""
 
     dim: int
+    power: Callable[[Expr], Expr] = tir.exp
 
     @property
     def weights(self) -> int:
@@ -319,7 +360,7 @@ class PartSums:
         weights, maximum = tir.bind(weights), tir.bind(maximum)
         old = tir.bind(tir.load(total, at + self.maximum))
         highest = tir.bind(T.max(old, maximum))
-        power = tir.bind(tir.exp(T.min(old, maximum) - highest))
+        power = tir.bind(self.power(T.min(old, maximum) - highest))
         keep = tir.bind(T.Select(old < maximum, power, tir.splat(1.0)))
         share = tir.bind(T.Select(old < maximum, tir.splat(1.0), power))
 

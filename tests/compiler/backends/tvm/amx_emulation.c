@@ -2,6 +2,7 @@
  *
  * Semantics follow Intel's manual for the subset the kernels use: palette 1, eight tiles of up to 16 rows x 64 bytes.
  * What the hardware rejects (no configuration, tile number or configuration out of range) ends the process. */
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,6 +59,14 @@ int belle_emulated_tilestored64(int8_t tile, void *to, int64_t stride) {
     return 0;
 }
 
+static float bfloat16(const void *from) {
+    uint32_t bits = 0;
+    float value;
+    memcpy((char *)&bits + 2, from, 2);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 /* tiles[c] += unsigned bytes of tiles[a] x signed bytes of tiles[b], four at a time, in int32 */
 int belle_emulated_tdpbusd(int8_t c, int8_t a, int8_t b) {
     check(c), check(a), check(b);
@@ -72,5 +81,24 @@ int belle_emulated_tdpbusd(int8_t c, int8_t a, int8_t b) {
                     sum += (int32_t)tiles[a][row][4 * k + byte] * (int32_t)(int8_t)tiles[b][k][4 * column + byte];
                 memcpy(&tiles[c][row][4 * column], &sum, 4);
             }
+    return 0;
+}
+
+/* tiles[c] += pairs of bfloat16 of tiles[a] x pairs of tiles[b], in float32: all first ones, all second ones, then both */
+int belle_emulated_tdpbf16ps(int8_t c, int8_t a, int8_t b) {
+    check(c), check(a), check(b);
+    require(config.colsb[a] / 4 == config.rows[b] && config.rows[c] == config.rows[a] && config.colsb[c] == config.colsb[b],
+            "tile shapes do not match");
+    for (int row = 0; row < config.rows[c]; row++)
+        for (int column = 0; column < config.colsb[c] / 4; column++) {
+            float sums[2] = {0, 0}, old;
+            for (int k = 0; k < config.colsb[a] / 4; k++)
+                for (int half = 0; half < 2; half++)
+                    sums[half] = fmaf(bfloat16(&tiles[a][row][4 * k + 2 * half]),
+                                      bfloat16(&tiles[b][k][4 * column + 2 * half]), sums[half]);
+            memcpy(&old, &tiles[c][row][4 * column], 4);
+            old += sums[0] + sums[1];
+            memcpy(&tiles[c][row][4 * column], &old, 4);
+        }
     return 0;
 }

@@ -1,4 +1,5 @@
-"""Runs the AMX kernels anywhere with AVX512-VNNI: their tile instructions become calls to amx_emulation.c."""
+"""The AMX kernels in tests: with the real instructions where the host has them; elsewhere with AVX512-VNNI, and with calls to
+amx_emulation.c in place of the tile instructions."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from compiler.backends.tvm.isa import AMX_EMULATED, Isa
+from compiler.backends.tvm.isa import AMX, AMX_EMULATED, Isa
+from runtime.executors.cpu import allow_amx
 from runtime.host import host_isas
 
 
 def _load() -> tuple[Isa, ...]:
+    if AMX.name in host_isas() and allow_amx():
+        return (AMX,)
     if "avx512vnni" not in host_isas():
         return ()
     compiler = sysconfig.get_config_var("CC").split()[0]

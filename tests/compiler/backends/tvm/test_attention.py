@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -13,10 +15,12 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import AppendKV
 from compiler.backends.tvm.kernels.attention import Attention
 from compiler.backends.tvm.kernels.base import rows_apart
+from compiler.backends.tvm.kernels.tile_attention import TileAttention
 from compiler.ir import meanings
 from compiler.ir.cache import PagedCache
-from runtime.program import KV, KVLayout
-from tests.compiler.backends.tvm.harness import Array, Library, aligned, aligned_copy, garbage, ints, place
+from runtime.program import KV, KV_DTYPES, KVLayout
+from tests.compiler.backends.tvm.amx_emulation import AMX_TEST_ISAS
+from tests.compiler.backends.tvm.harness import HOST_ISAS, Array, Library, aligned, aligned_copy, garbage, ints, place
 
 MAX_BLOCKS = 40
 NUM_BLOCKS = 130
@@ -63,10 +67,21 @@ CASES = [
     Case(8, 1, 20),
     Case(40, 20, 8, "float16", alibi=True),
     Case(8, 2, 128, "float16", rotary=True),
+    Case(40, 20, 8, "bfloat16", alibi=True),
+    Case(2, 1, 10, "bfloat16"),
+    Case(9, 3, 64, "bfloat16", rotary=True),
     Case(3, 3, 8, "int8", alibi=True),
     Case(2, 1, 10, "int8"),
     Case(9, 3, 64, "int8", rotary=True),
 ]
+TILES = [
+    Case(3, 3, 32, "bfloat16", alibi=True),
+    Case(9, 3, 64, "bfloat16", rotary=True),
+    Case(8, 1, 96, "bfloat16", rotary=True),
+    Case(20, 1, 32, "bfloat16"),
+]  # what AMX multiplies in tiles
+EVERY = [(isa, case) for isa in HOST_ISAS for case in CASES] + [(isa, case) for isa in AMX_TEST_ISAS for case in TILES]
+SAME_BITS = [(isa, case) for isa, case in EVERY if isa.amx or CASES.index(case) in (0, 1, 3, 5, 7, 10)]
 
 # Steps as (sequence, first position, tokens): prompts, mixed steps, decoding across the borders of blocks and chunks.
 STEPS: dict[str, list[list[tuple[int, int, int]]]] = {
@@ -82,9 +97,14 @@ STEPS: dict[str, list[list[tuple[int, int, int]]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def library(isa: Isa) -> Library:
-    return Library([kernel for case in CASES for kernel in (case.append, case.attention)], isa)
+@cache
+def library_of(isa: Isa) -> Library:
+    cases = TILES if isa.amx else CASES
+    return Library([kernel for case in cases for kernel in (case.append, case.attention)], isa)
+
+
+def named(value: object) -> str | None:
+    return value.name if isinstance(value, Isa) else str(value) if isinstance(value, Case) else None
 
 
 class Part:
@@ -97,16 +117,23 @@ class Part:
         self.whole, self.memory = whole, here.reshape(NUM_BLOCKS, case.kv_heads, layout.head_block_bytes)
         assert np.shares_memory(self.memory, whole)
         first = layout.scales_bytes
-        end = first + case.dim * 16 * np.dtype(case.cache).itemsize
-        self.padding = self.memory[..., end:]
-        self.values = self.memory[..., first:end].view(case.cache).reshape(NUM_BLOCKS, case.kv_heads, *shape)
-        assert np.shares_memory(self.values, whole)
+        self.shape, self.dtype, self.slice = shape, np.dtype(case.cache), slice(first, first + case.dim * 16 * KV_DTYPES[case.cache])
+        self.padding = self.memory[..., self.slice.stop :]
         self.scales = self.memory[..., :first].view(np.float32)
+
+    @property
+    def values(self) -> Array:
+        """What lies there now, [block, head, *shape]; pairs of bfloat16 are taken apart."""
+        values = self.memory[..., self.slice].view(self.dtype)
+        if self.dtype == "bfloat16":
+            first, second = self.shape
+            values = values.reshape(NUM_BLOCKS, -1, first // 2, second, 2).swapaxes(-1, -2)
+        return values.reshape(NUM_BLOCKS, -1, *self.shape)
 
     @property
     def flat(self) -> Array:
         """The memory as a kernel takes it."""
-        return self.whole.reshape(-1)[self.start :].view(self.values.dtype)
+        return self.whole.reshape(-1)[self.start :].view(np.uint16 if self.dtype == "bfloat16" else self.dtype)
 
     def check(self, values: Array, scales: Array, exact: bool) -> None:
         """Holds what the oracle's cache holds, and nothing where that holds nothing; all arrays [block, head, ...]."""
@@ -118,8 +145,9 @@ class Part:
             assert difference.max() <= (0 if exact else 1)
             assert (difference > 0).mean() < 1e-3
         else:
-            tolerance = 0.0 if exact else 1e-6 if values.dtype == np.float32 else 1e-3
-            np.testing.assert_allclose(self.values, values, rtol=tolerance, atol=0 if exact else 1e-6)
+            tolerance = 0.0 if exact else {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[str(values.dtype)]
+            found, expected = (array.astype(np.float32) for array in (self.values, values))
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0 if exact else 1e-6)
 
 
 def parts(case: Case) -> tuple[Part, Part]:
@@ -132,27 +160,32 @@ def parts(case: Case) -> tuple[Part, Part]:
 class Mirror(PagedCache):
     """What the kernels stored, for the oracle to read."""
 
-    def __init__(self, keys: Part, values: Part) -> None:
-        blocks, kv_heads, dim, _ = keys.values.shape
-        super().__init__(1, kv_heads, dim, blocks, str(keys.values.dtype))
-        self.k, self.v, self.k_scales, self.v_scales = (
-            array[None] for array in (keys.values, values.values, keys.scales, values.scales)
-        )
+    def __init__(self, case: Case, keys: Part, values: Part) -> None:
+        super().__init__(1, case.kv_heads, case.dim, NUM_BLOCKS, case.cache)
+        self.parts = keys, values
+
+    def read(self, layer: int, blocks: Array, length: int) -> tuple[Array, Array]:
+        """What the kernels have left by now."""
+        self.k, self.v = (part.values[None] for part in self.parts)
+        self.k_scales, self.v_scales = (part.scales[None] for part in self.parts)
+        return super().read(layer, blocks, length)
 
     def write(self, layer: int, blocks: Array, position: int, k: Array, v: Array) -> None:
         """The kernels have done it."""
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int, int]]]) -> None:
+@pytest.mark.parametrize(("isa", "case"), EVERY, ids=named)
+def test_attention(isa: Isa, case: Case, steps: list[list[tuple[int, int, int]]]) -> None:
+    library, tiles = library_of(isa), TileAttention.takes(case.attention, isa)
+    assert tiles == isa.amx
     generator = np.random.default_rng(0)
     scrambled = generator.permutation(NUM_BLOCKS)[: 3 * MAX_BLOCKS].reshape(3, MAX_BLOCKS)
     table = aligned_copy(np.concatenate([scrambled, np.full((1, MAX_BLOCKS), NUM_BLOCKS - 1)]), np.int32)
     table[3, :8] = np.setdiff1d(np.arange(NUM_BLOCKS), scrambled)[:8]
     oracle = PagedCache(1, case.kv_heads, case.dim, NUM_BLOCKS, case.cache)
     keys, values = parts(case)
-    stored = Mirror(keys, values)
+    stored = Mirror(case, keys, values)
     slopes = aligned_copy(0.5 ** (1 + np.arange(48) % 16), np.float32)
     for step in steps:
         positions = ints(*[p for _, first, n in step for p in range(first, first + n)])
@@ -170,10 +203,17 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
         library.call(case.attention, ints(rows), qkv, *batch, *tables, *slope, keys.flat, values.flat, out)
 
         rotation, biases = cos_sin if case.rotary else None, slopes[: case.heads] if case.alibi else None
+        if tiles:  # the oracle with queries rounded to bfloat16, in the unit of scores; its own keys are those of the cache
+            q = q.reshape(rows, case.heads, case.dim)
+            unit = np.float32(case.dim**-0.5 * math.log2(math.e))
+            rotated = (meanings.rotate(q, cos_sin) if case.rotary else q) * unit
+            q, rotation = rotated.astype(np.dtype("bfloat16")).astype(np.float32).reshape(rows, -1) / unit, None
         expected = meanings.attention(
             q, k, v, positions, sequences, table, rotation, biases, cache=stored, layer=0,
             num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
         tolerance = 4e-5 if case.alibi else 4e-6  # float32 scores of the oracle grow with slope * position
+        if tiles:
+            tolerance = 1e-2  # weights are rounded to 8 bits
         np.testing.assert_allclose(out[:, : case.widths[0]], expected, rtol=0, atol=tolerance)
         k = k.reshape(rows, case.kv_heads, case.dim)
         k = meanings.rotate(k, cos_sin) if case.rotary else k
@@ -187,10 +227,10 @@ def test_attention(library: Library, case: Case, steps: list[list[tuple[int, int
     assert (keys.whole[:, others] == 255).all(), "other layers were written to"
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 3, 7)], ids=str)
-def test_a_row_gets_the_same_bits_alone_and_in_company(library: Library, case: Case) -> None:
+@pytest.mark.parametrize(("isa", "case"), SAME_BITS, ids=named)
+def test_a_row_gets_the_same_bits_alone_and_in_company(isa: Isa, case: Case) -> None:
     """A sequence is read whole; or up to 375 tokens, then in threes, eights and one by one, where context 384 adds a chunk."""
-    generator = np.random.default_rng(1)
+    library, generator = library_of(isa), np.random.default_rng(1)
     length, prompt, heads = 415, 375, case.widths[0]
     table = aligned_copy(generator.permutation(NUM_BLOCKS)[:MAX_BLOCKS], np.int32)
     qkv = place(generator.standard_normal((length, sum(case.widths)), np.float32), View(case.views[0].stride))

@@ -1,0 +1,282 @@
+"""Attention by AMX: a cache of bfloat16, and queries and weights of the softmax rounded to it; sums are float32.
+
+16 query vectors make a tile, or as many as there are. A tile of keys is one block and 32 elements of each key, as the cache
+holds it; a tile of values is two blocks and 16 elements, gathered first, since the blocks lie apart. Scores are in units of the
+logarithm to base 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from compiler.backends.kernel import round_up
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.append_kv import BLOCK
+from compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, LOWEST, FlashAttention, PartSums
+from compiler.backends.tvm.kernels.rowwise import each
+from compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
+from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
+
+if TYPE_CHECKING:
+    from compiler.backends.tvm.kernels.attention import Attention
+
+DEPTH = 32  # bfloat16 of a row of a tile: what a product sums over
+SUMS = 4  # tiles 0 to 3; then two of the left factor, and two of the right
+SCORES = CHUNK + LANES  # floats from the scores of a query to the next, and
+POWERS = CHUNK // 2 + LANES  # pairs from its weights to the next: an odd number of cache lines
+TILE_PAIRS = TILE * DEPTH // 2
+
+
+class TileAttention(FlashAttention):
+    """`FlashAttention` with products of tiles. What a query gets depends on no other query here either: each row of a tile is
+    summed by itself, in the same order."""
+
+    @classmethod
+    def takes(cls, shape: Attention, isa: Isa) -> bool:
+        """Whether this is how the shape is computed."""
+        return isa.amx and shape.cache_dtype == "bfloat16" and shape.head_dim % DEPTH == 0
+
+    def __init__(self, shape: Attention, isa: Isa, rows: int) -> None:
+        super().__init__(shape, isa, rows)
+        self.isa, self.unit, self.layout = isa, math.log2(math.e), PartSums(self.dim, tir.exp2)
+        self.tall = min(rows * self.group, TILE)  # query vectors of a tile
+        self.queries = round_up(rows * self.group, self.tall)
+        self.query_tiles = self.queries // self.tall
+        self.columns = self.dim // LANES
+        self.columns_at_once = SUMS // min(2, self.query_tiles)
+
+    def _allocate(self) -> None:
+        configure(self.isa, self.tall)
+        self.q = tir.local(self.queries * self.dim, "uint16")
+        self.sums, self.scores = tir.local(self.queries * self.dim), tir.local(self.queries * SCORES)
+        self.powers = tir.local(self.queries * POWERS, "int32")  # the weights, in pairs of tokens
+        self.values = tir.local(BLOCKS // 2 * self.columns_at_once * TILE_PAIRS, "int32")
+        self.maxima, self.weights = tir.local(self.queries), tir.local(self.queries * LANES)
+
+    def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
+        tir.store(self.q, at, T.cast(tir.bfloat16_bits(value, lanes), tir.with_lanes("uint16", lanes)), lanes)
+
+    def _clear(self, m: Expr) -> None:
+        tir.store(self.maxima, m, T.float32(LOWEST), 1)
+
+    def save_part(self, parts: Buffer, start: Expr) -> None:
+        super().save_part(parts, start)
+        emit(self.isa, "tilerelease")
+
+    def finish(self) -> None:
+        super().finish()
+        emit(self.isa, "tilerelease")
+
+    def _each_pair(self, body: Callable[[int, int], None]) -> None:
+        """`body(first, count)` for two tiles of queries at a time, where any are used."""
+        for first in range(0, self.query_tiles, 2):
+            count = min(2, self.query_tiles - first)
+            if first == 0:
+                body(first, count)
+            else:
+                with tir.when(self.used > first * self.tall):
+                    body(first, count)
+
+    def _load(self, tile: int, buffer: Buffer, start: Expr, stride: int) -> None:
+        emit(self.isa, "tileloadd64", T.int8(tile), T.address_of(buffer[tir.i64(start)]), tir.i64(stride))
+
+    def _fetch(self, cached: Buffer, start: Expr, pairs: int) -> None:
+        """Ask for keys or values of the next chunk, where a task reads all it needs once."""
+        if self.rows == 1:
+            for line in range(0, pairs, LANES):
+                tir.prefetch(cached, start + line, level=2)
+
+    def _multiply(self, sums: int, left: int, right: int) -> None:
+        emit(self.isa, "tdpbf16ps", T.int8(sums), T.int8(SUMS + left), T.int8(WEIGHTS + right))
+
+    def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """scores[m][token] = q[m] . K[token], four tiles at a time."""
+        keys = as_pairs(self.named["kcache"])
+
+        def queries(first: int, count: int) -> None:
+            wide = SUMS // count
+
+            def some_blocks(step: Expr) -> None:
+                starts = [tir.bind(T.shift_right(base(step * wide + i), tir.i64(1))) for i in range(wide)]
+                later = [tir.bind(T.shift_right(base(step * wide + i + BLOCKS), tir.i64(1))) for i in range(wide)]
+                for tile in range(SUMS):
+                    emit(self.isa, "tilezero", T.int8(tile))
+                for k in range(self.dim // DEPTH):
+                    for i in range(count):
+                        self._load(SUMS + i, self.q, tir.i64((first + i) * self.tall * self.dim + k * DEPTH), 2 * self.dim)
+                    for j, start in enumerate(starts):
+                        self._load(WEIGHTS + j % 2, keys, start + k * TILE_PAIRS, 64)
+                        for i in range(count):
+                            self._multiply(i * wide + j, i, j % 2)
+                        self._fetch(keys, later[j] + k * TILE_PAIRS, TILE_PAIRS)
+                for i in range(count):
+                    for j in range(wide):
+                        target = (first + i) * self.tall * SCORES + (step * wide + j) * BLOCK
+                        emit(self.isa, "tilestored64", T.int8(i * wide + j), T.address_of(self.scores[tir.i64(target)]),
+                             tir.i64(4 * SCORES))  # fmt: skip
+
+            tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+
+        self._each_pair(queries)
+
+    def _soften(self, m: Expr, start: Expr) -> None:
+        """powers[m] becomes 2**(score - maximum), 0 for tokens the query must not see."""
+        scores, powers = tir.bind(m * SCORES), tir.bind(m * POWERS)
+        position = self.first_position + T.floordiv(m, self.group)
+        last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
+        if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
+            slope = tir.bind(tir.splat(self.slopes[m]))
+            distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
+
+        def visible(v: Expr) -> Expr:
+            return tir.lane_numbers(v * LANES) <= tir.splat(last)
+
+        def score(v: Expr) -> Expr:
+            value = tir.load(self.scores, scores + v * LANES)
+            if self.shape.alibi:
+                value = tir.fma(slope, distances + tir.splat(T.cast(v * LANES, "float32")), value)
+            return value
+
+        def keep(pair: Expr, low: Expr, high: Expr) -> None:
+            self._store_powers(powers + pair * LANES, low, high)
+
+        def whole() -> None:
+            values = [tir.bind(score(tir.i64(v))) for v in range(BLOCKS)]
+            maximum, shrink = self._raise(m, _pairwise(values, T.max))
+            weights = [tir.bind(tir.exp2(value - maximum)) for value in values]
+            for pair in range(BLOCKS // 2):
+                keep(tir.i64(pair), weights[2 * pair], weights[2 * pair + 1])
+            self._weigh(m, shrink, _pairwise(weights, tir.add))
+
+        def masked() -> None:
+            pairs = tir.opaque(T.floordiv(self.blocks + 1, 2))
+            highest, total = tir.Registers(1, tir.F16, tir.splat(LOWEST)), tir.Registers(1, tir.F16, tir.splat(0.0))
+
+            def look(pair: Expr) -> None:
+                for v in (pair * 2, pair * 2 + 1):
+                    highest[0] = T.max(highest[0], T.Select(visible(v), score(v), tir.splat(LOWEST)))
+
+            tir.for_range(pairs, look)
+            maximum, shrink = self._raise(m, highest[0])
+
+            def weigh(pair: Expr) -> None:
+                weights = []
+                for v in (pair * 2, pair * 2 + 1):
+                    seen = visible(v)
+                    value = T.Select(seen, score(v), tir.splat(LOWEST))
+                    weights.append(tir.bind(T.Select(seen, tir.exp2(value - maximum), tir.splat(0.0))))
+                keep(pair, *weights)
+                total[0] = total[0] + (weights[0] + weights[1])
+
+            tir.for_range(pairs, weigh)
+            self._weigh(m, shrink, total[0])
+
+        tir.either(last >= CHUNK - 1, whole, masked)
+
+    def _raise(self, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
+        """The new maximum of a query, in all lanes, and what sums so far shrink by; scales those of the values down to it."""
+        old = tir.bind(tir.splat(self.maxima[m]))
+        maximum = tir.bind(T.max(tir.highest_lane(highest), old))
+        shrink = tir.Registers(1, tir.F16, tir.splat(0.0))
+        with tir.when(self.fresh == 0):
+            shrink[0] = tir.exp2(old - maximum)
+            line = tir.bind(m * self.dim)
+            each(self.dim, lambda c, lanes: tir.store(self.sums, line + c, tir.load(self.sums, line + c) * shrink[0]))
+        tir.store(self.maxima, m, T.Shuffle([maximum], [T.int32(0)]), 1)
+        return maximum, shrink[0]
+
+    def _weigh(self, m: Expr, shrink: Expr, total: Expr) -> None:
+        """Add to the partial sums of a query's weights."""
+        def first() -> None:
+            tir.store(self.weights, m * LANES, total)
+
+        def further() -> None:
+            tir.store(self.weights, m * LANES, tir.fma(tir.load(self.weights, m * LANES), shrink, total))
+
+        total = tir.bind(total)
+        tir.either(self.fresh == 1, first, further)
+
+    def _store_powers(self, at: Expr, low: Expr, high: Expr) -> None:
+        """The weights of 32 tokens as bfloat16, in their order."""
+        if not self.isa.emulate_amx:
+            both = tir.pure("bfloat16x32", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", high, low)
+            tir.store(self.powers, at, T.reinterpret(tir.I16, both))
+            return
+        halves = tir.view_as(self.powers, "uint16")
+        for i, value in enumerate((low, high)):
+            tir.store(halves, at * 2 + i * LANES, T.cast(tir.bfloat16_bits(value), "uint16x16"))
+
+    def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """sums[m] += sum over tokens of powers[m][token] * V[token]; tokens never written count as zeros."""
+        steps = tir.opaque(T.floordiv(blocks + 1, 2))
+        for column in range(0, self.columns, self.columns_at_once):
+            wide = min(self.columns_at_once, self.columns - column)
+            self._gather(column, wide, tokens, blocks, base)
+
+            def queries(first: int, count: int, column: int = column, wide: int = wide) -> None:
+                places = [(i * wide + j, tir.i64((first + i) * self.tall * self.dim + (column + j) * LANES))
+                          for i in range(count) for j in range(wide)]  # fmt: skip
+
+                def fresh() -> None:
+                    for tile, _ in places:
+                        emit(self.isa, "tilezero", T.int8(tile))
+
+                def further() -> None:
+                    for tile, place in places:
+                        self._load(tile, self.sums, place, 4 * self.dim)
+
+                def step(s: Expr) -> None:
+                    for i in range(count):
+                        self._load(SUMS + i, self.powers, (first + i) * self.tall * POWERS + s * LANES, 4 * POWERS)
+                    for j in range(wide):
+                        self._load(WEIGHTS + j % 2, self.values, (s * wide + j) * TILE_PAIRS, 64)
+                        for i in range(count):
+                            self._multiply(i * wide + j, i, j % 2)
+
+                tir.either(self.fresh == 1, fresh, further)
+                tir.for_range(steps, step)
+                for tile, place in places:
+                    emit(self.isa, "tilestored64", T.int8(tile), T.address_of(self.sums[place]), tir.i64(4 * self.dim))
+
+            self._each_pair(queries)
+
+    def _gather(self, column: int, wide: int, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """Tiles of values of some columns of 16 elements: two blocks each, zeros where no token is."""
+        cached = as_pairs(self.named["vcache"])
+        half = TILE_PAIRS // 2
+
+        def block(b: Expr, mask: Callable[[int], Expr] | None = None) -> None:
+            source = tir.bind(T.shift_right(base(b), tir.i64(1)) + column * LANES)
+            target = tir.bind(T.floordiv(b, 2) * (wide * TILE_PAIRS) + T.floormod(b, 2) * half)
+            later = tir.bind(T.shift_right(base(b + BLOCKS), tir.i64(1)) + column * half)
+            self._fetch(cached, later, wide * half)
+            for r in range(BLOCK // 2):
+                for j in range(wide):
+                    pairs = tir.load(cached, source + r * self.dim + j * LANES)
+                    if mask is not None:
+                        pairs = T.bitwise_and(pairs, T.broadcast(mask(r), LANES))
+                    tir.store(self.values, target + j * TILE_PAIRS + r * LANES, pairs)
+
+        def zeros() -> None:
+            target = tir.bind(T.floordiv(blocks, 2) * (wide * TILE_PAIRS) + half)
+            for j in range(wide):
+                for r in range(BLOCK // 2):
+                    tir.store(self.values, target + j * TILE_PAIRS + r * LANES, T.broadcast(T.int32(0), LANES))
+
+        whole, rest = tir.opaque(T.floordiv(tokens, BLOCK)), tir.opaque(T.floormod(tokens, BLOCK))
+        tir.for_range(whole, block)
+        with tir.when(rest > 0):
+            block(whole, lambda r: T.Select(rest > 2 * r + 1, T.int32(-1), T.Select(rest > 2 * r, T.int32(0xFFFF), T.int32(0))))
+        with tir.when(T.floormod(blocks, 2) == 1):
+            zeros()
+
+
+def _pairwise(values: list[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """All of them, neighbours first."""
+    while len(values) > 1:
+        values = [tir.bind(combine(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
