@@ -100,6 +100,7 @@ class Attention(Kernel):
                 flash.start(named, row, tir.i64(1), kv_head)
                 flash.part(*extent.part(part))
                 flash.save_part(saved, index * size)
+                flash.end()
 
         def merge_head(index: Expr) -> None:
             """`index` counts query heads, row by row."""
@@ -126,12 +127,11 @@ class Attention(Kernel):
 
         def attend(flash: FlashAttention, row: Expr, count: Expr, kv_head: Expr) -> None:
             flash.start(named, row, count, kv_head)
-            flash.clear_totals()
             extent = self._extent(named, row + count - 1)
 
             def add(part: Expr) -> None:
                 flash.part(*extent.part(part))
-                flash.add_part()
+                tir.either(part == 0, flash.keep_part, flash.add_part)
 
             tir.for_range(extent.parts, add)
             flash.finish()

@@ -83,6 +83,7 @@ class FlashAttention:
         def pad(m: Expr) -> None:
             each(self.dim, lambda c, lanes: self._keep_query(m * self.dim + c, tir.splat(0.0, lanes), lanes))
 
+        self.totals = tir.local(self.queries * self.layout.size)
         tir.for_range(self.used, read)
         tir.for_range(self.tiles * self.tall - self.used, lambda m: pad(self.used + m))
 
@@ -129,7 +130,7 @@ class FlashAttention:
         self._score(blocks, base)
         if self.cache.quantized:
             tir.for_range(blocks, gather_scales)
-        tir.for_range(self.used, lambda m: self._soften(m, start))
+        self._soften_all(start)
         self._accumulate(tokens, blocks, base)
 
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
@@ -187,6 +188,10 @@ class FlashAttention:
             tir.for_range(self.tiles, tile)
 
         tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+
+    def _soften_all(self, start: Expr) -> None:
+        """Scores of a chunk become weights, query by query."""
+        tir.for_range(self.used, lambda m: self._soften(m, start))
 
     def _soften(self, m: Expr, start: Expr) -> None:
         """scores[m] becomes exp(score - maximum), 0 for tokens the query must not see; times the scale of the value, if any."""
@@ -298,11 +303,9 @@ class FlashAttention:
 
         tir.for_range(self.used, save)
 
-    def clear_totals(self) -> None:
-        """Begin a row that has several parts in this task."""
-        layout = self.layout
-        self.totals = tir.local(self.queries * layout.size)
-        tir.for_range(self.used, lambda m: layout.clear(self.totals, m * layout.size))
+    def keep_part(self) -> None:
+        """The part just computed is the first of the totals."""
+        self.save_part(self.totals, tir.i64(0))
 
     def add_part(self) -> None:
         """Take the part just computed into the totals."""
@@ -325,6 +328,10 @@ class FlashAttention:
             layout.write_mean(self.totals, tir.bind(m * layout.size), self.named["out"], target)
 
         tir.for_range(self.used, write)
+        self.end()
+
+    def end(self) -> None:
+        """Nothing is left to do for the task."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, step
                 k = index if walk.unroll == 1 else tir.bind(index * walk.unroll + u)
                 if walk.prefetch:
                     for base in sums.bases:
-                        tir.prefetch(sums.weight, base + k * LINE + ahead, walk.temporal)
+                        tir.prefetch(sums.weight, base + k * LINE + ahead, level=int(walk.temporal))
                 sums.step(k)
 
         first, last = (x // walk.unroll if isinstance(x, int) else T.floordiv(x, tir.i64(walk.unroll)) for x in (start, stop))

@@ -28,6 +28,7 @@ DEPTH = 32  # bfloat16 of a row of a tile: what a product sums over
 SUMS = 4  # tiles 0 to 3; then two of the left factor, and two of the right
 SCORES = CHUNK + LANES  # floats from the scores of a query to the next, and
 POWERS = CHUNK // 2 + LANES  # pairs from its weights to the next: an odd number of cache lines
+HIDDEN = 2 * LOWEST  # the score of a token that a query must not see: its power is 0 beside any maximum
 TILE_PAIRS = TILE * DEPTH // 2
 
 
@@ -58,17 +59,17 @@ class TileAttention(FlashAttention):
         self.maxima, self.weights = tir.local(self.queries), tir.local(self.queries * LANES)
 
     def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
-        tir.store(self.q, at, T.cast(tir.bfloat16_bits(value, lanes), tir.with_lanes("uint16", lanes)), lanes)
+        assert lanes == LANES, "halves of a head are whole vectors"
+        if self.isa.emulate_amx:
+            short = T.cast(tir.bfloat16_bits(value), "uint16x16")
+        else:
+            short = T.reinterpret("uint16x16", tir.pure("bfloat16x16", "llvm.x86.avx512bf16.cvtneps2bf16.512", value))
+        tir.store(self.q, at, short)
 
     def _clear(self, m: Expr) -> None:
         tir.store(self.maxima, m, T.float32(LOWEST), 1)
 
-    def save_part(self, parts: Buffer, start: Expr) -> None:
-        super().save_part(parts, start)
-        emit(self.isa, "tilerelease")
-
-    def finish(self) -> None:
-        super().finish()
+    def end(self) -> None:
         emit(self.isa, "tilerelease")
 
     def _each_pair(self, body: Callable[[int, int], None]) -> None:
@@ -123,8 +124,23 @@ class TileAttention(FlashAttention):
 
         self._each_pair(queries)
 
-    def _soften(self, m: Expr, start: Expr) -> None:
-        """powers[m] becomes 2**(score - maximum), 0 for tokens the query must not see."""
+    def _soften_all(self, start: Expr) -> None:
+        pairs = tir.opaque(T.floordiv(self.blocks + 1, 2))
+
+        def of(count: int) -> None:
+            def soften() -> None:
+                tir.for_range(self.used, lambda m: self._soften_blocks(m, start, count))
+
+            if count == BLOCKS // 2:
+                soften()
+            else:
+                tir.either(pairs == count, soften, lambda: of(count + 1))
+
+        of(1)
+
+    def _soften_blocks(self, m: Expr, start: Expr, pairs: int) -> None:
+        """powers[m] becomes 2**(score - maximum) for the tokens of so many pairs of blocks, 0 for those that the query must not
+        see."""
         scores, powers = tir.bind(m * SCORES), tir.bind(m * POWERS)
         position = self.first_position + T.floordiv(m, self.group)
         last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
@@ -132,50 +148,25 @@ class TileAttention(FlashAttention):
             slope = tir.bind(tir.splat(self.slopes[m]))
             distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
 
-        def visible(v: Expr) -> Expr:
-            return tir.lane_numbers(v * LANES) <= tir.splat(last)
+        def hide(v: Expr) -> None:
+            seen = tir.lane_numbers(v * LANES) <= tir.splat(last)
+            place = scores + v * LANES
+            tir.store(self.scores, place, T.Select(seen, tir.load(self.scores, place), tir.splat(HIDDEN)))
 
-        def score(v: Expr) -> Expr:
+        def score(v: int) -> Expr:
             value = tir.load(self.scores, scores + v * LANES)
             if self.shape.alibi:
-                value = tir.fma(slope, distances + tir.splat(T.cast(v * LANES, "float32")), value)
-            return value
+                value = tir.fma(slope, distances + tir.splat(float(v * LANES)), value)
+            return tir.bind(value)
 
-        def keep(pair: Expr, low: Expr, high: Expr) -> None:
-            self._store_powers(powers + pair * LANES, low, high)
-
-        def whole() -> None:
-            values = [tir.bind(score(tir.i64(v))) for v in range(BLOCKS)]
-            maximum, shrink = self._raise(m, _pairwise(values, T.max))
-            weights = [tir.bind(tir.exp2(value - maximum)) for value in values]
-            for pair in range(BLOCKS // 2):
-                keep(tir.i64(pair), weights[2 * pair], weights[2 * pair + 1])
-            self._weigh(m, shrink, _pairwise(weights, tir.add))
-
-        def masked() -> None:
-            pairs = tir.opaque(T.floordiv(self.blocks + 1, 2))
-            highest, total = tir.Registers(1, tir.F16, tir.splat(LOWEST)), tir.Registers(1, tir.F16, tir.splat(0.0))
-
-            def look(pair: Expr) -> None:
-                for v in (pair * 2, pair * 2 + 1):
-                    highest[0] = T.max(highest[0], T.Select(visible(v), score(v), tir.splat(LOWEST)))
-
-            tir.for_range(pairs, look)
-            maximum, shrink = self._raise(m, highest[0])
-
-            def weigh(pair: Expr) -> None:
-                weights = []
-                for v in (pair * 2, pair * 2 + 1):
-                    seen = visible(v)
-                    value = T.Select(seen, score(v), tir.splat(LOWEST))
-                    weights.append(tir.bind(T.Select(seen, tir.exp2(value - maximum), tir.splat(0.0))))
-                keep(pair, *weights)
-                total[0] = total[0] + (weights[0] + weights[1])
-
-            tir.for_range(pairs, weigh)
-            self._weigh(m, shrink, total[0])
-
-        tir.either(last >= CHUNK - 1, whole, masked)
+        with tir.when(last < pairs * 2 * LANES - 1):
+            tir.for_range(2 * pairs, hide, start=T.max(T.floordiv(tir.i64(last) + 1, LANES), tir.i64(0)))
+        values = [score(v) for v in range(2 * pairs)]
+        maximum, shrink = self._raise(m, _pairwise(values, T.max))
+        weights = [tir.bind(tir.exp2(value - maximum)) for value in values]
+        for pair in range(pairs):
+            self._store_powers(powers + pair * LANES, weights[2 * pair], weights[2 * pair + 1])
+        self._weigh(m, shrink, _pairwise(weights, tir.add))
 
     def _raise(self, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
         """The new maximum of a query, in all lanes, and what sums so far shrink by; scales those of the values down to it."""
@@ -278,5 +269,6 @@ class TileAttention(FlashAttention):
 def _pairwise(values: list[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All of them, neighbours first."""
     while len(values) > 1:
-        values = [tir.bind(combine(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
+        odd = values[len(values) // 2 * 2 :]
+        values = [tir.bind(combine(a, b)) for a, b in zip(values[::2], values[1::2], strict=False)] + odd
     return values[0]
