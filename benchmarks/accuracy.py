@@ -98,7 +98,7 @@ def main() -> None:
 def is_plain_w8a8(engine: Engine) -> bool:
     """Whether the engine's arithmetic is the simulation's."""
     quantization = engine.manifest.quantization
-    return quantization["scheme"] == "w8a8" and "rotations" not in quantization and quantization["kv_cache"] == "float16"
+    return quantization["scheme"] == "w8a8" and "rotations" not in quantization and quantization["kv_cache"] == "bfloat16"
 
 
 if __name__ == "__main__":

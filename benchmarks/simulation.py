@@ -69,10 +69,10 @@ class W8Embedding(torch.nn.Module):
 
 
 class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformers are not followed
-    """Keys and values are kept in float16, as an INT8 engine keeps them."""
+    """Keys and values are kept in bfloat16, as an INT8 engine keeps them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return super().update(key_states.half().float(), value_states.half().float(), layer_idx, *args, **kwargs)
+        return super().update(key_states.bfloat16().float(), value_states.bfloat16().float(), layer_idx, *args, **kwargs)
 
 
 def simulate(model: Any) -> Any:

@@ -64,9 +64,9 @@ def quantized_graph(checkpoint: Path, preset: str) -> ir.Model:
 
 
 def half_cache_stepper(graph: ir.Model) -> Stepper:
-    """The graph's meaning with keys and values kept in float16, as an INT8 engine keeps them."""
+    """The graph's meaning with keys and values kept in bfloat16, as an INT8 engine keeps them."""
     stepper = Stepper(graph)
-    stepper.cache.k, stepper.cache.v = (part.astype(np.float16) for part in (stepper.cache.k, stepper.cache.v))  # type: ignore[assignment]
+    stepper.cache.k, stepper.cache.v = (part.astype(np.dtype("bfloat16")) for part in (stepper.cache.k, stepper.cache.v))  # type: ignore[assignment]
     return stepper
 
 

@@ -34,7 +34,7 @@ def unrotated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
 
 
 def weight_only_logits(checkpoint: Path, ids: Sequence[int]) -> Floats:
-    """The model with each linear layer's and embedding's rows replaced by int8 * scale, keys and values in float16."""
+    """The model with each linear layer's and embedding's rows replaced by int8 * scale, keys and values in bfloat16."""
     model = load_hf(checkpoint)
     with torch.inference_mode():
         for module in model.modules():
