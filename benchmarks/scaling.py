@@ -33,8 +33,8 @@ HEAD = """# How decoding scales
 
 Written by `python -m benchmarks.scaling` from the results in this folder; do not edit. A step reads its weights once and the
 keys and values of every sequence, so its time is modelled as fixed + bytes / bandwidth, fitted to the batch-1 points of all
-models. Bytes of the larger models follow from their shapes, int8 weights and a float16 cache; what the line says about them is
-a prediction.
+models. Bytes of the larger models follow from their shapes, int8 weights and a cache of 16 bits; what the line says about them
+is a prediction.
 """
 
 
@@ -98,7 +98,7 @@ def fit(measured: list[Point]) -> Line:
 
 
 def step_bytes(config: dict[str, Any]) -> tuple[int, int]:
-    """(weight bytes of a step, keys and values of a token in float16) of an int8 engine of this shape."""
+    """(weight bytes of a step, keys and values of a token in 16 bits) of an int8 engine of this shape."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     if config["model_type"] == "llama":
         layers, head = config["num_hidden_layers"], hidden // config["num_attention_heads"]

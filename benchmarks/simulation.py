@@ -69,10 +69,16 @@ class W8Embedding(torch.nn.Module):
 
 
 class HalfCache(DynamicCache):  # type: ignore[misc]  # the types of transformers are not followed
-    """Keys and values are kept in bfloat16, as an INT8 engine keeps them."""
+    """Keys and values are kept in 16 bits: bfloat16, as an INT8 engine keeps them, or another type."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return super().update(key_states.bfloat16().float(), value_states.bfloat16().float(), layer_idx, *args, **kwargs)
+        return super().update(
+            *(states.to(self.dtype).float() for states in (key_states, value_states)), layer_idx, *args, **kwargs
+        )
 
 
 def simulate(model: Any) -> Any:

@@ -18,6 +18,7 @@ from compiler.version import __version__
 from runtime.errors import BelleError
 
 _OURS = {"compiler", "passes", "runtime"}
+KV_CACHE = click.Choice(["auto", "float32", "bfloat16", "float16", "int8"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -55,7 +56,7 @@ def cli() -> None:
     help="Instead of the preset's own, comma-separated: smooth (SmoothQuant), rotate, rotate-online, gptq, static; or none.",
 )
 @click.option(
-    "--kv-cache", type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]), default="auto", show_default=True,
+    "--kv-cache", type=KV_CACHE, default="auto", show_default=True,
     help="Type of the KV cache. auto: 16 bits (bfloat16 on CPUs, float16 on GPUs), or float32 with --quant none. int8: half of "
     "that, a scale per token and head.",
 )  # fmt: skip
@@ -332,8 +333,7 @@ def calibrate_set(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help="What to plan for; see `belle-compile targets`.")
 @click.option("--quant", default="int8", show_default=True, help="A preset, as for build.")
-@click.option("--kv-cache", type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]), default="auto", show_default=True,
-              help="Type of the KV cache, as for build.")  # fmt: skip
+@click.option("--kv-cache", type=KV_CACHE, default="auto", show_default=True, help="Type of the KV cache, as for build.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences answered at a time.")
 @click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")

@@ -33,10 +33,10 @@ class Builder:
         return VARIANTS[variant](self.root / variant)
 
     @cache  # noqa: B019
-    def engine(self, variant: str, quantization: str, isas: tuple[str, ...] = (BEST_ISA,)) -> Path:
+    def engine(self, variant: str, quantization: str, isas: tuple[str, ...] = (BEST_ISA,), kv_cache: str = "auto") -> Path:
         """The variant's engine with kernels for `isas`."""
-        out = self.root / "-".join([variant, quantization, *isas])
-        return build(BuildRequest(self.checkpoint(variant), out, quantization=quantization, isas=isas))
+        out = self.root / "-".join([variant, quantization, kv_cache, *isas])
+        return build(BuildRequest(self.checkpoint(variant), out, quantization=quantization, isas=isas, kv_cache=kv_cache))
 
 
 class EngineStepper:

@@ -84,7 +84,10 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
         (lambda p: p.update(max_rows=0), "field max_rows does not fit: found 0, expected at least 1"),
-        (lambda p: p["kv"].update(dtype="int4"), r"kv\.dtype does not fit: found int4, expected float32 or bfloat16 or float16 or int8"),
+        (
+            lambda p: p["kv"].update(dtype="int4"),
+            r"kv\.dtype does not fit: found int4, expected float32 or bfloat16 or float16 or int8",
+        ),
         (lambda p: p["logits"].update(stride=64), "field logits does not fit: found bytes 4096 to 6144, stride 64"),
         (lambda p: p["logits"].update(offset=4160), "field logits does not fit"),
         (lambda p: p["logits"].update(count=64), "field logits does not fit: found tokens 0 to 64, expected this rank's part"),

@@ -125,8 +125,8 @@ def scalar(value: Expr, dtype: str = "float32") -> Registers:
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:
-    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on), in whole cache lines:
-    TVM aligns what it allocates to 16 bytes at most, unless the type itself asks for more."""
+    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on), in whole cache
+    lines: TVM aligns to 16 bytes at most, unless the type itself asks for more."""
     lines = -(-size * (tvm.DataType(dtype).bits // 8) // 64)
     return view_as(T.alloc_buffer((lines,), F16, annotations={"disable_lower_builtin": True}), dtype)
 
@@ -280,7 +280,8 @@ def exp(x: Expr, lanes: int = LANES) -> Expr:
 
 
 def exp2(x: Expr) -> Expr:
-    """2**x for 16 lanes of x <= 0 to 3e-6 of it, exact for 0, 0 far below: enough for what is rounded to bfloat16 next. For AVX-512."""
+    """2**x for 16 lanes of x <= 0 to 3e-6 of it, exact for 0, 0 far below: enough for what is rounded to bfloat16 next. For
+    AVX-512."""
     n = opaque(rint(x), F16)
     r = opaque(x - n, F16)
     p = splat(9.5828525e-3)

@@ -23,9 +23,9 @@ class AppendKV(Kernel):
     """k and v of every row to the slot of its position: k [block][kv head][head_dim][16], v [block][kv head][16][head_dim].
 
     Keys are stored transposed, so that attention multiplies one element of q with 16 tokens at a time. They are
-    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127; in a bfloat16 cache two elements
-    of a key, and two tokens' values, lie side by side. Where a step holds all tokens of a block, as when a prompt is read, its
-    keys are transposed in registers.
+    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127; in a bfloat16 cache two
+    elements of a key, and two tokens' values, lie side by side. Where a step holds all tokens of a block, as when a prompt
+    is read, its keys are transposed in registers.
     """
 
     kind: ClassVar[str] = "append_kv"
@@ -160,8 +160,12 @@ class AppendKV(Kernel):
 
         def two_tokens(i: Expr) -> None:
             start, target = tir.bind(source + i * (2 * self.v.stride)), tir.bind(self._pairs(block) + i * self.head_dim)
-            each(self.head_dim, lambda c, lanes: tir.store(pairs, target + c, tir.bfloat16_pair(
-                tir.load(named["v"], start + c, lanes), tir.load(named["v"], start + self.v.stride + c, lanes), lanes), lanes))  # fmt: skip
+
+            def pair(c: Expr, lanes: int) -> None:
+                low, high = (tir.load(named["v"], start + token * self.v.stride + c, lanes) for token in range(2))
+                tir.store(pairs, target + c, tir.bfloat16_pair(low, high, lanes), lanes)
+
+            each(self.head_dim, pair)
 
         tir.for_range(BLOCK // 2, two_tokens)
 

@@ -59,8 +59,8 @@ class Attention(Kernel):
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
         slopes = (("slopes", "float32"),) if self.alibi else ()
         element = CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype).element
-        return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, *slopes, ("kcache", element), ("vcache", element), ("out", "float32"))  # fmt: skip
+        return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"), ("block_table", "int32"),
+                *cos_sin, *slopes, ("kcache", element), ("vcache", element), ("out", "float32"))  # fmt: skip
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))

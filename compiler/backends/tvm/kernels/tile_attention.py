@@ -182,6 +182,7 @@ class TileAttention(FlashAttention):
 
     def _weigh(self, m: Expr, shrink: Expr, total: Expr) -> None:
         """Add to the partial sums of a query's weights."""
+
         def first() -> None:
             tir.store(self.weights, m * LANES, total)
 

@@ -117,7 +117,11 @@ class Part:
         self.whole, self.memory = whole, here.reshape(NUM_BLOCKS, case.kv_heads, layout.head_block_bytes)
         assert np.shares_memory(self.memory, whole)
         first = layout.scales_bytes
-        self.shape, self.dtype, self.slice = shape, np.dtype(case.cache), slice(first, first + case.dim * 16 * KV_DTYPES[case.cache])
+        self.shape, self.dtype, self.slice = (
+            shape,
+            np.dtype(case.cache),
+            slice(first, first + case.dim * 16 * KV_DTYPES[case.cache]),
+        )
         self.padding = self.memory[..., self.slice.stop :]
         self.scales = self.memory[..., :first].view(np.float32)
 
