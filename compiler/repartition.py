@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler import targets
 from compiler.backends import BEHIND_LOGITS, Lowered, compile_graphs, count_kernel_calls, plan_graph
-from compiler.driver import TUNING
+from compiler.driver import KV_CACHES, TUNING
 from compiler.errors import CompileError
 from compiler.footprint import SERVED_TOKENS, check_memory, file_bytes, required_bytes
 from compiler.ir.text import from_onnx
@@ -20,7 +20,7 @@ from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from passes.partition.partition_tensors import PartitionTensors
 from passes.pipeline import FUSION, run_pipeline, run_ranks
 from runtime.artifact import KernelCalls, Manifest, PassRecord, Requirements, TargetInfo, read_manifest, verify_files
-from runtime.program import Program, read_program
+from runtime.program import KVLayout, Program, read_program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,7 +75,7 @@ def repartition(request: RepartitionRequest) -> Path:
         say("compile", 0, 0)
         lowered = compile_graphs(
             graphs, target, calls_before_fusion=_calls_before_fusion(program, graph, target.ranks),
-            kv_cache=program.kv.dtype,
+            kv_cache=_kv_cache(program.kv, target),
         )  # fmt: skip
         writer.check_space(sum(map(file_bytes, lowered)))
         writer.write(_TOKENIZER, (request.engine / _TOKENIZER).read_bytes())
@@ -106,7 +106,12 @@ def _divided(graph: ir.Model, fusions: Sequence[Pass], ranks: int) -> tuple[list
 
 
 def _planned(graph: ir.Model, fusions: Sequence[Pass], program: Program, target: targets.Target, ranks: int) -> list[Lowered]:
-    return [plan_graph(model, target.is_gpu, program.kv.dtype) for model in _divided(graph, fusions, ranks)[0]]
+    return [plan_graph(model, target.is_gpu, _kv_cache(program.kv, target)) for model in _divided(graph, fusions, ranks)[0]]
+
+
+def _kv_cache(kv: KVLayout, target: targets.Target) -> str:
+    """The type of the new KV cache: the old one, but for GPUs, which have no bfloat16 cache."""
+    return "float16" if target.is_gpu and kv.dtype == "bfloat16" else kv.dtype
 
 
 def _calls_before_fusion(program: Program, graph: ir.Model, ranks: int) -> int:
@@ -127,6 +132,7 @@ def _manifest(old: Manifest, target: targets.Target, records: Sequence[dict[str,
         passes=(*before, *after),
         kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
         toolchain=dict(old.toolchain) | dict(lowered[0].toolchain),
+        quantization=dict(old.quantization) | {"kv_cache": KV_CACHES[lowered[0].program.kv.dtype]},
         files={},
         accuracy=None,
     )

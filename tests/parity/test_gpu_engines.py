@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from compiler.driver import BuildRequest, build
 from compiler.repartition import RepartitionRequest, repartition
 from runtime import Engine, SamplingParams
+from runtime.artifact import read_manifest
 from runtime.executors.cuda import CudaExecutor, bucket
 from tests.interpreted import InterpretedDevice, RankDevice, interpreted_gpu
 from tests.parity.engines import Builder, EngineStepper
@@ -106,6 +107,7 @@ def test_an_engine_for_gpus_is_made_of_one_for_cpus_and_back(
     of_cpu = repartition(RepartitionRequest(builder.engine("llama_gqa", "int8"), tmp_path / "of-cpu", "a100x1"))
     for name in ("weights.safetensors", "program.json", "kernels-sm_80.zip"):
         assert (direct / "rank0" / name).read_bytes() == (of_cpu / "rank0" / name).read_bytes(), name
+    assert read_manifest(of_cpu).quantization["kv_cache"] == "float16"
     again = repartition(RepartitionRequest(direct, tmp_path / "two", "a100x2"))
     built = build(BuildRequest(builder.checkpoint("llama_gqa"), tmp_path / "built", "a100x2", "int8"))
     for rank in range(2):

@@ -43,7 +43,7 @@ def test_int4_weights_take_half_a_byte_and_a_scale_for_128() -> None:
     run_pipeline(model, PRESETS["int4"])
     model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
     program, weights, kernels, _ = lower(model, calls_before_fusion=0)
-    assert program.kv.dtype == "float16"
+    assert program.kv.dtype == "bfloat16"
     assert sum(isinstance(kernel, GroupLinear) for kernel in kernels) == 4
     fused = {weight.name.rpartition(".")[2]: (weight.dtype, weight.shape) for weight in weights if "gate+up" in weight.name}
     assert fused == {"int4": ("uint8", (6, 8, 16, 4)), "scales": ("float16", (6, 1, 16))}
