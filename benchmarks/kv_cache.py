@@ -1,6 +1,6 @@
 """What the type of the KV cache costs: engines of one model that differ in it alone, against the first of them.
 
-    belle-compile build MODEL --quant none --kv-cache float32 -o build/engines/kv-float32      # bfloat16, float16, int8 likewise
+    belle-compile build MODEL --quant none --kv-cache float32 -o build/engines/kv-float32   # and the other types
     python -m benchmarks.kv_cache build/engines/kv-float32 build/engines/kv-bfloat16 ...
 
 Unquantized weights show the cache's own error. Text as in benchmarks/accuracy.py.
