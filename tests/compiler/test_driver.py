@@ -83,6 +83,13 @@ def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str
     assert read_program(out / "rank0").kv.dtype == dtype
 
 
+def test_a_bfloat16_cache_is_refused_for_gpus(llama: Path, tmp_path: Path) -> None:
+    found = r"^kv cache: bfloat16 cannot be had here: found heads of \d+ for the backend triton, .*; use float16\.$"
+    with pytest.raises(CompileError, match=found):
+        build(BuildRequest(llama, tmp_path / "engine", "a100x1", kv_cache="bfloat16"))
+    assert not (tmp_path / "engine").exists()
+
+
 def test_an_unknown_kv_cache_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"^kv cache: unknown type: found 'int4', expected auto or float32"):
         build(BuildRequest(llama, tmp_path / "engine", kv_cache="int4"))

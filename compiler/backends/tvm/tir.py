@@ -292,12 +292,13 @@ def exp2(x: Expr) -> Expr:
 
 def bfloat16_bits(value: Expr, lanes: int = LANES) -> Expr:
     """float32 as bfloat16 in the low half of int32, to nearest, halves to even; NaN stays NaN."""
-    value = bind(value)
     bits = bind(T.reinterpret(int_type(lanes), value))
     odd = T.bitwise_and(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(1, lanes))
     rounded = T.shift_right(bits + splat_i32(0x7FFF, lanes) + odd, splat_i32(16, lanes))
     nan = T.bitwise_or(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(0x40, lanes))
-    return bind(T.bitwise_and(T.Select(value == value, rounded, nan), splat_i32(0xFFFF, lanes)))
+    # To TVM value == value is true.
+    number = T.bitwise_and(bits, splat_i32(0x7FFFFFFF, lanes)) <= splat_i32(0x7F800000, lanes)
+    return bind(T.bitwise_and(T.Select(number, rounded, nan), splat_i32(0xFFFF, lanes)))
 
 
 def bfloat16_pair(low: Expr, high: Expr, lanes: int = LANES) -> Expr:

@@ -13,6 +13,7 @@ from compiler.backends.tvm.kernels.group_linear import GroupLinear
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.lower import lower
 from compiler.backends.tvm.tuning.table import TilingTable
+from compiler.errors import CompileError
 from passes.partition import channels
 from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
 from passes.quantization.quantize_linears import QuantizeLinears
@@ -97,3 +98,17 @@ def test_ranks_with_the_same_kernels_are_compiled_once(monkeypatch: pytest.Monke
     lowered = compile_graphs(ranks_of(2, monkeypatch, 64), ["avx2"], calls_before_fusion=0)
     assert uneven == 2 * len(compiled) > 0
     assert lowered[0].kernels is lowered[1].kernels
+
+
+def test_heads_of_an_odd_size_have_a_float16_cache() -> None:
+    """bfloat16 lies in pairs."""
+
+    def lowered(kv_cache: str) -> str:
+        model = llama(layers=1)
+        run_pipeline(model, PRESETS["int8"])
+        model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim="5", max_position="64")
+        return lower(model, calls_before_fusion=0, kv_cache=kv_cache).program.kv.dtype
+
+    assert lowered("auto") == "float16"
+    with pytest.raises(CompileError, match=r"^kv cache: bfloat16 cannot be had here: found heads of 5 for the backend tvm"):
+        lowered("bfloat16")
