@@ -26,8 +26,9 @@ VNNI = f"{AVX2} avx512f avx512bw avx512vl avx512dq avx512_vnni"
         ("avx2 fma", ()),
         (AVX2, ("avx2",)),
         (f"{VNNI} amx_tile", ("avx512vnni", "avx2")),
-        (f"{VNNI} amx_tile amx_int8", ("amx", "avx512vnni", "avx2")),
-        (f"{AVX2} amx_tile amx_int8", ("avx2",)),
+        (f"{VNNI} amx_tile amx_int8", ("avx512vnni", "avx2")),
+        (f"{VNNI} amx_tile amx_int8 amx_bf16 avx512_bf16", ("amx", "avx512vnni", "avx2")),
+        (f"{AVX2} amx_tile amx_int8 amx_bf16", ("avx2",)),
     ],
 )
 def test_isas_best_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, isas: tuple[str, ...]) -> None:
@@ -60,7 +61,7 @@ def test_no_cpuinfo_names_no_processor(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_missing_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags_file(tmp_path, monkeypatch, VNNI)
-    assert host.missing_flags("amx") == ["amx_int8", "amx_tile"]
+    assert host.missing_flags("amx") == ["amx_bf16", "amx_int8", "amx_tile", "avx512_bf16"]
 
 
 def test_no_cpuinfo_is_no_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,7 @@ def test_impossible_thread_count(built: Path) -> None:
 
 def test_isa_is_the_best_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["amx"])
-    monkeypatch.setattr(cpu, "_allow_amx", lambda: True)
+    monkeypatch.setattr(cpu, "allow_amx", lambda: True)
     everything = ("avx2", "amx", "avx512vnni")
     assert choose_isa(everything) == "amx"
     assert choose_isa(("avx2", "avx512vnni")) == "avx512vnni"
@@ -275,7 +275,7 @@ def test_isa_is_the_best_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BELLE_ISA", "avx512vnni")
     assert choose_isa(everything) == "avx512vnni" and choose_isa(everything, "avx2") == "avx2"
     monkeypatch.delenv("BELLE_ISA")
-    monkeypatch.setattr(cpu, "_allow_amx", lambda: False)
+    monkeypatch.setattr(cpu, "allow_amx", lambda: False)
     assert choose_isa(everything) == "avx512vnni"
     with pytest.raises(EngineError, match=r"the operating system refuses AMX; use Linux 5\.16 or newer"):
         choose_isa(everything, "amx")
@@ -283,7 +283,7 @@ def test_isa_is_the_best_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_isa_that_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
-    with pytest.raises(EngineError, match="this host lacks amx: found no amx_int8, amx_tile, avx512_vnni"):
+    with pytest.raises(EngineError, match="this host lacks amx: found no amx_bf16, amx_int8, amx_tile, avx512_bf16, avx512_vnni"):
         choose_isa(("avx2", "amx"), "amx")
     with pytest.raises(EngineError, match="the engine has no kernels for amx: found avx2; choose one of these"):
         choose_isa(("avx2",), "amx")
