@@ -283,7 +283,8 @@ def test_isa_is_the_best_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_isa_that_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
-    with pytest.raises(EngineError, match="this host lacks amx: found no amx_bf16, amx_int8, amx_tile, avx512_bf16, avx512_vnni"):
+    lacking = "this host lacks amx: found no amx_bf16, amx_int8, amx_tile, avx512_bf16, avx512_vnni"
+    with pytest.raises(EngineError, match=lacking):
         choose_isa(("avx2", "amx"), "amx")
     with pytest.raises(EngineError, match="the engine has no kernels for amx: found avx2; choose one of these"):
         choose_isa(("avx2",), "amx")
