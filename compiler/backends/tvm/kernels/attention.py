@@ -46,6 +46,11 @@ class Attention(Kernel):
     alibi: bool
 
     @property
+    def cache(self) -> CacheBlocks:
+        """Where heads of blocks lie."""
+        return CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
+
+    @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.num_heads // self.num_kv_heads
@@ -58,7 +63,7 @@ class Attention(Kernel):
     def pointers(self) -> tuple[tuple[str, str], ...]:
         cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
         slopes = (("slopes", "float32"),) if self.alibi else ()
-        element = CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype).element
+        element = self.cache.element
         return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"), ("block_table", "int32"),
                 *cos_sin, *slopes, ("kcache", element), ("vcache", element), ("out", "float32"))  # fmt: skip
 

@@ -17,7 +17,7 @@ from compiler.backends.kernel import round_up
 from compiler.backends.tvm import tir
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
+from compiler.backends.tvm.kernels.cache_blocks import as_pairs, as_scales
 from compiler.backends.tvm.kernels.rotary import rotate_head
 from compiler.backends.tvm.kernels.rowwise import each
 from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
@@ -47,7 +47,7 @@ class FlashAttention:
         self.columns_at_once = max(1, accumulators // self.tall)
         self.layout = PartSums(self.dim)
         self.unit = 1.0  # of scores, in units of the natural logarithm's
-        self.cache = CacheBlocks(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.cache_dtype)
+        self.cache = shape.cache
         self.padded = round_up(self.dim, LANES)
 
     def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:
