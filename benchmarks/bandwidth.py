@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,8 +20,9 @@ from compiler.backends.tvm.tir import Buffer, Expr, T
 from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.host import host_isas
 
-STREAMS = 4  # places a task reads at once, as the linear kernels do
+STREAMS = 16  # places a task reads at once
 PREFETCH_BYTES = 2048
+PARTS = 4
 MEBIBYTE = 1 << 20
 
 
@@ -56,33 +58,46 @@ class ReadBytes(Kernel):
         tir.parallel(T.int64(self.chunks), chunk)
 
 
-def load_kernel(kernel: Kernel, isa: Isa, threads: int, arguments: Sequence[int]) -> Callable[[], None]:
-    """Compile one kernel and bind it to addresses and a pool of `threads` threads, as the engine's executor does."""
+def load_kernel(kernel: Kernel, isa: Isa, threads: int, *calls: Sequence[int]) -> list[Callable[[], None]]:
+    """Compile one kernel and bind it to addresses, those of each of `calls`, and a pool of `threads` threads, as the
+    engine's executor does."""
     with tempfile.TemporaryDirectory(prefix="belle-benchmark-") as folder:
         path = Path(folder) / "kernel.so"
         path.write_bytes(compile_library([kernel], isa))
         library = KernelLibrary(path)
-    return CallList(ThreadPool(library, threads), [(library.address(kernel.name), arguments)]).run
+    pool = ThreadPool(library, threads)
+    return [CallList(pool, [(library.address(kernel.name), arguments)]).run for arguments in calls]
 
 
 class ReadBandwidth:
-    """Reads `mebibytes` of memory with `threads` threads; call `measure` between the runs it is compared with."""
+    """Reads memory with `threads` threads, `mebibytes` of it in `PARTS` that take turns; call it between the runs it is
+    compared with."""
 
     def __init__(self, threads: int, mebibytes: int = 1536) -> None:
         raw = np.ones(mebibytes * MEBIBYTE + 4096, np.uint8)
-        self._keep = raw
-        self._bytes = mebibytes * MEBIBYTE
-        sums = np.zeros(mebibytes * 16 + 16, np.int32)
-        self._sums = sums
+        part = mebibytes // PARTS
+        sums = np.zeros(part * 16 + 16, np.int32)
+        self._keep = raw, sums
+        self._bytes = part * MEBIBYTE
         isa = AVX512VNNI if "avx512vnni" in host_isas() else AVX2
-        arguments = [-(-array.ctypes.data // 64) * 64 for array in (raw, sums)]
-        self._run = load_kernel(ReadBytes(mebibytes), isa, threads, arguments)
+        start, to = (-(-array.ctypes.data // 64) * 64 for array in (raw, sums))
+        calls = [[start + number * self._bytes, to] for number in range(PARTS)]
+        self._parts = cycle(load_kernel(ReadBytes(part), isa, threads, *calls))
+
+    def read(self) -> None:
+        """Read one part."""
+        next(self._parts)()
+
+    def rate(self, readings: Sequence[float]) -> float:
+        """GB/s of readings that took so many seconds, on average."""
+        return self._bytes * len(readings) / sum(readings) / 1e9
 
     def measure(self, repeats: int = 5) -> float:
-        """GB/s, the best of `repeats` reads: what the memory can do."""
-        return max(self._once() for _ in range(repeats))
+        """GB/s, the best of `repeats` reads of everything: what the memory can do."""
+        return max(self._everything() for _ in range(repeats))
 
-    def _once(self) -> float:
-        start = time.perf_counter()
-        self._run()
-        return self._bytes / (time.perf_counter() - start) / 1e9
+    def _everything(self) -> float:
+        started = time.perf_counter()
+        for _ in range(PARTS):
+            self.read()
+        return self.rate([(time.perf_counter() - started) / PARTS])

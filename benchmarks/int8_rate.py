@@ -110,7 +110,7 @@ class Int8Rate:
         self._data = np.ones(4096, np.int32)
         self._sums = np.zeros(256 * threads + 4096, np.int32)
         arguments = [-(-array.ctypes.data // 64) * 64 for array in (self._data, self._sums)]
-        self._run = load_kernel(Int8Products(threads), ISAS[isa], threads, arguments)
+        (self._run,) = load_kernel(Int8Products(threads), ISAS[isa], threads, arguments)
         self._run()
 
     def measure(self, repeats: int = 5) -> float:

@@ -4,11 +4,12 @@
     python -m benchmarks.speed llama-7b --isa avx512vnni
     python -m benchmarks.speed llama-1b --rounds 1 --reuse --out /tmp/try
 
-Engines of all instruction sets are loaded at once, warmed, and run in turns; every other round goes backwards. Before and after
-each run the limit is measured: memory read for decoding, int8 products in registers for prefill; the better of the two
-counts. The share of a decoding run is weights, keys and values of its steps over that bandwidth, the share of a prefill its
-int8 operations over that rate. Loading is timed in fresh processes. Writes speed-SHAPE.json, of which benchmarks.report
-makes the tables.
+Engines of all instruction sets are loaded at once, warmed, and run in turns; every other round goes backwards. The limit is
+measured among what it is compared with, since other users of a machine change it within seconds: memory is read before every
+decoding step, which also leaves nothing of the step before in the caches; int8 products in registers are made before and after
+a prefill. Both sides are means of a sample. The share of a decoding run is weights, keys and values of its steps over that
+bandwidth, the share of a prefill its int8 operations over that rate. Loading is timed in fresh processes. Writes
+speed-SHAPE.json, of which benchmarks.report makes the tables.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -32,31 +36,81 @@ from benchmarks.engines import DEFAULT_SHAPES, SHAPES, Cost, cost, prepare
 from benchmarks.int8_rate import Int8Rate
 from benchmarks.tasks import SWEEP, TASKS, Task
 from runtime import Engine, host
+from runtime.profiling import Phase
 from runtime.program import read_program
 
 ROUNDS, LOADS = 5, 5
+ASLEEP_S = 0.002  # threads without work sleep after a millisecond
 RESULTS = Path("benchmarks/results")
 Samples = dict[str, dict[str, list[dict[str, float]]]]  # task, instruction set
 
 
+@dataclass(frozen=True)
 class Limits:
-    """The machine's limits at this moment; the reading before a run is the one after the run before it."""
+    """The machine's limits at the moment of each run: memory, and products by instruction set."""
 
-    def __init__(self, isas: tuple[str, ...], threads: int) -> None:
-        self._memory = ReadBandwidth(threads, mebibytes=1024)
-        self._products = {isa: Int8Rate(isa, threads) for isa in isas}
-        self._last: dict[str, float] = {}
+    memory: ReadBandwidth
+    products: Mapping[str, Int8Rate]
 
-    def around(self, task: Task, isa: str, run: Callable[[], float]) -> tuple[float, float]:
-        """(seconds that `run` took, the task's limit)."""
-        key = "memory" if task.steps else isa
-        before = self._last.get(key) or self._measure(key)
+    def beside(self, task: Task, engine: Engine, run: Callable[[], float]) -> tuple[float, float]:
+        """(seconds of a decoding step or a prefill, the task's limit)."""
+        if task.steps:
+            with reading(engine, self.memory) as readings:
+                seconds = run() - readings.paused_s / task.steps
+            return seconds, readings.bandwidth
+        products = self.products[engine.executor.isa]
+        before = products.measure(10)
         seconds = run()
-        self._last = {key: self._measure(key)}
-        return seconds, max(before, self._last[key])
+        return seconds, (before + products.measure(10)) / 2
 
-    def _measure(self, key: str) -> float:
-        return self._memory.measure(3) if key == "memory" else self._products[key].measure(10)
+    def profiled(self, task: Task, engine: Engine, run: Callable[[], float]) -> dict[str, Any]:
+        """Shares of a run: outside of kernels, and of each kind of kernel, with the read bandwidth beside it."""
+        with reading(engine, self.memory) as readings, engine.profile() as profile:
+            run()
+        assert profile.result is not None
+        phase = next(p for p in profile.result.phases if p.name == ("decode" if task.steps else "prefill"))
+        bandwidth = readings.bandwidth if task.steps else profile.result.read_bytes_per_second / 1e9
+        return _shares(phase, readings.paused_s, bandwidth)
+
+
+@dataclass
+class Readings:
+    """Of memory, before steps."""
+
+    memory: ReadBandwidth
+    seconds: list[float] = field(default_factory=list)
+    paused_s: float = 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """GB/s, on average."""
+        return self.memory.rate(self.seconds)
+
+    def take(self) -> None:
+        """Read, with pauses before and after in which the threads that wait for work go to sleep: engine and reading have
+        some each, and only as many cores as one of them."""
+        started = time.perf_counter()
+        time.sleep(ASLEEP_S)
+        began = time.perf_counter()
+        self.memory.read()
+        self.seconds.append(time.perf_counter() - began)
+        time.sleep(ASLEEP_S)
+        self.paused_s += time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def reading(engine: Engine, memory: ReadBandwidth) -> Iterator[Readings]:
+    """Read memory before every decoding step that follows."""
+    executor, readings = engine.executor, Readings(memory)
+    step = executor.step
+
+    def read_and_step() -> Any:
+        if executor.batch.tokens == executor.batch.rows:
+            readings.take()
+        return step()
+
+    with mock.patch.object(executor, "step", read_and_step):
+        yield readings
 
 
 def measure(engine: Path, isas: tuple[str, ...], threads: int, tasks: tuple[Task, ...], rounds: int) -> dict[str, Any]:
@@ -67,7 +121,8 @@ def measure(engine: Path, isas: tuple[str, ...], threads: int, tasks: tuple[Task
     with contextlib.ExitStack() as stack:
         kv_tokens = max(task.kv_tokens for task in tasks)
         loaded = {isa: stack.enter_context(Engine.load(engine, isa=isa, threads=threads, kv_tokens=kv_tokens)) for isa in isas}
-        limits = Limits(isas, threads)  # after the engines: loading one asks for the permission that AMX needs
+        # After the engines: loading one asks for the permission that AMX needs.
+        limits = Limits(ReadBandwidth(threads, mebibytes=1024), {isa: Int8Rate(isa, threads) for isa in isas})
         random = np.random.default_rng(0)
         for one in loaded.values():
             for task in tasks:
@@ -76,10 +131,13 @@ def measure(engine: Path, isas: tuple[str, ...], threads: int, tasks: tuple[Task
         for number in range(rounds):
             for task in tasks:
                 for isa in isas if number % 2 == 0 else reversed(isas):
-                    seconds, limit = limits.around(task, isa, partial(task.run, loaded[isa], random))
+                    seconds, limit = limits.beside(task, loaded[isa], partial(task.run, loaded[isa], random))
                     samples[task.name][isa].append(task.sample(seconds, needed, limit))
                     _say(engine, f"round {number + 1}/{rounds}, {task.name}, {isa}: {samples[task.name][isa][-1]}")
-        profiles = {task.name: {isa: _profile(one, task, random) for isa, one in loaded.items()} for task in tasks}
+        profiles = {
+            task.name: {isa: limits.profiled(task, one, partial(task.run, one, random)) for isa, one in loaded.items()}
+            for task in tasks
+        }
     return {
         "engine": engine.name,
         "threads": threads,
@@ -103,21 +161,19 @@ def loads(engine: Path, isas: tuple[str, ...], threads: int, count: int) -> dict
     return {isa: {"median": _median(samples), "samples": samples} for isa, samples in found.items()}
 
 
-def _profile(engine: Engine, task: Task, random: np.random.Generator) -> dict[str, Any]:
-    """Shares of one more run: outside of kernels, and of each kind of kernel."""
-    with engine.profile() as profile:
-        task.run(engine, random)
-    assert profile.result is not None
-    phase = next(p for p in profile.result.phases if p.name == ("decode" if task.steps else "prefill"))
+def _shares(phase: Phase, paused_s: float, bandwidth: float) -> dict[str, Any]:
+    """A profile without the `paused_s` seconds of readings in it; `bandwidth` in GB/s."""
+    seconds = phase.seconds - paused_s
     kernels = {
         f"{kernel.kind} {kernel.rows}": {
-            "share_of_step": round(kernel.share_of_step, 4),
+            "share_of_step": round(kernel.seconds / seconds, 4),
             "gb_per_second": round(kernel.bytes_per_second / 1e9, 2),
-            "share_of_bandwidth": kernel.share_of_limit and round(kernel.share_of_limit, 3),
+            "share_of_bandwidth": round(kernel.bytes_per_second / 1e9 / bandwidth, 3) if kernel.bytes else None,
         }
         for kernel in phase.kernels
     }
-    return {"outside_kernels": round(phase.outside_share, 4), "kernels": kernels}
+    outside = round((phase.outside_s - paused_s) / seconds, 4)
+    return {"outside_kernels": outside, "bandwidth": round(bandwidth, 2), "kernels": kernels}
 
 
 def _describe_cost(needed: Cost) -> dict[str, Any]:
