@@ -149,22 +149,28 @@ def _total(sums: list[Expr], lanes: int) -> Expr:
 def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, steps: int) -> None:
     """The loop over the inputs begin*4..end*4 of `steps`*4, with the weights of `walk.prefetch` bytes later asked for."""
 
+    span = steps // walk.places
+
     def loop(start: Expr, stop: Expr, ahead: int) -> None:
         def body(index: Expr) -> None:
             for u in range(walk.unroll):
-                k = index if walk.unroll == 1 else tir.bind(index * walk.unroll + u)
-                if walk.prefetch:
-                    for base in sums.bases:
-                        tir.prefetch(sums.weight, base + k * LINE + ahead, level=int(walk.temporal))
-                sums.step(k)
+                first = index if walk.unroll == 1 else tir.bind(index * walk.unroll + u)
+                for place in range(walk.places):
+                    k = tir.bind(first + place * span) if place else first
+                    if walk.prefetch:
+                        for base in sums.bases:
+                            tir.prefetch(sums.weight, base + k * LINE + ahead, level=int(walk.temporal))
+                    sums.step(k)
 
         first, last = (x // walk.unroll if isinstance(x, int) else T.floordiv(x, tir.i64(walk.unroll)) for x in (start, stop))
         tir.for_range(last, body, first)
 
+    if walk.places > 1:
+        end = span  # the inputs come in one slice
     if walk.prefetch and walk.chain and isinstance(end, int):
-        turn = max(0, steps - walk.prefetch // LINE)  # from here on, what comes next belongs to the next group
+        turn = max(0, span - walk.prefetch // LINE)  # from here on, what comes next belongs to the next group
         loop(begin, turn, walk.prefetch)
-        loop(turn, end, walk.prefetch + stride - steps * LINE)
+        loop(turn, end, walk.prefetch + stride - span * LINE)
     else:
         loop(begin, end, walk.prefetch)
 

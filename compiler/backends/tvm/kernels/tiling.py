@@ -17,7 +17,8 @@ class Walk:
     A group is `wide` panels of 16 outputs; a block is a group times `tall` rows, its sums in registers. Weights are
     prefetched `prefetch` bytes ahead of the read (0: not), into every cache or, without `temporal`, with the hint that
     they are read once; with `chain` what lies past a panel's end is taken from the same panel of the next group. The loop
-    over the inputs is unrolled `unroll` times. A parallel task is `task_groups` groups; threads get contiguous runs of
+    over the inputs is unrolled `unroll` times, and goes on at `places` of each panel at once, since some memories give more
+    to more streams. A parallel task is `task_groups` groups; threads get contiguous runs of
     tasks or, with `interleave`, every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs
     pass `depth` at a time (0: all, as they always do in two planes), so that activations and weights stay in a cache.
     """
@@ -28,6 +29,7 @@ class Walk:
     temporal: bool = True
     chain: bool = False
     unroll: int = 1
+    places: int = 1
     interleave: bool = False
     task_groups: int = 1
     row_blocks: int = 0
@@ -38,6 +40,8 @@ class Walk:
             raise ValueError(f"{self}: wide, tall and task_groups are 1 or more, row_blocks 0 or more")
         if self.unroll not in (1, 2, 4) or self.prefetch % (4 * LINE) or self.prefetch < 0:
             raise ValueError(f"{self}: unroll is 1, 2 or 4 and prefetch a multiple of {4 * LINE}")
+        if self.places not in (1, 2, 4, 8) or self.places * self.unroll > LINE // 4 or (self.depth and self.places > 1):
+            raise ValueError(f"{self}: places is 1, 2, 4 or 8, at most {LINE // 4} with unroll, and 1 with depth")
         if self.depth < 0 or self.depth % LINE:
             raise ValueError(f"{self}: depth is a multiple of {LINE}")
 

@@ -1,7 +1,8 @@
 """What the search tries, as data: per range of row counts, blocks of panels x rows, then changes to the best of them.
 
 A block's sums, one token and its weights must fit in the registers: panels * rows + panels + 1 <= 32 with AVX512, where
-a panel of 16 sums is a register; AVX2 has 16, a panel takes two, and a token takes three.
+a panel of 16 sums is a register (a single row takes its weights from memory); AVX2 has 16, a panel takes two, and a token
+takes three.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ class Bucket:
         return tuple(dict.fromkeys(replace(best, **change) for change in self.stages[stage]))
 
 
+# Streams for one row: some processors fetch ahead best by themselves, and more the more streams there are.
+_STREAMS: tuple[Change, ...] = (
+    {"places": 2, "prefetch": 0},
+    {"places": 4, "prefetch": 0},
+    {"places": 8, "prefetch": 0},
+    {"places": 2},
+)
 # Prefetches for few rows, where the weights come from memory; "chain" matters where panels are short.
 _PREFETCH: tuple[Change, ...] = (
     {"prefetch": 0},
@@ -69,7 +77,7 @@ def _without(changes: tuple[Change, ...], left_out: Change) -> tuple[Change, ...
 
 
 AVX512 = (
-    Bucket(1, (1,), ((1, 1), (2, 1), (4, 1), (6, 1), (8, 1)), 2048, (_PREFETCH, _LOOPS)),
+    Bucket(1, (1,), ((1, 1), (2, 1), (4, 1), (6, 1), (8, 1), (16, 1)), 2048, (_STREAMS, _PREFETCH, _LOOPS)),
     Bucket(4, (2, 4), ((2, 4), (3, 4), (4, 4), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
     Bucket(8, (8,), ((2, 8), (3, 8), (4, 4), (4, 6), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
     Bucket(32, (16, 32), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _FEW_LOOPS)),

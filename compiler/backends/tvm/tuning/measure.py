@@ -22,8 +22,8 @@ from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.memory import anonymous
 
 SAMPLE_SECONDS = 0.002
-ROUNDS = 7
-EARLY_ROUNDS = 3  # after these, only what is within EARLY_FACTOR of the best goes on
+ROUNDS = 25  # compiling takes longer, and the memory of a shared machine gives half as much now and then
+EARLY_ROUNDS = 5  # after these, only what is within EARLY_FACTOR of the best goes on
 EARLY_FACTOR = 1.15
 LEAST_ROTATED = 256 << 20
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")

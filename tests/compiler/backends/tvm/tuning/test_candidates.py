@@ -60,6 +60,7 @@ def _walks(isa: Isa, planes: int) -> list[Walk]:
     buckets = candidates.buckets(isa, planes, 512)
     blocks = [walk for bucket in buckets for walk in bucket.first()]
     changed = [walk for b in buckets for stage in range(len(b.stages)) for walk in b.following(stage, b.first()[-1])]
+    changed += [Walk(4, 1, 1024, chain=True, unroll=2, places=places) for places in (4, 8)] if isa.dot == "vnni" else []
     same = [replace(walk, prefetch=walk.prefetch and 1024, depth=walk.depth and 128) for walk in (*blocks, *changed)]
     return list(dict.fromkeys(same))
 

@@ -130,7 +130,9 @@ def test_kernels_take_their_tiling_from_the_table() -> None:
 
 
 def test_impossible_tilings() -> None:
-    for arguments in ({"wide": 0}, {"tall": 0}, {"unroll": 3}, {"prefetch": 100}, {"depth": 32}, {"task_groups": 0}):
+    together = ({"places": 2, "depth": 64}, {"places": 8, "unroll": 4})
+    alone = ({"wide": 0}, {"tall": 0}, {"unroll": 3}, {"places": 3}, {"prefetch": 100}, {"depth": 32}, {"task_groups": 0})
+    for arguments in (*alone, *together):
         with pytest.raises(ValueError, match="Walk"):
             Walk(**({"wide": 1, "tall": 1} | arguments))
     walk = Walk(1, 1)
