@@ -11,11 +11,12 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel
 from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks
 from compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
+from compiler.backends.tvm.kernels.pair_attention import PairAttention
 from compiler.backends.tvm.kernels.tile_attention import TileAttention
 from compiler.backends.tvm.tir import Buffer, Expr, T
 
 FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
-PARTS = 64  # tasks of one row at most: enough for as many threads, and to even out unequal shares of fewer
+PARTS = 32  # tasks of one row at most: enough for as many threads, and to even out unequal shares of fewer
 PARTS_BYTES = 1 << 20  # of the stack for their results
 TILE_QUERIES = 32  # query vectors that pass one load of K and V when a prompt is read
 PARALLEL_FROM = 1 << 15  # elements of K and V to read; below, one thread is done before the others wake
@@ -78,12 +79,13 @@ class Attention(Kernel):
         bytes_of_one = 4 * FEW_ROWS * self.num_heads * PartSums(self.head_dim).size
         return max(1, min(PARTS // self.num_kv_heads, PARTS_BYTES // bytes_of_one))
 
-    def _flash(self, isa: Isa, rows: int) -> FlashAttention:
+    def _flash(self, isa: Isa, rows: int, heads_in_turn: bool = False) -> FlashAttention:
         """What computes a task of up to `rows` rows."""
-        return (TileAttention if TileAttention.takes(self, isa) else FlashAttention)(self, isa, rows)
+        kinds = [FlashAttention, TileAttention, PairAttention] if rows == 1 else [FlashAttention, TileAttention]
+        return next(kind for kind in reversed(kinds) if kind.takes(self, isa))(self, isa, rows, heads_in_turn)
 
     def _few_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
-        """Decode: every part of a (row, kv head) is a task; the calling thread adds them up."""
+        """Decode: every part of a (row, kv head) is a task; then they are added up."""
         most, tokens = tir.scalar(tir.i64(1), "int64"), tir.scalar(tir.i64(0), "int64")
 
         def measure(row: Expr) -> None:
@@ -92,37 +94,52 @@ class Attention(Kernel):
 
         tir.for_range(rows, measure)
         parts = tir.opaque(most[0])
-        flash = self._flash(isa, 1)
+        flash = self._flash(isa, 1, heads_in_turn=True)
         layout = flash.layout
         size = self.group * layout.size
         saved = tir.local(FEW_ROWS * self.num_kv_heads * self.most_parts * size)
+        flash.allocate_queries(FEW_ROWS * self.num_kv_heads)
+
+        def read(pair: Expr) -> None:
+            row, kv_head = tir.opaque(T.floordiv(pair, self.num_kv_heads)), tir.opaque(T.floormod(pair, self.num_kv_heads))
+            flash.read_queries(named, row, tir.i64(1), kv_head, pair)
 
         def task(index: Expr) -> None:
-            pair, part = tir.opaque(T.floordiv(index, parts)), tir.opaque(T.floormod(index, parts))
-            row, kv_head = tir.opaque(T.floordiv(pair, self.num_kv_heads)), tir.opaque(T.floormod(pair, self.num_kv_heads))
+            """Heads innermost: they lie side by side in the cache."""
+            turn, kv_head = tir.opaque(T.floordiv(index, self.num_kv_heads)), tir.opaque(T.floormod(index, self.num_kv_heads))
+            row, part = tir.opaque(T.floordiv(turn, parts)), tir.opaque(T.floormod(turn, parts))
             extent = self._extent(named, row)
             with tir.when(part < extent.parts):
-                flash.start(named, row, tir.i64(1), kv_head)
+                flash.start(named, row, tir.i64(1), kv_head, tir.opaque(row * self.num_kv_heads + kv_head))
                 flash.part(*extent.part(part))
                 flash.save_part(saved, index * size)
                 flash.end()
 
         def merge_head(index: Expr) -> None:
             """`index` counts query heads, row by row."""
-            pair, member = tir.opaque(T.floordiv(index, self.group)), tir.opaque(T.floormod(index, self.group))
             row, head = tir.opaque(T.floordiv(index, self.num_heads)), tir.opaque(T.floormod(index, self.num_heads))
-            start = tir.opaque(pair * parts * size + member * layout.size)
+            kv_head, member = tir.opaque(T.floordiv(head, self.group)), tir.opaque(T.floormod(head, self.group))
+            start = tir.opaque((row * parts * self.num_kv_heads + kv_head) * size + member * layout.size)
             total = tir.local(layout.size)
             layout.clear(total, tir.i64(0))
             tir.for_range(self._extent(named, row).parts, lambda part: layout.add_saved(
-                total, tir.i64(0), saved, tir.opaque(start + part * size)))  # fmt: skip
+                total, tir.i64(0), saved, tir.opaque(start + part * (self.num_kv_heads * size))))  # fmt: skip
             target = tir.opaque(self.out.row(row) + head * self.head_dim)
             layout.write_mean(total, tir.i64(0), named["out"], target)
 
-        tasks = tir.opaque(rows * self.num_kv_heads * parts)
+        tir.for_range(rows * self.num_kv_heads, read)
+        tasks, heads = tir.opaque(rows * self.num_kv_heads * parts), tir.opaque(rows * self.num_heads)
         work = tir.opaque(tokens[0] * (2 * self.num_kv_heads * self.head_dim))
-        tir.either(work < PARALLEL_FROM, lambda: tir.for_range(tasks, task), lambda: tir.parallel(tasks, task))
-        tir.for_range(rows * self.num_heads, merge_head)
+
+        def alone() -> None:
+            tir.for_range(tasks, task)
+            tir.for_range(heads, merge_head)
+
+        def together() -> None:
+            tir.parallel(tasks, task)
+            tir.parallel(heads, merge_head)
+
+        tir.either(work < PARALLEL_FROM, alone, together)
 
     def _many_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
         """Heads outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts in turns."""
@@ -131,7 +148,9 @@ class Attention(Kernel):
         single, tiled = self._flash(isa, 1), self._flash(isa, tile)
 
         def attend(flash: FlashAttention, row: Expr, count: Expr, kv_head: Expr) -> None:
-            flash.start(named, row, count, kv_head)
+            flash.allocate_queries()
+            flash.read_queries(named, row, count, kv_head, tir.i64(0))
+            flash.start(named, row, count, kv_head, tir.i64(0))
             extent = self._extent(named, row + count - 1)
 
             def add(part: Expr) -> None:

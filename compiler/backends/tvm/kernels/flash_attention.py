@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from compiler.backends.kernel import round_up
 from compiler.backends.tvm import tir
@@ -33,10 +33,20 @@ LOWEST = -1.0e30  # stands for minus infinity, but differences of it are numbers
 class FlashAttention:
     """Emits the code of one task: up to `rows` neighbouring rows, with all query heads of one key/value head.
 
-    Query vector m is row m // group, head m % group of the group. All state is on the stack of the task.
+    Query vector m is row m // group, head m % group of the group. All state is on the stack of the task, but for the queries,
+    which several tasks may have read before.
     """
 
-    def __init__(self, shape: Attention, isa: Isa, rows: int) -> None:
+    query_type: ClassVar[str] = "float32"
+
+    @classmethod
+    def takes(cls, shape: Attention, isa: Isa) -> bool:
+        """Whether the shape can be computed this way."""
+        return True
+
+    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+        """`heads_in_turn`: a thread takes a part of all heads before the next part."""
+        self.heads_in_turn = heads_in_turn
         self.shape, self.rows, self.dim, self.group = shape, rows, shape.head_dim, shape.group
         wide = isa.dot == "vnni"  # 32 registers of 16 floats, else 16 of 8
         tallest, accumulators = (8, 24) if wide else (6, 6)
@@ -50,10 +60,43 @@ class FlashAttention:
         self.cache = shape.cache
         self.padded = round_up(self.dim, LANES)
 
-    def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr) -> None:
-        """Read, rotate and scale the queries of `count` rows from `row`."""
+    def allocate_queries(self, tasks: int = 1) -> None:
+        """Room for the query vectors of so many tasks."""
+        self.q = tir.local(tasks * self.queries * self.dim, self.query_type)
+        if self.shape.alibi:
+            self.slopes = tir.local(tasks * self.queries)
+
+    def read_queries(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr, place: Expr) -> None:
+        """Rotate and scale the queries of `count` rows from `row`, those of the task at `place`."""
+        shape = self.shape
+        first = tir.bind(place * self.queries)
+        used = tir.opaque(count * self.group)
+
+        def read(m: Expr) -> None:
+            source_row = tir.opaque(row + T.floordiv(m, self.group))
+            head = tir.opaque(kv_head * self.group + T.floormod(m, self.group))
+            source, target = tir.opaque(shape.q.row(source_row) + head * self.dim), tir.bind((first + m) * self.dim)
+
+            def scaled(c: Expr, lanes: int, value: Expr) -> None:
+                self._keep_query(target + c, value * tir.splat(shape.scale * self.unit, lanes), lanes)
+
+            rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"),
+                        source_row, scaled)  # fmt: skip
+            if shape.alibi:
+                tir.store(self.slopes, first + m, named["slopes"][head] * T.float32(self.unit), 1)
+
+        def pad(m: Expr) -> None:
+            line = tir.bind((first + used + m) * self.dim)
+            each(self.dim, lambda c, lanes: self._keep_query(line + c, tir.splat(0.0, lanes), lanes))
+
+        tir.for_range(used, read)
+        tir.for_range(T.floordiv(used + (self.tall - 1), self.tall) * self.tall - used, pad)
+
+    def start(self, named: dict[str, Buffer], row: Expr, count: Expr, kv_head: Expr, place: Expr) -> None:
+        """Begin the task whose queries were read to `place`."""
         shape = self.shape
         self.named, self.row, self.kv_head = named, row, kv_head
+        self.first_query = tir.opaque(place * self.queries)
         self.first_position = tir.opaque(tir.i64(named["positions"][row]))
         self.table = tir.opaque(tir.i64(named["sequences"][row]) * shape.max_blocks)
         self.used = tir.opaque(count * self.group)
@@ -64,32 +107,11 @@ class FlashAttention:
         if self.cache.quantized:
             self.key_scales, self.value_scales = as_scales(named["kcache"]), as_scales(named["vcache"])
             self.scales = tir.local(CHUNK)  # of the values of a chunk
-        if shape.alibi:
-            self.slopes = tir.local(self.queries)
-
-        def read(m: Expr) -> None:
-            source_row = tir.opaque(row + T.floordiv(m, self.group))
-            head = tir.opaque(kv_head * self.group + T.floormod(m, self.group))
-            source, target = tir.opaque(shape.q.row(source_row) + head * self.dim), tir.bind(m * self.dim)
-
-            def scaled(c: Expr, lanes: int, value: Expr) -> None:
-                self._keep_query(target + c, value * tir.splat(shape.scale * self.unit, lanes), lanes)
-
-            rotate_head(self.dim, lambda c, lanes: tir.load(named["q"], source + c, lanes), named.get("cos_sin"),
-                        source_row, scaled)  # fmt: skip
-            if shape.alibi:
-                tir.store(self.slopes, m, named["slopes"][head] * T.float32(self.unit), 1)
-
-        def pad(m: Expr) -> None:
-            each(self.dim, lambda c, lanes: self._keep_query(m * self.dim + c, tir.splat(0.0, lanes), lanes))
-
         self.totals = tir.local(self.queries * self.layout.size)
-        tir.for_range(self.used, read)
-        tir.for_range(self.tiles * self.tall - self.used, lambda m: pad(self.used + m))
 
     def _allocate(self) -> None:
         """The state of the task."""
-        self.q, self.sums = tir.local(self.queries * self.dim), tir.local(self.queries * self.padded)
+        self.sums = tir.local(self.queries * self.padded)
         self.scores = tir.local(self.queries * CHUNK)
         self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
         self.weights = tir.local(self.queries * LANES)  # 16 partial sums of the weights of each query
@@ -99,7 +121,7 @@ class FlashAttention:
 
     def part(self, first: Expr, last: Expr) -> None:
         """The softmax over chunks first..last-1 alone."""
-        self.first = first
+        self.first, self.last = first, last
         tir.for_range(self.tiles * self.tall, self._clear)
         tir.for_range(last - first, lambda i: self._chunk(first + i))
 
@@ -118,10 +140,14 @@ class FlashAttention:
         blocks = tir.opaque(T.floordiv(tokens + (BLOCK - 1), BLOCK))
         self.blocks, self.fresh = blocks, tir.opaque(tir.i64(index == self.first))
 
+        def start_of(entry: Expr, head: Expr) -> Expr:
+            return self.cache.start(self.named["block_table"][T.min(entry, self.final)], head)
+
         def base(block: Expr) -> Expr:
             """Where a block starts in either cache, counted from the chunk; past the last one, the last again (masked)."""
-            entry = T.min(first + block, self.final)
-            return self.cache.start(self.named["block_table"][entry], self.kv_head)
+            return start_of(first + block, self.kv_head)
+
+        self.following = self._following(index, start_of)
 
         def gather_scales(block: Expr) -> None:
             scales = self.cache.scales_before(base(block))
@@ -132,6 +158,16 @@ class FlashAttention:
             tir.for_range(blocks, gather_scales)
         self._soften_all(start)
         self._accumulate(tokens, blocks, base)
+
+    def _following(self, index: Expr, start_of: Callable[[Expr, Expr], Expr]) -> Callable[[Expr], Expr]:
+        """Where the blocks start that this thread takes next: those of the next chunk, or of the next head."""
+        if not self.heads_in_turn:
+            return lambda block: start_of(self.table + (index + 1) * BLOCKS + block, self.kv_head)
+        more, wraps = index + 1 < self.last, self.kv_head + 1 == self.shape.num_kv_heads
+        chunk = T.Select(more, index + 1, T.Select(wraps, self.last, self.first))
+        head = tir.opaque(T.Select(more, self.kv_head, T.Select(wraps, tir.i64(0), self.kv_head + 1)))
+        entry = tir.opaque(self.table + chunk * BLOCKS)
+        return lambda block: start_of(entry + block, head)
 
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
         return tir.bind(T.cast(tir.load(self.named[cache], index, lanes), tir.float_type(lanes)))
@@ -154,7 +190,7 @@ class FlashAttention:
 
             def tile(index: Expr) -> None:
                 acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
-                queries = tir.bind(index * (tall * self.dim))
+                queries = tir.bind((self.first_query + index * tall) * self.dim)
 
                 def element(d: Expr, keys: list[Expr]) -> None:
                     for m in range(tall):
@@ -207,7 +243,7 @@ class FlashAttention:
                 value = tir.load(self.scores, line + v * LANES)
                 if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
                     distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
-                    value = value + tir.splat(self.slopes[m]) * distance
+                    value = value + tir.splat(self.slopes[self.first_query + m]) * distance
                 return tir.bind(T.Select(visible(v), value, tir.splat(LOWEST)) if masked else value)
 
             scores = [score(v) for v in range(BLOCKS)]
@@ -249,11 +285,11 @@ class FlashAttention:
 
                 def block(b: Expr) -> None:
                     start = base(b)
-                    following = base(b + BLOCKS) if self.rows == 1 else None
+                    following = self.following(b) if self.rows == 1 else None
                     count = tir.opaque(T.min(tokens - b * BLOCK, tir.i64(BLOCK)))
 
                     def fetch(t: Expr, several: int) -> None:
-                        """The keys of the next chunk, as many bytes as are read here."""
+                        """The keys wanted next, as many bytes as are read here."""
                         if following is not None:
                             end = some[-1][0] + some[-1][1]
                             for column in range(several * some[0][0], several * end, self.cache.line):

@@ -36,13 +36,14 @@ class TileAttention(FlashAttention):
     """`FlashAttention` with products of tiles. What a query gets depends on no other query here either: each row of a tile is
     summed by itself, in the same order."""
 
+    query_type = "uint16"
+
     @classmethod
     def takes(cls, shape: Attention, isa: Isa) -> bool:
-        """Whether this is how the shape is computed."""
         return isa.amx and shape.cache_dtype == "bfloat16" and shape.head_dim % DEPTH == 0
 
-    def __init__(self, shape: Attention, isa: Isa, rows: int) -> None:
-        super().__init__(shape, isa, rows)
+    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+        super().__init__(shape, isa, rows, heads_in_turn)
         self.isa, self.unit, self.layout = isa, math.log2(math.e), PartSums(self.dim, tir.exp2)
         self.tall = min(rows * self.group, TILE)  # query vectors of a tile
         self.queries = round_up(rows * self.group, self.tall)
@@ -52,7 +53,6 @@ class TileAttention(FlashAttention):
 
     def _allocate(self) -> None:
         configure(self.isa, self.tall)
-        self.q = tir.local(self.queries * self.dim, "uint16")
         self.sums, self.scores = tir.local(self.queries * self.dim), tir.local(self.queries * SCORES)
         self.powers = tir.local(self.queries * POWERS, "int32")  # the weights, in pairs of tokens
         self.values = tir.local(BLOCKS // 2 * self.columns_at_once * TILE_PAIRS, "int32")
@@ -60,11 +60,13 @@ class TileAttention(FlashAttention):
 
     def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
         assert lanes == LANES, "halves of a head are whole vectors"
+        tir.store(self.q, at, self._rounded(value))
+
+    def _rounded(self, value: Expr) -> Expr:
+        """16 bfloat16 as uint16."""
         if self.isa.emulate_amx:
-            short = T.cast(tir.bfloat16_bits(value), "uint16x16")
-        else:
-            short = T.reinterpret("uint16x16", tir.pure("bfloat16x16", "llvm.x86.avx512bf16.cvtneps2bf16.512", value))
-        tir.store(self.q, at, short)
+            return T.cast(tir.bfloat16_bits(value), "uint16x16")
+        return T.reinterpret("uint16x16", tir.pure("bfloat16x16", "llvm.x86.avx512bf16.cvtneps2bf16.512", value))
 
     def _clear(self, m: Expr) -> None:
         tir.store(self.maxima, m, T.float32(LOWEST), 1)
@@ -86,7 +88,7 @@ class TileAttention(FlashAttention):
         emit(self.isa, "tileloadd64", T.int8(tile), T.address_of(buffer[tir.i64(start)]), tir.i64(stride))
 
     def _fetch(self, cached: Buffer, start: Expr, pairs: int) -> None:
-        """Ask for keys or values of the next chunk, where a task reads all it needs once."""
+        """Ask for keys or values that are wanted next, where a task reads all it needs once."""
         if self.rows == 1:
             for line in range(0, pairs, LANES):
                 tir.prefetch(cached, start + line, level=2)
@@ -103,12 +105,13 @@ class TileAttention(FlashAttention):
 
             def some_blocks(step: Expr) -> None:
                 starts = [tir.bind(T.shift_right(base(step * wide + i), tir.i64(1))) for i in range(wide)]
-                later = [tir.bind(T.shift_right(base(step * wide + i + BLOCKS), tir.i64(1))) for i in range(wide)]
+                later = [tir.bind(T.shift_right(self.following(step * wide + i), tir.i64(1))) for i in range(wide)]
                 for tile in range(SUMS):
                     emit(self.isa, "tilezero", T.int8(tile))
                 for k in range(self.dim // DEPTH):
                     for i in range(count):
-                        self._load(SUMS + i, self.q, tir.i64((first + i) * self.tall * self.dim + k * DEPTH), 2 * self.dim)
+                        at = (self.first_query + (first + i) * self.tall) * self.dim + k * DEPTH
+                        self._load(SUMS + i, self.q, tir.bind(at), 2 * self.dim)
                     for j, start in enumerate(starts):
                         self._load(WEIGHTS + j % 2, keys, start + k * TILE_PAIRS, 64)
                         for i in range(count):
@@ -141,11 +144,11 @@ class TileAttention(FlashAttention):
     def _soften_blocks(self, m: Expr, start: Expr, pairs: int) -> None:
         """powers[m] becomes 2**(score - maximum) for the tokens of so many pairs of blocks, 0 for those that the query must not
         see."""
-        scores, powers = tir.bind(m * SCORES), tir.bind(m * POWERS)
+        scores = tir.bind(m * SCORES)
         position = self.first_position + T.floordiv(m, self.group)
         last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
         if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
-            slope = tir.bind(tir.splat(self.slopes[m]))
+            slope = tir.bind(tir.splat(self.slopes[self.first_query + m]))
             distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
 
         def hide(v: Expr) -> None:
@@ -165,7 +168,7 @@ class TileAttention(FlashAttention):
         maximum, shrink = self._raise(m, _pairwise(values, T.max))
         weights = [tir.bind(tir.exp2(value - maximum)) for value in values]
         for pair in range(pairs):
-            self._store_powers(powers + pair * LANES, weights[2 * pair], weights[2 * pair + 1])
+            self._store_powers(tir.bind(self._place_of_powers(m, pair)), weights[2 * pair], weights[2 * pair + 1])
         self._weigh(m, shrink, _pairwise(weights, tir.add))
 
     def _raise(self, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
@@ -192,15 +195,23 @@ class TileAttention(FlashAttention):
         total = tir.bind(total)
         tir.either(self.fresh == 1, first, further)
 
+    def _place_of_powers(self, m: Expr, pair: int) -> Expr:
+        """Where the weights of 32 tokens are kept."""
+        return m * POWERS + pair * LANES
+
     def _store_powers(self, at: Expr, low: Expr, high: Expr) -> None:
-        """The weights of 32 tokens as bfloat16, in their order."""
+        """Keep the weights of 32 tokens, rounded."""
+        tir.store(self.powers, at, self._rounded_pairs(low, high))
+
+    def _rounded_pairs(self, low: Expr, high: Expr) -> Expr:
+        """32 bfloat16 in their order as 16 int32."""
         if not self.isa.emulate_amx:
             both = tir.pure("bfloat16x32", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", high, low)
-            tir.store(self.powers, at, T.reinterpret(tir.I16, both))
-            return
-        halves = tir.view_as(self.powers, "uint16")
+            return T.reinterpret(tir.I16, both)
+        halves = tir.local(2 * LANES, "uint16")
         for i, value in enumerate((low, high)):
-            tir.store(halves, at * 2 + i * LANES, T.cast(tir.bfloat16_bits(value), "uint16x16"))
+            tir.store(halves, i * LANES, self._rounded(value))
+        return tir.bind(tir.load(tir.view_as(halves, "int32"), 0))
 
     def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
         """sums[m] += sum over tokens of powers[m][token] * V[token]; tokens never written count as zeros."""
@@ -244,7 +255,7 @@ class TileAttention(FlashAttention):
         def block(b: Expr, mask: Callable[[int], Expr] | None = None) -> None:
             source = tir.bind(T.shift_right(base(b), tir.i64(1)) + column * LANES)
             target = tir.bind(T.floordiv(b, 2) * (wide * TILE_PAIRS) + T.floormod(b, 2) * half)
-            later = tir.bind(T.shift_right(base(b + BLOCKS), tir.i64(1)) + column * half)
+            later = tir.bind(T.shift_right(self.following(b), tir.i64(1)) + column * half)
             self._fetch(cached, later, wide * half)
             for r in range(BLOCK // 2):
                 for j in range(wide):

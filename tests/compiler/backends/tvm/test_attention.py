@@ -78,6 +78,7 @@ TILES = [
     Case(3, 3, 32, "bfloat16", alibi=True),
     Case(9, 3, 64, "bfloat16", rotary=True),
     Case(8, 1, 96, "bfloat16", rotary=True),
+    Case(8, 2, 128, "bfloat16", rotary=True),
     Case(20, 1, 32, "bfloat16"),
 ]  # what AMX multiplies in tiles
 EVERY = [(isa, case) for isa in HOST_ISAS for case in CASES] + [(isa, case) for isa in AMX_TEST_ISAS for case in TILES]

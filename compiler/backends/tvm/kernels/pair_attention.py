@@ -1,0 +1,142 @@
+"""Attention of few query vectors where there is AMX: what tiles would sum, in the order in which they would, by vectors.
+
+A tile with a row or three is mostly empty, and values would have to be gathered for it; a vector of keys or values meets its
+queries as it comes from the cache. A product of tiles adds 16 products of the even elements of its rows to each other, and 16
+of the odd ones, each rounded once, then both to the sum so far; so a token gets the same bits here as in a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from compiler.backends.tvm import tir
+from compiler.backends.tvm.isa import Isa
+from compiler.backends.tvm.kernels.append_kv import BLOCK
+from compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from compiler.backends.tvm.kernels.flash_attention import CHUNK
+from compiler.backends.tvm.kernels.tile_attention import DEPTH, SCORES, TileAttention
+from compiler.backends.tvm.tir import LANES, Expr, T
+
+if TYPE_CHECKING:
+    from compiler.backends.tvm.kernels.attention import Attention
+
+MOST_QUERIES = 4
+PAIRS = DEPTH // 2  # of a product
+REGISTERS = 24  # for sums
+
+
+class PairAttention(TileAttention):
+    """`TileAttention` of one row with at most `MOST_QUERIES` heads a key/value head."""
+
+    query_type = "float32"
+
+    @classmethod
+    def takes(cls, shape: Attention, isa: Isa) -> bool:
+        return shape.group <= MOST_QUERIES and super().takes(shape, isa)
+
+    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+        super().__init__(shape, isa, rows, heads_in_turn)
+        assert self.queries == self.group, "one row"
+        self.columns_at_once = max(1, min(self.columns, REGISTERS // (2 * self.queries)))
+        self.blocks_at_once = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}[self.queries]
+
+    def _allocate(self) -> None:
+        self.sums, self.scores = tir.local(self.queries * self.dim), tir.local(self.queries * SCORES)
+        self.powers = tir.local(self.queries * CHUNK)  # of 32 tokens those of the even ones, then those of the odd ones
+        self.maxima, self.weights = tir.local(self.queries), tir.local(self.queries * LANES)
+
+    def end(self) -> None:
+        """No tile was used."""
+
+    def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
+        bits = T.shift_left(T.cast(self._rounded(value), tir.I16), tir.splat_i32(16))
+        tir.store(self.q, at, T.reinterpret(tir.F16, bits))
+
+    def _store_powers(self, at: Expr, low: Expr, high: Expr) -> None:
+        even, odd = tir.of_pair(tir.opaque(self._rounded_pairs(low, high), tir.I16))
+        tir.store(self.powers, at, even)
+        tir.store(self.powers, at + LANES, odd)
+
+    def _place_of_powers(self, m: Expr, pair: int) -> Expr:
+        return m * CHUNK + pair * 2 * LANES
+
+    def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        keys, wide = as_pairs(self.named["kcache"]), self.blocks_at_once
+        queries = tir.bind(self.first_query * self.dim)
+
+        def some_blocks(step: Expr) -> None:
+            starts = [tir.bind(T.shift_right(base(step * wide + i), tir.i64(1))) for i in range(wide)]
+            later = [tir.bind(T.shift_right(self.following(step * wide + i), tir.i64(1))) for i in range(wide)]
+            places = [(m, j) for m in range(self.queries) for j in range(wide)]
+            totals = tir.Registers(len(places), tir.F16, tir.splat(0.0))
+            for k in range(self.dim // DEPTH):
+                even, odd = (tir.Registers(len(places), tir.F16, tir.splat(0.0)) for _ in range(2))
+
+                def pair(i: Expr, k: int = k, even: tir.Registers = even, odd: tir.Registers = odd) -> None:
+                    at = tir.bind((k * PAIRS + i) * LANES)
+                    lines = [tir.of_pair(tir.bind(tir.load(keys, start + at))) for start in starts]
+                    for start in later:
+                        self._fetch(keys, start + at, LANES)
+                    for slot, (m, j) in enumerate(places):
+                        q = tir.bind(queries + m * self.dim + (k * PAIRS + i) * 2)
+                        even[slot] = tir.fma(tir.splat(self.q[q]), lines[j][0], even[slot])
+                        odd[slot] = tir.fma(tir.splat(self.q[q + 1]), lines[j][1], odd[slot])
+
+                tir.for_range(PAIRS, pair)
+                for slot in range(len(places)):
+                    totals[slot] = totals[slot] + (even[slot] + odd[slot])
+            for slot, (m, j) in enumerate(places):
+                tir.store(self.scores, m * SCORES + (step * wide + j) * BLOCK, totals[slot])
+
+        tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+
+    def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+        """Tokens never written are not read: their products would be zeros."""
+        values = as_pairs(self.named["vcache"])
+        for first in range(0, self.columns, self.columns_at_once):
+            columns = range(first, min(first + self.columns_at_once, self.columns))
+            places = [(m, j) for m in range(self.queries) for j in range(len(columns))]
+
+            def step(s: Expr, columns: range = columns, places: list[tuple[int, int]] = places) -> None:
+                even, odd = (tir.Registers(len(places), tir.F16, tir.splat(0.0)) for _ in range(2))
+
+                def block(half: int) -> None:
+                    number = tir.bind(s * 2 + half)
+                    start, later = (
+                        tir.bind(T.shift_right(of(number), tir.i64(1)) + columns[0] * LANES) for of in (base, self.following)
+                    )
+                    count = tir.opaque(T.min(tokens - number * BLOCK, tir.i64(BLOCK)))
+
+                    def pair(i: Expr, both: bool = True) -> None:
+                        line, ahead = tir.bind(start + i * self.dim), tir.bind(later + i * self.dim)
+                        power = tir.bind(s * (2 * LANES) + half * (BLOCK // 2) + i)
+                        for j in range(len(columns)):
+                            low, high = tir.of_pair(tir.bind(tir.load(values, line + j * LANES)))
+                            self._fetch(values, ahead + j * LANES, LANES)
+                            for m in range(self.queries):
+                                slot = m * len(columns) + j
+                                even[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power]), low, even[slot])
+                                if both:
+                                    odd[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power + LANES]), high, odd[slot])
+
+                    tir.for_range(T.floordiv(count, 2), pair)
+                    with tir.when(T.floormod(count, 2) == 1):
+                        pair(tir.opaque(T.floordiv(count, 2)), both=False)
+
+                block(0)
+                with tir.when(s * 2 + 1 < blocks):
+                    block(1)
+                for slot, (m, j) in enumerate(places):
+                    place = m * self.dim + columns[j] * LANES
+                    total = tir.bind(even[slot] + odd[slot])
+                    tir.store(self.sums, place, tir.load(self.sums, place) + total)
+
+            def clear(columns: range = columns) -> None:
+                for m in range(self.queries):
+                    for j in columns:
+                        tir.store(self.sums, tir.i64(m * self.dim + j * LANES), tir.splat(0.0))
+
+            with tir.when(self.fresh == 1):
+                clear()
+            tir.for_range(T.floordiv(blocks + 1, 2), step)
