@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,17 +110,17 @@ class MpiCollectives:
         return anonymous(size) if shared is None else shared
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
-        if not values.flags.c_contiguous:
-            packed = np.ascontiguousarray(values)
-            self._all_reduce(packed.reshape(-1))
-            values[:] = packed
+        if self._sums:
+            self._sums.add(values.reshape(-1) if values.flags.c_contiguous else values)
+        elif values.flags.c_contiguous:
+            self._all_reduce(values)
         else:
-            self._all_reduce(values.reshape(-1))
+            packed = np.ascontiguousarray(values)
+            self._all_reduce(packed)
+            values[:] = packed
 
     def _all_reduce(self, values: NDArray[np.float32]) -> None:
-        if self._sums:
-            self._sums.add(values)
-        elif self.ranks == 2:
+        if self.ranks == 2:
             self._comm.Allreduce(self._mpi.IN_PLACE, values)  # a + b is b + a bit for bit
         else:
             # MPI only advises that MPI_Allreduce give all ranks the same bits, and algorithms in which each of three ranks
@@ -245,44 +246,61 @@ class _SharedSums:
         return own
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Make contiguous `values` the sum over ranks."""
-        if len(values) >= _LARGE and self._arenas:
-            offset = values.ctypes.data - self._arenas[self._rank].ctypes.data
-            if 0 <= offset <= len(self._arenas[self._rank]) - values.nbytes:
-                self._add_in_place(offset, len(values))
+        """Make `values`, a vector or rows that lie apart, the sum over ranks."""
+        if values.size >= _LARGE and self._arenas:
+            arena = self._arenas[self._rank]
+            offset = values.ctypes.data - arena.ctypes.data
+            end = offset + sum((n - 1) * step for n, step in zip(values.shape, values.strides, strict=True)) + values.itemsize
+            if 0 <= offset and end <= len(arena):
+                self._add_in_place(offset, values)
                 return
-        for start in range(0, len(values), SLOT_FLOATS):
-            self._add(values[start : start + SLOT_FLOATS])
+        at_once = SLOT_FLOATS // max(values[0].size, 1)
+        if not at_once:
+            for row in values:
+                self.add(row)
+            return
+        for start in range(0, len(values), at_once):
+            self._add(values[start : start + at_once])
 
     def _add(self, values: NDArray[np.float32]) -> None:
         self._count = count = self._count + 1
-        slots, size = self._slots[count & 1], len(values)
-        slots[self._rank][:size] = values
+        slots = [slot[: values.size].reshape(values.shape) for slot in self._slots[count & 1]]
+        slots[self._rank][:] = values
         self._own[_READY] = count
         self._wait(_READY, count)
-        np.add(slots[0][:size], slots[1][:size], out=values)
+        np.add(slots[0], slots[1], out=values)
         for slot in slots[2:]:
-            np.add(values, slot[:size], out=values)
+            np.add(values, slot, out=values)
 
-    def _add_in_place(self, offset: int, size: int) -> None:
+    def _add_in_place(self, offset: int, values: NDArray[np.float32]) -> None:
         self._count = count = self._count + 1
         self._own[_PLACE] = offset
         self._own[_READY] = count
         self._wait(_READY, count)
         starts = (line[_PLACE] for line in self._lines)
-        rows = [arena[start : start + 4 * size].view(np.float32) for arena, start in zip(self._arenas, starts, strict=True)]
-        ranks = len(rows)
+        parts = [
+            np.ndarray(values.shape, np.float32, arena, start, values.strides)  # type: ignore[call-overload]
+            for arena, start in zip(self._arenas, starts, strict=True)
+        ]
+        ranks, size, width = len(parts), len(values), values[0].size
         first, last = (size * number // ranks for number in (self._rank, self._rank + 1))
-        for start in range(first, last, _PIECE):
-            piece = slice(start, min(start + _PIECE, last))
-            total = self._sum[: piece.stop - start]
-            np.add(rows[0][piece], rows[1][piece], out=total)
-            for row in rows[2:]:
-                np.add(total, row[piece], out=total)
-            for row in rows:
-                row[piece] = total
+        at_once = max(1, _PIECE // width)
+        for start in range(first, last, at_once):
+            piece = slice(start, min(start + at_once, last))
+            total = self._sum_of(parts[0][piece].shape)
+            np.add(parts[0][piece], parts[1][piece], out=total)
+            for part in parts[2:]:
+                np.add(total, part[piece], out=total)
+            for part in parts:
+                part[piece] = total
         self._own[_DONE] = count
         self._wait(_DONE, count)
+
+    def _sum_of(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        size = prod(shape)
+        if size > self._sum.size:  # a row longer than a piece
+            self._sum = np.empty(size, np.float32)
+        return self._sum[:size].reshape(shape)
 
     def _wait(self, what: int, count: int) -> None:
         for line in self._others:

@@ -55,7 +55,7 @@ for size in (1, 7, 2048, SLOT_FLOATS, 2 * SLOT_FLOATS + 3):
         assert same(part)
         exact = np.sum(parts, axis=0, dtype=np.float64)
         assert np.allclose(part, exact, rtol=0, atol=np.abs(parts).max() * 1e-6)
-arena = ranks.memory(1 << 20)
+arena = ranks.memory(1 << 21)
 assert not arena.any()
 for size in (2048, 16_384, 70_001):
     for at in (0, 64 * (me + 1)):  # ranks may have their values in different places
@@ -72,6 +72,22 @@ for size in (2048, 16_384, 70_001):
             one_by_one = one_by_one + part
         assert not ranks._sums or np.array_equal(own, one_by_one), 'in the order of ranks'
         comm.Barrier()
+for height, width in ((5, 60), (300, 60), (3, 20_000), (2, SLOT_FLOATS + 1)):  # rows that lie apart
+    stride = width + 4
+    for start in (0, 64 * me):
+        for memory in (arena[start:], np.zeros(4 * height * stride, np.uint8)):
+            own = memory[: 4 * height * stride].view(np.float32).reshape(height, stride)
+            own[:] = random.normal(size=own.shape)
+            parts, guard = comm.allgather(own[:, :width].copy()), own[:, width:].copy()
+            comm.Barrier()
+            ranks.all_reduce(own[:, :width])
+            assert same(own[:, :width]) and np.array_equal(own[:, width:], guard)
+            one_by_one = parts[0]
+            for part in parts[1:]:
+                one_by_one = one_by_one + part
+            assert np.allclose(own[:, :width], one_by_one, rtol=0, atol=1e-5)
+            assert not ranks._sums or np.array_equal(own[:, :width], one_by_one), 'in the order of ranks'
+            comm.Barrier()
 rows = np.full((5, 64), me + 1, np.float32)
 before = rows.copy()
 ranks.all_reduce(rows[:3, :60])
