@@ -279,7 +279,7 @@ class _SharedSums:
         self._wait(_READY, count)
         starts = (line[_PLACE] for line in self._lines)
         parts = [
-            np.ndarray(values.shape, np.float32, arena, start, values.strides)  # type: ignore[call-overload]
+            np.ndarray(values.shape, np.float32, arena, start, values.strides)
             for arena, start in zip(self._arenas, starts, strict=True)
         ]
         ranks, size, width = len(parts), len(values), values[0].size
