@@ -14,6 +14,8 @@ from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.tiling import Walk
 
 Change = dict[str, Any]
+LEAST_TASKS = 16  # of a row count that waits for the memory: a host may have more threads than the one that measures
+PANELS_OF_TASK = 8  # that are tried whatever the number of tasks
 TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # of tile products: panels at a time, and of a parallel task
 
 
@@ -91,6 +93,12 @@ AVX2 = (
 )
 AMX = (*AVX512[:3], replace(AVX512[3], most=None, rows=(16,)))  # tile products take the larger counts
 TILE_ROWS = (4, 8, 16, 32, 128, 512)
+
+
+def leaves_tasks(walk: Walk, panels: int) -> bool:
+    """Whether a walk shares out so many panels well enough among more threads than those that measure it."""
+    at_once = walk.wide * walk.task_groups
+    return bool(walk.row_blocks) or at_once <= PANELS_OF_TASK or -(-panels // at_once) >= LEAST_TASKS
 
 
 def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:

@@ -15,9 +15,10 @@ from typing import Any
 from compiler.backends.kernel import View
 from compiler.backends.tvm.isa import Isa
 from compiler.backends.tvm.kernels.base import Kernel, rows_apart
+from compiler.backends.tvm.kernels.panels import PANEL
 from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
-from compiler.backends.tvm.tuning.candidates import TILE_ROWS, TILES, Bucket, buckets
+from compiler.backends.tvm.tuning.candidates import TILE_ROWS, TILES, Bucket, buckets, leaves_tasks
 from compiler.backends.tvm.tuning.measure import Bench, Variant, last_level_cache, load_variants
 from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from compiler.version import __version__
@@ -87,7 +88,11 @@ class _Search:
 
     def _improve(self, best: Sequence[Walk], tried: Sequence[Sequence[Walk]]) -> list[Walk]:
         """The best of each bucket after trying more walks; the one before stays unless another gains more than MARGIN."""
-        trials = [list(dict.fromkeys((before, *walks))) for before, walks in zip(best, tried, strict=True)]
+        panels = -(-self.shape.outputs // PANEL)
+        trials = [
+            list(dict.fromkeys((before, *(walk for walk in walks if leaves_tasks(walk, panels)))))
+            for before, walks in zip(best, tried, strict=True)
+        ]
         kernels = {}
         for index, (bucket, walks) in enumerate(zip(self.buckets, trials, strict=True)):
             for number, walk in enumerate(walks):

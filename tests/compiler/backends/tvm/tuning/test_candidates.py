@@ -100,6 +100,18 @@ def test_every_order_of_tiles_is_exact(isa: Isa, outputs: int, inputs: int, plan
             np.testing.assert_array_equal(got, meanings.integer_linear(xq, wq).astype(np.float32), err_msg=f"{rows} rows")
 
 
+def test_few_panels_are_not_tasks_of_many() -> None:
+    """What two threads do not mind leaves others of more threads without work."""
+    for walk, panels, good in (
+        (Walk(8, 1), 36, True),
+        (Walk(16, 1), 36, False),
+        (Walk(16, 1), 241, True),
+        (Walk(4, 1, task_groups=4), 160, False),
+        (Walk(2, 8, task_groups=32, row_blocks=16), 36, True),  # prefill: for its caches
+    ):
+        assert candidates.leaves_tasks(walk, panels) is good, walk
+
+
 def test_one_group_can_be_interleaved() -> None:
     """A parallel loop of one task is no loop to TVM."""
     kernel = replace(quantized(16, 64), tiling=LinearTiling(((None, Walk(1, 1, interleave=True)),)))
