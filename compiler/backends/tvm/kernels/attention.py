@@ -81,8 +81,8 @@ class Attention(Kernel):
 
     def _flash(self, isa: Isa, rows: int, heads_in_turn: bool = False) -> FlashAttention:
         """What computes a task of up to `rows` rows."""
-        kinds = [FlashAttention, TileAttention, PairAttention] if rows == 1 else [FlashAttention, TileAttention]
-        return next(kind for kind in reversed(kinds) if kind.takes(self, isa))(self, isa, rows, heads_in_turn)
+        kinds = (PairAttention, TileAttention, FlashAttention)
+        return next(kind for kind in kinds if kind.takes(self, isa, rows))(self, isa, rows, heads_in_turn)
 
     def _few_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
         """Decode: every part of a (row, kv head) is a task; then they are added up."""

@@ -40,8 +40,8 @@ class FlashAttention:
     query_type: ClassVar[str] = "float32"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa) -> bool:
-        """Whether the shape can be computed this way."""
+    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
+        """Whether tasks of up to `rows` rows can be computed this way."""
         return True
 
     def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:

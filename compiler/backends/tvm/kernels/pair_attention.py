@@ -32,14 +32,14 @@ class PairAttention(TileAttention):
     query_type = "float32"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa) -> bool:
-        return shape.group <= MOST_QUERIES and super().takes(shape, isa)
+    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
+        return rows == 1 and shape.group <= MOST_QUERIES and super().takes(shape, isa, rows)
 
     def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
         assert self.queries == self.group, "one row"
-        self.columns_at_once = max(1, min(self.columns, REGISTERS // (2 * self.queries)))
-        self.blocks_at_once = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}[self.queries]
+        self.columns_at_once = min(self.columns, REGISTERS // (2 * self.queries))
+        self.blocks_at_once = 4 if self.queries <= 2 else 2
 
     def _allocate(self) -> None:
         self.sums, self.scores = tir.local(self.queries * self.dim), tir.local(self.queries * SCORES)
@@ -132,11 +132,7 @@ class PairAttention(TileAttention):
                     total = tir.bind(even[slot] + odd[slot])
                     tir.store(self.sums, place, tir.load(self.sums, place) + total)
 
-            def clear(columns: range = columns) -> None:
-                for m in range(self.queries):
-                    for j in columns:
-                        tir.store(self.sums, tir.i64(m * self.dim + j * LANES), tir.splat(0.0))
-
             with tir.when(self.fresh == 1):
-                clear()
+                for m, j in places:
+                    tir.store(self.sums, tir.i64(m * self.dim + columns[j] * LANES), tir.splat(0.0))
             tir.for_range(T.floordiv(blocks + 1, 2), step)

@@ -39,7 +39,7 @@ class TileAttention(FlashAttention):
     query_type = "uint16"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa) -> bool:
+    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
         return isa.amx and shape.cache_dtype == "bfloat16" and shape.head_dim % DEPTH == 0
 
     def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:

@@ -18,9 +18,9 @@ class Walk:
     prefetched `prefetch` bytes ahead of the read (0: not), into every cache or, without `temporal`, with the hint that
     they are read once; with `chain` what lies past a panel's end is taken from the same panel of the next group. The loop
     over the inputs is unrolled `unroll` times, and goes on at `places` of each panel at once, since some memories give more
-    to more streams. A parallel task is `task_groups` groups; threads get contiguous runs of
-    tasks or, with `interleave`, every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs
-    pass `depth` at a time (0: all, as they always do in two planes), so that activations and weights stay in a cache.
+    to more streams. A parallel task is `task_groups` groups; threads get contiguous runs of tasks or, with `interleave`,
+    every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs pass `depth` at a time (0: all,
+    as they always do in two planes), so that activations and weights stay in a cache.
     """
 
     wide: int

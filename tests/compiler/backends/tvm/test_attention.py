@@ -182,7 +182,7 @@ class Mirror(PagedCache):
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(("isa", "case"), EVERY, ids=named)
 def test_attention(isa: Isa, case: Case, steps: list[list[tuple[int, int, int]]]) -> None:
-    library, tiles = library_of(isa), TileAttention.takes(case.attention, isa)
+    library, tiles = library_of(isa), TileAttention.takes(case.attention, isa, 1)
     assert tiles == isa.amx
     generator = np.random.default_rng(0)
     scrambled = generator.permutation(NUM_BLOCKS)[: 3 * MAX_BLOCKS].reshape(3, MAX_BLOCKS)
