@@ -1,7 +1,7 @@
 """belle-run of several ranks: starts them with mpiexec, watches over them, and ends all when one does.
 
-Each rank keeps a line to this process (runtime/ranks.py). What goes wrong is said once, here: MPI's own words about ranks that
-ended are read and left out.
+Each rank keeps a line to this process (runtime/ranks.py), and so does its parent, which says how it ended
+(runtime/rank_parent.py). What goes wrong is said once, here: MPI's own words about ranks that ended are read and left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import EngineError
-from runtime.ranks import LAUNCHER, TIMEOUT
+from runtime.ranks import LAUNCHER, TIMEOUT, place
 
 _TICK_S = 0.1
-_LAST_WORDS_S = 4.0  # for mpiexec to say how a rank ended
+_LAST_WORDS_S = 4.0  # for a rank's last words, such as a traceback, and for how it ended
 _FAREWELL_S = 5.0  # for ranks to end after rank 0 has
 _TWICE_S = 1.0  # a second interrupt within this time ends all at once
+_PARENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_parent.py")))
 # Hydra's lines about processes that ended, and MPICH's of a rank that ends all.
 _NOISE = re.compile(
     r"=|YOUR APPLICATION TERMINATED|This typically refers to|Please see the FAQ|\[proxy:|\[mpiexec@|Abort\(|internal ABORT|\s*$"
@@ -36,17 +37,34 @@ _NOISE = re.compile(
 
 
 class _Rank:
-    """What is known of a rank that has reported."""
+    """What is known of a rank of which something was heard."""
 
-    def __init__(self, number: int, process: int, line: socket.socket) -> None:
-        self.number, self.process, self.line = number, process, line
+    def __init__(self, number: int) -> None:
+        self.number, self.process = number, 0
+        self.parent: socket.socket | None = None  # since it was started
+        self.line: socket.socket | None = None  # since it has reported
         self.silent_s = 0.0
-        self.exit: int | None = None
-        self.gone_s: float | None = None
+        self.exit: int | None = None  # the code that it said it would end with
+        self.ended: int | None = None  # as its parent saw it: the code, or the signal that killed it below zero
+        self.ended_s = float("inf")  # when
+        self.gone = False  # one of the two lines
 
     @property
     def name(self) -> str:
         return f"rank {self.number} (process {self.process})"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it ended without a word."""
+        return self.exit is None and (self.gone or self.ended is not None)
+
+    @property
+    def how(self) -> str:
+        if self.ended is None:
+            return "ended unexpectedly"
+        if self.ended < 0:
+            return f"was killed by signal {-self.ended} ({signal.Signals(-self.ended).name})"
+        return f"ended with exit code {self.ended}"
 
 
 class Launcher:
@@ -70,7 +88,7 @@ class Launcher:
             self._address = str(Path(directory) / "line")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(self._address)
-                listener.listen(self._count)
+                listener.listen(2 * self._count)
                 self._select.register(listener, selectors.EVENT_READ, self._accept)
                 self._start()
                 try:
@@ -89,8 +107,8 @@ class Launcher:
         environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100", "HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", **os.environ}
         environment |= {LAUNCHER: self._address, TIMEOUT: str(self._timeout_s)}
         self._mpiexec = subprocess.Popen(
-            [mpiexec(), "-n", str(self._count), *self._command], env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [mpiexec(), "-n", str(self._count), *_PARENT, self._address, *self._command], env=environment,
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert self._mpiexec.stdout is not None, "a pipe"
         os.set_blocking(self._mpiexec.stdout.fileno(), False)
@@ -110,11 +128,12 @@ class Launcher:
                 return code
             first = self._ranks.get(0)
             if first and first.exit is not None:
-                self._wait(_FAREWELL_S, lambda: self._mpiexec.poll() is not None)
+                self._wait(_FAREWELL_S, self._have_ended)
+                self._let_go()
                 return first.exit
-            if ended or self._lost():
+            if ended or any(rank.lost for rank in self._ranks.values()):
                 self._error = self._error or self._how_it_ended()
-            elif len(self._ranks) < self._count:
+            elif self._absent():
                 waited += passed
                 if waited > self._timeout_s:
                     self._error = self._late()
@@ -142,30 +161,42 @@ class Launcher:
             data = line.recv(65536)
         except OSError:
             data = b""
-        rank = next((rank for rank in self._ranks.values() if rank.line is line), None)
+        rank = next((rank for rank in self._ranks.values() if line in (rank.line, rank.parent)), None)
         if not data:
             self._select.unregister(line)
             line.close()
             if rank:
-                rank.gone_s = time.monotonic()
+                rank.gone = True
             return
         *lines, heard[0] = (heard[0] + data).split(b"\n")
         for text in lines:
             what, value = json.loads(text)
-            if what == "hello":
-                self._greet(value[0], value[1], line)
+            if what == "started":
+                self._started(value[0], value[1], line)
+            elif what == "hello":
+                self._greet(value, line)
             elif rank:
                 rank.silent_s = 0.0
                 if what == "error":
                     self._error = self._error or str(value)
                 elif what == "exit":
                     rank.exit = int(value)
+                elif what == "ended":
+                    rank.ended, rank.ended_s = value
 
-    def _greet(self, number: int, process: int, line: socket.socket) -> None:
-        self._ranks[number] = _Rank(number, process, line)
-        if len(self._ranks) < self._count:
+    def _started(self, parent: int, process: int, line: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # then it is gone, which is noticed
+            here = place(_environment(parent))
+            if here:
+                rank = self._ranks.setdefault(here.rank, _Rank(here.rank))
+                rank.process, rank.parent = process, line
+
+    def _greet(self, number: int, line: socket.socket) -> None:
+        self._ranks.setdefault(number, _Rank(number)).line = line
+        if self._absent():
             return
         for rank in self._ranks.values():
+            assert rank.line, "none is absent"
             rank.silent_s = 0.0
             with contextlib.suppress(OSError):  # then it is gone, which is noticed
                 socket.send_fds(rank.line, [b"!"], [] if rank.number else _standard_files())
@@ -178,10 +209,10 @@ class Launcher:
             if number != signal.SIGINT:
                 return 128 + number
             now = time.monotonic()
-            if len(self._ranks) < self._count or first is None or now - self._interrupted < _TWICE_S:
+            if self._absent() or first is None or now - self._interrupted < _TWICE_S:
                 return 130
             self._interrupted = now
-            if first.gone_s is None:
+            if first.ended is None and not first.gone:
                 os.kill(first.process, signal.SIGINT)
         return None
 
@@ -191,7 +222,7 @@ class Launcher:
         self._asked_s += passed
         for rank in running:
             rank.silent_s += passed
-            if self._asked_s > 1:
+            if self._asked_s > 1 and rank.line:
                 with contextlib.suppress(OSError):
                     rank.line.send(b"?", socket.MSG_DONTWAIT)
         self._asked_s = 0.0 if self._asked_s > 1 else self._asked_s
@@ -208,46 +239,40 @@ class Launcher:
         found = self._last_words() or f"nothing within {self._timeout_s:g} s"  # mpiexec is silent about those that fail early
         return str(EngineError("ranks", names, found=found, remedy=remedy))
 
-    def _lost(self) -> list[_Rank]:
-        """Ranks that ended without a word, in order."""
-        return sorted(
-            (rank for rank in self._ranks.values() if rank.gone_s is not None and rank.exit is None),
-            key=lambda rank: rank.gone_s or 0.0,
-        )
+    def _have_ended(self) -> bool:
+        """Whether rank 0 has, and the others where it went well; else they may wait for it."""
+        return all(rank.ended is not None for number, rank in self._ranks.items() if number == 0 or not self._ranks[0].exit)
 
     def _how_it_ended(self) -> str:
-        """A sentence on the rank that ended first, as mpiexec saw it."""
-        lost = self._lost()
-        self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
-        self._look(0)
+        """A sentence on the rank that ended first: its parent keeps MPI from ending the others."""
+        self._wait(_LAST_WORDS_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
+        first = min((rank for rank in self._ranks.values() if rank.lost), key=lambda rank: rank.ended_s, default=None)
+        absent = self._absent()
+        self._let_go()
         if self._error:
             return self._error  # of a rank, which came in the meantime
-        words = "\n".join(self._output)
-        killed, exited = re.search(r"EXIT STRING: .*\(signal (\d+)\)", words), re.search(r"EXIT CODE: (\d+)", words)
-        how = "ended unexpectedly"
-        if killed:
-            how = f"was killed by signal {killed[1]} ({signal.Signals(int(killed[1])).name})"
-        elif exited or self._mpiexec.returncode:  # of a rank that was not killed it only passes the code on
-            how = f"ended with exit code {exited[1] if exited else self._mpiexec.returncode}"
-        remedy, absent = "the other ranks were ended with it", self._absent()
-        if len(absent) == self._count:
-            return str(EngineError("ranks", "mpiexec could not start them", found=self._last_words() or how))
-        if absent:  # then mpiexec names any of those that it has ended
-            return str(
-                EngineError("ranks", f"one of them {how} before all had started", found=self._last_words(), remedy=remedy)
-            )
-        process = re.search(r"PID (\d+) RUNNING", words)
-        named = [rank for rank in self._ranks.values() if process and rank.process == int(process[1])]
-        # Who was gone alone was the first; mpiexec may name one that it has ended itself.
-        first = next(iter(lost if len(lost) == 1 else [*named, *self._lost()]), None)
-        return str(EngineError("ranks", f"{first.name if first else 'one of them'} {how}", remedy=remedy))
+        if not self._ranks:
+            found = self._last_words() or f"exit code {self._mpiexec.returncode}"
+            return str(EngineError("ranks", "mpiexec could not start them", found=found))
+        name, how = (first.name, first.how) if first else ("one of them", "ended unexpectedly")
+        early, found = (" before all had started", self._last_words()) if absent else ("", "")
+        return str(EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it"))
+
+    def _let_go(self) -> None:
+        """Let the parents of ranks end, with what is left of ranks; so mpiexec ends, whose last words are heard."""
+        for rank in self._ranks.values():
+            if rank.parent:
+                with contextlib.suppress(OSError):
+                    rank.parent.shutdown(socket.SHUT_RDWR)
+        self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
+        self._look(0)
 
     def _last_words(self) -> str:
         return next((line for line in reversed(self._output) if not _NOISE.match(line)), "")
 
     def _absent(self) -> list[int]:
         """Ranks that have not reported."""
-        return [number for number in range(self._count) if number not in self._ranks]
+        return [number for number in range(self._count) if not (rank := self._ranks.get(number)) or not rank.line]
 
     def _read_output(self, pipe: Any) -> None:
         data = os.read(pipe.fileno(), 65536)
@@ -258,7 +283,7 @@ class Launcher:
             text = line.decode(errors="replace")
             self._output.append(text)
             del self._output[:-200]
-            if len(self._ranks) == self._count and not _NOISE.match(text):
+            if not self._absent() and not _NOISE.match(text):
                 print(text, file=sys.stderr, flush=True)  # such as a traceback
 
     def _end_all(self) -> None:
@@ -268,7 +293,9 @@ class Launcher:
             time.sleep(0.02)
         self._mpiexec.wait()
         for rank in self._ranks.values():
-            rank.line.close()
+            for line in (rank.parent, rank.line):
+                if line:
+                    line.close()
 
     @contextlib.contextmanager
     def _handled_signals(self) -> Iterator[None]:
@@ -307,6 +334,12 @@ def _standard_files() -> list[int]:
     return files
 
 
+def _environment(process: int) -> dict[str, str]:
+    """What a process was started with."""
+    pairs = Path(f"/proc/{process}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
 def _is_stopped(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -317,14 +350,14 @@ def _is_stopped(process: int) -> bool:
 
 def _kill_all(address: str) -> int:
     """Kill all processes that were started with this launcher's address; returns how many there were."""
-    mark, found = f"{LAUNCHER}={address}".encode(), 0
+    found = 0
     for entry in os.scandir("/proc"):
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             handle = os.pidfd_open(int(entry.name))  # before the look: the number cannot come to mean another process
             try:
-                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                if _environment(int(entry.name)).get(LAUNCHER) == address:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
                     found += 1
             finally:

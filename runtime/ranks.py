@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime.errors import EngineError
@@ -33,11 +34,11 @@ class Place:
     ranks: int
 
 
-def place() -> Place | None:
-    """Where this process stands among ranks that mpiexec or srun started; None for a process on its own."""
+def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Where a process (this one) stands among ranks that mpiexec or srun started; None for a process on its own."""
     for rank, ranks in _PLACES:
         with contextlib.suppress(KeyError, ValueError):
-            found = Place(int(os.environ[rank]), int(os.environ[ranks]))
+            found = Place(int(environment[rank]), int(environment[ranks]))
             if found.ranks > 1:
                 return found
     return None
@@ -69,7 +70,7 @@ class Line:
             sys.exit(1)  # it has ended: there is nobody to tell
         if here.rank:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
-        self.say("hello", [here.rank, os.getpid()])
+        self.say("hello", here.rank)
         started, handles, _, _ = socket.recv_fds(self._socket, 1, 3)
         if not started:
             os._exit(1)
@@ -79,7 +80,7 @@ class Line:
         threading.Thread(target=self._answer, name="launcher", daemon=True).start()
 
     def say(self, what: str, value: object = None) -> None:
-        """Tell the launcher "hello" [rank, process], "alive", "error" with its text, or "exit" with a code."""
+        """Tell the launcher "hello" and which rank this is, "alive", "error" with its text, or "exit" with a code."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps([what, value]).encode() + b"\n")
 

@@ -15,6 +15,7 @@ from compiler.ranked_engine import RankedEngine
 from runtime import Engine, SamplingParams
 from runtime.errors import EngineError
 from tests.parity.variants import VARIANTS, random_ids
+from tests.runtime.ranked import is_parent
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=12, ignore_eos=True)
 
@@ -69,6 +70,7 @@ def _runs(process: int, engine: str) -> bool:
         return (
             engine.encode() in Path(f"/proc/{process}/cmdline").read_bytes()
             and b"PMI_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
+            and not is_parent(process)
         )
     except OSError:
         return False

@@ -152,11 +152,11 @@ class Run:
         return [process for process, environment in _processes() if self.mark.encode() in environment]
 
     def rank(self, number: int) -> int:
-        """The process of a rank, once there is one."""
+        """The process of a rank (the child of its parent, which has the same environment), once there is one."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
             for process, environment in _processes():
-                if {self.mark.encode(), f"PMI_RANK={number}".encode()} <= environment:
+                if {self.mark.encode(), f"PMI_RANK={number}".encode()} <= environment and not is_parent(process):
                     return process
             time.sleep(0.02)
         raise AssertionError(f"no rank {number}")
@@ -176,6 +176,14 @@ def belle_run(directory: Path, *arguments: object, change: str = "", before: tup
     command = [*before, sys.executable, *program, str(directory), *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return Run(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **{**pipes, **more}), mark)
+
+
+def is_parent(process: int) -> bool:
+    """Whether a process is the parent of a rank (runtime/rank_parent.py)."""
+    try:
+        return b"rank_parent.py" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _processes() -> list[tuple[int, set[bytes]]]:

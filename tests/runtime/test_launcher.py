@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import time
@@ -156,13 +157,14 @@ def test_a_rank_that_does_not_load(engines: dict[int, Path], tmp_path: Path) -> 
 
 
 def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
-    errors = failure(engines[2], "if rank == 1: time.sleep(3), os.kill(os.getpid(), signal.SIGKILL)")
-    how = "was killed by signal 9 (SIGKILL) before all had started; the other ranks were ended with it"
-    assert errors == f"ranks: one of them {how}.\n"
-    errors = failure(engines[2], "if rank == 1: 1 // 0", "--rank-timeout", 4, *SHORT)
-    assert errors.startswith(
-        "ranks: rank 1 did not start: found ZeroDivisionError: integer division or modulo by zero; look at"
-    )
+    remedy = "the other ranks were ended with it.\n"
+    for when in ("", "time.sleep(3), "):  # before and after the others have reported
+        errors = failure(engines[2], f"if rank == 1: {when}os.kill(os.getpid(), signal.SIGKILL)")
+        how = "was killed by signal 9 (SIGKILL) before all had started"
+        assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
+        errors = failure(engines[3], f"if rank == 1: {when}1 // 0")
+        how = "ended with exit code 1 before all had started: found ZeroDivisionError: integer division or modulo by zero"
+        assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
 
 
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
