@@ -52,7 +52,8 @@ class Result:
 class Generation:
     """A request under way; the step loop calls `accept` with the logits of each step until `done`.
 
-    `on_piece` is called there with every piece of text, and with None after the last.
+    `on_piece` is called there with every piece of text, and with None after the last. Where nobody wants pieces and no stop
+    string has to be found in them, there are none: the text is made at once, by who asks for the result.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Generation:
         self._prompt = prompt
         self._sampler = sampler
         self._end_ids = end_ids
+        self._in_pieces = on_piece is not None or bool(stop)
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(stop)
         self._text: list[str] = []
@@ -107,7 +110,8 @@ class Generation:
         if token in self._end_ids:
             self._finish("stop")
             return drafted
-        self._emit(self._stop.push(self._detokenizer.push(token)))
+        if self._in_pieces:
+            self._emit(self._stop.push(self._detokenizer.push(token)))
         if self._stop.found:
             self._end("stop")
         elif self.sequence.length == self.sequence.max_length:
@@ -128,9 +132,15 @@ class Generation:
         decode_s = self._last - self._first
         rate = (len(tokens) - 1) / decode_s if len(tokens) > 1 and decode_s > 0 else 0.0
         timings = Timings(self._first - self._started, decode_s, self._first - self._arrived, rate)
-        text, lookup = "".join(self._text), self.sequence.lookup
+        lookup = self.sequence.lookup
         counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
-        return Result(self._prompt, tokens, text, self._finish_reason, timings, *counts)
+        return Result(self._prompt, tokens, self._whole_text(tokens), self._finish_reason, timings, *counts)
+
+    def _whole_text(self, tokens: list[int]) -> str:
+        if self._in_pieces:
+            return "".join(self._text)
+        ended = tokens[-1] in self._end_ids
+        return self._tokenizer.decode(tokens[:-1] if ended else tokens)
 
     def _finish(self, reason: FinishReason) -> None:
         """Release the text that was held back; a stop string may still begin in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
@@ -82,6 +83,17 @@ def test_answer_ends_at_eos_and_text_before_it() -> None:
         assert longer.finish_reason == "length" and len(longer.token_ids) == 50
         (cut,) = engine.generate(["hello"], SamplingParams(max_new_tokens=50, stop=("世", "x")))
         assert cut.text == "你好," and cut.finish_reason == "stop" and len(cut.token_ids) < len(result.token_ids)
+        streamed = engine.stream("hello", SamplingParams(max_new_tokens=50))
+        assert "".join(streamed) == streamed.result.text == result.text
+
+
+def test_the_token_that_ends_an_answer_is_not_in_its_text_though_it_has_one() -> None:
+    with make_engine() as engine:
+        answer, length = engine.tokenizer.encode("one."), len(engine.encode("q"))
+    special = special_tokens(eos=(answer[-1],))
+    with make_engine(FakeExecutor(script_rule(length, answer)), special_tokens=special) as engine:
+        (result,), streamed = engine.generate(["q"]), engine.stream("q")
+        assert "".join(streamed) == result.text == "one" and result.token_ids == streamed.result.token_ids == answer
 
 
 def test_stop_string_that_never_completes_is_text() -> None:
