@@ -7,32 +7,46 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import machine
+from compiler.backends.kernel import View
+from compiler.backends.tvm.isa import AVX2
+from compiler.backends.tvm.kernels.rows import GatherRows
+from compiler.backends.tvm.library import compile_library
 from runtime.collectives import MpiCollectives
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from runtime.launcher import mpiexec
 
 TOKENS = 200  # of a sample
-SHAPES = {"decode, LLaMA-1.1B shape": (45, 2048), "prefill 512, LLaMA-1.1B shape": (45, 512 * 2048)}  # sums, floats
+WIDTH, STRIDE = 2048, 2064  # of rows of activations
+SHAPES = {  # sums and rows of each
+    "decode, LLaMA-1.1B shape": (45, 1),
+    "decode, batch 8, LLaMA-1.1B shape": (45, 8),
+    "prefill 512, LLaMA-1.1B shape": (45, 512),
+}
 
 
-def measure(shared: bool, samples: int) -> dict[str, list[float]]:
-    """Milliseconds a token or prompt spends in its sums, median and best, as one rank of a run."""
-    ranks, found = MpiCollectives(shared=shared), {}
-    memory = ranks.memory(4 * max(size for _, size in SHAPES.values())).view(np.float32)
-    for name, (sums, size) in SHAPES.items():
-        values, tokens = memory[:size], max(1, TOKENS * 2048 // size)
+def measure(library: Path | None, samples: int) -> dict[str, list[float]]:
+    """Milliseconds a token or prompt spends in its sums, median and best, as one rank of a run: in shared memory with what a
+    kernel library has for that, or by messages."""
+    ranks, found = MpiCollectives(shared=library is not None), {}
+    memory = ranks.memory(4 * STRIDE * max(rows for _, rows in SHAPES.values())).view(np.float32).reshape(-1, STRIDE)
+    for name, (sums, rows) in SHAPES.items():
+        tokens = max(1, TOKENS // rows)
+        add = summing(ranks, library, memory[:rows, :WIDTH], sums)
         taken = []
         for _ in range(1 + samples):
-            ranks.all_reduce(values)  # begin together
+            add()  # begin together
             began = time.perf_counter()
-            for _ in range(tokens * sums):
-                ranks.all_reduce(values)
+            for _ in range(tokens):
+                add()
             taken.append(1e3 * (time.perf_counter() - began) / tokens)
         found[name] = [float(np.median(taken[1:])), min(taken[1:])]
     if ranks.rank == 0:
@@ -41,12 +55,27 @@ def measure(shared: bool, samples: int) -> dict[str, list[float]]:
     return found
 
 
-def run(count: int, shared: bool, samples: int) -> dict[str, list[float]]:
+def summing(ranks: MpiCollectives, library: Path | None, values: np.ndarray, sums: int) -> Callable[[], None]:
+    """What makes the sums of a step."""
+    if library is None or ranks.shared is None:
+
+        def by_messages() -> None:
+            for _ in range(sums):
+                ranks.all_reduce(values)
+
+        return by_messages
+    kernels, count = KernelLibrary(library), np.array([len(values)], np.int32)
+    places = [ranks.shared.address, values.ctypes.data, count.ctypes.data, values.shape[1], values.strides[0] // 4]
+    calls = CallList(ThreadPool(kernels, 1), [(kernels.sum_address(), places)] * sums)
+    return lambda _=count: calls.run()  # type: ignore[misc]  # the number of rows must not go
+
+
+def run(count: int, library: Path | None, samples: int) -> dict[str, list[float]]:
     """The same, by `count` processes."""
     command = [mpiexec(), "-n", str(count), sys.executable, "-m", "benchmarks.collectives", "--samples", str(samples)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--rank", "shared" if shared else "messages"], env=environment, stdin=subprocess.DEVNULL,
+        [*command, "--rank", str(library or "messages")], env=environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found: dict[str, list[float]] = json.loads(done.stdout)
@@ -58,16 +87,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write a JSON file, such as benchmarks/results/collectives.json")
-    parser.add_argument("--rank", choices=("shared", "messages"), help=argparse.SUPPRESS)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)  # the kernel library or "messages"
     arguments = parser.parse_args()
     if arguments.rank:
-        measure(arguments.rank == "shared", arguments.samples)
+        measure(None if arguments.rank == "messages" else Path(arguments.rank), arguments.samples)
         return
     results: dict[str, Any] = {}
-    for way, shared in (("shared memory", True), ("MPI messages", False)):
-        results[way] = run(arguments.ranks, shared, arguments.samples)
-        for name, (median, best) in results[way].items():
-            print(f"{name}, {arguments.ranks} ranks, {way}: {median:.3f} ms in sums, at best {best:.3f}")
+    with tempfile.TemporaryDirectory(prefix="belle-sums-") as folder:
+        library = Path(folder) / "kernels.so"
+        library.write_bytes(
+            compile_library([GatherRows(64, View(64), View(64))], AVX2)
+        )  # any kernel: what adds up is in all libraries
+        for way, path in (("shared memory", library), ("MPI messages", None)):
+            results[way] = run(arguments.ranks, path, arguments.samples)
+            for name, (median, best) in results[way].items():
+                print(f"{name}, {arguments.ranks} ranks, {way}: {median:.3f} ms in sums, at best {best:.3f}")
     if arguments.out:
         whole = {"machine": machine.describe(), "ranks": arguments.ranks, "samples": arguments.samples, "ms": results}
         arguments.out.write_text(json.dumps(whole, indent=2) + "\n")

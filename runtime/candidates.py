@@ -68,8 +68,11 @@ def unpack(messages: Sequence[NDArray[np.int32]], spans: Sequence[tuple[int, int
 
 def _best(row: NDArray[np.float32], most: int) -> NDArray[np.int64] | None:
     """Places of the `most` largest values and of those equal to the last; None if all are to be sent."""
-    if not 0 < 2 * most < len(row) or not np.isfinite(row.max()):  # the maximum of a row with NaN is NaN
+    if not 0 < 2 * most < len(row) or not np.isfinite(best := row.max()):  # the maximum of a row with NaN is NaN
         return None
+    if most == 1:
+        places = np.flatnonzero(row == best)
+        return places if 2 * len(places) < len(row) else None
     # As many chunks have a maximum that reaches a value as there are values, or fewer: few values are left to be sorted out.
     maxima = np.maximum.reduceat(row, np.arange(0, len(row), _CHUNK))
     places = np.flatnonzero(row >= _largest(maxima, most)) if most <= len(maxima) else np.arange(len(row))

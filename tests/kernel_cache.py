@@ -30,7 +30,8 @@ def install() -> None:
     def look_first(functions: Mapping[str, Any], isa: Any) -> bytes:
         if not os.environ.get(FOLDER):
             return compile_functions(functions, isa)
-        depends = hashlib.sha256(f"{isa!r} {library._c_compiler()} {library._FLAGS}".encode() + library.STEPS.read_bytes())
+        native = b"".join(source.read_bytes() for source in sorted(library.NATIVE.iterdir()))
+        depends = hashlib.sha256(f"{isa!r} {library._c_compiler()} {library._FLAGS}".encode() + native)
         for name, function in sorted(functions.items()):
             depends.update(f"\0{name}\0{tvm.ir.save_json(function)}".encode())
         file = Path(os.environ[FOLDER]) / depends.hexdigest()

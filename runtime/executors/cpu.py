@@ -68,6 +68,7 @@ class CpuExecutor:
         self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes, here)
         library = KernelLibrary(kernels_path(directory, self.isa))
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
+        self._shared_sum = library.sum_address() if collectives and collectives.shared else 0
 
         self._arena = anonymous(program.arena_bytes)
         self._scratch = anonymous(program.scratch_bytes)
@@ -134,7 +135,7 @@ class CpuExecutor:
         counts = {"T": tokens, "R": rows}
         numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
         calls = [self.program.calls[number] for number in numbers]
-        if self._collectives is None:
+        if self._collectives is None or self._collectives.shared:
             bound: CallList | SummedLists = CallList(self._pool, [self._bound(call, counts[call.rows]) for call in calls])
         else:
             mixed = [
@@ -147,6 +148,11 @@ class CpuExecutor:
         return self._lists[key]
 
     def _bound(self, call: Call, rows: int) -> tuple[int, list[int]]:
+        if call.all_reduce:
+            assert self._collectives and self._collectives.shared, "other sums are no calls"
+            place, summed = self._pointer(call.args[0]), call.all_reduce
+            count = self._inputs[call.rows].ctypes.data
+            return self._shared_sum, [self._collectives.shared.address, place, count, summed.width, summed.stride]
         return self._kernels[call.kernel_for(rows)], [self._pointer(arg) for arg in call.args]
 
     def _sum(self, call: Call, summed: AllReduce) -> Sum:

@@ -1,6 +1,6 @@
 """Kernel libraries without TVM: lists of calls that one foreign call walks, and the threads that share their loops.
 
-compiler/backends/tvm/native/steps.c is the other side; it is linked into every kernel library.
+compiler/backends/tvm/native has the other side; it is linked into every kernel library.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ class KernelLibrary:
             function = self.functions[_PREFIX + kernel]
         except AttributeError:
             raise EngineError("engine", f"kernel {kernel} is missing from {self.path}", remedy=_COPY_AGAIN) from None
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    def sum_address(self) -> int:
+        """Where the call begins that adds up values of ranks of this host; raises `EngineError` when there is none."""
+        try:
+            function = self.functions.belle_sum
+        except AttributeError:
+            raise EngineError("engine", f"belle_sum is missing from {self.path}", remedy=_COPY_AGAIN) from None
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 

@@ -1,4 +1,4 @@
-"""Kernel calls with sums over ranks in between."""
+"""Kernel calls with sums over ranks of several hosts in between; on one host they are calls as any other."""
 
 from __future__ import annotations
 

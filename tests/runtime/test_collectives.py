@@ -6,23 +6,42 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("mpi4py")
+pytest.importorskip("tvm")
 
+from compiler.backends.tvm.isa import AVX2
+from compiler.backends.tvm.library import compile_functions
 from runtime import collectives
 from runtime.errors import EngineError
 from runtime.launcher import mpiexec
+from tests.runtime.executors.test_native import count
 
 ROOT = Path(__file__).parents[2]
 BEGIN = """
+from pathlib import Path
 import numpy as np
-from runtime.collectives import SLOT_FLOATS, MpiCollectives
+from runtime.collectives import MpiCollectives
+from runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from runtime.shared_sums import SLOT_FLOATS
 ranks = MpiCollectives(shared={shared})
 comm, me, n = ranks._comm, ranks.rank, ranks.ranks
 def same(array):
     return len(set(comm.allgather(array.tobytes()))) == 1
+def add(values):
+    if not ranks.shared:
+        ranks.all_reduce(values)
+        return
+    rows = values.reshape(1, -1) if values.ndim == 1 else values
+    count = np.array([len(rows)], np.int32)
+    places = [ranks.shared.address, rows.ctypes.data, count.ctypes.data, rows.shape[1], rows.strides[0] // 4]
+    CallList(pool, [(library.sum_address(), places)]).run()
+if ranks.shared and {library!r}:
+    library = KernelLibrary(Path({library!r}))
+    pool = ThreadPool(library, {threads})
 """
 END = """
 comm.Barrier()
@@ -31,8 +50,10 @@ if me == 0: print("well")
 """
 
 
-def run(count: int, code: str, *, shared: bool | None = None) -> subprocess.CompletedProcess[str]:
-    program = BEGIN.format(shared=shared) + code + END
+def run(
+    count: int, code: str, *, shared: bool | None = None, library: Path | str = "", threads: int = 1
+) -> subprocess.CompletedProcess[str]:
+    program = BEGIN.format(shared=shared, library=str(library), threads=threads) + code + END
     command = [mpiexec(), "-n", str(count), sys.executable, "-c", program]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
@@ -40,8 +61,8 @@ def run(count: int, code: str, *, shared: bool | None = None) -> subprocess.Comp
     )  # fmt: skip
 
 
-def works(count: int, code: str, *, shared: bool | None = None) -> None:
-    done = run(count, code, shared=shared)
+def works(count: int, code: str, **more: Any) -> None:
+    done = run(count, code, **more)
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
 
 
@@ -51,7 +72,7 @@ for size in (1, 7, 2048, SLOT_FLOATS, 2 * SLOT_FLOATS + 3):
     for _ in range(5 if size < 5000 else 1):
         part = (random.normal(size=size) * 10.0 ** random.integers(-6, 7, size)).astype(np.float32)
         parts = comm.allgather(part)
-        ranks.all_reduce(part)
+        add(part)
         assert same(part)
         exact = np.sum(parts, axis=0, dtype=np.float64)
         assert np.allclose(part, exact, rtol=0, atol=np.abs(parts).max() * 1e-6)
@@ -65,12 +86,12 @@ for size in (2048, 16_384, 70_001):
         guard = arena[at + 4 * size : at + 4 * size + 64]
         guard[:] = 7 + me
         comm.Barrier()
-        ranks.all_reduce(own)
+        add(own)
         assert same(own) and (guard == 7 + me).all()
         one_by_one = parts[0]
         for part in parts[1:]:
             one_by_one = one_by_one + part
-        assert not ranks._sums or np.array_equal(own, one_by_one), 'in the order of ranks'
+        assert not ranks.shared or np.array_equal(own, one_by_one), 'in the order of ranks'
         comm.Barrier()
 for height, width in ((5, 60), (300, 60), (3, 20_000), (2, SLOT_FLOATS + 1)):  # rows that lie apart
     stride = width + 4
@@ -80,39 +101,51 @@ for height, width in ((5, 60), (300, 60), (3, 20_000), (2, SLOT_FLOATS + 1)):  #
             own[:] = random.normal(size=own.shape)
             parts, guard = comm.allgather(own[:, :width].copy()), own[:, width:].copy()
             comm.Barrier()
-            ranks.all_reduce(own[:, :width])
+            add(own[:, :width])
             assert same(own[:, :width]) and np.array_equal(own[:, width:], guard)
             one_by_one = parts[0]
             for part in parts[1:]:
                 one_by_one = one_by_one + part
             assert np.allclose(own[:, :width], one_by_one, rtol=0, atol=1e-5)
-            assert not ranks._sums or np.array_equal(own[:, :width], one_by_one), 'in the order of ranks'
+            assert not ranks.shared or np.array_equal(own[:, :width], one_by_one), 'in the order of ranks'
             comm.Barrier()
 rows = np.full((5, 64), me + 1, np.float32)
 before = rows.copy()
-ranks.all_reduce(rows[:3, :60])
+add(rows[:3, :60])
 assert (rows[:3, :60] == n * (n + 1) / 2).all()
 rows[:3, :60] = me + 1
 assert (rows == before).all()
 whole = np.full((5, 64), me, np.float32)
-ranks.all_reduce(whole)
+add(whole)
 assert (whole == n * (n - 1) / 2).all()
 """
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_sums_are_the_same_bit_for_bit(count: int, shared: bool) -> None:
-    works(count, SUMS, shared=shared)
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel library, of which only what adds up is used."""
+    path = tmp_path_factory.mktemp("native") / "kernels.so"
+    path.write_bytes(compile_functions({"count": count()}, AVX2))
+    return path
 
 
-def test_sums_of_ranks_that_are_late() -> None:
-    works(2, """
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_sums_by_messages_are_the_same_bit_for_bit(ranks: int) -> None:
+    works(ranks, SUMS, shared=False)
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(2, 1), (2, 3), (3, 1), (3, 2), (4, 1)])
+def test_sums_in_shared_memory_are_those_in_the_order_of_ranks(ranks: int, threads: int, library: Path) -> None:
+    works(ranks, SUMS, shared=True, library=library, threads=threads)
+
+
+def test_sums_of_ranks_that_are_late(library: Path) -> None:
+    works(2, library=library, code="""
 import time
 for i in range(40):
     if i % 4 == me: time.sleep(0.002)
     x = np.full(100, i + me, np.float32)
-    ranks.all_reduce(x)
+    add(x)
     assert (x == 2 * i + 1).all()
 """)  # fmt: skip
 

@@ -17,7 +17,7 @@ from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from compiler.backends.tvm.tuning.table import Shape, TilingTable
 from compiler.errors import CompileError
 
-STEPS = Path(__file__).parent / "native" / "steps.c"  # what walks the calls of a step; part of every library
+NATIVE = Path(__file__).parent / "native"  # what walks the calls of a step; part of every library
 _FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 
@@ -40,13 +40,15 @@ def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> b
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         executable = tvm.compile(tvm.IRModule(dict(functions)), target=tvm.target.Target(isa.target()))
     with tempfile.TemporaryDirectory(prefix="belle-kernels-") as folder:
-        path, steps = Path(folder) / "kernels.so", Path(folder) / "steps.o"
-        done = subprocess.run([compiler, *_FLAGS, "-c", STEPS, "-o", steps], capture_output=True, text=True)
-        if done.returncode:
-            found = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-            remedy = "name a recent gcc or clang in the environment variable CC"
-            raise CompileError("tvm", f"{compiler} does not compile {STEPS.name}", found=found, remedy=remedy)
-        executable.export_library(str(path), addons=[str(steps)])
+        path, objects = Path(folder) / "kernels.so", []
+        for source in sorted(NATIVE.glob("*.c")):
+            objects.append(str(Path(folder) / f"{source.stem}.o"))
+            done = subprocess.run([compiler, *_FLAGS, "-c", source, "-o", objects[-1]], capture_output=True, text=True)
+            if done.returncode:
+                found = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+                remedy = "name a recent gcc or clang in the environment variable CC"
+                raise CompileError("tvm", f"{compiler} does not compile {source.name}", found=found, remedy=remedy)
+        executable.export_library(str(path), addons=objects)
         return path.read_bytes()
 
 

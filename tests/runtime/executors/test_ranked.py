@@ -23,6 +23,7 @@ class Threads:
 
     def __init__(self, rank: int, ranks: int, down: list[queue.Queue[np.ndarray]], up: list[queue.Queue[np.ndarray]]) -> None:
         self.rank, self.ranks, self.ranks_here, self.sharing, self.rank_here = rank, ranks, ranks, ranks, rank
+        self.shared = None
         self.down, self.up = down, up
         self.sent: list[int] = []  # lengths
         self.closed = False

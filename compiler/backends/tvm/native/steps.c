@@ -5,19 +5,15 @@
 // belong to the caller, who lends them to a pool by calling belle_work on each (runtime/executors/native.py).
 
 #define _GNU_SOURCE
+#include "steps.h"
+
 #include <linux/futex.h>
 #include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#define API __attribute__((visibility("default")))
-#define HIDDEN __attribute__((visibility("hidden")))
-#define LINE __attribute__((aligned(64)))
 
 enum {
   MOST_THREADS = 256,
@@ -26,12 +22,7 @@ enum {
   YIELDS = 3000,       // looks of a worker between loops, giving the core away, before it sleeps: about a millisecond
 };
 
-typedef struct { int32_t type; uint32_t zero; union { void *pointer; int64_t integer; } as; } Value;  // TVMFFIAny
-typedef int32_t (*Kernel)(void *self, const Value *arguments, int32_t count, Value *result);
 typedef struct { Kernel kernel; const Value *arguments; int64_t count; } Call;
-
-typedef struct { void *sync_handle; int32_t tasks; } Environment;  // TVMParallelGroupEnv
-typedef int32_t (*Body)(int32_t task, Environment *environment, void *closure);
 
 // A thread's tasks first..end-1 of a loop, and the loop's number, in one word: what is claimed belongs to that loop.
 typedef struct { LINE _Atomic uint64_t word; } Share;
@@ -53,8 +44,6 @@ static __thread Pool *current;     // of the step that this thread walks
 static char message[512];
 
 static uint64_t pack(uint32_t loop, uint32_t first, uint32_t end) { return (uint64_t)loop << 32 | first << 16 | end; }
-
-static void pause_once(void) { __builtin_ia32_pause(); }
 
 // The next task of a share from its front (its owner) or its back (others); -1 if none is left or the loop has ended.
 static int32_t claim(Share *share, uint32_t loop, int front) {
@@ -84,7 +73,6 @@ static void run_tasks(Pool *pool, int32_t me, uint32_t loop) {
   if (ended) atomic_fetch_add_explicit(&pool->done, ended, memory_order_release);
 }
 
-// What kernels call for a parallel loop. Tasks are contiguous pieces of it; the body divides by their number.
 HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
   Pool *pool = current;
   if (!pool || pool->threads == 1) {
