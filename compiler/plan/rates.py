@@ -31,7 +31,7 @@ _GPU = _Reached(0.85, 0.6, 0.5, 2.0e-6, "assumed: nothing has been measured on a
 # loop on a Sapphire Rapids), and of float32 ones.
 _INTEGER_OF_A_CORE = {"amx": 13.3e12 / 2, "avx512vnni": 0.47e12, "avx2": 0.236e12}
 _FLOAT_OF_A_CORE = 0.1e12
-_LATENCY_S, _LINK = 8e-6, 5e9  # of ranks on one host, over MPI's shared memory
+_LATENCY_S, _LINK = 0.5e-6, 16e9  # of ranks on one host (benchmarks/results/collectives.json)
 
 
 def host_bandwidth(device: Device) -> float:
