@@ -24,7 +24,7 @@ KV_CACHE = click.Choice(["auto", "float32", "bfloat16", "float16", "int8"])
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="belle-compile")
 def cli() -> None:
-    """Compiles BELLE checkpoints (BLOOM and LLaMA families) to INT8 engines for CPUs.
+    """Compiles BELLE checkpoints (BLOOM and LLaMA families) to engines for CPUs and NVIDIA GPUs.
 
     \b
     Examples:

@@ -29,7 +29,7 @@ from compiler.version import __version__
 from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from passes.calibration.data import CalibrationData
 from passes.calibration.sensitivity import LayerDamage
-from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_pipeline, run_ranks, unheard
+from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_for
 from runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
@@ -131,7 +131,7 @@ def build(request: BuildRequest) -> Path:
         passes = passes_of(recipe, data, keep)
         observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
         hears = _BeforeFusion(observer.observe, at_fusion(passes)[0][-1])
-        graphs, records = _run_passes(graph, passes, target.ranks, request.dump_ir, hears)
+        graphs, records = run_for(graph, passes, target.ranks, request.dump_ir, hears)
         effects = observer.result(lambda done, total: say("drift", done, total))
 
         say("compile", 0, 0)
@@ -224,27 +224,13 @@ def _check_kv_cache(dtype: str) -> None:
 def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass], ranks: int) -> int:
     """Kernel calls that a step of a rank would take with every pass but the fusions; `preset` is without those that calibrate.
     A model that cannot be divided among so many ranks is refused here, before anything takes long."""
-    unfused, (before, _) = graph.clone(), at_fusion(preset)
-    run_pipeline(unfused, before)
-    return count_kernel_calls(run_ranks(unfused, (), ranks)[0][0] if ranks > 1 else unfused)
+    return count_kernel_calls(run_for(graph.clone(), at_fusion(preset)[0], ranks)[0][0])
 
 
 def _planned(graph: ir.Model, preset: Sequence[Pass], target: targets.Target, kv_cache: str, ranks: int) -> list[Lowered]:
     """The memory that so many ranks take, by passes that do not calibrate."""
     whole = graph.clone()
-    return [plan_graph(model, target.is_gpu, kv_cache) for model in _run_passes(whole, preset, ranks)[0]]
-
-
-def _run_passes(
-    graph: ir.Model, passes: Sequence[Pass], ranks: int, dump_ir: Path | None = None, on_pass: OnPass = unheard
-) -> tuple[list[ir.Model], list[dict[str, Any]]]:
-    """The graph of each rank, and what each pass did; from the partition on, `on_pass` hears of rank 0."""
-    if ranks == 1:
-        return [graph], run_pipeline(graph, passes, dump_dir=dump_ir, on_pass=on_pass)
-    before, fusions = at_fusion(passes)
-    records = run_pipeline(graph, before, dump_dir=dump_ir, on_pass=on_pass)
-    graphs, of_ranks = run_ranks(graph, fusions, ranks, dump_ir, on_pass)
-    return graphs, records + of_ranks
+    return [plan_graph(model, target.is_gpu, kv_cache) for model in run_for(whole, preset, ranks)[0]]
 
 
 @dataclass

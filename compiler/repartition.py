@@ -18,7 +18,7 @@ from compiler.report import REPORT_NAME, Effects, Report, memory_of, render
 from compiler.unpacking import WholeWeights
 from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from passes.partition.partition_tensors import PartitionTensors
-from passes.pipeline import FUSION, run_pipeline, run_ranks
+from passes.pipeline import FUSION, run_for, run_ranks
 from runtime.artifact import KernelCalls, Manifest, PassRecord, Requirements, TargetInfo, read_manifest, verify_files
 from runtime.program import KVLayout, Program, read_program
 
@@ -99,10 +99,7 @@ def _fusions(manifest: Manifest) -> list[Pass]:
 
 def _divided(graph: ir.Model, fusions: Sequence[Pass], ranks: int) -> tuple[list[ir.Model], list[dict[str, Any]]]:
     """The graphs of the ranks, and what the passes did; `graph` stays as it is."""
-    if ranks > 1:
-        return run_ranks(graph, fusions, ranks)
-    alone = graph.clone()
-    return [alone], run_pipeline(alone, fusions)
+    return run_for(graph.clone(), fusions, ranks)
 
 
 def _planned(graph: ir.Model, fusions: Sequence[Pass], program: Program, target: targets.Target, ranks: int) -> list[Lowered]:

@@ -154,6 +154,19 @@ def run_ranks(
     return graphs, records
 
 
+def run_for(
+    model: ir.Model, passes: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = unheard
+) -> tuple[list[ir.Model], list[dict[str, Any]]]:
+    """Run the passes for so many ranks: the graph of each (the model itself where it is alone), and what each pass did.
+    From the partition on, `on_pass` hears of rank 0."""
+    if ranks == 1:
+        return [model], run_pipeline(model, passes, dump_dir, on_pass)
+    before, fusions = at_fusion(passes)
+    records = run_pipeline(model, before, dump_dir, on_pass)
+    graphs, of_ranks = run_ranks(model, fusions, ranks, dump_dir, on_pass)
+    return graphs, records + of_ranks
+
+
 def _not_first(on_pass: OnPass, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
     """Leaves out the graph that the ranks begin with, which has been heard of."""
     if step is not None:

@@ -12,7 +12,7 @@ from compiler.backends import plan_graph
 from compiler.checkpoint import Checkpoint
 from compiler.frontends import build_graph
 from compiler.ir.ops import attributes_of
-from passes.pipeline import Recipe, at_fusion, passes_of, run_pipeline, run_ranks
+from passes.pipeline import Recipe, passes_of, run_for
 from runtime.kv_cache import blocks_for
 from runtime.program import KVLayout
 
@@ -56,13 +56,7 @@ def works_of(
 ) -> list[RankWork]:
     """The work of each of `ranks`, on GPUs or on processors; no weight is read. Raises CompileError where the model cannot be
     divided so."""
-    graph = build_graph(checkpoint)
-    before, fusions = at_fusion(passes_of(recipe))
-    run_pipeline(graph, before)
-    if ranks == 1:
-        run_pipeline(graph, fusions)
-        return [_work(0, graph, kv_cache, gpu)]
-    graphs, _ = run_ranks(graph, fusions, ranks)
+    graphs, _ = run_for(build_graph(checkpoint), passes_of(recipe), ranks)
     return [_work(rank, one, kv_cache, gpu) for rank, one in enumerate(graphs)]
 
 
