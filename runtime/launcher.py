@@ -161,8 +161,8 @@ class Launcher:
             data = line.recv(65536)
         except OSError:
             data = b""
-        rank = next((rank for rank in self._ranks.values() if line in (rank.line, rank.parent)), None)
         if not data:
+            rank = self._rank_of(line)
             self._select.unregister(line)
             line.close()
             if rank:
@@ -175,7 +175,7 @@ class Launcher:
                 self._started(value[0], value[1], line)
             elif what == "hello":
                 self._greet(value, line)
-            elif rank:
+            elif rank := self._rank_of(line):  # known from the line before, perhaps
                 rank.silent_s = 0.0
                 if what == "error":
                     self._error = self._error or str(value)
@@ -183,6 +183,9 @@ class Launcher:
                     rank.exit = int(value)
                 elif what == "ended":
                     rank.ended, rank.ended_s = value
+
+    def _rank_of(self, line: socket.socket) -> _Rank | None:
+        return next((rank for rank in self._ranks.values() if line in (rank.line, rank.parent)), None)
 
     def _started(self, parent: int, process: int, line: socket.socket) -> None:
         with contextlib.suppress(OSError):  # then it is gone, which is noticed

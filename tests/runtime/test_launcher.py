@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
         errors = failure(engines[3], f"if rank == 1: {when}1 // 0")
         how = "ended with exit code 1 before all had started: found ZeroDivisionError: integer division or modulo by zero"
         assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
+
+
+def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_environment", lambda _: {"PMI_RANK": "1", "PMI_SIZE": "2"})
+    run, (ours, theirs) = launcher.Launcher(2, [], 10), socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'["started", [7, 8]]\n["ended", [-9, 1.5]]\n')
+        run._hear(ours, [b""])
+        assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how == "was killed by signal 9 (SIGKILL)"
 
 
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
