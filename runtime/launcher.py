@@ -352,17 +352,23 @@ def _is_stopped(process: int) -> bool:
 
 
 def _kill_all(address: str) -> int:
-    """Kill all processes that were started with this launcher's address; returns how many there were."""
-    found = 0
+    """Kill all processes that were started with this launcher's address; returns how many there were. Ranks come first, and
+    each before its parent: a rank whose MPI launcher is gone may still say so."""
+    found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
+        process, environment = int(entry.name), {}
         with contextlib.suppress(OSError):
-            handle = os.pidfd_open(int(entry.name))  # before the look: the number cannot come to mean another process
-            try:
-                if _environment(int(entry.name)).get(LAUNCHER) == address:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-                    found += 1
-            finally:
+            handle = os.pidfd_open(process)  # before the look: the number cannot come to mean another process
+            with contextlib.suppress(OSError):
+                environment = _environment(process)
+            if environment.get(LAUNCHER) == address:
+                found.append((place(environment) is None, -process, handle))
+            else:
                 os.close(handle)
-    return found
+    for _, _, handle in sorted(found):
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
+    return len(found)
