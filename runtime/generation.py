@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from runtime.candidates import Row, Rows
 from runtime.sampling import Sampler
 from runtime.scheduler import Sequence
 from runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
@@ -91,8 +89,8 @@ class Generation:
         """How many of the best logits of each row of the next step can decide its token; 0 for all."""
         return self._sampler.candidates(self.sequence.drafted)
 
-    def accept(self, logits: NDArray[np.float32]) -> None:
-        """Choose the next tokens from float32 `logits` [1 + drafts, V] (scratch) and see whether the answer ends with them.
+    def accept(self, logits: Rows) -> None:
+        """Choose the next tokens from `logits` [1 + drafts] (scratch) and see whether the answer ends with them.
 
         Each row is that after the draft before it, so it counts only while the tokens chosen are those drafted. A row that
         does not count is never sampled from: tokens and random numbers are those of an answer without drafts.
@@ -101,7 +99,7 @@ class Generation:
             if not self._accept(row) or self.done.is_set():
                 return
 
-    def _accept(self, logits: NDArray[np.float32]) -> bool:
+    def _accept(self, logits: Row) -> bool:
         """Take one token; returns whether it was drafted."""
         token = self._sampler.sample(logits)
         drafted = self.sequence.append(token)

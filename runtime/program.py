@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from runtime.errors import EngineError
 from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
 
-PROGRAM_FORMAT = 4
+PROGRAM_FORMAT = 5
 PROGRAM_NAME = "program.json"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
@@ -172,7 +172,8 @@ class Candidates:
 class Launch:
     """How a GPU starts a kernel: the function's name in its module, threads of a block, bytes of shared memory that are asked
     for, and the grid: `grid` blocks, times one for every `rows` rows along the first axis where rows are not 0. What is left
-    is for reports: registers and bytes of local memory of a thread, and the tensor-core instructions of the machine code."""
+    is for reports: registers and bytes of local memory of a thread, and the tensor-core instructions of the machine code. What
+    may `overlap` can be started while kernels before it still run, and waits for them itself."""
 
     symbol: str
     threads: int
@@ -182,6 +183,7 @@ class Launch:
     registers: int
     local: int
     tensor_cores: tuple[str, ...]
+    overlap: bool = False
 
     def blocks(self, count: int) -> tuple[int, int, int]:
         """The grid for so many rows."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import GenerationDefaults
+from runtime.candidates import Few, Row
 from runtime.errors import EngineError
 
 _FIRST_NUCLEUS = 512  # candidates sorted at first for top-p; grown when their mass is not enough
@@ -71,8 +72,8 @@ class Sampler:
         self._seen_ids = np.fromiter(self._seen, np.int64, len(self._seen))
         self._seen_count = len(self._seen)
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token for float32 `logits` [V], which are scratch: the penalty is written into them."""
+    def sample(self, logits: Row) -> int:
+        """The next token for the logits after the last, which are scratch: the penalty is written into them."""
         token = self._choose(logits)
         if self.repetition_penalty != 1 and token not in self._seen:
             self._seen.add(token)
@@ -92,26 +93,28 @@ class Sampler:
             return 0
         return best + (self._seen_count + more if self.repetition_penalty > 1 else 0)
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
+    def _choose(self, logits: Row) -> int:
         if self.temperature < _GREEDY_BELOW:
-            self._penalize(logits)
-            best = int(logits.argmax())
-            _require_finite(logits[best])
-            return best
+            values = self._penalized(logits)
+            best = int(values.argmax())
+            _require_finite(values[best])
+            return int(logits.tokens[best]) if isinstance(logits, Few) else best
         ids, weights = self.distribution(logits)
         cumulative = weights.astype(np.float64).cumsum()
         index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         index = min(index, len(weights) - 1)
         return index if ids is None else int(ids[index])
 
-    def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    def distribution(self, logits: Row) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
         """(token ids, or None for all in order; float32 weights, not normalised) that are sampled from.
 
         Order as in Transformers: repetition penalty, temperature, top-k, top-p.
         """
-        self._penalize(logits)
-        ids = self._top_k(logits)
-        scores = logits if ids is None else logits[ids]
+        values = self._penalized(logits)
+        ids = self._top_k(values)
+        scores = values if ids is None else values[ids]
+        if isinstance(logits, Few):
+            ids = logits.tokens if ids is None else logits.tokens[ids]
         scores = (scores - scores.max()) / np.float32(self.temperature)
         weights = np.exp(scores)
         if self.top_p >= 1:
@@ -119,14 +122,22 @@ class Sampler:
         kept = _nucleus(weights, self.top_p)
         return (kept if ids is None else ids[kept]), weights[kept]
 
-    def _penalize(self, logits: NDArray[np.float32]) -> None:
+    def _penalized(self, logits: Row) -> NDArray[np.float32]:
+        """The values, with those of tokens seen made less likely in place."""
+        values = logits.values if isinstance(logits, Few) else logits
         if self.repetition_penalty == 1:
-            return
+            return values
         seen = self._seen_ids[: self._seen_count]
-        seen = seen[seen < len(logits)]  # an embedding may have more rows than there are logits
-        scores = logits[seen]
+        if isinstance(logits, Few):
+            places = np.searchsorted(logits.tokens, seen)
+            places[places == len(values)] = 0
+            seen = places[logits.tokens[places] == seen]
+        else:
+            seen = seen[seen < len(values)]  # an embedding may have more rows than there are logits
+        scores = values[seen]
         penalty = np.float32(self.repetition_penalty)
-        logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+        values[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+        return values
 
     def _top_k(self, logits: NDArray[np.float32]) -> NDArray[np.int64] | None:
         """Tokens not below the k-th best; ties with it stay, as in Transformers. None for all."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.candidates import Few, Row, Rows
 from runtime.errors import EngineError
 from runtime.executors.cuda import CudaExecutor
 from runtime.kv_cache import BLOCK_SIZE, blocks_for
@@ -28,8 +29,8 @@ class Sequences:
         table[:count, :each] = np.arange(count * each).reshape(count, each)
         self.lengths = [0] * count
 
-    def step(self, tokens: Mapping[int, Sequence[int]], *, candidates: int = 1, every: bool = False) -> Floats:
-        """Logits after the last token of each sequence that is given some, or after every one of them."""
+    def step(self, tokens: Mapping[int, Sequence[int]], *, candidates: int = 1, last: int = 1) -> Rows:
+        """Logits after the last token of each sequence that is given some, or after so many of the last ones."""
         batch, at = self._executor.batch, 0
         rows: list[int] = []
         for sequence, given in tokens.items():
@@ -38,7 +39,7 @@ class Sequences:
             batch.positions[at : at + size] = np.arange(start, start + size)
             batch.sequences[at : at + size] = sequence
             self.lengths[sequence] += size
-            rows += range(at, at + size) if every else [at + size - 1]
+            rows += range(at + max(0, size - last), at + size)
             at += size
         batch.logit_rows[: len(rows)] = rows
         batch.tokens, batch.rows = at, len(rows)
@@ -46,12 +47,12 @@ class Sequences:
         batch.candidates[: len(rows)] = candidates
         return self._executor.step()
 
-    def prefill(self, sequence: int, tokens: Sequence[int]) -> Floats:
-        """Read a prompt in as many steps as it takes; logits after its last token."""
+    def prefill(self, sequence: int, tokens: Sequence[int]) -> int:
+        """Read a prompt in as many steps as it takes; the likeliest token after it."""
         most = self._executor.batch.max_tokens
         for start in range(0, len(tokens), most):
             logits = self.step({sequence: tokens[start : start + most]})
-        return logits
+        return likeliest(logits[0])
 
     def decode(self, steps: int) -> float:
         """Median seconds of a step that gives each sequence its likeliest token."""
@@ -59,32 +60,45 @@ class Sequences:
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            logits = self.step(tokens)
-            best = logits.argmax(axis=1)
+            tokens = {sequence: [likeliest(row)] for sequence, row in enumerate(self.step(tokens))}
             seconds.append(time.perf_counter() - started)
-            tokens = {sequence: [int(best[sequence])] for sequence in tokens}
         return float(np.median(seconds))
 
 
 def follow(executor: CudaExecutor, text: Sequence[int], plan: Plan) -> Iterable[tuple[int, int, Floats]]:
-    """Sequences that all read `text`, as the plan says: (sequence, first position, logits after each token it was given)."""
+    """Sequences that all read `text`, as the plan says: (sequence, first position, logits after that and each further token it
+    was given). Of a step with more tokens than rows of logits those of the last tokens of each sequence are looked at."""
+    most = executor.batch.max_rows
     sequences = Sequences(executor, 1 + max(max(step) for step in plan), len(text))
     for step in plan:
         starts = {sequence: sequences.lengths[sequence] for sequence in step}
         given = {sequence: text[starts[sequence] : starts[sequence] + size] for sequence, size in step.items()}
-        logits = sequences.step(given, candidates=0, every=True)
+        last = most if sum(step.values()) <= most else most // len(step)
+        logits = sequences.step(given, candidates=0, last=last)
         at = 0
         for sequence, size in step.items():
-            yield sequence, starts[sequence], np.array(logits[at : at + size])
-            at += size
+            count = min(size, last)
+            rows = [row for row in logits[at : at + count] if not isinstance(row, Few)]  # all are wanted whole
+            yield sequence, starts[sequence] + size - count, np.stack(rows)
+            at += count
 
 
 def greedy(executor: CudaExecutor, ids: Sequence[int], count: int, candidates: int) -> tuple[list[int], Floats]:
     """The likeliest tokens after a prompt, by so many candidates; and the last logits, -inf where they are no candidates."""
     sequences = Sequences(executor, 1, len(ids) + count)
     logits = sequences.step({0: ids}, candidates=candidates)
-    answer = [int(logits[0].argmax())]
+    answer = [likeliest(logits[0])]
     while len(answer) < count:
         logits = sequences.step({0: answer[-1:]}, candidates=candidates)
-        answer.append(int(logits[0].argmax()))
-    return answer, np.array(logits[0])
+        answer.append(likeliest(logits[0]))
+    row = logits[0]
+    if not isinstance(row, Few):
+        return answer, row
+    whole = np.full(executor.vocab_size, -np.inf, np.float32)
+    whole[row.tokens] = row.values
+    return answer, whole
+
+
+def likeliest(row: Row) -> int:
+    """The token with the largest logit."""
+    return int(row.tokens[row.values.argmax()]) if isinstance(row, Few) else int(row.argmax())

@@ -179,7 +179,8 @@ def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """Keys and values go into the cache, then the queries read it: one call, or one for each sort of tokens."""
+    """Keys and values go into the cache, then the queries read it: one call, or one for each sort of tokens, where that for
+    tokens that are alone appends them too."""
     q, k, v = (low.place(value) for value in node.inputs[:3])
     where = [_graph_input(value) for value in node.inputs[3:6]]
     cos_sin, slopes = _input(node, 6), _input(node, 7)
@@ -189,14 +190,16 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     append = low.kernels.AppendKV(
         low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None
     )
-    low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer))
+    kinds = low.kernels.Attention
+    low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer), when="runs" if len(kinds) > 1 else "always")
     biases: list[Operand] = [low.vector(slopes)] if slopes is not None else []
-    for when, kind in low.kernels.Attention:
+    for when, kind in kinds:
+        own = (k, v) if when == "alone" else ()
         attend = kind(
             low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
-            low.kv_dtype, cos_sin is not None, slopes is not None,
+            low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in own),
         )  # fmt: skip
-        low.call(attend, node, "T", q, *where, *table, *biases, *cache_parts(layer), out, when=when)
+        low.call(attend, node, "T", q, *own, *where, *table, *biases, *cache_parts(layer), out, when=when)
 
 
 RULES: dict[str, Rule] = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.candidates import Rows
 from runtime.kv_cache import BLOCK_SIZE
 from runtime.program import Program
 
@@ -23,7 +24,7 @@ class StepBatch:
     positions.
     `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are wanted.
     `candidates` [max_rows], where the executor asks for it: how many of a row's best logits matter, with those equal to the
-    last; others may come as -inf. 0: all matter.
+    last; others may not come. 0: all matter.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Executor(Protocol):
     isa: str
     threads: int
 
-    def step(self) -> NDArray[np.float32]:
-        """Run what `batch` holds; logits [batch.rows, vocab_size], scratch that is valid until the next step."""
+    def step(self) -> Rows:
+        """Run what `batch` holds; logits of `batch.rows` rows, scratch that is valid until the next step."""
         ...
 
     def join(self, collectives: Collectives) -> None:

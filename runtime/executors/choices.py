@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.executors.device import Device
-from runtime.program import PROGRAM_NAME, Call, Program
+from runtime.program import PROGRAM_NAME, Call, Program, When
 
 _CALLS = 16  # of a kernel that are measured together: with weights of their own, which no cache keeps
 _TRIES = 3
@@ -47,10 +47,12 @@ class Choices:
         """What to run in place of a kernel."""
         return (self.found or {}).get(key(name, bound), name)
 
-    def keep(self, found: dict[str, str]) -> None:
-        """Take these, and write them for the next load where the engine's directory can be written to."""
+    def keep(self, found: dict[str, str], seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        """Take these, and write them for the next load where the engine's directory can be written to, with what was measured
+        for whoever wants to know."""
         self.found = found
-        text = json.dumps({"choices_format": 1, **self._facts, "choices": found}, indent=1, sort_keys=True) + "\n"
+        whole = {"choices_format": 1, **self._facts, "choices": found, "seconds": seconds or {}}
+        text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
         partial = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
             partial.write_text(text, encoding="utf-8")
@@ -68,25 +70,26 @@ def measure(
     device: Device,
     loaded: Collection[str],
     launch: Callable[[Call, str, int], None],
-    set_counts: Callable[[int, int], None],
+    pretend: Callable[[When, int], None],
 ) -> None:
     """Find the fastest of the alternatives of every kernel among those `loaded`, unless that is known. `launch(call, kernel,
-    rows)` starts one,
-    `set_counts` says how many rows there are, on the device from when it returns."""
+    rows)` starts one; `pretend(when, rows)` makes a step of so many rows, for calls of that sort."""
     if choices.known(program):
         return
     found: dict[str, str] = {}
+    seconds: dict[str, dict[str, float]] = {}
     for name, by_bound in sorted(program.alternatives.items()):
         for text, others in sorted(by_bound.items()):
             bound = None if text == ANY else int(text)
             calls = [call for call in program.calls if (bound, name) in call.kernels()][:_CALLS]
             most = max(program.max_tokens if call.rows == "T" else program.max_rows for call in calls)
             rows = min(most, bound or most)
-            set_counts(rows, rows)
+            pretend(calls[0].when, rows)
             there = [one for one in (name, *others) if one in loaded]
-            times = {one: _seconds(device, calls, one, rows, launch) for one in there}
+            times = {one: _seconds(device, calls, one, rows, launch) / len(calls) for one in there}
+            seconds[key(name, bound)] = times
             found[key(name, bound)] = min(times, key=lambda one: times[one])
-    choices.keep(found)
+    choices.keep(found, seconds)
 
 
 def _seconds(device: Device, calls: list[Call], name: str, rows: int, launch: Callable[[Call, str, int], None]) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.candidates import Row
 from runtime.errors import EngineError
 from runtime.executors import StepBatch
 from runtime.executors.choices import Choices, measure
@@ -21,7 +22,7 @@ from runtime.executors.found import FoundLogits
 from runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
 from runtime.kv_cache import blocks_for
 from runtime.memory import WeightsFile
-from runtime.program import ALIGNMENT, CUBIN, KV, Arena, Arg, Call, Input, Program, Scratch, Weight, read_program
+from runtime.program import ALIGNMENT, CUBIN, KV, Arena, Arg, Call, Input, Program, Scratch, Weight, When, read_program
 
 if TYPE_CHECKING:
     from runtime.collectives import Collectives
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "weights.safetensors"
 _SPARE = GPU_RESERVE_BYTES  # of a GPU's memory, left to the driver, the code and recorded steps
+_CONTEXT = 512  # tokens of a sequence that attention is measured with
 _STEPS = 64  # recorded at the same time
 
 
@@ -92,16 +94,15 @@ class CudaExecutor:
         self._steps: OrderedDict[tuple[int, int, bool, bool], Recorded] = OrderedDict()
         self._recorder: Recorder | None = None
         self._device.synchronize()
-        measure(self._choices, program, self._device, self._functions.keys(), self._launch_as, self._send_counts)
+        measure(self._choices, program, self._device, self._functions.keys(), self._launch_as, self._pretend)
 
     def join(self, collectives: Collectives) -> None:
         """Find the GPUs of the other ranks; all ranks call it."""
         self._device.enter()
         self._device.join(collectives)
 
-    def step(self) -> NDArray[np.float32]:
-        """Run the batch; float32 logits [rows, vocab_size], valid until the next step: those that `batch.candidates` asks for,
-        and -inf."""
+    def step(self) -> list[Row]:
+        """Run the batch; the logits that `batch.candidates` asks for."""
         self._device.enter()  # engines run steps on a thread that did not load them
         tokens, rows = self.batch.tokens, self.batch.rows
         self._inputs.set_counts(tokens, rows)
@@ -138,6 +139,14 @@ class CudaExecutor:
         seconds = min(self._device.times(run))
         self._device.forget(recorded)
         return seconds
+
+    def overlap(self, allowed: bool) -> None:
+        """Whether kernels may start before those before them have ended, from the next step on: for whoever measures it."""
+        self._device.enter()
+        for recorded in self._steps.values():
+            self._device.forget(recorded)
+        self._steps.clear()
+        self._device.overlap = allowed
 
     def read_bandwidth(self) -> float:
         """Bytes a second that memory gave when the engine was loaded: read and written by copies."""
@@ -207,6 +216,16 @@ class CudaExecutor:
         seconds = self._device.times(lambda mark: numbers.extend(self._run(key, mark)))
         ends = np.cumsum([0.0, *seconds]) * 1e9
         recorder.walked(np.array(numbers), ends.astype(np.int64))
+
+    def _pretend(self, when: When, rows: int) -> None:
+        """So many rows for kernels that are measured: a prompt for attention, or one token of each of many sequences. Keys and
+        values are what the cache holds."""
+        batch, tokens = self.batch, np.arange(rows, dtype=np.int32)
+        alone = when == "alone"
+        batch.positions[:rows] = min(_CONTEXT, batch.max_context) - 1 if alone else tokens % batch.max_context
+        batch.sequences[:rows] = tokens % batch.max_sequences if alone else 0
+        batch.block_table[:] = np.arange(batch.block_table.size).reshape(batch.block_table.shape) % self.num_blocks
+        self._send_counts(rows, rows)
 
     def _send_counts(self, tokens: int, rows: int) -> None:
         self._inputs.set_counts(tokens, rows)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 STAGE = "cuda"
 _OLDEST = 12_080  # driver that does, by the version that it says: CUDA 12.8
+_START = "cuLaunchKernelEx"
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that need no permission
-_COPIED, _COPIES = 512 << 20, 8  # bytes and tries to find out how fast memory is
+_COPIED, _COPIES = 512 << 20, 24  # bytes and tries to find out how fast memory is
 _STAGING = 64 << 20  # bytes of each of two pinned buffers that weights pass through
 
 
@@ -44,6 +45,8 @@ class CudaDevice:
 
     def __init__(self, driver: Any, number: int) -> None:
         self._driver = driver
+        self.overlap = True  # of kernels that allow it
+        self._behind_kernel = False  # what is asked for next on the stream
         self._call("cuInit", 0)
         version = self._call("cuDriverGetVersion")
         if version < _OLDEST:
@@ -73,6 +76,11 @@ class CudaDevice:
         self._modules: list[Any] = []
         self._host: dict[int, int] = {}  # pinned memory: size by address
         self._graphs: list[Any] = []
+        self._overlapping = driver.CUlaunchAttribute()
+        self._overlapping.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        allowed = driver.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        self._overlapping.value = allowed
         self._nccl: Nccl | None = None
 
     def enter(self) -> None:
@@ -108,17 +116,26 @@ class CudaDevice:
             raise EngineError(STAGE, f"kernel {name} does not load on {self.name}", found=found, remedy=remedy)
         self._modules.append(module)
         function = self._call("cuModuleGetFunction", module, launch.symbol.encode())
+        attribute = self._driver.CUfunction_attribute
         if launch.shared > _PLAIN_SHARED:
-            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call("cuFuncSetAttribute", function, attribute, launch.shared)
+            self._call("cuFuncSetAttribute", function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
+        if launch.rows == 1 and not launch.tensor_cores:
+            # A multiprocessor must be idle to divide its memory in another way, and so these would not overlap with products.
+            self._call("cuFuncSetAttribute", function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 0)
         return function
 
     def launch(self, function: Any, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
-        """Triton's kernels take two more pointers behind their own, to scratch memory that ours do not use."""
+        """Triton's kernels take two more pointers behind their own, to scratch memory that ours do not use. What may overlap
+        does so behind another kernel."""
         values = (*pointers, 0, 0)
         arguments = (values, (ctypes.c_void_p,) * len(values))
-        blocks = launch.blocks(rows)
-        self._call("cuLaunchKernel", function, *blocks, launch.threads, 1, 1, launch.shared, self._stream, arguments, 0)
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks(rows)
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared, self._stream
+        if launch.overlap and self.overlap and self._behind_kernel:
+            config.attrs, config.numAttrs = [self._overlapping], 1
+        self._call(_START, config, function, arguments, 0)
 
     def upload(self, address: int, source: Bytes) -> None:
         """Pinned memory is copied when its turn comes; anything else, such as a mapped file, passes through two pinned buffers,
@@ -206,6 +223,7 @@ class CudaDevice:
         """A recorded step holds it too."""
         assert self._nccl is not None, "one of several ranks has joined"
         self._nccl.all_reduce(address, count, int(self._stream))
+        self._behind_kernel = False
 
     def copy_bandwidth(self) -> float:
         """The best of a few copies within its memory, larger than any cache."""
@@ -255,6 +273,7 @@ class CudaDevice:
         if error != self._driver.CUresult.CUDA_SUCCESS:
             remedy = "see nvidia-smi and the kernel's log for the GPU's state"
             raise EngineError(STAGE, name, found=self._said(error), remedy=remedy)
+        self._behind_kernel = name == _START
         return results[0] if len(results) == 1 else results
 
     def _said(self, error: Any) -> str:

@@ -25,6 +25,7 @@ class Device(Protocol):
     arch: str  # "sm_80"
     memory_bytes: int  # that were free when it was opened
     shared_bytes: int  # a block of threads may have
+    overlap: bool  # kernels that may do so start before those before them have ended
 
     def enter(self) -> None:
         """Make it the calling thread's device."""

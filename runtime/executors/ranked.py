@@ -42,11 +42,10 @@ class RankedExecutor:
         self._known = np.full_like(shared.block_table, -1)  # the block table as the other ranks have it
         self._message = np.empty(_message_size(self.batch), np.int32)
         self._results = [np.empty(candidates.message_size(rows, count), np.int32) for _, count in spans]
-        self._logits = np.empty((rows, self.vocab_size), np.float32)
         self._open, self._failed = False, False
 
-    def step(self) -> NDArray[np.float32]:
-        """Run the batch on all ranks; float32 logits [rows, vocab_size], valid until the next step."""
+    def step(self) -> candidates.Rows:
+        """Run the batch on all ranks; the logits that `batch.candidates` asks for."""
         if self._failed:
             remedy = "load the engine again in a new process"
             raise EngineError("ranks", "an earlier step failed, and the ranks are out of step since", remedy=remedy)
@@ -57,13 +56,14 @@ class RankedExecutor:
         self._own.batch.tokens, self._own.batch.rows = batch.tokens, batch.rows
         _tell(self._own, wanted)
         logits, rows = self._own.step(), batch.rows
+        found: list[candidates.Row] = []
         if rows:
             own = self._results[0]
-            length = candidates.pack(logits, wanted[:rows], own)
+            length = candidates.pack(logits, self._spans[0][1], wanted[:rows], own)
             self._collectives.gather(own, length, self._results)
-            candidates.unpack(self._results, self._spans, self._logits[:rows])
+            found = candidates.unpack(self._results, self._spans, rows)
         self._failed = False
-        return self._logits[:rows]
+        return found
 
     def join(self, collectives: Collectives) -> None:
         """It has."""
@@ -101,7 +101,7 @@ def serve(own: Executor, collectives: Collectives) -> None:
         _tell(own, wanted)
         logits = own.step()
         if batch.rows:
-            length = candidates.pack(logits, wanted[: batch.rows], result)
+            length = candidates.pack(logits, own.program.logits.count, wanted[: batch.rows], result)
             collectives.gather(result, length, [])
     collectives.close()
     own.close()

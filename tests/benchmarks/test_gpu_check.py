@@ -92,7 +92,7 @@ def test_plans_have_every_number_of_rows_that_kernels_differ_by() -> None:
     lengths = {
         name: max(sum(step.get(sequence, 0) for step in plan) for sequence in range(3)) for name, plan in checks.PLANS.items()
     }
-    assert max(lengths.values()) == checks.PROMPT + checks.GREEDY - 1 and max(rows) <= 256
+    assert max(lengths.values()) == checks.PROMPT + checks.GREEDY - 1
 
 
 def test_answers_of_a_small_engine(tmp_path: Path, interpreted_gpu: InterpretedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +100,7 @@ def test_answers_of_a_small_engine(tmp_path: Path, interpreted_gpu: InterpretedD
         monkeypatch.setattr(module, "PROMPT", 4)
         monkeypatch.setattr(module, "GREEDY", 2)
     monkeypatch.setattr(checks, "CANDIDATES", 2)
+    monkeypatch.setattr(checks, "open_device", lambda: interpreted_gpu)
     monkeypatch.setattr(checks, "PLANS", {"several": ({0: 3, 1: 1}, {1: 4, 0: 1})})
     checkpoint = VARIANTS["llama_tied"](tmp_path / "checkpoint")
     folder = tmp_path / "small-none"
@@ -111,7 +112,8 @@ def test_answers_of_a_small_engine(tmp_path: Path, interpreted_gpu: InterpretedD
     noted = findings.Findings(tmp_path / "found.json")
     checks.check_small(folder, "sm_80", noted)
     assert findings.read(tmp_path / "found.json") == noted.found
-    assert noted.found["right"] and set(noted.found) == {"tolerance", "right", "fastest"}, noted.found
+    choices = {f"choice {number}" for number in range(2)}  # of attention's kernels
+    assert noted.found["right"] and set(noted.found) == {"tolerance", "right", "fastest"} | choices, noted.found
     spoilt = dict(np.load(folder / checks.EXPECTED))
     spoilt["logits"][3, 7] += 1
     np.savez(folder / checks.EXPECTED, **spoilt)

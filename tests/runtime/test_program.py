@@ -79,7 +79,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 4; rebuild"),
+        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 5; rebuild"),
         (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from compiler.backends import require_triton
-from compiler.backends.triton.kernels.base import Kernel
+from compiler.backends.triton.kernels.base import OVERLAP, Kernel
 from compiler.errors import CompileError
 from runtime import host
 from runtime.host import SHARED_BYTES
@@ -35,6 +35,7 @@ _USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 # No paths of this host in the code, nothing from a cache of other versions, and sums of products in one rounding.
 _SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+_OVERLAPPING = 90  # compute capability from which on a kernel may start before the one before has ended
 _FEW = 4  # kernels that are not worth another process
 
 
@@ -87,6 +88,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
     signature = {name: _TYPES[dtype] for name, (_, dtype) in zip(names, kernel.pointers(), strict=True)}
     # A constant of None is only for a pointer that the kernel does not have.
     constants = {name: value for name, value in kernel.constants().items() if name not in signature}
+    constants[OVERLAP] = overlap = int(arch.removeprefix("sm_")) >= _OVERLAPPING
     parameters = kernel.function.arg_names
     assert set(parameters) == signature.keys() | constants.keys(), f"{kernel.name}: {parameters}"
     assert [name for name in parameters if name in signature] == names, f"{kernel.name}: {names}"
@@ -112,7 +114,8 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
     used = tuple(sorted({name.partition(".")[0] for name in instructions if _TENSOR_CORES.match(name)}))
     if kernel.tensor_cores() and not used:
         raise CompileError("triton", f"kernel {kernel.name}", found=f"no tensor-core instruction on {arch}", expected="some")
-    launch = Launch(metadata.name, 32 * metadata.num_warps, metadata.shared, start.grid, start.rows, registers, local, used)
+    threads, shared = 32 * metadata.num_warps, metadata.shared
+    launch = Launch(metadata.name, threads, shared, start.grid, start.rows, registers, local, used, overlap)
     return code, launch
 
 

@@ -6,10 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.backends import lowering
+from compiler.backends import kernel, lowering
 from compiler.backends.kernel import View, round_up
-from compiler.backends.lowering import Kernels, Lowering, Operand, Place
-from compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
+from compiler.backends.lowering import Kernels, Lowering, Operand, Place, Rows
+from compiler.backends.triton.kernels.activation import (
+    ActivateChunks,
+    Activation,
+    BlockHadamard,
+    QuantizeChunks,
+    QuantizeTokens,
+)
 from compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
 from compiler.backends.triton.kernels.base import STEP
 from compiler.backends.triton.kernels.cache import AppendKV
@@ -18,7 +24,7 @@ from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
 from compiler.backends.triton.kernels.norm import Norm
 from compiler.backends.triton.kernels.rotary import RotaryTable
 from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT, Add, FloatEmbedding, GatherRows, QuantizedEmbedding
-from runtime.program import Input, Weight
+from runtime.program import Input, Weight, When
 
 
 class TritonLowering(Lowering):
@@ -32,6 +38,17 @@ class TritonLowering(Lowering):
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
         RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),
     )  # fmt: skip
+
+    def call(self, kernel: kernel.Kernel, node: ir.Node, rows: Rows, *operands: Operand, when: When = "always") -> None:
+        """The activation of a wide row, with a scale of its own, takes two calls."""
+        if isinstance(kernel, Activation) and kernel.chunked:
+            first = ActivateChunks(kernel)
+            maxima = Place(self.buffer(rows, first.chunks, "float32"), 0, first.chunks)
+            *inputs, quantized, scales = operands
+            super().call(first, node, rows, *inputs, maxima, quantized, scales, when=when)
+            super().call(QuantizeChunks(first), node, rows, inputs[0], maxima, quantized, scales, when=when)
+        else:
+            super().call(kernel, node, rows, *operands, when=when)
 
     def float_matrix(self, value: ir.Value | None) -> Weight:
         return self._matrix(value, "float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,11 @@ class Driver:
     )  # fmt: skip
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUlaunchAttribute = CUlaunchAttributeValue = CUlaunchConfig = SimpleNamespace
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9,
+    )  # fmt: skip
 
     def __init__(
         self, capability: tuple[int, int] = (9, 0), version: int = 13_000, count: int = 1, free: int = 1 << 30
@@ -113,11 +118,28 @@ def test_kernels_are_started_with_two_null_pointers_behind_their_own() -> None:
     device = CudaDevice(driver, 0)
     function = device.load("kernel", b"code", LAUNCH)
     device.launch(function, LAUNCH, 33, [10, 20])
-    ((_, *rest),) = driver.named("cuLaunchKernel")
-    assert rest[:7] == [3 * 3, 2, 1, 64, 1, 1, 60_000]
-    values, types = rest[8]
+    ((config, _, (values, types), _),) = driver.named("cuLaunchKernelEx")
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ, config.sharedMemBytes) == (3 * 3, 2, 1, 60_000)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (64, 1, 1)
     assert values == (10, 20, 0, 0) and len(types) == 4
     assert driver.named("cuFuncSetAttribute")[0][1:] == (8, 60_000), "more shared memory than is given unasked"
+
+
+def test_a_kernel_that_may_overlap_does_so_behind_another_kernel_only() -> None:
+    driver = Driver()
+    device = CudaDevice(driver, 0)
+    pinned, ahead = device.host_memory(64), replace(LAUNCH, overlap=True)
+    function = device.load("kernel", b"code", LAUNCH)
+    for launch in (ahead, ahead, LAUNCH, ahead):
+        device.launch(function, launch, 1, [10])
+    device.upload(5000, pinned)
+    device.launch(function, ahead, 1, [10])
+    device.overlap = False
+    device.launch(function, ahead, 1, [10])
+    numbers = [getattr(config, "numAttrs", 0) for config, *_ in driver.named("cuLaunchKernelEx")]
+    assert numbers == [0, 1, 0, 1, 0, 0]
+    (attribute,) = driver.named("cuLaunchKernelEx")[1][0].attrs
+    assert (attribute.id, attribute.value.programmaticStreamSerializationAllowed) == (6, 1)
 
 
 def test_weights_pass_through_pinned_memory_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +227,9 @@ def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
     device = Timed({"one": 3.0, "other": 2.0, "many": 1.0, "wide": 1.5})
     choices = Choices(tmp_path, device)  # type: ignore[arg-type]
     assert not choices.known(made) and choices.best("one", 1) == "one"
-    measure(choices, made, device, made.launches, device.launch, lambda tokens, rows: device.counts.append((tokens, rows)))  # type: ignore[arg-type]
+    measure(choices, made, device, made.launches, device.launch, lambda when, rows: device.counts.append((when, rows)))  # type: ignore[arg-type]
     assert (choices.best("one", 1), choices.best("many", None), choices.best("other", 4)) == ("other", "many", "other")
-    assert device.counts == [(64, 64), (1, 1)]
+    assert device.counts == [("always", 64), ("always", 1)]
     again = Choices(tmp_path, device)  # type: ignore[arg-type]
     assert again.known(made) and again.found == choices.found
     measure(again, made, device, made.launches, device.launch, lambda *counts: pytest.fail("measured again"))  # type: ignore[arg-type]

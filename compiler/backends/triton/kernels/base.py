@@ -12,6 +12,7 @@ from compiler.backends.kernel import View
 from compiler.backends.lowering import StepSizes
 
 Grid = tuple[int, int, int]
+OVERLAP = "OVERLAP"  # a constant of every function: it starts before the kernel before has ended, and waits for it
 STEP = StepSizes(tokens=2048, rows=256, sequences=256)
 
 
@@ -28,7 +29,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Kernel(kernel.Kernel):
-    """A kernel in Triton. The function's pointers are called as in `pointers`, in their order; all else is constant."""
+    """A kernel in Triton. The function's pointers are called as in `pointers`, in their order; all else is constant. The first
+    thing it does is `device.begin`."""
 
     function: ClassVar[Any]  # what `triton.jit` made
 

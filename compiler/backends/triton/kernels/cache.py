@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
-from compiler.backends.triton.kernels.device import rint
+from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from compiler.backends.triton.kernels.device import await_earlier, let_next_start, rint
 from compiler.errors import CompileError
 from runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
 
 _SLOTS = tl.constexpr(BLOCK_SIZE)
+_HEADS = 16  # of a program that appends
 
 
 @triton.jit
@@ -50,44 +51,75 @@ def read_tokens(cache_ptr, places, scales, cols, inside, wide, SCALES: tl.conste
 
 
 @triton.jit
-def _write(cache_ptr, place, scale_place, first, second, pairs, inside, HALF: tl.constexpr, SCALES: tl.constexpr):
-    """Both halves of a head."""
+def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, wide, HALF: tl.constexpr):
+    """Both halves of query or key heads [rows, pairs], rotated, float32."""
+    mask = inside[:, None] & wide[None, :]
+    first = tl.load(x_ptr + place[:, None] + pairs[None, :], mask=mask, other=0.0)
+    second = tl.load(x_ptr + place[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
+    if cos_sin_ptr is not None:
+        cos = tl.load(cos_sin_ptr + table[:, None] + pairs[None, :], mask=mask, other=0.0)
+        sin = tl.load(cos_sin_ptr + table[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
+        rotated = first * cos - second * sin
+        second = second * cos + first * sin
+        first = rotated
+    return first, second
+
+
+@triton.jit
+def _step(absmax):
+    """The scale of a head, and what it is multiplied with."""
+    return tl.div_rn(absmax, 127.0), tl.where(absmax > 0, tl.div_rn(127.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
+
+
+@triton.jit
+def append(kcache_ptr, vcache_ptr, block_table_ptr, first, second, v, sequence, position, heads, pairs, cols, inside,
+           HEAD_DIM: tl.constexpr, HALF: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
+           HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr):  # fmt: skip
+    """Keys, by halves, and values of heads of a token to their slots; returns them as they are read, in float32."""
+    places, scales = tokens_of(block_table_ptr, sequence, position + heads * 0, inside, heads, HEAD_DIM, MAX_BLOCKS,
+                               BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
     if SCALES:
-        absmax = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(second), axis=0))
-        inverse = tl.where(absmax > 0, tl.div_rn(127.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
-        tl.store(cache_ptr.to(tl.pointer_type(tl.float32)) + scale_place, tl.div_rn(absmax, 127.0))
-        first, second = rint(first * inverse).to(tl.int32), rint(second * inverse).to(tl.int32)
-    tl.store(cache_ptr + place + pairs, first.to(cache_ptr.dtype.element_ty), mask=inside)
-    tl.store(cache_ptr + place + HALF + pairs, second.to(cache_ptr.dtype.element_ty), mask=inside)
+        k_step, k_inverse = _step(tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)))
+        v_step, v_inverse = _step(tl.max(tl.abs(v), axis=1))
+        tl.store(kcache_ptr.to(tl.pointer_type(tl.float32)) + scales, k_step, mask=inside)
+        tl.store(vcache_ptr.to(tl.pointer_type(tl.float32)) + scales, v_step, mask=inside)
+        first, second = rint(first * k_inverse[:, None]).to(tl.int32), rint(second * k_inverse[:, None]).to(tl.int32)
+        v = rint(v * v_inverse[:, None]).to(tl.int32)
+    kind: tl.constexpr = kcache_ptr.dtype.element_ty
+    first, second, v = first.to(kind), second.to(kind), v.to(kind)
+    wide = inside[:, None] & (pairs < HALF)[None, :]
+    tl.store(kcache_ptr + places[:, None] + pairs[None, :], first, mask=wide)
+    tl.store(kcache_ptr + places[:, None] + HALF + pairs[None, :], second, mask=wide)
+    tl.store(vcache_ptr + places[:, None] + cols[None, :], v, mask=inside[:, None] & (cols < HEAD_DIM)[None, :])
+    first, second, v = first.to(tl.float32), second.to(tl.float32), v.to(tl.float32)
+    if SCALES:
+        first, second, v = first * k_step[:, None], second * k_step[:, None], v * v_step[:, None]
+        first, second = first.to(tl.float16).to(tl.float32), second.to(tl.float16).to(tl.float32)
+        v = v.to(tl.float16).to(tl.float32)
+    return first, second, v
 
 
 @triton.jit
 def append_heads(rows_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, kcache_ptr, vcache_ptr,
-                 HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, MAX_BLOCKS: tl.constexpr,
-                 BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-                 K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr, V_STRIDE: tl.constexpr, V_OFFSET: tl.constexpr):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    if row < tl.load(rows_ptr):
-        pairs = tl.arange(0, BLOCK)
-        inside = pairs < HALF
+                 KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                 MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr,
+                 TABLE_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr, V_STRIDE: tl.constexpr,
+                 V_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
+    row = tl.program_id(0)
+    if row < rows:
         at = row.to(tl.int64)
-        k = k_ptr + at * K_STRIDE + K_OFFSET + head * HEAD_DIM + pairs
-        v = v_ptr + at * V_STRIDE + V_OFFSET + head * HEAD_DIM + pairs
-        first = tl.load(k, mask=inside, other=0.0)
-        second = tl.load(k + HALF, mask=inside, other=0.0)
-        if cos_sin_ptr is not None:
-            cos = tl.load(cos_sin_ptr + at * TABLE_STRIDE + pairs, mask=inside, other=0.0)
-            sin = tl.load(cos_sin_ptr + at * TABLE_STRIDE + HALF + pairs, mask=inside, other=0.0)
-            rotated = first * cos - second * sin
-            second = second * cos + first * sin
-            first = rotated
-        position = tl.load(positions_ptr + row)
-        place, scale = tokens_of(block_table_ptr, tl.load(sequences_ptr + row), position, True, head, HEAD_DIM, MAX_BLOCKS,
-                                 BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-        _write(kcache_ptr, place, scale, first, second, pairs, inside, HALF, SCALES)
-        first = tl.load(v, mask=inside, other=0.0)
-        second = tl.load(v + HALF, mask=inside, other=0.0)
-        _write(vcache_ptr, place, scale, first, second, pairs, inside, HALF, SCALES)
+        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        pairs, cols, inside = tl.arange(0, BLOCK), tl.arange(0, 2 * BLOCK), heads < KV_HEADS
+        first, second = turned(k_ptr, cos_sin_ptr, at * K_STRIDE + K_OFFSET + heads * HEAD_DIM, at * TABLE_STRIDE + heads * 0,
+                               inside, pairs, pairs < HALF, HALF)  # fmt: skip
+        v = tl.load(v_ptr + at * V_STRIDE + V_OFFSET + heads[:, None] * HEAD_DIM + cols[None, :],
+                    mask=inside[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
+        append(kcache_ptr, vcache_ptr, block_table_ptr, first, second, v, tl.load(sequences_ptr + row),
+               tl.load(positions_ptr + row), heads, pairs, cols, inside, HEAD_DIM, HALF, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE,
+               SCALES)  # fmt: skip
 
 
 def of_cache(num_layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[str, int]:
@@ -121,12 +153,19 @@ class AppendKV(Kernel):
         return (("rows", "int32"), ("k", "float32"), ("v", "float32"), ("positions", "int32"), ("sequences", "int32"),
                 ("block_table", "int32"), *cos_sin, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype))  # fmt: skip
 
+    @property
+    def heads(self) -> int:
+        """Of a program."""
+        return min(_HEADS, power_of_two(self.num_kv_heads))
+
     def start(self) -> Start:
-        return Start((1, self.num_kv_heads, 1), 1, 1)
+        block = power_of_two(self.head_dim // 2)
+        return Start((1, -(-self.num_kv_heads // self.heads), 1), 1, warps_for(self.heads * block))
 
     def constants(self) -> Mapping[str, Any]:
         half = self.head_dim // 2
         sizes = {"HALF": half, "BLOCK": power_of_two(half), "MAX_BLOCKS": self.max_blocks}
+        sizes |= {"KV_HEADS": self.num_kv_heads, "HEADS": self.heads}
         sizes["TABLE_STRIDE"] = View.of_width(self.head_dim).stride
         cache = of_cache(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
         return {"cos_sin_ptr": None, **cache, **sizes, **of_view("K", self.k), **of_view("V", self.v)}

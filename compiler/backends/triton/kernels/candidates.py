@@ -16,6 +16,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
+from compiler.backends.triton.kernels.device import await_earlier, let_next_start
 
 CHUNK = 256  # logits that share a maximum
 CAPACITY = 4096  # places of a row; more candidates are counted only
@@ -25,9 +26,12 @@ _BISECTIONS = tl.constexpr(32)
 
 @triton.jit
 def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, COUNT: tl.constexpr, STRIDE: tl.constexpr, CHUNKS: tl.constexpr,
-                 CHUNK: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     row, program = tl.program_id(0), tl.program_id(1)
-    if row < tl.load(rows_ptr):
+    if row < rows:
         chunks = program * EACH + tl.arange(0, EACH)
         cols = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
@@ -48,9 +52,12 @@ def _ordered(x):
 @triton.jit
 def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, COUNT: tl.constexpr,
             STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, PROGRAM: tl.constexpr,
-            CAPACITY: tl.constexpr):  # fmt: skip
+            CAPACITY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     row = tl.program_id(0)
-    if row >= tl.load(rows_ptr):
+    if row >= rows:
         return
     wanted = tl.load(wanted_ptr + row)
     if (wanted == 0) | (wanted > CHUNKS):  # all of them

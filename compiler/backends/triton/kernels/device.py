@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Added and taken away again, this rounds a float32 below 2^22 to an integer, half to even.
 _ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """The first thing that a kernel does: the one behind may start once all blocks have come by here, and waits itself."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_earlier(OVERLAP: tl.constexpr):
+    """Until what earlier kernels of a step wrote is there. Before it only weights, the step's inputs and what earlier steps
+    wrote may be touched. All blocks come by here, or who waits for this kernel would not wait for those before it."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit
@@ -16,20 +32,39 @@ def rint(x):
 
 
 @triton.jit
+def largest(x):
+    """Of absolute values. What is no number, and infinity, make it none: a maximum alone passes over it."""
+    return tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
+
+
+@triton.jit
 def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
                  PLANES: tl.constexpr):  # fmt: skip
     """x, zero beyond WIDTH, as 8 bits for each of PLANES planes and the row's scale: meanings.quantize_tokens."""
-    LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
     if step_ptr is not None:
+        LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
         scale = tl.load(step_ptr)
+        tl.store(xs_ptr + row, scale)
         rounded = rint(tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -LIMIT), LIMIT)).to(tl.int32)
+        write_planes(rounded, row, cols, xq_ptr, WIDTH, STRIDE, OFFSET, PLANES)
     else:
-        absmax = tl.max(tl.abs(x), axis=0)
-        inverse = tl.where(absmax > 0, tl.div_rn(LIMIT, tl.where(absmax > 0, absmax, 1.0)), 0.0)
-        # What is no number stays none: a maximum passes over it.
-        scale = tl.div_rn(absmax, LIMIT) + tl.sum(x * 0.0, axis=0)
-        rounded = rint(x * inverse).to(tl.int32)
-    tl.store(xs_ptr + row, scale)
+        quantize_by(x, largest(x), row, cols, xq_ptr, xs_ptr, WIDTH, STRIDE, OFFSET, PLANES)
+
+
+@triton.jit
+def quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
+                PLANES: tl.constexpr):  # fmt: skip
+    """The same for some columns of a row whose largest absolute value is known."""
+    LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
+    tl.store(xs_ptr + row, tl.div_rn(absmax, LIMIT))
+    inverse = tl.where(absmax > 0, tl.div_rn(LIMIT, tl.where(absmax > 0, absmax, 1.0)), 0.0)
+    write_planes(rint(x * inverse).to(tl.int32), row, cols, xq_ptr, WIDTH, STRIDE, OFFSET, PLANES)
+
+
+@triton.jit
+def write_planes(rounded, row, cols, xq_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
+                 PLANES: tl.constexpr):  # fmt: skip
+    """Integers as bytes."""
     out = xq_ptr + row.to(tl.int64) * STRIDE + OFFSET + cols
     inside = cols < WIDTH
     if PLANES == 1:

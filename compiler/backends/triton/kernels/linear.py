@@ -12,19 +12,26 @@ import triton.language as tl
 
 from compiler.backends.kernel import View, Workspace, round_up
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
+from compiler.backends.triton.kernels.device import await_earlier, let_next_start
 from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
+_AHEAD = 8192  # bytes of weights that a program asks for before it may start
 _PROGRAMS = 512  # of a kernel, from which on splitting the contraction gains nothing
+
+
+@triton.jit
+def _total(sums, low_sums, PLANES: tl.constexpr):
+    """Sums of the high plane count 256 times."""
+    if PLANES == 2:
+        return (sums.to(tl.int64) * 256 + low_sums).to(tl.float32)
+    return sums.to(tl.float32)
 
 
 @triton.jit
 def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS: tl.constexpr,
             PLANES: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
-    """Dequantize and write a tile; sums of the high plane count 256 times."""
-    if PLANES == 2:
-        total = (sums.to(tl.int64) * 256 + low_sums).to(tl.float32)
-    else:
-        total = sums.to(tl.float32)
+    """Dequantize and write a tile."""
+    total = _total(sums, low_sums, PLANES)
     there = columns < OUTPUTS
     scale = tl.load(scale_ptr + columns, mask=there, other=0.0)
     value = total * scale[None, :] * tl.load(xs_ptr + at, mask=at < rows, other=0.0)[:, None]
@@ -35,28 +42,43 @@ def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, r
 
 
 @triton.jit
+def _ask_for(weight_ptr, columns, start, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr,
+             OVERLAP: tl.constexpr):  # fmt: skip
+    """Has AHEAD bytes of each row of weights fetched to the second-level cache, while earlier kernels are still at work."""
+    if OVERLAP and AHEAD > 0:
+        places = tl.minimum(start + tl.arange(0, AHEAD // 128) * 128, DEPTH - 64)
+        lines = weight_ptr + tl.minimum(columns, OUTPUTS - 1).to(tl.int64)[:, None] * DEPTH + places[None, :]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32,
+                                  is_pure=False, pack=1)  # fmt: skip
+
+
+@triton.jit
 def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                  OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
                  X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
     """Tiles of BM rows and BN outputs; with SPLITS, as many programs add parts of the inputs up in `sums`, and the last of them
     finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
-    rows = tl.load(rows_ptr)
+    let_next_start(OVERLAP)  # before anything is fetched: it waits for that
+    rows = tl.load(rows_ptr)  # an input of the step: there before its first kernel starts
     across: tl.constexpr = (OUTPUTS + BN - 1) // BN
     down = (rows + BM - 1) // BM
     tile = tl.program_id(0)
+    # Neighbours share a tile of weights, which are the larger part.
+    columns = (tile // down) * BN + tl.arange(0, BN)
+    steps: tl.constexpr = (INPUTS + BK - 1) // BK
+    if SPLITS == 1:
+        first = 0
+        last = steps
+    else:
+        first = tl.program_id(1) * steps // SPLITS
+        last = (tl.program_id(1) + 1) * steps // SPLITS
+    _ask_for(weight_ptr, columns, first * BK, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+    await_earlier(OVERLAP)
     if tile < down * across:
-        # Neighbours share a tile of weights, which are the larger part.
         at = (tile % down) * BM + tl.arange(0, BM)
-        columns = (tile // down) * BN + tl.arange(0, BN)
         inputs = tl.arange(0, BK)
-        steps: tl.constexpr = (INPUTS + BK - 1) // BK
-        if SPLITS == 1:
-            first = 0
-            last = steps
-        else:
-            first = tl.program_id(1) * steps // SPLITS
-            last = (tl.program_id(1) + 1) * steps // SPLITS
         # Rows and outputs beyond the end read the last one, and are not written.
         x = xq_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * X_STRIDE + X_OFFSET + (first * BK + inputs)[None, :]
         source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
@@ -117,14 +139,64 @@ def _dot4(x, w, sums, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
+               OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
+               X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr,
+               OVERLAP: tl.constexpr):  # fmt: skip
+    """BN outputs of one row, or of up to BM where a program has all inputs: every thread reads 16 bytes of weights at once, and
+    has many such reads under way before it needs the first."""
+    let_next_start(OVERLAP)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    words = tl.arange(0, WORDS)
+    inside = columns < OUTPUTS
+    source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
+    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[:, None] + words[None, :]
+    STEPS: tl.constexpr = (INPUTS + 4 * WORDS - 1) // (4 * WORDS)
+    if STEPS == 1:  # all of them are on their way while earlier kernels are still at work
+        weights = tl.load(w, mask=(words < (INPUTS + 3) // 4)[None, :], other=0, eviction_policy="evict_first")
+    else:
+        _ask_for(weight_ptr, columns, 0, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+    scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
+    bias = tl.zeros((BN,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
+    for row in tl.static_range(BM):
+        if row < rows:
+            x = xq_ptr.to(tl.pointer_type(tl.int32)) + row * (X_STRIDE // 4) + X_OFFSET // 4 + words
+            factor = scale * tl.load(xs_ptr + row)
+            sums = tl.zeros((BN, WORDS), tl.int32)
+            low_sums = tl.zeros((BN, WORDS), tl.int32)
+            for step in tl.range(0, STEPS, num_stages=STAGES):
+                # Whole words: the inputs of a word beyond the last have weights of zero.
+                there = step * WORDS + words < (INPUTS + 3) // 4
+                if STEPS > 1:
+                    weights = tl.load(w, mask=there[None, :], other=0, eviction_policy="evict_first")
+                high = tl.load(x, mask=there, other=0)
+                sums = _dot4(tl.broadcast_to(high[None, :], (BN, WORDS)), weights, sums, NATIVE)
+                if PLANES == 2:
+                    low = tl.load(x + X_STRIDE // 8, mask=there, other=0)
+                    low_sums = _dot4(tl.broadcast_to(low[None, :], (BN, WORDS)), weights, low_sums, NATIVE)
+                x += WORDS
+                w += WORDS
+            total = _total(tl.sum(sums, axis=1), tl.sum(low_sums, axis=1), PLANES)
+            tl.store(out_ptr + row * OUT_STRIDE + OUT_OFFSET + columns, total * factor + bias, mask=inside)
+
+
+@triton.jit
 def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                 OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
                 X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                WORDS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+                WORDS: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """BN outputs of up to BM rows: weights are read as words of four, once, and multiplied with every row."""
+    let_next_start(OVERLAP)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    _ask_for(weight_ptr, columns, 0, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+    await_earlier(OVERLAP)
     rows = tl.load(rows_ptr)
     at = tl.arange(0, BM)
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     words = tl.arange(0, WORDS)
     source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
     w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[None, :, None] + words[None, None, :]
@@ -166,20 +238,27 @@ class Tile:
 
 
 # By rows of a step, the first being what is run before a host has measured. Of the others an engine has those that fit the
-# registers and shared memory of its architecture. Many programs of few outputs keep all multiprocessors reading where there is
-# one row; with more rows tiles grow, and with them what is read only once.
+# registers and shared memory of its architecture; they are what an H200 was fastest with for one shape or another. Few rows
+# need many bytes of weights under way in each program; with more rows tiles grow, and with them what is read only once.
 _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
-    (1, (Tile(1, 8, 1024, dots=True, stages=3), Tile(1, 4, 2048, dots=True, stages=3), Tile(1, 16, 512, dots=True, stages=3),
-         Tile(1, 2, 2048, dots=True, stages=4), Tile(16, 32, 256, 4), Tile(16, 16, 512, 2))),
-    (2, (Tile(2, 8, 1024, dots=True), Tile(2, 4, 1024, dots=True), Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4))),
-    (4, (Tile(4, 8, 512, dots=True), Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4))),
-    (8, (Tile(16, 32, 256, 4), Tile(8, 8, 512, dots=True), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4))),
-    (16, (Tile(16, 32, 256, 4), Tile(16, 32, 256, 2, 4, 4), Tile(16, 64, 128, 4, 4, 4), Tile(16, 64, 256, 8))),
-    (32, (Tile(32, 64, 128, 2, 4, 4), Tile(32, 32, 256, 2), Tile(32, 64, 128, 4, 4, 4), Tile(32, 128, 128, 4, 4, 3))),
-    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 128, 128, 2, 4, 3), Tile(64, 64, 128, 2, 4, 4), Tile(64, 128, 64, 4, 4, 4))),
-    (128, (Tile(128, 64, 128, 1, 4, 3), Tile(64, 128, 128, 1, 4, 3), Tile(128, 128, 128, 1, 8, 3))),
-    (None, (Tile(128, 128, 128, 1, 8, 3), Tile(128, 256, 64, 1, 8, 3), Tile(128, 128, 64, 1, 4, 4),
-            Tile(128, 256, 128, 1, 8, 3), Tile(64, 256, 128, 1, 8, 3), Tile(128, 64, 128, 1, 4, 3))),
+    (1, (Tile(1, 4, 4096, warps=4, dots=True), Tile(1, 4, 4096, warps=2, dots=True), Tile(1, 2, 16384, warps=8, dots=True),
+         Tile(1, 1, 16384, warps=8, dots=True))),
+    *((rows, (Tile(16, 32, 256, 4), Tile(rows, 4, 4096, warps=4, dots=True), Tile(rows, 2, 4096, warps=4, dots=True),
+              Tile(rows, 2, 16384, warps=8, dots=True), Tile(16, 32, 512, 4), Tile(16, 32, 512, 1, 4, 4)))
+      for rows in (2, 4, 8)),
+    (16, (Tile(16, 32, 256, 4), Tile(16, 32, 512, 1), Tile(16, 32, 512, 1, 4, 4), Tile(16, 32, 512, 4, 4, 4),
+          Tile(16, 64, 512, 2))),
+    (32, (Tile(32, 64, 128, 2, 4, 4), Tile(32, 32, 256, 1, 4, 4), Tile(32, 32, 256, 4, 4, 4), Tile(32, 32, 512, 1),
+          Tile(32, 64, 256, 2, 4, 4), Tile(32, 64, 512, 1))),
+    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 32, 256, 2, 4, 4), Tile(64, 64, 256), Tile(64, 64, 256, 4, 4, 4))),
+    (128, (Tile(128, 64, 128), Tile(128, 64, 128, 1, 4, 4), Tile(128, 64, 128, 4, 4, 4), Tile(128, 32, 256),
+           Tile(128, 64, 256, 2, 8))),
+    (256, (Tile(128, 128, 128, 1, 8), Tile(128, 64, 128, 1, 4, 4), Tile(128, 64, 128, 1, 4, 5), Tile(256, 64, 128, 2, 8, 4),
+           Tile(256, 128, 128, 1, 8))),
+    (512, (Tile(128, 128, 128, 1, 8), Tile(128, 64, 128, 1, 4, 4), Tile(128, 128, 128, 1, 4, 4), Tile(256, 128, 128, 1, 8),
+           Tile(128, 256, 128, 1, 8, 4))),
+    (None, (Tile(128, 128, 128, 1, 8), Tile(128, 128, 64, 1, 4, 4), Tile(256, 128, 128, 1, 8), Tile(128, 256, 128, 1, 8, 4),
+            Tile(128, 256, 64, 1, 8))),
 )  # fmt: skip
 
 
@@ -204,7 +283,14 @@ class QuantizedLinear(Kernel):
 
     @property
     def function(self) -> Any:
-        return linear_rows if self.tile.dots else linear_tiles
+        if self.tile.dots:
+            return linear_row if self._streams else linear_rows
+        return linear_tiles
+
+    @property
+    def _streams(self) -> bool:
+        """Whether a program has one row, or all inputs at once."""
+        return self.tile.rows == 1 or self.tile.inputs >= self.inputs
 
     def pointers(self) -> tuple[tuple[str, str], ...]:
         bias = (("bias", "float32"),) if self.bias else ()
@@ -246,9 +332,11 @@ class QuantizedLinear(Kernel):
     def constants(self) -> Mapping[str, Any]:
         tile = self.tile
         shape = {"OUTPUTS": self.outputs, "INPUTS": self.inputs, "DEPTH": round_up(self.inputs, DEPTH_ALIGNMENT)}
-        sizes: dict[str, Any] = {"BM": tile.rows, "BN": tile.outputs}
+        sizes: dict[str, Any] = {"BM": tile.rows, "BN": tile.outputs, "AHEAD": _AHEAD // tile.outputs // 128 * 128}
         if tile.dots:
             sizes |= {"WORDS": min(tile.inputs // 4, power_of_two(-(-self.inputs // 4))), "NATIVE": self.native}
+            if self._streams:
+                sizes["STAGES"] = tile.stages
         else:
             sizes |= {"BK": tile.inputs, "SPLITS": tile.splits}
         return {"bias_ptr": None, **shape, "PLANES": self.planes, **of_view("X", self.x), **of_view("OUT", self.out), **sizes}
@@ -257,8 +345,11 @@ class QuantizedLinear(Kernel):
 @triton.jit
 def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
                 DEPTH: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
-                OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
     rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     across: tl.constexpr = (OUTPUTS + BN - 1) // BN
     down = (rows + BM - 1) // BM
     tile = tl.program_id(0)

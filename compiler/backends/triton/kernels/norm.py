@@ -11,18 +11,26 @@ import triton.language as tl
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import quantize_row
+from compiler.backends.triton.kernels.device import await_earlier, let_next_start, quantize_row
 
 
 @triton.jit
 def norm_rows(rows_ptr, x_ptr, r_ptr, scale_ptr, bias_ptr, total_ptr, step_ptr, xq_ptr, xs_ptr, out_ptr, WIDTH: tl.constexpr,
               BLOCK: tl.constexpr, EPSILON: tl.constexpr, CENTRED: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
               X_OFFSET: tl.constexpr, R_STRIDE: tl.constexpr, R_OFFSET: tl.constexpr, TOTAL_STRIDE: tl.constexpr,
-              TOTAL_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+              TOTAL_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+              OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    scale = tl.load(scale_ptr + cols, mask=inside, other=0.0)
+    bias = tl.zeros((BLOCK,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0)
+    await_earlier(OVERLAP)
     row = tl.program_id(0)
-    if row < tl.load(rows_ptr):
-        cols = tl.arange(0, BLOCK)
-        inside = cols < WIDTH
+    if row < rows:
         at = row.to(tl.int64)
         x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=inside, other=0.0)
         if r_ptr is not None:
@@ -32,9 +40,7 @@ def norm_rows(rows_ptr, x_ptr, r_ptr, scale_ptr, bias_ptr, total_ptr, step_ptr, 
         if CENTRED:
             x = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
         variance = tl.sum(x * x, axis=0) / WIDTH
-        x = tl.div_rn(x, tl.sqrt_rn(variance + EPSILON)) * tl.load(scale_ptr + cols, mask=inside, other=0.0)
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+        x = x * tl.div_rn(1.0, tl.sqrt_rn(variance + EPSILON)) * scale + bias
         if out_ptr is not None:
             tl.store(out_ptr + at * OUT_STRIDE + OUT_OFFSET + cols, x, mask=inside)
         else:

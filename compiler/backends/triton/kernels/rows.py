@@ -11,6 +11,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View, round_up
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from compiler.backends.triton.kernels.device import await_earlier, let_next_start
 
 _COLUMNS = 1024  # of a block of threads; wider rows have several
 DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
@@ -18,9 +19,12 @@ DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
 
 @triton.jit
 def gather_rows(rows_ptr, indices_ptr, x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
-                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     row = tl.program_id(0)
-    if row < tl.load(rows_ptr):
+    if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         source = tl.load(indices_ptr + row).to(tl.int64) * X_STRIDE + X_OFFSET
         value = tl.load(x_ptr + source + cols, mask=cols < WIDTH)
@@ -30,9 +34,12 @@ def gather_rows(rows_ptr, indices_ptr, x_ptr, out_ptr, WIDTH: tl.constexpr, BLOC
 @triton.jit
 def add_rows(rows_ptr, x_ptr, r_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
              X_OFFSET: tl.constexpr, R_STRIDE: tl.constexpr, R_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
-             OUT_OFFSET: tl.constexpr):  # fmt: skip
+             OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     row = tl.program_id(0)
-    if row < tl.load(rows_ptr):
+    if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at = row.to(tl.int64)
         x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=cols < WIDTH)
@@ -42,9 +49,13 @@ def add_rows(rows_ptr, x_ptr, r_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def embed_rows(rows_ptr, token_ids_ptr, table_ptr, scales_ptr, first_ptr, out_ptr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
-               DEPTH: tl.constexpr, BLOCK: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+               DEPTH: tl.constexpr, BLOCK: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+               OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
     row = tl.program_id(0)
-    if row < tl.load(rows_ptr):
+    if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         wanted = tl.load(token_ids_ptr + row)
         if first_ptr is not None:

@@ -13,7 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import Kernel
+from compiler.backends.triton.kernels.base import OVERLAP, Kernel
 from runtime.program import Launch
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,7 @@ def interpret(kernel: Kernel, rows: int, addresses: Sequence[int]) -> None:
         for (name, dtype), address in zip(kernel.pointers(), addresses, strict=True)
     }
     with language_patched_once():
-        kernel.function[grid](**{**kernel.constants(), **pointers})
+        kernel.function[grid](**{**kernel.constants(), **pointers, OVERLAP: False})
 
 
 @contextmanager

@@ -25,7 +25,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "int8": 2e-3}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs them one after the other."""
-    monkeypatch.setattr(attention, "_PROGRAMS", 8)
+    monkeypatch.setattr(attention, "_PROGRAMS", 16)
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Model:
         """A step of tokens on both, compared."""
         tokens, width, kv_width = len(positions), self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = floats(tokens, width), floats(tokens, kv_width), floats(tokens, kv_width)
-        where = (np.array(positions, np.int32), np.array(sequences, np.int32))
+        where = np.array(positions, np.int32), np.array(sequences, np.int32)
+        beyond = tuple(np.concatenate([array, np.full(3, -7, np.int32)]) for array in where)
         half = np.arange(0, self.head_dim, 2) / self.head_dim
         angles = where[0][:, None] * 10000.0**-half
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32) if self.rotary else None
@@ -71,17 +72,20 @@ class Model:
         biases = [] if self.slopes is None else [self.slopes]
         views = View(together.stride, width), View(together.stride, width + kv_width)
         append = AppendKV(LAYERS, self.kv_heads, self.head_dim, *views, MAX_BLOCKS, self.dtype, self.rotary)
-        call(append, tokens, buffer, buffer, *where, self.table, *tables, self.part("k"), self.part("v"), launched=tokens + 3)
+        alone = [sequences.count(sequence) == 1 for sequence in sequences]
+        if not all(alone):
+            cache = self.part("k"), self.part("v")
+            call(append, tokens, buffer, buffer, *beyond, self.table, *tables, *cache, launched=tokens + 3)
         options = (
             LAYERS, self.heads, self.kv_heads, self.head_dim, self.scale, together, View(256, 5), MAX_BLOCKS, self.dtype,
             self.rotary, not self.rotary,
         )  # fmt: skip
         out = garbage((tokens + 3, 256))
-        arrays = (buffer, *where, self.table, *tables, *biases, self.part("k"), self.part("v"), out)
-        call(AttendAlone(*options), tokens, *arrays, launched=tokens + 3)
-        alone = [sequences.count(sequence) == 1 for sequence in sequences]
+        arrays = (*beyond, self.table, *tables, *biases, self.part("k"), self.part("v"), out)
+        attend = next(kernel for bound, kernel in AttendAlone(*options, *views).variants() if not bound or bound >= tokens)
+        call(attend, tokens, buffer, buffer, buffer, *arrays, launched=tokens + 3)
         np.testing.assert_array_equal(np.isnan(out[:tokens, 5]), np.logical_not(alone))
-        call(AttendRuns(*options), tokens, *arrays, launched=tokens + 3)
+        call(AttendRuns(*options), tokens, buffer, *arrays, launched=tokens + 3)
         np.testing.assert_allclose(
             taken(out, View(256, 5), tokens, width), expected, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype]
         )
@@ -104,7 +108,7 @@ def test_a_long_context_is_split_and_put_together() -> None:
     model = Model(4, 4, 24, "float16", True)
     for start in range(0, 180, 60):
         model.step(list(range(start, start + 60)), [1] * 60)
-    kernel = AttendAlone(LAYERS, 4, 4, 24, 0.2, View(256), View(256), MAX_BLOCKS, "float16", True, False)
+    kernel = AttendAlone(LAYERS, 4, 4, 24, 0.2, View(256), View(256), MAX_BLOCKS, "float16", True, False, View(256), View(256))
     assert 180 > kernel.tokens * 2 and MAX_BLOCKS * BLOCK_SIZE > 180
     model.step([180], [1])
     model.step([0, 181], [0, 1])

@@ -26,7 +26,7 @@ from runtime.host import GPU_ARCHS
 WIDE = View(12288)
 KERNELS: tuple[Kernel, ...] = (
     Activation("swiglu", 11008, True, View(22016), View(22016, 11008), View(11008), 1, 256),
-    AttendAlone(32, 32, 32, 128, 0.088, WIDE, View(4096), 128, "float16", True, False),
+    AttendAlone(32, 32, 32, 128, 0.088, WIDE, View(4096), 128, "float16", True, False, WIDE, WIDE),
     AttendRuns(30, 32, 32, 128, 0.088, WIDE, View(4096), 128, "float16", False, True),
     QuantizedLinear(12288, 4096, False, View(4096), WIDE, 1, Tile(1, 8, 1024, dots=True, stages=3)),
     QuantizedLinear(4096, 4096, True, View(4096), View(4096), 1, Tile(16, 32, 256, 4)),
@@ -46,7 +46,7 @@ OTHERS: tuple[Kernel, ...] = (
     QuantizeTokens(4096, View(4096), View(4096)),
     RotaryTable(128, 1.0, 2.0, 2048, 10000.0),
     AppendKV(32, 32, 128, View(12288, 4096), View(12288, 8192), 128, "int8", True),
-    AttendAlone(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "int8", True, False, few=True),
+    AttendAlone(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "int8", True, False, WIDE, WIDE, most_rows=256),
     AttendRuns(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "float32", True, False),
     AttendRuns(5, 6, 6, 32, 0.177, View(576), View(192), 128, "float16", False, True),
     ChunkMaxima(250880, View(250880)),

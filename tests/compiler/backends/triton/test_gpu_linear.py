@@ -18,7 +18,8 @@ from tests.compiler.backends.triton.harness import Array, call, floats, garbage,
 
 RANDOM = np.random.default_rng(5)
 TILES = (
-    Tile(1, 4, 64, dots=True), Tile(4, 8, 32, dots=True), Tile(16, 16, 64), Tile(16, 32, 32, 3), Tile(32, 16, 64, 2),
+    Tile(1, 4, 64, dots=True), Tile(4, 8, 32, dots=True), Tile(1, 4, 128, dots=True), Tile(4, 4, 128, dots=True),
+    Tile(16, 16, 64), Tile(16, 32, 32, 3), Tile(32, 16, 64, 2),
     Tile(16, 64, 128, 1, 8),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 pytest.importorskip("triton")
 
 from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
+from compiler.backends.triton.kernels import activation
+from compiler.backends.triton.kernels.activation import (
+    ActivateChunks,
+    Activation,
+    BlockHadamard,
+    QuantizeChunks,
+    QuantizeTokens,
+)
 from compiler.backends.triton.kernels.norm import Norm
 from compiler.backends.triton.kernels.rotary import RotaryTable
 from compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
@@ -105,6 +113,47 @@ def test_activation_transforms_and_quantizes(function: str, hadamard: int | None
         plain, out = Activation(function, width, False, *views, View(256, 1)), garbage((ROWS, 256))
         call(plain, ROWS, buffer, *second, out)
         np.testing.assert_allclose(taken(out, plain.out, ROWS, width), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("hadamard", [None, 16, 64])
+@pytest.mark.parametrize("function", ["gelu", "swiglu"])
+def test_chunks_of_a_row_give_what_the_whole_row_does(
+    function: str, hadamard: int | None, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation, "_CHUNK", 64)
+    width, both, out = 192, View(448, 32), View(planes * 192)
+    buffer = place(floats(ROWS, 2 * width) * 3, both, BEYOND)
+    views = (both, View(448, 32 + width) if function == "swiglu" else None)
+    whole = Activation(function, width, True, *views, out, planes, hadamard)
+    assert whole.chunked and not replace(whole, quantize=False).chunked and not replace(whole, step=True).chunked
+    second = [buffer] if function == "swiglu" else []
+    expected = garbage((ROWS + BEYOND, out.stride), np.int8), garbage(ROWS + BEYOND)
+    call(whole, ROWS, buffer, *second, *expected, launched=ROWS + BEYOND)
+    before = buffer.copy()
+    for (bound, first), (bound_too, last) in zip(
+        ActivateChunks(whole).variants(), QuantizeChunks(ActivateChunks(whole)).variants(), strict=True
+    ):
+        assert bound == bound_too and first.pointers()[-3:] == last.pointers()[-3:]
+        buffer[:], maxima = before, garbage((ROWS + BEYOND, 3))
+        found = garbage((ROWS + BEYOND, out.stride), np.int8), garbage(ROWS + BEYOND)
+        call(first, ROWS, buffer, *second, maxima, *found, launched=ROWS + BEYOND)
+        call(last, ROWS, buffer, maxima, *found, launched=ROWS + BEYOND)
+        for got, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        taken(buffer, both, ROWS, width)[:] = taken(before, both, ROWS, width)
+        np.testing.assert_array_equal(buffer, before, "something else was written")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_reaches_the_scale(bad: float) -> None:
+    x = floats(2, 2048)
+    x[1, 1500] = bad
+    first = ActivateChunks(Activation("gelu", 2048, True, View(2048), None, View(2048)))
+    maxima, xq, xs = garbage((2, 4)), garbage((2, 2048), np.int8), garbage(2)
+    call(first, 2, x, maxima, xq, xs)
+    call(QuantizeChunks(first), 2, x, maxima, xq, xs)
+    assert np.isfinite(xs[0]) and not np.isfinite(xs[1])
 
 
 def test_the_hadamard_transform_adds_in_the_order_of_the_meaning() -> None:
