@@ -370,7 +370,7 @@ class AttendRuns(_Attention):
         return self.cache_dtype != "float32"
 
     def start(self) -> Start:
-        warps = (8 if self.rows >= 64 else 4) // (1 if self.head_dim >= 64 else 2)  # small heads on more spill registers
+        warps = 8 if self.tensor_cores() and self.head_dim >= 32 else 4 if self.head_dim >= 64 else 2  # others spill registers
         return Start((1, self.num_heads, 1), self.rows, warps, 2)
 
     def constants(self) -> Mapping[str, Any]:
