@@ -123,6 +123,9 @@ def test_kernels_are_started_with_two_null_pointers_behind_their_own() -> None:
     assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (64, 1, 1)
     assert values == (10, 20, 0, 0) and len(types) == 4
     assert driver.named("cuFuncSetAttribute")[0][1:] == (8, 60_000), "more shared memory than is given unasked"
+    for small in (LAUNCH, replace(LAUNCH, shared=64, rows=1, tensor_cores=())):
+        device.load("kernel", b"code", small)
+    assert [arguments[1:] for arguments in driver.named("cuFuncSetAttribute")[1:]] == [(8, 60_000), (9, 0)]
 
 
 def test_a_kernel_that_may_overlap_does_so_behind_another_kernel_only() -> None:

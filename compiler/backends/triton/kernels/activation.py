@@ -12,11 +12,10 @@ import triton.language as tl
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
 from compiler.backends.triton.kernels.device import (
-    await_earlier,
+    begin,
     block_hadamard,
     gelu,
     largest,
-    let_next_start,
     quantize_by,
     quantize_row,
     scaled_sigmoid,
@@ -27,26 +26,32 @@ _FEW = 64  # rows up to which there are several, or one multiprocessor would wor
 
 
 @triton.jit
+def _activated(x, up_ptr, up_place, cols, inside, SIZE: tl.constexpr, FUNCTION: tl.constexpr, HADAMARD: tl.constexpr,
+               LEVELS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """SIZE channels of a row."""
+    if FUNCTION == "gelu":
+        x = gelu(x)
+    elif FUNCTION == "swiglu":
+        x = scaled_sigmoid(x, x) * tl.load(up_ptr + up_place + cols, mask=inside, other=0.0)
+    if HADAMARD:
+        x = block_hadamard(x, cols, SIZE, HADAMARD, LEVELS, SCALE)
+    return x
+
+
+@triton.jit
 def activate_rows(rows_ptr, x_ptr, up_ptr, step_ptr, maxima_ptr, xq_ptr, xs_ptr, out_ptr, WIDTH: tl.constexpr,
                   BLOCK: tl.constexpr, FUNCTION: tl.constexpr, HADAMARD: tl.constexpr, LEVELS: tl.constexpr,
                   SCALE: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr,
                   UP_STRIDE: tl.constexpr, UP_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         cols = tl.arange(0, BLOCK)
         inside = cols < WIDTH
         at = row.to(tl.int64)
         x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=inside, other=0.0)
-        if FUNCTION == "gelu":
-            x = gelu(x)
-        elif FUNCTION == "swiglu":
-            x = scaled_sigmoid(x, x) * tl.load(up_ptr + at * UP_STRIDE + UP_OFFSET + cols, mask=inside, other=0.0)
-        if HADAMARD:
-            x = block_hadamard(x, cols, BLOCK, HADAMARD, LEVELS, SCALE)
+        x = _activated(x, up_ptr, at * UP_STRIDE + UP_OFFSET, cols, inside, BLOCK, FUNCTION, HADAMARD, LEVELS, SCALE)
         if out_ptr is not None:
             tl.store(out_ptr + at * OUT_STRIDE + OUT_OFFSET + cols, x, mask=inside)
         else:
@@ -59,9 +64,7 @@ def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, WIDTH: 
                     SCALE: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, UP_STRIDE: tl.constexpr,
                     UP_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A chunk of a row, in place, and its largest absolute value."""
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     if row < rows:
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -69,12 +72,7 @@ def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, WIDTH: 
         at = row.to(tl.int64)
         place = x_ptr + at * X_STRIDE + X_OFFSET + cols
         x = tl.load(place, mask=inside, other=0.0)
-        if FUNCTION == "gelu":
-            x = gelu(x)
-        elif FUNCTION == "swiglu":
-            x = scaled_sigmoid(x, x) * tl.load(up_ptr + at * UP_STRIDE + UP_OFFSET + cols, mask=inside, other=0.0)
-        if HADAMARD:
-            x = block_hadamard(x, cols, CHUNK, HADAMARD, LEVELS, SCALE)
+        x = _activated(x, up_ptr, at * UP_STRIDE + UP_OFFSET, cols, inside, CHUNK, FUNCTION, HADAMARD, LEVELS, SCALE)
         tl.store(place, x, mask=inside)
         tl.store(maxima_ptr + row * CHUNKS + chunk, largest(x))
 
@@ -85,9 +83,7 @@ def quantize_chunks(rows_ptr, x_ptr, maxima_ptr, xq_ptr, xs_ptr, WIDTH: tl.const
                     X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
                     OVERLAP: tl.constexpr):  # fmt: skip
     """A part of a row whose chunks have been activated; nothing where it is DONE."""
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if not DONE:
         if row < rows:

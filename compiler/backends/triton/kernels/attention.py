@@ -17,7 +17,7 @@ import triton.language as tl
 from compiler.backends.kernel import View, Workspace
 from compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
 from compiler.backends.triton.kernels.cache import append, of_cache, read_tokens, tokens_of, turned
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start
+from compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
 _LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
 _PROGRAMS = 1024  # that decoding is to be split into
@@ -189,9 +189,7 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
                 Q_STRIDE: tl.constexpr, Q_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
                 OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A program has one query head of BM neighbouring tokens, and takes the sequences among them one after the other."""
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     start = tl.program_id(0) * BM
     if start >= rows:
         return

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start, rint
+from compiler.backends.triton.kernels.device import begin, rint
 from compiler.errors import CompileError
 from runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
 
@@ -105,9 +105,7 @@ def append_heads(rows_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_tab
                  MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr,
                  TABLE_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr, V_STRIDE: tl.constexpr,
                  V_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         at = row.to(tl.int64)

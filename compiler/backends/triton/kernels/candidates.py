@@ -16,7 +16,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start
+from compiler.backends.triton.kernels.device import begin
 
 CHUNK = 256  # logits that share a maximum
 CAPACITY = 4096  # places of a row; more candidates are counted only
@@ -27,9 +27,7 @@ _BISECTIONS = tl.constexpr(32)
 @triton.jit
 def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, COUNT: tl.constexpr, STRIDE: tl.constexpr, CHUNKS: tl.constexpr,
                  CHUNK: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row, program = tl.program_id(0), tl.program_id(1)
     if row < rows:
         chunks = program * EACH + tl.arange(0, EACH)
@@ -53,9 +51,7 @@ def _ordered(x):
 def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, COUNT: tl.constexpr,
             STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, PROGRAM: tl.constexpr,
             CAPACITY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row >= rows:
         return

@@ -26,6 +26,15 @@ def await_earlier(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def begin(rows_ptr, OVERLAP: tl.constexpr):
+    """Both, for a kernel that has nothing to fetch ahead; returns the step's number of rows."""
+    let_next_start(OVERLAP)
+    rows = tl.load(rows_ptr)
+    await_earlier(OVERLAP)
+    return rows
+
+
+@triton.jit
 def rint(x):
     """The nearest integer, half to even."""
     return (x + _ROUND) - _ROUND

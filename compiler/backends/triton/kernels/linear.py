@@ -12,7 +12,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View, Workspace, round_up
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start
+from compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
 _AHEAD = 8192  # bytes of weights that a program asks for before it may start
@@ -347,9 +347,7 @@ def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, OUTPUTS: tl.cons
                 DEPTH: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
                 OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                 OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     across: tl.constexpr = (OUTPUTS + BN - 1) // BN
     down = (rows + BM - 1) // BM
     tile = tl.program_id(0)

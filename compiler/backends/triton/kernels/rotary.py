@@ -11,7 +11,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start
+from compiler.backends.triton.kernels.device import begin
 
 _TOKENS = 128  # looked at together for the length of a sequence
 
@@ -20,9 +20,7 @@ _TOKENS = 128  # looked at together for the length of a sequence
 def rotary_rows(rows_ptr, positions_ptr, sequences_ptr, inv_freq_ptr, cos_sin_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr,
                 STRIDE: tl.constexpr, SCALING: tl.constexpr, FACTOR: tl.constexpr, ORIGINAL: tl.constexpr, BASE: tl.constexpr,
                 TOKENS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         pairs = tl.arange(0, BLOCK)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from compiler.backends.kernel import View, round_up
 from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start
+from compiler.backends.triton.kernels.device import begin
 
 _COLUMNS = 1024  # of a block of threads; wider rows have several
 DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
@@ -20,9 +20,7 @@ DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
 @triton.jit
 def gather_rows(rows_ptr, indices_ptr, x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
                 X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -35,9 +33,7 @@ def gather_rows(rows_ptr, indices_ptr, x_ptr, out_ptr, WIDTH: tl.constexpr, BLOC
 def add_rows(rows_ptr, x_ptr, r_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
              X_OFFSET: tl.constexpr, R_STRIDE: tl.constexpr, R_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
              OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -51,9 +47,7 @@ def add_rows(rows_ptr, x_ptr, r_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.con
 def embed_rows(rows_ptr, token_ids_ptr, table_ptr, scales_ptr, first_ptr, out_ptr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
                DEPTH: tl.constexpr, BLOCK: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
                OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_start(OVERLAP)
-    rows = tl.load(rows_ptr)
-    await_earlier(OVERLAP)
+    rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
