@@ -1,8 +1,8 @@
 """What `belle-compile plan` predicts beside what was measured, on this machine's results: python -m benchmarks.plan (seconds).
 
-Reads speed-SHAPE.json (benchmarks.speed) and ranks.json (benchmarks.ranks) and writes PLAN.md. A prediction has the model's
-dimensions, the instruction set, the number of ranks and the read bandwidth measured in the same run; nothing of it is fitted to
-the shape it is for.
+Reads speed-SHAPE.json (benchmarks.speed), ranks.json (benchmarks.ranks) and gpu-check.json (benchmarks.gpu_check), and writes
+PLAN.md. A prediction has the model's dimensions and the number of ranks; on a CPU the instruction set and the read bandwidth
+measured in the same run, and nothing fitted to the shape it is for; on a GPU what its maker says of it, and shares of that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints
+from benchmarks.gpu_check.checks import BATCHES, CONTEXT, LARGE, PROMPTS, STEPS
 from benchmarks.tasks import TASKS, Task
 from compiler.devices import DEVICES
 from compiler.layers import preset
@@ -47,13 +48,13 @@ class Row:
         return self.predicted / self.measured
 
 
-def works(shape: str, ranks: int) -> list[RankWork]:
+def works(shape: str, ranks: int, *, gpu: bool = False) -> list[RankWork]:
     """By the dimensions of the shape."""
     dimensions = checkpoints.SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(dimensions | checkpoints.COMMON[dimensions["model_type"]]))
-        return works_of(outline(config), preset("int8"), ranks)
+        return works_of(outline(config), preset("int8"), ranks, gpu=gpu)
 
 
 def row(shape: str, ranks: int, task: Task, isa: str, measured: float, read_gb: float) -> Row:
@@ -84,13 +85,31 @@ def of_ranks(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iter
                 yield row(shape, int(ranks), NAMED[name], isa, statistics.median(seconds), read_gb)
 
 
+def of_gpu(found: dict[str, Any]) -> Iterator[Row]:
+    """Of the large model of a check."""
+    name = found["device"]["gpu"].removeprefix("NVIDIA ").split()[0].lower()
+    rates, _ = rates_of(DEVICES[name], 1, (), 0.0)
+    (work,) = works(LARGE, 1, gpu=True)
+    read_gb = max(one["copy_bytes_per_second"] for one in (found["device"], found[LARGE])) / 1e9
+    for batch in BATCHES:
+        measured = found[LARGE].get(f"decode, batch {batch}", {}).get("seconds")
+        if measured:
+            step = predict(work, rates, 1, sequences=batch, tokens=1, context=CONTEXT + 8 + STEPS // 2)
+            yield Row(f"{LARGE}, {name}", 1, f"decode, batch {batch}", step.seconds, measured, read_gb, 0.0)
+    for prompt in PROMPTS:
+        step = predict(work, rates, 1, sequences=1, tokens=prompt, context=prompt // 2)
+        measured = found[LARGE][f"prefill {prompt}"]["first_token_s"]
+        yield Row(f"{LARGE}, {name}", 1, f"prefill {prompt}", step.seconds, measured, read_gb, 0.0)
+
+
 def page(rows: Sequence[Row], machines: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
         "# Plans beside measurements",
         "",
-        "Written by `python -m benchmarks.plan` from speed-SHAPE.json and ranks.json; do not edit. Milliseconds of a decoding",
-        "step, and of a whole prompt in prefill; predicted with the read bandwidth measured in the same run.",
+        "Written by `python -m benchmarks.plan` from speed-SHAPE.json, ranks.json and gpu-check.json; do not edit.",
+        "Milliseconds of a decoding step, and of a whole prompt in prefill. On CPUs predicted with the read bandwidth measured in",
+        "the same run; on GPUs with the device's own figures, and what stands here as read GB/s is how fast it copied.",
         "",
         "| shape | ranks | work | read GB/s | predicted ms | of it sums | measured ms | predicted / measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -120,6 +139,14 @@ def main() -> None:
             if "read_gb_per_second" in found:
                 rows += of_ranks(found, shape)
                 machines[f"ranks.json, {shape}"] = found["machine"]
+    check = arguments.results / "gpu-check.json"
+    if check.is_file():
+        found = json.loads(check.read_text())
+        rows += of_gpu(found)
+        machines[check.name] = {
+            "processor": found["device"]["gpu"], "system": f"CUDA {found['device']['cuda_of_driver']}",
+            "date": found["about"]["date"], "command": "python -m benchmarks.gpu_check build/gpu-check-h100",
+        }  # fmt: skip
     (arguments.results / "PLAN.md").write_text(page(rows, machines))
     print(page(rows, machines))
 

@@ -31,18 +31,23 @@ class Sequences:
 
     def step(self, tokens: Mapping[int, Sequence[int]], *, candidates: int = 1, last: int = 1) -> Rows:
         """Logits after the last token of each sequence that is given some, or after so many of the last ones."""
-        batch, at = self._executor.batch, 0
+        batch = self._executor.batch
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
         rows: list[int] = []
         for sequence, given in tokens.items():
             size, start = len(given), self.lengths[sequence]
-            batch.token_ids[at : at + size] = given
-            batch.positions[at : at + size] = np.arange(start, start + size)
-            batch.sequences[at : at + size] = sequence
+            rows += range(len(ids) + max(0, size - last), len(ids) + size)
+            ids += given
+            positions += range(start, start + size)
+            sequences += [sequence] * size
             self.lengths[sequence] += size
-            rows += range(at + max(0, size - last), at + size)
-            at += size
+        batch.tokens, batch.rows = len(ids), len(rows)
+        batch.token_ids[: len(ids)] = ids
+        batch.positions[: len(ids)] = positions
+        batch.sequences[: len(ids)] = sequences
         batch.logit_rows[: len(rows)] = rows
-        batch.tokens, batch.rows = at, len(rows)
         assert batch.candidates is not None
         batch.candidates[: len(rows)] = candidates
         return self._executor.step()

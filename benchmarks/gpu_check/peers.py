@@ -40,6 +40,8 @@ def measure(
     }
     for name, make in (("transformers fp16 eager", _transformers), ("torch.compile int8 weight-only", _compiled)):
         work |= {f"{name}, batch {batch}": partial(_decoding, torch, make, config, batch, device) for batch in batches}
+    if device == "cuda":
+        work["transformers fp16 eager, launches"] = partial(_launches, torch, _transformers, config, device)
     for name, run in work.items():
         try:
             findings.note_under(name, run())
@@ -99,6 +101,20 @@ def _decoding(torch: Any, make: Callable[..., Callable[[], Any]], config: Any, b
             times.append(time.perf_counter() - started)
     seconds = statistics.median(times[8:])
     return {"seconds": seconds, "tokens_per_second": batch / seconds, "first_s": times[0]}
+
+
+def _launches(torch: Any, make: Callable[..., Callable[[], Any]], config: Any, device: str) -> dict[str, float]:
+    """Kernels of a step, by the driver's own record of what ran."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.no_grad():
+        step = make(torch, config, 1, device)
+        step()
+        _wait(torch, device)
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            _wait(torch, device)
+    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": sum(not name.startswith(("Memcpy", "Memset")) for name in ran), "copies": len(ran)}
 
 
 def _transformers(torch: Any, config: dict[str, Any], batch: int, device: str) -> Callable[[], Any]:

@@ -83,7 +83,7 @@ def measure(
             bound = None if text == ANY else int(text)
             calls = [call for call in program.calls if (bound, name) in call.kernels()][:_CALLS]
             most = max(program.max_tokens if call.rows == "T" else program.max_rows for call in calls)
-            rows = min(most, bound or most)
+            rows = min(most, bound or most, program.max_sequences if calls[0].when == "alone" else most)
             pretend(calls[0].when, rows)
             there = [one for one in (name, *others) if one in loaded]
             times = {one: _seconds(device, calls, one, rows, launch) / len(calls) for one in there}

@@ -21,7 +21,8 @@ STAGE = "cuda"
 _OLDEST = 12_080  # driver that does, by the version that it says: CUDA 12.8
 _START = "cuLaunchKernelEx"
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that need no permission
-_COPIED, _COPIES = 512 << 20, 24  # bytes and tries to find out how fast memory is
+_COPIED, _COPIES = 512 << 20, 4  # bytes and tries to find out how fast memory is
+_APART = tuple(megabytes << 20 for megabytes in (0, 1, 2, 5, 16, 33))  # beside them
 _STAGING = 64 << 20  # bytes of each of two pinned buffers that weights pass through
 
 
@@ -226,21 +227,19 @@ class CudaDevice:
         self._behind_kernel = False
 
     def copy_bandwidth(self) -> float:
-        """The best of a few copies within its memory, larger than any cache."""
-        held: list[Any] = []
+        """The best of a few copies within its memory, larger than any cache. How far apart both places are matters."""
+        memory = self._call("cuMemAlloc", 2 * _COPIED + max(_APART))
 
         def run(mark: Callable[[], None]) -> None:
-            for _ in range(_COPIES):
+            for apart in _APART * _COPIES:
                 mark()
-                self._call("cuMemcpyDtoDAsync", held[1], held[0], _COPIED, self._stream)
+                self._call("cuMemcpyDtoDAsync", memory + _COPIED + apart, memory, _COPIED, self._stream)
             mark()
 
         try:
-            held += [self._call("cuMemAlloc", _COPIED), self._call("cuMemAlloc", _COPIED)]
             return 2 * _COPIED / min(self.times(run))
         finally:
-            for address in held:
-                self._call("cuMemFree", address)
+            self._call("cuMemFree", memory)
 
     def synchronize(self) -> None:
         """Wait for the stream."""

@@ -37,10 +37,12 @@ class FoundLogits:
         places = self._places.view(np.int32).reshape(self._rows, -1)
         values = self._values.view(np.float32).reshape(self._rows, -1)
         many = self._read_many([row for row in range(rows) if self._few < counts[row] <= self._at.capacity], counts)
+        widest = max((count for count in counts if count <= self._few), default=0)
+        tokens, logits = places[:rows, :widest].astype(np.int64), values[:rows, :widest].copy()
         found: list[Row] = []
         for row, count in enumerate(counts):
             if count <= self._few:
-                found.append(_ordered(places[row, :count], values[row, :count]))
+                found.append(_ordered(tokens[row, :count], logits[row, :count]))
             elif count <= self._at.capacity:
                 found.append(many[row])
             else:
@@ -61,13 +63,13 @@ class FoundLogits:
         found = {}
         for row in rows:
             places, values = (part[: 4 * counts[row]] for part in many[row])
-            found[row] = _ordered(places.view(np.int32), values.view(np.float32))
+            found[row] = _ordered(places.view(np.int32).astype(np.int64), values.view(np.float32))
         return found
 
 
-def _ordered(places: NDArray[np.int32], values: NDArray[np.float32]) -> Few:
-    """Copies in ascending order of places; a device finds them in any order."""
+def _ordered(places: NDArray[np.int64], values: NDArray[np.float32]) -> Few:
+    """In ascending order of places; a device finds them in any order."""
     if len(places) == 1:
-        return Few(places.astype(np.int64), values.copy())
+        return Few(places, values)
     order = places.argsort()
-    return Few(places[order].astype(np.int64), values[order])
+    return Few(places[order], values[order])

@@ -34,11 +34,11 @@ def test_belle_7b_on_a100s(tmp_path: Path) -> None:
     found = plan(written(BELLE_7B, tmp_path), "a100x4", "int8", Load(1, 512))
     by_ranks = lines(found)
     assert list(by_ranks) == [1, 2, 4, 8] and all(line["fits"] for line in by_ranks.values())
-    assert "nothing has been measured on a GPU" in found["rates"]
+    assert "measured on an H200" in found["rates"]
     one, four = by_ranks[1], by_ranks[4]
     # 7.4 GB of weights are read (of 8.1 one table is of the embedding), and half a GB of keys and values a 2,048 tokens
     read = 7.12e9 + one["kv_bytes"]
-    assert one["memory_s"] == pytest.approx(read / (0.85 * 1555e9), rel=0.03) and one["sums_s"] == 0
+    assert one["memory_s"] == pytest.approx(read / (0.93 * 1555e9), rel=0.03) and one["sums_s"] == 0
     assert four["memory_s"] == pytest.approx(one["memory_s"] / 4, rel=0.01) and four["sums_s"] > 0
     assert four["weight_bytes"] == pytest.approx(one["weight_bytes"] / 4, rel=0.002)
     assert one["token_s"] > four["token_s"] and one["first_token_s"] > one["token_s"]

@@ -246,6 +246,15 @@ def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
     assert not Choices(tmp_path, device).known(made)  # type: ignore[arg-type]
 
 
+def test_tokens_that_are_alone_are_no_more_than_sequences(tmp_path: Path) -> None:
+    made = program({"one": {"1": ("other",)}, "many": {"any": ("wide",)}})
+    made = replace(made, calls=tuple(replace(call, when="alone") for call in made.calls))
+    (tmp_path / "program.json").write_text(made.to_json())
+    device = Timed(dict.fromkeys(made.launches, 1.0))
+    measure(Choices(tmp_path, device), made, device, made.launches, device.launch, lambda *given: device.counts.append(given))  # type: ignore[arg-type]
+    assert device.counts == [("alone", 4), ("alone", 1)], "4 sequences, of 64 tokens"
+
+
 def test_a_directory_that_cannot_be_written_to_is_no_obstacle(tmp_path: Path) -> None:
     made = program({"one": {"1": ("other",)}})
     (tmp_path / "program.json").write_text(made.to_json())

@@ -86,7 +86,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
                  BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
                  Q_STRIDE: tl.constexpr, Q_OFFSET: tl.constexpr, K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr,
                  V_STRIDE: tl.constexpr, V_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-                 ONE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 ONE: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A program has the query heads of a key/value head of one token, and a part of its context; that of the last part has the
     token's own key and value, and appends them. The last one to be done puts the parts together."""
     let_next_start(OVERLAP)
@@ -138,13 +138,20 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
         values = tl.broadcast_to(new, (BG, BD))
     last = position + members * 0
     for _ in range(first_tile, last_tile):
+        if EARLY:
+            coming = tokens + BT
+            next_first, next_second, next_v = _read(
+                kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, coming, coming < end, pairs, cols, HALF, HEAD_DIM,
+                MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
         if not ONE:  # what is read for tensor cores is fetched some tiles ahead
             k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, tokens < end, pairs,
                                          cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
         most, total, values = _attend(first, second, most, total, values, slopes, last, tokens, tokens < end, mine, k_first,
                                       k_second, v, SCALE, ONE, False)  # fmt: skip
         tokens += BT
-        if ONE:
+        if EARLY:
+            k_first, k_second, v = next_first, next_second, next_v
+        elif ONE:
             k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, tokens < end, pairs,
                                          cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
     out = out_ptr + at * OUT_STRIDE + OUT_OFFSET + heads[:, None] * HEAD_DIM + cols[None, :]
@@ -288,7 +295,7 @@ class AttendAlone(_Attention):
     v: View
     products: bool = False  # by tensor cores even where there is one query head
     warps: int = 4
-    short: bool = False  # tiles of half as many tokens
+    short: bool = False  # tiles of half as many tokens, of which the next is on its way while one is worked on
     most_rows: int = 1  # that it is for: with more of them, contexts are split in fewer parts
 
     function = attend_alone
@@ -343,7 +350,7 @@ class AttendAlone(_Attention):
         return Start((1, self.num_kv_heads, self.splits), 1, self.warps, 2)
 
     def constants(self) -> Mapping[str, Any]:
-        own = {"KV_HEADS": self.num_kv_heads, "BG": self.members, "SPLITS": self.splits, "ONE": self.one}
+        own = {"KV_HEADS": self.num_kv_heads, "BG": self.members, "SPLITS": self.splits, "ONE": self.one, "EARLY": self.short}
         return {**super().constants(), **own, **of_view("K", self.k), **of_view("V", self.v)}
 
 

@@ -21,6 +21,7 @@ from compiler.backends.triton.kernels.device import begin
 CHUNK = 256  # logits that share a maximum
 CAPACITY = 4096  # places of a row; more candidates are counted only
 _PROGRAM = 2048  # logits of a program
+_PARTS = 8  # of so many, for a program that finds the threshold first
 _BISECTIONS = tl.constexpr(32)
 
 
@@ -49,8 +50,9 @@ def _ordered(x):
 
 @triton.jit
 def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, COUNT: tl.constexpr,
-            STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, PROGRAM: tl.constexpr,
-            CAPACITY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+            STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EACH: tl.constexpr,
+            PARTS: tl.constexpr, CAPACITY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Of PARTS times EACH chunks."""
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row >= rows:
@@ -63,23 +65,28 @@ def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr
     maxima = tl.load(maxima_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=float("-inf"))
     order = _ordered(maxima).to(tl.int64)
     # The largest integer that at least `wanted` maxima reach, by bisection of all there are.
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483648, tl.int64)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) >> 1
-        reached = tl.sum(((order >= middle) & (chunks < CHUNKS)).to(tl.int32), axis=0)
-        low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached >= wanted, high, middle)
-    cols = tl.program_id(1) * PROGRAM + tl.arange(0, PROGRAM)
-    logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
-    chosen = ((_ordered(logits).to(tl.int64) >= low) | (logits != logits)) & (cols < COUNT)
-    number = tl.sum(chosen.to(tl.int32), axis=0)
-    if number > 0:
-        first = tl.atomic_add(counts_ptr + row, number, sem="relaxed")
-        place = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-        fits = chosen & (place < CAPACITY)
-        tl.store(places_ptr + row * CAPACITY + place, cols, mask=fits)
-        tl.store(values_ptr + row * CAPACITY + place, logits, mask=fits)
+    low = tl.max(order, axis=0)
+    if wanted > 1:
+        high = low + 1
+        low = tl.full((), -2147483648, tl.int64)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) >> 1
+            reached = tl.sum(((order >= middle) & (chunks < CHUNKS)).to(tl.int32), axis=0)
+            low = tl.where(reached >= wanted, middle, low)
+            high = tl.where(reached >= wanted, high, middle)
+    for part in range(tl.program_id(1) * PARTS, (tl.program_id(1) + 1) * PARTS):
+        own = part * EACH + tl.arange(0, EACH)
+        best = tl.load(maxima_ptr + row * CHUNKS + own, mask=own < CHUNKS, other=float("-inf"))
+        if tl.max(_ordered(best).to(tl.int64), axis=0) >= low:  # in few parts
+            cols = part * EACH * CHUNK + tl.arange(0, EACH * CHUNK)
+            logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
+            chosen = ((_ordered(logits).to(tl.int64) >= low) | (logits != logits)) & (cols < COUNT)
+            number = tl.sum(chosen.to(tl.int32), axis=0)
+            first = tl.atomic_add(counts_ptr + row, number, sem="relaxed")
+            place = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            fits = chosen & (place < CAPACITY)
+            tl.store(places_ptr + row * CAPACITY + place, cols, mask=fits)
+            tl.store(values_ptr + row * CAPACITY + place, logits, mask=fits)
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,8 @@ class Collect(_Rows):
         return (("rows", "int32"), ("wanted", "int32"), ("logits", "float32"), ("maxima", "float32"), *found)
 
     def start(self) -> Start:
-        return Start((1, -(-self.count // _PROGRAM), 1), 1, 4)
+        return Start((1, -(-self.count // (_PARTS * _PROGRAM)), 1), 1, 4)
 
     def constants(self) -> Mapping[str, Any]:
-        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks}
-        return {**sizes, "ALL_CHUNKS": power_of_two(self.chunks), "PROGRAM": _PROGRAM, "CAPACITY": CAPACITY}
+        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks, "CAPACITY": CAPACITY}
+        return {**sizes, "ALL_CHUNKS": power_of_two(self.chunks), "CHUNK": CHUNK, "EACH": _PROGRAM // CHUNK, "PARTS": _PARTS}

@@ -16,6 +16,8 @@ from compiler.backends.triton.kernels.device import await_earlier, begin, let_ne
 from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
 _AHEAD = 8192  # bytes of weights that a program asks for before it may start
+_EARLY = 132 * 160 * 1024  # and those that all programs hold which a large device starts at the same time,
+_PIECES = tl.constexpr(4)  # of which they ask for this part at a time: enough to keep memory busy
 _PROGRAMS = 512  # of a kernel, from which on splitting the contraction gains nothing
 
 
@@ -126,6 +128,25 @@ def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_
 
 
 @triton.jit
+def held(w, there, EARLY: tl.constexpr):
+    """Weights that a program has in registers. The first EARLY programs start while earlier kernels are at work, and ask for a
+    piece when the one before is there: what those kernels read and write would have to queue behind all that is asked for."""
+    BN: tl.constexpr = w.shape[0]
+    WORDS: tl.constexpr = w.shape[1]
+    if tl.program_id(0) < EARLY:
+        piece = (tl.arange(0, BN)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]) // (BN * WORDS // _PIECES)
+        weights = tl.zeros((BN, WORDS), tl.int32)
+        none = 0
+        for number in tl.static_range(_PIECES):
+            weights = tl.load(w + none, mask=(piece == number) & there, other=weights, eviction_policy="evict_first")
+            # Zero, since there is one program along that axis; the compiler does not know, and so the next load waits.
+            none = tl.multiple_of(tl.max(tl.max(weights, axis=1), axis=0) & tl.program_id(1), 4)
+    else:
+        weights = tl.load(w, mask=there, other=0, eviction_policy="evict_first")
+    return weights
+
+
+@triton.jit
 def _dot4(x, w, sums, NATIVE: tl.constexpr):
     """sums + the products of the four signed bytes of x and w."""
     if NATIVE:
@@ -142,7 +163,7 @@ def _dot4(x, w, sums, NATIVE: tl.constexpr):
 def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr,
+               WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
                OVERLAP: tl.constexpr):  # fmt: skip
     """BN outputs of one row, or of up to BM where a program has all inputs: every thread reads 16 bytes of weights at once, and
     has many such reads under way before it needs the first."""
@@ -154,7 +175,7 @@ def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_pt
     w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[:, None] + words[None, :]
     STEPS: tl.constexpr = (INPUTS + 4 * WORDS - 1) // (4 * WORDS)
     if STEPS == 1:  # all of them are on their way while earlier kernels are still at work
-        weights = tl.load(w, mask=(words < (INPUTS + 3) // 4)[None, :], other=0, eviction_policy="evict_first")
+        weights = held(w, (words < (INPUTS + 3) // 4)[None, :], EARLY if OVERLAP else 0)
     else:
         _ask_for(weight_ptr, columns, 0, OUTPUTS, DEPTH, AHEAD, OVERLAP)
     scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
@@ -241,24 +262,19 @@ class Tile:
 # registers and shared memory of its architecture; they are what an H200 was fastest with for one shape or another. Few rows
 # need many bytes of weights under way in each program; with more rows tiles grow, and with them what is read only once.
 _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
-    (1, (Tile(1, 4, 4096, warps=4, dots=True), Tile(1, 4, 4096, warps=2, dots=True), Tile(1, 2, 16384, warps=8, dots=True),
-         Tile(1, 1, 16384, warps=8, dots=True))),
-    *((rows, (Tile(16, 32, 256, 4), Tile(rows, 4, 4096, warps=4, dots=True), Tile(rows, 2, 4096, warps=4, dots=True),
-              Tile(rows, 2, 16384, warps=8, dots=True), Tile(16, 32, 512, 4), Tile(16, 32, 512, 1, 4, 4)))
-      for rows in (2, 4, 8)),
-    (16, (Tile(16, 32, 256, 4), Tile(16, 32, 512, 1), Tile(16, 32, 512, 1, 4, 4), Tile(16, 32, 512, 4, 4, 4),
-          Tile(16, 64, 512, 2))),
-    (32, (Tile(32, 64, 128, 2, 4, 4), Tile(32, 32, 256, 1, 4, 4), Tile(32, 32, 256, 4, 4, 4), Tile(32, 32, 512, 1),
-          Tile(32, 64, 256, 2, 4, 4), Tile(32, 64, 512, 1))),
-    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 32, 256, 2, 4, 4), Tile(64, 64, 256), Tile(64, 64, 256, 4, 4, 4))),
-    (128, (Tile(128, 64, 128), Tile(128, 64, 128, 1, 4, 4), Tile(128, 64, 128, 4, 4, 4), Tile(128, 32, 256),
-           Tile(128, 64, 256, 2, 8))),
+    (1, (Tile(1, 4, 4096, warps=4, dots=True), Tile(1, 4, 4096, warps=2, dots=True), Tile(1, 2, 16384, warps=8, dots=True))),
+    *((rows, (Tile(16, 32, 512, 4), Tile(rows, 4, 4096, warps=4, dots=True), Tile(rows, 2, 16384, warps=8, dots=True)))
+      for rows in (2, 4)),
+    (8, (Tile(16, 32, 512, 1, 4, 4), Tile(16, 32, 512, 4), Tile(16, 64, 256, 1, 4, 5), Tile(8, 4, 4096, warps=4, dots=True))),
+    (16, (Tile(16, 32, 512, 1), Tile(16, 32, 512, 4, 4, 4), Tile(16, 64, 256, 1, 4, 5), Tile(16, 64, 512, 2))),
+    (32, (Tile(32, 32, 256, 4, 4, 4), Tile(32, 32, 512, 1), Tile(32, 64, 512, 1), Tile(32, 128, 256, 4, 8, 4))),
+    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 64, 256), Tile(64, 64, 256, 2, 8, 4), Tile(64, 32, 512))),
+    (128, (Tile(128, 64, 128), Tile(128, 64, 128, 1, 4, 4), Tile(128, 64, 128, 4, 4, 4), Tile(128, 32, 256, 1, 4, 4))),
     (256, (Tile(128, 128, 128, 1, 8), Tile(128, 64, 128, 1, 4, 4), Tile(128, 64, 128, 1, 4, 5), Tile(256, 64, 128, 2, 8, 4),
            Tile(256, 128, 128, 1, 8))),
     (512, (Tile(128, 128, 128, 1, 8), Tile(128, 64, 128, 1, 4, 4), Tile(128, 128, 128, 1, 4, 4), Tile(256, 128, 128, 1, 8),
            Tile(128, 256, 128, 1, 8, 4))),
-    (None, (Tile(128, 128, 128, 1, 8), Tile(128, 128, 64, 1, 4, 4), Tile(256, 128, 128, 1, 8), Tile(128, 256, 128, 1, 8, 4),
-            Tile(128, 256, 64, 1, 8))),
+    (None, (Tile(128, 128, 128, 1, 8), Tile(128, 128, 64, 1, 4, 4), Tile(256, 128, 128, 1, 8), Tile(128, 256, 128, 1, 8, 4))),
 )  # fmt: skip
 
 
@@ -336,7 +352,7 @@ class QuantizedLinear(Kernel):
         if tile.dots:
             sizes |= {"WORDS": min(tile.inputs // 4, power_of_two(-(-self.inputs // 4))), "NATIVE": self.native}
             if self._streams:
-                sizes["STAGES"] = tile.stages
+                sizes |= {"STAGES": tile.stages, "EARLY": _EARLY // (4 * tile.outputs * sizes["WORDS"])}
         else:
             sizes |= {"BK": tile.inputs, "SPLITS": tile.splits}
         return {"bias_ptr": None, **shape, "PLANES": self.planes, **of_view("X", self.x), **of_view("OUT", self.out), **sizes}

@@ -11,7 +11,7 @@ from compiler.backends.kernel import View
 from compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
 from tests.compiler.backends.triton.harness import Array, call, floats, garbage, place
 
-COUNT = 5000
+COUNT = 20_000  # of more than one program
 
 
 def candidates(logits: Array, wanted: list[int]) -> list[tuple[int, Array, Array]]:
@@ -48,10 +48,10 @@ def test_few_are_found_for_the_best_one() -> None:
 
 def test_what_is_no_number_is_found_too() -> None:
     logits = floats(2, COUNT)
-    logits[0, 17], logits[1, 4999] = np.nan, np.inf
+    logits[0, 17], logits[1, COUNT - 1] = np.nan, np.inf
     (_, first, values), (_, second, _) = candidates(logits, [1, 2])
     assert 17 in first and np.isnan(values[first.tolist().index(17)])
-    assert 4999 in second
+    assert COUNT - 1 in second
 
 
 def test_all_are_wanted_or_too_many() -> None:

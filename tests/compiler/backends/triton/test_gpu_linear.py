@@ -9,12 +9,16 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
+import triton
+import triton.language as tl
+
 from compiler.backends.kernel import View
 from compiler.backends.triton.kernels import linear
-from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
+from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile, held
 from compiler.backends.triton.lower import pad_rows
 from compiler.ir import meanings
-from tests.compiler.backends.triton.harness import Array, call, floats, garbage, place, taken
+from tests.compiler.backends.triton.harness import Array, call, floats, garbage, language_patched_once, place, taken
 
 RANDOM = np.random.default_rng(5)
 TILES = (
@@ -71,6 +75,25 @@ def test_sums_that_leave_no_room_are_exact(monkeypatch: pytest.MonkeyPatch) -> N
         call(kernel, 1, packed, np.ones(1, np.float32), wq, np.ones(16, np.float32), out)
         expected = meanings.quantized_linear(xq, np.ones(1, np.float32), wq, np.ones(16, np.float32), None)
         np.testing.assert_array_equal(out[:, :16], expected)
+
+
+@triton.jit
+def copy_held(w_ptr, out_ptr, EARLY: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr):
+    places = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    there = (tl.arange(0, WORDS) < WORDS - 3)[None, :]
+    tl.store(out_ptr + places, held(w_ptr + places, there, EARLY))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 16), (2, 64)])
+def test_weights_are_the_same_when_they_are_asked_for_in_pieces(shape: tuple[int, int]) -> None:
+    """As the first two of four programs do."""
+    weights = RANDOM.integers(-(2**31), 2**31, (4, *shape)).astype(np.int32)
+    found = torch.full(weights.shape, 7, dtype=torch.int32)
+    with language_patched_once():
+        copy_held[(4,)](torch.from_numpy(weights), found, 2, *shape)
+    expected = weights.copy()
+    expected[..., -3:] = 0
+    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_variants_cover_all_rows_and_have_the_same_arguments() -> None:
