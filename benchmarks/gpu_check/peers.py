@@ -114,7 +114,8 @@ def _launches(torch: Any, make: Callable[..., Callable[[], Any]], config: Any, d
             step()
             _wait(torch, device)
     ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"kernels": sum(not name.startswith(("Memcpy", "Memset")) for name in ran), "copies": len(ran)}
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in ran)
+    return {"kernels": len(ran) - copies, "copies": copies}
 
 
 def _transformers(torch: Any, config: dict[str, Any], batch: int, device: str) -> Callable[[], Any]:

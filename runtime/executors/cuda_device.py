@@ -228,7 +228,7 @@ class CudaDevice:
 
     def copy_bandwidth(self) -> float:
         """The best of a few copies within its memory, larger than any cache. How far apart both places are matters."""
-        memory = self._call("cuMemAlloc", 2 * _COPIED + max(_APART))
+        memory = int(self._call("cuMemAlloc", 2 * _COPIED + max(_APART)))
 
         def run(mark: Callable[[], None]) -> None:
             for apart in _APART * _COPIES:

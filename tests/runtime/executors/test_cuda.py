@@ -26,6 +26,16 @@ class Result(IntEnum):
     CUDA_ERROR_OUT_OF_MEMORY = 2
 
 
+class Pointer:
+    """Of the device, as the bindings give it: no number, but it has one."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __int__(self) -> int:
+        return self.address
+
+
 class Driver:
     """Remembers calls; memory is the host's. `capability`, `version` and `count` are the GPU's and the host's."""
 
@@ -54,7 +64,7 @@ class Driver:
             self.calls.append((name, arguments))
             given = {
                 "cuDriverGetVersion": self.version, "cuDeviceGetCount": self.count, "cuDeviceGetName": b"NVIDIA Fake\0\0",
-                "cuGetErrorString": b"out of memory",
+                "cuGetErrorString": b"out of memory", "cuEventElapsedTime": 0.5,
             }.get(name)  # fmt: skip
             if name == "cuDeviceGetAttribute":
                 given = (*self.capability, 100 << 10)[arguments[0] - 75]
@@ -63,7 +73,7 @@ class Driver:
                     return Result.CUDA_ERROR_OUT_OF_MEMORY, None
                 block = np.full(arguments[0], 9, np.uint8)
                 self.memory[block.ctypes.data] = block
-                given = block.ctypes.data
+                given = Pointer(block.ctypes.data) if name == "cuMemAlloc" else block.ctypes.data
             if name == "cuMemGetInfo":
                 return Result.CUDA_SUCCESS, self.free, 2 * self.free
             return (
@@ -143,6 +153,17 @@ def test_a_kernel_that_may_overlap_does_so_behind_another_kernel_only() -> None:
     assert numbers == [0, 1, 0, 1, 0, 0]
     (attribute,) = driver.named("cuLaunchKernelEx")[1][0].attrs
     assert (attribute.id, attribute.value.programmaticStreamSerializationAllowed) == (6, 1)
+
+
+def test_copies_are_timed_at_several_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "_COPIED", 4096)
+    monkeypatch.setattr(cuda_device, "_APART", (0, 64))
+    driver = Driver()
+    device = CudaDevice(driver, 0)
+    assert device.copy_bandwidth() == 2 * 4096 / 0.5e-3
+    (memory,) = driver.named("cuMemFree")[0]
+    assert {target - memory for target, *_ in driver.named("cuMemcpyDtoDAsync")} == {4096, 4160}
+    assert all(arguments[1:3] == (memory, 4096) for arguments in driver.named("cuMemcpyDtoDAsync"))
 
 
 def test_weights_pass_through_pinned_memory_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
