@@ -116,8 +116,8 @@ def build(request: BuildRequest) -> Path:
         if request.calibration is not None:
             calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         graph = build_graph(checkpoint)
-        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe), target.ranks)
-        check_memory(target, partial(_planned, graph, passes_of(recipe), target, request.kv_cache))
+        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe, ranks=target.ranks), target.ranks)
+        check_memory(target, partial(_planned, graph, passes_of(recipe, ranks=target.ranks), target, request.kv_cache))
         digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
         model = _model_info(request, checkpoint, graph, digests)
 
@@ -128,7 +128,7 @@ def build(request: BuildRequest) -> Path:
         keep: tuple[str, ...] = ()
         if request.size_budget > 1:
             keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
-        passes = passes_of(recipe, data, keep)
+        passes = passes_of(recipe, data, keep, target.ranks)
         observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
         hears = _BeforeFusion(observer.observe, at_fusion(passes)[0][-1])
         graphs, records = run_for(graph, passes, target.ranks, request.dump_ir, hears)

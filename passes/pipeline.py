@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from compiler.errors import CompileError
+from compiler.ir.meanings import GROUP
 from compiler.ir.text import save_onnx, to_text
 from compiler.ir.verify import verify
 from passes.base import Pass, PassResult
@@ -40,8 +41,6 @@ from passes.rotation.rotate_values import RotateValues
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
 # Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
 ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
-# What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
-ONLINE_ROTATION: tuple[Pass, ...] = (RotateActivations(),)
 # Linears first, then what lies between them
 FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
 # What makes INT8 more accurate; those of CALIBRATED look at requests
@@ -68,14 +67,18 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def passes_of(recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+def passes_of(
+    recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = (), ranks: int = 1
+) -> tuple[Pass, ...]:
     """The passes of a recipe, in order. Without requests those methods are left out that need some. `keep` are names of linears
-    that stay float32."""
+    that stay float32; `ranks` is how many the result will be divided among."""
     if not recipe.bits:
         return (*CLEANUP, FuseProjections(), FuseAddNorm())
     smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
     rotate = ROTATION if "rotate" in recipe.methods else ()
-    online = ONLINE_ROTATION if "rotate-online" in recipe.methods else ()
+    # What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
+    group = GROUP if recipe.weight_bits == 4 else 1
+    online = (RotateActivations(ranks=ranks, group=group),) if "rotate-online" in recipe.methods else ()
     gptq = GptqRounding(data, keep=keep, weight_bits=recipe.weight_bits) if "gptq" in recipe.methods and data else None
     # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
     groups = (QuantizeGroups(keep=keep),) if recipe.weight_bits == 4 else ()

@@ -56,7 +56,7 @@ def works_of(
 ) -> list[RankWork]:
     """The work of each of `ranks`, on GPUs or on processors; no weight is read. Raises CompileError where the model cannot be
     divided so."""
-    graphs, _ = run_for(build_graph(checkpoint), passes_of(recipe), ranks)
+    graphs, _ = run_for(build_graph(checkpoint), passes_of(recipe, ranks=ranks), ranks)
     return [_work(rank, one, kv_cache, gpu) for rank, one in enumerate(graphs)]
 
 

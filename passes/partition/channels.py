@@ -29,7 +29,7 @@ def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, R
         if node.op_type == "Attention":
             parts.update(_of_attention(node, rank, ranks))
         elif node.op_type in ACTIVATIONS:
-            unit, remedy = _unit(node)
+            unit, remedy = _unit(node, ranks)
             channels = (share(width_of(source), unit, rank, ranks, f"channels of {node.name}", remedy),)
             parts.update({value: channels for value in (*node.inputs, *node.outputs) if value is not None})
         elif node.op_type in KEEPS_CHANNELS and source in parts:
@@ -66,13 +66,15 @@ def _of_attention(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges
     return {q: queries, k: keys, v: keys, node.outputs[0]: queries}
 
 
-def _unit(activation: ir.Node) -> tuple[int, str]:
-    """Channels of a feed-forward activation that stay together: whole blocks of its rotation, whole groups of weights. And how
-    to do with fewer."""
+def _unit(activation: ir.Node, ranks: int) -> tuple[int, str]:
+    """Channels of a feed-forward activation that stay together: whole blocks of its rotation, whole groups of weights. And
+    what helps where those are too few for the ranks."""
     rotation = [reader for reader in activation.outputs[0].consumers() if reader.op_type == "BlockHadamard"]
     block = attributes_of(rotation[0])["block"] if rotation else CHANNELS
-    remedy = "without the online rotation that needs such blocks" if rotation else ""
-    return (lcm(block, GROUP) if _feeds_groups(activation) else int(block)), remedy
+    least = GROUP if _feeds_groups(activation) else CHANNELS
+    enough = width_of(activation.outputs[0]) // least >= ranks
+    remedy = "from the checkpoint for these, with smaller blocks of its rotation" if rotation and enough else ""
+    return lcm(block, least), remedy
 
 
 def _feeds_groups(node: ir.Node) -> bool:

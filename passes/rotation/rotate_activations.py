@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import inf, lcm
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 SMALLEST = 16  # block: a register of the kernels
+_UNEVEN = 1.03
 _ROWS = 64  # of a weight rotated at a time, so that temporaries stay in the cache
 
 
@@ -28,10 +30,14 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
     and Gelu likewise. Q is the orthogonal matrix of BlockHadamard. This activation has the largest outliers, and as it is not
     linear, no weight before it can rotate them away (QuaRot's online transform before down_proj). The block is the
     largest power of two that divides the width, up to `block`: the larger, the further an outlier is spread, and the more
-    the kernel adds. Refuses an activation with another reader, a weight that is computed, and a width that 16 does not divide.
+    the kernel adds. Since blocks are not divided among `ranks`, it is smaller where the largest share would be more than 3%
+    above an even one, if that helps; `group` channels stay together anyway. Refuses an activation with another reader, a
+    weight that is computed, and a width that 16 does not divide.
     """
 
     block: int = 512
+    ranks: int = 1
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.block < SMALLEST or self.block & (self.block - 1):
@@ -55,12 +61,24 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         activation, linear = match
         width = _width(activation)
-        block = min(width & -width, self.block)
+        block = self.block_of(width)
         rotate = make_node("BlockHadamard", activation.outputs, f"{activation.name}.hadamard", attributes={"block": block})
         replace_weight(linear, 1, partial(_rotate_rows, block), graph)
         inputs = [rotate.outputs[0], *linear.inputs[1:]]
         node = make_node("Gemm", inputs, str(linear.name), attributes=attributes_of(linear))
         return Replacement([linear], [rotate, node], {linear.outputs[0]: node.outputs[0]})
+
+    def block_of(self, width: int) -> int:
+        """The block for so many channels, which 16 divides."""
+        block = min(width & -width, self.block)
+        blocks = [block >> shift for shift in range((block // SMALLEST).bit_length())]
+        good = (block for block in blocks if self._unevenness(width, block) <= _UNEVEN)
+        return next(good, min(blocks, key=lambda block: self._unevenness(width, block)))
+
+    def _unevenness(self, width: int, block: int) -> float:
+        """The largest share of a rank over an even one."""
+        units = -(-width // lcm(block, self.group))
+        return -(-units // self.ranks) * self.ranks / units if units >= self.ranks else inf
 
 
 def _width(activation: ir.Node) -> int:

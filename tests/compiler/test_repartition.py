@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compiler.ir.text import from_onnx, to_onnx, to_text
 from compiler.repartition import RepartitionRequest, repartition
 from compiler.unpacking import WholeWeights
 from passes.pipeline import PRESETS, at_fusion, run_pipeline
+from passes.rotation import rotate_activations
 from runtime.artifact import read_manifest, verify_files
 from runtime.errors import EngineError
 from tests.compiler.engines import write_engine
@@ -40,6 +42,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     make, sizes = SIZES[request.param]
     made: Path = make(tmp_path_factory.mktemp("checkpoints") / request.param, **sizes)
     return made
+
+
+@pytest.fixture(autouse=True)
+def same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds for several ranks rotate in the blocks that one for one rank has, as wherever these can be shared evenly."""
+    monkeypatch.setattr(rotate_activations, "_UNEVEN", inf)
 
 
 @pytest.fixture
@@ -82,6 +90,9 @@ def test_the_manifest(checkpoint: Path, tmp_path: Path, stand_ins: None) -> None
     found = read_manifest(made)
     verify_files(made, found, full=True)
     expected = read_manifest(build(BuildRequest(checkpoint, tmp_path / "two", target="cpux2", isas=("avx2",), drift=False)))
+    for records in (found.passes, expected.passes):
+        (rotation,) = (record for record in records if record.name == "rotate-activations")
+        assert rotation.options.pop("ranks") == (1 if records is found.passes else 2), "as it was built"
     assert [vars(record) for record in found.passes] == [vars(record) for record in expected.passes]
     for field in ("model", "target", "quantization", "kernel_calls", "toolchain", "generation"):
         assert getattr(found, field) == getattr(expected, field), field

@@ -67,6 +67,24 @@ def test_block(width: int, limit: int, block: int) -> None:
     assert attributes_of(model.graph.node("act.hadamard")) == {"block": block}
 
 
+@pytest.mark.parametrize(
+    ("width", "ranks", "group", "block"),
+    [
+        (16384, 8, 1, 512),  # BLOOM-7B1: 32 blocks
+        (11008, 4, 1, 256),  # LLaMA-7B: 43 blocks, 11 of them on three ranks
+        (11008, 8, 1, 128),  # 86 blocks; with 43 the largest share is 12% above an even one
+        (13824, 4, 1, 128),  # LLaMA-13B: 27 blocks of 512
+        (13824, 8, 1, 64),
+        (13824, 8, 128, 256),  # as even as groups of INT4 weights allow
+        (5632, 2, 1, 256),
+        (768, 4, 1, 64),  # three blocks of 256 would leave a rank without any
+        (48, 4, 1, 16),  # for the partition to refuse
+    ],
+)
+def test_blocks_are_shared_evenly(width: int, ranks: int, group: int, block: int) -> None:
+    assert RotateActivations(ranks=ranks, group=group).block_of(width) == block
+
+
 def test_rows_of_the_weight_are_spread() -> None:
     """An input that all outputs weigh heavily, which is what an outlier of the activation looks like from behind."""
     model = feed_forward(512)
