@@ -7,7 +7,7 @@ import ctypes
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from runtime.profiling import Recorder, read_bandwidth
 from runtime.program import ALIGNMENT, KV, AllReduce, Arena, Arg, Call, Input, Program, Scratch, Weight, read_program
 
 WEIGHTS_NAME = "weights.safetensors"
+_WORTH_FETCHING = 64 * 1024  # bytes of a call's weights
 
 
 def kernels_path(directory: Path, isa: str) -> Path:
@@ -136,7 +137,8 @@ class CpuExecutor:
         numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
         calls = [self.program.calls[number] for number in numbers]
         if self._collectives is None or self._collectives.shared:
-            bound: CallList | SummedLists = CallList(self._pool, [self._bound(call, counts[call.rows]) for call in calls])
+            addresses = [self._bound(call, counts[call.rows]) for call in calls]
+            bound: CallList | SummedLists = CallList(self._pool, addresses, self._ahead(calls))
         else:
             mixed = [
                 self._sum(call, call.all_reduce) if call.all_reduce else self._bound(call, counts[call.rows]) for call in calls
@@ -154,6 +156,11 @@ class CpuExecutor:
             count = self._inputs[call.rows].ctypes.data
             return self._shared_sum, [self._collectives.shared.address, place, count, summed.width, summed.stride]
         return self._kernels[call.kernel_for(rows)], [self._pointer(arg) for arg in call.args]
+
+    def _ahead(self, calls: list[Call]) -> list[tuple[int, int]]:
+        """Address and bytes of the weights that are read next after each call."""
+        sizes = self._weights.sizes
+        return [(self._weights.address(name), sizes[name]) if name else (0, 0) for name in next_weights(calls, sizes)]
 
     def _sum(self, call: Call, summed: AllReduce) -> Sum:
         (argument,) = call.args
@@ -174,6 +181,21 @@ class CpuExecutor:
                 return int(self._kv.ctypes.data) + self.program.kv.part_offset(arg)
             case Scratch(offset):
                 return int(self._scratch.ctypes.data) + offset
+
+
+def next_weights(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[str]:
+    """For each call the largest of the weights that the next call reads which reads many, in the next step after the last one;
+    nothing where no call does."""
+    read = ["" if call.bytes < _WORTH_FETCHING else _largest(call, sizes) for call in calls]
+    following, found = next(filter(None, read), ""), []
+    for name in reversed(read):
+        found.append(following)
+        following = name or following
+    return found[::-1]
+
+
+def _largest(call: Call, sizes: Mapping[str, int]) -> str:
+    return max((arg.name for arg in call.args if isinstance(arg, Weight)), key=sizes.__getitem__)
 
 
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:

@@ -21,7 +21,7 @@ _COPY_AGAIN = "copy the engine again or rebuild it"
 _PREFIX = "__tvm_ffi_"
 _OPAQUE_POINTER = 4  # TVM's tag of an argument that is an address
 _ARGUMENT = np.dtype([("type", np.int32), ("zero", np.uint32), ("value", np.uint64)])
-_CALL = np.dtype([("kernel", np.uint64), ("arguments", np.uint64), ("count", np.int64)])
+_CALL = np.dtype([("kernel", "u8"), ("arguments", "u8"), ("count", "i8"), ("next", "u8"), ("next_bytes", "i8")])
 
 
 class KernelLibrary:
@@ -34,8 +34,8 @@ class KernelLibrary:
             raise EngineError("engine", f"file {path} is missing", remedy=_COPY_AGAIN)
         try:
             self.functions = ctypes.CDLL(str(path))
-            self.functions.belle_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-            self.functions.belle_run.restype = ctypes.c_int64
+            self.functions.belle_walk.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+            self.functions.belle_walk.restype = ctypes.c_int64
             self.functions.belle_pool_bytes.restype = ctypes.c_size_t
             self.functions.belle_error.restype = ctypes.c_char_p
             self.functions.belle_pool_init.argtypes = self.functions.belle_work.argtypes = (ctypes.c_void_p, ctypes.c_int32)
@@ -98,8 +98,11 @@ def _work(functions: Any, address: int, number: int, memory: NDArray[np.uint8]) 
 class CallList:
     """Kernel calls with their arguments, in the form that the library walks."""
 
-    def __init__(self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """`calls` are addresses of kernels with those of their arguments."""
+    def __init__(
+        self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]]], ahead: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """`calls` are addresses of kernels with those of their arguments; `ahead` has for each the address and size of the
+        weights that are read next after it, which threads that wait fetch."""
         self._functions, self._pool = pool.functions, pool
         self._arguments = np.zeros(sum(len(arguments) for _, arguments in calls), _ARGUMENT)
         self._calls = np.zeros(len(calls), _CALL)
@@ -108,19 +111,19 @@ class CallList:
         self._arguments["value"] = [address for _, arguments in calls for address in arguments]
         first, size = self._arguments.ctypes.data, _ARGUMENT.itemsize
         for i, (kernel, arguments) in enumerate(calls):
-            self._calls[i] = (kernel, first, len(arguments))
+            self._calls[i] = (kernel, first, len(arguments), *(ahead[i] if ahead else (0, 0)))
             first += size * len(arguments)
         self._bound = (pool.address, self._calls.ctypes.data, len(calls))
 
     def run(self) -> None:
         """Make the calls; raises `FailedCall`."""
-        failed = self._functions.belle_run(*self._bound, None)
+        failed = self._functions.belle_walk(*self._bound, None)
         if failed >= 0:
             raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
 
     def run_timed(self) -> NDArray[np.int64]:
         """The same; nanoseconds at which the first call began and each ended, good until the next run."""
-        failed = self._functions.belle_run(*self._bound, self._times.ctypes.data)
+        failed = self._functions.belle_walk(*self._bound, self._times.ctypes.data)
         if failed >= 0:
             raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
         return self._times

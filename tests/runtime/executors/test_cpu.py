@@ -196,6 +196,16 @@ def test_a_library_for_this_processor_is_taken(rank: Path, monkeypatch: pytest.M
     assert cpu.kernels_path(rank, "avx2") == rank / "kernels-avx2.so"
 
 
+def test_weights_that_are_read_next() -> None:
+    def call(size: int, *names: str) -> Call:
+        return Call("qlinear", "node", "T", (Input("T"), *map(Weight, names), Arena(0)), "kernel", bytes=size)
+
+    calls = [call(0, "table"), call(100_000, "scale a", "a"), call(8000, "norm"), call(70_000, "b"), call(0)]
+    sizes = {"table": 10**6, "a": 99_000, "scale a": 1000, "norm": 8000, "b": 70_000}
+    assert cpu.next_weights(calls, sizes) == ["a", "b", "b", "a", "a"], "a table is read here and there, a norm's are few"
+    assert cpu.next_weights(calls[:1], sizes) == [""]
+
+
 def test_engine_over_kernels(rank: Path) -> None:
     contents = {f"rank0/{path.name}": path.read_bytes() for path in rank.iterdir()}
     contents["tokenizer.json"] = byte_tokenizer().to_str().encode()

@@ -98,6 +98,16 @@ def test_threads_wake_after_a_pause(library: KernelLibrary) -> None:
     pool.close()
 
 
+def test_what_is_fetched_ahead_is_not_touched(library: KernelLibrary, pool: ThreadPool) -> None:
+    """Weights that are next may lie anywhere, even where there is no memory: a fetch is a hint."""
+    counter, uneven = Counter(library, "count", SIZE), Counter(library, "uneven", SIZE)
+    nowhere = [(1 << 40, 1 << 20), (64, 100), (0, 0), (counter.out.ctypes.data, counter.out.nbytes)]
+    calls = CallList(pool, [uneven.call, counter.call] * 2, nowhere)
+    for _ in range(20):
+        calls.run()
+    assert (counter.out == 40).all() and uneven.out[-1] == SIZE * (SIZE - 1) // 2
+
+
 def test_two_pools_side_by_side(library: KernelLibrary) -> None:
     counters = [Counter(library, "count", SIZE) for _ in range(2)]
 

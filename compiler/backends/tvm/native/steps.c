@@ -2,7 +2,8 @@
 //
 // Kernels are what TVM compiles: C functions over an array of tagged values. They call two functions of their host, one to
 // run a parallel loop and one to say what went wrong; both are here, so a library needs nothing but libc. Threads
-// belong to the caller, who lends them to a pool by calling belle_work on each (runtime/executors/native.py).
+// belong to the caller, who lends them to a pool by calling belle_work on each (runtime/executors/native.py). A thread that
+// waits fetches what it will read of the next weights.
 
 #define _GNU_SOURCE
 #include "steps.h"
@@ -20,9 +21,17 @@ enum {
   SHARES = 8,          // tasks a thread: those who finish early take what others have not begun
   SPINS = 4000,        // looks at a value in a row before giving the core away between them
   YIELDS = 3000,       // looks of a worker between loops, giving the core away, before it sleeps: about a millisecond
+  FETCHED = 8,         // cache lines of weights that are fetched between two looks
+  USUAL_CACHE = 512 * 1024,
 };
 
-typedef struct { Kernel kernel; const Value *arguments; int64_t count; } Call;
+typedef struct {
+  Kernel kernel;
+  const Value *arguments;
+  int64_t count;
+  const char *next;        // weights that are read next after this call, or NULL
+  int64_t next_bytes;
+} Call;
 
 // A thread's tasks first..end-1 of a loop, and the loop's number, in one word: what is claimed belongs to that loop.
 typedef struct { LINE _Atomic uint64_t word; } Share;
@@ -34,6 +43,9 @@ typedef struct {
   _Atomic(Body) body;
   _Atomic(void *) closure;
   Environment environment;
+  LINE _Atomic(const char *) next; // of the current call
+  _Atomic int64_t next_bytes;
+  int64_t most_fetched;            // bytes that a thread's second-level cache holds beside what a loop needs
   LINE _Atomic int32_t done;       // tasks of the current loop that have ended
   _Atomic int32_t failure;         // what a task returned, if not 0
   LINE _Atomic int32_t sleepers;
@@ -41,6 +53,7 @@ typedef struct {
 } Pool;
 
 static __thread Pool *current;     // of the step that this thread walks
+static __thread struct { const char *next, *at, *end; } fetched;  // weights, and what this thread has still to fetch of them
 static char message[512];
 
 static uint64_t pack(uint32_t loop, uint32_t first, uint32_t end) { return (uint64_t)loop << 32 | first << 16 | end; }
@@ -73,6 +86,28 @@ static void run_tasks(Pool *pool, int32_t me, uint32_t loop) {
   if (ended) atomic_fetch_add_explicit(&pool->done, ended, memory_order_release);
 }
 
+// What thread `me` does between two looks at what it waits for: it fetches the beginning of its share of the next weights. The
+// two words may be of different calls, and then this fetches something else, which does no harm.
+static void idle(const Pool *pool, int32_t me) {
+  const char *next = atomic_load_explicit(&pool->next, memory_order_relaxed);
+  if (next != fetched.next) {
+    int64_t bytes = atomic_load_explicit(&pool->next_bytes, memory_order_relaxed);
+    int64_t first = bytes * me / pool->threads, size = bytes * (me + 1) / pool->threads - first;
+    fetched.next = next;
+    fetched.at = next + first;
+    fetched.end = fetched.at + (size < pool->most_fetched ? size : pool->most_fetched);
+  }
+  if (fetched.at >= fetched.end) {
+    pause_once();
+    return;
+  }
+  for (int32_t i = 0; i < FETCHED; i++, fetched.at += 64) __builtin_prefetch(fetched.at, 0, 2);
+}
+
+HIDDEN void belle_idle(void) {
+  if (current) idle(current, 0); else pause_once();
+}
+
 HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
   Pool *pool = current;
   if (!pool || pool->threads == 1) {
@@ -96,7 +131,7 @@ HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
   run_tasks(pool, 0, loop);
   current = pool;
   for (int32_t spin = 0; atomic_load_explicit(&pool->done, memory_order_acquire) < tasks; spin++)
-    if (spin < SPINS) pause_once(); else sched_yield();
+    if (spin < SPINS) idle(pool, 0); else sched_yield();
   return atomic_load_explicit(&pool->failure, memory_order_relaxed);
 }
 
@@ -121,7 +156,11 @@ API int32_t belle_most_threads(void) { return MOST_THREADS; }
 API const char *belle_error(void) { return message; }
 
 // `memory` is belle_pool_bytes() zeros at a multiple of 64.
-API void belle_pool_init(Pool *memory, int32_t threads) { memory->threads = threads; }
+API void belle_pool_init(Pool *memory, int32_t threads) {
+  int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  memory->threads = threads;
+  memory->most_fetched = (cache > 0 ? cache : USUAL_CACHE) / 2;
+}
 
 // The life of a pool's worker number `me`, 1..threads-1; returns after belle_stop.
 API void belle_work(Pool *pool, int32_t me) {
@@ -129,7 +168,7 @@ API void belle_work(Pool *pool, int32_t me) {
   while (!atomic_load(&pool->stopped)) {
     uint32_t loop = seen;
     for (int32_t spin = 0; spin < SPINS + YIELDS && (loop = atomic_load_explicit(&pool->loop, memory_order_acquire)) == seen; spin++)
-      if (spin < SPINS) pause_once(); else sched_yield();
+      if (spin < SPINS) idle(pool, me); else sched_yield();
     if (loop == seen) {
       atomic_fetch_add(&pool->sleepers, 1);
       if (atomic_load(&pool->loop) == seen && !atomic_load(&pool->stopped))
@@ -156,12 +195,14 @@ static int64_t now(void) {
 
 // Runs calls in order; returns the number of the first that failed, or -1. With `times`, nanoseconds: when the first call
 // began, and when each ended.
-API int64_t belle_run(Pool *pool, const Call *calls, int64_t count, int64_t *times) {
+API int64_t belle_walk(Pool *pool, const Call *calls, int64_t count, int64_t *times) {
   int64_t failed = -1;
   current = pool;
   if (times) *times++ = now();
   for (int64_t i = 0; i < count && failed < 0; i++) {
     Value result = {0};
+    atomic_store_explicit(&pool->next, calls[i].next, memory_order_relaxed);
+    atomic_store_explicit(&pool->next_bytes, calls[i].next_bytes, memory_order_relaxed);
     if (calls[i].kernel(NULL, calls[i].arguments, (int32_t)calls[i].count, &result)) failed = i;
     if (times) *times++ = now();
   }

@@ -18,4 +18,7 @@ typedef int32_t (*Body)(int32_t task, Environment *environment, void *closure);
 // What kernels call for a parallel loop. Tasks are contiguous pieces of it; the body divides by their number.
 HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks);
 
+// What to do between two looks at something that is waited for.
+HIDDEN void belle_idle(void);
+
 static inline void pause_once(void) { __builtin_ia32_pause(); }

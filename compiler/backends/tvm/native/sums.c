@@ -44,7 +44,7 @@ static void wait_for(const Sums *sums, int64_t count, int done) {
   for (int64_t rank = 0; rank < sums->ranks; rank++) {
     _Atomic int64_t *flag = done ? &sums->lines[rank]->done : &sums->lines[rank]->ready;
     for (int64_t spin = 0; atomic_load_explicit(flag, memory_order_acquire) < count; spin++)
-      if (spin < SPINS) pause_once(); else sched_yield();
+      if (spin < SPINS) belle_idle(); else sched_yield();
   }
 }
 
