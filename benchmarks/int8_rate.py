@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -121,3 +122,16 @@ class Int8Rate:
         start = time.perf_counter()
         self._run()
         return self._operations / (time.perf_counter() - start) / 1e12
+
+
+class CoreRate(Int8Rate):
+    """The rate of one core, measured from a thread of its own, which goes there."""
+
+    def __init__(self, isa: str, core: int) -> None:
+        super().__init__(isa, 1)
+        self._core = core
+
+    def measure(self, repeats: int = 5) -> float:
+        """Tera-operations a second, the mean of `repeats` loops, as what else runs there leaves them."""
+        os.sched_setaffinity(0, {self._core})  # of this thread
+        return repeats / sum(1 / self._once() for _ in range(repeats))
