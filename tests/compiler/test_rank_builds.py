@@ -100,9 +100,9 @@ def test_each_weight_is_quantized_once_for_all_ranks(variant: str, tmp_path: Pat
 def test_shares_that_do_not_fit_are_refused_before_anything_is_read(checkpoint: Path, tmp_path: Path) -> None:
     heard: list[str] = []
     request = BuildRequest(
-        checkpoint, tmp_path / "engine", quantization="int8", target="cpux4", on_progress=lambda stage, *_: heard.append(stage)
+        checkpoint, tmp_path / "engine", quantization="int4", target="cpux4", on_progress=lambda stage, *_: heard.append(stage)
     )
-    with pytest.raises(CompileError, match=r"channels of h\.0\.mlp\.gelu for 4 ranks: found 192, in units of 64"):
+    with pytest.raises(CompileError, match=r"key/value heads for 4 ranks: found 6, in units of 16"):
         build(request)
     assert set(heard) == {"open"} and not (tmp_path / "engine").exists()
 
