@@ -20,6 +20,7 @@ from passes.base import PassResult
 from passes.partition.partition_tensors import PartitionTensors
 from passes.partition.rank_graph import RankGraph
 from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, Tiny, bloom, check_pass, count, llama, side_by_side
 
 RANKS = 2
@@ -155,6 +156,13 @@ def test_what_cannot_be_divided() -> None:
         PartitionTensors(0, 4).run(MODELS["bloom"]())
     with pytest.raises(CompileError, match=r"expected 4 units or more; build for at most 3 ranks\.$"):
         PartitionTensors(0, 4).run(quantized("bloom", "int8"))
+    b = Tiny()
+    inner = b.op("SwiGLU", b.linear(b.x, "gate", 64), b.linear(b.x, "up", 64), name="act")
+    rotated = b.head(b.linear(inner, "down", 32))
+    RotateActivations().run(rotated)
+    remedy = r"build for one rank, or from the checkpoint for these, with smaller blocks of its rotation\.$"
+    with pytest.raises(CompileError, match=remedy):
+        PartitionTensors(0, 4).run(rotated)
 
 
 def test_graphs_that_it_does_not_know() -> None:
