@@ -63,7 +63,7 @@ def row(shape: str, ranks: int, task: Task, isa: str, measured: float, read_gb: 
     tokens, context = (1, round(task.context)) if task.steps else (task.prompt, task.prompt // 2)
     steps = [predict(work, rates, ranks, sequences=task.batch, tokens=tokens, context=context) for work in works(shape, ranks)]
     slowest = max(steps, key=lambda step: step.seconds)
-    return Row(shape, ranks, task.name, slowest.seconds, measured, read_gb, slowest.sums_s)
+    return Row(f"{shape}, {isa}", ranks, task.name, slowest.seconds, measured, read_gb, slowest.sums_s)
 
 
 def of_speed(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iterator[Row]:
@@ -76,13 +76,12 @@ def of_speed(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iter
             yield row(shape, 1, NAMED[name], isa, seconds, statistics.median(own))
 
 
-def of_ranks(found: dict[str, Any], shape: str, isa: str = "avx512vnni") -> Iterator[Row]:
-    """Of several ranks."""
+def of_ranks(found: dict[str, Any], shape: str) -> Iterator[Row]:
+    """Of one rank and of several."""
     read_gb = statistics.median(found["read_gb_per_second"])
     for name, by_ranks in found["samples"].items():
         for ranks, seconds in by_ranks.items():
-            if int(ranks) > 1:
-                yield row(shape, int(ranks), NAMED[name], isa, statistics.median(seconds), read_gb)
+            yield row(shape, int(ranks), NAMED[name], found["isa"], statistics.median(seconds), read_gb)
 
 
 def of_gpu(found: dict[str, Any]) -> Iterator[Row]:
@@ -136,9 +135,8 @@ def main() -> None:
     ranks = arguments.results / "ranks.json"
     if ranks.is_file():
         for shape, found in json.loads(ranks.read_text())["speed"].items():
-            if "read_gb_per_second" in found:
-                rows += of_ranks(found, shape)
-                machines[f"ranks.json, {shape}"] = found["machine"]
+            rows += of_ranks(found, shape)
+            machines[f"ranks.json, {shape}"] = found["machine"]
     check = arguments.results / "gpu-check.json"
     if check.is_file():
         found = json.loads(check.read_text())

@@ -1,6 +1,6 @@
 """What several ranks on one host cost beside one: time of a step, and what INT8 keeps where each rank rounds its own part.
 
-    python -m benchmarks.ranks --speed llama-1b --ranks 2          # a quiet machine, 10 minutes
+    python -m benchmarks.ranks --speed llama-1b --ranks 2          # a quiet machine, 6 minutes
     python -m benchmarks.ranks --accuracy --ranks 2 --ranks 3      # SmolLM2-135M
 
 Speed: engines of one rank with all cores, and of N ranks that share them, in short turns, since other users of a machine change
@@ -20,6 +20,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import checkpoints, machine
+from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import SHAPES, SMOLLM2
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.int8_rate import CoreRate
@@ -41,11 +43,11 @@ from compiler.driver import BuildRequest, build
 from compiler.ranked_engine import RankedEngine
 from runtime import Engine, SamplingParams, host
 from runtime.executors import cpu
-from runtime.profiling import read_bandwidth
 
 TASKS = (Task("decode", 1, 32, 16), Task("decode, batch 8", 8, 32, 8), Task("prefill 512", 1, 512))
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=256, ignore_eos=True)
 WINDOWS, PROMPTS = 8, 4
+SETTLING_S = 30  # a virtual machine gives memory that was freed back to its host some seconds later, which takes time from both
 
 
 def source(shape: str) -> Path:
@@ -111,11 +113,12 @@ def speed(shape: str, counts: list[int], rounds: int, reuse: bool) -> dict[str, 
     random, cores = np.random.default_rng(0), host.usable_cores()
     samples: dict[str, dict[int, list[float]]] = {task.name: {ranks: [] for ranks in engines} for task in TASKS}
     evenness: dict[str, list[float]] = {task.name: [] for task in TASKS}
-    bandwidths = [read_bandwidth(len(cores))]
+    isa = host.host_isas()[0]
     cpu.allow_amx()
-    rates = [CoreRate(host.host_isas()[0], core) for core in cores]
+    rates, memory, bandwidths = [CoreRate(isa, core) for core in cores], ReadBandwidth(len(cores), mebibytes=1024), []
     with ExitStack() as stack:
         turns = Turns(engines, stack)
+        time.sleep(SETTLING_S)
         for number in range(rounds):
             for task in TASKS:
                 before = even(rates)
@@ -124,7 +127,7 @@ def speed(shape: str, counts: list[int], rounds: int, reuse: bool) -> dict[str, 
                 for ranks, seconds in times.items():
                     samples[task.name][ranks].append(round(seconds, 6))
                 evenness[task.name].append(round((before + even(rates)) / 2, 3))
-            bandwidths.append(read_bandwidth(len(cores)))
+            bandwidths.append(round(memory.measure(), 2))
             print(f"round {number + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = {
         name: {ranks: round(statistics.median(several / one for several, one in zip(times[ranks], times[1], strict=True)), 4)
@@ -132,8 +135,8 @@ def speed(shape: str, counts: list[int], rounds: int, reuse: bool) -> dict[str, 
         for name, times in samples.items()
     }  # fmt: skip
     return {
-        "shape": shape, "rounds": rounds, "time_over_one_rank": ratios, "samples": samples, "evenness_of_cores": evenness,
-        "read_gb_per_second": [round(bandwidth / 1e9, 2) for bandwidth in bandwidths], "machine": machine.describe(),
+        "shape": shape, "isa": isa, "rounds": rounds, "time_over_one_rank": ratios, "samples": samples,
+        "evenness_of_cores": evenness, "read_gb_per_second": bandwidths, "machine": machine.describe(),
     }  # fmt: skip
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot, log2
 
 from compiler.plan.work import RankWork
 
 _LINE = 4  # bytes of a channel that ranks sum
+_SEVERAL = 8  # rows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank: bytes a second from memory, operations a second on integers and on floats, as kernels reach them; seconds
-    that a kernel call takes by itself; seconds and bytes a second of a message between two ranks."""
+    """Of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more; operations a second
+    on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; seconds and bytes a second of a
+    message between two ranks."""
 
     read: float
+    several: float
     integer: float
     floating: float
     call_s: float
@@ -44,21 +48,27 @@ def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens:
     memory = arithmetic = 0.0
 
     def add(read: float, compute: float) -> None:
+        """Where they are alike, neither hides behind the other."""
         nonlocal memory, arithmetic
         if read >= compute:
-            memory += read
+            memory += hypot(read, compute)
         else:
-            arithmetic += compute
+            arithmetic += hypot(read, compute)
 
     for product in work.products:
         rows = sequences * (tokens if product.of_tokens else 1)
         rate = rates.integer if product.integer else rates.floating
-        add(product.weight_bytes / rates.read, rows * product.operations / rate)
+        add(product.weight_bytes / (rates.read * _share(rows, rates.several)), rows * product.operations / rate)
     read = sequences * work.kv_bytes(context) / max(len(work.attention), 1) / rates.read
     for operations in work.attention:
         add(read, sequences * tokens * context * operations / rates.floating)
     sums = sum(sum_seconds(sequences * tokens * width * _LINE, rates, ranks) for width in work.sums)
     return Step(memory, arithmetic, work.calls * rates.call_s, sums)
+
+
+def _share(rows: int, several: float) -> float:
+    """Of the read rate, that products of so many rows reach."""
+    return float(several ** min(log2(rows) / log2(_SEVERAL), 1.0))
 
 
 def sum_seconds(size: int, rates: Rates, ranks: int) -> float:

@@ -12,23 +12,27 @@ from runtime.profiling import read_bandwidth
 
 @dataclass(frozen=True)
 class _Reached:
-    """Shares of a device's rates that kernels reach in whole steps, and what a call costs beside; `source` says how that is
-    known."""
+    """Shares of a device's rates that kernels reach in whole steps (`several`: of `read`, in products of several rows), and
+    what a call costs beside; `source` says how that is known."""
 
     read: float
+    several: float
     integer: float
     floating: float
     call_s: float
     source: str
 
 
-# LLaMA-1.1B and SmolLM2 on two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md): 0.94 of the read bandwidth, 0.79 of
-# the VNNI rate, and what is left of a step of SmolLM2, 0.75 ms for 306 calls.
-_CPU = _Reached(0.94, 0.79, 0.5, 2.4e-6, "measured on a Zen 4 host")
+# Two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md) and of a Xeon with AMX (ranks.json), all shapes as near as
+# these few numbers get (PLAN.md): LLaMA-1.1B decodes at 0.94 of the read bandwidth, and of a step of SmolLM2 0.75 ms are left
+# for 306 calls.
+_CPU = _Reached(0.94, 0.92, 0.85, 0.5, 2.4e-6, "measured on hosts with Zen 4 and with AMX")
 # BLOOM-7B's shape on an H200 (benchmarks/results/gpu-check.json): the head's weights come at 0.95 of the maker's bandwidth, a
-# token is 0.33 ms longer than all weights take, of 307 calls; a prompt of 2,048 tokens, with its norms and activations in what
-# products are said to reach, and attention by itself.
-_GPU = _Reached(0.93, 0.4, 0.16, 1.1e-6, "measured on an H200; other GPUs are taken to reach the same shares of their figures")
+# token is 0.33 ms longer than all weights take, of 307 calls; batches of 8; a prompt of 2,048 tokens, with its norms and
+# activations in what products are said to reach, and attention by itself.
+_GPU = _Reached(
+    0.93, 0.58, 0.4, 0.16, 1.1e-6, "measured on an H200; other GPUs are taken to reach the same shares of their figures"
+)
 
 # Operations a second of one core by the best instructions for bytes (benchmarks/int8_rate.py on that host; AMX: a register-only
 # loop on a Sapphire Rapids), and of float32 ones.
@@ -60,7 +64,5 @@ def rates_of(device: Device, ranks: int, isas: tuple[str, ...], bandwidth: float
         latency, link = device.link_latency or _LATENCY_S, device.link_bandwidth or _LINK
         memory = "given" if device.memory_bandwidth else f"{bandwidth / 1e9:.0f} GB/s, read by {cores} cores of this host now"
         source = f"{reached.source}; memory {memory}"
-    return (
-        Rates(read * reached.read, integer * reached.integer, floating * reached.floating, reached.call_s, latency, link),
-        source,
-    )
+    integer, floating = integer * reached.integer, floating * reached.floating
+    return Rates(read * reached.read, reached.several, integer, floating, reached.call_s, latency, link), source

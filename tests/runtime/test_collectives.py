@@ -51,9 +51,9 @@ if me == 0: print("well")
 
 
 def run(
-    count: int, code: str, *, shared: bool | None = None, library: Path | str = "", threads: int = 1
+    count: int, code: str, *, shared: bool | None = None, library: Path | str = "", threads: int = 1, before: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    program = BEGIN.format(shared=shared, library=str(library), threads=threads) + code + END
+    program = before + BEGIN.format(shared=shared, library=str(library), threads=threads) + code + END
     command = [mpiexec(), "-n", str(count), sys.executable, "-c", program]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
@@ -162,6 +162,18 @@ for length in (1, 10, 90_000):
     ranks.gather(np.full(100_000, me + 1, np.int32), length + me, into)
     if me == 0: assert [int(part.sum()) for part in into] == [(rank + 1) * (length + rank) for rank in range(n)]
 """)  # fmt: skip
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 cores")
+@pytest.mark.parametrize(
+    ("bound", "sharing"),
+    [([(0, 1), (0, 1), (0, 1)], [3, 3, 3]), ([(0,), (1,), (0,)], [2, 1, 2]), ([(0, 1), (1,), (0,)], [3, 2, 2])],
+)
+def test_ranks_that_a_launcher_has_bound(bound: list[tuple[int, ...]], sharing: list[int]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    sets = [{cores[number] for number in numbers} for numbers in bound]
+    before = f"import os\nos.sched_setaffinity(0, {sets}[int(os.environ['PMI_RANK'])])"
+    works(3, f"assert ranks.sharing == {sharing}[me]", before=before)
 
 
 def test_agreement_without_one_of_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import hypot
 
 import pytest
 
@@ -10,7 +11,7 @@ from compiler.plan.predict import Rates, predict, sum_seconds
 from compiler.plan.work import Product, RankWork
 from runtime.program import KVLayout
 
-RATES = Rates(read=100e9, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
+RATES = Rates(read=100e9, several=0.5, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
 LAYER, HEAD = Product(10**8, 2 * 10**8, True, True), Product(10**7, 2 * 10**7, True, False)
 WORK = RankWork(0, 512, 11 * 10**7, 0, KVLayout(1, 8, 64, "float16"), (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
 
@@ -18,20 +19,31 @@ WORK = RankWork(0, 512, 11 * 10**7, 0, KVLayout(1, 8, 64, "float16"), (LAYER, HE
 def test_one_token_reads_its_weights_once() -> None:
     step = predict(WORK, RATES, 1, sequences=1, tokens=1, context=16)
     kv = WORK.kv.block_bytes
-    assert step.memory_s == pytest.approx((11e7 + kv) / 100e9)
+    weights = hypot(11e7 / 100e9, 2 * 11e7 / 1e12)  # each product's reading and computing, in part at once
+    assert step.memory_s == pytest.approx(weights + hypot(kv / 100e9, 16 * 2048 / 1e11))
     assert (step.arithmetic_s, step.calls_s, step.sums_s) == (0, pytest.approx(20e-6), 0)
     assert step.seconds == pytest.approx(step.memory_s + 20e-6)
 
 
 def test_many_tokens_are_limited_by_arithmetic_but_for_the_head() -> None:
     step = predict(WORK, RATES, 1, sequences=2, tokens=256, context=128)
-    assert step.arithmetic_s == pytest.approx(512 * 2e8 / 1e12 + 512 * 128 * 2048 / 1e11)
-    assert step.memory_s == pytest.approx(1e7 / 100e9)
+    layer = hypot(512 * 2e8 / 1e12, 1e8 / (0.5 * 100e9))
+    attention = hypot(512 * 128 * 2048 / 1e11, 2 * 8 * WORK.kv.block_bytes / 100e9)
+    assert step.arithmetic_s == pytest.approx(layer + attention)
+    head = hypot(1e7 / (0.5 ** (1 / 3) * 100e9), 2 * 2e7 / 1e12)  # of two rows
+    assert step.memory_s == pytest.approx(head)
+
+
+def test_weights_are_read_slower_for_several_rows_up_to_eight() -> None:
+    rates = replace(RATES, integer=1e20, floating=1e20)
+    one, two, eight, many = (predict(WORK, rates, 1, sequences=count, tokens=1, context=0).memory_s for count in (1, 2, 8, 64))
+    assert (two, eight, many) == (pytest.approx(one * 2 ** (1 / 3)), pytest.approx(2 * one), pytest.approx(2 * one))
 
 
 def test_a_longer_context_reads_more_keys_and_values() -> None:
     short, long = (predict(WORK, RATES, 1, sequences=4, tokens=1, context=context) for context in (160, 1600))
-    assert long.memory_s - short.memory_s == pytest.approx(4 * 90 * WORK.kv.block_bytes / 100e9)
+    more = hypot(4 * 90 * WORK.kv.block_bytes / 100e9, 4 * 1440 * 2048 / 1e11)
+    assert long.memory_s - short.memory_s == pytest.approx(more)
 
 
 def test_sums_go_the_faster_way() -> None:
