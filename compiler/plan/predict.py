@@ -13,9 +13,9 @@ _SEVERAL = 8  # rows
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more; operations a second
-    on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; seconds and bytes a second of a
-    message between two ranks."""
+    """Of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more; operations a
+    second on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; seconds and bytes a
+    second of a message between two ranks."""
 
     read: float
     several: float
