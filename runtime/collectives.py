@@ -17,7 +17,7 @@ from runtime.shared_sums import SharedSums
 
 _SPINS = 300  # looks at a value in a row before giving the core away between them
 _YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
-_SLEEP_S = 0.0005
+_SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
 _LAST_WORDS_S = 0.3
 _HEARD, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # tags
 
@@ -180,10 +180,11 @@ class MpiCollectives:
 
     def _wait(self, request: Any, *, sleepy: bool = False) -> None:
         """MPI's own waiting keeps the core even from the rank that is waited for."""
-        look, looks = request.Test, 0
+        look, looks, pause_s = request.Test, 0, _SLEEP_S
         while not look():
             looks += 1
             if sleepy and looks > _YIELDS:
-                time.sleep(_SLEEP_S)
+                time.sleep(pause_s)
+                pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # a thousandth of the time it has waited
             elif looks > _SPINS:
                 os.sched_yield()
