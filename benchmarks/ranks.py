@@ -1,7 +1,8 @@
 """What several ranks on one host cost beside one: time of a step, and what INT8 keeps where each rank rounds its own part.
 
-    python -m benchmarks.ranks --speed llama-1b --ranks 2          # a quiet machine, 6 minutes
-    python -m benchmarks.ranks --accuracy --ranks 2 --ranks 3      # SmolLM2-135M
+    python -m benchmarks.ranks --speed llama-1b --ranks 2                               # a quiet machine, 6 minutes
+    python -m benchmarks.ranks --accuracy smollm2-135m --ranks 2 --ranks 3              # 4 minutes
+    python -m benchmarks.ranks --accuracy tiny-bloom-trained --ranks 2 --ranks 4        # 1 minute
 
 Speed: engines of one rank with all cores, and of N ranks that share them, in short turns, since other users of a machine change
 it within seconds; processes of those whose turn it is not are stopped. Ranks wait for the slowest of them, where threads of one
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +38,7 @@ from benchmarks.fetch_smollm2 import fetch
 from benchmarks.int8_rate import CoreRate
 from benchmarks.methods import RESULTS, encoder, reference_logits
 from benchmarks.tasks import Task
-from benchmarks.text import windows
+from benchmarks.text import WINDOW, windows
 from compiler.accuracy import Comparison
 from compiler.checkpoint import open_checkpoint
 from compiler.driver import BuildRequest, build
@@ -47,11 +49,14 @@ from runtime.executors import cpu
 TASKS = (Task("decode", 1, 32, 16), Task("decode, batch 8", 8, 32, 8), Task("prefill 512", 1, 512))
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=256, ignore_eos=True)
 WINDOWS, PROMPTS = 8, 4
+BLOOM = Path("tests/fixtures/tiny-bloom-trained")
 SETTLING_S = 30  # a virtual machine gives memory that was freed back to its host some seconds later, which takes time from both
 
 
 def source(shape: str) -> Path:
     """Its checkpoint, made or fetched once."""
+    if shape == BLOOM.name:
+        return BLOOM
     return fetch(Path("build/smollm2")) if shape == SMOLLM2 else checkpoints.make(shape, Path("build/checkpoints") / shape)
 
 
@@ -147,21 +152,29 @@ def even(rates: list[CoreRate]) -> float:
     return min(found) / max(found)
 
 
-def accuracy(counts: list[int], reuse: bool) -> dict[str, Any]:
+def held_out(model: str, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Windows of text that the model was not trained with, for the tiny BLOOM as many as there are."""
+    if model == SMOLLM2:
+        return windows(encode, 0, WINDOWS)[1]
+    ids = [number for file in sorted(BLOOM.glob("heldout-*.txt")) for number in encode(file.read_text())]
+    return [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
+
+
+def accuracy(model: str, counts: list[int], reuse: bool) -> dict[str, Any]:
     """By number of ranks, what INT8 keeps on held-out text, and how far float32 engines are from one rank."""
-    opened = open_checkpoint(source(SMOLLM2))
-    judged = windows(encoder(opened), 0, WINDOWS)[1]
-    found: dict[str, Any] = {"windows": WINDOWS, "int8": {}, "none": {}}
+    opened = open_checkpoint(source(model))
+    judged = held_out(model, encoder(opened))
+    found: dict[str, Any] = {"windows": len(judged), "int8": {}, "none": {}}
     with tempfile.TemporaryDirectory(dir="build") as folder:
         exact = reference_logits(opened, judged, Path(folder))
         alone: list[Any] = []
         for ranks in (1, *counts):
             comparison = Comparison()
-            with load(made(SMOLLM2, ranks, "int8", reuse), ranks) as engine:
+            with load(made(model, ranks, "int8", reuse), ranks) as engine:
                 for ids, logits in zip(judged, exact, strict=True):
                     comparison.add(logits, torch.from_numpy(np.array(engine.logits(ids))), ids)
             found["int8"][ranks] = comparison.means()
-            with load(made(SMOLLM2, ranks, "none", reuse), ranks) as engine:
+            with load(made(model, ranks, "none", reuse), ranks) as engine:
                 answers = engine.generate([ids[:64] for ids in judged[:PROMPTS]], GREEDY)
                 here = np.array(engine.logits(judged[0])), [result.token_ids for result in answers]
             alone = alone or list(here)
@@ -176,7 +189,10 @@ def main() -> None:
     parser.add_argument(
         "--speed", choices=SHAPES, action="append", default=[], metavar="SHAPE", help="time this one; repeatable"
     )
-    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument(
+        "--accuracy", choices=(SMOLLM2, BLOOM.name), action="append", default=[], metavar="MODEL",
+        help="what INT8 keeps of this one; repeatable",
+    )  # fmt: skip
     parser.add_argument("--ranks", type=int, action="append", help="2 by default; repeatable")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reuse", action="store_true", help="take engines in build/engines as they are")
@@ -187,8 +203,8 @@ def main() -> None:
     for shape in arguments.speed:
         found["speed"][shape] = speed(shape, counts, arguments.rounds, arguments.reuse)
         print(shape, found["speed"][shape]["time_over_one_rank"])
-    if arguments.accuracy:
-        found["accuracy"] = accuracy(counts, arguments.reuse)
+    for model in arguments.accuracy:
+        found["accuracy"][model] = accuracy(model, counts, arguments.reuse)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
 
