@@ -63,7 +63,8 @@ class _Rank:
         if self.ended is None:
             return "ended unexpectedly"
         if self.ended < 0:
-            return f"was killed by signal {-self.ended} ({signal.Signals(-self.ended).name})"
+            names = {one.value: f" ({one.name})" for one in signal.Signals}  # some real-time signals have none
+            return f"was killed by signal {-self.ended}{names.get(-self.ended, '')}"
         return f"ended with exit code {self.ended}"
 
 

@@ -168,13 +168,17 @@ def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
         assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
 
 
-def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ended", "how"),
+    [(-9, "was killed by signal 9 (SIGKILL)"), (-40, "was killed by signal 40"), (3, "ended with exit code 3")],
+)
+def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.MonkeyPatch, ended: int, how: str) -> None:
     monkeypatch.setattr(launcher, "_environment", lambda _: {"PMI_RANK": "1", "PMI_SIZE": "2"})
     run, (ours, theirs) = launcher.Launcher(2, [], 10), socket.socketpair()
     with ours, theirs:
-        theirs.sendall(b'["started", [7, 8]]\n["ended", [-9, 1.5]]\n')
+        theirs.sendall(f'["started", [7, 8]]\n["ended", [{ended}, 1.5]]\n'.encode())
         run._hear(ours, [b""])
-        assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how == "was killed by signal 9 (SIGKILL)"
+        assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how == how
 
 
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
