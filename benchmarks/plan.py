@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import BATCHES, CONTEXT, LARGE, PROMPTS, STEPS
 from benchmarks.tasks import TASKS, Task
-from compiler.devices import DEVICES
+from compiler.devices import DEVICES, Device
 from compiler.layers import preset
 from compiler.plan.outline import outline
 from compiler.plan.predict import predict
@@ -84,21 +84,31 @@ def of_ranks(found: dict[str, Any], shape: str) -> Iterator[Row]:
             yield row(shape, int(ranks), NAMED[name], found["isa"], statistics.median(seconds), read_gb)
 
 
+def device_of(gpu: str, free_bytes: int) -> Device:
+    """The device that a driver calls `gpu` ("NVIDIA A100-SXM4-80GB"): of those so called, the smallest that has the memory."""
+    words = gpu.lower().replace(" ", "").replace("geforce", "")
+    called = [one for one in DEVICES.values() if one.compute_capability and one.name.partition("-")[0] in words]
+    fitting = [one for one in called if one.memory >= free_bytes] or called[-1:]
+    if not fitting:
+        raise SystemExit(f"plan: {gpu} is none of the devices that `belle-compile targets` lists")
+    return min(fitting, key=lambda one: one.memory)
+
+
 def of_gpu(found: dict[str, Any]) -> Iterator[Row]:
     """Of the large model of a check."""
-    name = found["device"]["gpu"].removeprefix("NVIDIA ").split()[0].lower()
-    rates, _ = rates_of(DEVICES[name], 1, (), 0.0)
+    device = device_of(found["device"]["gpu"], found["device"]["free_bytes"])
+    name = device.name
+    rates, _ = rates_of(device, 1, (), 0.0)
     (work,) = works(LARGE, 1, gpu=True)
     read_gb = max(one["copy_bytes_per_second"] for one in (found["device"], found[LARGE])) / 1e9
     for batch in BATCHES:
-        measured = found[LARGE].get(f"decode, batch {batch}", {}).get("seconds")
-        if measured:
+        if measured := found[LARGE].get(f"decode, batch {batch}", {}).get("seconds"):
             step = predict(work, rates, 1, sequences=batch, tokens=1, context=CONTEXT + 8 + STEPS // 2)
             yield Row(f"{LARGE}, {name}", 1, f"decode, batch {batch}", step.seconds, measured, read_gb, 0.0)
     for prompt in PROMPTS:
         step = predict(work, rates, 1, sequences=1, tokens=prompt, context=prompt // 2)
-        measured = found[LARGE][f"prefill {prompt}"]["first_token_s"]
-        yield Row(f"{LARGE}, {name}", 1, f"prefill {prompt}", step.seconds, measured, read_gb, 0.0)
+        if measured := found[LARGE].get(f"prefill {prompt}", {}).get("first_token_s"):
+            yield Row(f"{LARGE}, {name}", 1, f"prefill {prompt}", step.seconds, measured, read_gb, 0.0)
 
 
 def page(rows: Sequence[Row], machines: dict[str, dict[str, Any]]) -> str:
