@@ -88,27 +88,26 @@ def device_of(gpu: str, free_bytes: int) -> Device:
     """The device that a driver calls `gpu` ("NVIDIA A100-SXM4-80GB"): of those so called, the smallest that has the memory."""
     words = gpu.lower().replace(" ", "").replace("geforce", "")
     called = [one for one in DEVICES.values() if one.compute_capability and one.name.partition("-")[0] in words]
-    fitting = [one for one in called if one.memory >= free_bytes] or called[-1:]
-    if not fitting:
+    if not called:
         raise SystemExit(f"plan: {gpu} is none of the devices that `belle-compile targets` lists")
-    return min(fitting, key=lambda one: one.memory)
+    return min(called, key=lambda one: (one.memory < free_bytes, one.memory))
 
 
 def of_gpu(found: dict[str, Any]) -> Iterator[Row]:
     """Of the large model of a check."""
     device = device_of(found["device"]["gpu"], found["device"]["free_bytes"])
-    name = device.name
+    shape = f"{LARGE}, {device.name}"
     rates, _ = rates_of(device, 1, (), 0.0)
     (work,) = works(LARGE, 1, gpu=True)
     read_gb = max(one["copy_bytes_per_second"] for one in (found["device"], found[LARGE])) / 1e9
     for batch in BATCHES:
         if measured := found[LARGE].get(f"decode, batch {batch}", {}).get("seconds"):
             step = predict(work, rates, 1, sequences=batch, tokens=1, context=CONTEXT + 8 + STEPS // 2)
-            yield Row(f"{LARGE}, {name}", 1, f"decode, batch {batch}", step.seconds, measured, read_gb, 0.0)
+            yield Row(shape, 1, f"decode, batch {batch}", step.seconds, measured, read_gb, 0.0)
     for prompt in PROMPTS:
         step = predict(work, rates, 1, sequences=1, tokens=prompt, context=prompt // 2)
         if measured := found[LARGE].get(f"prefill {prompt}", {}).get("first_token_s"):
-            yield Row(f"{LARGE}, {name}", 1, f"prefill {prompt}", step.seconds, measured, read_gb, 0.0)
+            yield Row(shape, 1, f"prefill {prompt}", step.seconds, measured, read_gb, 0.0)
 
 
 def page(rows: Sequence[Row], machines: dict[str, dict[str, Any]]) -> str:

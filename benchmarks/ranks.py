@@ -38,7 +38,7 @@ from benchmarks.fetch_smollm2 import fetch
 from benchmarks.int8_rate import CoreRate
 from benchmarks.methods import RESULTS, encoder, reference_logits
 from benchmarks.tasks import Task
-from benchmarks.text import WINDOW, windows
+from benchmarks.text import cut, windows
 from compiler.accuracy import Comparison
 from compiler.checkpoint import open_checkpoint
 from compiler.driver import BuildRequest, build
@@ -156,8 +156,7 @@ def held_out(model: str, encode: Callable[[str], list[int]]) -> list[list[int]]:
     """Windows of text that the model was not trained with, for the tiny BLOOM as many as there are."""
     if model == SMOLLM2:
         return windows(encode, 0, WINDOWS)[1]
-    ids = [number for file in sorted(BLOOM.glob("heldout-*.txt")) for number in encode(file.read_text())]
-    return [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    return cut([number for file in sorted(BLOOM.glob("heldout-*.txt")) for number in encode(file.read_text(encoding="utf-8"))])
 
 
 def accuracy(model: str, counts: list[int], reuse: bool) -> dict[str, Any]:

@@ -16,11 +16,15 @@ def documentation() -> str:
 
 def windows(encode: Callable[[str], list[int]], calibration: int, held_out: int) -> tuple[list[list[int]], list[list[int]]]:
     """(windows to calibrate with, windows held out) of 512 tokens, spread over the text; no token is in both."""
-    ids = encode(documentation())
-    every = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    every = cut(encode(documentation()))
     kept = [window for i, window in enumerate(every) if i % _EVERY == 0]
     rest = [window for i, window in enumerate(every) if i % _EVERY]
     return _spread(rest, calibration), _spread(kept, held_out)
+
+
+def cut(ids: list[int]) -> list[list[int]]:
+    """Its whole windows, one after the other."""
+    return [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
 
 
 def _spread(windows: list[list[int]], count: int) -> list[list[int]]:

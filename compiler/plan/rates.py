@@ -26,13 +26,16 @@ class _Reached:
 # Two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md) and of a Xeon with AMX (ranks.json), all shapes as near as
 # these few numbers get (PLAN.md): LLaMA-1.1B decodes at 0.94 of the read bandwidth, and of a step of SmolLM2 0.75 ms are left
 # for 306 calls.
-_CPU = _Reached(0.94, 0.92, 0.85, 0.5, 2.4e-6, "measured on hosts with Zen 4 and with AMX")
+_CPU = _Reached(
+    read=0.94, several=0.92, integer=0.85, floating=0.5, call_s=2.4e-6, source="measured on hosts with Zen 4 and with AMX"
+)
 # BLOOM-7B's shape on an H200 (benchmarks/results/gpu-check.json): the head's weights come at 0.95 of the maker's bandwidth, a
 # token is 0.33 ms longer than all weights take, of 307 calls; batches of 8; a prompt of 2,048 tokens, with its norms and
 # activations in what products are said to reach, and attention by itself.
 _GPU = _Reached(
-    0.93, 0.58, 0.4, 0.16, 1.1e-6, "measured on an H200; other GPUs are taken to reach the same shares of their figures"
-)
+    read=0.93, several=0.58, integer=0.4, floating=0.16, call_s=1.1e-6,
+    source="measured on an H200; other GPUs are taken to reach the same shares of their figures",
+)  # fmt: skip
 
 # Operations a second of one core by the best instructions for bytes (benchmarks/int8_rate.py on that host; AMX: a register-only
 # loop on a Sapphire Rapids), and of float32 ones.
