@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.runtime import Engine
 from benchmarks import machine
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.simulation import load_fp32, logits, simulate
-from compiler.accuracy import Comparison
-from runtime import Engine
 
 WINDOW = 512
 RESULTS = Path(__file__).parent / "results"

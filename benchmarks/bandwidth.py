@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.tir import Buffer, Expr, T
-from runtime.executors.native import CallList, KernelLibrary, ThreadPool
-from runtime.host import host_isas
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from belle_compile.runtime.host import host_isas
 
 STREAMS = 16  # places a task reads at once
 PREFETCH_BYTES = 2048

@@ -26,8 +26,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from belle_compile.compiler.requests.duplicates import normalized, shingles
 from benchmarks import machine
-from compiler.requests.duplicates import normalized, shingles
 
 ROOT = Path(__file__).parents[1]
 REQUESTS = ROOT.parent / "shared" / "data" / "belle_eval_700.jsonl"
@@ -40,7 +40,7 @@ DISTINCT, NEAR = 0.6, 0.9  # distinct requests overlap by less, near duplicates 
 # Peak memory as the kernel counts it since exec: a process's ru_maxrss begins with what its parent had.
 _COMMAND = """
 import sys
-from compiler import cli
+from belle_compile.compiler import cli
 try:
     cli.main(sys.argv[1:])
 finally:

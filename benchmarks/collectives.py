@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm.isa import AVX2
+from belle_compile.compiler.backends.tvm.kernels.rows import GatherRows
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.runtime.distributed.collectives import MpiCollectives
+from belle_compile.runtime.distributed.launcher import mpiexec
+from belle_compile.runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from benchmarks import machine
-from compiler.backends.kernel import View
-from compiler.backends.tvm.isa import AVX2
-from compiler.backends.tvm.kernels.rows import GatherRows
-from compiler.backends.tvm.library import compile_library
-from runtime.collectives import MpiCollectives
-from runtime.executors.native import CallList, KernelLibrary, ThreadPool
-from runtime.launcher import mpiexec
 
 TOKENS = 200  # of a sample
 WIDTH, STRIDE = 2048, 2064  # of rows of activations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from belle_compile.runtime.artifact import read_manifest
+from belle_compile.runtime.memory import WeightsFile
+from belle_compile.runtime.profiling import kv_bytes_per_token
+from belle_compile.runtime.program import Program, Weight, read_program
 from benchmarks import checkpoints, fetch_smollm2
-from runtime.artifact import read_manifest
-from runtime.memory import WeightsFile
-from runtime.profiling import kv_bytes_per_token
-from runtime.program import Program, Weight, read_program
 
 SMOLLM2 = "smollm2-135m"
 SHAPES = (SMOLLM2, *checkpoints.SHAPES)
@@ -48,7 +48,7 @@ def prepare(name: str, *, preset: str = "int8", reuse: bool = False) -> Path:
     """Compile a shape to build/engines, from its checkpoint in build/, which is made once; `reuse` keeps an engine as it is."""
     engine = Path("build/engines") / (name if preset == "int8" else f"{name}-{preset}")
     if not (reuse and (engine / "manifest.json").is_file()):
-        from compiler.driver import BuildRequest, build
+        from belle_compile.compiler.driver import BuildRequest, build
 
         engine.parent.mkdir(parents=True, exist_ok=True)
         folder = Path("build/checkpoints") / name

@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    from runtime import Engine, SamplingParams
+    from belle_compile.runtime import Engine, SamplingParams
 
     imported = time.perf_counter()
     with Engine.load(arguments.engine, isa=arguments.isa, threads=arguments.threads) as engine:

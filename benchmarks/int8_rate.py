@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import ISAS, Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 from benchmarks.bandwidth import load_kernel
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import ISAS, Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.tir import Buffer, Expr, T
 
 STEPS = 1 << 19
 VNNI_SUMS, MADDUBS_SUMS, TILE_SUMS = 24, 12, 4  # enough to hide the latency of the product, few enough for the registers

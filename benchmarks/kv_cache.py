@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.runtime import Engine
+from belle_compile.runtime.artifact import read_manifest
 from benchmarks import machine
 from benchmarks.accuracy import RESULTS, WINDOW, documentation_windows
-from compiler.accuracy import Comparison
-from runtime import Engine
-from runtime.artifact import read_manifest
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime import host
+from belle_compile.runtime import host
 
 PACKAGES = (
     "belle-compile", "apache-tvm", "apache-tvm-ffi", "numpy", "rensa", "tokenizers", "torch", "transformers", "lm_eval",

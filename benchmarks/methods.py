@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.passes.pipeline import CALIBRATED
+from belle_compile.runtime import Engine
 from benchmarks import machine, outliers
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.text import WINDOW, windows
-from compiler.accuracy import Comparison
-from compiler.checkpoint import open_checkpoint
-from compiler.driver import BuildRequest, build
-from compiler.frontends import build_graph
-from compiler.ir.stream import ActivationStream
-from passes.pipeline import CALIBRATED
-from runtime import Engine
 
 RESULTS = Path("benchmarks/results")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.compiler.checkpoint import open_checkpoint
 from benchmarks.fetch_smollm2 import fetch
-from compiler.checkpoint import open_checkpoint
 
 CHANNELS, GREATEST = 6, 100.0
 _READERS = {

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from belle_compile.compiler.devices import DEVICES, Device
+from belle_compile.compiler.layers import preset
+from belle_compile.compiler.plan.outline import outline
+from belle_compile.compiler.plan.predict import predict
+from belle_compile.compiler.plan.rates import rates_of
+from belle_compile.compiler.plan.work import RankWork, works_of
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import BATCHES, CONTEXT, LARGE, PROMPTS, STEPS
 from benchmarks.tasks import TASKS, Task
-from compiler.devices import DEVICES, Device
-from compiler.layers import preset
-from compiler.plan.outline import outline
-from compiler.plan.predict import predict
-from compiler.plan.rates import rates_of
-from compiler.plan.work import RankWork, works_of
 
 RESULTS = Path("benchmarks/results")
 NAMED = {task.name: task for task in TASKS}

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.runtime import Engine, host
 from benchmarks import machine
 from benchmarks.engines import DEFAULT_SHAPES, SHAPES, prepare
 from benchmarks.speed import RESULTS
 from benchmarks.tasks import Task
-from runtime import Engine, host
 
 BASE = "int8"
 TASKS = (*(Task(f"batch {batch}", batch, 32, 32) for batch in (1, 2, 4, 8)), Task("prefill 512", 1, 512))

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from belle_compile.runtime import Engine, Result, SamplingParams
 from benchmarks import machine
-from runtime import Engine, Result, SamplingParams
 
 CLASSES = ("extract", "summarization")
 DRAFTS, REQUESTS, NEW_TOKENS, ROUNDS = 8, 12, 160, 3

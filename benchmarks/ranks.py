@@ -31,6 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.ranked_engine import RankedEngine
+from belle_compile.runtime import Engine, SamplingParams, host
+from belle_compile.runtime.executors import cpu
 from benchmarks import checkpoints, machine
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import SHAPES, SMOLLM2
@@ -39,12 +45,6 @@ from benchmarks.int8_rate import CoreRate
 from benchmarks.methods import RESULTS, encoder, reference_logits
 from benchmarks.tasks import Task
 from benchmarks.text import cut, windows
-from compiler.accuracy import Comparison
-from compiler.checkpoint import open_checkpoint
-from compiler.driver import BuildRequest, build
-from compiler.ranked_engine import RankedEngine
-from runtime import Engine, SamplingParams, host
-from runtime.executors import cpu
 
 TASKS = (Task("decode", 1, 32, 16), Task("decode, batch 8", 8, 32, 8), Task("prefill 512", 1, 512))
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=256, ignore_eos=True)

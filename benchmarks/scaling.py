@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.runtime import host
 from benchmarks.checkpoints import SHAPES
 from benchmarks.report import RESULTS, Result, import_pyplot, read_results, save
-from runtime import host
 
 # Only extrapolated to: BELLE-LLaMA-13B. Others are those of SHAPES, of which bloom-7b1 is BELLE-7B.
 LLAMA_13B = {"model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40,

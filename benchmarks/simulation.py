@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint import open_checkpoint
 
 Tensor = torch.Tensor
 

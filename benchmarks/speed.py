@@ -30,14 +30,14 @@ from unittest import mock
 
 import numpy as np
 
+from belle_compile.runtime import Engine, host
+from belle_compile.runtime.profiling import Phase
+from belle_compile.runtime.program import read_program
 from benchmarks import machine
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import DEFAULT_SHAPES, SHAPES, Cost, cost, prepare
 from benchmarks.int8_rate import Int8Rate
 from benchmarks.tasks import SWEEP, TASKS, Task
-from runtime import Engine, host
-from runtime.profiling import Phase
-from runtime.program import read_program
 
 ROUNDS, LOADS = 5, 5
 ASLEEP_S = 0.002  # threads without work sleep after a millisecond

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.runtime import Engine, SamplingParams
 from benchmarks.engines import Cost
-from runtime import Engine, SamplingParams
 
 
 @dataclass(frozen=True)

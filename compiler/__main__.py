@@ -1,6 +1,6 @@
-"""`python -m compiler`: the same as `belle-compile`."""
+"""`python -m belle_compile.compiler`: the same as `belle-compile`."""
 
-from compiler.cli import main
+from belle_compile.compiler.cli import main
 
 if __name__ == "__main__":
     main()

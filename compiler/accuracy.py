@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from compiler.ir.stream import ActivationStream
-from compiler.ranked_engine import RankedEngine
-from runtime.engine import Engine
-from runtime.sampling import SamplingParams
+from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.compiler.ranked_engine import RankedEngine
+from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.serving.sampling import SamplingParams
 
 Tensor = torch.Tensor
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import tokenizers
 
-from compiler.accuracy import Sample
-from compiler.checkpoint import Checkpoint
-from compiler.errors import CompileError
-from compiler.requests import Request, open_set
-from runtime.artifact import PromptTemplate, SpecialTokens
-from runtime.prompt import ChatTemplate
-from runtime.tokenizer import Tokenizer
+from belle_compile.compiler.accuracy import Sample
+from belle_compile.compiler.checkpoint import Checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests import Request, open_set
+from belle_compile.runtime.artifact import PromptTemplate, SpecialTokens
+from belle_compile.runtime.prompt import ChatTemplate
+from belle_compile.runtime.tokenizer import Tokenizer
 
 MOST_TOKENS = 512  # of a request: what comes later is cut off
 

@@ -13,11 +13,10 @@ from typing import Any, NoReturn
 
 import click
 
-from compiler import terminal
-from compiler.version import __version__
-from runtime.errors import BelleError
+from belle_compile import __version__
+from belle_compile.compiler import terminal
+from belle_compile.runtime.errors import BelleError
 
-_OURS = {"compiler", "passes", "runtime"}
 KV_CACHE = click.Choice(["auto", "float32", "bfloat16", "float16", "int8"])
 
 
@@ -133,8 +132,8 @@ def build(
       belle-compile build model.gguf --tune -o artifacts/model-tuned
       belle-compile build /models/my-llama --template belle-llama -o artifacts/my-llama --dump-ir /tmp/ir
     """
-    from compiler import driver, inspection
-    from compiler.gate import Gate
+    from belle_compile.compiler import driver, inspection
+    from belle_compile.compiler.gate import Gate
 
     gate = None if no_gate else Gate(max_ppl_ratio, min_top1, min_accuracy_kept)
     started = time.perf_counter()
@@ -168,9 +167,9 @@ def repartition(engine: Path, target: str, output: Path, force: bool, as_json: b
       belle-compile repartition artifacts/belle-7b-cpu --target cpux2 -o artifacts/belle-7b-cpux2
       belle-compile repartition artifacts/belle-7b-cpux2 --target cpu -o artifacts/belle-7b-cpu
     """
-    from compiler import inspection
-    from compiler.repartition import RepartitionRequest
-    from compiler.repartition import repartition as make
+    from belle_compile.compiler import inspection
+    from belle_compile.compiler.repartition import RepartitionRequest
+    from belle_compile.compiler.repartition import repartition as make
 
     with terminal.progress_bars() as progress:
         found = inspection.inspect(make(RepartitionRequest(engine, output, target, force, progress)))
@@ -210,7 +209,7 @@ def sensitivity(
       belle-compile sensitivity model.gguf --calibration requests.jsonl
       belle-compile sensitivity /models/BELLE-7B-2M --calibration set/ --output-errors -o layers.svg
     """
-    from compiler import layer_ranking, layers
+    from belle_compile.compiler import layer_ranking, layers
 
     if output is not None and output.suffix not in layer_ranking.WRITERS:
         raise click.BadParameter(
@@ -240,7 +239,7 @@ def inspect(engine: Path, as_json: bool, kernels: bool) -> None:
       belle-compile inspect artifacts/belle-7b-a100 --kernels
       belle-compile inspect artifacts/belle-7b-cpu --json | jq .kernel_calls
     """
-    from compiler import inspection
+    from belle_compile.compiler import inspection
 
     found = inspection.inspect(engine)
     if kernels:
@@ -261,7 +260,7 @@ def verify(engine: Path, as_json: bool) -> None:
       belle-compile verify artifacts/belle-7b-cpu
       belle-compile verify artifacts/belle-7b-cpu --json
     """
-    from compiler import inspection
+    from belle_compile.compiler import inspection
 
     with terminal.progress_bars() as progress:
         found = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
@@ -315,7 +314,7 @@ def calibrate_set(
       belle-compile calibrate-set logs.jsonl.zst -o logs.set --field prompt --label kind --redact
       belle-compile calibrate-set requests.jsonl -o requests.set --tokenizer /models/BELLE-7B-2M --size 256 --seed 7
     """
-    from compiler import requests
+    from belle_compile.compiler import requests
 
     started = time.perf_counter()
     with terminal.progress_bars() as progress:
@@ -349,8 +348,8 @@ def plan(checkpoint: Path, target: str, quant: str, kv_cache: str, batch: int, c
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
     """
-    from compiler.plan.table import Load, text
-    from compiler.plan.table import plan as predicted
+    from belle_compile.compiler.plan.table import Load, text
+    from belle_compile.compiler.plan.table import plan as predicted
 
     found = predicted(checkpoint, target, quant, Load(batch, context), kv_cache)
     click.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else text(found))
@@ -377,8 +376,8 @@ def targets(as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from compiler.devices import ALIASES, DEVICES
-    from compiler.targets import SUPPORTED
+    from belle_compile.compiler.devices import ALIASES, DEVICES
+    from belle_compile.compiler.targets import SUPPORTED
 
     built = {target.device.name for target in SUPPORTED}
     found = [asdict(device) | {"builds": device.name in built} for device in DEVICES.values()]
@@ -407,7 +406,7 @@ def _show(found: dict[str, Any], rows: Sequence[tuple[str, str]], as_json: bool)
 def _sentence(error: Exception) -> str:
     if isinstance(error, BelleError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _OURS:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "belle_compile":
         return f"build: the Python package {error.name} is not installed; run `pip install 'belle-compile[build]'`."
     if isinstance(error, MemoryError):
         return "memory: the host has too little of it for this checkpoint; free some or use a larger host."

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100

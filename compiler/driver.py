@@ -14,23 +14,32 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler import layers, targets
-from compiler.backends import Lowered, compile_graphs, count_kernel_calls, plan_graph
-from compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
-from compiler.checkpoint import Checkpoint, open_checkpoint
-from compiler.errors import CompileError
-from compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
-from compiler.frontends import build_graph
-from compiler.gate import DEFAULT_GATE, Gate
-from compiler.ir.meanings import GROUP
-from compiler.ir.text import to_onnx
-from compiler.report import REPORT_NAME, Effects, Report, coverage_of, coverage_of_set, memory_of, pass_effects, render
-from compiler.version import __version__
-from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
-from passes.calibration.data import CalibrationData
-from passes.calibration.sensitivity import LayerDamage
-from passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_for
-from runtime.artifact import (
+from belle_compile import __version__
+from belle_compile.compiler import layers, targets
+from belle_compile.compiler.backends import Lowered, compile_graphs, count_kernel_calls, plan_graph
+from belle_compile.compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
+from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
+from belle_compile.compiler.gate import DEFAULT_GATE, Gate
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.text import to_onnx
+from belle_compile.compiler.report import (
+    REPORT_NAME,
+    Effects,
+    Report,
+    coverage_of,
+    coverage_of_set,
+    memory_of,
+    pass_effects,
+    render,
+)
+from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.sensitivity import LayerDamage
+from belle_compile.passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_for
+from belle_compile.runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
     Manifest,
@@ -43,8 +52,8 @@ from runtime.artifact import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from passes.base import Pass, PassResult
-    from passes.pipeline import OnPass
+    from belle_compile.passes.base import Pass, PassResult
+    from belle_compile.passes.pipeline import OnPass
 
 _METHODS = {  # what the manifest says of each
     "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
@@ -279,7 +288,13 @@ def _manifest(
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
     return Manifest(
         model=model,
-        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
+        target=TargetInfo(
+            target.name,
+            "triton" if target.is_gpu else "tvm",
+            target.isas,
+            Requirements(target.arch, target.isas, memory),
+            target.ranks,
+        ),
         passes=(opened, *applied, *_tuning_record(first)),
         quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
         kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.errors import BelleError
+from belle_compile.runtime.errors import BelleError
 
 
 class CompileError(BelleError):

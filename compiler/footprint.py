@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from compiler.backends import Lowered
-from compiler.errors import CompileError
-from compiler.targets import Target
-from compiler.terminal import size
-from compiler.writer import tensor_bytes
-from runtime.host import GPU_RESERVE_BYTES
+from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.targets import Target
+from belle_compile.compiler.terminal import size
+from belle_compile.compiler.writer import tensor_bytes
+from belle_compile.runtime.host import GPU_RESERVE_BYTES
 
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 PROCESS_BYTES = 256 << 20  # a host needs for Python and the tokenizer

@@ -9,11 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.accuracy import Accuracy, Sample, measure
-from compiler.errors import CompileError
-from compiler.ranked_engine import RankedEngine
-from runtime.engine import Engine
-from runtime.errors import EngineError
+from belle_compile.compiler.accuracy import Accuracy, Sample, measure
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ranked_engine import RankedEngine
+from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.errors import EngineError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runtime import artifact, host
-from runtime.program import Program, read_program
-from runtime.schema import to_plain
+from belle_compile.runtime import artifact, host
+from belle_compile.runtime.program import Program, read_program
+from belle_compile.runtime.schema import to_plain
 
 # Parts of an engine that sizes are summed by: name and what its files end in, first match wins.
 _PARTS = (

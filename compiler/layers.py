@@ -8,20 +8,20 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from compiler.calibration import Calibration, read_calibration
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
-from compiler.frontends import build_graph
-from passes.calibration.sensitivity import LayerDamage, output_errors
-from passes.calibration.sensitivity import alone as damage_alone
-from passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
-from passes.quantization.quantize_groups import QuantizeGroups
-from passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.compiler.calibration import Calibration, read_calibration
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
+from belle_compile.passes.calibration.sensitivity import alone as damage_alone
+from belle_compile.passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from passes.base import Pass
+    from belle_compile.passes.base import Pass
 
 Progress = Callable[[str, int, int], None]
 

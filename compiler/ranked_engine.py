@@ -1,6 +1,6 @@
 """An engine of several ranks for a process that is none of them: what is asked goes to rank 0 of a run of its own.
 
-python -m compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
+python -m belle_compile.compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ranks
-from runtime.engine import Engine, Result
-from runtime.errors import BelleError, EngineError
-from runtime.launcher import Launcher
-from runtime.sampling import SamplingParams
+from belle_compile.runtime.distributed import ranks
+from belle_compile.runtime.distributed.launcher import Launcher
+from belle_compile.runtime.engine import Engine, Result
+from belle_compile.runtime.errors import BelleError, EngineError
+from belle_compile.runtime.serving.sampling import SamplingParams
 
 _TIMEOUT_S = 60.0  # for a rank to start or to answer: a build may leave the host busy
 

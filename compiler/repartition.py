@@ -8,24 +8,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiler import targets
-from compiler.backends import BEHIND_LOGITS, Lowered, compile_graphs, count_kernel_calls, plan_graph
-from compiler.driver import KV_CACHES, TUNING
-from compiler.errors import CompileError
-from compiler.footprint import SERVED_TOKENS, check_memory, file_bytes, required_bytes
-from compiler.ir.text import from_onnx
-from compiler.report import REPORT_NAME, Effects, Report, memory_of, render
-from compiler.unpacking import WholeWeights
-from compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
-from passes.partition.partition_tensors import PartitionTensors
-from passes.pipeline import FUSION, run_for, run_ranks
-from runtime.artifact import KernelCalls, Manifest, PassRecord, Requirements, TargetInfo, read_manifest, verify_files
-from runtime.program import KVLayout, Program, read_program
+from belle_compile.compiler import targets
+from belle_compile.compiler.backends import BEHIND_LOGITS, Lowered, compile_graphs, count_kernel_calls, plan_graph
+from belle_compile.compiler.driver import KV_CACHES, TUNING
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.footprint import SERVED_TOKENS, check_memory, file_bytes, required_bytes
+from belle_compile.compiler.ir.text import from_onnx
+from belle_compile.compiler.report import REPORT_NAME, Effects, Report, memory_of, render
+from belle_compile.compiler.unpacking import WholeWeights
+from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
+from belle_compile.passes.partition.partition_tensors import PartitionTensors
+from belle_compile.passes.pipeline import FUSION, run_for, run_ranks
+from belle_compile.runtime.artifact import (
+    KernelCalls,
+    Manifest,
+    PassRecord,
+    Requirements,
+    TargetInfo,
+    read_manifest,
+    verify_files,
+)
+from belle_compile.runtime.program import KVLayout, Program, read_program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from passes.base import Pass
+    from belle_compile.passes.base import Pass
 
 _TOKENIZER = "tokenizer.json"
 _PARTITION = PartitionTensors(0, 1).name
@@ -125,7 +133,13 @@ def _manifest(old: Manifest, target: targets.Target, records: Sequence[dict[str,
     after = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
     return replace(
         old,
-        target=TargetInfo(target.name, target.isas, Requirements(target.arch, target.isas, memory), target.ranks),
+        target=TargetInfo(
+            target.name,
+            "triton" if target.is_gpu else "tvm",
+            target.isas,
+            Requirements(target.arch, target.isas, memory),
+            target.ranks,
+        ),
         passes=(*before, *after),
         kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
         toolchain=dict(old.toolchain) | dict(lowered[0].toolchain),

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compiler.devices import ALIASES, DEVICES, GB, GIB, Device, architecture, known_as
-from compiler.errors import CompileError
-from runtime.errors import EngineError
-from runtime.host import GPU_ARCHS
-from runtime.schema import from_plain
+from belle_compile.compiler.devices import ALIASES, DEVICES, GB, GIB, Device, architecture, known_as
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.host import GPU_ARCHS
+from belle_compile.runtime.schema import from_plain
 
 
 @dataclass(frozen=True)

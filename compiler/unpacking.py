@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors import safe_open
 
-from compiler.backends.tvm.packing import unpack
-from compiler.errors import CompileError
-from compiler.ir.lazy import lazy, pieces_of
-from compiler.ir.signature import dtype_name
+from belle_compile.compiler.backends.tvm.packing import unpack
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.lazy import lazy, pieces_of
+from belle_compile.compiler.ir.signature import dtype_name
 
 Array = npt.NDArray[Any]
 

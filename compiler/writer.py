@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from compiler.directory import AtomicDirectory
-from compiler.ir.lazy import wholes_kept
-from runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
-from runtime.program import ALIGNMENT, PROGRAM_NAME, Program, Weight
+from belle_compile.compiler.directory import AtomicDirectory
+from belle_compile.compiler.ir.lazy import wholes_kept
+from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
+from belle_compile.runtime.program import ALIGNMENT, PROGRAM_NAME, Program, Weight
 
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.

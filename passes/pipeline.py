@@ -10,32 +10,32 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.meanings import GROUP
-from compiler.ir.text import save_onnx, to_text
-from compiler.ir.verify import verify
-from passes.base import Pass, PassResult
-from passes.calibration.data import CalibrationData
-from passes.cleanup.merge_duplicates import MergeDuplicates
-from passes.cleanup.remove_identities import RemoveIdentities
-from passes.cleanup.remove_unused import RemoveUnused
-from passes.fusion.fuse_activation_quantize import FuseActivationQuantize
-from passes.fusion.fuse_add_norm import FuseAddNorm
-from passes.fusion.fuse_dequantize import FuseDequantize
-from passes.fusion.fuse_norm_quantize import FuseNormQuantize
-from passes.fusion.fuse_projections import FuseProjections
-from passes.partition.partition_tensors import PartitionTensors
-from passes.quantization.gptq_rounding import GptqRounding
-from passes.quantization.quantize_embedding import QuantizeEmbedding
-from passes.quantization.quantize_groups import QuantizeGroups
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.smooth_activations import SmoothActivations
-from passes.quantization.static_activations import StaticActivations
-from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
-from passes.rotation.fold_layer_norms import FoldLayerNorms
-from passes.rotation.rotate_activations import RotateActivations
-from passes.rotation.rotate_residual import RotateResidual
-from passes.rotation.rotate_values import RotateValues
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.text import save_onnx, to_text
+from belle_compile.compiler.ir.verify import verify
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.cleanup.merge_duplicates import MergeDuplicates
+from belle_compile.passes.cleanup.remove_identities import RemoveIdentities
+from belle_compile.passes.cleanup.remove_unused import RemoveUnused
+from belle_compile.passes.fusion.fuse_activation_quantize import FuseActivationQuantize
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
+from belle_compile.passes.fusion.fuse_norm_quantize import FuseNormQuantize
+from belle_compile.passes.fusion.fuse_projections import FuseProjections
+from belle_compile.passes.partition.partition_tensors import PartitionTensors
+from belle_compile.passes.quantization.gptq_rounding import GptqRounding
+from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.smooth_activations import SmoothActivations
+from belle_compile.passes.quantization.static_activations import StaticActivations
+from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
+from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
+from belle_compile.passes.rotation.rotate_residual import RotateResidual
+from belle_compile.passes.rotation.rotate_values import RotateValues
 
 # What follows matches a tidy graph
 CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
@@ -93,7 +93,9 @@ PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, rec
 def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     """The passes that see the whole model, and the fusions behind them, which see the graph of a rank where there are several:
     weights get their scales once, and a rank's linears are fused by what it has of them."""
-    first = next((i for i, step in enumerate(passes) if type(step).__module__.startswith("passes.fusion")), len(passes))
+    first = next(
+        (i for i, step in enumerate(passes) if type(step).__module__.startswith("belle_compile.passes.fusion")), len(passes)
+    )
     return tuple(passes[:first]), tuple(passes[first:])
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine, Result
-    from runtime.sampling import SamplingParams
+    from belle_compile.runtime.engine import Engine, Result
+    from belle_compile.runtime.serving.sampling import SamplingParams
 
 __all__ = ["Engine", "EngineError", "Result", "SamplingParams"]
 
-_HOMES = {"Engine": "runtime.engine", "Result": "runtime.engine", "SamplingParams": "runtime.sampling"}
+_HOMES = {
+    "Engine": "belle_compile.runtime.engine",
+    "Result": "belle_compile.runtime.engine",
+    "SamplingParams": "belle_compile.runtime.serving.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""python -m runtime is belle-run."""
+"""python -m belle_compile.runtime is belle-run."""
 
-from runtime.cli import main
+from belle_compile.runtime.cli import main
 
 main(prog_name="belle-run")

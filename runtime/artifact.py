@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime import host
-from runtime.errors import EngineError
-from runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
+from belle_compile.runtime import host
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (2,)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (3,)
 MANIFEST_NAME = "manifest.json"
 STAGE = "engine"
 
@@ -57,10 +57,11 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """The target built for; `isas` are the kernel sets the engine carries, best first, and `ranks` the processes that run it
-    together."""
+    """The target built for; `backend` names the executor that runs the engine, `isas` are the kernel sets it carries, best
+    first, and `ranks` the processes that run it together."""
 
     name: str
+    backend: str
     isas: tuple[str, ...]
     requires: Requirements
     ranks: int = 1

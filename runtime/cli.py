@@ -14,14 +14,14 @@ from typing import Any
 
 import click
 
-from runtime import ranks
-from runtime.artifact import read_manifest
-from runtime.engine import Engine, Prompt, Result, Stream
-from runtime.errors import BelleError
-from runtime.launcher import Launcher
-from runtime.loading import check_ranks
-from runtime.profiling import ProfileHandle
-from runtime.sampling import SamplingParams
+from belle_compile.runtime.artifact import read_manifest
+from belle_compile.runtime.distributed import ranks
+from belle_compile.runtime.distributed.launcher import Launcher
+from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
+from belle_compile.runtime.errors import BelleError
+from belle_compile.runtime.loading import check_ranks
+from belle_compile.runtime.profiling import ProfileHandle
+from belle_compile.runtime.serving.sampling import SamplingParams
 
 EXAMPLES = """
 \b

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact import Manifest, Progress
-from runtime.errors import EngineError
-from runtime.generation import Generation, Result, Timings
-from runtime.loading import Options, load_parts
-from runtime.profiling import ProfileHandle, Recorder
-from runtime.prompt import ChatTemplate, Message
-from runtime.sampling import Sampler, SamplingParams
-from runtime.scheduler import Sequence as TokenSequence
-from runtime.scheduler import fill
-from runtime.step_loop import StepLoop
-from runtime.tokenizer import Tokenizer
+from belle_compile.runtime.artifact import Manifest, Progress
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.loading import Options, load_parts
+from belle_compile.runtime.profiling import ProfileHandle, Recorder
+from belle_compile.runtime.prompt import ChatTemplate, Message
+from belle_compile.runtime.serving.generation import Generation, Result, Timings
+from belle_compile.runtime.serving.sampling import Sampler, SamplingParams
+from belle_compile.runtime.serving.scheduler import Sequence as TokenSequence
+from belle_compile.runtime.serving.scheduler import fill
+from belle_compile.runtime.serving.step_loop import StepLoop
+from belle_compile.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from runtime.executors import Executor
+    from belle_compile.runtime.executors import Executor
 
 __all__ = ["Engine", "Prompt", "Result", "Stream", "Timings"]
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import host, ranks
-from runtime.artifact import Manifest, Progress, check_host, read_manifest, verify_files
-from runtime.collectives import Collectives, MpiCollectives
-from runtime.errors import BelleError, EngineError
-from runtime.tokenizer import Tokenizer
+from belle_compile.runtime import host
+from belle_compile.runtime.artifact import Manifest, Progress, check_host, read_manifest, verify_files
+from belle_compile.runtime.distributed import ranks
+from belle_compile.runtime.distributed.collectives import Collectives, MpiCollectives
+from belle_compile.runtime.errors import BelleError, EngineError
+from belle_compile.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from runtime.executors import Executor
+    from belle_compile.runtime.executors import Executor
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _load_rank(
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
     if manifest.target.is_gpu:
         return tokenizer, _on_gpu(directory / f"rank{rank}", manifest, options, collectives.rank_here if collectives else 0)
-    from runtime.executors.cpu import CpuExecutor  # loads no kernels before the checks
+    from belle_compile.runtime.executors.cpu import CpuExecutor  # loads no kernels before the checks
 
     threads = options.threads
     if threads is None and collectives:
@@ -86,14 +87,14 @@ def _on_gpu(directory: Path, manifest: Manifest, options: Options, number: int) 
     if options.isa is not None and options.isa not in manifest.target.isas:
         found, expected = options.isa, ", ".join(manifest.target.isas)
         raise EngineError("engine", "instruction set", found=found, expected=f"{expected}, what the engine was built for")
-    from runtime.executors.cuda import CudaExecutor
+    from belle_compile.runtime.executors.cuda import CudaExecutor
 
     return CudaExecutor(directory, manifest.target.isas, kv_tokens=options.kv_tokens, number=number)
 
 
 def _load_ranks(directory: Path, options: Options, collectives: Collectives) -> tuple[Manifest, Tokenizer, Executor]:
     """Load this rank and agree with the others that they belong together; what does not fit is said once, by rank 0."""
-    from runtime.executors.ranked import RankedExecutor, serve, sums_of
+    from belle_compile.runtime.executors.ranked import RankedExecutor, serve, sums_of
 
     loaded: tuple[Manifest, Tokenizer, Executor] | None = None
     try:

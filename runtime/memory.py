@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import EngineError
-from runtime.program import ALIGNMENT
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.program import ALIGNMENT
 
 _HUGE_PAGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Linux's value; the module has the name since Python 3.12 only

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import host
-from runtime.executors import StepBatch
-from runtime.memory import anonymous
-from runtime.program import Program
+from belle_compile.runtime import host
+from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.memory import anonymous
+from belle_compile.runtime.program import Program
 
 _clock = time.perf_counter
 _READS = 7

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from runtime.errors import EngineError
-from runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.schema import Refuse, canonical_json, from_plain, refuse_from, to_plain
 
 PROGRAM_FORMAT = 5
 PROGRAM_NAME = "program.json"

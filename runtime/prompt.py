@@ -13,8 +13,8 @@ import jinja2.parser
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runtime.artifact import PromptTemplate
-from runtime.errors import EngineError
+from belle_compile.runtime.artifact import PromptTemplate
+from belle_compile.runtime.errors import EngineError
 
 Message = Mapping[str, str]
 

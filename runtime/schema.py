@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError
 
 T = TypeVar("T")
 SCALARS: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tokenizers
 
-from runtime.artifact import SpecialTokens
-from runtime.errors import EngineError
+from belle_compile.runtime.artifact import SpecialTokens
+from belle_compile.runtime.errors import EngineError
 
 _REPLACEMENT = "\ufffd"
 # A character is at most 4 bytes, so at most 4 tokens; what is not text after that many never will be.

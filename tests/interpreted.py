@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compiler.backends.triton import compile as compiling
-from compiler.backends.triton.kernels import attention
-from compiler.backends.triton.kernels.base import Kernel
-from compiler.backends.triton.kernels.linear import QuantizedLinear
-from runtime.errors import EngineError
-from runtime.executors import cuda
-from runtime.program import Launch
+from belle_compile.compiler.backends.triton import compile as compiling
+from belle_compile.compiler.backends.triton.kernels import attention
+from belle_compile.compiler.backends.triton.kernels.base import Kernel
+from belle_compile.compiler.backends.triton.kernels.linear import QuantizedLinear
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import cuda
+from belle_compile.runtime.program import Launch
 from tests.compiler.backends.triton.harness import interpret
 
 Bytes = npt.NDArray[np.uint8]

@@ -21,7 +21,7 @@ FOLDER = "BELLE_TEST_KERNELS"  # environment variable; empty or unset: everythin
 def install() -> None:
     """Have `compile_functions` look first, from now on in this process."""
     tvm = pytest.importorskip("tvm")
-    from compiler.backends.tvm import library
+    from belle_compile.compiler.backends.tvm import library
 
     compile_functions = library.compile_functions
     if hasattr(compile_functions, "compiles"):

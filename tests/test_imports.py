@@ -1,4 +1,4 @@
-"""Imports go one way, and `import runtime` stays small."""
+"""Imports go one way, and `import belle_compile.runtime` stays small."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("compiler", "passes", "runtime")
-NOT_IN_RUNTIME = ("torch", "transformers", "onnx", "onnx_ir", "tvm", "compiler", "passes", "pydantic", "rich")
+OURS = ("belle_compile", "compiler", "passes", "runtime")
+NOT_IN_RUNTIME = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "tvm",
+    "belle_compile.compiler",
+    "belle_compile.passes",
+    "pydantic",
+    "rich",
+)
 
 
 def imports(path: Path) -> set[str]:
     """Full names of the modules a file imports, those inside functions too."""
     names: set[str] = set()
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = ("belle_compile", *path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -52,12 +62,17 @@ def offenders(
 
 
 def test_passes_import_only_the_ir_and_the_errors() -> None:
-    assert offenders("passes", OURS, allowed=("passes", "compiler.ir", "compiler.errors")) == []
+    assert (
+        offenders(
+            "passes", OURS, allowed=("belle_compile.passes", "belle_compile.compiler.ir", "belle_compile.compiler.errors")
+        )
+        == []
+    )
 
 
 def test_only_the_driver_imports_passes() -> None:
     allowed = ("compiler/driver.py", "compiler/layers.py", "compiler/plan/work.py", "compiler/repartition.py")
-    assert offenders("compiler", ("passes",), besides=allowed) == []
+    assert offenders("compiler", ("belle_compile.passes",), besides=allowed) == []
 
 
 def test_runtime_imports_neither_sibling_nor_their_needs() -> None:
@@ -65,16 +80,16 @@ def test_runtime_imports_neither_sibling_nor_their_needs() -> None:
 
 
 def test_ir_imports_nothing_else_of_the_compiler() -> None:
-    assert offenders("compiler/ir", OURS, allowed=("compiler.ir", "compiler.errors")) == []
+    assert offenders("compiler/ir", OURS, allowed=("belle_compile.compiler.ir", "belle_compile.compiler.errors")) == []
 
 
 @pytest.mark.parametrize(
     ("statement", "name"),
     [
         ("import torch.nn as nn", "torch.nn"),
-        ("from compiler import driver", "compiler.driver"),
-        ("from ..ir import text", "compiler.ir.text"),
-        ("def f():\n    from passes.base import Pass", "passes.base.Pass"),
+        ("from belle_compile.compiler import driver", "belle_compile.compiler.driver"),
+        ("from ..ir import text", "belle_compile.compiler.ir.text"),
+        ("def f():\n    from belle_compile.passes.base import Pass", "belle_compile.passes.base.Pass"),
     ],
 )
 def test_imports_are_seen(statement: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +102,7 @@ def test_imports_are_seen(statement: str, name: str, tmp_path: Path, monkeypatch
 
 
 def test_import_runtime_pulls_in_nothing_of_the_compiler() -> None:
-    code = f"import sys, runtime; print(sorted(set(sys.modules) & set({NOT_IN_RUNTIME!r})))"
+    code = f"import sys, belle_compile.runtime; print(sorted(set(sys.modules) & set({NOT_IN_RUNTIME!r})))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

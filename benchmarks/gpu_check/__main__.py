@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.program import CUBIN, Program, read_program
 from benchmarks.gpu_check.checks import DEVICE, EXPECTED, GREEDY, LARGE, PROMPT
 from benchmarks.gpu_check.findings import read, write
-from runtime.errors import EngineError
-from runtime.program import CUBIN, Program, read_program
 
 PEERS = "peers"
 LIMITS = {DEVICE: 60, LARGE: 240, PEERS: 300}  # seconds

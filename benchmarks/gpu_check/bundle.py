@@ -19,18 +19,18 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from belle_compile.compiler import targets
+from belle_compile.compiler.backends import compile_graphs, count_kernel_calls
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
+from belle_compile.compiler.ir.evaluate import evaluate
+from belle_compile.compiler.plan.outline import outline
+from belle_compile.compiler.writer import safetensors_header
+from belle_compile.passes.pipeline import PRESETS, run_pipeline
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import EXPECTED, GREEDY, LARGE, PROMPT, TOLERANCE
-from compiler import targets
-from compiler.backends import compile_graphs, count_kernel_calls
-from compiler.checkpoint import open_checkpoint
-from compiler.driver import BuildRequest, build
-from compiler.frontends import build_graph
-from compiler.ir.cache import BLOCK_SIZE, PagedCache
-from compiler.ir.evaluate import evaluate
-from compiler.plan.outline import outline
-from compiler.writer import safetensors_header
-from passes.pipeline import PRESETS, run_pipeline
 
 Floats = npt.NDArray[np.float32]
 

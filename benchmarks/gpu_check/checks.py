@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.choices import ANY, Choices, key
+from belle_compile.runtime.executors.cuda import CudaExecutor
+from belle_compile.runtime.executors.cuda_device import open_device
+from belle_compile.runtime.program import Program, read_program
 from benchmarks.gpu_check.driving import Plan, Sequences, follow, greedy
 from benchmarks.gpu_check.findings import Findings
-from runtime.errors import EngineError
-from runtime.executors.choices import ANY, Choices, key
-from runtime.executors.cuda import CudaExecutor
-from runtime.executors.cuda_device import open_device
-from runtime.program import Program, read_program
 
 DEVICE, LARGE = "device", "bloom-7b1"
 EXPECTED = "expected.npz"

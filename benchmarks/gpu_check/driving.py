@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import Few, Row, Rows
-from runtime.errors import EngineError
-from runtime.executors.cuda import CudaExecutor
-from runtime.kv_cache import BLOCK_SIZE, blocks_for
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.cuda import CudaExecutor
+from belle_compile.runtime.serving.candidates import Few, Row, Rows
+from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, blocks_for
 
 Floats = NDArray[np.float32]
 Plan = Sequence[Mapping[int, int]]  # the steps: how many tokens each sequence is given

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from belle_compile.runtime.artifact import read_manifest
+from belle_compile.runtime.errors import BelleError
 from benchmarks.lm_eval import TASKS
-from runtime.artifact import read_manifest
-from runtime.errors import BelleError
 
 
 def run(arguments: Sequence[str] | None) -> None:

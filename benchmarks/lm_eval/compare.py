@@ -22,14 +22,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
+from belle_compile.runtime import Engine
+from belle_compile.runtime.artifact import read_manifest
 from benchmarks import machine
 from benchmarks.accuracy import RESULTS
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.lm_eval import TASKS
 from benchmarks.lm_eval.model import BelleLM
 from benchmarks.simulation import load_fp32
-from runtime import Engine
-from runtime.artifact import read_manifest
 
 REFERENCE = "transformers float32"
 

@@ -13,6 +13,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from belle_compile.runtime import Engine, EngineError
+from belle_compile.runtime.prompt import ChatTemplate
 from benchmarks.lm_eval.translate import (
     Window,
     answer_text,
@@ -23,8 +25,6 @@ from benchmarks.lm_eval.translate import (
     special_stops,
     window,
 )
-from runtime import Engine, EngineError
-from runtime.prompt import ChatTemplate
 
 _log = logging.getLogger(__name__)
 _ROUNDS = 4  # answers submitted together, in sequences the engine runs at once: few enough for a progress bar to move

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import Engine, EngineError, Result, SamplingParams
-from runtime.tokenizer import Tokenizer
+from belle_compile.runtime import Engine, EngineError, Result, SamplingParams
+from belle_compile.runtime.tokenizer import Tokenizer
 
 _ROWS = 64  # rows of logits taken to float64 at once
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness' names, best first

@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from belle_compile.runtime import host
 from benchmarks import machine
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import DEFAULT_SHAPES, SHAPES
@@ -31,7 +32,6 @@ from benchmarks.peers.models import make
 from benchmarks.peers.rounds import QUIET_LIMIT_S, Line, Settings, method_digest, run_rounds, wait_until_quiet
 from benchmarks.peers.rows import CONFIG, OURS, Row, choose, read_rows
 from benchmarks.tasks import TASKS, Task
-from runtime import host
 
 RUNNING = Path("build/peers")  # samples of a run that is not complete
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import tokenizers
 
+from belle_compile.runtime import host
 from benchmarks import machine
 from benchmarks.engines import SMOLLM2
 from benchmarks.peers import report
@@ -32,7 +33,6 @@ from benchmarks.peers.models import tensor_shapes
 from benchmarks.peers.rounds import run_worker
 from benchmarks.peers.rows import OURS, Row, choose, read_rows
 from benchmarks.text import windows
-from runtime import host
 
 LONGEST, TIMEOUT_S, WINDOWS = 32, 900.0, 20
 # Besides the rows of peers.toml: as fast as ours there, so only their answers are compared.

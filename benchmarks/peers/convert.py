@@ -93,7 +93,18 @@ def _ours(model: Path, form: str) -> Path:
     stamp.unlink(missing_ok=True)
     print(f"{engine.name}: compiling", flush=True)
     preset, _, calibrated = form.partition("+")
-    command: list[str | Path] = [sys.executable, "-m", "compiler", "build", model, "--quant", preset, "--force", "-o", engine]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "belle_compile.compiler",
+        "build",
+        model,
+        "--quant",
+        preset,
+        "--force",
+        "-o",
+        engine,
+    ]
     if calibrated:
         requests = LOGS / f"requests-{model.name}.jsonl"
         write_requests(model, requests)

@@ -91,7 +91,7 @@ def _expand(gguf: Path, out: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from compiler.checkpoint import open_checkpoint
+    from belle_compile.compiler.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(gguf)
     tensors = {name: torch.from_numpy(tensor.read()).contiguous() for name, tensor in checkpoint.tensors.items()}

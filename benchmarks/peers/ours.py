@@ -11,7 +11,7 @@ class Belle:
     """Option: isa=NAME for another instruction set than the host's best."""
 
     def __init__(self, engine_path: str, option: str) -> None:
-        from runtime import Engine, SamplingParams  # here, as the peers do it: loading includes the import
+        from belle_compile.runtime import Engine, SamplingParams  # here, as the peers do it: loading includes the import
 
         settings = dict(word.split("=", 1) for word in option.split())
         isa = settings.pop("isa", None)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from compiler.backends.lowering import PackedWeight
-    from compiler.backends.memory_plan import PlannedBuffer
-    from compiler.backends.tvm.tuning.table import TilingTable
-    from compiler.targets import Target
-    from runtime.program import Program
+    from belle_compile.compiler.backends.program.lowering import PackedWeight
+    from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
+    from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
+    from belle_compile.compiler.targets import Target
+    from belle_compile.runtime.program import Program
 
 CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; append to the cache, attend. Others: one
 BEHIND_LOGITS = frozenset({"chunk_maxima", "collect"})  # kinds of calls that a backend adds to those of the graph
@@ -57,9 +57,9 @@ def plan_graph(model: ir.Model, gpu: bool, kv_cache: str = "auto") -> Lowered:
     """What `compile_graphs` makes of a rank's graph, but for its kernels, which take long: weights, program and memory plan."""
     if gpu:
         require_triton()
-        from compiler.backends.triton.lower import lower
+        from belle_compile.compiler.backends.triton.lower import lower
     else:
-        from compiler.backends.tvm.lower import lower
+        from belle_compile.compiler.backends.tvm.lower import lower
     graph = lower(model, 0, kv_cache)
     return Lowered(graph.program, graph.weights, {}, buffers=graph.buffers)
 
@@ -79,13 +79,13 @@ def compile_graphs(
     searched here, and `tune(done, total)` hears of each shape. On a GPU the host that serves measures when it first loads.
     """
     if not target.is_gpu:
-        from compiler.backends.tvm import compile_graphs as for_processors
+        from belle_compile.compiler.backends.tvm import compile_graphs as for_processors
 
         return for_processors(models, target.isas, calls_before_fusion=calls_before_fusion, kv_cache=kv_cache, tune=tune)
     if tune is not None:
         remedy = "leave it out: the host that serves chooses among the engine's kernels when it first loads it"
         raise CompileError("target", f"tuning for {target.name}", found="a GPU", expected="a CPU", remedy=remedy)
     require_triton()
-    from compiler.backends.triton import compile_graphs as for_gpus
+    from belle_compile.compiler.backends.triton import compile_graphs as for_gpus
 
     return for_gpus(models, target.isas, calls_before_fusion=calls_before_fusion, kv_cache=kv_cache)

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.templates import PromptTemplate
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.templates import PromptTemplate
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.errors import CompileError
 
 DIGEST_CHUNK_BYTES = 1 << 22
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.templates import PromptTemplate
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.templates import PromptTemplate
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.errors import CompileError
 
 
 @dataclass

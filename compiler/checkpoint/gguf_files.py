@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.checkpoint.contents import Contents
-from compiler.checkpoint.gguf_tokenizer import gguf_tokenizer
-from compiler.checkpoint.templates import PromptTemplate
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.checkpoint.tokenizers import load_tokenizer
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.contents import Contents
+from belle_compile.compiler.checkpoint.gguf_tokenizer import gguf_tokenizer
+from belle_compile.compiler.checkpoint.templates import PromptTemplate
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
+from belle_compile.compiler.errors import CompileError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

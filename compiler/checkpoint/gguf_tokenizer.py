@@ -7,10 +7,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
-from compiler.checkpoint.tensors import STAGE
-from compiler.checkpoint.tokenizers import check_merges
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.checkpoint.tokenizers import check_merges
+from belle_compile.compiler.errors import CompileError
 
 # Names of tokenizer.ggml.pre, grouped by what llama.cpp does for them (src/llama-vocab.cpp).
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}

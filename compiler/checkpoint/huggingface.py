@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint.contents import Contents, read_json
-from compiler.checkpoint.pickles import is_legacy
-from compiler.checkpoint.templates import PromptTemplate, read_template
-from compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, require_float
-from compiler.checkpoint.tokenizers import load_tokenizer
-from compiler.checkpoint.weight_files import open_weights
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.contents import Contents, read_json
+from belle_compile.compiler.checkpoint.pickles import is_legacy
+from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
+from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, require_float
+from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
+from belle_compile.compiler.checkpoint.weight_files import open_weights
+from belle_compile.compiler.errors import CompileError
 
 
 def open_huggingface(directory: Path) -> Contents:

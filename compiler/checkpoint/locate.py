@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from compiler.checkpoint.tensors import STAGE
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.errors import CompileError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")  # the first that is there is downloaded

@@ -7,15 +7,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from compiler.checkpoint.checkpoint import Checkpoint
-from compiler.checkpoint.generation import generation_defaults
-from compiler.checkpoint.gguf_files import open_gguf
-from compiler.checkpoint.huggingface import open_huggingface
-from compiler.checkpoint.locate import locate, single_gguf
-from compiler.checkpoint.special_tokens import special_tokens
-from compiler.checkpoint.templates import choose_template
-from compiler.checkpoint.tensors import STAGE, canonical
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
+from belle_compile.compiler.checkpoint.generation import generation_defaults
+from belle_compile.compiler.checkpoint.gguf_files import open_gguf
+from belle_compile.compiler.checkpoint.huggingface import open_huggingface
+from belle_compile.compiler.checkpoint.locate import locate, single_gguf
+from belle_compile.compiler.checkpoint.special_tokens import special_tokens
+from belle_compile.compiler.checkpoint.templates import choose_template
+from belle_compile.compiler.checkpoint.tensors import STAGE, canonical
+from belle_compile.compiler.errors import CompileError
 
 FAMILIES = ("bloom", "llama")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.errors import CompileError
 
 if TYPE_CHECKING:
     import torch

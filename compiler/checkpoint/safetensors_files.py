@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.errors import CompileError
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
 DTYPES = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from compiler.checkpoint.tensors import STAGE
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.errors import CompileError
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 STAGE = "template"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 STAGE = "checkpoint"
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})

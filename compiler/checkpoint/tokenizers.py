@@ -9,10 +9,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from compiler.checkpoint.contents import read_json
-from compiler.checkpoint.sentencepiece_model import convert
-from compiler.checkpoint.tensors import STAGE
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.contents import read_json
+from belle_compile.compiler.checkpoint.sentencepiece_model import convert
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.errors import CompileError
 
 
 def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:

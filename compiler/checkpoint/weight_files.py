@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from compiler.checkpoint.contents import read_json
-from compiler.checkpoint.pickles import open_pickle
-from compiler.checkpoint.safetensors_files import open_safetensors
-from compiler.checkpoint.tensors import STAGE, LazyTensor
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.contents import read_json
+from belle_compile.compiler.checkpoint.pickles import open_pickle
+from belle_compile.compiler.checkpoint.safetensors_files import open_safetensors
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.errors import CompileError
 
 # stem, suffix, opener; the first kind that is there is taken
 KINDS: tuple[tuple[str, str, Callable[[Path], list[LazyTensor]]], ...] = (

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir import ops
-from compiler.ir.verify import INTERFACE, verify
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import ops
+from belle_compile.compiler.ir.verify import INTERFACE, verify
 
 
 def make_node(

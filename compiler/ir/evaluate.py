@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir import meanings
-from compiler.ir.cache import PagedCache
-from compiler.ir.ops import attributes_of, spec_of
-from compiler.ir.signature import TensorSpec, dtype_name
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import meanings
+from belle_compile.compiler.ir.cache import PagedCache
+from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.signature import TensorSpec, dtype_name
 
 __all__ = ["PagedCache", "evaluate", "evaluate_ranks", "stepwise"]
 

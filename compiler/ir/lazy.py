@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 Array = npt.NDArray[Any]
 Rows = Callable[[int, int], Array]

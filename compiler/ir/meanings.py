@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.ir.cache import Floats, Integers, PagedCache
+from belle_compile.compiler.ir.cache import Floats, Integers, PagedCache
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]

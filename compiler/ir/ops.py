@@ -9,9 +9,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir import meanings, signature
-from compiler.ir.signature import Operand, TensorSpec
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import meanings, signature
+from belle_compile.compiler.ir.signature import Operand, TensorSpec
 
 ONNX_OPSET = 23
 BELLE = "belle"

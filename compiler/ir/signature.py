@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 Dim = int | str
 _DTYPES = {

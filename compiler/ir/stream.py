@@ -12,11 +12,11 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler.errors import CompileError
-from compiler.ir.meanings import LIMITS
-from compiler.ir.ops import attributes_of, spec_of
-from compiler.ir.segments import Segment, cut
-from compiler.ir.torch_meanings import MEANINGS, supported
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import LIMITS
+from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.segments import Segment, cut
+from belle_compile.compiler.ir.torch_meanings import MEANINGS, supported
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from compiler.ir import ops
-from compiler.ir.signature import TensorSpec
-from compiler.ir.verify import verify
+from belle_compile.compiler.ir import ops
+from belle_compile.compiler.ir.signature import TensorSpec
+from belle_compile.compiler.ir.verify import verify
 
 _EXACT = "exact "  # before an attribute's name in the metadata of its node: the float of 64 bits
 _INLINE = 16  # initializers of up to this many int64 elements are printed with their values

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compiler.ir import meanings
+from belle_compile.compiler.ir import meanings
 
 Tensor = torch.Tensor
 

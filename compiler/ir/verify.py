@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir import ops
-from compiler.ir.signature import TensorSpec
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import ops
+from belle_compile.compiler.ir.signature import TensorSpec
 
 _INT32 = ir.DataType.INT32
 

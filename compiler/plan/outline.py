@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compiler.checkpoint import Checkpoint, open_checkpoint
-from compiler.checkpoint.open import family_of
-from compiler.checkpoint.templates import choose_template
-from compiler.checkpoint.tensors import LazyTensor
-from compiler.errors import CompileError
-from compiler.frontends import bloom, llama
-from compiler.frontends.layers import HEAD
+from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.checkpoint.open import family_of
+from belle_compile.compiler.checkpoint.templates import choose_template
+from belle_compile.compiler.checkpoint.tensors import LazyTensor
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import bloom, llama
+from belle_compile.compiler.families.layers import HEAD
 
 
 class Outline(Checkpoint):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import hypot, log2
 
-from compiler.plan.work import RankWork
+from belle_compile.compiler.plan.work import RankWork
 
 _LINE = 4  # bytes of a channel that ranks sum
 _SEVERAL = 8  # rows

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compiler.devices import Device
-from compiler.plan.predict import Rates
-from runtime import host
-from runtime.profiling import read_bandwidth
+from belle_compile.compiler.devices import Device
+from belle_compile.compiler.plan.predict import Rates
+from belle_compile.runtime import host
+from belle_compile.runtime.profiling import read_bandwidth
 
 
 @dataclass(frozen=True)

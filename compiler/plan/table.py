@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.devices import Device
-from compiler.errors import CompileError
-from compiler.footprint import FIXED_BYTES, PROCESS_BYTES
-from compiler.layers import preset
-from compiler.plan.outline import outline
-from compiler.plan.predict import Rates, Step, predict
-from compiler.plan.rates import host_bandwidth, rates_of
-from compiler.plan.work import RankWork, works_of
-from compiler.targets import resolve
-from compiler.terminal import columns, size
+from belle_compile.compiler.devices import Device
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.footprint import FIXED_BYTES, PROCESS_BYTES
+from belle_compile.compiler.layers import preset
+from belle_compile.compiler.plan.outline import outline
+from belle_compile.compiler.plan.predict import Rates, Step, predict
+from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
+from belle_compile.compiler.plan.work import RankWork, works_of
+from belle_compile.compiler.targets import resolve
+from belle_compile.compiler.terminal import columns, size
 
 RANKS = (1, 2, 4, 8)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.backends import plan_graph
-from compiler.checkpoint import Checkpoint
-from compiler.frontends import build_graph
-from compiler.ir.ops import attributes_of
-from passes.pipeline import Recipe, passes_of, run_for
-from runtime.kv_cache import blocks_for
-from runtime.program import KVLayout
+from belle_compile.compiler.backends import plan_graph
+from belle_compile.compiler.checkpoint import Checkpoint
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.pipeline import Recipe, passes_of, run_for
+from belle_compile.runtime.program import KVLayout
+from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 _LINEARS = {"Gemm": 1, "IntegerLinear": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}  # op -> index of its weight
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from compiler.report.coverage import coverage_of, coverage_of_set
-from compiler.report.data import Drift, Effects, Memory, Report, Stage
-from compiler.report.effects import PassEffects, pass_effects
-from compiler.report.memory import memory_of
-from compiler.report.render import REPORT_NAME, render
+from belle_compile.compiler.report.coverage import coverage_of, coverage_of_set
+from belle_compile.compiler.report.data import Drift, Effects, Memory, Report, Stage
+from belle_compile.compiler.report.effects import PassEffects, pass_effects
+from belle_compile.compiler.report.memory import memory_of
+from belle_compile.compiler.report.render import REPORT_NAME, render
 
 __all__ = [
     "REPORT_NAME",

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from compiler.backends.memory_plan import PlannedBuffer
-from runtime.artifact import FileRecord, Manifest
-from runtime.schema import to_plain
+from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
+from belle_compile.runtime.artifact import FileRecord, Manifest
+from belle_compile.runtime.schema import to_plain
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import tokenizers
 
-from compiler.backends import can_lower, count_kernel_calls
-from compiler.ir.cache import BLOCK_SIZE, PagedCache
-from compiler.ir.evaluate import stepwise
-from compiler.ir.lazy import keeping
-from compiler.ir.ops import attributes_of
-from compiler.report.data import Drift, Effects, Stage
+from belle_compile.compiler.backends import can_lower, count_kernel_calls
+from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
+from belle_compile.compiler.ir.evaluate import stepwise
+from belle_compile.compiler.ir.lazy import keeping
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.report.data import Drift, Effects, Stage
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compiler.backends.memory_plan import PlannedBuffer
-from compiler.terminal import size
+from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
+from belle_compile.compiler.terminal import size
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compiler.report.data import Memory
-from runtime.program import Call, Program, Weight
+from belle_compile.compiler.report.data import Memory
+from belle_compile.runtime.program import Call, Program, Weight
 
 if TYPE_CHECKING:
-    from compiler.backends import Lowered
+    from belle_compile.compiler.backends import Lowered
 
 EMBEDDING, HEAD, ATTENTION, FEED_FORWARD, OTHER = "embedding", "head", "attention", "feed-forward", "norms and tables"
 _PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, HEAD, f"{EMBEDDING} and {HEAD}, shared", OTHER)

@@ -6,8 +6,8 @@ from importlib.resources import files
 
 import jinja2
 
-from compiler.report import views
-from compiler.report.data import Report
+from belle_compile.compiler.report import views
+from belle_compile.compiler.report.data import Report
 
 REPORT_NAME = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -18,7 +18,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    template = environment.from_string((files("compiler.report") / _TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string((files("belle_compile.compiler.report") / _TEMPLATE).read_text(encoding="utf-8"))
     manifest = report.manifest
     return template.render(
         manifest=manifest,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.report import figures
-from compiler.report.data import Damage, Drift, Effects, Memory, Report, Stage
-from compiler.report.figures import Bar, number, percent, phrase, words
-from compiler.terminal import size, tiling_rows
-from runtime.artifact import Manifest, PassRecord
+from belle_compile.compiler.report import figures
+from belle_compile.compiler.report.data import Damage, Drift, Effects, Memory, Report, Stage
+from belle_compile.compiler.report.figures import Bar, number, percent, phrase, words
+from belle_compile.compiler.terminal import size, tiling_rows
+from belle_compile.runtime.artifact import Manifest, PassRecord
 
 View = dict[str, Any]
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.directory import AtomicDirectory
-from compiler.errors import CompileError
-from compiler.requests.coverage import coverage_report
-from compiler.requests.page import coverage_page
-from compiler.requests.reader import Fields, RequestFile
-from compiler.requests.request import STAGE, Request
-from compiler.requests.selection import Selection, SelectOptions, select
-from compiler.requests.units import Units, open_units
-from compiler.version import __version__
-from runtime.schema import canonical_json, to_plain
+from belle_compile import __version__
+from belle_compile.compiler.directory import AtomicDirectory
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.coverage import coverage_report
+from belle_compile.compiler.requests.page import coverage_page
+from belle_compile.compiler.requests.reader import Fields, RequestFile
+from belle_compile.compiler.requests.request import STAGE, Request
+from belle_compile.compiler.requests.selection import Selection, SelectOptions, select
+from belle_compile.compiler.requests.units import Units, open_units
+from belle_compile.runtime.schema import canonical_json, to_plain
 
 FORMAT_VERSION = 1
 SET_NAME = "set.json"

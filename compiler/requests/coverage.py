@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from compiler.requests.selection import Selection, SelectOptions
-from compiler.requests.strata import bucket, bucket_bounds
-from compiler.requests.units import Units
+from belle_compile.compiler.requests.selection import Selection, SelectOptions
+from belle_compile.compiler.requests.strata import bucket, bucket_bounds
+from belle_compile.compiler.requests.units import Units
 
 _MISSING_SHOWN = 20
 

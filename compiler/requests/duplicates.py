@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import rensa
 
-from compiler.requests.request import Request
+from belle_compile.compiler.requests.request import Request
 
 EXACT, NEAR = "exact duplicate", "near duplicate"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from compiler.requests.coverage import notes
+from belle_compile.compiler.requests.coverage import notes
 
 _SHOWN = 30  # values of a label
 _SERIES = (("read", "all requests"), ("calibration", "calibration"), ("holdout", "held out"))

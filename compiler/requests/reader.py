@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import CompileError
-from compiler.requests.request import STAGE, Message, Request
-from compiler.requests.source import Progress, Source
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import STAGE, Message, Request
+from belle_compile.compiler.requests.source import Progress, Source
 
 # Where a request is looked for, in this order, and its answer.
 REQUEST_FIELDS = (

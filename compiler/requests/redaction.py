@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from datetime import date
 
-from compiler.errors import CompileError
-from compiler.requests.request import STAGE, Request
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import STAGE, Request
 
 # Digits and signs as Chinese input methods write them; one character for one, so that positions stay.
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９＠＋－．（）ｘＸ　", "0123456789@+-.()xX ")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
-from compiler.errors import CompileError
-from compiler.requests.duplicates import EXACT, NEAR, Duplicates, content_digest, normalized
-from compiler.requests.redaction import redact
-from compiler.requests.request import STAGE, Request
-from compiler.requests.strata import Sample, Stratum, apportion, bucket
-from compiler.requests.units import Unit, Units
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.duplicates import EXACT, NEAR, Duplicates, content_digest, normalized
+from belle_compile.compiler.requests.redaction import redact
+from belle_compile.compiler.requests.request import STAGE, Request
+from belle_compile.compiler.requests.strata import Sample, Stratum, apportion, bucket
+from belle_compile.compiler.requests.units import Unit, Units
 
 EMPTY, SHORT, LONG = "empty", "too short", "too long"
 REASONS = (EMPTY, SHORT, LONG, EXACT, NEAR)  # why a request is dropped, in the order they are looked for

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from compiler.errors import CompileError
-from compiler.requests.request import STAGE
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import STAGE
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from compiler.requests.request import Request
+from belle_compile.compiler.requests.request import Request
 
 Stratum = tuple[int, tuple[str, ...]]  # bucket of the length, values of the labels
 

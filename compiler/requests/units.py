@@ -9,8 +9,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from compiler.errors import CompileError
-from compiler.requests.request import STAGE, Request
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import STAGE, Request
 
 Unit = str | int  # a character or a token id
 
@@ -79,7 +79,7 @@ def open_units(tokenizer: str | Path | None) -> Units:
     if tokenizer is None:
         return Characters()
     path = Path(tokenizer).expanduser()
-    from compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
+    from belle_compile.compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
 
     if path.is_file() and path.suffix == ".json":
         try:
@@ -90,6 +90,6 @@ def open_units(tokenizer: str | Path | None) -> Units:
             ) from None
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokens(load_tokenizer(path)[0], path.resolve().name)
-    from compiler.checkpoint import open_checkpoint
+    from belle_compile.compiler.checkpoint import open_checkpoint
 
     return Tokens(open_checkpoint(path).tokenizer_json, path.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.ir.text import to_text
+from belle_compile.compiler.ir.text import to_text
 
 
 def _quiet(done: int, total: int) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
-from passes.quantization.groups import in_groups
-from passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
+from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
 Progress = Callable[[int, int], None]
 Load = Callable[[int], dict[ir.Value, Tensor]]

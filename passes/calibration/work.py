@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compiler.ir.stream import ActivationStream
-from passes.calibration.data import CalibrationData
+from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.passes.calibration.data import CalibrationData
 
 
 class Work:

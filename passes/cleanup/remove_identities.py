@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.ir.ops import spec_of
-from passes.base import Pass, PassResult
+from belle_compile.compiler.ir.ops import spec_of
+from belle_compile.passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass, other_readers
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass, other_readers
 
 _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass
 
 NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
 

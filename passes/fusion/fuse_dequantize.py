@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from passes.base import Replacement, RewritePass, other_readers
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.passes.base import Replacement, RewritePass, other_readers
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass, other_readers
-from passes.fusion.fuse_add_norm import NORMS
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass, other_readers
+from belle_compile.passes.fusion.fuse_add_norm import NORMS
 
 
 @dataclass(frozen=True)

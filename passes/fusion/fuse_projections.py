@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import Shared, lazy, made_of
-from compiler.ir.ops import spec_of
-from passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.compiler.ir.build import make_initializer, make_node
+from belle_compile.compiler.ir.lazy import Shared, lazy, made_of
+from belle_compile.compiler.ir.ops import spec_of
+from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
 
 # input of the weight: before it is what the linears share, the bias comes last
 _WEIGHT = {"Gemm": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}

@@ -7,10 +7,10 @@ from math import gcd, lcm
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.meanings import GROUP
-from compiler.ir.ops import attributes_of
-from passes.partition.shares import CHANNELS, TOKENS, Range, heads, share
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.partition.shares import CHANNELS, TOKENS, Range, heads, share
 
 Ranges = tuple[Range, ...]
 ACTIVATIONS = ("Gelu", "SwiGLU")

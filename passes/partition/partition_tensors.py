@@ -7,11 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.ops import attributes_of
-from passes.base import Pass, PassResult
-from passes.partition.channels import Ranges, channels_of_rank, width_of
-from passes.partition.rank_graph import RankGraph
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.partition.channels import Ranges, channels_of_rank, width_of
+from belle_compile.passes.partition.rank_graph import RankGraph
 
 
 @dataclass(frozen=True)

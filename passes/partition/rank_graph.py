@@ -9,14 +9,14 @@ from itertools import count
 import numpy as np
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import lazy, part_of
-from compiler.ir.meanings import GROUP
-from compiler.ir.ops import attributes_of
-from passes.base import is_weight
-from passes.partition.channels import ACTIVATIONS, KEEPS_CHANNELS, Ranges
-from passes.partition.shares import TOKENS, share
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_initializer, make_node
+from belle_compile.compiler.ir.lazy import lazy, part_of
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import is_weight
+from belle_compile.passes.partition.channels import ACTIVATIONS, KEEPS_CHANNELS, Ranges
+from belle_compile.passes.partition.shares import TOKENS, share
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import gcd
 
-from compiler.errors import CompileError
+from belle_compile.compiler.errors import CompileError
 
 Range = tuple[int, int]  # from the first to before the last
 

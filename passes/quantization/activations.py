@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compiler.ir.build import make_initializer, make_node
-from compiler.ir.meanings import LIMITS
+from belle_compile.compiler.ir.build import make_initializer, make_node
+from belle_compile.compiler.ir.meanings import LIMITS
 
 CLIP = "clip"  # in the meta of a float32 activation: the magnitude that becomes the largest integer of all its tokens
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from compiler.ir.meanings import GROUP
-from passes.quantization import groups
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.passes.quantization import groups
 
 Tensor = torch.Tensor
 

@@ -13,16 +13,16 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler.errors import CompileError
-from compiler.ir.build import make_initializer
-from compiler.ir.lazy import Shared, lazy
-from compiler.ir.stream import ActivationStream, Tensor, linears
-from passes.base import Pass, PassResult, other_readers
-from passes.calibration.data import CalibrationData
-from passes.calibration.work import walk
-from passes.quantization.gptq import round_weight
-from passes.quantization.groups import in_groups
-from passes.quantization.weights import GROUPED, INTEGERS, check_groups, product
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.lazy import Shared, lazy
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
+from belle_compile.passes.base import Pass, PassResult, other_readers
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.work import walk
+from belle_compile.passes.quantization.gptq import round_weight
+from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, check_groups, product
 
 _SUFFIX = "rounded"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.meanings import GROUP
 
 Tensor = torch.Tensor
 

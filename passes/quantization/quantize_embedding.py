@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from passes.base import Replacement, RewritePass, is_weight, other_readers
-from passes.quantization.weights import quantized_weight
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.quantization.weights import quantized_weight
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from compiler.ir.build import make_node
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass, is_weight
-from passes.quantization.activations import quantize_tokens, quantizer_of
-from passes.quantization.groups import in_groups
-from passes.quantization.weights import grouped_weight
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass, is_weight
+from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
+from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.weights import grouped_weight
 
 
 @dataclass(frozen=True)

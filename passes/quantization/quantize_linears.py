@@ -7,13 +7,13 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.build import make_node
-from compiler.ir.meanings import MAX_INPUTS
-from compiler.ir.ops import attributes_of
-from passes.base import PassResult, Replacement, RewritePass, is_weight
-from passes.quantization.activations import quantize_tokens, quantizer_of
-from passes.quantization.weights import quantized_weight
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.meanings import MAX_INPUTS
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import PassResult, Replacement, RewritePass, is_weight
+from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
+from belle_compile.passes.quantization.weights import quantized_weight
 
 
 @dataclass(frozen=True)

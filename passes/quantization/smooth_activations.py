@@ -14,12 +14,12 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from compiler.ir.ops import attributes_of
-from compiler.ir.stream import ActivationStream, Tensor, linears, quantized
-from passes.base import Pass, PassResult, is_weight, other_readers
-from passes.calibration.data import CalibrationData
-from passes.calibration.work import walk
-from passes.rotation.weights import replace_weight
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized
+from belle_compile.passes.base import Pass, PassResult, is_weight, other_readers
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.work import walk
+from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _DONE = "smoothed"

@@ -11,13 +11,13 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler.errors import CompileError
-from compiler.ir.meanings import LIMITS
-from compiler.ir.stream import ActivationStream, Tensor, linears
-from passes.base import Pass, PassResult
-from passes.calibration.data import CalibrationData
-from passes.calibration.work import walk
-from passes.quantization.activations import CLIP
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import LIMITS
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.work import walk
+from belle_compile.passes.quantization.activations import CLIP
 
 _PER_OCTAVE, _OCTAVES = 32, 64  # bins of a histogram of magnitudes from 2^-64 to 2^64, each 2% wide
 _BINS = 2 * _OCTAVES * _PER_OCTAVE

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from compiler.errors import CompileError
-from compiler.ir.build import make_initializer
-from compiler.ir.lazy import Shared, has_rows, lazy, read_rows
-from compiler.ir.meanings import GROUP
-from passes.quantization import groups
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.lazy import Shared, has_rows, lazy, read_rows
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.passes.quantization import groups
 
 # In the meta of a float32 weight that is a product: Shared integers [N, K] and scales, float32 [N] or float16 [N, G] of groups
 INTEGERS, GROUPED = "integers", "grouped integers"

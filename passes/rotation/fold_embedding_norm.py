@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir import meanings
-from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import has_rows, lazy, read_rows
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass, is_weight, other_readers
-from passes.rotation.weights import own
+from belle_compile.compiler.ir import meanings
+from belle_compile.compiler.ir.build import make_initializer, make_node
+from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.rotation.weights import own
 
 Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # rows normalized at a time

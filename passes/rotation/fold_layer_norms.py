@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.build import make_initializer, make_node
-from compiler.ir.lazy import has_rows, lazy, read_rows
-from compiler.ir.ops import attributes_of
-from passes.base import Pass, PassResult, Replacement, apply
-from passes.rotation.stream import find_stream
-from passes.rotation.weights import replace_weight
+from belle_compile.compiler.ir.build import make_initializer, make_node
+from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Pass, PassResult, Replacement, apply
+from belle_compile.passes.rotation.stream import find_stream
+from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # rows taken at a time

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.errors import CompileError
-from compiler.ir.build import make_node
-from compiler.ir.meanings import block_hadamard
-from compiler.ir.ops import attributes_of
-from passes.base import Replacement, RewritePass, is_weight, other_readers
-from passes.rotation.weights import replace_weight
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.meanings import block_hadamard
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 SMALLEST = 16  # block: a register of the kernels

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.build import make_initializer
-from passes.base import Pass, PassResult
-from passes.rotation.hadamard import Rotation
-from passes.rotation.stream import find_stream
-from passes.rotation.weights import replace_weight
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.rotation.hadamard import Rotation
+from belle_compile.passes.rotation.stream import find_stream
+from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _DONE = "rotated_residual"  # metadata of a model whose stream is rotated: rotating twice would undo nothing and help nothing

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.ops import attributes_of
-from passes.base import Pass, PassResult, is_weight, other_readers
-from passes.rotation.hadamard import Rotation
-from passes.rotation.weights import replace_weight
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import Pass, PassResult, is_weight, other_readers
+from belle_compile.passes.rotation.hadamard import Rotation
+from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _DONE = "rotated_values"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from passes.base import is_weight, other_readers
+from belle_compile.passes.base import is_weight, other_readers
 
 
 @dataclass

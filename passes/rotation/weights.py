@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.build import make_initializer
-from compiler.ir.lazy import has_rows, lazy, read_rows
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 
 Floats = npt.NDArray[np.float32]
 

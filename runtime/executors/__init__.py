@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import Rows
-from runtime.kv_cache import BLOCK_SIZE
-from runtime.program import Program
+from belle_compile.runtime.program import Program
+from belle_compile.runtime.serving.candidates import Rows
+from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from runtime.collectives import Collectives
-    from runtime.profiling import Recorder
+    from belle_compile.runtime.distributed.collectives import Collectives
+    from belle_compile.runtime.profiling import Recorder
 
 
 class StepBatch:

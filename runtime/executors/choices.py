@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.executors.device import Device
-from runtime.program import PROGRAM_NAME, Call, Program, When
+from belle_compile.runtime.executors.device import Device
+from belle_compile.runtime.program import PROGRAM_NAME, Call, Program, When
 
 _CALLS = 16  # of a kernel that are measured together: with weights of their own, which no cache keeps
 _TRIES = 3

@@ -13,16 +13,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import host
-from runtime.collectives import Collectives
-from runtime.errors import EngineError
-from runtime.executors import StepBatch
-from runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
-from runtime.executors.summed import Sum, SummedLists
-from runtime.kv_cache import blocks_for
-from runtime.memory import WeightsFile, anonymous
-from runtime.profiling import Recorder, read_bandwidth
-from runtime.program import ALIGNMENT, KV, AllReduce, Arena, Arg, Call, Input, Program, Scratch, Weight, read_program
+from belle_compile.runtime import host
+from belle_compile.runtime.distributed.collectives import Collectives
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
+from belle_compile.runtime.executors.summed import Sum, SummedLists
+from belle_compile.runtime.memory import WeightsFile, anonymous
+from belle_compile.runtime.profiling import Recorder, read_bandwidth
+from belle_compile.runtime.program import (
+    ALIGNMENT,
+    KV,
+    AllReduce,
+    Arena,
+    Arg,
+    Call,
+    Input,
+    Program,
+    Scratch,
+    Weight,
+    read_program,
+)
+from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 WEIGHTS_NAME = "weights.safetensors"
 _WORTH_FETCHING = 64 * 1024  # bytes of a call's weights

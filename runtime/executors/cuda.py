@@ -12,21 +12,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import Row
-from runtime.errors import EngineError
-from runtime.executors import StepBatch
-from runtime.executors.choices import Choices, measure
-from runtime.executors.cuda_device import STAGE, open_device
-from runtime.executors.device import Device, Function, Recorded
-from runtime.executors.found import FoundLogits
-from runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
-from runtime.kv_cache import blocks_for
-from runtime.memory import WeightsFile
-from runtime.program import ALIGNMENT, CUBIN, KV, Arena, Arg, Call, Input, Program, Scratch, Weight, When, read_program
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.executors.choices import Choices, measure
+from belle_compile.runtime.executors.cuda_device import STAGE, open_device
+from belle_compile.runtime.executors.device import Device, Function, Recorded
+from belle_compile.runtime.executors.found import FoundLogits
+from belle_compile.runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
+from belle_compile.runtime.memory import WeightsFile
+from belle_compile.runtime.program import (
+    ALIGNMENT,
+    CUBIN,
+    KV,
+    Arena,
+    Arg,
+    Call,
+    Input,
+    Program,
+    Scratch,
+    Weight,
+    When,
+    read_program,
+)
+from belle_compile.runtime.serving.candidates import Row
+from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 if TYPE_CHECKING:
-    from runtime.collectives import Collectives
-    from runtime.profiling import Recorder
+    from belle_compile.runtime.distributed.collectives import Collectives
+    from belle_compile.runtime.profiling import Recorder
 
 WEIGHTS_NAME = "weights.safetensors"
 _SPARE = GPU_RESERVE_BYTES  # of a GPU's memory, left to the driver, the code and recorded steps

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.errors import EngineError
-from runtime.executors.device import Bytes
-from runtime.executors.nccl import ID_BYTES, Nccl
-from runtime.program import Launch
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.device import Bytes
+from belle_compile.runtime.executors.nccl import ID_BYTES, Nccl
+from belle_compile.runtime.program import Launch
 
 if TYPE_CHECKING:
-    from runtime.collectives import Collectives
+    from belle_compile.runtime.distributed.collectives import Collectives
 
 STAGE = "cuda"
 _OLDEST = 12_080  # driver that does, by the version that it says: CUDA 12.8

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.program import Launch
+from belle_compile.runtime.program import Launch
 
 if TYPE_CHECKING:
-    from runtime.collectives import Collectives
+    from belle_compile.runtime.distributed.collectives import Collectives
 
 Bytes = NDArray[np.uint8]
 Function = Any  # what a device makes of a kernel's code

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import Few, Row
-from runtime.executors.device import Device
-from runtime.program import Program
+from belle_compile.runtime.executors.device import Device
+from belle_compile.runtime.program import Program
+from belle_compile.runtime.serving.candidates import Few, Row
 
 FEW = 512  # candidates of a row that are copied with every step
 

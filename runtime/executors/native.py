@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError
 
 _COPY_AGAIN = "copy the engine again or rebuild it"
 _PREFIX = "__tvm_ffi_"

@@ -6,7 +6,7 @@ import ctypes
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError
 
 ID_BYTES = 128
 _FLOAT32, _SUM = 7, 0  # ncclDataType_t, ncclRedOp_t

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import candidates
-from runtime.collectives import Collectives
-from runtime.errors import EngineError
-from runtime.executors import Executor, StepBatch
-from runtime.program import Program
+from belle_compile.runtime.distributed.collectives import Collectives
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import Executor, StepBatch
+from belle_compile.runtime.program import Program
+from belle_compile.runtime.serving import candidates
 
 if TYPE_CHECKING:
-    from runtime.profiling import Recorder
+    from belle_compile.runtime.profiling import Recorder
 
 _HEADER = 3  # tokens, logit rows, rows of the block table that changed; no tokens: the end
 

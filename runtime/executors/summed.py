@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.collectives import Collectives
-from runtime.executors.native import CallList, FailedCall, ThreadPool
+from belle_compile.runtime.distributed.collectives import Collectives
+from belle_compile.runtime.executors.native import CallList, FailedCall, ThreadPool
 
 
 class Sum:

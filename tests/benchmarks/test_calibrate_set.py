@@ -9,13 +9,13 @@ from itertools import combinations
 
 import pytest
 
+from belle_compile.compiler.requests.coverage import coverage_report
+from belle_compile.compiler.requests.duplicates import normalized
+from belle_compile.compiler.requests.request import Request
+from belle_compile.compiler.requests.selection import SelectOptions, select
+from belle_compile.compiler.requests.units import Characters
 from benchmarks import calibrate_set
 from benchmarks.calibrate_set import EMPTY, LONG, Made, make
-from compiler.requests.coverage import coverage_report
-from compiler.requests.duplicates import normalized
-from compiler.requests.request import Request
-from compiler.requests.selection import SelectOptions, select
-from compiler.requests.units import Characters
 from tests.compiler.requests.samples import jaccard
 
 COUNT = 700

@@ -16,12 +16,12 @@ pytest.importorskip("torch")
 
 import torch
 
+from belle_compile.compiler.backends.triton.kernels.linear import _TILES
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.runtime.executors.choices import Choices
+from belle_compile.runtime.program import read_program
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import bundle, checks, findings, peers
-from compiler.backends.triton.kernels.linear import _TILES
-from compiler.driver import BuildRequest, build
-from runtime.executors.choices import Choices
-from runtime.program import read_program
 from tests.interpreted import InterpretedDevice, interpreted_gpu
 from tests.parity.variants import VARIANTS, random_ids
 

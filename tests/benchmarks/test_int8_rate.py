@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from belle_compile.compiler.backends.tvm.isa import ISAS
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.runtime.host import host_isas
 from benchmarks import int8_rate
-from compiler.backends.tvm.isa import ISAS
-from compiler.backends.tvm.library import compile_library
-from runtime.host import host_isas
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512vnni"])

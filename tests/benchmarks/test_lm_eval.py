@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from belle_compile.runtime import Engine, EngineError, SamplingParams
 from benchmarks.lm_eval import TASKS, __main__, make_tasks
 from benchmarks.lm_eval.translate import (
     Window,
@@ -25,7 +26,6 @@ from benchmarks.lm_eval.translate import (
     special_stops,
     window,
 )
-from runtime import Engine, EngineError, SamplingParams
 from tests.runtime.fakes import EOS, FakeExecutor, hash_rule, make_engine, script_rule, special_tokens
 
 GREEDY = SamplingParams(temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256, seed=1234)

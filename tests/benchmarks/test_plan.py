@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("tvm")
 pytest.importorskip("transformers")
 
+from belle_compile.compiler.devices import GIB
 from benchmarks.plan import device_of
-from compiler.devices import GIB
 
 
 @pytest.mark.parametrize(

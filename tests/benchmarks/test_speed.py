@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from belle_compile.runtime.host import host_isas
 from benchmarks import speed
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.tasks import Task
-from runtime.host import host_isas
 from tests.runtime.fakes import FakeExecutor, make_engine
 
 DECODE, PREFILL = Task("decode", 2, 3, steps=4), Task("prefill", 1, 6)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 import pytest
 
-from compiler import driver
-from compiler.backends import Lowered
-from compiler.backends.tvm.isa import AVX2
-from compiler.backends.tvm.kernels.tiling import built_in
-from compiler.backends.tvm.lower import lower
-from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
-from compiler.targets import Target
+from belle_compile.compiler import driver
+from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.backends.tvm.isa import AVX2
+from belle_compile.compiler.backends.tvm.kernels.tiling import built_in
+from belle_compile.compiler.backends.tvm.lower import lower
+from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
+from belle_compile.compiler.targets import Target
 from tests import kernel_cache
 
 kernel_cache.install()

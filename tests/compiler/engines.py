@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.writer import EngineWriter
-from runtime.artifact import (
+from belle_compile.compiler.writer import EngineWriter
+from belle_compile.runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
     Manifest,
@@ -25,7 +25,7 @@ from runtime.artifact import (
 
 MANIFEST = Manifest(
     model=ModelInfo("llama", "tiny", 1234, {"hidden_size": 32, "num_layers": 2}, {"model.safetensors": "0" * 64}),
-    target=TargetInfo("cpu", ("amx", "avx512vnni", "avx2"), Requirements("x86_64", ("avx2",), 1 << 20)),
+    target=TargetInfo("cpu", "tvm", ("amx", "avx512vnni", "avx2"), Requirements("x86_64", ("avx2",), 1 << 20)),
     passes=(
         PassRecord("open-checkpoint", {"template": "belle-llama"}, 0, ("the tokenizer was converted",)),
         PassRecord("fuse-add-norm", {}, 4, ("h.1: the sum has another reader",)),

@@ -13,11 +13,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from compiler.accuracy import Accuracy, Comparison, Sample, measure
-from compiler.errors import CompileError
-from compiler.gate import Gate
-from compiler.ir.stream import ActivationStream
-from runtime.sampling import SamplingParams
+from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample, measure
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.gate import Gate
+from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.runtime.serving.sampling import SamplingParams
 from tests.passes.helpers import VOCABULARY, llama
 
 GOOD = Accuracy(10, 1000, 0.99, 0.001, 12.0, 1.001, 0.9, 5, 0.5, 1.0)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from compiler import layers as ranking
-from compiler.driver import BuildRequest, build
-from compiler.errors import CompileError
-from compiler.gate import Gate
-from runtime.artifact import Manifest, read_manifest
+from belle_compile.compiler import layers as ranking
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.gate import Gate
+from belle_compile.runtime.artifact import Manifest, read_manifest
 from tests.parity.variants import VARIANTS
 
 WORDS = ("the", "and", "ing", "helo", "a b c", "x, y.", "dogs run", "cats sit", "you go", "we are")

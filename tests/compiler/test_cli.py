@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from compiler import cli, targets
-from passes.pipeline import PRESETS
-from runtime import host
+from belle_compile.compiler import cli, targets
+from belle_compile.passes.pipeline import PRESETS
+from belle_compile.runtime import host
 from tests.compiler.engines import write_engine
 from tests.parity.variants import VARIANTS
 
@@ -129,7 +129,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -
 
 
 def test_errors_of_any_kind_are_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiler import inspection
+    from belle_compile.compiler import inspection
 
     for error, sentence in (
         (PermissionError(13, "Permission denied", "/models/x"), "file: Permission denied: /models/x."),
@@ -149,7 +149,7 @@ def test_errors_of_any_kind_are_one_sentence(capsys: pytest.CaptureFixture[str],
 
 
 def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiler import inspection
+    from belle_compile.compiler import inspection
 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
@@ -168,7 +168,7 @@ class Missing:
         if name.partition(".")[0] in absent.split():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from compiler.cli import main
+from belle_compile.compiler.cli import main
 main(sys.argv[1:])
 """
 
@@ -195,7 +195,7 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
     script = """
         import signal, sys, time
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        from compiler import cli, driver
+        from belle_compile.compiler import cli, driver
         def slow(*args, **kwargs):
             print("ready", flush=True)
             time.sleep(60)

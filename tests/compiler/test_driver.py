@@ -12,17 +12,17 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
-from compiler import driver, inspection, terminal
-from compiler.backends import Lowered
-from compiler.backends.tvm.isa import AVX2
-from compiler.backends.tvm.library import compile_library
-from compiler.driver import BuildRequest, build
-from compiler.errors import CompileError
-from compiler.report.effects import TOKENS
-from compiler.targets import Target
-from passes.pipeline import PRESETS
-from runtime.artifact import Manifest, read_manifest, verify_files
-from runtime.program import read_program
+from belle_compile.compiler import driver, inspection, terminal
+from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.backends.tvm.isa import AVX2
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.report.effects import TOKENS
+from belle_compile.compiler.targets import Target
+from belle_compile.passes.pipeline import PRESETS
+from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
+from belle_compile.runtime.program import read_program
 from tests.compiler.conftest import TUNED
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler import cli
-from compiler.checkpoint import open_checkpoint
-from compiler.driver import BuildRequest, build
-from compiler.frontends import build_graph
-from compiler.targets import CPU
-from passes.pipeline import PRESETS, run_pipeline
-from runtime import Engine, host
-from runtime.errors import EngineError
+from belle_compile.compiler import cli
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.targets import CPU
+from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.runtime import Engine, host
+from belle_compile.runtime.errors import EngineError
 from tests import kernel_cache
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import Stepper
@@ -139,8 +139,8 @@ def test_logits_are_those_of_the_quantized_graph(builder: Builder, variant: str,
 BUILD_AND_MEASURE = """
 import re, sys, threading
 from pathlib import Path
-from compiler.backends.tvm import library
-from compiler.driver import BuildRequest, build
+from belle_compile.compiler.backends.tvm import library
+from belle_compile.compiler.driver import BuildRequest, build
 
 def watch(finished, sizes):
     while not finished.wait(0.001):
@@ -224,7 +224,7 @@ CHANGES = {
     "a field": (
         '"format_version"',
         '"format_versioo"',
-        "format version of MANIFEST: found none, expected 2; rebuild the engine",
+        "format version of MANIFEST: found none, expected 3; rebuild the engine",
     ),
     "an instruction set": ('"avx2"', '"avx3"', "MANIFEST: field target.isas does not fit: found avx3, expected among amx, "),
     "a quote": ('"rank0/program.json"', '"rank0/program.json', "MANIFEST is not JSON: found "),

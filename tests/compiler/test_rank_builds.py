@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from compiler import inspection, terminal
-from compiler.driver import BuildRequest, build
-from compiler.errors import CompileError
-from passes.quantization import weights
-from runtime.artifact import read_manifest, verify_files
-from runtime.program import read_program
+from belle_compile.compiler import inspection, terminal
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.errors import CompileError
+from belle_compile.passes.quantization import weights
+from belle_compile.runtime.artifact import read_manifest, verify_files
+from belle_compile.runtime.program import read_program
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS
 

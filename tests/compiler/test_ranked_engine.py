@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.driver import BuildRequest, build
-from compiler.ranked_engine import RankedEngine
-from runtime import Engine, SamplingParams
-from runtime.errors import EngineError
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.ranked_engine import RankedEngine
+from belle_compile.runtime import Engine, SamplingParams
+from belle_compile.runtime.errors import EngineError
 from tests.parity.variants import VARIANTS, random_ids
 from tests.runtime.ranked import is_parent
 

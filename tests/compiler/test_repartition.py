@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiler import driver
-from compiler import repartition as repartitioning
-from compiler.backends.lowering import pack_vector
-from compiler.backends.tvm import packing
-from compiler.driver import BuildRequest, build
-from compiler.errors import CompileError
-from compiler.ir.text import from_onnx, to_onnx, to_text
-from compiler.repartition import RepartitionRequest, repartition
-from compiler.unpacking import WholeWeights
-from passes.pipeline import PRESETS, at_fusion, run_pipeline
-from passes.rotation import rotate_activations
-from runtime.artifact import read_manifest, verify_files
-from runtime.errors import EngineError
+from belle_compile.compiler import driver
+from belle_compile.compiler import repartition as repartitioning
+from belle_compile.compiler.backends.program.lowering import pack_vector
+from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.text import from_onnx, to_onnx, to_text
+from belle_compile.compiler.repartition import RepartitionRequest, repartition
+from belle_compile.compiler.unpacking import WholeWeights
+from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline
+from belle_compile.passes.rotation import rotate_activations
+from belle_compile.runtime.artifact import read_manifest, verify_files
+from belle_compile.runtime.errors import EngineError
 from tests.compiler.engines import write_engine
 from tests.parity.variants import make_bloom, make_llama
 from tests.passes.helpers import bloom

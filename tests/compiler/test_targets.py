@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from compiler import targets
-from compiler.devices import DEVICES
-from compiler.errors import CompileError
-from runtime import host
+from belle_compile.compiler import targets
+from belle_compile.compiler.devices import DEVICES
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime import host
 
 
 def test_cpu_in_any_case_and_with_one_rank() -> None:

@@ -25,10 +25,10 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from compiler.errors import CompileError
-from compiler.writer import EngineWriter
-from runtime.artifact import read_manifest, verify_files
-from runtime.errors import EngineError
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.writer import EngineWriter
+from belle_compile.runtime.artifact import read_manifest, verify_files
+from belle_compile.runtime.errors import EngineError
 from tests.compiler.engines import MANIFEST, Tensor, tensors, write_engine
 
 ROOT = Path(__file__).parents[2]

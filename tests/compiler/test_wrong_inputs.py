@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler import cli
-from compiler.directory import AtomicDirectory
+from belle_compile.compiler import cli
+from belle_compile.compiler.directory import AtomicDirectory
 from tests.compiler.checkpoint.models import Attack, write_sharded
 from tests.parity.variants import VARIANTS
 

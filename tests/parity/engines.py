@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compiler.driver import BuildRequest, build
-from runtime import Engine
-from runtime.host import host_isas
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.runtime import Engine
+from belle_compile.runtime.host import host_isas
 from tests import kernel_cache
 from tests.parity.variants import VARIANTS
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
+from belle_compile.compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
 
 Floats = npt.NDArray[np.float32]
 

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiler.driver import BuildRequest, build
-from compiler.repartition import RepartitionRequest, repartition
-from runtime import Engine, SamplingParams
-from runtime.artifact import read_manifest
-from runtime.executors.cuda import CudaExecutor, bucket
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.repartition import RepartitionRequest, repartition
+from belle_compile.runtime import Engine, SamplingParams
+from belle_compile.runtime.artifact import read_manifest
+from belle_compile.runtime.executors.cuda import CudaExecutor, bucket
 from tests.interpreted import InterpretedDevice, RankDevice, interpreted_gpu
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import relative_error

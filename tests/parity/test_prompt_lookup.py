@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import Engine, SamplingParams
+from belle_compile.runtime import Engine, SamplingParams
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.variants import random_ids
 

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
-from compiler.frontends import build_graph
-from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
 from tests.parity.engines import Builder
 from tests.parity.stepping import RankStepper, Stepper, relative_error
 from tests.parity.variants import VARIANTS, make_bloom, make_llama, random_ids

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("mpi4py")
 
-from compiler.driver import BuildRequest, build
+from belle_compile.compiler.driver import BuildRequest, build
 from tests.parity.engines import BEST_ISA, Builder
 from tests.parity.variants import make_bloom, make_llama
 
@@ -42,7 +42,17 @@ def engine(root: Path, family: str, target: str) -> Path:
 
 def answers(directory: Path, sampling: tuple[str, ...]) -> list[list[int]]:
     """Token ids of an answer to each of LINES."""
-    command = [sys.executable, "-m", "runtime", str(directory), "--json", "--raw", "--ignore-eos", "--kv-tokens", "4096"]
+    command = [
+        sys.executable,
+        "-m",
+        "belle_compile.runtime",
+        str(directory),
+        "--json",
+        "--raw",
+        "--ignore-eos",
+        "--kv-tokens",
+        "4096",
+    ]
     done = subprocess.run(
         [*command, "--max-new-tokens", "24", *sampling], cwd=ROOT, input=LINES, capture_output=True, text=True, timeout=90,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

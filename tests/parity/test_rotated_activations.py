@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler import driver
-from compiler.checkpoint import open_checkpoint
-from compiler.driver import BuildRequest, build
-from compiler.frontends import build_graph
-from passes.base import Pass
-from passes.fusion.fuse_add_norm import FuseAddNorm
-from passes.fusion.fuse_projections import FuseProjections
-from passes.pipeline import CLEANUP, FUSION, run_pipeline
-from passes.quantization.quantize_embedding import QuantizeEmbedding
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.rotation.rotate_activations import RotateActivations
-from runtime import Engine
-from runtime.program import read_program
+from belle_compile.compiler import driver
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.compiler.families import build_graph
+from belle_compile.passes.base import Pass
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.passes.fusion.fuse_projections import FuseProjections
+from belle_compile.passes.pipeline import CLEANUP, FUSION, run_pipeline
+from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
+from belle_compile.runtime import Engine
+from belle_compile.runtime.program import read_program
 from tests.parity.engines import BEST_ISA
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, make_bloom, make_llama, random_ids

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from compiler.accuracy import Comparison
-from compiler.driver import BuildRequest, build
-from runtime import Engine
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.runtime import Engine
 from tests.parity.variants import Floats, hf_logits
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-bloom-trained"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from belle_compile.compiler import driver
+from belle_compile.passes.pipeline import CLEANUP, FUSION
+from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.weights import quantize_rows
+from belle_compile.runtime import Engine
+from belle_compile.runtime.host import host_isas
 from benchmarks.simulation import HalfCache
-from compiler import driver
-from passes.pipeline import CLEANUP, FUSION
-from passes.quantization.quantize_embedding import QuantizeEmbedding
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.weights import quantize_rows
-from runtime import Engine
-from runtime.host import host_isas
 from tests.parity.engines import Builder, EngineStepper, Floats
 from tests.parity.variants import hf_logits, load_hf, random_ids
 

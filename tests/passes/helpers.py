@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.ir.build import GraphBuilder
-from compiler.ir.evaluate import PagedCache, evaluate
-from compiler.ir.signature import TensorSpec
-from compiler.ir.text import to_text
-from compiler.ir.verify import verify
-from passes.base import Pass, PassResult
+from belle_compile.compiler.ir.build import GraphBuilder
+from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
+from belle_compile.compiler.ir.signature import TensorSpec
+from belle_compile.compiler.ir.text import to_text
+from belle_compile.compiler.ir.verify import verify
+from belle_compile.passes.base import Pass, PassResult
 
 HIDDEN, VOCABULARY, HEADS, HEAD_DIM = 32, 40, 4, 8
 LINEAR = {"transB": 1}

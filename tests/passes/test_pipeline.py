@@ -13,12 +13,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.lazy import lazy
-from compiler.ir.text import to_text
-from compiler.ir.verify import verify
-from passes.base import Pass, PassResult
-from passes.pipeline import FUSION, PRESETS, run_pipeline
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.lazy import lazy
+from belle_compile.compiler.ir.text import to_text
+from belle_compile.compiler.ir.verify import verify
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.pipeline import FUSION, PRESETS, run_pipeline
 from tests.passes.helpers import assert_same_results, bloom, count, llama
 
 normed_llama, normed_bloom = partial(llama, last_norm=True), partial(bloom, last_norm=True)

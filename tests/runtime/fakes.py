@@ -13,14 +13,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from runtime import artifact
-from runtime.artifact import FileRecord, GenerationDefaults, Manifest, SpecialTokens
-from runtime.engine import Engine
-from runtime.executors import StepBatch
-from runtime.kv_cache import BLOCK_SIZE
-from runtime.profiling import Recorder
-from runtime.program import Call, FusionCalls, KVLayout, Logits, Program
-from runtime.tokenizer import Tokenizer
+from belle_compile.runtime import artifact
+from belle_compile.runtime.artifact import FileRecord, GenerationDefaults, Manifest, SpecialTokens
+from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.profiling import Recorder
+from belle_compile.runtime.program import Call, FusionCalls, KVLayout, Logits, Program
+from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE
+from belle_compile.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
 EOS = 2
@@ -158,7 +158,7 @@ def special_tokens(**changes: Any) -> SpecialTokens:
 def manifest(files: dict[str, FileRecord] | None = None, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "model": artifact.ModelInfo("bloom", "tiny", 1234, {"hidden_size": 64, "num_layers": 2}, {"config.json": "0" * 64}),
-        "target": artifact.TargetInfo("cpu", ("avx2",), artifact.Requirements("x86_64", ("avx2",), 1 << 20)),
+        "target": artifact.TargetInfo("cpu", "tvm", ("avx2",), artifact.Requirements("x86_64", ("avx2",), 1 << 20)),
         "passes": (artifact.PassRecord("quantize", {"bits": 8}, 14, ("head: kept",)),),
         "quantization": {"weights": "int8"},
         "kernel_calls": artifact.KernelCalls(40, 18),

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from compiler.backends.tvm import library
-from compiler.backends.tvm.isa import AVX2
-from runtime import artifact
-from runtime.artifact import GenerationDefaults
-from runtime.executors import cpu
-from runtime.program import AllReduce, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from belle_compile.compiler.backends.tvm import library
+from belle_compile.compiler.backends.tvm.isa import AVX2
+from belle_compile.runtime import artifact
+from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.executors import cpu
+from belle_compile.runtime.program import AllReduce, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 from tests.runtime.fakes import EOS, VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
 
@@ -110,7 +110,7 @@ def build(path: Path, ranks: int, seed: int = 0) -> Path:
         contents[f"rank{rank}/program.json"] = program(rank, ranks).to_json().encode()
         shutil.rmtree(part)
     requires = artifact.Requirements("x86_64", ("avx2",), 1 << 20)
-    target = artifact.TargetInfo("cpu" if ranks == 1 else f"cpux{ranks}", ("avx2",), requires, ranks)
+    target = artifact.TargetInfo("cpu" if ranks == 1 else f"cpux{ranks}", "tvm", ("avx2",), requires, ranks)
     return make_directory(path, contents, target=target, generation=GenerationDefaults(max_new_tokens=12))
 
 
@@ -119,7 +119,7 @@ SCRIPT = """
 import os, signal, sys, time
 rank = int(os.environ.get("PMI_RANK", -1))
 {change}
-from runtime.cli import main
+from belle_compile.runtime.cli import main
 main(prog_name="belle-run")
 """
 
@@ -172,14 +172,14 @@ def belle_run(directory: Path, *arguments: object, change: str = "", before: tup
         mark.partition("=")[0]: mark.partition("=")[2],
     }
     environment.pop("BELLE_RANK_TIMEOUT", None)
-    program = ["-c", SCRIPT.format(change=change)] if change else ["-m", "runtime"]
+    program = ["-c", SCRIPT.format(change=change)] if change else ["-m", "belle_compile.runtime"]
     command = [*before, sys.executable, *program, str(directory), *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return Run(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **{**pipes, **more}), mark)
 
 
 def is_parent(process: int) -> bool:
-    """Whether a process is the parent of a rank (runtime/rank_parent.py)."""
+    """Whether a process is the parent of a rank (runtime/distributed/rank_parent.py)."""
     try:
         return b"rank_parent.py" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime import host
-from runtime.artifact import (
+from belle_compile.runtime import host
+from belle_compile.runtime.artifact import (
     FileRecord,
     Requirements,
     TargetInfo,
@@ -21,7 +21,7 @@ from runtime.artifact import (
     read_manifest,
     verify_files,
 )
-from runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError
 from tests.runtime.fakes import make_directory, manifest
 
 CONTENTS = {"tokenizer.json": b"{}", "rank0/program.json": b"{ }\n", "rank0/weights.safetensors": bytes(range(200))}
@@ -55,7 +55,7 @@ def test_whole_directory_verifies_with_progress(directory: Path) -> None:
 
 
 def test_header_check_skips_large_files_and_full_does_not(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.artifact.ALWAYS_DIGESTED_BYTES", 100)
+    monkeypatch.setattr("belle_compile.runtime.artifact.ALWAYS_DIGESTED_BYTES", 100)
     (directory / "rank0/weights.safetensors").write_bytes(bytes(200))
     verify_files(directory, read_manifest(directory), full=False)
     with pytest.raises(EngineError, match=r"digest of rank0/weights\.safetensors: found SHA-256 .*rebuild"):
@@ -128,7 +128,7 @@ def test_path_that_escapes_is_refused(directory: Path, path: str) -> None:
 @pytest.mark.parametrize(("version", "found"), [(1, "1"), ("2", '"2"'), (True, "true")])
 def test_other_format_version(directory: Path, version: object, found: str) -> None:
     edit(directory, format_version=version)
-    with pytest.raises(EngineError, match=rf"format version of .*: found {found}, expected 2; rebuild the engine"):
+    with pytest.raises(EngineError, match=rf"format version of .*: found {found}, expected 3; rebuild the engine"):
         read_manifest(directory)
 
 
@@ -162,7 +162,7 @@ def test_malformed_field_is_named(directory: Path, changes: dict[str, Any], mess
 
 
 def test_unknown_isa_is_refused(tmp_path: Path) -> None:
-    target = TargetInfo("cpu", ("neon",), Requirements("x86_64", ("neon",), 0))
+    target = TargetInfo("cpu", "tvm", ("neon",), Requirements("x86_64", ("neon",), 0))
     (tmp_path / "manifest.json").write_text(manifest_text(manifest(target=target)), encoding="utf-8")
     with pytest.raises(EngineError, match=r"target\.isas does not fit: found neon, expected among amx, avx512vnni, avx2"):
         read_manifest(tmp_path)
@@ -175,7 +175,7 @@ def test_schema_names_every_field(directory: Path) -> None:
 
 
 def need(isa: str, memory: int = 0, arch: str = "x86_64") -> TargetInfo:
-    return TargetInfo("cpu", (isa,), Requirements(arch, (isa,), memory))
+    return TargetInfo("cpu", "tvm", (isa,), Requirements(arch, (isa,), memory))
 
 
 def test_host_lacks_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

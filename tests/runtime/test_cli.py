@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime import Engine, EngineError
-from runtime.cli import main
+from belle_compile.runtime import Engine, EngineError
+from belle_compile.runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
 
 ANSWER = "你好,世界"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import Engine, EngineError, Result, SamplingParams
-from runtime.artifact import GenerationDefaults
-from runtime.sampling import Sampler
+from belle_compile.runtime import Engine, EngineError, Result, SamplingParams
+from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.serving.sampling import Sampler
 from tests.runtime.fakes import (
     EOS,
     FakeExecutor,
@@ -299,7 +299,7 @@ def test_load_refuses_before_it_touches_kernels(tmp_path: Path, monkeypatch: pyt
         Engine.load(directory, verify="some")  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"program\.json is missing"):
         Engine.load(directory)
-    monkeypatch.setattr("runtime.host.cpu_flags", lambda: frozenset())
+    monkeypatch.setattr("belle_compile.runtime.host.cpu_flags", lambda: frozenset())
     with pytest.raises(EngineError, match="this host cannot run the engine built for cpu: found instruction sets none known"):
         Engine.load(directory)
 

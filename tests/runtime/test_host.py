@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import host
+from belle_compile.runtime import host
 
 
 def flags_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:

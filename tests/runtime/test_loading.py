@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from runtime import Engine, EngineError, artifact
-from runtime.loading import _judge
+from belle_compile.runtime import Engine, EngineError, artifact
+from belle_compile.runtime.loading import _judge
 from tests.runtime.fakes import make_directory, manifest
 
 GOOD: dict[int, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def test_ranks_that_say_nothing() -> None:
 
 
 def test_a_process_on_its_own(tmp_path: Path) -> None:
-    target = artifact.TargetInfo("cpux2", ("avx2",), manifest().target.requires, 2)
+    target = artifact.TargetInfo("cpux2", "tvm", ("avx2",), manifest().target.requires, 2)
     directory = make_directory(tmp_path / "e", {"tokenizer.json": b"{}"}, target=target)
     remedy = "use belle-run --ranks 2, or start this program with mpiexec -n 2"
     with pytest.raises(

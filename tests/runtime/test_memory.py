@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.errors import EngineError
-from runtime.memory import WeightsFile, anonymous
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.memory import WeightsFile, anonymous
 
 
 def write_weights(path: Path, tensors: dict[str, np.ndarray], align: int = 64) -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import EngineError, SamplingParams
-from runtime.profiling import Profile, kv_bytes_per_token, read_bandwidth
+from belle_compile.runtime import EngineError, SamplingParams
+from belle_compile.runtime.profiling import Profile, kv_bytes_per_token, read_bandwidth
 from tests.runtime.fakes import FakeExecutor, make_engine
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=4)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import EngineError
-from runtime.program import (
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.program import (
     KV,
     AllReduce,
     Arena,

@@ -6,9 +6,9 @@ import datetime
 
 import pytest
 
-from runtime.artifact import PromptTemplate
-from runtime.errors import EngineError
-from runtime.prompt import ChatTemplate
+from belle_compile.runtime.artifact import PromptTemplate
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt import ChatTemplate
 
 CHAT = [
     {"role": "user", "content": "写一个 <b>标题</b> & more"},

@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import EngineError
-from runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
 from tests.runtime.fakes import byte_tokenizer, sentencepiece_tokenizer, special_tokens
 
 BYTES = Tokenizer(byte_tokenizer(), special_tokens())

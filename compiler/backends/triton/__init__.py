@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compiler.backends import Lowered
+from belle_compile.compiler.backends import Lowered
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from compiler.backends.triton.kernels.base import Kernel
+    from belle_compile.compiler.backends.triton.kernels.base import Kernel
 
 
 def compile_graphs(
@@ -19,8 +19,8 @@ def compile_graphs(
 ) -> list[Lowered]:
     """Lower the verified graph of each rank and compile its kernels, each with its variants and alternatives. Ranks with the
     same kernels share their code."""
-    from compiler.backends.triton.compile import archive, compile_kernels, toolchain
-    from compiler.backends.triton.lower import lower
+    from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
+    from belle_compile.compiler.backends.triton.lower import lower
 
     (arch,) = archs
     ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]

@@ -1,6 +1,6 @@
 """Compiles Triton kernels to machine code for NVIDIA GPUs, where there is neither GPU nor driver, and reads what came out.
 
-python -m compiler.backends.triton.compile ARCH    # a worker: kernels come pickled on stdin, code goes to stdout
+python -m belle_compile.compiler.backends.triton.compile ARCH    # a worker: kernels come pickled on stdin, code goes to stdout
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from compiler.backends import require_triton
-from compiler.backends.triton.kernels.base import OVERLAP, Kernel
-from compiler.errors import CompileError
-from runtime import host
-from runtime.host import SHARED_BYTES
-from runtime.program import CUBIN, Launch
+from belle_compile.compiler.backends import require_triton
+from belle_compile.compiler.backends.triton.kernels.base import OVERLAP, Kernel
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime import host
+from belle_compile.runtime.host import SHARED_BYTES
+from belle_compile.runtime.program import CUBIN, Launch
 
 Compiled = tuple[bytes, Launch]
 

@@ -6,25 +6,31 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compiler.backends import kernel, lowering
-from compiler.backends.kernel import View, round_up
-from compiler.backends.lowering import Kernels, Lowering, Operand, Place, Rows
-from compiler.backends.triton.kernels.activation import (
+from belle_compile.compiler.backends.program import kernel, lowering
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program.lowering import Kernels, Lowering, Operand, Place, Rows
+from belle_compile.compiler.backends.triton.kernels.activation import (
     ActivateChunks,
     Activation,
     BlockHadamard,
     QuantizeChunks,
     QuantizeTokens,
 )
-from compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
-from compiler.backends.triton.kernels.base import STEP
-from compiler.backends.triton.kernels.cache import AppendKV
-from compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
-from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
-from compiler.backends.triton.kernels.norm import Norm
-from compiler.backends.triton.kernels.rotary import RotaryTable
-from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT, Add, FloatEmbedding, GatherRows, QuantizedEmbedding
-from runtime.program import Input, Weight, When
+from belle_compile.compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
+from belle_compile.compiler.backends.triton.kernels.base import STEP
+from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
+from belle_compile.compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
+from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
+from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
+from belle_compile.compiler.backends.triton.kernels.rows import (
+    DEPTH_ALIGNMENT,
+    Add,
+    FloatEmbedding,
+    GatherRows,
+    QuantizedEmbedding,
+)
+from belle_compile.runtime.program import Input, Weight, When
 
 
 class TritonLowering(Lowering):

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from compiler.backends import Lowered
+from belle_compile.compiler.backends import Lowered
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from compiler.backends.tvm.kernels.base import Kernel
-    from compiler.backends.tvm.tuning.table import TilingTable
-    from runtime.program import Program
+    from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+    from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
+    from belle_compile.runtime.program import Program
 
 
 def compile_graphs(
@@ -30,9 +30,9 @@ def compile_graphs(
     The kernels' tilings are those of the tables in this repository, and nothing is measured, unless `tune` is given: then
     those of the best instruction set that this host has are searched here, and `tune(done, total)` hears of each shape.
     """
-    from compiler.backends.tvm.isa import ISAS
-    from compiler.backends.tvm.library import compile_library
-    from compiler.backends.tvm.lower import lower
+    from belle_compile.compiler.backends.tvm.isa import ISAS
+    from belle_compile.compiler.backends.tvm.library import compile_library
+    from belle_compile.compiler.backends.tvm.lower import lower
 
     ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
     tuned = _tune([(program, kernels) for program, _, kernels, _ in ranks], isas, tune) if tune else None
@@ -49,7 +49,7 @@ def compile_graphs(
 
 def _versions() -> dict[str, str]:
     """What the libraries were compiled with."""
-    from compiler.backends.tvm.library import compiler_version
+    from belle_compile.compiler.backends.tvm.library import compiler_version
 
     return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"C compiler": compiler_version()}
 
@@ -57,7 +57,7 @@ def _versions() -> dict[str, str]:
 def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable | None) -> list[TilingTable]:
     """The tilings of each library: what was measured now, else those of this repository, and those of single processors where
     they differ for some kernel."""
-    from compiler.backends.tvm.tuning.table import processors, read_table
+    from belle_compile.compiler.backends.tvm.tuning.table import processors, read_table
 
     tables = []
     for isa in isas:
@@ -74,7 +74,7 @@ def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable |
 
 def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> bool:
     """Whether some kernel is to be compiled differently by two tables."""
-    from compiler.backends.tvm.library import tiled
+    from belle_compile.compiler.backends.tvm.library import tiled
 
     return any(tiled(kernel, one) != tiled(kernel, other) for kernel in kernels)
 
@@ -83,9 +83,9 @@ def _tune(
     ranks: Sequence[tuple[Program, Sequence[Kernel]]], isas: Sequence[str], progress: Callable[[int, int], None]
 ) -> TilingTable:
     """Measure the shapes of all ranks' programs on this host."""
-    from compiler.backends.tvm.isa import ISAS
-    from compiler.backends.tvm.tuning import search
-    from runtime.executors.cpu import choose_isa
+    from belle_compile.compiler.backends.tvm.isa import ISAS
+    from belle_compile.compiler.backends.tvm.tuning import search
+    from belle_compile.runtime.executors.cpu import choose_isa
 
     rows: dict[Kernel, int] = {}
     for program, kernels in ranks:

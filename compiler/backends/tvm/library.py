@@ -11,11 +11,11 @@ from pathlib import Path
 import tvm
 from tvm.support import cc
 
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.tuning.table import Shape, TilingTable
-from compiler.errors import CompileError
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.tuning.table import Shape, TilingTable
+from belle_compile.compiler.errors import CompileError
 
 NATIVE = Path(__file__).parent / "native"  # what walks the calls of a step; part of every library
 _FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from compiler.backends import lowering
-from compiler.backends.kernel import round_up
-from compiler.backends.lowering import VECTOR_ALIGNMENT, Kernels, Lowering, Operand, StepSizes, pack_vector
-from compiler.backends.tvm import packing
-from compiler.backends.tvm.kernels.activation import Activation
-from compiler.backends.tvm.kernels.append_kv import AppendKV
-from compiler.backends.tvm.kernels.attention import Attention
-from compiler.backends.tvm.kernels.base import rows_apart
-from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
-from compiler.backends.tvm.kernels.float_linear import FloatLinear
-from compiler.backends.tvm.kernels.group_linear import GroupLinear
-from compiler.backends.tvm.kernels.hadamard import BlockHadamard
-from compiler.backends.tvm.kernels.norm import Norm
-from compiler.backends.tvm.kernels.quantize import QuantizeTokens
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.kernels.rotary import RotaryTable
-from compiler.backends.tvm.kernels.rows import Add, GatherRows
-from runtime.program import Weight
+from belle_compile.compiler.backends.program import lowering
+from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.program.lowering import (
+    VECTOR_ALIGNMENT,
+    Kernels,
+    Lowering,
+    Operand,
+    StepSizes,
+    pack_vector,
+)
+from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.backends.tvm.kernels.activation import Activation
+from belle_compile.compiler.backends.tvm.kernels.append_kv import AppendKV
+from belle_compile.compiler.backends.tvm.kernels.attention import Attention
+from belle_compile.compiler.backends.tvm.kernels.base import rows_apart
+from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
+from belle_compile.compiler.backends.tvm.kernels.float_linear import FloatLinear
+from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
+from belle_compile.compiler.backends.tvm.kernels.hadamard import BlockHadamard
+from belle_compile.compiler.backends.tvm.kernels.norm import Norm
+from belle_compile.compiler.backends.tvm.kernels.quantize import QuantizeTokens
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.kernels.rotary import RotaryTable
+from belle_compile.compiler.backends.tvm.kernels.rows import Add, GatherRows
+from belle_compile.runtime.program import Weight
 
 
 class TvmLowering(Lowering):

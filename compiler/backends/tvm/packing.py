@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.backends.kernel import round_up
-from compiler.backends.tvm.kernels.panels import PANEL
-from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
+from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 
 _PANELS = 64  # packed at a time
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.backends.memory_plan import ALIGNMENT, Lifetime, plan_memory
+from belle_compile.compiler.backends.program.memory_plan import ALIGNMENT, Lifetime, plan_memory
 
 lifetimes = st.builds(
     lambda size, first, length: Lifetime(size, first, first + length),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
 
 
 def test_tensor_of_the_expected_shape(llama: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from compiler.checkpoint.generation import BELLE, generation_defaults
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.generation import BELLE, generation_defaults
+from belle_compile.compiler.errors import CompileError
 
 
 @pytest.mark.parametrize("stated", [{}, {"bos_token_id": 1, "eos_token_id": 2}, {"temperature": None, "do_sample": None}])

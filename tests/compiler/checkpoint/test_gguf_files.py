@@ -11,9 +11,9 @@ import pytest
 from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer
 
-from compiler.checkpoint import open_checkpoint
-from compiler.checkpoint.gguf_files import NAMES
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.gguf_files import NAMES
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
 
 Q8 = gguf.GGMLQuantizationType.Q8_0

@@ -8,9 +8,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from compiler.checkpoint import open_checkpoint
-from compiler.checkpoint.locate import locate
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.locate import locate
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_llama
 
 

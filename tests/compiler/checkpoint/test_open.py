@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import (
     BLOOM_CONFIG,
     LLAMA_CONFIG,

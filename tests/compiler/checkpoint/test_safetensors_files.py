@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from compiler.checkpoint import open_checkpoint
-from compiler.checkpoint.safetensors_files import open_safetensors
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.safetensors_files import open_safetensors
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_weights
 
 

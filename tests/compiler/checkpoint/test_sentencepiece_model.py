@@ -11,9 +11,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
-from compiler.checkpoint import open_checkpoint
-from compiler.checkpoint.sentencepiece_model import convert
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.sentencepiece_model import convert
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_json
 
 TEXT = [

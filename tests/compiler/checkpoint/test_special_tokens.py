@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from compiler.checkpoint import open_checkpoint
-from compiler.checkpoint.special_tokens import special_tokens
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.special_tokens import special_tokens
 from tests.compiler.checkpoint.models import byte_tokenizer, write_json
 
 TOKENIZER = byte_tokenizer().to_str()

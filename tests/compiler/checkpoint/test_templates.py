@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.checkpoint.templates import TEMPLATES, PromptTemplate, choose_template, family_template, render
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.templates import TEMPLATES, PromptTemplate, choose_template, family_template, render
+from belle_compile.compiler.errors import CompileError
 
 ONE = [{"role": "user", "content": "你好\n{x} {{ y }}"}]
 MORE = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import byte_tokenizer, write_json
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import LLAMA_CONFIG, llama_tensors, write_json, write_sharded, write_small_files
 
 INDEX = "model.safetensors.index.json"

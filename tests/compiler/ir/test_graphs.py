@@ -10,12 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.build import GraphBuilder
-from compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
-from compiler.ir.lazy import Shared, keeping, lazy, part_of, wholes_kept
-from compiler.ir.text import save_onnx, to_text
-from compiler.ir.verify import verify
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import GraphBuilder
+from belle_compile.compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
+from belle_compile.compiler.ir.lazy import Shared, keeping, lazy, part_of, wholes_kept
+from belle_compile.compiler.ir.text import save_onnx, to_text
+from belle_compile.compiler.ir.verify import verify
 
 
 def small() -> ir.Model:

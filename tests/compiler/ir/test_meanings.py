@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from compiler.ir import meanings
-from compiler.ir.cache import PagedCache
+from belle_compile.compiler.ir import meanings
+from belle_compile.compiler.ir.cache import PagedCache
 
 torch.set_num_threads(1)
 RANDOM = np.random.default_rng(11)

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from compiler.errors import CompileError
-from compiler.ir.cache import PagedCache
-from compiler.ir.evaluate import evaluate
-from compiler.ir.segments import cut
-from compiler.ir.stream import ActivationStream, batches
-from passes.rotation.rotate_activations import RotateActivations
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.cache import PagedCache
+from belle_compile.compiler.ir.evaluate import evaluate
+from belle_compile.compiler.ir.segments import cut
+from belle_compile.compiler.ir.stream import ActivationStream, batches
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, bloom, llama
 
 SEQUENCES = [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in (7, 20, 1, 3, 33)]

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.build import GraphBuilder, make_node
-from compiler.ir.lazy import lazy
-from compiler.ir.ops import REGISTRY, SPECS
-from compiler.ir.signature import TensorSpec
-from compiler.ir.verify import verify
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import GraphBuilder, make_node
+from belle_compile.compiler.ir.lazy import lazy
+from belle_compile.compiler.ir.ops import REGISTRY, SPECS
+from belle_compile.compiler.ir.signature import TensorSpec
+from belle_compile.compiler.ir.verify import verify
 
 
 def small() -> ir.Model:

@@ -7,9 +7,9 @@ from math import hypot
 
 import pytest
 
-from compiler.plan.predict import Rates, predict, sum_seconds
-from compiler.plan.work import Product, RankWork
-from runtime.program import KVLayout
+from belle_compile.compiler.plan.predict import Rates, predict, sum_seconds
+from belle_compile.compiler.plan.work import Product, RankWork
+from belle_compile.runtime.program import KVLayout
 
 RATES = Rates(read=100e9, several=0.5, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
 LAYER, HEAD = Product(10**8, 2 * 10**8, True, True), Product(10**7, 2 * 10**7, True, False)

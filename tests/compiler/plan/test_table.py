@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from compiler.cli import cli
-from compiler.devices import DEVICES
-from compiler.plan import rates
-from compiler.plan.table import Load, plan
+from belle_compile.compiler.cli import cli
+from belle_compile.compiler.devices import DEVICES
+from belle_compile.compiler.plan import rates
+from belle_compile.compiler.plan.table import Load, plan
 from tests.compiler.plan.test_work import BELLE_7B, EXT_7B, written
 
 SMALL = EXT_7B | {"hidden_size": 96, "intermediate_size": 576, "num_attention_heads": 6, "num_key_value_heads": 6}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from compiler.backends.tvm.lower import lower
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
-from compiler.frontends import build_graph
-from compiler.plan.outline import outline
-from compiler.plan.work import works_of
-from passes.pipeline import RECIPES, passes_of, run_pipeline
+from belle_compile.compiler.backends.tvm.lower import lower
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.plan.outline import outline
+from belle_compile.compiler.plan.work import works_of
+from belle_compile.passes.pipeline import RECIPES, passes_of, run_pipeline
 from tests.parity.variants import VARIANTS
 
 BELLE_7B: dict[str, Any] = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
-from compiler.backends.memory_plan import PlannedBuffer
-from compiler.report import Drift, Effects, Memory, Report, Stage
-from runtime.artifact import FileRecord, PassRecord
+from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
+from belle_compile.compiler.report import Drift, Effects, Memory, Report, Stage
+from belle_compile.runtime.artifact import FileRecord, PassRecord
 from tests.compiler.engines import MANIFEST
 
 ODD = "a<b>&\"c'"  # a name that must be escaped

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.backends import count_kernel_calls
-from compiler.ir.build import make_initializer
-from compiler.ir.lazy import lazy
-from compiler.report import Drift, Effects, PassEffects, Stage, pass_effects
-from compiler.report.effects import MOST_PARAMETERS, TOKENS, logits_of, weight_bytes
-from passes.base import Pass, PassResult
-from passes.pipeline import CLEANUP, PRESETS, run_pipeline
+from belle_compile.compiler.backends import count_kernel_calls
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.lazy import lazy
+from belle_compile.compiler.report import Drift, Effects, PassEffects, Stage, pass_effects
+from belle_compile.compiler.report.effects import MOST_PARAMETERS, TOKENS, logits_of, weight_bytes
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.pipeline import CLEANUP, PRESETS, run_pipeline
 from tests.passes.helpers import HIDDEN, VOCABULARY, bloom, llama
 
 IDS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from compiler.backends import WITHOUT_KERNEL, Lowered
-from compiler.backends.rules import RULES
-from compiler.backends.tvm.lower import lower
-from compiler.ir.ops import REGISTRY
-from compiler.report import Memory, coverage_of, coverage_of_set, memory_of
-from passes.pipeline import PRESETS, run_pipeline
+from belle_compile.compiler.backends import WITHOUT_KERNEL, Lowered
+from belle_compile.compiler.backends.program.rules import RULES
+from belle_compile.compiler.backends.tvm.lower import lower
+from belle_compile.compiler.ir.ops import REGISTRY
+from belle_compile.compiler.report import Memory, coverage_of, coverage_of_set, memory_of
+from belle_compile.passes.pipeline import PRESETS, run_pipeline
 from tests.passes.helpers import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, bloom, llama
 
 

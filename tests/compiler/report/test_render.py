@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compiler.report import Effects, Report, render
-from compiler.report.views import MOST_LAYERS
-from runtime.artifact import PassRecord
+from belle_compile.compiler.report import Effects, Report, render
+from belle_compile.compiler.report.views import MOST_LAYERS
+from belle_compile.runtime.artifact import PassRecord
 from tests.compiler.engines import MANIFEST
 from tests.compiler.report.pages import ACCURACY, ODD, Damage, Page, empty_report, full_report
 
@@ -187,6 +187,6 @@ def test_memory() -> None:
 
 
 def test_the_template_is_shipped() -> None:
-    assert (files("compiler.report") / "report.html.jinja").is_file()
+    assert (files("belle_compile.compiler.report") / "report.html.jinja").is_file()
     shipped = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'package-data\]\n"\*" = \[.*"\*\.jinja".*\]', shipped)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from compiler.errors import CompileError
-from compiler.requests import Request, SelectOptions, open_set, write_set
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests import Request, SelectOptions, open_set, write_set
 from tests.compiler.requests.samples import distinct_texts, write_lines
 from tests.compiler.requests.test_units import write_tokenizer
 
@@ -77,7 +77,7 @@ def test_what_is_written_is_what_is_opened(made: Path, source: Path) -> None:
 def test_the_same_bytes_in_other_processes(source: Path, made: Path, tmp_path: Path) -> None:
     code = """if True:
         import sys
-        from compiler.requests import SelectOptions, write_set
+        from belle_compile.compiler.requests import SelectOptions, write_set
         write_set(sys.argv[1], sys.argv[2], SelectOptions(size=40, holdout=10, labels=("kind",)))
     """
     for seed in ("1", "2"):

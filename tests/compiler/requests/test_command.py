@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.requests import open_set
+from belle_compile.compiler.requests import open_set
 from tests.compiler.requests.samples import distinct_texts, write_lines
 from tests.compiler.test_cli import fail, run
 

@@ -7,11 +7,11 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from compiler.requests.coverage import coverage_report, notes
-from compiler.requests.page import coverage_page
-from compiler.requests.request import Request
-from compiler.requests.selection import Selection, SelectOptions, select
-from compiler.requests.units import Characters
+from belle_compile.compiler.requests.coverage import coverage_report, notes
+from belle_compile.compiler.requests.page import coverage_page
+from belle_compile.compiler.requests.request import Request
+from belle_compile.compiler.requests.selection import Selection, SelectOptions, select
+from belle_compile.compiler.requests.units import Characters
 from tests.compiler.requests.samples import distinct_texts
 
 KINDS = ["qa"] * 7 + ["<b>math</b>"] * 3

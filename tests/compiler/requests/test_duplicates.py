@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from compiler.requests.duplicates import EXACT, NEAR, Duplicates, normalized, shared_beginning, shingles
-from compiler.requests.request import Request
+from belle_compile.compiler.requests.duplicates import EXACT, NEAR, Duplicates, normalized, shared_beginning, shingles
+from belle_compile.compiler.requests.request import Request
 from tests.compiler.requests.samples import distinct_texts, jaccard
 
 

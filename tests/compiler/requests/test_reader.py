@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from compiler.errors import CompileError
-from compiler.requests.reader import NO_LABEL, read_requests
-from compiler.requests.request import Request
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.reader import NO_LABEL, read_requests
+from belle_compile.compiler.requests.request import Request
 from tests.compiler.requests.samples import write_lines
 
 

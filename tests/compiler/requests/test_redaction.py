@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from compiler.errors import CompileError
-from compiler.requests.redaction import redact, redact_text
-from compiler.requests.request import Request
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.redaction import redact, redact_text
+from belle_compile.compiler.requests.request import Request
 
 # Numbers that check but belong to nobody: birthdays of 1949 and 1880, as in GB 11643's own examples.
 ID, ID_WITH_X = "440524188001010014", "11010519491231002X"

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from compiler.errors import CompileError
-from compiler.requests.request import Request
-from compiler.requests.selection import Selection, SelectOptions, select
-from compiler.requests.strata import bucket
-from compiler.requests.units import Characters
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import Request
+from belle_compile.compiler.requests.selection import Selection, SelectOptions, select
+from belle_compile.compiler.requests.strata import bucket
+from belle_compile.compiler.requests.units import Characters
 from tests.compiler.requests.samples import distinct_texts
 
 KINDS = ["qa"] * 60 + ["code"] * 30 + ["math"] * 9 + ["rare"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from compiler.errors import CompileError
-from compiler.requests.source import Source
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.source import Source
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -100,7 +100,7 @@ def test_line_breaks_and_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.requests.source._LONGEST_LINE", 10)
+    monkeypatch.setattr("belle_compile.compiler.requests.source._LONGEST_LINE", 10)
     path = tmp_path / "x.txt"
     path.write_bytes(b"0123456789"[:9] + b"\n" + b"x" * 11)
     with pytest.raises(CompileError, match=r"line 2 of .*: found more than 16 MiB, expected one request a line"):

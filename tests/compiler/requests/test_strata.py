@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from compiler.requests.request import Request
-from compiler.requests.strata import Sample, apportion, bucket, bucket_bounds
+from belle_compile.compiler.requests.request import Request
+from belle_compile.compiler.requests.strata import Sample, apportion, bucket, bucket_bounds
 
 
 def test_buckets_are_powers_of_two() -> None:

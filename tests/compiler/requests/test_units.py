@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from compiler.errors import CompileError
-from compiler.requests.request import Request
-from compiler.requests.units import open_units
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.requests.request import Request
+from belle_compile.compiler.requests.units import open_units
 
 REQUESTS = [Request(text="a b a"), Request(token_ids=(2, 1)), Request(messages=({"role": "user", "content": "b"},))]
 

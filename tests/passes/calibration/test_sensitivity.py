@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from passes.calibration.sensitivity import alone, output_errors
+from belle_compile.passes.calibration.sensitivity import alone, output_errors
 from tests.passes.helpers import VOCABULARY, llama
 
 SEQUENCES = [np.random.default_rng(n).integers(0, VOCABULARY, 20).tolist() for n in range(4)]
@@ -56,8 +56,8 @@ def test_the_head_alone_is_what_quantizing_only_the_head_does(tmp_path: Path) ->
     """Against the whole graph run with that one layer changed by hand."""
     import torch
 
-    from compiler.ir.stream import ActivationStream, quantized
-    from passes.quantization.weights import quantize_rows
+    from belle_compile.compiler.ir.stream import ActivationStream, quantized
+    from belle_compile.passes.quantization.weights import quantize_rows
 
     model = llama(last_norm=True)
     found = {layer.name: layer.kl for layer in alone(model, SEQUENCES, tmp_path / "a")}

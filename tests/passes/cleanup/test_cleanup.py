@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.ir.lazy import lazy
-from passes.base import Pass, PassResult
-from passes.cleanup.merge_duplicates import MergeDuplicates
-from passes.cleanup.remove_identities import RemoveIdentities
-from passes.cleanup.remove_unused import RemoveUnused
+from belle_compile.compiler.ir.lazy import lazy
+from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.cleanup.merge_duplicates import MergeDuplicates
+from belle_compile.passes.cleanup.remove_identities import RemoveIdentities
+from belle_compile.passes.cleanup.remove_unused import RemoveUnused
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 

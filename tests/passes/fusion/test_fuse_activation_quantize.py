@@ -7,10 +7,10 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 
-from passes.base import PassResult
-from passes.fusion.fuse_activation_quantize import FuseActivationQuantize
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.rotation.rotate_activations import RotateActivations
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.fusion.fuse_activation_quantize import FuseActivationQuantize
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import pytest
 
-from compiler.ir.build import make_node
-from passes.base import PassResult, Replacement
-from passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.compiler.ir.build import make_node
+from belle_compile.passes.base import PassResult, Replacement
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from passes.base import PassResult
-from passes.fusion.fuse_dequantize import FuseDequantize
-from passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 
-from passes.base import PassResult
-from passes.fusion.fuse_add_norm import FuseAddNorm
-from passes.fusion.fuse_norm_quantize import FuseNormQuantize
-from passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.passes.fusion.fuse_norm_quantize import FuseNormQuantize
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 

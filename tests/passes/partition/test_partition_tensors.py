@@ -10,17 +10,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.evaluate import PagedCache, evaluate_ranks
-from compiler.ir.lazy import lazy, wholes_kept
-from compiler.ir.ops import attributes_of
-from compiler.ir.text import to_text
-from compiler.ir.verify import verify
-from passes.base import PassResult
-from passes.partition.partition_tensors import PartitionTensors
-from passes.partition.rank_graph import RankGraph
-from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
-from passes.rotation.rotate_activations import RotateActivations
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.evaluate import PagedCache, evaluate_ranks
+from belle_compile.compiler.ir.lazy import lazy, wholes_kept
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.text import to_text
+from belle_compile.compiler.ir.verify import verify
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.partition.partition_tensors import PartitionTensors
+from belle_compile.passes.partition.rank_graph import RankGraph
+from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, Tiny, bloom, check_pass, count, llama, side_by_side
 
 RANKS = 2

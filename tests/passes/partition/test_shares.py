@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compiler.errors import CompileError
-from passes.partition.shares import heads, share
+from belle_compile.compiler.errors import CompileError
+from belle_compile.passes.partition.shares import heads, share
 
 
 @pytest.mark.parametrize(("total", "unit"), [(40, 1), (40, 16), (311, 16), (8, 1), (11008, 256), (250880, 16)])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from compiler.errors import CompileError
-from passes.base import PassResult
-from passes.calibration.data import CalibrationData
-from passes.quantization import gptq
-from passes.quantization.gptq_rounding import GptqRounding
-from passes.quantization.quantize_groups import QuantizeGroups
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.weights import product, quantize_groups
+from belle_compile.compiler.errors import CompileError
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.quantization import gptq
+from belle_compile.passes.quantization.gptq_rounding import GptqRounding
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.weights import product, quantize_groups
 from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(16))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from passes.base import PassResult
-from passes.quantization.quantize_embedding import QuantizeEmbedding
-from passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, run_steps, side_by_side
 
 

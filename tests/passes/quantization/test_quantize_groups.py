@@ -10,14 +10,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from compiler.errors import CompileError
-from compiler.ir.build import GraphBuilder
-from compiler.ir.meanings import GROUP
-from passes.base import PassResult
-from passes.quantization import groups
-from passes.quantization.quantize_groups import QuantizeGroups
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.weights import quantize_groups
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import GraphBuilder
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.quantization import groups
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.weights import quantize_groups
 from tests.passes.helpers import LINEAR, Tiny, assert_same_results, check_pass, count, llama, side_by_side
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.build import GraphBuilder
-from compiler.ir.lazy import lazy
-from passes.base import PassResult
-from passes.quantization.quantize_embedding import QuantizeEmbedding
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.weights import quantize_rows
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import GraphBuilder
+from belle_compile.compiler.ir.lazy import lazy
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.weights import quantize_rows
 from tests.passes.helpers import LINEAR, Tiny, assert_same_results, check_pass, count, llama, run_steps, side_by_side
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from passes.base import PassResult
-from passes.calibration.data import CalibrationData
-from passes.calibration.sensitivity import output_errors
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.smooth_activations import SmoothActivations
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.sensitivity import output_errors
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.smooth_activations import SmoothActivations
 from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama, side_by_side
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(8))

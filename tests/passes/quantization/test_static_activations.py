@@ -10,16 +10,16 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from compiler.errors import CompileError
-from compiler.ir.meanings import LIMITS
-from passes.calibration.data import CalibrationData
-from passes.fusion.fuse_activation_quantize import FuseActivationQuantize
-from passes.fusion.fuse_add_norm import FuseAddNorm
-from passes.fusion.fuse_norm_quantize import FuseNormQuantize
-from passes.quantization.activations import CLIP
-from passes.quantization.quantize_groups import QuantizeGroups
-from passes.quantization.quantize_linears import QuantizeLinears
-from passes.quantization.static_activations import StaticActivations, choose_clip, histogram
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import LIMITS
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.fusion.fuse_activation_quantize import FuseActivationQuantize
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.passes.fusion.fuse_norm_quantize import FuseNormQuantize
+from belle_compile.passes.quantization.activations import CLIP
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.static_activations import StaticActivations, choose_clip, histogram
 from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, count, llama
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(8))
@@ -67,7 +67,9 @@ def test_int4_weights_read_it_too(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_and_another_clip_counts_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = llama(), llama()
     static(tmp_path, "max").run(first)
-    monkeypatch.setattr("passes.quantization.static_activations.histogram", lambda x, name: pytest.fail("counted again"))
+    monkeypatch.setattr(
+        "belle_compile.passes.quantization.static_activations.histogram", lambda x, name: pytest.fail("counted again")
+    )
     static(tmp_path, "p50").run(second)
     clips = [{str(v.name): v.meta[CLIP] for node in model.graph for v in node.inputs if v is not None and CLIP in v.meta}
              for model in (first, second)]  # fmt: skip

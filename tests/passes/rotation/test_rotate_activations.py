@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compiler.errors import CompileError
-from compiler.ir.ops import attributes_of
-from passes.base import PassResult
-from passes.rotation import rotate_activations
-from passes.rotation.rotate_activations import RotateActivations
-from passes.rotation.rotate_residual import RotateResidual
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.rotation import rotate_activations
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
+from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, llama, run_steps, side_by_side
 
 ROUNDING = 2e-6  # float32 sums in another order

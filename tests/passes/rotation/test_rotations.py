@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from passes.base import PassResult
-from passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
-from passes.rotation.fold_layer_norms import FoldLayerNorms
-from passes.rotation.hadamard import Rotation
-from passes.rotation.rotate_residual import RotateResidual
-from passes.rotation.rotate_values import RotateValues
+from belle_compile.passes.base import PassResult
+from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
+from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
+from belle_compile.passes.rotation.hadamard import Rotation
+from belle_compile.passes.rotation.rotate_residual import RotateResidual
+from belle_compile.passes.rotation.rotate_values import RotateValues
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, llama, run_steps, side_by_side
 
 ROUNDING = 2e-6  # float32 sums in another order

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import Engine, SamplingParams, host
-from runtime.errors import EngineError
-from runtime.executors import cpu
-from runtime.executors.cpu import CpuExecutor, choose_isa
-from runtime.program import KV, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from belle_compile.runtime import Engine, SamplingParams, host
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import cpu
+from belle_compile.runtime.executors.cpu import CpuExecutor, choose_isa
+from belle_compile.runtime.program import KV, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
 
 pytest.importorskip("tvm")
 
-from compiler.backends.tvm import library
-from compiler.backends.tvm.isa import AVX2
+from belle_compile.compiler.backends.tvm import library
+from belle_compile.compiler.backends.tvm.isa import AVX2
 
 pytestmark = pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.errors import EngineError
-from runtime.executors import cuda, cuda_device
-from runtime.executors.choices import Choices, measure
-from runtime.executors.cuda_device import CudaDevice
-from runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import cuda, cuda_device
+from belle_compile.runtime.executors.choices import Choices, measure
+from belle_compile.runtime.executors.cuda_device import CudaDevice
+from belle_compile.runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
 
 LAUNCH = Launch("symbol", 64, 60_000, (3, 2, 1), 16, 40, 0, ("IMMA",))
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.errors import EngineError
-from runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 
 pytest.importorskip("tvm")
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import AVX2
-from compiler.backends.tvm.library import compile_functions
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import AVX2
+from belle_compile.compiler.backends.tvm.library import compile_functions
 
 SIZE = 1000
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from runtime import Engine, EngineError, SamplingParams
-from runtime.executors.ranked import RankedExecutor, serve
-from runtime.profiling import Recorder
-from runtime.program import Logits
+from belle_compile.runtime import Engine, EngineError, SamplingParams
+from belle_compile.runtime.executors.ranked import RankedExecutor, serve
+from belle_compile.runtime.profiling import Recorder
+from belle_compile.runtime.program import Logits
 from tests.runtime.fakes import VOCABULARY, FakeExecutor, make_engine
 
 

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from runtime.executors.native import FailedCall, KernelLibrary, ThreadPool
-from runtime.executors.summed import Sum, SummedLists
+from belle_compile.runtime.executors.native import FailedCall, KernelLibrary, ThreadPool
+from belle_compile.runtime.executors.summed import Sum, SummedLists
 from tests.runtime.executors.test_native import Counter, library  # noqa: F401  (a fixture)
 
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View, Workspace
-from compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
-from compiler.backends.triton.kernels.cache import append, of_cache, read_tokens, tokens_of, turned
-from compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
+from belle_compile.compiler.backends.program.kernel import View, Workspace
+from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
+from belle_compile.compiler.backends.triton.kernels.cache import append, of_cache, read_tokens, tokens_of, turned
+from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
 _LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
 _PROGRAMS = 1024  # that decoding is to be split into

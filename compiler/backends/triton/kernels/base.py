@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from compiler.backends import kernel
-from compiler.backends.kernel import View
-from compiler.backends.lowering import StepSizes
+from belle_compile.compiler.backends.program import kernel
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.lowering import StepSizes
 
 Grid = tuple[int, int, int]
 OVERLAP = "OVERLAP"  # a constant of every function: it starts before the kernel before has ended, and waits for it

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import begin, rint
-from compiler.errors import CompileError
-from runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from belle_compile.compiler.backends.triton.kernels.device import begin, rint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
 
 _SLOTS = tl.constexpr(BLOCK_SIZE)
 _HEADS = 16  # of a program that appends

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View, Workspace, round_up
-from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
-from compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
-from compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
+from belle_compile.compiler.backends.program.kernel import View, Workspace, round_up
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
+from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
+from belle_compile.compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
 _AHEAD = 8192  # bytes of weights that a program asks for before it may start
 _EARLY = 132 * 160 * 1024  # and those that all programs hold which a large device starts at the same time,

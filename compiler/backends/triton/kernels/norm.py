@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import await_earlier, let_next_start, quantize_row
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from belle_compile.compiler.backends.triton.kernels.device import await_earlier, let_next_start, quantize_row
 
 
 @triton.jit

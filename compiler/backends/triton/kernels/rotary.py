@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
-from compiler.backends.triton.kernels.device import begin
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
+from belle_compile.compiler.backends.triton.kernels.device import begin
 
 _TOKENS = 128  # looked at together for the length of a sequence
 

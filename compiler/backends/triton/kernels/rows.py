@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
-from compiler.backends.triton.kernels.device import begin
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from belle_compile.compiler.backends.triton.kernels.device import begin
 
 _COLUMNS = 1024  # of a block of threads; wider rows have several
 DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.panels import PANEL
-from compiler.backends.tvm.kernels.tiles import TILE, TILE_BYTES, configure, emit
-from compiler.backends.tvm.kernels.tiling import LINE
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
+from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, TILE_BYTES, configure, emit
+from belle_compile.compiler.backends.tvm.kernels.tiling import LINE
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 TILE_SUMS = TILE * PANEL
 STEP = 64  # inputs of a product

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
-from compiler.backends.tvm.kernels.rotary import rotate_head
-from compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
+from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
+from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 BLOCK = 16  # tokens per block of the cache
 SERIAL_BELOW = 2048  # elements of k that one thread writes sooner than it wakes another

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.cache_blocks import CacheBlocks
-from compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
-from compiler.backends.tvm.kernels.pair_attention import PairAttention
-from compiler.backends.tvm.kernels.tile_attention import TileAttention
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import CacheBlocks
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
+from belle_compile.compiler.backends.tvm.kernels.pair_attention import PairAttention
+from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAttention
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
 PARTS = 32  # tasks of one row at most: enough for as many threads, and to even out unequal shares of fewer

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import tvm
 
-from compiler.backends import kernel
-from compiler.backends.kernel import ROW_ALIGNMENT, View, round_up
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.tiling import LINE
-from compiler.backends.tvm.tir import Buffer, prim_func
+from belle_compile.compiler.backends.program import kernel
+from belle_compile.compiler.backends.program.kernel import ROW_ALIGNMENT, View, round_up
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.tiling import LINE
+from belle_compile.compiler.backends.tvm.tir import Buffer, prim_func
 
 
 def rows_apart(width: int, itemsize: int = 4) -> View:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.tir import Buffer, Expr, T
-from runtime.program import KV_DTYPES, KVLayout
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.runtime.program import KV_DTYPES, KVLayout
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.panels import PANEL
-from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 _FIRST = (("first", "int32"),)
 

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from compiler.backends.kernel import round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.cache_blocks import as_pairs, as_scales
-from compiler.backends.tvm.kernels.rotary import rotate_head
-from compiler.backends.tvm.kernels.rowwise import each
-from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs, as_scales
+from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
+from belle_compile.compiler.backends.tvm.kernels.rowwise import each
+from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
 if TYPE_CHECKING:
-    from compiler.backends.tvm.kernels.attention import Attention
+    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 CHUNK = 128  # tokens between two corrections of the running maximum
 BLOCKS = CHUNK // BLOCK

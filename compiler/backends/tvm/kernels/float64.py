@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import factorial, pi, sqrt
 from math import log as ln
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.tir import Expr, T
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.tir import Expr, T
 
 
 def _constant(value: float, lanes: int) -> Expr:

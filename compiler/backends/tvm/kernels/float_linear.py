@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
-from compiler.backends.tvm.kernels.tiling import Walk
-from compiler.backends.tvm.tir import Buffer, Expr
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
-from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
-from compiler.backends.tvm.kernels.tiling import LINE, Walk
-from compiler.backends.tvm.tir import Buffer, Expr, T
-from compiler.ir.meanings import GROUP
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
+from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, Walk
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.ir.meanings import GROUP
 
 CHUNK = 8  # inputs of a panel in one cache line: two steps
 WORDS = LINE // 4  # of one, counted in int32 as weights and tokens are

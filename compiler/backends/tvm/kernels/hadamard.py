@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
-from compiler.ir.meanings import golay_signs
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
+from belle_compile.compiler.ir.meanings import golay_signs
 
 _AT_ONCE = 4  # vectors in registers; 8 save 0.1 us in a row of 1,536 with AVX-512 and take three times as long to compile
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.cache_blocks import as_pairs
-from compiler.backends.tvm.kernels.flash_attention import CHUNK
-from compiler.backends.tvm.kernels.tile_attention import DEPTH, SCORES, TileAttention
-from compiler.backends.tvm.tir import LANES, Expr, T
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK
+from belle_compile.compiler.backends.tvm.kernels.tile_attention import DEPTH, SCORES, TileAttention
+from belle_compile.compiler.backends.tvm.tir import LANES, Expr, T
 
 if TYPE_CHECKING:
-    from compiler.backends.tvm.kernels.attention import Attention
+    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 MOST_QUERIES = 4
 PAIRS = DEPTH // 2  # of a product

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.kernels.tiling import Walk
-from compiler.backends.tvm.tir import Expr
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
+from belle_compile.compiler.backends.tvm.tir import Expr
 
 PANEL = 16
 Block = Callable[[Expr, int, Expr, int, Expr], None]

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
 
-from compiler.backends.kernel import View, round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.amx import TileRows
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.panels import PANEL, for_blocks
-from compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.amx import TileRows
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 INPUT_ALIGNMENT = 64
 

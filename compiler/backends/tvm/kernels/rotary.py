@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels import float64
-from compiler.backends.tvm.kernels.base import Kernel, rows_apart
-from compiler.backends.tvm.kernels.rowwise import Values, each
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels import float64
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel, rows_apart
+from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, each
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 
 @dataclass(frozen=True)

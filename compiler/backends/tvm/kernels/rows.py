@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.rowwise import each
-from compiler.backends.tvm.tir import Buffer, Expr
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.rowwise import each
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)

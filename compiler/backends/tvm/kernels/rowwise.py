@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import cycle
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.tir import Buffer, Expr, T
-from compiler.ir.meanings import LIMITS
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.ir.meanings import LIMITS
 
 CHAINS = 4  # independent accumulators of a reduction, enough to hide the latency of an addition
 Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> that many values of the row

@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from compiler.backends.kernel import round_up
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.append_kv import BLOCK
-from compiler.backends.tvm.kernels.cache_blocks import as_pairs
-from compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, LOWEST, FlashAttention, PartSums
-from compiler.backends.tvm.kernels.rowwise import each
-from compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
-from compiler.backends.tvm.tir import LANES, Buffer, Expr, T
+from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, LOWEST, FlashAttention, PartSums
+from belle_compile.compiler.backends.tvm.kernels.rowwise import each
+from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
+from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
 if TYPE_CHECKING:
-    from compiler.backends.tvm.kernels.attention import Attention
+    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 DEPTH = 32  # bfloat16 of a row of a tile: what a product sums over
 SUMS = 4  # tiles 0 to 3; then two of the left factor, and two of the right

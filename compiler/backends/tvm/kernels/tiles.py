@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.tir import Expr, T
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.tir import Expr, T
 
 TILES = 8
 TILE = 16  # rows of a whole tile

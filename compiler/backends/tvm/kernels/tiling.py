@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.isa import Isa
 
 LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
 

@@ -1,10 +1,10 @@
 """Searches the tilings of the reference models' shapes on this host and writes the tables that builds read.
 
-    python -m compiler.backends.tvm.tuning                        every shape below, for the best instruction set here
-    python -m compiler.backends.tvm.tuning --planes 2             only for activations of 16 bits
-    python -m compiler.backends.tvm.tuning --isa avx2             for another one that this host has
-    python -m compiler.backends.tvm.tuning --own                  for this processor alone
-    python -m compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
+    python -m belle_compile.compiler.backends.tvm.tuning                every shape below, for the best instruction set here
+    python -m belle_compile.compiler.backends.tvm.tuning --planes 2             only for activations of 16 bits
+    python -m belle_compile.compiler.backends.tvm.tuning --isa avx2             for another one that this host has
+    python -m belle_compile.compiler.backends.tvm.tuning --own                  for this processor alone
+    python -m belle_compile.compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
 
 Entries of shapes that are not searched again stay if they were measured on the same machine.
 """
@@ -16,12 +16,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from compiler import terminal
-from compiler.backends.tvm.isa import ISAS
-from compiler.backends.tvm.tuning.search import search
-from compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table, table_path
-from runtime import host
-from runtime.executors.cpu import choose_isa
+from belle_compile.compiler import terminal
+from belle_compile.compiler.backends.tvm.isa import ISAS
+from belle_compile.compiler.backends.tvm.tuning.search import search
+from belle_compile.compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table, table_path
+from belle_compile.runtime import host
+from belle_compile.runtime.executors.cpu import choose_isa
 
 MAX_TOKENS, MAX_ROWS = 512, 64  # of a step: of a layer, and of the head
 # Outputs, inputs and the most rows: query-key-value, attention output, gate and up (or up), down, head.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.tiling import Walk
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
 
 Change = dict[str, Any]
 LEAST_TASKS = 16  # of a row count that waits for the memory: a host may have more threads than the one that measures

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.backends.kernel import round_up
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, QuantizedLinear
-from compiler.backends.tvm.library import compile_functions
-from runtime import host
-from runtime.executors.native import CallList, KernelLibrary, ThreadPool
-from runtime.memory import anonymous
+from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT, QuantizedLinear
+from belle_compile.compiler.backends.tvm.library import compile_functions
+from belle_compile.runtime import host
+from belle_compile.runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from belle_compile.runtime.memory import anonymous
 
 SAMPLE_SECONDS = 0.002
 ROUNDS = 25  # compiling takes longer, and the memory of a shared machine gives half as much now and then

@@ -12,17 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel, rows_apart
-from compiler.backends.tvm.kernels.panels import PANEL
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
-from compiler.backends.tvm.tuning.candidates import TILE_ROWS, TILES, Bucket, buckets, leaves_tasks
-from compiler.backends.tvm.tuning.measure import Bench, Variant, last_level_cache, load_variants
-from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
-from compiler.version import __version__
-from runtime import host
+from belle_compile import __version__
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel, rows_apart
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
+from belle_compile.compiler.backends.tvm.tuning.candidates import TILE_ROWS, TILES, Bucket, buckets, leaves_tasks
+from belle_compile.compiler.backends.tvm.tuning.measure import Bench, Variant, last_level_cache, load_variants
+from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
+from belle_compile.runtime import host
 
 MARGIN = 0.01  # a change must gain more than this, or noise would decide
 NEVER = 1 << 20  # rows no kernel gets

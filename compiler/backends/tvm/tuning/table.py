@@ -12,9 +12,9 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
-from compiler.errors import CompileError
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
+from belle_compile.compiler.errors import CompileError
 
 FORMAT = 1
 TABLES = Path(__file__).parent / "tables"
@@ -140,5 +140,7 @@ def read_table(isa: str, processor: str = "", folder: Path = TABLES) -> TilingTa
         entries = tuple(Entry.from_plain(entry) for entry in plain["entries"])
         return TilingTable(isa, entries, dict(plain["machine"]), str(plain["date"]), dict(plain["versions"]), processor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        remedy = f"run `python -m compiler.backends.tvm.tuning --isa {isa}`, or delete it to use the built-in tilings"
+        remedy = (
+            f"run `python -m belle_compile.compiler.backends.tvm.tuning --isa {isa}`, or delete it to use the built-in tilings"
+        )
         raise CompileError("tuning", f"table {path}", found=str(error), expected=f"format {FORMAT}", remedy=remedy) from None

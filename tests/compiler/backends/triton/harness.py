@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from triton.runtime import interpreter
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.base import OVERLAP, Kernel
-from runtime.program import Launch
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels.base import OVERLAP, Kernel
+from belle_compile.runtime.program import Launch
 
 Array = npt.NDArray[Any]
 TORCH = {"int8": torch.int8, "int32": torch.int32, "float16": torch.float16, "float32": torch.float32}

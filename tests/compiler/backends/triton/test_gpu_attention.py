@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels import attention
-from compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
-from compiler.backends.triton.kernels.cache import AppendKV
-from compiler.ir import meanings
-from compiler.ir.cache import BLOCK_SIZE, PagedCache
-from runtime.program import KV, KVLayout
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels import attention
+from belle_compile.compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
+from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
+from belle_compile.compiler.ir import meanings
+from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
+from belle_compile.runtime.program import KV, KVLayout
 from tests.compiler.backends.triton.harness import Array, call, floats, garbage, place, taken
 
 MAX_BLOCKS, BLOCKS, LAYERS, LAYER = 12, 40, 2, 1

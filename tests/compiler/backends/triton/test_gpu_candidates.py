@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
 from tests.compiler.backends.triton.harness import Array, call, floats, garbage, place
 
 COUNT = 20_000  # of more than one program

@@ -9,19 +9,19 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.compile import archive, compile_kernels, toolchain
-from compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
-from compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
-from compiler.backends.triton.kernels.base import Kernel
-from compiler.backends.triton.kernels.cache import AppendKV
-from compiler.backends.triton.kernels.candidates import ChunkMaxima, Collect
-from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
-from compiler.backends.triton.kernels.norm import Norm
-from compiler.backends.triton.kernels.rotary import RotaryTable
-from compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
-from compiler.errors import CompileError
-from runtime.host import GPU_ARCHS
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
+from belle_compile.compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
+from belle_compile.compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
+from belle_compile.compiler.backends.triton.kernels.base import Kernel
+from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
+from belle_compile.compiler.backends.triton.kernels.candidates import ChunkMaxima, Collect
+from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
+from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
+from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.host import GPU_ARCHS
 
 WIDE = View(12288)
 KERNELS: tuple[Kernel, ...] = (

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels import linear
-from compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile, held
-from compiler.backends.triton.lower import pad_rows
-from compiler.ir import meanings
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels import linear
+from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile, held
+from belle_compile.compiler.backends.triton.lower import pad_rows
+from belle_compile.compiler.ir import meanings
 from tests.compiler.backends.triton.harness import Array, call, floats, garbage, language_patched_once, place, taken
 
 RANDOM = np.random.default_rng(5)

@@ -10,19 +10,19 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiler.backends.kernel import View
-from compiler.backends.triton.kernels import activation
-from compiler.backends.triton.kernels.activation import (
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.triton.kernels import activation
+from belle_compile.compiler.backends.triton.kernels.activation import (
     ActivateChunks,
     Activation,
     BlockHadamard,
     QuantizeChunks,
     QuantizeTokens,
 )
-from compiler.backends.triton.kernels.norm import Norm
-from compiler.backends.triton.kernels.rotary import RotaryTable
-from compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
-from compiler.ir import meanings
+from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
+from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
+from belle_compile.compiler.ir import meanings
 from tests.compiler.backends.triton.harness import Array, call, floats, garbage, place, taken
 
 ROWS, BEYOND = 3, 2  # rows of a step, and those of its grid that it lacks

@@ -9,9 +9,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from compiler.backends.tvm.isa import AMX, AMX_EMULATED, Isa
-from runtime.executors.cpu import allow_amx
-from runtime.host import host_isas
+from belle_compile.compiler.backends.tvm.isa import AMX, AMX_EMULATED, Isa
+from belle_compile.runtime.executors.cpu import allow_amx
+from belle_compile.runtime.host import host_isas
 
 
 def _load() -> tuple[Isa, ...]:

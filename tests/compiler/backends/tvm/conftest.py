@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
-from runtime.host import host_isas
+from belle_compile.compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
+from belle_compile.runtime.host import host_isas
 
 
 @pytest.fixture(scope="module", params=[AVX2, AVX512VNNI], ids=lambda isa: isa.name)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.library import compile_library
-from runtime.executors.native import CallList, KernelLibrary, ThreadPool
-from runtime.host import host_isas
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from belle_compile.runtime.host import host_isas
 
 Array = npt.NDArray[Any]
 HOST_ISAS = tuple(isa for isa in (AVX2, AVX512VNNI) if isa.name in host_isas())

@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.append_kv import AppendKV
-from compiler.backends.tvm.kernels.attention import Attention
-from compiler.backends.tvm.kernels.base import rows_apart
-from compiler.backends.tvm.kernels.tile_attention import TileAttention
-from compiler.ir import meanings
-from compiler.ir.cache import PagedCache
-from runtime.program import KV, KV_DTYPES, KVLayout
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.append_kv import AppendKV
+from belle_compile.compiler.backends.tvm.kernels.attention import Attention
+from belle_compile.compiler.backends.tvm.kernels.base import rows_apart
+from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAttention
+from belle_compile.compiler.ir import meanings
+from belle_compile.compiler.ir.cache import PagedCache
+from belle_compile.runtime.program import KV, KV_DTYPES, KVLayout
 from tests.compiler.backends.tvm.amx_emulation import AMX_TEST_ISAS
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Array, Library, aligned, aligned_copy, garbage, ints, place
 

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compiler.backends.kernel import View
-from compiler.backends.lowering import pack_vector
-from compiler.backends.tvm import packing
-from compiler.backends.tvm.isa import AMX
-from compiler.backends.tvm.kernels.group_linear import GroupLinear
-from compiler.backends.tvm.library import compile_library
-from compiler.ir import meanings
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.lowering import pack_vector
+from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.backends.tvm.isa import AMX
+from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
 
 # Outputs, inputs: not multiples of 16, 64 or 128, fewer than a group, a last group of up to 64 and of more

@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compiler.backends.kernel import View
-from compiler.backends.lowering import pack_vector
-from compiler.backends.tvm import packing
-from compiler.backends.tvm.isa import AMX
-from compiler.backends.tvm.kernels.base import rows_apart
-from compiler.backends.tvm.kernels.float_linear import FloatLinear
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.library import compile_library
-from compiler.ir import meanings
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.lowering import pack_vector
+from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.backends.tvm.isa import AMX
+from belle_compile.compiler.backends.tvm.kernels.base import rows_apart
+from belle_compile.compiler.backends.tvm.kernels.float_linear import FloatLinear
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.ir import meanings
 from tests.compiler.backends.tvm.amx_emulation import AMX_TEST_ISAS
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
 

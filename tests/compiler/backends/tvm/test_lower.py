@@ -5,19 +5,19 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from compiler.backends.kernel import View
-from compiler.backends.tvm import compile_graphs, library
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.kernels.group_linear import GroupLinear
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.lower import lower
-from compiler.backends.tvm.tuning.table import TilingTable
-from compiler.errors import CompileError
-from passes.partition import channels
-from passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
-from passes.quantization.quantize_linears import QuantizeLinears
-from runtime.program import AllReduce, program_from_json
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.tvm import compile_graphs, library
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.lower import lower
+from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
+from belle_compile.compiler.errors import CompileError
+from belle_compile.passes.partition import channels
+from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.runtime.program import AllReduce, program_from_json
 from tests.passes import helpers
 from tests.passes.helpers import HEAD_DIM, llama
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.backends.kernel import View
-from compiler.backends.lowering import pack_vector
-from compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.activation import Activation
-from compiler.backends.tvm.kernels.base import Kernel, rows_apart
-from compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
-from compiler.backends.tvm.kernels.hadamard import BlockHadamard
-from compiler.backends.tvm.kernels.norm import Norm
-from compiler.backends.tvm.kernels.quantize import QuantizeTokens
-from compiler.backends.tvm.kernels.rotary import RotaryTable
-from compiler.backends.tvm.kernels.rows import Add, GatherRows
-from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.packing import pack_float, pack_int8
-from compiler.ir import meanings
+from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.lowering import pack_vector
+from belle_compile.compiler.backends.tvm.isa import AVX2, AVX512VNNI, Isa
+from belle_compile.compiler.backends.tvm.kernels.activation import Activation
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel, rows_apart
+from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
+from belle_compile.compiler.backends.tvm.kernels.hadamard import BlockHadamard
+from belle_compile.compiler.backends.tvm.kernels.norm import Norm
+from belle_compile.compiler.backends.tvm.kernels.quantize import QuantizeTokens
+from belle_compile.compiler.backends.tvm.kernels.rotary import RotaryTable
+from belle_compile.compiler.backends.tvm.kernels.rows import Add, GatherRows
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.backends.tvm.packing import pack_float, pack_int8
+from belle_compile.compiler.ir import meanings
 from tests.compiler.backends.tvm.harness import Array, Library, aligned_copy, garbage, ints, place
 from tests.compiler.backends.tvm.tuning.test_candidates import inner_loops
 

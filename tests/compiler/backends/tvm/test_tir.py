@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from compiler.backends.tvm import tir
-from compiler.backends.tvm.isa import AVX2, Isa
-from compiler.backends.tvm.kernels.base import Kernel
-from compiler.backends.tvm.tir import Buffer, Expr, T
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import AVX2, Isa
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel
+from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 from tests.compiler.backends.tvm.harness import Array, Library, aligned, aligned_copy
 
 VECTORS = 64

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.backends.lowering import pack_vector
-from compiler.backends.tvm import packing
-from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
-from compiler.backends.tvm.library import compile_functions, compile_library
-from compiler.backends.tvm.tuning import candidates
-from compiler.ir import meanings
-from runtime.executors.native import CallList, KernelLibrary, ThreadPool
+from belle_compile.compiler.backends.program.lowering import pack_vector
+from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
+from belle_compile.compiler.backends.tvm.library import compile_functions, compile_library
+from belle_compile.compiler.backends.tvm.tuning import candidates
+from belle_compile.compiler.ir import meanings
+from belle_compile.runtime.executors.native import CallList, KernelLibrary, ThreadPool
 from tests.compiler.backends.tvm.harness import HOST_ISAS, Library, aligned_copy, ints
 from tests.compiler.backends.tvm.test_linear import CAPACITY, ISAS, integers, quantized, run_quantized, tokens
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compiler.backends.tvm.isa import Isa
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
-from compiler.backends.tvm.tuning import measure
-from compiler.backends.tvm.tuning.search import kernel_of
-from compiler.backends.tvm.tuning.table import Shape
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk
+from belle_compile.compiler.backends.tvm.tuning import measure
+from belle_compile.compiler.backends.tvm.tuning.search import kernel_of
+from belle_compile.compiler.backends.tvm.tuning.table import Shape
 from tests.compiler.backends.tvm.harness import HOST_ISAS
 
 

@@ -8,17 +8,17 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from compiler.backends.tvm import compile_graphs
-from compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
-from compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
-from compiler.backends.tvm.tuning import search as searching
-from compiler.backends.tvm.tuning.search import search
-from compiler.backends.tvm.tuning.table import Shape
-from compiler.checkpoint import open_checkpoint
-from compiler.frontends import build_graph
-from passes.pipeline import PRESETS, run_pipeline
-from runtime.executors import cpu
+from belle_compile.compiler.backends.tvm import compile_graphs
+from belle_compile.compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
+from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
+from belle_compile.compiler.backends.tvm.tuning import search as searching
+from belle_compile.compiler.backends.tvm.tuning.search import search
+from belle_compile.compiler.backends.tvm.tuning.table import Shape
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.families import build_graph
+from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.runtime.executors import cpu
 from tests.parity.variants import VARIANTS
 
 Cost = Callable[[LinearTiling, int], float]

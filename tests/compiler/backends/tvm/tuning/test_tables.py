@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from compiler.backends.tvm import compile_graphs
-from compiler.backends.tvm.isa import AVX2, ISAS
-from compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
-from compiler.backends.tvm.library import compile_library
-from compiler.backends.tvm.tuning import __main__ as command
-from compiler.backends.tvm.tuning import table as tuning_table
-from compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable, processors, read_table, table_path
-from compiler.checkpoint import open_checkpoint
-from compiler.errors import CompileError
-from compiler.frontends import build_graph
-from passes.pipeline import PRESETS, run_pipeline
-from runtime.host import PROCESSORS
+from belle_compile.compiler.backends.tvm import compile_graphs
+from belle_compile.compiler.backends.tvm.isa import AVX2, ISAS
+from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
+from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.backends.tvm.tuning import __main__ as command
+from belle_compile.compiler.backends.tvm.tuning import table as tuning_table
+from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable, processors, read_table, table_path
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.runtime.host import PROCESSORS
 from tests.compiler.backends.tvm.test_linear import floating, quantized
 from tests.parity.variants import VARIANTS
 
@@ -98,7 +98,8 @@ def test_a_build_carries_a_library_for_a_processor_whose_table_differs(
 def test_a_damaged_table_says_what_to_do(text: str, tmp_path: Path) -> None:
     (tmp_path / "avx2.json").write_text(text)
     with pytest.raises(
-        CompileError, match=r"^tuning: table .*avx2\.json: found .* run `python -m compiler\.backends\.tvm\.tuning"
+        CompileError,
+        match=r"^tuning: table .*avx2\.json: found .* run `python -m belle_compile.compiler\.backends\.tvm\.tuning",
     ):
         read_table("avx2", folder=tmp_path)
 

@@ -1,0 +1,36 @@
+"""Compiles BELLE checkpoints to inference engines, and runs them.
+
+`compiler`, `passes` and `runtime` below this package are links to the folders of these names at the top of the repository.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.driver import BuildRequest, build
+    from belle_compile.runtime.engine import Engine, Result
+    from belle_compile.runtime.errors import BelleError, EngineError
+    from belle_compile.runtime.serving.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = ["BelleError", "BuildRequest", "Engine", "EngineError", "Result", "SamplingParams", "__version__", "build"]
+
+_MODULE_OF = {
+    "BelleError": "belle_compile.runtime.errors",
+    "BuildRequest": "belle_compile.compiler.driver",
+    "Engine": "belle_compile.runtime.engine",
+    "EngineError": "belle_compile.runtime.errors",
+    "Result": "belle_compile.runtime.engine",
+    "SamplingParams": "belle_compile.runtime.serving.sampling",
+    "build": "belle_compile.compiler.driver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that a serving host needs neither the compiler nor torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -1,0 +1,228 @@
+"""One rule per op: which kernel runs it and with which operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from belle_compile.compiler.backends.program.lowering import Lowering, Operand, Place, cache_parts
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.program import Input
+
+Attributes = dict[str, Any]
+Rule = Callable[[Lowering, ir.Node, Attributes], None]
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    """An optional input, None when left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _graph_input(value: ir.Value | None) -> Input:
+    assert value is not None and value.name is not None and value.is_graph_input()
+    return Input(value.name)
+
+
+def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """A view: no call, the parts are columns of the buffer that is there."""
+    source = low.place(node.inputs[0])
+    offset = source.offset
+    for output in node.outputs:
+        assert output.shape is not None
+        width = output.shape[1]
+        assert isinstance(width, int), "only rows are symbolic"
+        low.places[output] = Place(source.buffer, offset, width)
+        offset += width
+
+
+def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """The embedding where the table is a weight, else the rows whose logits are wanted."""
+    table, indices = node.inputs
+    assert table is not None and indices is not None
+    out = low.allocate(node.outputs[0])
+    if table.is_initializer():
+        assert table.shape is not None
+        embedding = low.kernels.FloatEmbedding(table.shape.numpy()[0], out.width, out.view)
+        low.call(embedding, node, out.buffer.rows, _graph_input(indices), low.float_matrix(table), out)
+    else:
+        x = low.place(table)
+        low.call(low.kernels.GatherRows(x.width, x.view, out.view), node, out.buffer.rows, _graph_input(indices), x, out)
+
+
+def partial_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    ids, table, first = node.inputs
+    assert table is not None and table.shape is not None
+    out = low.allocate(node.outputs[0])
+    kernel = low.kernels.FloatEmbedding(table.shape.numpy()[0], out.width, out.view, partial=True)
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), low.float_matrix(table), low.number(first), out)
+
+
+def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    ids, table, scales = node.inputs[:3]
+    first = _input(node, 3)
+    assert table is not None and table.shape is not None
+    out = low.allocate(node.outputs[0])
+    kernel = low.kernels.QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view, partial=first is not None)
+    operands: list[Operand] = [low.int8_matrix(table), low.vector(scales)]
+    operands += [low.number(first)] if first is not None else []
+    low.call(kernel, node, out.buffer.rows, _graph_input(ids), *operands, out)
+
+
+def all_reduce(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """In place: the verified graph has no other reader of what is summed."""
+    place = low.place(node.inputs[0])
+    low.places[node.outputs[0]] = place
+    low.all_reduce(node, place)
+
+
+def add(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, r = low.place(node.inputs[0]), low.place(node.inputs[1])
+    out = low.allocate(node.outputs[0])
+    low.call(low.kernels.Add(x.width, x.view, r.view, out.view), node, out.buffer.rows, x, r, out)
+
+
+def linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, weight, bias = low.place(node.inputs[0]), node.inputs[1], _input(node, 2)
+    out = low.allocate(node.outputs[0])
+    kernel = low.kernels.FloatLinear(out.width, x.width, bias is not None, x.view, out.view)
+    operands: list[Operand] = [x, low.float_matrix(weight)]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    xq, xs, weight, scale, bias = (low.place(node.inputs[0]), low.place(node.inputs[1]), node.inputs[2], node.inputs[3],
+                                   _input(node, 4))  # fmt: skip
+    out = low.allocate(node.outputs[0])
+    kernel = low.kernels.QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
+    operands: list[Operand] = [xq, xs, *low.int8_linear(weight, scale)]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    xq, xs, bias = low.place(node.inputs[0]), low.place(node.inputs[1]), _input(node, 4)
+    out = low.allocate(node.outputs[0])
+    if low.kernels.GroupLinear is None:
+        remedy = "build with --quant int8, or for a CPU"
+        raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found="no kernel for int4", remedy=remedy)
+    kernel = low.kernels.GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
+    operands: list[Operand] = [xq, xs, *low.int4_linear(node.inputs[2], node.inputs[3])]
+    operands += [low.vector(bias)] if bias is not None else []
+    low.call(kernel, node, out.buffer.rows, *operands, out)
+
+
+def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, step = low.place(node.inputs[0]), _step(low, node, 1)
+    xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
+    low.call(
+        low.kernels.QuantizeTokens(x.width, x.view, xq.view, xq.planes, bool(step)), node, xq.buffer.rows, x, *step, xq, xs
+    )
+
+
+def _step(low: Lowering, node: ir.Node, index: int) -> list[Operand]:
+    """The fixed step of a quantization, where it has one."""
+    step = _input(node, index)
+    return [] if step is None else [low.vector(step)]
+
+
+def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
+    """The norms are one kernel: with or without a residual sum before and quantization after."""
+
+    def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+        x = low.place(node.inputs[0])
+        r = low.place(node.inputs[1]) if adds else None
+        scale, bias = node.inputs[1 + adds], _input(node, 2 + adds)
+        outputs = [low.allocate(output) for output in node.outputs]
+        total = outputs.pop(0) if adds else None
+        step = _step(low, node, 3 + adds) if quantizes else []
+        kernel = low.kernels.Norm(
+            norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
+            quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
+            planes=outputs[0].planes, step=bool(step),
+        )  # fmt: skip
+        operands: list[Operand] = [x, *([r] if r else []), low.vector(scale)]
+        operands += [low.vector(bias)] if bias is not None else []
+        operands += [*([total] if total else []), *step]
+        low.call(kernel, node, outputs[0].buffer.rows, *operands, *outputs)
+
+    return rule
+
+
+def _activation_rule(kind: str, quantizes: bool) -> Rule:
+    def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+        x = low.place(node.inputs[0])
+        up = low.place(node.inputs[1]) if kind == "swiglu" else None
+        step = _step(low, node, 1 + (up is not None)) if quantizes else []
+        outputs = [low.allocate(output) for output in node.outputs]
+        kernel = low.kernels.Activation(
+            kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
+            attributes.get("hadamard") or None, bool(step),
+        )  # fmt: skip
+        low.call(kernel, node, outputs[0].buffer.rows, x, *([up] if up else []), *step, *outputs)
+
+    return rule
+
+
+def block_hadamard(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, out = low.place(node.inputs[0]), low.allocate(node.outputs[0])
+    low.call(low.kernels.BlockHadamard(x.width, attributes["block"], x.view, out.view), node, out.buffer.rows, x, out)
+
+
+def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    positions, sequences, inv_freq = node.inputs
+    out = low.allocate(node.outputs[0])
+    kernel = low.kernels.RotaryTable(head_dim=out.width, **attributes)
+    low.call(kernel, node, out.buffer.rows, _graph_input(positions), _graph_input(sequences), low.vector(inv_freq), out)
+
+
+def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """Keys and values go into the cache, then the queries read it: one call, or one for each sort of tokens, where that for
+    tokens that are alone appends them too."""
+    q, k, v = (low.place(value) for value in node.inputs[:3])
+    where = [_graph_input(value) for value in node.inputs[3:6]]
+    cos_sin, slopes = _input(node, 6), _input(node, 7)
+    table: list[Operand] = [low.place(cos_sin)] if cos_sin is not None else []
+    out = low.allocate(node.outputs[0])
+    layer, kv_heads, head_dim = attributes["layer"], attributes["num_kv_heads"], attributes["head_dim"]
+    append = low.kernels.AppendKV(
+        low.num_layers, kv_heads, head_dim, k.view, v.view, low.max_blocks, low.kv_dtype, cos_sin is not None
+    )
+    kinds = low.kernels.Attention
+    low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer), when="runs" if len(kinds) > 1 else "always")
+    biases: list[Operand] = [low.vector(slopes)] if slopes is not None else []
+    for when, kind in kinds:
+        own = (k, v) if when == "alone" else ()
+        attend = kind(
+            low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
+            low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in own),
+        )  # fmt: skip
+        low.call(attend, node, "T", q, *own, *where, *table, *biases, *cache_parts(layer), out, when=when)
+
+
+RULES: dict[str, Rule] = {
+    "Split": split,
+    "Gather": gather,
+    "Add": add,
+    "Gemm": linear,
+    "LayerNormalization": _norm_rule("layer", adds=False, quantizes=False),
+    "RMSNormalization": _norm_rule("rms", adds=False, quantizes=False),
+    "AddNorm": _norm_rule(None, adds=True, quantizes=False),
+    "NormQuantize": _norm_rule(None, adds=False, quantizes=True),
+    "AddNormQuantize": _norm_rule(None, adds=True, quantizes=True),
+    "Gelu": _activation_rule("gelu", quantizes=False),
+    "GeluQuantize": _activation_rule("gelu", quantizes=True),
+    "SwiGLU": _activation_rule("swiglu", quantizes=False),
+    "SwiGLUQuantize": _activation_rule("swiglu", quantizes=True),
+    "BlockHadamard": block_hadamard,
+    "QuantizeTokens": quantize_tokens,
+    "Embedding": partial_embedding,
+    "QuantizedEmbedding": quantized_embedding,
+    "AllReduce": all_reduce,
+    "QuantizedLinear": quantized_linear,
+    "GroupQuantizedLinear": group_linear,
+    "RotaryTable": rotary_table,
+    "Attention": attention,
+}

@@ -1,0 +1,181 @@
+"""BLOOM: LayerNorm, ALiBi, fused query_key_value, GELU; checked against Transformers' modeling_bloom.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from belle_compile.compiler.families.config import Keys, Reader
+from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.ir.build import GraphBuilder
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.checkpoint import Checkpoint, LazyTensor
+
+DEFAULT_MAX_POSITION = 2048  # BLOOM's training length; ALiBi sets no limit of its own
+
+KEYS = Keys(
+    used=frozenset(
+        """vocab_size hidden_size n_embed n_layer num_hidden_layers n_head num_attention_heads layer_norm_epsilon
+        apply_residual_connection_post_layernorm tie_word_embeddings seq_length n_inner slow_but_exact pretraining_tp
+        """.split()
+    ),
+    # offset_alibi shifts all scores of a head alike, which softmax cancels; the rest are Megatron's switches for kernels.
+    harmless=frozenset(
+        """offset_alibi attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv
+        """.split()
+    ),
+    fixed={"hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"), "head_dim": ()},
+)
+
+
+@dataclass(frozen=True)
+class BloomConfig:
+    """What config.json says of a BLOOM model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    epsilon: float
+    residual_after_norm: bool  # the residual stream is taken after the layer's norms, not before
+    tied_head: bool
+    max_position: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """metadata_props of the model."""
+        facts = {
+            "family": "bloom",
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "max_position": self.max_position,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 4 * self.hidden_size,
+        }
+        return {key: str(value) for key, value in facts.items()}
+
+
+def read_config(config: Mapping[str, Any]) -> BloomConfig:
+    """The model config.json describes; raises CompileError at what this frontend does not build."""
+    KEYS.check(config)
+    read = Reader(config)
+    hidden, heads = read.integer("hidden_size", "n_embed"), read.integer("n_head", "num_attention_heads")
+    if hidden % heads:
+        raise read.error("n_head", str(heads), f"a divisor of the hidden size, {hidden}")
+    if (inner := read.get("n_inner")) not in (None, 4 * hidden):
+        raise read.error("n_inner", repr(inner), f"no value, or {4 * hidden}, four times the hidden size")
+    # Tensor-parallel training by itself does not matter. With slow_but_exact Transformers sums over the slices of that
+    # training, and leaves out the biases of both output projections; no release is meant to be run so.
+    if read.flag("slow_but_exact", default=False) and read.integer("pretraining_tp", default=1) > 1:
+        raise read.error("slow_but_exact", "true with pretraining_tp > 1", "false", "set it to false in config.json")
+    return BloomConfig(
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=hidden,
+        num_layers=read.integer("n_layer", "num_hidden_layers"),
+        num_heads=heads,
+        epsilon=read.number("layer_norm_epsilon", default=1e-5),
+        residual_after_norm=read.flag("apply_residual_connection_post_layernorm", default=False),
+        tied_head=read.flag("tie_word_embeddings", default=True),
+        max_position=read.integer("seq_length", default=DEFAULT_MAX_POSITION),
+    )
+
+
+def build(checkpoint: Checkpoint) -> ir.Model:
+    """The graph of a BLOOM checkpoint."""
+    config = read_config(checkpoint.config)
+    b = GraphBuilder("bloom")
+    layers = Layers(checkpoint, b)
+    hidden, epsilon = config.hidden_size, config.epsilon
+    table, head = layers.embedding_and_head("word_embeddings", (config.vocab_size, hidden), tied=config.tied_head)
+    slopes = b.weight("alibi_slopes", alibi_slopes(config.num_heads))
+    x = b.op("Gather", table, b.inputs.token_ids, name="word_embeddings", axis=0)
+    x = layers.layer_norm(x, "word_embeddings_layernorm", hidden, epsilon)
+    for layer in range(config.num_layers):
+        x = _block(b, layers, config, x, slopes, layer)
+    x = b.op("Gather", x, b.inputs.logit_rows, name="rows", axis=0)
+    x = layers.layer_norm(x, "ln_f", hidden, epsilon)
+    logits = b.op("Gemm", x, head, name="lm_head", transB=1)
+    layers.check_all_taken()
+    return b.finish(logits, config.metadata)
+
+
+def _block(b: GraphBuilder, layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, layer: int) -> ir.Value:
+    prefix, hidden, heads, head_dim = f"h.{layer}", config.hidden_size, config.num_heads, config.head_dim
+    normed = layers.layer_norm(x, f"{prefix}.input_layernorm", hidden, config.epsilon)
+    residual = normed if config.residual_after_norm else x
+
+    def by_part(tensor: LazyTensor) -> npt.NDArray[np.float32]:
+        return ungrouped(tensor, heads, head_dim)
+
+    qkv = layers.linear(normed, f"{prefix}.self_attention.query_key_value", (3 * hidden, hidden), bias=True, reorder=by_part)
+    q, k, v = b.split(qkv, [hidden, hidden, hidden], f"{prefix}.self_attention.qkv")
+    step = b.inputs
+    attended = b.op(
+        "Attention",
+        q,
+        k,
+        v,
+        step.positions,
+        step.sequences,
+        step.block_table,
+        None,
+        slopes,
+        name=f"{prefix}.self_attention",
+        layer=layer,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        scale=1 / math.sqrt(head_dim),
+    )
+    attended = layers.linear(attended, f"{prefix}.self_attention.dense", (hidden, hidden), bias=True)
+    x = b.op("Add", attended, residual, name=f"{prefix}.self_attention.residual")
+    normed = layers.layer_norm(x, f"{prefix}.post_attention_layernorm", hidden, config.epsilon)
+    residual = normed if config.residual_after_norm else x
+    inner = layers.linear(normed, f"{prefix}.mlp.dense_h_to_4h", (4 * hidden, hidden), bias=True)
+    inner = b.op("Gelu", inner, name=f"{prefix}.mlp.gelu", approximate="tanh")
+    outer = layers.linear(inner, f"{prefix}.mlp.dense_4h_to_h", (hidden, 4 * hidden), bias=True)
+    return b.op("Add", outer, residual, name=f"{prefix}.mlp.residual")
+
+
+def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[np.float32]:
+    """query_key_value with its rows as [all q; all k; all v], where the file has q, k, v of one head after the other.
+
+    Rows are [num_heads, 3, head_dim] in the file and [3, num_heads, head_dim] in the result. Read head by head, so that
+    only the result is ever whole in memory.
+    """
+    result = np.empty((3, num_heads, head_dim, *tensor.shape[1:]), np.float32)
+    for head in range(num_heads):
+        rows = tensor.rows(head * 3 * head_dim, (head + 1) * 3 * head_dim)
+        result[:, head] = rows.reshape(3, head_dim, *tensor.shape[1:])
+    return result.reshape(tensor.shape)
+
+
+def alibi_slopes(num_heads: int) -> npt.NDArray[np.float32]:
+    """float32 [num_heads]: geometric from 2^(-8/n) for n a power of two; others interleave the next power's slopes.
+
+    ALiBi (https://arxiv.org/abs/2108.12409), `_get_alibi_slopes` of modeling_bloom.py.
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = _geometric(whole, np.arange(1, whole + 1))
+    extra = _geometric(2 * whole, np.arange(1, 2 * (num_heads - whole), 2))
+    return np.concatenate([slopes, extra]).astype(np.float32)
+
+
+def _geometric(power_of_two: int, exponents: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    base = np.float32(2.0 ** -(8.0 / power_of_two))  # rounded, as Transformers does
+    slopes: npt.NDArray[np.float64] = np.power(np.float64(base), exponents)
+    return slopes

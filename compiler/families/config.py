@@ -1,0 +1,147 @@
+"""Reading config.json strictly: every key is used, known to change nothing, held to values that change nothing, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from belle_compile.compiler.errors import CompileError
+
+STAGE = "config"
+
+# Written by Transformers 4 and 5, trainers and converters; none of them changes a forward pass in evaluation mode.
+HARMLESS = frozenset(
+    # Bookkeeping.
+    """_name_or_path name_or_path _commit_hash architectures model_type transformers_version finetuning_task
+    task_specific_params problem_type id2label label2id num_labels prefix tokenizer_class tokenizer_model_max_length
+    tokenizer_padding_side model_max_length transformers.js_config unsloth_version unsloth_fixed is_llama_config license
+    """.split()
+    # Special tokens, which the checkpoint reads.
+    + """bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    """.split()
+    # How to compute, not what: the weights' dtype on disk, kernels, caching, what a forward call hands back.
+    + """torch_dtype dtype use_bfloat16 use_cache torchscript output_attentions output_hidden_states return_dict
+    chunk_size_feed_forward tf_legacy_loss attn_implementation _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal _experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention
+    use_flash_attention_2 gradient_checkpointing
+    """.split()
+    # Training.
+    + "initializer_range attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop".split()
+    # Generation settings that Transformers 4 kept here; the checkpoint reads its defaults from generation_config.json.
+    + """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
+    target_lookbehind temperature top_k top_p typical_p
+    """.split()
+)
+
+# Keys of other architectures, or of forks, with the values at which a BLOOM or LLaMA stays what it is.
+FIXED: Mapping[str, tuple[object, ...]] = {
+    "is_decoder": (True, False),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "layer_types": ("full_attention",),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "attention_multiplier": (),
+    "per_layer_config": ({},),
+}
+REMEDIES = {"quantization_config": "quantised checkpoints are not supported: give the checkpoint it was made from"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a frontend does with each key of config.json; whatever is in none of the three is refused unless null.
+
+    `used` keys are read by the frontend. `harmless` ones do not change results. `fixed` ones change results, so they must
+    be null or one of the values listed (a list must hold these only). The sets above are added to the last two.
+    """
+
+    used: frozenset[str]
+    harmless: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise CompileError at a key that asks for something else than the frontend builds."""
+        fixed = {**FIXED, **self.fixed}
+        for key, value in config.items():
+            if value is None or key in self.used or key in self.harmless or key in HARMLESS:
+                continue
+            if key not in fixed:
+                expected, remedy = "a key this compiler knows", "remove the key if the model gives the same results without it"
+                raise Reader(config).error(key, _short(value), expected, remedy)
+            values = value if isinstance(value, list) else [value]
+            if not all(item in fixed[key] for item in values):
+                supported = " or ".join(["no value", *map(repr, fixed[key])])
+                raise Reader(config).error(key, _short(value), supported, REMEDIES.get(key, ""))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Typed values of a JSON object; `where` names it in errors. A key's null is its absence.
+
+    Of several names for one value any may be there; two that disagree are refused.
+    """
+
+    values: Mapping[str, Any]
+    where: str = "config.json"
+
+    def get(self, *names: str) -> Any:
+        """The value under any of the names, None if there is none."""
+        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        first = next(iter(found.values()), None)
+        if any(value != first for value in found.values()):
+            listed = ", ".join(f"{name} {_short(value)}" for name, value in found.items())
+            raise self.error(names[0], listed, "one value", "remove the wrong key")
+        return first
+
+    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number, not below `least`."""
+        value = self._or_default(names, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(names[0], _short(value), f"a whole number >= {least}")
+        return value
+
+    def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
+        """A number greater than `above`."""
+        value = self._or_default(names, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < float("inf"):
+            raise self.error(names[0], _short(value), f"a number > {above:g}")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self._or_default((name,), default)
+        if not isinstance(value, bool):
+            raise self.error(name, _short(value), "true or false")
+        return value
+
+    def error(self, name: str, found: str, expected: str, remedy: str = "") -> CompileError:
+        """The error about one key."""
+        return CompileError(STAGE, f"key {name} of {self.where}", found=found, expected=expected, remedy=remedy)
+
+    def _or_default(self, names: tuple[str, ...], default: float | None) -> Any:
+        value = self.get(*names)
+        if value is None and default is None:
+            raise self.error(names[0], "nothing", "a value", "config.json is incomplete: download it again")
+        return default if value is None else value

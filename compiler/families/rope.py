@@ -1,0 +1,116 @@
+"""Rotary position embeddings: config.json -> inverse frequencies, as in Transformers' modeling_rope_utils.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from belle_compile.compiler.families.config import Reader
+
+Floats = npt.NDArray[np.float32]
+
+# Rope type -> the parameters it needs. Each may also have the ones below.
+TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+GENERAL = frozenset("rope_type type rope_theta partial_rotary_factor attention_factor original_max_position_embeddings".split())
+# Keys of config.json itself that this module reads.
+KEYS = frozenset(
+    """rope_theta rope_scaling rope_parameters max_position_embeddings partial_rotary_factor original_max_position_embeddings
+    """.split()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """inv_freq is float32 [head_dim / 2]; max_position is how long a sequence the scaling is meant for.
+
+    dynamic_factor is 0 unless the frequencies change with the sequence's length; original_max and base are for that.
+    """
+
+    inv_freq: Floats
+    max_position: int
+    dynamic_factor: float = 0.0
+    original_max: int = 0
+    base: float = 0.0
+
+
+def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
+    """The RoPE of a config of Transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+    With linear and dynamic scaling max_position_embeddings is the length before scaling (Transformers' documentation of
+    `rope_scaling`), so max_position is `factor` times it; with llama3 it is the length after scaling.
+    """
+    outer = Reader(config)
+    scaling = outer.get("rope_scaling", "rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise outer.error("rope_scaling", repr(scaling), "an object with rope_type")
+    inner = Reader(scaling, "the rope parameters in config.json")
+    kind = inner.get("rope_type", "type") or "default"
+    if kind not in TYPES:
+        raise inner.error("rope_type", repr(kind), f"one of {', '.join(TYPES)}")
+    _check_keys(outer, inner, kind)
+    if head_dim % 2 or (kind == "dynamic" and head_dim < 4):
+        raise outer.error("head_dim", str(head_dim), "an even head size, as rotary embeddings turn pairs")
+    max_position = outer.integer("max_position_embeddings", default=2048)
+    base = _theta(outer, inner)
+    inv_freq = inverse_frequencies(base, head_dim)
+    if kind == "default":
+        return Rope(inv_freq, max_position)
+    factor = inner.number("factor")
+    if factor < 1:
+        raise inner.error("factor", f"{factor:g}", "a number >= 1")
+    if kind == "linear":
+        return Rope(inv_freq / np.float32(factor), int(max_position * factor))
+    has_own = outer if outer.get("original_max_position_embeddings") is not None else inner  # as Transformers 5 prefers
+    original = has_own.integer("original_max_position_embeddings", default=max_position)
+    if kind == "dynamic":
+        if original != max_position:  # Transformers ignores the first, others do not
+            expected = f"{max_position}, which is max_position_embeddings, with rope_type dynamic"
+            raise has_own.error("original_max_position_embeddings", str(original), expected)
+        return Rope(inv_freq, int(max_position * factor), dynamic_factor=factor, original_max=original, base=base)
+    low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+    if high <= low:
+        raise inner.error("high_freq_factor", f"{high:g}", f"more than low_freq_factor, {low:g}")
+    return Rope(_llama3(inv_freq, factor, low, high, original), max_position)
+
+
+def inverse_frequencies(base: float, head_dim: int) -> Floats:
+    """base ** -(2i / head_dim) for i < head_dim / 2, rounded once to float32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inv_freq: npt.NDArray[np.float64] = 1.0 / np.power(base, exponents.astype(np.float64))
+    return inv_freq.astype(np.float32)
+
+
+def _check_keys(outer: Reader, inner: Reader, kind: str) -> None:
+    known = GENERAL.union(TYPES[kind])
+    for key, value in inner.values.items():
+        if value is not None and key not in known:
+            raise inner.error(key, repr(value), f"no other keys than {', '.join(sorted(known))} with rope_type {kind}")
+    for reader, key in ((outer, "partial_rotary_factor"), (inner, "partial_rotary_factor"), (inner, "attention_factor")):
+        if reader.get(key) not in (None, 1):
+            raise reader.error(key, repr(reader.get(key)), "no value or 1.0")
+
+
+def _theta(outer: Reader, inner: Reader) -> float:
+    own, older = inner.get("rope_theta"), outer.get("rope_theta")
+    if own is not None and older is not None and own != older:  # Transformers 4 reads the older, 5 the other
+        raise outer.error("rope_theta", f"{older!r}, and {own!r} in {inner.where}", "one value", "remove the wrong one")
+    return (outer if own is None else inner).number("rope_theta", default=10000.0)
+
+
+def _llama3(inv_freq: Floats, factor: float, low: float, high: float, length: int) -> Floats:
+    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, the ones between interpolated."""
+    wavelengths = np.float32(2 * math.pi) / inv_freq
+    smooth = (np.float32(length) / wavelengths - np.float32(low)) / np.float32(high - low)
+    smoothed = (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq
+    between = np.where(wavelengths > length / low, inv_freq / np.float32(factor), smoothed)
+    return np.where(wavelengths < length / high, inv_freq, between).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Runs one engine in several processes: ranks, their launcher and their sums."""

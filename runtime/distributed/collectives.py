@@ -1,0 +1,190 @@
+"""What ranks do together: sums of activations, a step's inputs from rank 0 to all, results from all to rank 0."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from belle_compile.runtime.distributed.shared_sums import SharedSums
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.memory import anonymous
+
+_SPINS = 300  # looks at a value in a row before giving the core away between them
+_YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
+_SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
+_LAST_WORDS_S = 0.3
+_HEARD, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # tags
+
+
+class Collectives(Protocol):
+    """The ranks of an engine. Every rank makes the same calls in the same order, from one thread at a time."""
+
+    rank: int
+    ranks: int
+    ranks_here: int  # of this host
+    rank_here: int  # among those
+    sharing: int  # of these, ranks that may run on the same cores
+    shared: SharedSums | None  # where they are all on one host: kernel libraries have what adds up there
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        """So many zero bytes: values in it are summed the fastest. Every rank asks for some, once."""
+        ...
+
+    def all_reduce(self, values: NDArray[np.float32]) -> None:
+        """Make `values` ([n], or [rows, width] with any row stride) the sum over ranks, the same bit for bit on each.
+
+        By messages, which where there is `shared` is the slow way.
+        """
+        ...
+
+    def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
+        """Give the first `length` numbers of rank 0's `message` to the others' buffers of at least that size."""
+        ...
+
+    def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
+        """Give the first `length` numbers of every rank's `message` to rank 0, which has a buffer for each in `into`."""
+        ...
+
+    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        """Rank 0 judges what ranks said within the time (rank -> words), and all get its verdict."""
+        ...
+
+    def close(self) -> None:
+        """Say that this rank leaves in good order. A process that ends without it ends all ranks."""
+        ...
+
+    def abort(self) -> None:
+        """End all ranks at once, this process included."""
+        ...
+
+
+class MpiCollectives:
+    """Over MPI: messages between ranks, and shared memory for sums where all are on one host. One a process."""
+
+    _joined = False
+
+    def __init__(self, *, shared: bool | None = None, abort: Callable[[], None] | None = None) -> None:
+        """Join the other ranks; waits until all do. `shared` False sums by messages even on one host, `abort` ends all ranks in
+        place of MPI_Abort.
+
+        Raises `EngineError` when mpi4py is missing.
+        """
+        if MpiCollectives._joined:
+            remedy = "start the ranks anew, or keep the engine"
+            raise EngineError("ranks", "an engine was loaded by these processes before", remedy=remedy)
+        try:
+            import mpi4py
+
+            mpi4py.rc.initialize = False
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
+            remedy = "pip install 'belle-compile[ranks]'"
+            raise EngineError("ranks", "MPI is missing", found=str(error).splitlines()[0], remedy=remedy) from None
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        self._mpi = MPI
+        self._comm: Any = MPI.COMM_WORLD.Dup()
+        self.rank, self.ranks = int(self._comm.rank), int(self._comm.size)
+        here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.ranks_here, self.rank_here = int(here.size), int(here.rank)
+        cores = os.sched_getaffinity(0)
+        self.sharing = sum(1 for others in here.allgather(cores) if others & cores)
+        shared = self.ranks_here == self.ranks if shared is None else shared
+        self.shared = SharedSums(self._comm, MPI) if shared else None
+        self._clean, self._abort = False, abort
+        # MPI_Finalize waits for all ranks, so one that leaves in the middle of a step ends them. Finalizers run last made
+        # first: an engine that nobody closed has closed itself before.
+        weakref.finalize(MpiCollectives, self._leave)
+        MpiCollectives._joined = True
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        memory = self.shared.memory(size, self._comm, self._mpi) if self.shared else None
+        return anonymous(size) if memory is None else memory
+
+    def all_reduce(self, values: NDArray[np.float32]) -> None:
+        if values.flags.c_contiguous:
+            self._all_reduce(values)
+        else:
+            packed = np.ascontiguousarray(values)
+            self._all_reduce(packed)
+            values[:] = packed
+
+    def _all_reduce(self, values: NDArray[np.float32]) -> None:
+        if self.ranks == 2:
+            self._comm.Allreduce(self._mpi.IN_PLACE, values)  # a + b is b + a bit for bit
+        else:
+            # MPI only advises that MPI_Allreduce give all ranks the same bits, and algorithms in which each of three ranks
+            # begins with its own value do not. What one rank has summed and sent is the same everywhere.
+            self._comm.Reduce(values if self.rank else self._mpi.IN_PLACE, values, root=0)
+            self._comm.Bcast(values, root=0)
+
+    def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
+        if self.rank:
+            self._wait(self._comm.Irecv(message, 0, _STEP), sleepy=True)
+            return
+        sent = [self._comm.Isend(message[:length], rank, _STEP) for rank in range(1, self.ranks)]
+        for request in sent:
+            self._wait(request)
+
+    def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
+        if self.rank:
+            self._wait(self._comm.Isend(message[:length], 0, _RESULT))
+            return
+        coming = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
+        into[0][:length] = message[:length]
+        for request in coming:
+            self._wait(request)
+
+    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        if self.rank:
+            self._comm.isend(words, 0, _HEARD).wait()
+            verdict: bytes = self._receive(0, _VERDICT, None)
+            return verdict
+        until, said = time.monotonic() + timeout_s, {0: words}
+        for rank in range(1, self.ranks):
+            heard = self._receive(rank, _HEARD, until)
+            if heard is not None:
+                said[rank] = heard
+        verdict = judge(said)
+        for rank in said.keys() - {0}:
+            self._comm.isend(verdict, rank, _VERDICT).wait()
+        return verdict
+
+    def close(self) -> None:
+        self._clean = True
+
+    def abort(self) -> None:
+        if self._abort:
+            self._abort()
+        time.sleep(_LAST_WORDS_S)  # mpiexec passes on no more of what ranks said
+        self._mpi.COMM_WORLD.Abort(1)
+
+    def _leave(self) -> None:
+        if not self._clean:
+            self.abort()
+        self._mpi.Finalize()  # mpi4py does so only for what it began; without it mpiexec ends the other ranks
+
+    def _receive(self, source: int, tag: int, until: float | None) -> Any:
+        """A message, or None when it has not come by the time `until`."""
+        while not self._comm.iprobe(source, tag):
+            if until is not None and time.monotonic() > until:
+                return None
+            time.sleep(_SLEEP_S)
+        return self._comm.recv(source=source, tag=tag)
+
+    def _wait(self, request: Any, *, sleepy: bool = False) -> None:
+        """MPI's own waiting keeps the core even from the rank that is waited for."""
+        look, looks, pause_s = request.Test, 0, _SLEEP_S
+        while not look():
+            looks += 1
+            if sleepy and looks > _YIELDS:
+                time.sleep(pause_s)
+                pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # a thousandth of the time it has waited
+            elif looks > _SPINS:
+                os.sched_yield()

@@ -1,0 +1,376 @@
+"""belle-run of several ranks: starts them with mpiexec, watches over them, and ends all when one does.
+
+Each rank keeps a line to this process (runtime/distributed/ranks.py), and so does its parent, which says how it ended
+(runtime/distributed/rank_parent.py). What goes wrong is said once, here: MPI's own words about ranks that ended are read and
+left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
+from belle_compile.runtime.errors import EngineError
+
+_TICK_S = 0.1
+_LAST_WORDS_S = 4.0  # for a rank's last words, such as a traceback, and for how it ended
+_FAREWELL_S = 5.0  # for ranks to end after rank 0 has
+_TWICE_S = 1.0  # a second interrupt within this time ends all at once
+_PARENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_parent.py")))
+# Hydra's lines about processes that ended, and MPICH's of a rank that ends all.
+_NOISE = re.compile(
+    r"=|YOUR APPLICATION TERMINATED|This typically refers to|Please see the FAQ|\[proxy:|\[mpiexec@|Abort\(|internal ABORT|\s*$"
+)
+
+
+class _Rank:
+    """What is known of a rank of which something was heard."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.process = number, 0
+        self.parent: socket.socket | None = None  # since it was started
+        self.line: socket.socket | None = None  # since it has reported
+        self.silent_s = 0.0
+        self.exit: int | None = None  # the code that it said it would end with
+        self.ended: int | None = None  # as its parent saw it: the code, or the signal that killed it below zero
+        self.ended_s = float("inf")  # when
+        self.gone = False  # one of the two lines
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.number} (process {self.process})"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it ended without a word."""
+        return self.exit is None and (self.gone or self.ended is not None)
+
+    @property
+    def how(self) -> str:
+        if self.ended is None:
+            return "ended unexpectedly"
+        if self.ended < 0:
+            names = {one.value: f" ({one.name})" for one in signal.Signals}  # some real-time signals have none
+            return f"was killed by signal {-self.ended}{names.get(-self.ended, '')}"
+        return f"ended with exit code {self.ended}"
+
+
+class Launcher:
+    """One run of `ranks` ranks."""
+
+    def __init__(self, ranks: int, command: Sequence[str], timeout_s: float) -> None:
+        """`command` is what each rank runs; one that does not answer for `timeout_s` seconds ends the run."""
+        self._count, self._command, self._timeout_s = ranks, list(command), timeout_s
+        self._ranks: dict[int, _Rank] = {}
+        self._error = ""
+        self._output: list[str] = []  # of mpiexec and of ranks other than 0
+        self._partial = b""
+        self._signals: list[int] = []
+        self._interrupted = float("-inf")  # when the last interrupt went to rank 0
+        self._asked_s = 0.0  # since ranks were asked
+        self._select = selectors.DefaultSelector()
+
+    def run(self) -> int:
+        """Run to the end; the exit code. Says on stderr what went wrong, in one sentence."""
+        with tempfile.TemporaryDirectory(prefix="belle-ranks-") as directory, self._handled_signals():
+            self._address = str(Path(directory) / "line")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                listener.bind(self._address)
+                listener.listen(2 * self._count)
+                self._select.register(listener, selectors.EVENT_READ, self._accept)
+                self._start()
+                try:
+                    code = self._watch()
+                finally:
+                    self._end_all()
+                    self._select.close()
+        if self._error:
+            print(self._error, file=sys.stderr, flush=True)
+            return code or 1
+        return code
+
+    def _start(self) -> None:
+        # A yielding MPI lets ranks that outnumber the cores go on. Signals of the terminal are for this process alone.
+        # Within a job of Slurm or the like Hydra would look for hosts elsewhere.
+        environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100", "HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", **os.environ}
+        environment |= {LAUNCHER: self._address, TIMEOUT: str(self._timeout_s)}
+        self._mpiexec = subprocess.Popen(
+            [mpiexec(), "-n", str(self._count), *_PARENT, self._address, *self._command], env=environment,
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert self._mpiexec.stdout is not None, "a pipe"
+        os.set_blocking(self._mpiexec.stdout.fileno(), False)
+        self._select.register(self._mpiexec.stdout, selectors.EVENT_READ, self._read_output)
+
+    def _watch(self) -> int:
+        """Until all ranks have ended or something went wrong; the exit code."""
+        last, waited = time.monotonic(), 0.0
+        while not self._error:
+            ended = self._mpiexec.poll() is not None  # before the look, which hears all that ranks have said until then
+            self._look(0 if ended else _TICK_S)
+            # Seconds that this process looked on: it may have been stopped itself.
+            now = time.monotonic()
+            passed, last = min(now - last, 1.0), now
+            code = self._obey()
+            if code is not None:
+                return code
+            first = self._ranks.get(0)
+            if first and first.exit is not None:
+                self._wait(_FAREWELL_S, self._have_ended)
+                self._let_go()
+                return first.exit
+            if ended or any(rank.lost for rank in self._ranks.values()):
+                self._error = self._error or self._how_it_ended()
+            elif self._absent():
+                waited += passed
+                if waited > self._timeout_s:
+                    self._error = self._late()
+            else:
+                self._ask(passed)
+        return 1
+
+    def _look(self, timeout: float) -> None:
+        for key, _ in self._select.select(timeout):
+            key.data(key.fileobj)
+
+    def _wait(self, seconds: float, until: Any) -> None:
+        end = time.monotonic() + seconds
+        while not until() and time.monotonic() < end:
+            self._look(_TICK_S)
+
+    def _accept(self, listener: socket.socket) -> None:
+        line, _ = listener.accept()
+        heard = [b""]  # the beginning of a line
+        self._select.register(line, selectors.EVENT_READ, lambda _: self._hear(line, heard))
+
+    def _hear(self, line: socket.socket, heard: list[bytes]) -> None:
+        """What a rank says, a line of JSON each."""
+        try:
+            data = line.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            rank = self._rank_of(line)
+            self._select.unregister(line)
+            line.close()
+            if rank:
+                rank.gone = True
+            return
+        *lines, heard[0] = (heard[0] + data).split(b"\n")
+        for text in lines:
+            what, value = json.loads(text)
+            if what == "started":
+                self._started(value[0], value[1], line)
+            elif what == "hello":
+                self._greet(value, line)
+            elif rank := self._rank_of(line):  # known from the line before, perhaps
+                rank.silent_s = 0.0
+                if what == "error":
+                    self._error = self._error or str(value)
+                elif what == "exit":
+                    rank.exit = int(value)
+                elif what == "ended":
+                    rank.ended, rank.ended_s = value
+
+    def _rank_of(self, line: socket.socket) -> _Rank | None:
+        return next((rank for rank in self._ranks.values() if line in (rank.line, rank.parent)), None)
+
+    def _started(self, parent: int, process: int, line: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # then it is gone, which is noticed
+            here = place(_environment(parent))
+            if here:
+                rank = self._ranks.setdefault(here.rank, _Rank(here.rank))
+                rank.process, rank.parent = process, line
+
+    def _greet(self, number: int, line: socket.socket) -> None:
+        self._ranks.setdefault(number, _Rank(number)).line = line
+        if self._absent():
+            return
+        for rank in self._ranks.values():
+            assert rank.line, "none is absent"
+            rank.silent_s = 0.0
+            with contextlib.suppress(OSError):  # then it is gone, which is noticed
+                socket.send_fds(rank.line, [b"!"], [] if rank.number else _standard_files())
+
+    def _obey(self) -> int | None:
+        """Signals: an interrupt goes to rank 0, which knows what it means; the others end the run."""
+        while self._signals:
+            number = self._signals.pop(0)
+            first = self._ranks.get(0)
+            if number != signal.SIGINT:
+                return 128 + number
+            now = time.monotonic()
+            if self._absent() or first is None or now - self._interrupted < _TWICE_S:
+                return 130
+            self._interrupted = now
+            if first.ended is None and not first.gone:
+                os.kill(first.process, signal.SIGINT)
+        return None
+
+    def _ask(self, passed: float) -> None:
+        """Ask ranks every second whether they are alive; one that has not answered for too long ends the run."""
+        running = [rank for rank in self._ranks.values() if rank.exit is None]
+        self._asked_s += passed
+        for rank in running:
+            rank.silent_s += passed
+            if self._asked_s > 1 and rank.line:
+                with contextlib.suppress(OSError):
+                    rank.line.send(b"?", socket.MSG_DONTWAIT)
+        self._asked_s = 0.0 if self._asked_s > 1 else self._asked_s
+        silent = [rank for rank in running if rank.silent_s > self._timeout_s]
+        if silent:
+            # Others may be silent because they wait for the one that was stopped.
+            rank = next((rank for rank in silent if _is_stopped(rank.process)), silent[0])
+            state = "it is stopped" if _is_stopped(rank.process) else f"nothing for {self._timeout_s:g} s"
+            self._error = str(EngineError("ranks", f"{rank.name} does not answer", found=state))
+
+    def _late(self) -> str:
+        names = f"{_names(self._absent())} did not start"
+        remedy = "look at what holds it up, or give it more time with --rank-timeout"
+        found = self._last_words() or f"nothing within {self._timeout_s:g} s"  # mpiexec is silent about those that fail early
+        return str(EngineError("ranks", names, found=found, remedy=remedy))
+
+    def _have_ended(self) -> bool:
+        """Whether rank 0 has, and the others where it went well; else they may wait for it."""
+        return all(rank.ended is not None for number, rank in self._ranks.items() if number == 0 or not self._ranks[0].exit)
+
+    def _how_it_ended(self) -> str:
+        """A sentence on the rank that ended first: its parent keeps MPI from ending the others."""
+        self._wait(_LAST_WORDS_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
+        first = min((rank for rank in self._ranks.values() if rank.lost), key=lambda rank: rank.ended_s, default=None)
+        absent = self._absent()
+        self._let_go()
+        if self._error:
+            return self._error  # of a rank, which came in the meantime
+        if not self._ranks:
+            found = self._last_words() or f"exit code {self._mpiexec.returncode}"
+            return str(EngineError("ranks", "mpiexec could not start them", found=found))
+        name, how = (first.name, first.how) if first else ("one of them", "ended unexpectedly")
+        early, found = (" before all had started", self._last_words()) if absent else ("", "")
+        return str(EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it"))
+
+    def _let_go(self) -> None:
+        """Let the parents of ranks end, with what is left of ranks; so mpiexec ends, whose last words are heard."""
+        for rank in self._ranks.values():
+            if rank.parent:
+                with contextlib.suppress(OSError):
+                    rank.parent.shutdown(socket.SHUT_RDWR)
+        self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
+        self._look(0)
+
+    def _last_words(self) -> str:
+        return next((line for line in reversed(self._output) if not _NOISE.match(line)), "")
+
+    def _absent(self) -> list[int]:
+        """Ranks that have not reported."""
+        return [number for number in range(self._count) if not (rank := self._ranks.get(number)) or not rank.line]
+
+    def _read_output(self, pipe: Any) -> None:
+        data = os.read(pipe.fileno(), 65536)
+        if not data:
+            self._select.unregister(pipe)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            text = line.decode(errors="replace")
+            self._output.append(text)
+            del self._output[:-200]
+            if not self._absent() and not _NOISE.match(text):
+                print(text, file=sys.stderr, flush=True)  # such as a traceback
+
+    def _end_all(self) -> None:
+        """Kill whatever of the run is still there: all processes that have its address in their environment."""
+        end = time.monotonic() + _FAREWELL_S
+        while _kill_all(self._address) and time.monotonic() < end:
+            time.sleep(0.02)
+        self._mpiexec.wait()
+        for rank in self._ranks.values():
+            for line in (rank.parent, rank.line):
+                if line:
+                    line.close()
+
+    @contextlib.contextmanager
+    def _handled_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, lambda number, _: self._signals.append(number)) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def mpiexec() -> str:
+    """The one that belongs to this interpreter's environment, else the first on the path."""
+    own = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    found = own or shutil.which("mpiexec")
+    if found is None:
+        remedy = "pip install 'belle-compile[ranks]', or put that of an MPI installation on the PATH"
+        raise EngineError("ranks", "mpiexec is missing", remedy=remedy)
+    return found
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _standard_files() -> list[int]:
+    """This process' input and outputs, with nothing in place of those that are closed."""
+    files = []
+    for number in range(3):
+        try:
+            os.fstat(number)
+            files.append(number)
+        except OSError:
+            files.append(os.open(os.devnull, os.O_RDWR))
+    return files
+
+
+def _environment(process: int) -> dict[str, str]:
+    """What a process was started with."""
+    pairs = Path(f"/proc/{process}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def _is_stopped(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in "Tt"
+
+
+def _kill_all(address: str) -> int:
+    """Kill all processes that were started with this launcher's address; returns how many there were. Ranks come first, and
+    each before its parent: a rank whose MPI launcher is gone may still say so."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        process, environment = int(entry.name), {}
+        with contextlib.suppress(OSError):
+            handle = os.pidfd_open(process)  # before the look: the number cannot come to mean another process
+            with contextlib.suppress(OSError):
+                environment = _environment(process)
+            if environment.get(LAUNCHER) == address:
+                found.append((place(environment) is None, -process, handle))
+            else:
+                os.close(handle)
+    for _, _, handle in sorted(found):
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
+    return len(found)

@@ -1,0 +1,95 @@
+"""A process as one of several ranks: which one it is, and its line to the launcher that watches over them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from belle_compile.runtime.errors import EngineError
+
+LAUNCHER = "BELLE_LAUNCHER"  # path of the launcher's socket
+TIMEOUT = "BELLE_RANK_TIMEOUT"
+TIMEOUT_S = 10.0
+
+# What launchers tell the processes they start: rank and number of ranks. Slurm sets the first also where it starts only one.
+_PLACES = (
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process is rank `rank` of `ranks`."""
+
+    rank: int
+    ranks: int
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Where a process (this one) stands among ranks that mpiexec or srun started; None for a process on its own."""
+    for rank, ranks in _PLACES:
+        with contextlib.suppress(KeyError, ValueError):
+            found = Place(int(environment[rank]), int(environment[ranks]))
+            if found.ranks > 1:
+                return found
+    return None
+
+
+def timeout_s() -> float:
+    """Seconds that ranks wait for one that does not start (env BELLE_RANK_TIMEOUT)."""
+    try:
+        return float(os.environ.get(TIMEOUT, TIMEOUT_S))
+    except ValueError:
+        raise EngineError("ranks", TIMEOUT, found=repr(os.environ[TIMEOUT]), expected="seconds") from None
+
+
+def supervised() -> bool:
+    """Whether `belle-run` started this rank and watches over it."""
+    return LAUNCHER in os.environ
+
+
+class Line:
+    """A rank's line to its launcher. A thread answers its questions whether the rank is alive, and ends the rank with it."""
+
+    def __init__(self, here: Place) -> None:
+        """Report to the launcher, and wait until all ranks have. Rank 0 then has the launcher's input and outputs."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lock = threading.Lock()
+        try:
+            self._socket.connect(os.environ[LAUNCHER])
+        except OSError:
+            sys.exit(1)  # it has ended: there is nobody to tell
+        if here.rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
+        self.say("hello", here.rank)
+        started, handles, _, _ = socket.recv_fds(self._socket, 1, 3)
+        if not started:
+            os._exit(1)
+        for number, handle in enumerate(handles):
+            os.dup2(handle, number)
+            os.close(handle)
+        threading.Thread(target=self._answer, name="launcher", daemon=True).start()
+
+    def say(self, what: str, value: object = None) -> None:
+        """Tell the launcher "hello" and which rank this is, "alive", "error" with its text, or "exit" with a code."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps([what, value]).encode() + b"\n")
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                asked = self._socket.recv(1)
+            except OSError:
+                asked = b""
+            if not asked:
+                os._exit(1)  # the launcher is gone
+            self.say("alive")

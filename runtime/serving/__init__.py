@@ -1,0 +1,1 @@
+"""Turns requests into steps of an executor: scheduling, KV blocks, sampling."""

@@ -1,0 +1,117 @@
+"""Which config.json is accepted and how it is read; what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BloomConfig
+from transformers import LlamaConfig as HfLlamaConfig
+
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import bloom, build_graph, llama
+from tests.compiler.families.helpers import fake_checkpoint
+from tests.compiler.families.released_configs import BLOOM, LLAMA
+
+READ = {"bloom": bloom.read_config, "llama": llama.read_config}
+BASE: dict[str, dict[str, Any]] = {
+    "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+def refusal(family: str, **changes: Any) -> str:
+    with pytest.raises(CompileError) as caught:
+        READ[family]({**BASE[family], **changes})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", BLOOM)
+def test_released_bloom_configs_are_read(name: str) -> None:
+    config = bloom.read_config(BLOOM[name])
+    assert (config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) == (250880, 4096, 30, 32)
+    assert config.tied_head and config.max_position == 2048 and config.head_dim == 128
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_released_llama_configs_are_read_as_transformers_reads_them(name: str) -> None:
+    config, expected = llama.read_config(LLAMA[name]), HfLlamaConfig(**LLAMA[name])
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (
+        expected.vocab_size, expected.hidden_size, expected.intermediate_size, expected.num_hidden_layers,
+    )  # fmt: skip
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (
+        expected.num_attention_heads, expected.num_key_value_heads, expected.head_dim,
+    )  # fmt: skip
+    assert (config.epsilon, config.tied_head) == (expected.rms_norm_eps, expected.tie_word_embeddings)
+    assert config.rope.max_position == expected.max_position_embeddings
+
+
+@pytest.mark.parametrize(("family", "config"), [("bloom", BloomConfig()), ("llama", HfLlamaConfig())])
+def test_everything_that_transformers_5_can_write_is_accepted(family: str, config: Any) -> None:
+    READ[family](config.to_dict())
+
+
+def test_bloom_names_of_one_value_must_agree() -> None:
+    assert (
+        bloom.read_config({**BASE["bloom"], "n_embed": 32, "num_hidden_layers": 2, "num_attention_heads": 4}).hidden_size == 32
+    )
+    assert "hidden_size 32, n_embed 64" in refusal("bloom", n_embed=64)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "words"),
+    [
+        ("llama", "hidden_act", "gelu", "found 'gelu', expected no value or 'silu' or 'swish'"),
+        ("llama", "sliding_window", 4096, "found 4096, expected no value"),
+        ("llama", "layer_types", ["full_attention", "sliding_attention"], "expected no value or 'full_attention'"),
+        ("llama", "quantization_config", {"quant_method": "gptq"}, "quantised checkpoints are not supported"),
+        ("llama", "final_logit_softcapping", 30.0, "found 30.0, expected no value"),
+        ("llama", "logit_scale", 0.0625, "expected no value or 1.0"),
+        ("llama", "rope_interleaved", True, "expected no value or False"),
+        ("llama", "partial_rotary_factor", 0.5, "found 0.5, expected no value or 1.0"),
+        ("llama", "num_key_value_heads", 3, "found 3, expected a divisor of num_attention_heads, 4"),
+        ("llama", "num_attention_heads", 5, "found 5, expected a divisor of hidden_size, 32, or a head_dim"),
+        ("llama", "head_dim", 15, "found 15, expected an even head size"),
+        ("llama", "rms_norm_eps", 0, "found 0, expected a number > 0"),
+        ("llama", "attention_bias", "yes", "found 'yes', expected true or false"),
+        ("llama", "num_hidden_layers", 2.5, "found 2.5, expected a whole number >= 1"),
+        ("llama", "vocab_size", None, "found nothing, expected a value"),
+        ("llama", "vocab_size", True, "found True, expected a whole number"),
+        ("llama", "num_experts", 8, "found 8, expected a key this compiler knows; remove the key if"),
+        ("llama", "auto_map", {"AutoModelForCausalLM": "modeling.Model"}, "expected a key this compiler knows"),
+        ("bloom", "n_inner", 100, "found 100, expected no value, or 128, four times the hidden size"),
+        ("bloom", "hidden_act", "relu", "found 'relu'"),
+        ("bloom", "n_head", 5, "found 5, expected a divisor of the hidden size, 32"),
+        ("bloom", "rope_theta", 10000.0, "expected a key this compiler knows"),
+        ("bloom", "layer_norm_epsilon", -1.0, "found -1.0, expected a number > 0"),
+    ],
+)
+def test_a_key_that_would_change_results_is_named(family: str, key: str, value: object, words: str) -> None:
+    message = refusal(family, **{key: value})
+    assert message.startswith(f"config: key {key} of ") and words in message
+
+
+def test_slow_but_exact_is_refused_only_where_it_changes_results() -> None:
+    assert "slow_but_exact" in refusal("bloom", slow_but_exact=True, pretraining_tp=4)
+    bloom.read_config({**BASE["bloom"], "slow_but_exact": True, "pretraining_tp": 1})
+    bloom.read_config({**BASE["bloom"], "slow_but_exact": False, "pretraining_tp": 4})
+
+
+def test_unknown_keys_that_are_null_are_let_pass() -> None:
+    llama.read_config({**BASE["llama"], "num_experts": None, "quantization_config": None, "head_dim": None})
+
+
+def test_an_architecture_without_a_frontend_is_refused() -> None:
+    with pytest.raises(CompileError, match=r"architecture of fake: found 'gpt2', expected one of bloom, llama"):
+        build_graph(fake_checkpoint("gpt2", {}, {}))
+
+
+def test_configs_saved_by_transformers_are_read_back_the_same(tmp_path: Path) -> None:
+    """Every key that a checkpoint in the wild has passed through save_pretrained."""
+    for name, config in LLAMA.items():
+        HfLlamaConfig(**config).save_pretrained(tmp_path / name)
+        saved = HfLlamaConfig.get_config_dict(tmp_path / name)[0]
+        again, first = llama.read_config(saved), llama.read_config(config)
+        assert again.metadata == first.metadata
+        assert again.rope.inv_freq.tolist() == first.rope.inv_freq.tolist()
