@@ -197,7 +197,7 @@ def test_a_rank_that_hangs_while_it_loads(engines: dict[int, Path]) -> None:
     assert code != 0 and errors.count("ranks: rank 1 did not get ready: found nothing within 4 s") == 1
 
 
-STEP = "from belle_compile.runtime.executors.cpu import CpuExecutor\nfrom runtime.errors import EngineError\n"
+STEP = "from belle_compile.runtime.executors.cpu import CpuExecutor\nfrom belle_compile.runtime.errors import EngineError\n"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
