@@ -1,4 +1,4 @@
-"""The directory of a calibration set: written whole or not at all, and opened again with its digests checked."""
+"""Writes the directory of a calibration set, whole or not at all, and opens one with its digests checked."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Requests to calibrate with, and others that the accuracy gate asks.
+    """Requests to calibrate with (`calibration`), and requests that the accuracy gate runs (`holdout`).
 
-    `digest` is the SHA-256 of what `sha256sum calibration.jsonl holdout.jsonl` prints: it names the requests of both parts,
-    whether they were read from a set or selected from a file just now. `description` is the content of set.json.
+    `digest` is the SHA-256 of what `sha256sum calibration.jsonl holdout.jsonl` prints. It identifies the requests of both
+    parts, whether they were read from a set or selected from a file in this process. `description` is the content of set.json.
     """
 
     calibration: tuple[Request, ...]
@@ -54,9 +54,9 @@ def write_set(
     force: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Selects from the file `source` and writes the directory `output`; returns set.json with `coverage` in it.
+    """Select requests from the file `source` and write the directory `output`; returns the content of set.json with `coverage`.
 
-    The same source, options and version give the same bytes. Raises CompileError, and then leaves nothing behind.
+    The same source, options and version give the same bytes. A call that raises CompileError leaves nothing behind.
     """
     with AtomicDirectory(Path(output), replace=force, replaceable=is_set, kind="calibration set", marker=SET_NAME) as directory:
         made = _Made.from_file(source, options or SelectOptions(), field, answer, tokenizer, on_progress)
@@ -84,10 +84,10 @@ def open_set(
     tokenizer: str | Path | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> CalibrationSet:
-    """The set in a directory, or one selected in memory from a file of requests.
+    """Open the set in a directory, or select one in memory from a file of requests.
 
-    All but the path is for a file. Raises CompileError for a directory that is no set, of another format or changed
-    since it was written, and for a file that does not fit.
+    The arguments after the path are used for a file only. Raises CompileError for a directory that is not a set, that has
+    another format or that was changed after it was written, and for a file whose content is not requests.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,7 +104,7 @@ def is_set(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Made:
-    """A selection, its two files, what set.json says of it, and its coverage."""
+    """A selection, its two files, the content of set.json, and the coverage report."""
 
     selection: Selection
     contents: dict[str, bytes]

@@ -1,4 +1,4 @@
-"""What a selection covers of what it was made from: lengths, labels, tokens, and what was dropped and why."""
+"""Reports how well a selection covers its source: lengths, labels, tokens, and which requests were dropped and why."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MISSING_SHOWN = 20
 
 
 def coverage_report(selection: Selection, options: SelectOptions, units: Units) -> dict[str, Any]:
-    """The content of coverage.json. Shares are of 1; lengths are in `length.unit`.
+    """Return the content of coverage.json. Shares lie between 0 and 1; lengths are in `length.unit`.
 
-    "read" is every request of the file, "kept" those that were not dropped, "calibration" and "holdout" what was chosen of
-    those. `tokens` says for both how many of the file's distinct tokens they have (`distinct_share`), and how many of all its
-    tokens are one of these (`occurrence_share`).
+    "read" counts all requests of the file, "kept" those that were not dropped, "calibration" and "holdout" those that were
+    selected. For the two selected parts, `tokens` gives the share of the file's distinct tokens that occur in the part
+    (`distinct_share`), and the share of all token occurrences in the file that are of such a token (`occurrence_share`).
     """
     groups = {
         "read": selection.read, "kept": selection.kept, "calibration": selection.calibrating, "holdout": selection.held_out,
@@ -42,7 +42,7 @@ def coverage_report(selection: Selection, options: SelectOptions, units: Units) 
 
 
 def _lengths(lengths: Mapping[int, int]) -> dict[str, Any]:
-    """Least, mean, median and greatest length; of an even number of requests the lower one in the middle."""
+    """Minimum, mean, median and maximum length; for an even number of requests, the lower of the two middle lengths."""
     count = sum(lengths.values())
     if not count:
         return {"least": None, "mean": None, "median": None, "greatest": None}
@@ -57,7 +57,7 @@ def _lengths(lengths: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _histogram(groups: Mapping[str, Mapping[int, int]]) -> list[dict[str, int]]:
-    """A row for each power of two that has requests: its bounds and how many requests of each group."""
+    """One row per power of two that occurs: its bounds, and the number of requests of each group."""
     counts = {group: Counter[int]() for group in groups}
     for group, lengths in groups.items():
         for length, times in lengths.items():
@@ -70,7 +70,7 @@ def _histogram(groups: Mapping[str, Mapping[int, int]]) -> list[dict[str, int]]:
 
 
 def _shares(groups: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """A row for each value of a label, the most frequent one first: how many requests of each group have it, and shares."""
+    """One row per value of a label, the most frequent first: the number and the share of requests in each group."""
     totals = {name: sum(values.values()) for name, values in groups.items()}
     rows = []
     for value in sorted(groups["read"], key=lambda value: (-groups["read"][value], value)):
@@ -110,7 +110,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What a reader of the report should know beside its numbers, as sentences."""
+    """Sentences that qualify the numbers of the report."""
     requests, asked, found = report["requests"], report["asked_for"], []
     short = [f"{requests[name]} of {asked[name]} for {name}" for name in asked if requests[name] < asked[name]]
     if short:

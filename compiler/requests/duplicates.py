@@ -1,4 +1,4 @@
-"""Finds requests that were there before, to the letter or nearly: digests for the first, MinHash and LSH for the second."""
+"""Finds exact duplicates of earlier requests by digest, and near duplicates by MinHash and LSH."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from belle_compile.compiler.requests.request import Request
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
 SHINGLE = 4  # characters, or token ids
-# 20 bands of 12 rows compare 76% of the pairs at a similarity of 0.8, 95% at 0.85, 99.9% at 0.9; and 4% of those at 0.6, of
-# which requests made from one template have many. The estimate's standard deviation is 0.02 at 0.9.
+# 20 bands of 12 rows compare 76% of the pairs with a similarity of 0.8, 95% at 0.85 and 99.9% at 0.9, but only 4% at 0.6, a
+# similarity that requests made from one template often have. The standard deviation of the estimate is 0.02 at 0.9.
 _PERMUTATIONS, _BANDS, _SEED = 240, 20, 1
 _SHORTEST_SHARED, _FEWEST_SHARING = 32, 64  # characters; different texts to look at
 
 
 class Duplicates:
-    """Judges requests in order: each against all before it that were kept.
+    """Compares requests, in order, with all earlier requests that were kept.
 
-    Two requests are exact duplicates if their texts are equal but for width, case and white space (`normalized`), whatever
-    their labels and answers. They are near duplicates if the sets of their character 4-grams overlap (Jaccard) by `similarity`
-    or more, by MinHash's estimate; 1 turns that off. System messages are not compared, and neither is a beginning of 32
-    characters or more that most requests of the first batch have: a preamble of all prompts makes none alike.
+    Two requests are exact duplicates if their texts are equal up to width, case and white space (`normalized`), whatever
+    their labels and answers. They are near duplicates if MinHash estimates the Jaccard similarity of their character 4-grams
+    at `similarity` or more; 1 turns this off. System messages are not compared, nor is a common beginning of at least 32
+    characters that most requests of the first batch share: a preamble that all prompts have does not make them duplicates.
     """
 
     def __init__(self, similarity: float) -> None:
@@ -62,7 +62,7 @@ class Duplicates:
 
 
 def content_digest(request: Request) -> bytes:
-    """16 bytes that are equal for exact duplicates."""
+    """A digest of 16 bytes that is equal for exact duplicates."""
     if request.token_ids is not None:
         return hashlib.blake2b(array("I", request.token_ids).tobytes(), digest_size=16, person=b"token ids").digest()
     return hashlib.blake2b(normalized(request.written()).encode(), digest_size=16).digest()
@@ -79,11 +79,11 @@ def shingles(text: str) -> list[str]:
 
 
 def shared_beginning(texts: set[str]) -> str:
-    """The longest beginning that more than half of the texts have; none if it is short or the texts are few."""
+    """The longest prefix that more than half of the texts share; empty if it is short or there are few texts."""
     ordered = sorted(texts)
     if len(ordered) < _FEWEST_SHARING:
         return ""
-    # What more than half of them begin with, the median begins with, and the texts that do stand side by side.
+    # In sorted order, texts with a common prefix are neighbours; a prefix of more than half of them is one of the median's.
     median = ordered[len(ordered) // 2]
     shortest, longest = 0, len(median)
     while shortest < longest:
@@ -96,7 +96,7 @@ def shared_beginning(texts: set[str]) -> str:
 
 
 def _compared(request: Request) -> str:
-    """The normalized text that near duplicates are judged by."""
+    """The normalized text of which near duplicates are found."""
     if request.messages is None:
         return normalized(request.text or "")
     told = [message["content"] for message in request.messages if message["role"] != "system"]

@@ -1,4 +1,4 @@
-"""coverage.html: the coverage report as one page with plots, for a browser or a phone; it loads nothing from elsewhere."""
+"""Renders coverage.html: the coverage report as one page with plots that loads no other file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SERIES = (("read", "all requests"), ("calibration", "calibration"), ("holdout",
 
 
 def coverage_page(report: Mapping[str, Any], description: Mapping[str, Any]) -> str:
-    """The page for what `coverage_report` found of the set that `description` (set.json) describes."""
+    """Render the result of `coverage_report` for the set that `description` (set.json) describes."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}%"
@@ -27,7 +27,7 @@ def coverage_page(report: Mapping[str, Any], description: Mapping[str, Any]) -> 
 
 
 def _length_bars(report: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
-    """A name and a share of each series for each bucket."""
+    """For each bucket of lengths, its name and the share of requests of each series."""
     totals = report["requests"]
     return [
         (

@@ -1,4 +1,4 @@
-"""Lines of a file to requests: JSON Lines in the shapes that logs and data sets have, or plain text."""
+"""Reads requests from JSON Lines, in the shapes that logs and data sets use, or from plain text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.requests.request import STAGE, Message, Request
 from belle_compile.compiler.requests.source import Progress, Source
 
-# Where a request is looked for, in this order, and its answer.
+# Names of the fields that may hold a request, in order of preference, and of those that may hold its answer.
 REQUEST_FIELDS = (
     "text", "prompt", "question", "instruction", "input", "messages", "conversations", "token_ids", "input_ids",
 )  # fmt: skip
 ANSWER_FIELDS = ("std_answer", "answer", "expected", "output")
 NO_LABEL = "(none)"
-# Roles as OpenAI's messages name them, from all the names that data sets have.
+# Names of roles in data sets -> the names in OpenAI's messages.
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool", "function": "tool",
@@ -32,7 +32,7 @@ _JQ_LIST = "'.[]'"
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a JSON line hold what; those left out are found by `REQUEST_FIELDS` and `ANSWER_FIELDS`."""
+    """Names of the fields of a JSON line; a name that is not given is looked up in `REQUEST_FIELDS` or `ANSWER_FIELDS`."""
 
     request: str | None = None
     answer: str | None = None
@@ -45,18 +45,18 @@ _USUAL = Fields()
 def read_requests(
     path: str | Path, field: str | None = None, answer: str | None = None, labels: Sequence[str] = ()
 ) -> Iterator[Request]:
-    """The requests of a file, one at a time; see `RequestFile`."""
+    """Iterate over the requests of a file; see `RequestFile`."""
     return iter(RequestFile(path, Fields(field, answer, tuple(labels))))
 
 
 class RequestFile:
-    """The requests of a file of JSON Lines or of text with a request a line, in order; either may be compressed.
+    """The requests of a file, in order: JSON Lines, or text with one request per line; either may be compressed.
 
     A request is a text, a list of messages (`role` and `content`, or `from` and `value`) or a list of token ids. An answer at
-    the end of a chat becomes the request's `answer`. A blank line is a request with an empty text. `.txt` is text and `.jsonl`,
-    `.ndjson` and `.json` are JSON Lines; other files are told by their first character. Raises CompileError with the number of
-    the line that does not fit, and never quotes the line: it may hold personal data. `sha256` and `bytes` are the file's, once
-    the last request was read.
+    the end of a chat becomes the request's `answer`. A blank line is a request with an empty text. `.txt` is text; `.jsonl`,
+    `.ndjson` and `.json` are JSON Lines; the format of other files follows from their first character. Raises CompileError
+    with the number of a line that is not a request, and never quotes the line, because it may hold personal data. `sha256` and
+    `bytes` describe the file once the last request has been read.
     """
 
     def __init__(self, path: str | Path, fields: Fields = _USUAL, on_progress: Progress = lambda done, total: None) -> None:
@@ -151,7 +151,7 @@ def _record(text: str, where: str) -> dict[str, Any]:
 
 
 def _shape(record: Mapping[str, Any], fields: Fields, where: str) -> tuple[dict[str, Any], str]:
-    """The text, messages or token ids of a record as arguments of Request, and the answer that ended the chat."""
+    """Return the text, messages or token ids of a record as arguments of Request, and the answer at the end of the chat."""
     if fields.request is not None:
         if record.get(fields.request) is None:
             remedy = "name a field that all requests have"
@@ -224,7 +224,7 @@ def _answer(record: Mapping[str, Any], fields: Fields, where: str) -> str:
 
 
 def _label(value: Any, name: str, where: str) -> str:
-    """A label's value in one spelling: no-break and double spaces are plain ones."""
+    """The value of a label with no-break and repeated spaces replaced by single spaces."""
     if value is None:
         return NO_LABEL
     if isinstance(value, str):
@@ -235,7 +235,7 @@ def _label(value: Any, name: str, where: str) -> str:
 
 
 def _check_unicode(request: Request, where: str) -> None:
-    """JSON can spell half of a character (\\ud83d), which no file can hold."""
+    """Raise CompileError for half of a surrogate pair (\\ud83d), which JSON can spell and UTF-8 cannot encode."""
     try:
         request.to_json().encode()
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""Takes e-mail addresses, ID numbers and phone numbers out of requests, before anything is stored.
+"""Replaces e-mail addresses, ID numbers and phone numbers in requests before anything is stored.
 
-Patterns cannot know what a number means. They lean towards redacting: what looks like a phone number goes, even if it was the
-operand of a sum. Names and postal addresses stay.
+Patterns cannot know what a number means, so they redact too much rather than too little: whatever looks like a phone number
+is replaced, even if it was the operand of a sum. Names and postal addresses are not replaced.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from datetime import date
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.requests.request import STAGE, Request
 
-# Digits and signs as Chinese input methods write them; one character for one, so that positions stay.
+# Full-width digits and signs, as Chinese input methods write them. One character maps to one, so that positions are kept.
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９＠＋－．（）ｘＸ　", "0123456789@+-.()xX ")
 
 _EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[a-z0-9](?:[a-z0-9-]{0,62})\.){1,8}[a-z]{2,24}(?![a-z0-9-])", re.A | re.I)
 
-# A resident identity card: region, birthday, order, check digit (GB 11643); people write it in groups, too.
+# Number of a resident identity card (GB 11643): region, birthday, order, check digit; often written in groups.
 _ID = re.compile(r"(?<![0-9])([1-9][0-9]{5})([ -]?)((?:18|19|20)[0-9]{6})\2([0-9]{3}[0-9Xx])(?![0-9A-Za-z])", re.A)
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
@@ -35,9 +35,9 @@ _FEWEST_INTERNATIONAL, _MOST_INTERNATIONAL = 8, 15  # digits, E.164
 
 
 def redact(request: Request) -> tuple[Request, Counter[str]]:
-    """The request with placeholders for personal data, and how many there are: {"phone": 1, "email": 2, "id": 0}.
+    """Replace personal data by placeholders, and count these by kind, as in {"phone": 1, "email": 2, "id": 0}.
 
-    Text, messages, answer and labels are searched. Raises CompileError for token ids, which cannot be.
+    Text, messages, answer and labels are searched. Raises CompileError for token ids, which cannot be searched.
     """
     if request.token_ids is not None:
         raise CompileError(
@@ -61,7 +61,7 @@ def redact(request: Request) -> tuple[Request, Counter[str]]:
 
 
 def redact_text(text: str, counts: Counter[str]) -> str:
-    """The text with [EMAIL], [ID] and [PHONE]; adds to `counts` what was replaced."""
+    """Replace personal data by [EMAIL], [ID] and [PHONE]; adds the number of replacements to `counts`."""
     for kind, pattern, valid in (("email", _EMAIL, None), ("id", _ID, _is_id), ("phone", _PHONE, _is_phone)):
         plain = text.translate(_HALF_WIDTH) if not text.isascii() else text
         found = [match for match in pattern.finditer(plain) if valid is None or valid(match)]
@@ -72,7 +72,7 @@ def redact_text(text: str, counts: Counter[str]) -> str:
 
 
 def _is_id(match: re.Match[str]) -> bool:
-    """Whether birthday and check digit (ISO 7064 MOD 11-2) fit: hardly any other number of 18 digits passes."""
+    """Whether birthday and check digit (ISO 7064 MOD 11-2) are valid, as they hardly ever are in another 18-digit number."""
     digits = "".join(match.group(1, 3, 4)).upper()
     try:
         date(int(digits[6:10]), int(digits[10:12]), int(digits[12:14]))
@@ -83,6 +83,6 @@ def _is_id(match: re.Match[str]) -> bool:
 
 
 def _is_phone(match: re.Match[str]) -> bool:
-    """An international number has as many digits as E.164 allows; the other patterns count them themselves."""
+    """Whether an international number has as many digits as E.164 allows; the other patterns fix their number of digits."""
     digits = sum(character.isdigit() for character in match.group())
     return not match.group().startswith("+") or _FEWEST_INTERNATIONAL <= digits <= _MOST_INTERNATIONAL

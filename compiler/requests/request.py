@@ -1,4 +1,4 @@
-"""One request, whatever format it came in, and the JSON line it is stored as."""
+"""A request of a calibration set, and the JSON line that stores it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system" | "tool"
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked: exactly one of `text`, `messages` (chat, the last one the user's) and `token_ids`.
+    """A user's request: exactly one of `text`, `messages` (a chat whose last message is the user's) and `token_ids`.
 
-    `answer` is the answer that is expected, if one is known. `labels` are the values of the fields asked for as labels. `line`
-    is where the request stood in its file, counted from 1.
+    `answer` is the expected answer, if one is known. `labels` are the values of the fields that were named as labels. `line`
+    is the number of the request's line in its file, from 1.
     """
 
     text: str | None = None
@@ -28,13 +28,13 @@ class Request:
     line: int = 0
 
     def written(self) -> str:
-        """All its text, a line break between messages; empty for token ids."""
+        """The text, or the contents of all messages with line breaks between them; empty for token ids."""
         if self.messages is not None:
             return "\n".join(message["content"] for message in self.messages)
         return self.text or ""
 
     def to_json(self) -> str:
-        """One line of JSON; the same request gives the same line."""
+        """One line of JSON; equal requests give equal lines."""
         plain: dict[str, Any] = {"line": self.line}
         if self.token_ids is not None:
             plain["token_ids"] = self.token_ids
@@ -50,7 +50,7 @@ class Request:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Request:
-        """What `to_json` wrote."""
+        """Read a line that `to_json` wrote."""
         plain = json.loads(line)
         for name in ("messages", "token_ids"):
             if name in plain:

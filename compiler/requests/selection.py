@@ -1,4 +1,4 @@
-"""Chooses calibration and held-out requests from a stream: cleaned, without duplicates, stratified, the same for a seed."""
+"""Selects calibration and held-out requests from a stream: redacted, without duplicates, stratified, determined by a seed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MOST_VALUES = 1000  # of a label
 
 @dataclass(frozen=True)
 class SelectOptions:
-    """How to select. `size` and `holdout` are numbers of requests, `labels` the fields to stratify by beside the length.
+    """Options of a selection. `size` and `holdout` are numbers of requests; requests are stratified by length and `labels`.
 
-    `similarity` is that from which on two requests are near duplicates (see `Duplicates`), `max_length` in tokens, or in
-    characters without a tokenizer.
+    Two requests are near duplicates from `similarity` on (see `Duplicates`). `max_length` is in tokens, or in characters if
+    there is no tokenizer.
     """
 
     size: int = 512
@@ -54,7 +54,7 @@ class SelectOptions:
 
 @dataclass
 class Census:
-    """What some requests are like: how many, how long, with which labels, of which units."""
+    """Statistics of a group of requests: their number, lengths, labels and units."""
 
     requests: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
@@ -73,10 +73,10 @@ class Census:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, in the order of the file, and a census of what was read, kept (without units) and chosen.
+    """The selected requests in the order of the file, and a census of those that were read, kept (without units) and selected.
 
-    `redacted` counts placeholders by kind, None without redaction. `strata` and `strata_left_out` count the strata of what was
-    kept, and those without a calibration request.
+    `redacted` counts placeholders by kind; it is None without redaction. `strata` counts the strata of the requests that were
+    kept, `strata_left_out` those of them without a calibration request.
     """
 
     calibration: tuple[Request, ...]
@@ -93,11 +93,11 @@ class Selection:
 
 
 def select(requests: Iterable[Request], options: SelectOptions, units: Units) -> Selection:
-    """Reads all requests once and chooses `options.size` for calibration and `options.holdout` to hold out, disjoint.
+    """Read all requests once and select `options.size` to calibrate with and `options.holdout` others to hold out.
 
-    Memory: the distinct requests' digests and sketches, about 3 kB each, and at most size + holdout requests a stratum. Which
-    are chosen depends on the seed and on what requests say, not on their order, save that of duplicates the first stays. When
-    fewer than size + holdout are left, both get their share of them. Raises CompileError when none is left.
+    Memory holds digests and sketches of the distinct requests, about 3 kB each, and at most size + holdout requests per
+    stratum. The selection depends on the seed and on the requests, not on their order, except that the first of several
+    duplicates is kept. If fewer than size + holdout are left, both parts get their share. Raises CompileError if none is left.
     """
     places = options.size + options.holdout
     duplicates = Duplicates(options.similarity)
@@ -152,7 +152,7 @@ def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
 
 
 def _unfit(request: Request, length: int, options: SelectOptions) -> str | None:
-    """Why a request is dropped for its length, if it is."""
+    """The reason why a request's length excludes it, or None."""
     if length > options.max_length:
         return LONG
     own = len(normalized(request.written())) if request.token_ids is None else len(request.token_ids)
@@ -179,7 +179,7 @@ def _priority(request: Request, seed: int) -> int:
 def _choose(
     samples: dict[Stratum, Sample], options: SelectOptions, kept: int
 ) -> tuple[tuple[Request, ...], tuple[Request, ...], int]:
-    """Calibration and held-out requests by line, and the number of strata without a calibration request."""
+    """Divide requests into calibration and holdout, each by line; also count the strata without a calibration request."""
     places = options.size + options.holdout
     holdout_size = options.holdout
     if kept < places:
@@ -187,7 +187,7 @@ def _choose(
     strata = sorted(samples)
     sizes = [samples[stratum].offered for stratum in strata]
     chosen = apportion(min(places, kept), sizes, sizes)
-    # A stratum's only request calibrates, unless too few strata have more than one.
+    # The only request of a stratum is used for calibration, unless too few strata have more than one.
     spare = [max(count - 1, 0) for count in chosen]
     held_out = apportion(holdout_size, chosen, spare if sum(spare) >= holdout_size else chosen)
     calibration: list[Request] = []

@@ -1,4 +1,4 @@
-"""A file of lines, plain, gzip or zstd, streamed once from its beginning to its end and digested on the way."""
+"""Streams the lines of a file, plain, gzip or zstd, and digests the file while it is read."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Progress = Callable[[int, int], None]
 
 
 class Source:
-    """The lines of a file. `sha256` and `bytes` are those of the file as it lies on the disk, once all lines were read.
+    """The lines of a file. Once all lines were read, `sha256` and `bytes` describe the file as it is stored.
 
-    What a file is compressed with is told from its first bytes, so a pipe will do as well. Raises CompileError for a file that
-    is missing, damaged or cut off, and for a line above 16 MiB. `on_progress(done, total)` hears bytes of the file.
+    The compression is detected from the first bytes, so that a pipe can be read too. Raises CompileError for a file that is
+    missing, damaged or truncated, and for a line above 16 MiB. `on_progress(done, total)` is called with bytes of the file.
     """
 
     def __init__(self, path: str | Path, on_progress: Progress = lambda done, total: None) -> None:
@@ -41,14 +41,14 @@ class Source:
 
     @property
     def suffix(self) -> str:
-        """The file's suffix without that of a compression: ".jsonl" for requests.jsonl.gz."""
+        """The suffix of the file name without that of the compression: ".jsonl" for requests.jsonl.gz."""
         names = [suffix.lower() for suffix in self.path.suffixes]
         if names and names[-1] in _COMPRESSED:
             names.pop()
         return names[-1] if names else ""
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line's number, from 1, and its bytes without the line break; a byte order mark is left out."""
+        """Iterate over (number from 1, bytes without the line break) of each line; a byte order mark is skipped."""
         with self._open() as file:
             raw = _Digested(file, self._on_progress)
             buffered = io.BufferedReader(raw, _BUFFER)
@@ -82,7 +82,7 @@ class Source:
         raise self._refuse(str(self.path), found, "a file of requests", remedy)
 
     def _decompressed(self, buffered: io.BufferedReader[Any]) -> tuple[BinaryIO, str]:
-        """The stream of lines, and what the file is compressed with."""
+        """Return the decompressed stream and the name of the compression."""
         head = buffered.peek(4)
         if head.startswith(_GZIP):
             return cast("BinaryIO", gzip.GzipFile(fileobj=buffered)), "gzip"
@@ -99,7 +99,7 @@ class Source:
 
 
 class _Digested(io.RawIOBase):
-    """Digests and counts what is read through it."""
+    """A stream that digests and counts the bytes that are read through it."""
 
     def __init__(self, file: io.FileIO, on_progress: Progress) -> None:
         self.digest, self.bytes = hashlib.sha256(), 0

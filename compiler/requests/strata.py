@@ -1,4 +1,4 @@
-"""Strata: requests of about the same length and with the same labels, and how many places each gets in the selection."""
+"""Stratifies requests by length and labels, and apportions the places of a selection among the strata."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Stratum = tuple[int, tuple[str, ...]]  # bucket of the length, values of the lab
 
 
 def bucket(length: int) -> int:
-    """The number of a length's bucket; bucket n holds the lengths from 2**(n-1) to 2**n - 1, bucket 0 the length 0."""
+    """The bucket of a length: bucket n holds the lengths from 2**(n-1) to 2**n - 1, bucket 0 the length 0."""
     return length.bit_length()
 
 
 def bucket_bounds(number: int) -> tuple[int, int]:
-    """The least and the greatest length in a bucket."""
+    """The smallest and the largest length in a bucket."""
     return (1 << number) >> 1, (1 << number) - 1
 
 
 def apportion(places: int, weights: Sequence[int], most: Sequence[int]) -> list[int]:
-    """How many of `places` each stratum gets, in proportion to its weight and never more than its `most`.
+    """Apportion `places` among strata in proportion to their weights, with at most `most[i]` places for stratum i.
 
-    Each gets one where there are places for all; the others go one at a time to the stratum that is furthest below its share
-    (Sainte-Laguë's method). All places are given away, as far as `most` allows.
+    If there are enough places, each stratum gets one first. The others go one at a time to the stratum that is furthest below
+    its share (Sainte-Laguë's method). All places are assigned as far as `most` allows.
     """
     able = [stratum for stratum, cap in enumerate(most) if cap > 0 and weights[stratum] > 0]
     given = [0] * len(weights)
@@ -44,12 +44,14 @@ def apportion(places: int, weights: Sequence[int], most: Sequence[int]) -> list[
 
 
 class Sample:
-    """Of all requests of a stratum the `most` with the least priorities: a random sample if those are random."""
+    """The `most` requests of a stratum with the lowest priorities: a random sample if priorities are random."""
 
     def __init__(self, most: int) -> None:
         self.offered = 0
         self._most = most
-        self._heap: list[tuple[int, int, Request]] = []  # the greatest priority first; lines differ, so requests never compare
+        self._heap: list[
+            tuple[int, int, Request]
+        ] = []  # highest priority first; line numbers differ, so that requests are never compared
 
     def offer(self, priority: int, request: Request) -> None:
         self.offered += 1
@@ -60,5 +62,5 @@ class Sample:
             heapq.heapreplace(self._heap, entry)
 
     def chosen(self, count: int) -> list[Request]:
-        """The `count` requests of the least priorities, in the order of these."""
+        """The `count` requests with the lowest priorities, in ascending order of priority."""
         return [request for _, _, request in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)[:count]]

@@ -1,4 +1,4 @@
-"""What a request is measured in: the tokens of a tokenizer, or characters where none is given."""
+"""The units in which requests are measured: tokens, or characters where no tokenizer is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Unit = str | int  # a character or a token id
 
 
 class Units(Protocol):
-    """Splits requests into units. `name` is their plural; `source` says which tokenizer they are from, None for characters."""
+    """Splits requests into units. `name` is the plural of the unit; `source` identifies the tokenizer, None for characters."""
 
     name: str
     source: dict[str, str] | None
@@ -25,11 +25,11 @@ class Units(Protocol):
         """The units of each request, in order."""
 
     def spelled(self, unit: Unit) -> str:
-        """A unit as text for people."""
+        """A unit as it is shown in reports."""
 
 
 class Characters:
-    """Characters of texts and messages; a request of token ids is counted by its ids."""
+    """Characters of texts and messages; the units of a request of token ids are its ids."""
 
     name = "characters"
     source: dict[str, str] | None = None
@@ -42,7 +42,7 @@ class Characters:
 
 
 class Tokens:
-    """Tokens of texts and of messages' contents, without special tokens and prompt template."""
+    """Tokens of texts and of message contents, without special tokens and prompt template."""
 
     name = "tokens"
 
@@ -75,7 +75,7 @@ class Tokens:
 
 
 def open_units(tokenizer: str | Path | None) -> Units:
-    """Tokens of the tokenizer at a path: a tokenizer.json, a checkpoint, an engine; characters for None."""
+    """Return the tokens of the tokenizer at a path (a tokenizer.json, a checkpoint or an engine), or characters for None."""
     if tokenizer is None:
         return Characters()
     path = Path(tokenizer).expanduser()
