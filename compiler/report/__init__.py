@@ -1,4 +1,4 @@
-"""report.html: what was built, what each pass did, how accurate it is, what it needs; one page without links to anything."""
+"""report.html: what was built, what each pass did, how accurate the engine is, what it needs; it loads no other file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibration requests cover, counted from their tokens."""
+"""Statistics of the calibration requests, counted from their tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Sequences = Sequence[Sequence[int]]
 
 
 def coverage_of(calibration: Sequences, holdout: Sequences, vocabulary: int) -> dict[str, Any]:
-    """Numbers of requests and tokens of both parts, how long requests are, and how many of the vocabulary's tokens occur."""
+    """Number of requests and tokens of both parts, lengths of requests, and how much of the vocabulary occurs in them."""
     lengths = [len(sequence) for sequence in (*calibration, *holdout)]
     seen = {token for sequence in calibration for token in sequence}
     return {
@@ -27,7 +27,7 @@ def coverage_of(calibration: Sequences, holdout: Sequences, vocabulary: int) -> 
 
 
 def coverage_of_set(path: Path) -> dict[str, Any]:
-    """What the directory of a calibration set says of itself, under "set"; nothing for a file, or where it cannot be read."""
+    """The description of a calibration set's directory under "set"; empty for a file, or if it cannot be read."""
     try:
         found = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -36,7 +36,7 @@ def coverage_of_set(path: Path) -> dict[str, Any]:
 
 
 def _histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many lengths lie in each range from the shortest to the longest."""
+    """Number of lengths in each of the ranges from the shortest to the longest."""
     ranges = [(low + 1, high) for low, high in zip((0, *_BOUNDS), _BOUNDS, strict=False)]
     counts = [(f"{low} to {high}", sum(low <= length <= high for length in lengths)) for low, high in ranges]
     counts.append((f"over {_BOUNDS[-1]}", sum(length > _BOUNDS[-1] for length in lengths)))

@@ -1,4 +1,4 @@
-"""What a report shows, as plain data."""
+"""The content of a report as plain data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from belle_compile.runtime.schema import to_plain
 
 @dataclass(frozen=True)
 class Drift:
-    """How far logits are from those of the frontend's graph: KL divergence of the predictions (nats a token), the share of
-    tokens after which both predict the same, and the greatest difference as a part of the largest logit."""
+    """Distance of the logits from those of the unmodified graph: KL divergence of the predictions in nats per token, the share
+    of tokens after which both predict the same token, and the greatest difference relative to the largest logit."""
 
     kl: float
     top1: float
@@ -23,9 +23,11 @@ class Drift:
 
 @dataclass(frozen=True)
 class Stage:
-    """The graph after a pass, or as the frontend made it: `changes` is None then. `weight_bytes` are those of the weights it
-    reads; `kernel_calls` of a step count one for each op, also where the graph has ops without a kernel (`lowers` is False). A
-    graph that is not `whole` is that of rank 0 of several, which has no logits without the others."""
+    """The graph after a pass, or before the first pass, where `changes` is None.
+
+    `weight_bytes` is the size of the weights that the graph reads. `kernel_calls` counts the ops of a step, also where some of
+    them have no kernel (`lowers` is False). If `whole` is False, the graph is that of rank 0 of several, which gives no logits
+    without the others."""
 
     name: str
     changes: int | None
@@ -38,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Effects:
-    """The stages of a pipeline, and over how many tokens drift was measured; with none, `unmeasured` says why in words."""
+    """The stages of a pipeline, and the number of tokens that drift was measured on; if 0, `unmeasured` gives the reason."""
 
     stages: tuple[Stage, ...] = ()
     tokens: int = 0
@@ -46,8 +48,8 @@ class Effects:
 
 
 class Damage(Protocol):
-    """What INT8 does to a linear layer: the relative squared error of its outputs, and, where that was measured, the KL
-    divergence (nats a token) of the predictions when nothing else is INT8."""
+    """Damage that INT8 does to a linear layer: the relative squared error of its outputs, and, where it was measured, the KL
+    divergence (nats per token) of the predictions when no other layer is INT8."""
 
     @property
     def name(self) -> str: ...
@@ -61,8 +63,8 @@ class Damage(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that an engine needs: weights by what they are for, the arena with its buffers over `calls` calls, the KV cache for
-    `kv_tokens` tokens of one sequence (`max_context` at most), and `required`, with everything else."""
+    """Bytes that an engine needs: `weights` by purpose, the `arena` with the lifetimes of its `buffers` over `calls` calls, the
+    KV cache of one sequence of `kv_tokens` tokens (`max_context` at most), and `required`, which includes everything else."""
 
     weights: Mapping[str, int]
     arena: int
@@ -76,25 +78,27 @@ class Memory:
 
     @property
     def kv_token(self) -> float:
-        """Bytes of the KV cache for each token."""
+        """Bytes of the KV cache per token."""
         return self.kv_block / self.kv_block_tokens
 
     @property
     def kv_served(self) -> int:
-        """Bytes of the KV cache that `required` has room for."""
+        """Bytes of the KV cache that `required` includes."""
         return -(-self.kv_tokens // self.kv_block_tokens) * self.kv_block
 
     @property
     def rest(self) -> int:
-        """What is required beside weights, arena and KV cache: kernels, program, tokenizer, the process."""
+        """Bytes of everything besides weights, arena and KV cache: kernels, program, tokenizer, the process."""
         return self.required - sum(self.weights.values()) - self.arena - self.kv_served
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. `files` are the engine's others; `memory` is that of the rank that needs most, `ranks` that of
-    each where there are several; `coverage` says what calibration requests covered, as a mapping of numbers, texts, and
-    mappings or lists of these; None and no `layers` where a build had no requests, or for the reason `uncalibrated`."""
+    """Everything that the page shows.
+
+    `files` are the other files of the engine. `memory` is that of the rank that needs most; `ranks` has one entry per rank
+    where there are several. `coverage` describes the calibration requests as a mapping of numbers, texts, and mappings or
+    lists of these; it is None, and `layers` is empty, for a build without requests or for the reason in `uncalibrated`."""
 
     manifest: Manifest
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -106,6 +110,6 @@ class Report:
     uncalibrated: str = ""
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The report as JSON values."""
         plain: dict[str, Any] = to_plain(self)
         return plain

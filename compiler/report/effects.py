@@ -1,4 +1,4 @@
-"""What each pass does to a graph: bytes of weights, kernel calls, and how far the logits move."""
+"""Measures what each pass does to a graph: bytes of weights, kernel calls, and drift of the logits."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ _TEXT = (
 
 
 class Step(Protocol):
-    """Of a pass, its name."""
+    """The part of a pass that an observer reads."""
 
     @property
     def name(self) -> str: ...
 
 
 class Result(Protocol):
-    """Of what a pass says when it has run, the number of places it changed."""
+    """The part of a pass's result that an observer reads: the number of places that it changed."""
 
     @property
     def changes(self) -> int: ...
 
 
 def pass_effects(tokenizer_json: str, parameters: int, wanted: bool | None = None) -> PassEffects:
-    """An observer for a pipeline that measures drift on the first tokens of a fixed text, if `wanted`; by default for models of
-    up to `MOST_PARAMETERS`, as every stage then costs a run of the model in NumPy."""
+    """Make an observer of a pipeline that measures drift on the first tokens of a fixed text if `wanted`.
+
+    By default (None) drift is measured for models of up to `MOST_PARAMETERS`, because each stage costs a run in NumPy."""
     if wanted is False:
         return PassEffects(unmeasured="not measured: built with --no-drift")
     if wanted is None and parameters > MOST_PARAMETERS:
@@ -59,8 +60,8 @@ def pass_effects(tokenizer_json: str, parameters: int, wanted: bool | None = Non
 
 
 class PassEffects:
-    """Hears of every stage of one pipeline. Where there are tokens, copies of the graphs, which hold no values of weights, are
-    kept until `result` runs them."""
+    """Observer of one pipeline. If there are tokens to measure drift on, it keeps a copy of each graph, which holds no values
+    of weights, until `result` runs them."""
 
     def __init__(self, tokens: Sequence[int] = (), unmeasured: str = "not measured") -> None:
         self._wanted, self._unmeasured = tuple(tokens), unmeasured
@@ -68,7 +69,7 @@ class PassEffects:
         self._graphs: dict[int, ir.Model] = {}  # by number of the stage, of those that changed something
 
     def observe(self, step: Step | None, model: ir.Model, result: Result | None) -> None:
-        """The `on_pass` of a pipeline: the graph after `step`, which changed so much; None and None come first."""
+        """Record the graph after `step` (`on_pass` of a pipeline); `step` and `result` are None before the first."""
         name, changes = (FRONTEND, None) if step is None or result is None else (step.name, result.changes)
         if changes == 0:
             self._stages.append(replace(self._stages[-1], name=name, changes=0))
@@ -79,7 +80,7 @@ class PassEffects:
         self._stages.append(Stage(name, changes, weight_bytes(model), count_kernel_calls(model), can_lower(model), whole=whole))
 
     def result(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Effects:
-        """What was found, with drift measured now; `on_progress` hears of weights read."""
+        """Measure drift and return the stages; `on_progress(done, total)` is called with elements of weights that were read."""
         graphs, self._graphs = self._graphs, {}
         if not graphs:
             return Effects(tuple(self._stages), 0, self._unmeasured)
@@ -97,7 +98,7 @@ class PassEffects:
 def _drifts(
     graphs: Mapping[int, ir.Model], tokens: Sequence[int], on_progress: Callable[[int, int], None]
 ) -> dict[int, Drift] | None:
-    """Of each graph against the first, number 0; None where the first has logits that are not finite."""
+    """Drift of each graph relative to the first, by its number; None where the first graph's logits are not finite."""
     found: dict[int, Drift] = {}
     first: Array = np.empty(0)
     p: Floats = np.empty(0)
@@ -117,9 +118,9 @@ def _drifts(
 def logits_of(
     graphs: Mapping[int, ir.Model], tokens: Sequence[int], on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[tuple[int, Array]]:
-    """The logits [tokens, vocabulary] of each graph after each token of one sequence, by its number; the first graph's first.
+    """Iterate over (number, logits [tokens, vocabulary]) of the graphs for one sequence, beginning with the first graph.
 
-    The graphs run side by side: a weight of one is mostly computed from one of another, which is at hand then.
+    The graphs run side by side, because a weight of one graph is mostly computed from a weight of another, cached then.
     """
     waiting = [_Run(number, stepwise(graph, *_step(graph, tokens)), _elements(graph.graph)) for number, graph in graphs.items()]
     total = sum(run.total for run in waiting)
@@ -136,7 +137,7 @@ def logits_of(
 
 @dataclass
 class _Run:
-    """A graph that is being run: elements of weights read, and to read in all."""
+    """A graph that is being run, with the number of weight elements that were read and that there are."""
 
     number: int
     nodes: Generator[ir.Node, None, dict[str, Array]]
@@ -145,19 +146,19 @@ class _Run:
 
 
 def _elements(nodes: Iterable[ir.Node]) -> int:
-    """Of matrices that nodes read; vectors differ more between graphs and do not count."""
+    """Elements of the matrices that nodes read; vectors, which differ more between graphs, are not counted."""
     read = (value.const_value for node in nodes for value in node.inputs if value is not None)
     return sum(tensor.size for tensor in read if tensor is not None and len(tensor.shape) > 1)
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Of the initializers that a graph reads."""
+    """Bytes of the initializers that a graph reads."""
     read = (value for value in model.graph.initializers.values() if value.uses())
     return sum(value.const_value.nbytes for value in read if value.const_value is not None)
 
 
 def _step(model: ir.Model, tokens: Sequence[int]) -> tuple[dict[str, Array], PagedCache]:
-    """Inputs of a step that reads one sequence, and a float32 cache for it."""
+    """Inputs of a step for one sequence, and a float32 KV cache for it."""
     cached = [attributes_of(node) for node in model.graph if node.op_type == "Attention"]
     kv_heads, head_dim = (cached[0][key] if cached else 1 for key in ("num_kv_heads", "head_dim"))
     count = len(tokens)
@@ -174,7 +175,7 @@ def _step(model: ir.Model, tokens: Sequence[int]) -> tuple[dict[str, Array], Pag
 
 
 def _usable(tokens: Sequence[int], model: ir.Model) -> tuple[int, ...]:
-    """The first tokens that the model has and has room for; where it has next to none of them, some that it has."""
+    """The first tokens that lie in the vocabulary and fit the context; if there are next to none, other valid tokens."""
     shape = model.graph.outputs[0].shape
     assert shape is not None and isinstance(shape[1], int)
     vocabulary, most = shape[1], min(TOKENS, int(model.metadata_props.get("max_position", TOKENS)))

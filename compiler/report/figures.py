@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the rectangles of plots; the template draws them."""
+"""Formats numbers for people, and lays out the rectangles of plots; the template draws them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Rect:
-    """A rectangle in a drawing of so many units; `title` is what it says when pointed at."""
+    """A rectangle in the units of its drawing; `title` is its tooltip."""
 
     x: float
     y: float
@@ -33,7 +33,7 @@ class Rect:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Rectangles on `width` x 100 units, stretched to the page; `ends` are the labels below its left and right end."""
+    """Rectangles on `width` x 100 units, stretched to the page; `ends` are the labels below the left and the right end."""
 
     width: float
     rects: tuple[Rect, ...]
@@ -42,7 +42,7 @@ class Drawing:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """To so many significant digits: "1,234", "0.0127", "3.1e-6"; integers in full."""
+    """Format a number with so many significant digits, as "1,234", "0.0127" or "3.1e-6"; integers in full."""
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value) or value == 0:
@@ -55,12 +55,12 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """0.958 is "95.8 %"."""
+    """Format a share: 0.958 becomes "95.8 %"."""
     return f"{100 * share:.1f} %"
 
 
 def phrase(value: Any) -> str:
-    """A JSON value in words."""
+    """Put a JSON value into words."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {phrase(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -71,19 +71,19 @@ def phrase(value: Any) -> str:
 
 
 def words(name: str) -> str:
-    """A field's name as words."""
+    """Put the name of a field into words."""
     return name.replace("_", " ")
 
 
 def bars(rows: Iterable[tuple[str, float, str]]) -> list[Bar]:
-    """A bar for each (label, value, value as text); the greatest is as wide as the page."""
+    """One bar per (label, value, value as text); the bar of the greatest value is as wide as the page."""
     found = list(rows)
     greatest = max((value for _, value, _ in found if math.isfinite(value)), default=0) or 1
     return [Bar(label, text, _round(100 * max(min(value / greatest, 1), 0))) for label, value, text in found]
 
 
 def columns(values: Sequence[tuple[str, float]], ends: tuple[str, str], about: str) -> Drawing:
-    """Columns side by side, the greatest as high as the drawing; each has a name."""
+    """Named columns side by side; the column of the greatest value is as high as the drawing."""
     greatest = max((value for _, value in values), default=0) or 1
     heights = [100 * value / greatest for _, value in values]
     rects = tuple(
@@ -94,7 +94,7 @@ def columns(values: Sequence[tuple[str, float]], ends: tuple[str, str], about: s
 
 
 def lifetimes(buffers: Sequence[PlannedBuffer], arena: int, calls: int, about: str) -> Drawing:
-    """Buffers that are there in the first calls: how long from left to right, where in the arena from top to bottom."""
+    """Lifetimes of the buffers in the first calls: calls run from left to right, offsets in the arena from top to bottom."""
     shown = [buffer for buffer in buffers if buffer.first < calls]
     rects = tuple(
         Rect(

@@ -1,4 +1,4 @@
-"""What an engine's memory is for, read from its program."""
+"""Breaks down an engine's memory by purpose."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def memory_of(lowered: Lowered, required: int, kv_tokens: int) -> Memory:
 
 
 def weight_parts(program: Program, sizes: dict[str, int]) -> dict[str, int]:
-    """Bytes of the weights by what the calls that read them are for; parts without a byte are left out."""
+    """Bytes of the weights by the purpose of the calls that read them; parts without weights are omitted."""
     readers: dict[str, set[str]] = {}
     for call in program.calls:
         for arg in call.args:
@@ -47,7 +47,7 @@ def weight_parts(program: Program, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _part(call: Call) -> str:
-    """What a call is for, by its kind, the rows it works on and its node's name."""
+    """The purpose of a call, derived from its kind, its rows and the name of its node."""
     if "embedding" in call.kind:
         return EMBEDDING
     if "linear" not in call.kind:

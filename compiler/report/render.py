@@ -1,4 +1,4 @@
-"""Writes the page: the same report gives the same bytes."""
+"""Renders the page; equal reports give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEMPLATE = "report.html.jinja"
 
 
 def render(report: Report) -> str:
-    """One HTML page that reads nothing else: style and plots are in it, and it has no scripts."""
+    """Render one HTML page with its style and plots in it; it has no scripts and loads no other file."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

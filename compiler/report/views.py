@@ -1,4 +1,4 @@
-"""A report's sections as rows, bars and sentences, in the order of the page."""
+"""Turns the sections of a report into rows, bars and sentences, in the order of the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLOTTED = ("histogram", "shares", "dropped")
 
 
 def summary(report: Report) -> list[tuple[str, str, str]]:
-    """What one looks for first: (what, how much, more of it)."""
+    """The figures at the top of the page, as (name, value, details)."""
     manifest, stages, accuracy = report.manifest, report.effects.stages, report.manifest.accuracy
     total = sum(record.bytes for record in report.files.values())
     weights = sum(report.memory.weights.values()) if report.memory else 0
@@ -42,7 +42,7 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
 
 
 def built(report: Report) -> View:
-    """What was built, from what, with what."""
+    """Rows about the checkpoint, the target, the passes and the toolchain."""
     manifest = report.manifest
     model, target, template, special = manifest.model, manifest.target, manifest.prompt_template, manifest.special_tokens
     facts = [
@@ -72,7 +72,7 @@ def _pass(record: PassRecord) -> View:
 
 
 def effects(found: Effects) -> View | None:
-    """A row for each stage, and a plot of each number over the passes that changed something."""
+    """One row per stage, and a plot of each number over the passes that changed something."""
     if not found.stages:
         return None
     changed = [stage for stage in found.stages if stage.changes != 0]
@@ -113,7 +113,7 @@ def _kl(drift: Drift) -> str:
 
 
 def accuracy(manifest: Manifest) -> View | None:
-    """The unquantized model beside the engine, with the limits of the build."""
+    """The engine's accuracy beside the unquantized model, with the limits of the build."""
     found = manifest.accuracy
     if not found:
         return None
@@ -172,7 +172,7 @@ def _verdict(value: Any, bound: Any, limit: tuple[str, bool] | None, text: Any) 
 
 
 def layers(found: Sequence[Damage]) -> View | None:
-    """The linears that INT8 hurts most, and how the damage lies over the depth of the model."""
+    """The linear layers that INT8 damages most, and a plot of the damage over the depth of the model."""
     if not found:
         return None
     by_kl = all(layer.kl is not None for layer in found)
@@ -199,7 +199,7 @@ def layers(found: Sequence[Damage]) -> View | None:
 
 
 def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) -> View | None:
-    """What a host's memory is needed for, and how activations share the arena."""
+    """Rows about the memory that a host needs, and a drawing of how activations share the arena."""
     if found is None:
         return None
     kv = f"KV cache for {number(found.kv_tokens)} tokens"
@@ -234,7 +234,7 @@ def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) ->
 
 
 def coverage(found: Mapping[str, Any] | None) -> View | None:
-    """Numbers and texts as rows; what there is much of as bars, lists of anything else as tables; nothing is left out."""
+    """Every entry of the coverage: numbers and texts as rows, long series of numbers as bars, other lists as tables."""
     if not found:
         return None
     view: View = {"rows": [], "plots": [], "tables": []}
@@ -267,7 +267,7 @@ def _cover(title: str, value: Any, view: View) -> None:
 
 
 def _cover_rows(title: str, rows: Sequence[Mapping[str, Any]], view: View) -> None:
-    """Mappings in a list: for ranges, and values of a label, bars of calibration requests beside all; else a table."""
+    """A list of mappings: for ranges and for values of a label, bars of calibration requests beside all; else a table."""
     labels = [f"{row['from']} to {row['to']}" if row.keys() >= {"from", "to"} else row.get("value") for row in rows]
     key = next((key for key in ("calibration_share", "calibration") if all(_real(row.get(key)) for row in rows)), "")
     if not key or None in labels:
