@@ -12,6 +12,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
 
+SENTENCEPIECE = "llama"  # tokenizer.ggml.model of sentencepiece vocabularies, whatever the architecture
 # Names of tokenizer.ggml.pre, grouped by what llama.cpp does for them (src/llama-vocab.cpp).
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
 DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
@@ -27,8 +28,8 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
     tokens, kind = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.model")
     if not tokens:
         raise _unsupported(file, "no tokenizer.ggml.tokens in its metadata", "a tokenizer")
-    if kind not in {"gpt2", "llama"}:
-        raise _unsupported(file, f"tokenizer.ggml.model {kind!r}", "gpt2 or llama")
+    if kind not in {"gpt2", SENTENCEPIECE}:
+        raise _unsupported(file, f"tokenizer.ggml.model {kind!r}", f"gpt2 or {SENTENCEPIECE}")
     pre = get("tokenizer.ggml.pre", "gpt-2")  # a wrong split would give wrong ids without any error
     if kind == "gpt2" and pre not in GPT2 | DIGITS_GPT2 | LLAMA3:
         raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(GPT2 | DIGITS_GPT2 | LLAMA3)))

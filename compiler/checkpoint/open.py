@@ -13,11 +13,9 @@ from belle_compile.compiler.checkpoint.gguf_files import open_gguf
 from belle_compile.compiler.checkpoint.huggingface import open_huggingface
 from belle_compile.compiler.checkpoint.locate import locate, single_gguf
 from belle_compile.compiler.checkpoint.special_tokens import special_tokens
-from belle_compile.compiler.checkpoint.templates import choose_template
-from belle_compile.compiler.checkpoint.tensors import STAGE, canonical
-from belle_compile.compiler.errors import CompileError
-
-FAMILIES = ("bloom", "llama")
+from belle_compile.compiler.checkpoint.templates import RAW, choose_template
+from belle_compile.compiler.checkpoint.tensors import canonical
+from belle_compile.compiler.families import registry
 
 
 def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpoint:
@@ -29,7 +27,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpo
     found = locate(path)
     gguf = single_gguf(found)
     contents = open_gguf(gguf, directory=None if gguf == found else found) if gguf else open_huggingface(found)
-    family = family_of(contents.config, found)
+    family = registry.by_config(contents.config, found)
     chosen = choose_template(template, contents.template, family, contents.config)
     notes = [*contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json)]
     special = special_tokens(
@@ -38,11 +36,11 @@ def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpo
         contents.tokenizer_config,
         contents.tokens_map,
         contents.tokenizer_json,
-        raw_template=chosen.name == "raw",
+        raw_template=chosen.name == RAW,
     )
     return Checkpoint(
         path=found,
-        family=family,
+        family=family.name,
         config=contents.config,
         tensors=canonical(contents.tensors, family),
         tokenizer_json=contents.tokenizer_json,
@@ -61,18 +59,3 @@ def _vocabulary_note(config: dict[str, Any], tokenizer_json: str) -> list[str]:
     if not isinstance(vocab_size, int) or ids <= vocab_size:
         return []
     return [f"the tokenizer knows ids up to {ids - 1} and the embedding has {vocab_size} rows: the tokens beyond are unusable"]
-
-
-def family_of(config: dict[str, Any], path: Path) -> str:
-    """The family a config.json names, by model_type or, in old releases, by architecture."""
-    stated = config.get("model_type") or (config.get("architectures") or [""])[0]
-    family = next((name for name in FAMILIES if str(stated).lower() in {name, f"{name}forcausallm", f"{name}model"}), None)
-    if family is None:
-        raise CompileError(
-            STAGE,
-            f"model_type of {path}",
-            found=repr(stated) if stated else "none",
-            expected="bloom or llama",
-            remedy="give a BELLE checkpoint, or another of the BLOOM or LLaMA family",
-        )
-    return family

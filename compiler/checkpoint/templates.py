@@ -1,8 +1,9 @@
-"""Prompt templates: the BELLE families' as data, and which one a build uses."""
+"""Prompt templates: those that have a name, as data, and the choice of the one that a build uses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families.family import Family
 
 STAGE = "template"
 
@@ -27,10 +29,10 @@ class PromptTemplate:
 
 
 def _turns(human: str, assistant: str) -> str:
-    """Jinja of a conversation: `human` is a Jinja expression over `text`, `assistant` one over `message`.
+    """Make the template of a conversation from two Jinja expressions: `human` over `text`, `assistant` over `message`.
 
-    A system message has no place in BELLE's training data (LianjiaTech/BELLE, train/src/sample_generator.py): it goes in
-    front of the first human message.
+    BELLE's training data has no system messages (LianjiaTech/BELLE, train/src/sample_generator.py), so the text of one is put
+    in front of the next human message.
     """
     return (
         "{%- set ns = namespace(system='') -%}"
@@ -44,16 +46,16 @@ def _turns(human: str, assistant: str) -> str:
     )
 
 
-# A human turn already ends in the words that start the answer, so add_generation_prompt has nothing to add. An earlier answer
-# is closed as the model has seen it: by EOS where it was trained on conversations (the LLaMA ones, sample_generator.py); the
-# cards of the others say to concatenate the turns, which leaves an empty line between them.
+RAW = "raw"
+# A human turn ends with the words that start the answer, so add_generation_prompt adds nothing. An earlier answer ends as it
+# did in training: with EOS in models that were trained on conversations (BELLE-LLaMA, sample_generator.py). The model cards of
+# the others tell users to concatenate the turns, which leaves an empty line between them.
 TEMPLATES = {
     "belle-bloom": _turns("'Human: ' + text + '\\n\\nAssistant:'", "message['content'] + '\\n\\n'"),
     "belle-llama": _turns("'Human: \\n' + text + '\\n\\nAssistant: \\n'", "message['content'] + eos_token"),
     "belle-llama-ext": _turns("'Human: ' + text + '\\n\\nBelle: '", "message['content'] + '\\n\\n'"),
-    "raw": "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}",
+    RAW: "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}",
 }
-EXT_VOCAB_SIZE = 79458  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -65,19 +67,31 @@ def environment() -> ImmutableSandboxedEnvironment:
     return env
 
 
-def family_template(family: str, config: dict[str, Any]) -> PromptTemplate:
-    """The template BELLE trained this family with."""
-    name = "belle-bloom" if family == "bloom" else "belle-llama"
-    if family == "llama" and config.get("vocab_size") == EXT_VOCAB_SIZE:
-        name = "belle-llama-ext"
-    return PromptTemplate(name, TEMPLATES[name])
+def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:
+    """The template of a family's checkpoints that have none of their own; raises CompileError if the family has none either."""
+    size = config.get("vocab_size")
+    stated = next((text for known, text in family.template_by_vocabulary.items() if known == size), family.template)
+    if not stated:
+        raise CompileError(
+            STAGE,
+            "prompt template",
+            found=f"none in the checkpoint, and no default for the {family.title} family",
+            expected="the template that this model was trained with",
+            remedy=f"give it with --template NAME|FILE ({', '.join(TEMPLATES)}), or as chat_template.jinja beside the weights",
+        )
+    template = _from_text(stated)
+    assert template is not None, f"family {family.name}: {stated!r} is no template"
+    return template if template.name in TEMPLATES else replace(template, name=family.name)
 
 
-def choose_template(argument: str | None, own: PromptTemplate | None, family: str, config: dict[str, Any]) -> PromptTemplate:
-    """The argument's template, else the checkpoint's own, else the family's; verified to compile as Jinja.
+def choose_template(
+    argument: str | None, own: PromptTemplate | None, family: Family[Any], config: Mapping[str, Any]
+) -> PromptTemplate:
+    """Choose the argument's template, else the checkpoint's `own`, else the family's.
 
-    `argument` is a name in `TEMPLATES`, the path of a .jinja file, Jinja text (it contains `{{` or `{%`), or a format for one
-    message with {x} in the place of the user's words, such as "Human: {x}\\n\\nAssistant:".
+    Raises CompileError where there is none, or where it fails or leaves out the message that it is tried with. `argument` is a
+    name in `TEMPLATES`, the path of a .jinja file, Jinja text (it contains `{{` or `{%`), or a format for one message with {x}
+    in the place of the user's words, such as "Human: {x}\\n\\nAssistant:".
     """
     template = _from_argument(argument) if argument is not None else own or family_template(family, config)
     words = "the words of the user"
@@ -107,7 +121,7 @@ def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_toke
 
 
 def read_template(file: Path) -> str:
-    """The text of a Jinja file."""
+    """Read a Jinja file; raises CompileError if it cannot be read or is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -121,12 +135,8 @@ def read_template(file: Path) -> str:
 
 
 def _from_argument(argument: str) -> PromptTemplate:
-    if argument in TEMPLATES:
-        return PromptTemplate(argument, TEMPLATES[argument])
-    if "{{" in argument or "{%" in argument:
-        return PromptTemplate("inline", argument)
-    if "{x}" in argument:
-        return PromptTemplate("format", _from_format(argument))
+    if template := _from_text(argument):
+        return template
     file = Path(argument)
     if file.suffix in {".jinja", ".jinja2", ".j2"}:
         return PromptTemplate(file.name, read_template(file))
@@ -139,8 +149,17 @@ def _from_argument(argument: str) -> PromptTemplate:
     )
 
 
+def _from_text(text: str) -> PromptTemplate | None:
+    """The template of a name, of Jinja text or of a format; None for other text."""
+    if text in TEMPLATES:
+        return PromptTemplate(text, TEMPLATES[text])
+    if "{{" in text or "{%" in text:
+        return PromptTemplate("inline", text)
+    return PromptTemplate("format", _from_format(text)) if "{x}" in text else None
+
+
 def _from_format(text: str) -> str:
-    """A format such as `Human: {x}\\n\\nAssistant:` as Jinja; backslash-n and -t in it are read as a shell user means them."""
+    """Make Jinja of a format such as `Human: {x}\\n\\nAssistant:`, in which \\n and \\t are a line feed and a tab."""
     before, after = text.replace("\\n", "\n").replace("\\t", "\t").split("{x}", 1)
     return _turns(f"{before!r} + text + {after!r}", "message['content'] + eos_token")
 

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families.family import Family
 
 STAGE = "checkpoint"
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # Recomputed from config.json by everybody; old LLaMA conversions still store them.
-DERIVED_BUFFERS = (".rotary_emb.inv_freq",)
+DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 
 FloatArray = npt.NDArray[np.float32]
@@ -72,21 +73,13 @@ def require_float(tensor: LazyTensor) -> None:
     )
 
 
-def canonical_name(name: str, family: str) -> str:
-    """The name the frontends use: BLOOM without `transformer.`, LLaMA with `model.`."""
-    if family == "bloom":
-        return name.removeprefix("transformer.")
-    bare_model = name.startswith(("embed_tokens.", "layers.", "norm."))  # saved from LlamaModel, not LlamaForCausalLM
-    return f"model.{name}" if bare_model else name
-
-
-def canonical(tensors: Iterable[LazyTensor], family: str) -> dict[str, LazyTensor]:
-    """Tensors under their canonical names, without derived buffers."""
+def canonical(tensors: Iterable[LazyTensor], family: Family[Any]) -> dict[str, LazyTensor]:
+    """Tensors under the names that the family's graph asks for, without derived buffers."""
     named: dict[str, LazyTensor] = {}
     for tensor in tensors:
         if tensor.name.endswith(DERIVED_BUFFERS):
             continue
-        name = canonical_name(tensor.name, family)
+        name = family.canonical_name(tensor.name)
         if name in named:
             raise CompileError(
                 STAGE,

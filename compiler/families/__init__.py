@@ -1,34 +1,36 @@
-"""Frontends: a checkpoint's config and tensors -> the graph. One architecture is one file and one line in FRONTENDS."""
+"""Families: from a checkpoint's config and tensors to the graph. An architecture is one module and one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, llama
+from belle_compile.compiler.families import bloom, llama, registry
+from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.families.registry import register
+from belle_compile.compiler.ir.build import GraphBuilder
 
 if TYPE_CHECKING:
     from belle_compile.compiler.checkpoint import Checkpoint
 
-__all__ = ["FRONTENDS", "build_graph"]
+__all__ = ["Family", "build_graph", "register", "registry"]
 
-FRONTENDS: Mapping[str, Callable[[Checkpoint], ir.Model]] = {
-    "bloom": bloom.build,
-    "llama": llama.build,
-}
+register(bloom.FAMILY)
+register(llama.FAMILY)
 
 
 def build_graph(checkpoint: Checkpoint) -> ir.Model:
-    """The verified float32 graph of a checkpoint; its weights are lazy and none but a tied head is read here.
+    """Build the float32 graph of a checkpoint and verify it; weights stay lazy, and only a tied head is read.
 
-    Raises CompileError where a config key asks for something the graph would not compute, and where tensors are missing,
-    misshapen or left over.
+    Raises CompileError for a key of config.json that asks for something the graph would not compute, and for tensors that are
+    missing, have another shape, or are left over.
     """
-    frontend = FRONTENDS.get(checkpoint.family)
-    if frontend is None:
-        what, expected = f"architecture of {checkpoint.path}", f"one of {', '.join(FRONTENDS)}"
-        raise CompileError("frontend", what, found=repr(checkpoint.family), expected=expected)
-    return frontend(checkpoint)
+    family = registry.by_name(checkpoint.family, checkpoint.path)
+    config = family.read_config(checkpoint.config)
+    builder = GraphBuilder(family.name)
+    layers = Layers(checkpoint, builder)
+    logits = family.build(layers, config)
+    layers.check_all_taken()
+    return builder.finish(logits, {"family": family.name} | config.metadata)

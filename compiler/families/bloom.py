@@ -12,11 +12,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.families.config import Keys, Reader
+from belle_compile.compiler.families.family import Family, ModelConfig
 from belle_compile.compiler.families.layers import Layers
-from belle_compile.compiler.ir.build import GraphBuilder
 
 if TYPE_CHECKING:
-    from belle_compile.compiler.checkpoint import Checkpoint, LazyTensor
+    from belle_compile.compiler.checkpoint import LazyTensor
 
 DEFAULT_MAX_POSITION = 2048  # BLOOM's training length; ALiBi sets no limit of its own
 
@@ -26,7 +26,7 @@ KEYS = Keys(
         apply_residual_connection_post_layernorm tie_word_embeddings seq_length n_inner slow_but_exact pretraining_tp
         """.split()
     ),
-    # offset_alibi shifts all scores of a head alike, which softmax cancels; the rest are Megatron's switches for kernels.
+    # offset_alibi shifts all scores of a head by the same number, which softmax cancels; the others choose Megatron's kernels.
     harmless=frozenset(
         """offset_alibi attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv
         """.split()
@@ -35,42 +35,15 @@ KEYS = Keys(
 )
 
 
-@dataclass(frozen=True)
-class BloomConfig:
-    """What config.json says of a BLOOM model."""
+@dataclass(frozen=True, kw_only=True)
+class BloomConfig(ModelConfig):
+    """What config.json states about a BLOOM model."""
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    epsilon: float
-    residual_after_norm: bool  # the residual stream is taken after the layer's norms, not before
-    tied_head: bool
-    max_position: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """metadata_props of the model."""
-        facts = {
-            "family": "bloom",
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "max_position": self.max_position,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 4 * self.hidden_size,
-        }
-        return {key: str(value) for key, value in facts.items()}
+    residual_after_norm: bool  # the residual connections start behind the norms, not before them
 
 
 def read_config(config: Mapping[str, Any]) -> BloomConfig:
-    """The model config.json describes; raises CompileError at what this frontend does not build."""
+    """Read config.json; raises CompileError for what the graph would not compute."""
     KEYS.check(config)
     read = Reader(config)
     hidden, heads = read.integer("hidden_size", "n_embed"), read.integer("n_head", "num_attention_heads")
@@ -78,43 +51,41 @@ def read_config(config: Mapping[str, Any]) -> BloomConfig:
         raise read.error("n_head", str(heads), f"a divisor of the hidden size, {hidden}")
     if (inner := read.get("n_inner")) not in (None, 4 * hidden):
         raise read.error("n_inner", repr(inner), f"no value, or {4 * hidden}, four times the hidden size")
-    # Tensor-parallel training by itself does not matter. With slow_but_exact Transformers sums over the slices of that
-    # training, and leaves out the biases of both output projections; no release is meant to be run so.
+    # Tensor-parallel training alone changes nothing. With slow_but_exact too, Transformers adds up the slices of that training
+    # and leaves out the biases of both output projections; no release is meant to run that way.
     if read.flag("slow_but_exact", default=False) and read.integer("pretraining_tp", default=1) > 1:
         raise read.error("slow_but_exact", "true with pretraining_tp > 1", "false", "set it to false in config.json")
     return BloomConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
+        intermediate_size=4 * hidden,
         num_layers=read.integer("n_layer", "num_hidden_layers"),
         num_heads=heads,
-        epsilon=read.number("layer_norm_epsilon", default=1e-5),
-        residual_after_norm=read.flag("apply_residual_connection_post_layernorm", default=False),
-        tied_head=read.flag("tie_word_embeddings", default=True),
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
         max_position=read.integer("seq_length", default=DEFAULT_MAX_POSITION),
+        epsilon=read.number("layer_norm_epsilon", default=1e-5),
+        tied_head=read.flag("tie_word_embeddings", default=True),
+        residual_after_norm=read.flag("apply_residual_connection_post_layernorm", default=False),
     )
 
 
-def build(checkpoint: Checkpoint) -> ir.Model:
-    """The graph of a BLOOM checkpoint."""
-    config = read_config(checkpoint.config)
-    b = GraphBuilder("bloom")
-    layers = Layers(checkpoint, b)
-    hidden, epsilon = config.hidden_size, config.epsilon
+def build(layers: Layers, config: BloomConfig) -> ir.Value:
+    """Append the model; returns its logits."""
+    b, hidden, epsilon = layers.builder, config.hidden_size, config.epsilon
     table, head = layers.embedding_and_head("word_embeddings", (config.vocab_size, hidden), tied=config.tied_head)
     slopes = b.weight("alibi_slopes", alibi_slopes(config.num_heads))
     x = b.op("Gather", table, b.inputs.token_ids, name="word_embeddings", axis=0)
     x = layers.layer_norm(x, "word_embeddings_layernorm", hidden, epsilon)
     for layer in range(config.num_layers):
-        x = _block(b, layers, config, x, slopes, layer)
+        x = _block(layers, config, x, slopes, layer)
     x = b.op("Gather", x, b.inputs.logit_rows, name="rows", axis=0)
     x = layers.layer_norm(x, "ln_f", hidden, epsilon)
-    logits = b.op("Gemm", x, head, name="lm_head", transB=1)
-    layers.check_all_taken()
-    return b.finish(logits, config.metadata)
+    return b.op("Gemm", x, head, name="lm_head", transB=1)
 
 
-def _block(b: GraphBuilder, layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, layer: int) -> ir.Value:
-    prefix, hidden, heads, head_dim = f"h.{layer}", config.hidden_size, config.num_heads, config.head_dim
+def _block(layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, layer: int) -> ir.Value:
+    b, prefix, hidden, heads, head_dim = layers.builder, f"h.{layer}", config.hidden_size, config.num_heads, config.head_dim
     normed = layers.layer_norm(x, f"{prefix}.input_layernorm", hidden, config.epsilon)
     residual = normed if config.residual_after_norm else x
 
@@ -152,10 +123,10 @@ def _block(b: GraphBuilder, layers: Layers, config: BloomConfig, x: ir.Value, sl
 
 
 def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[np.float32]:
-    """query_key_value with its rows as [all q; all k; all v], where the file has q, k, v of one head after the other.
+    """Read query_key_value with its rows as [all q; all k; all v]; in the file they are q, k, v of one head after another.
 
-    Rows are [num_heads, 3, head_dim] in the file and [3, num_heads, head_dim] in the result. Read head by head, so that
-    only the result is ever whole in memory.
+    Rows are [num_heads, 3, head_dim] in the file and [3, num_heads, head_dim] in the result. They are read head by head, so
+    that only the result is ever whole in memory.
     """
     result = np.empty((3, num_heads, head_dim, *tensor.shape[1:]), np.float32)
     for head in range(num_heads):
@@ -165,17 +136,29 @@ def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[
 
 
 def alibi_slopes(num_heads: int) -> npt.NDArray[np.float32]:
-    """float32 [num_heads]: geometric from 2^(-8/n) for n a power of two; others interleave the next power's slopes.
+    """Slopes of ALiBi (https://arxiv.org/abs/2108.12409), float32 [num_heads], as `_get_alibi_slopes` of modeling_bloom.py.
 
-    ALiBi (https://arxiv.org/abs/2108.12409), `_get_alibi_slopes` of modeling_bloom.py.
+    For n heads, n a power of two, they are the powers 1 to n of 2^(-8/n). Another number of heads takes the slopes of the next
+    lower power of two, and then every second slope of the next higher one.
     """
-    whole = 2 ** int(math.log2(num_heads))
-    slopes = _geometric(whole, np.arange(1, whole + 1))
-    extra = _geometric(2 * whole, np.arange(1, 2 * (num_heads - whole), 2))
+    lower = 2 ** int(math.log2(num_heads))
+    slopes = _geometric(lower, np.arange(1, lower + 1))
+    extra = _geometric(2 * lower, np.arange(1, 2 * (num_heads - lower), 2))
     return np.concatenate([slopes, extra]).astype(np.float32)
 
 
 def _geometric(power_of_two: int, exponents: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    base = np.float32(2.0 ** -(8.0 / power_of_two))  # rounded, as Transformers does
+    base = np.float32(2.0 ** -(8.0 / power_of_two))  # Transformers rounds it too
     slopes: npt.NDArray[np.float64] = np.power(np.float64(base), exponents)
     return slopes
+
+
+FAMILY = Family(
+    name="bloom",
+    title="BLOOM",
+    architectures=("BloomForCausalLM", "BloomModel"),
+    renames=((r"^transformer\.", ""),),  # BloomForCausalLM has it, BloomModel and some releases do not
+    read_config=read_config,
+    build=build,
+    template="belle-bloom",
+)

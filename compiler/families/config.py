@@ -1,4 +1,4 @@
-"""Reading config.json strictly: every key is used, known to change nothing, held to values that change nothing, or refused."""
+"""Strict reading of config.json: a key is used, known to be harmless, restricted to harmless values, or refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from belle_compile.compiler.errors import CompileError
 
 STAGE = "config"
 
-# Written by Transformers 4 and 5, trainers and converters; none of them changes a forward pass in evaluation mode.
+# Keys that Transformers 4 and 5, trainers and converters write; none of them changes a forward pass in evaluation mode.
 HARMLESS = frozenset(
     # Bookkeeping.
     """_name_or_path name_or_path _commit_hash architectures model_type transformers_version finetuning_task
     task_specific_params problem_type id2label label2id num_labels prefix tokenizer_class tokenizer_model_max_length
     tokenizer_padding_side model_max_length transformers.js_config unsloth_version unsloth_fixed is_llama_config license
     """.split()
-    # Special tokens, which the checkpoint reads.
+    # Special tokens, which compiler/checkpoint reads.
     + """bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
     """.split()
-    # How to compute, not what: the weights' dtype on disk, kernels, caching, what a forward call hands back.
+    # How to compute, not what: the weights' dtype on disk, kernels, caching, what a forward call returns.
     + """torch_dtype dtype use_bfloat16 use_cache torchscript output_attentions output_hidden_states return_dict
     chunk_size_feed_forward tf_legacy_loss attn_implementation _attn_implementation _attn_implementation_autoset
     _attn_implementation_internal _experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention
@@ -28,7 +28,7 @@ HARMLESS = frozenset(
     """.split()
     # Training.
     + "initializer_range attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop".split()
-    # Generation settings that Transformers 4 kept here; the checkpoint reads its defaults from generation_config.json.
+    # Generation settings, which Transformers 4 kept here; compiler/checkpoint reads them from generation_config.json.
     + """assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
@@ -38,7 +38,7 @@ HARMLESS = frozenset(
     """.split()
 )
 
-# Keys of other architectures, or of forks, with the values at which a BLOOM or LLaMA stays what it is.
+# Keys of other architectures and of forks, each with the values at which they do not change the families' graphs.
 FIXED: Mapping[str, tuple[object, ...]] = {
     "is_decoder": (True, False),
     "is_encoder_decoder": (False,),
@@ -64,10 +64,10 @@ REMEDIES = {"quantization_config": "quantised checkpoints are not supported: giv
 
 @dataclass(frozen=True)
 class Keys:
-    """What a frontend does with each key of config.json; whatever is in none of the three is refused unless null.
+    """What a family does with each key of config.json; a key that is in none of the three is refused unless it is null.
 
-    `used` keys are read by the frontend. `harmless` ones do not change results. `fixed` ones change results, so they must
-    be null or one of the values listed (a list must hold these only). The sets above are added to the last two.
+    The family reads the `used` keys. Those in `harmless` do not change results. Those in `fixed` would, so they must be null or
+    have one of the values listed (of a list, every item must). HARMLESS and FIXED are added to the last two.
     """
 
     used: frozenset[str]
@@ -75,7 +75,7 @@ class Keys:
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Raise CompileError at a key that asks for something else than the frontend builds."""
+        """Raise CompileError for a key that asks for something that the family's graph does not compute."""
         fixed = {**FIXED, **self.fixed}
         for key, value in config.items():
             if value is None or key in self.used or key in self.harmless or key in HARMLESS:
@@ -96,25 +96,25 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Typed values of a JSON object; `where` names it in errors. A key's null is its absence.
+    """Reads typed values of a JSON object, which `where` names in errors. A key that is null counts as missing.
 
-    Of several names for one value any may be there; two that disagree are refused.
+    A value may have several names; two that are present with different values are refused.
     """
 
     values: Mapping[str, Any]
     where: str = "config.json"
 
     def get(self, *names: str) -> Any:
-        """The value under any of the names, None if there is none."""
-        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
-        first = next(iter(found.values()), None)
-        if any(value != first for value in found.values()):
-            listed = ", ".join(f"{name} {_short(value)}" for name, value in found.items())
-            raise self.error(names[0], listed, "one value", "remove the wrong key")
+        """The value under any of the names; None if it has none of them."""
+        present = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        first = next(iter(present.values()), None)
+        if any(value != first for value in present.values()):
+            contradiction = ", ".join(f"{name} {_short(value)}" for name, value in present.items())
+            raise self.error(names[0], contradiction, "one value", "remove the wrong key")
         return first
 
     def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number, not below `least`."""
+        """The whole number under any of the names; it must not be below `least`."""
         value = self._or_default(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -123,21 +123,20 @@ class Reader:
         return value
 
     def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
-        """A number greater than `above`."""
+        """The number under any of the names; it must be greater than `above`."""
         value = self._or_default(names, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < float("inf"):
             raise self.error(names[0], _short(value), f"a number > {above:g}")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
-        """True or false."""
         value = self._or_default((name,), default)
         if not isinstance(value, bool):
             raise self.error(name, _short(value), "true or false")
         return value
 
     def error(self, name: str, found: str, expected: str, remedy: str = "") -> CompileError:
-        """The error about one key."""
+        """A CompileError about one key; the caller raises it."""
         return CompileError(STAGE, f"key {name} of {self.where}", found=found, expected=expected, remedy=remedy)
 
     def _or_default(self, names: tuple[str, ...], default: float | None) -> Any:

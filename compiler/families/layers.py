@@ -1,4 +1,4 @@
-"""Graph nodes that hold a checkpoint's weights: what architectures share."""
+"""Layers that families share: graph nodes, and the tensors of the checkpoint that they take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families.family import STAGE
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.lazy import lazy
 
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
     from belle_compile.compiler.checkpoint import Checkpoint, LazyTensor
 
 HEAD = "lm_head.weight"
-COMPARED_BYTES = 1 << 25  # read at once of each of two tables compared
-# Buffers of old releases that are recomputed from the config: rotary frequencies, causal masks.
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
+COMPARED_BYTES = 1 << 25  # read at a time from each of two tables that are compared
+# Causal masks, which old releases store as buffers; opening a checkpoint has dropped their rotary frequencies already.
+MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 
 Reorder = Callable[["LazyTensor"], npt.NDArray[np.float32]]
 
 
 class Layers:
-    """Appends layers to a graph and keeps account of the tensors they take.
+    """Appends layers to the graph of `builder` and records which tensors of the checkpoint they take.
 
-    A layer has the name of its module in Transformers, its tensors those of the checkpoint: `h.0.mlp.dense_h_to_4h` has
-    `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
+    A layer is named as its module in Transformers, and its tensors as in the checkpoint: the layer `h.0.mlp.dense_h_to_4h`
+    takes the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
     """
 
     def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder) -> None:
@@ -37,33 +38,33 @@ class Layers:
         self._taken: set[str] = set()
 
     def weight(self, name: str, shape: tuple[int, ...], reorder: Reorder | None = None) -> ir.Value:
-        """The float32 initializer that reads a tensor of the checkpoint, through `reorder` where given."""
+        """Add a float32 initializer that reads a tensor of the checkpoint, through `reorder` if that is given."""
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         read = tensor.read if reorder is None else lambda: reorder(tensor)
         return self.builder.weight(name, lazy(name, read, shape, np.float32, tensor.rows if reorder is None else None))
 
     def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, reorder: Reorder | None = None) -> ir.Value:
-        """x @ weight.T + bias; sizes are (outputs, inputs), as the weight's."""
+        """Append x @ weight.T + bias; `sizes` are (outputs, inputs), the shape of the weight."""
         weight = self.weight(f"{name}.weight", sizes, reorder)
-        added = self.weight(f"{name}.bias", sizes[:1], reorder) if bias else None
-        return self.builder.op("Gemm", x, weight, added, name=name, transB=1)
+        addend = self.weight(f"{name}.bias", sizes[:1], reorder) if bias else None
+        return self.builder.op("Gemm", x, weight, addend, name=name, transB=1)
 
     def layer_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
-        """LayerNormalization with scale and bias."""
+        """Append a LayerNormalization of the last axis, with scale and bias of shape [size]."""
         scale, bias = self.weight(f"{name}.weight", (size,)), self.weight(f"{name}.bias", (size,))
         return self.builder.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=epsilon)
 
     def rms_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
-        """RMSNormalization with a scale."""
+        """Append an RMSNormalization of the last axis, with a scale of shape [size]."""
         scale = self.weight(f"{name}.weight", (size,))
         return self.builder.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
     def embedding_and_head(self, name: str, shape: tuple[int, int], *, tied: bool) -> tuple[ir.Value, ir.Value]:
-        """The embedding table and the head's weight, both [vocabulary, hidden]; one and the same when tied.
+        """Add the embedding table and the head's weight, both of `shape` [vocabulary, hidden]; a tied head is the table.
 
-        A tied head may be in the file beside the table (pickles, some converters) or in its place. Where both are there
-        and differ, Transformers 4 ties them and 5 does not, so that is an error; it needs both to be read.
+        The file may have a tied head beside the table (pickles, some converters) or in its place. If it has both, they are read
+        and compared: Transformers 4 would tie two that differ and Transformers 5 would not, so these are refused.
         """
         table, tensors = f"{name}.weight", self.checkpoint.tensors
         if not tied:
@@ -83,16 +84,16 @@ class Layers:
 
     def check_all_taken(self) -> None:
         """Raise CompileError if the checkpoint has a tensor that no layer took."""
-        left = sorted(name for name in self.checkpoint.tensors.keys() - self._taken if not BUFFERS.search(name))
-        if left:
-            listed = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+        unused = sorted(name for name in self.checkpoint.tensors.keys() - self._taken if not MASKS.search(name))
+        if unused:
+            names = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             remedy = "the weights do not belong to this config.json, or are of another architecture"
             raise self._error(
-                "tensors", f"{listed}, which the graph does not use", "only tensors that config.json implies", remedy
+                "tensors", f"{names}, which the graph does not use", "only tensors that config.json implies", remedy
             )
 
     def _error(self, what: str, found: str, expected: str, remedy: str) -> CompileError:
-        return CompileError("frontend", f"{what} of {self.checkpoint.path}", found=found, expected=expected, remedy=remedy)
+        return CompileError(STAGE, f"{what} of {self.checkpoint.path}", found=found, expected=expected, remedy=remedy)
 
 
 def _equal(a: LazyTensor, b: LazyTensor) -> bool:

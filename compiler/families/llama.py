@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
+from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import rope
 from belle_compile.compiler.families.config import Keys, Reader
+from belle_compile.compiler.families.family import STAGE, Family, ModelConfig
+from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
-from belle_compile.compiler.ir.build import GraphBuilder
-
-if TYPE_CHECKING:
-    from belle_compile.compiler.checkpoint import Checkpoint
 
 KEYS = Keys(
     used=rope.KEYS.union(
@@ -23,52 +22,39 @@ KEYS = Keys(
         rms_norm_eps attention_bias mlp_bias tie_word_embeddings
         """.split()
     ),
-    # pretraining_tp > 1 only had Transformers 4 sum the same products in slices. max_sequence_length is of early
-    # conversions, which nothing reads.
+    # With pretraining_tp > 1 Transformers 4 adds up the same products in slices. Early conversions have max_sequence_length,
+    # which nothing reads.
     harmless=frozenset({"pretraining_tp", "max_sequence_length"}),
     fixed={"hidden_act": ("silu", "swish"), "rope_interleaved": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,)},
 )
 
 
-@dataclass(frozen=True, eq=False)
-class LlamaConfig:
-    """What config.json says of a LLaMA model."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """What config.json states about a LLaMA model, and which linear layers have biases."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    epsilon: float
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
-    tied_head: bool
     rope: rope.Rope
 
     @property
     def metadata(self) -> dict[str, str]:
-        """metadata_props of the model."""
-        facts = {
-            "family": "llama",
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "max_position": self.rope.max_position,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-        }
-        if self.rope.dynamic_factor:  # sequences longer than this rotate all tokens of a step by their own length
-            facts["dynamic_rope_from"] = self.rope.original_max
-        return {key: str(value) for key, value in facts.items()}
+        """As for all families; and, with dynamic RoPE scaling, the length of a sequence from which its base grows."""
+        dynamic = {"dynamic_rope_from": str(self.rope.original_max)} if self.rope.dynamic_factor else {}
+        return super().metadata | dynamic
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaConfig:
-    """The model config.json describes; raises CompileError at what this frontend does not build."""
+    """Read config.json; raises CompileError for what the graph would not compute."""
     KEYS.check(config)
+    read = Reader(config)
+    attention_bias, mlp_bias = read.flag("attention_bias", default=False), read.flag("mlp_bias", default=False)
+    return config_with_biases(config, qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias)
+
+
+def config_with_biases(config: Mapping[str, Any], *, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> LlamaConfig:
+    """Read the keys of config.json that LLaMA's relatives share; a family checks the other keys and knows its biases."""
     read = Reader(config)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     kv_heads = read.integer("num_key_value_heads", default=heads)
@@ -77,6 +63,7 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
     if read.get("head_dim") is None and hidden % heads:
         raise read.error("num_attention_heads", str(heads), f"a divisor of hidden_size, {hidden}, or a head_dim")
     head_dim = read.integer("head_dim", default=hidden // heads)
+    rotary = rope.read_rope(config, head_dim)
     return LlamaConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
@@ -85,19 +72,19 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        max_position=rotary.max_position,
         epsilon=read.number("rms_norm_eps", default=1e-6),
-        attention_bias=read.flag("attention_bias", default=False),
-        mlp_bias=read.flag("mlp_bias", default=False),
         tied_head=read.flag("tie_word_embeddings", default=False),
-        rope=rope.read_rope(config, head_dim),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        rope=rotary,
     )
 
 
-def build(checkpoint: Checkpoint) -> ir.Model:
-    """The graph of a LLaMA checkpoint."""
-    config = read_config(checkpoint.config)
-    b = GraphBuilder("llama")
-    layers = Layers(checkpoint, b)
+def build(layers: Layers, config: LlamaConfig) -> ir.Value:
+    """Append the model; returns its logits."""
+    b = layers.builder
     vocabulary = config.vocab_size, config.hidden_size
     table, head = layers.embedding_and_head("model.embed_tokens", vocabulary, tied=config.tied_head)
     x = b.op("Gather", table, b.inputs.token_ids, name="model.embed_tokens", axis=0)
@@ -113,22 +100,19 @@ def build(checkpoint: Checkpoint) -> ir.Model:
         base=config.rope.base,
     )
     for layer in range(config.num_layers):
-        x = _block(b, layers, config, x, cos_sin, layer)
+        x = _block(layers, config, x, cos_sin, layer)
     x = b.op("Gather", x, b.inputs.logit_rows, name="rows", axis=0)
     x = layers.rms_norm(x, "model.norm", config.hidden_size, config.epsilon)
-    logits = b.op("Gemm", x, head, name="lm_head", transB=1)
-    layers.check_all_taken()
-    return b.finish(logits, config.metadata)
+    return b.op("Gemm", x, head, name="lm_head", transB=1)
 
 
-def _block(b: GraphBuilder, layers: Layers, config: LlamaConfig, x: ir.Value, cos_sin: ir.Value, layer: int) -> ir.Value:
-    prefix, hidden, inner = f"model.layers.{layer}", config.hidden_size, config.intermediate_size
+def _block(layers: Layers, config: LlamaConfig, x: ir.Value, cos_sin: ir.Value, layer: int) -> ir.Value:
+    b, prefix, hidden, inner = layers.builder, f"model.layers.{layer}", config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    bias = config.attention_bias
     normed = layers.rms_norm(x, f"{prefix}.input_layernorm", hidden, config.epsilon)
-    q = layers.linear(normed, f"{prefix}.self_attn.q_proj", (q_size, hidden), bias=bias)
-    k = layers.linear(normed, f"{prefix}.self_attn.k_proj", (kv_size, hidden), bias=bias)
-    v = layers.linear(normed, f"{prefix}.self_attn.v_proj", (kv_size, hidden), bias=bias)
+    q = layers.linear(normed, f"{prefix}.self_attn.q_proj", (q_size, hidden), bias=config.qkv_bias)
+    k = layers.linear(normed, f"{prefix}.self_attn.k_proj", (kv_size, hidden), bias=config.qkv_bias)
+    v = layers.linear(normed, f"{prefix}.self_attn.v_proj", (kv_size, hidden), bias=config.qkv_bias)
     step = b.inputs
     attended = b.op(
         "Attention",
@@ -146,7 +130,7 @@ def _block(b: GraphBuilder, layers: Layers, config: LlamaConfig, x: ir.Value, co
         head_dim=config.head_dim,
         scale=1 / math.sqrt(config.head_dim),
     )
-    attended = layers.linear(attended, f"{prefix}.self_attn.o_proj", (hidden, q_size), bias=bias)
+    attended = layers.linear(attended, f"{prefix}.self_attn.o_proj", (hidden, q_size), bias=config.o_bias)
     x = b.op("Add", attended, x, name=f"{prefix}.self_attn.residual")
     normed = layers.rms_norm(x, f"{prefix}.post_attention_layernorm", hidden, config.epsilon)
     gate = layers.linear(normed, f"{prefix}.mlp.gate_proj", (inner, hidden), bias=config.mlp_bias)
@@ -154,3 +138,95 @@ def _block(b: GraphBuilder, layers: Layers, config: LlamaConfig, x: ir.Value, co
     gated = b.op("SwiGLU", gate, up, name=f"{prefix}.mlp.swiglu")
     down = layers.linear(gated, f"{prefix}.mlp.down_proj", (hidden, inner), bias=config.mlp_bias)
     return b.op("Add", down, x, name=f"{prefix}.mlp.residual")
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """config.json from the metadata of a GGUF file, in the keys of Transformers' LlamaConfig."""
+    biases = {"attention_bias": "blk.0.attn_q.bias" in header.shapes, "mlp_bias": "blk.0.ffn_up.bias" in header.shapes}
+    return gguf_dimensions(header) | biases
+
+
+def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
+    """The keys of config.json that LLaMA's relatives share."""
+    number = header.number
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    head_dim = number("attention.key_length", hidden // heads)
+    rotary = number("rope.dimension_count", head_dim)
+    if rotary != head_dim or number("attention.value_length", head_dim) != head_dim or number("expert_count", 0):
+        raise CompileError(
+            STAGE,
+            f"metadata of {header.file}",
+            found="partial rotary, uneven heads or experts",
+            expected=f"a plain {header.title}",
+            remedy="this variant is not supported",
+        )
+    if "token_embd.weight" not in header.shapes:
+        raise CompileError(
+            STAGE,
+            f"GGUF {header.file}",
+            found="no tensor token_embd.weight",
+            expected="a whole model",
+            remedy="download the file again",
+        )
+    return {
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": header.shapes["token_embd.weight"][0],
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base", 10000.0),
+        "rope_scaling": _gguf_rope_scaling(header),
+        "tie_word_embeddings": "output.weight" not in header.shapes,
+        "bos_token_id": header.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": header.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": header.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _gguf_rope_scaling(header: GgufHeader) -> dict[str, Any] | None:
+    linear = header.value("rope.scale_linear")  # in files before August 2023
+    kind = header.value("rope.scaling.type", "linear" if linear else "none")
+    if kind == "none":
+        return None
+    scaling = {"rope_type": kind, "factor": header.value("rope.scaling.factor", linear or 1.0)}
+    original = header.value("rope.scaling.original_context_length")
+    return scaling | ({"original_max_position_embeddings": original} if original is not None else {})
+
+
+GGUF_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+FAMILY = Family(
+    name="llama",
+    title="LLaMA",
+    architectures=("LlamaForCausalLM", "LlamaModel"),
+    renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # saved from LlamaModel, not from LlamaForCausalLM
+    read_config=read_config,
+    build=build,
+    template="belle-llama",
+    template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
+    gguf=GgufLayout(
+        architectures=("llama",),
+        read_config=gguf_config,
+        modules=GGUF_MODULES,
+        layers="model.layers",
+        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+    ),
+)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: config.json -> inverse frequencies, as in Transformers' modeling_rope_utils.py."""
+"""Rotary position embeddings: inverse frequencies from config.json, as in Transformers' modeling_rope_utils.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from belle_compile.compiler.families.config import Reader
 
 Floats = npt.NDArray[np.float32]
 
-# Rope type -> the parameters it needs. Each may also have the ones below.
+# Rope type -> the parameters it needs. Every type may also have those in GENERAL.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -31,9 +31,9 @@ KEYS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """inv_freq is float32 [head_dim / 2]; max_position is how long a sequence the scaling is meant for.
+    """`inv_freq` is float32 [head_dim / 2]; `max_position` is the longest sequence that the scaling is meant for.
 
-    dynamic_factor is 0 unless the frequencies change with the sequence's length; original_max and base are for that.
+    `dynamic_factor` is 0 unless the frequencies depend on the length of the sequence; `original_max` and `base` are for that.
     """
 
     inv_freq: Floats
@@ -44,10 +44,10 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """The RoPE of a config of Transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+    """Read the RoPE of a config.json of Transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
-    With linear and dynamic scaling max_position_embeddings is the length before scaling (Transformers' documentation of
-    `rope_scaling`), so max_position is `factor` times it; with llama3 it is the length after scaling.
+    With linear and dynamic scaling, max_position_embeddings is the length before scaling (Transformers' documentation of
+    `rope_scaling`), so `max_position` is `factor` times that. With llama3 it is the length after scaling.
     """
     outer = Reader(config)
     scaling = outer.get("rope_scaling", "rope_parameters") or {}
@@ -70,12 +70,12 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
         raise inner.error("factor", f"{factor:g}", "a number >= 1")
     if kind == "linear":
         return Rope(inv_freq / np.float32(factor), int(max_position * factor))
-    has_own = outer if outer.get("original_max_position_embeddings") is not None else inner  # as Transformers 5 prefers
-    original = has_own.integer("original_max_position_embeddings", default=max_position)
+    stating = outer if outer.get("original_max_position_embeddings") is not None else inner  # the order of Transformers 5
+    original = stating.integer("original_max_position_embeddings", default=max_position)
     if kind == "dynamic":
-        if original != max_position:  # Transformers ignores the first, others do not
+        if original != max_position:  # Transformers ignores `original`, other programs do not
             expected = f"{max_position}, which is max_position_embeddings, with rope_type dynamic"
-            raise has_own.error("original_max_position_embeddings", str(original), expected)
+            raise stating.error("original_max_position_embeddings", str(original), expected)
         return Rope(inv_freq, int(max_position * factor), dynamic_factor=factor, original_max=original, base=base)
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if high <= low:
@@ -84,7 +84,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def inverse_frequencies(base: float, head_dim: int) -> Floats:
-    """base ** -(2i / head_dim) for i < head_dim / 2, rounded once to float32."""
+    """Float32 [head_dim / 2]: base ** -(2i / head_dim), rounded to float32 once."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq: npt.NDArray[np.float64] = 1.0 / np.power(base, exponents.astype(np.float64))
     return inv_freq.astype(np.float32)
@@ -101,14 +101,15 @@ def _check_keys(outer: Reader, inner: Reader, kind: str) -> None:
 
 
 def _theta(outer: Reader, inner: Reader) -> float:
-    own, older = inner.get("rope_theta"), outer.get("rope_theta")
-    if own is not None and older is not None and own != older:  # Transformers 4 reads the older, 5 the other
-        raise outer.error("rope_theta", f"{older!r}, and {own!r} in {inner.where}", "one value", "remove the wrong one")
-    return (outer if own is None else inner).number("rope_theta", default=10000.0)
+    of_parameters, of_config = inner.get("rope_theta"), outer.get("rope_theta")
+    if None not in (of_parameters, of_config) and of_parameters != of_config:  # Transformers 5 reads the first, 4 the second
+        both = f"{of_config!r}, and {of_parameters!r} in {inner.where}"
+        raise outer.error("rope_theta", both, "one value", "remove the wrong one")
+    return (outer if of_parameters is None else inner).number("rope_theta", default=10000.0)
 
 
 def _llama3(inv_freq: Floats, factor: float, low: float, high: float, length: int) -> Floats:
-    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, the ones between interpolated."""
+    """Scale as Llama 3.1: long wavelengths grow by `factor`, short ones stay, those between are interpolated."""
     wavelengths = np.float32(2 * math.pi) / inv_freq
     smooth = (np.float32(length) / wavelengths - np.float32(low)) / np.float32(high - low)
     smoothed = (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq

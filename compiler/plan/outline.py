@@ -1,4 +1,4 @@
-"""A checkpoint of which only the dimensions are known: its graph can be divided and weighed, its weights not be read."""
+"""A checkpoint without weights: enough to build and partition its graph and to estimate its memory."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
-from belle_compile.compiler.checkpoint.open import family_of
-from belle_compile.compiler.checkpoint.templates import choose_template
+from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, llama
+from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.layers import HEAD
 
 
 class Outline(Checkpoint):
-    """Has every tensor that a frontend asks for, in the shape that it expects."""
+    """A checkpoint that has every tensor that its family's graph asks for, in the shape that it asks for."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """The tensor, of no values."""
+        """A tensor of this name and shape; reading its values raises CompileError."""
         return _unread(name, shape, self.path)
 
 
 def outline(path: str | Path) -> Checkpoint:
-    """A checkpoint whose headers are read, or for a config.json alone one of its dimensions."""
+    """Open a checkpoint, of which `path` may be the config.json alone. A plan renders no prompts, so any template will do."""
     path = Path(path)
     if path.suffix != ".json":
-        return open_checkpoint(path)
+        return open_checkpoint(path, template=RAW)
     config = _read(path)
-    family = family_of(config, path)
-    tied = (bloom.read_config(config) if family == "bloom" else llama.read_config(config)).tied_head
-    head = {} if tied else {HEAD: _unread(HEAD, (), path)}
-    template = choose_template(None, None, family, config)
-    return Outline(path, family, config, head, "", {}, template, {}, ())
+    family = registry.by_config(config, path)
+    head = {} if family.read_config(config).tied_head else {HEAD: _unread(HEAD, (), path)}
+    template = choose_template(RAW, None, family, config)
+    return Outline(path, family.name, config, head, "", {}, template, {}, ())
 
 
 def _read(path: Path) -> dict[str, Any]:

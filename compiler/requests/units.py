@@ -91,5 +91,6 @@ def open_units(tokenizer: str | Path | None) -> Units:
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokens(load_tokenizer(path)[0], path.resolve().name)
     from belle_compile.compiler.checkpoint import open_checkpoint
+    from belle_compile.compiler.checkpoint.templates import RAW
 
-    return Tokens(open_checkpoint(path).tokenizer_json, path.name)
+    return Tokens(open_checkpoint(path, template=RAW).tokenizer_json, path.name)

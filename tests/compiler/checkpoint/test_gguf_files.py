@@ -12,8 +12,8 @@ from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.gguf_files import NAMES
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families.llama import GGUF_MODULES
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
@@ -24,7 +24,7 @@ def gguf_name(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`."""
     stem, kind = name.rsplit(".", 1)
     layer = "blk.0." if stem.startswith("model.layers.0.") else ""
-    part = {hf: part for part, hf in NAMES.items()}[stem.removeprefix("model.layers.0.")]
+    part = {hf: part for part, hf in GGUF_MODULES.items()}[stem.removeprefix("model.layers.0.")]
     return f"{layer}{part}.{kind}"
 
 

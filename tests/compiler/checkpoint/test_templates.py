@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from belle_compile.compiler.checkpoint.templates import TEMPLATES, PromptTemplate, choose_template, family_template, render
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families.bloom import FAMILY as BLOOM
+from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.families.llama import FAMILY as LLAMA
 
 ONE = [{"role": "user", "content": "你好\n{x} {{ y }}"}]
 MORE = [
@@ -44,16 +48,16 @@ def test_the_texts(name: str, one: str, more: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "vocab_size", "name"),
-    [("bloom", 250880, "belle-bloom"), ("llama", 32000, "belle-llama"), ("llama", 79458, "belle-llama-ext")],
+    [(BLOOM, 250880, "belle-bloom"), (LLAMA, 32000, "belle-llama"), (LLAMA, 79458, "belle-llama-ext")],
 )
-def test_families(family: str, vocab_size: int, name: str) -> None:
+def test_families(family: Family[Any], vocab_size: int, name: str) -> None:
     assert family_template(family, {"vocab_size": vocab_size}).name == name
     assert choose_template(None, None, family, {"vocab_size": vocab_size}).name == name
 
 
 def test_order() -> None:
-    assert choose_template(None, OWN, "llama", {}) is OWN
-    assert choose_template("belle-bloom", OWN, "llama", {}).name == "belle-bloom"
+    assert choose_template(None, OWN, LLAMA, {}) is OWN
+    assert choose_template("belle-bloom", OWN, LLAMA, {}).name == "belle-bloom"
 
 
 def test_arguments(tmp_path: Path) -> None:
@@ -65,7 +69,7 @@ def test_arguments(tmp_path: Path) -> None:
         ("问: {x}\\n答: ", "format", "问: hi\n答: "),
         ('it\'s {x}\n"A":', "format", 'it\'s hi\n"A":'),
     ):
-        template = choose_template(argument, OWN, "bloom", {})
+        template = choose_template(argument, OWN, BLOOM, {})
         assert template.name == name
         assert render(template, [{"role": "user", "content": "hi"}], bos_token="", eos_token="") == prompt
 
@@ -86,9 +90,9 @@ def test_arguments(tmp_path: Path) -> None:
 )
 def test_wrong_arguments(argument: str, message: str) -> None:
     with pytest.raises(CompileError, match=message):
-        choose_template(argument, None, "bloom", {})
+        choose_template(argument, None, BLOOM, {})
 
 
 def test_unknown_role() -> None:
     with pytest.raises(Exception, match="BELLE prompts know the roles system, user and assistant"):
-        render(family_template("bloom", {}), [{"role": "tool", "content": "x"}], bos_token="", eos_token="")
+        render(family_template(BLOOM, {}), [{"role": "tool", "content": "x"}], bos_token="", eos_token="")

@@ -55,7 +55,7 @@ def test_ragged_batch_matches_transformers(variant: tuple[Path, ir.Model]) -> No
 
 
 def test_parity_notices_a_wrong_epsilon(tmp_path: Path) -> None:
-    """The least visible of all mistakes a frontend can make is still far above the tolerance."""
+    """The least visible of all mistakes a family can make is still far above the tolerance."""
     directory = VARIANTS["llama_head_dim"](tmp_path)
     ids = random_ids(directory, PROMPT)
     expected = hf_logits(directory, ids)

@@ -102,7 +102,7 @@ def test_unknown_keys_that_are_null_are_let_pass() -> None:
     llama.read_config({**BASE["llama"], "num_experts": None, "quantization_config": None, "head_dim": None})
 
 
-def test_an_architecture_without_a_frontend_is_refused() -> None:
+def test_an_architecture_that_is_no_family_is_refused() -> None:
     with pytest.raises(CompileError, match=r"architecture of fake: found 'gpt2', expected one of bloom, llama"):
         build_graph(fake_checkpoint("gpt2", {}, {}))
 

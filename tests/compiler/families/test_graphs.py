@@ -1,4 +1,4 @@
-"""The graphs as text, their weights, and which tensors they want."""
+"""The graphs as text, their weights, and which tensors they take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import FRONTENDS, bloom, build_graph
+from belle_compile.compiler.families import bloom, build_graph
+from belle_compile.compiler.families.registry import REGISTRY
 from belle_compile.compiler.ir.text import to_text
 from tests.compiler.families.helpers import fake_checkpoint, rewrite_config, rewrite_tensors
 from tests.parity.stepping import Stepper, relative_error
@@ -31,11 +32,11 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["bloom", "llama_gqa"])
 def test_graph_text(name: str, tmp_path: Path, golden: Golden) -> None:
-    golden(f"frontend_{name}", to_text(build_graph(open_checkpoint(VARIANTS[name](tmp_path)))))
+    golden(f"family_{name}", to_text(build_graph(open_checkpoint(VARIANTS[name](tmp_path)))))
 
 
-@pytest.mark.parametrize("family", FRONTENDS)
-def test_every_frontend_has_a_parity_variant_of_its_name(family: str) -> None:
+@pytest.mark.parametrize("family", REGISTRY)
+def test_every_family_has_a_parity_variant_of_its_name(family: str) -> None:
     assert family in VARIANTS
 
 

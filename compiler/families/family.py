@@ -1,0 +1,85 @@
+"""What the compiler knows about an architecture: one record for each, and the facts that all their configs share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.families.gguf import GgufLayout
+    from belle_compile.compiler.families.layers import Layers
+
+STAGE = "family"  # of errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dimensions of a model, as config.json states or implies them; a family adds fields of its own."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    epsilon: float  # of the norms
+    tied_head: bool  # the head's weight is the embedding table
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the graph's metadata_props say besides the family's name."""
+        keys = "num_layers num_heads num_kv_heads head_dim max_position vocab_size hidden_size intermediate_size".split()
+        return {key: str(getattr(self, key)) for key in keys}
+
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Generic[C]):
+    """An architecture: how its checkpoints are recognised and read, and how its graph is built.
+
+    `name` is its model_type in config.json, the family in the engine's manifest, and the name of its graph; `title` is how
+    people write it. `architectures` are class names in Transformers, by which old releases without a model_type are
+    recognised; `aliases` are other model_types. Letter case does not matter in any of them.
+
+    `read_config` reads config.json and raises CompileError for what the graph would not compute. `build(layers, config)`
+    appends the model to the graph that `layers` adds to, from the step's inputs to the logits, which it returns.
+
+    `renames` make a stored tensor name canonical, which is the name that `build` asks for: each is a regular expression and
+    the replacement of its first match, applied one after the other. They must leave canonical names as they are.
+
+    `template` is the prompt template of a checkpoint that has none of its own, in the form that --template takes: a name, Jinja
+    text, or a format with {x}. Without one, such a checkpoint is refused. `template_by_vocabulary` has those of releases that
+    only the size of the vocabulary tells apart.
+
+    `gguf` describes the family's GGUF files; None if they are not supported.
+    """
+
+    name: str
+    title: str
+    read_config: Callable[[Mapping[str, Any]], C]
+    build: Callable[[Layers, C], ir.Value]
+    architectures: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    template: str = ""
+    template_by_vocabulary: Mapping[int, str] = field(default_factory=dict)
+    gguf: GgufLayout | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names by which a config.json may state this family, in lower case."""
+        return frozenset(name.lower() for name in (self.name, *self.aliases, *self.architectures))
+
+    def canonical_name(self, stored: str) -> str:
+        """The name by which `build` asks for a tensor."""
+        for pattern, replacement in self.renames:
+            stored = re.sub(pattern, replacement, stored, count=1)
+        return stored
