@@ -40,7 +40,7 @@ class LlamaConfig(ModelConfig):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """As for all families; and, with dynamic RoPE scaling, the length of a sequence from which its base grows."""
+        """That of every family and, with dynamic RoPE scaling, `dynamic_rope_from`: the length from which the base grows."""
         dynamic = {"dynamic_rope_from": str(self.rope.original_max)} if self.rope.dynamic_factor else {}
         return super().metadata | dynamic
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every shape the frontends build, made on the spot by Transformers; and what it answers.
+"""Tiny random checkpoints of every shape the families build, made on the spot by Transformers; and what it answers.
 
 Tests take a variant by name and a directory:
 
@@ -78,8 +78,13 @@ def make_bloom(directory: Path, *, name: str = "bloom", **changes: Any) -> Path:
 
 def make_llama(directory: Path, *, name: str = "llama", **changes: Any) -> Path:
     """A random LLaMA with a byte-fallback tokenizer, as save_pretrained writes it; `changes` are config values."""
-    config = LlamaConfig(**{**_LLAMA, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, **changes})
-    _save(LlamaForCausalLM(config), name, directory)
+    return make_relative(LlamaForCausalLM, LlamaConfig, directory, name=name, **changes)
+
+
+def make_relative(model: Any, config: Any, directory: Path, *, name: str, **changes: Any) -> Path:
+    """As `make_llama`, of the classes in Transformers of a family whose config has LLaMA's keys."""
+    values = {**_LLAMA, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, **changes}
+    _save(model(config(**values)), name, directory)
     return _save_tokenizer(_byte_fallback(), directory)
 
 
