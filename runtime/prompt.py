@@ -1,10 +1,10 @@
-"""Chat templates: Jinja in the sandbox and with the helpers that Transformers gives them."""
+"""Chat templates: the Jinja environment that Transformers gives them, for builds and for serving."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -20,17 +20,22 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """An engine's prompt template, compiled once."""
+    """A prompt template, compiled once. Builds render it as the runtime does, so that what one accepts the other does too."""
 
     def __init__(self, template: PromptTemplate) -> None:
+        """Raises `EngineError` for a template that is not Jinja."""
         self._template = template
         try:
-            self._compiled = _environment().from_string(template.jinja)
-        except jinja2.TemplateError as error:
-            raise EngineError("prompt", f"template {template.name} does not parse", found=str(error)) from error
+            self._compiled = chat_environment().from_string(template.jinja)
+        except Exception as error:  # Python's compiler refuses some of what Jinja lets through
+            raise EngineError("prompt", f"template {template.name} does not parse", found=_words(error)) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for `messages`, each {"role": "user" | "assistant" | …, "content": text}, ready for the answer."""
+        """Return the prompt for `messages`, each {"role": "user" | "assistant" | …, "content": text}, ready for the answer.
+
+        Raises `EngineError` for a message without these keys, and when the template fails or refuses the messages. Tools and
+        documents are None, as in Transformers when there are none.
+        """
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
                 expected = '{"role": …, "content": …}'
@@ -38,32 +43,43 @@ class ChatTemplate:
         try:
             return self._compiled.render(
                 messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._template.bos_token,
                 eos_token=self._template.eos_token,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-            raise EngineError("prompt", f"template {self._template.name} refused the messages", found=str(error)) from error
+        except Exception as error:  # a template can fail in any way that Python can
+            name = self._template.name
+            raise EngineError("prompt", f"template {name} refused the messages", found=_words(error)) from error
 
 
-class _Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks answers for training; here its content is only rendered."""
+def chat_environment() -> ImmutableSandboxedEnvironment:
+    """Return the environment that chat templates are written for; Transformers' is in utils/chat_template_utils.py.
+
+    It has `raise_exception`, `strftime_now`, the filter `tojson`, loop controls and the block `generation`. Being sandboxed, it
+    lets no template reach files or the internals of Python objects.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+    return environment
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} … {% endgeneration %} marks answers for training. Only its content is rendered here.
+
+    As in Transformers, where the content is a call block, variables that are set in the block end with it.
+    """
 
     tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.globals.update(helpers)
-    return environment
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _tojson(
@@ -83,3 +99,7 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__

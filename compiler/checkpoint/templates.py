@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
+from belle_compile.runtime import artifact
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt import ChatTemplate
 
 STAGE = "template"
 
@@ -20,8 +20,7 @@ STAGE = "template"
 class PromptTemplate:
     """A Jinja chat template over `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
 
-    It is written for Transformers' environment: ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True) with
-    loop controls, `tojson`, `raise_exception` and `strftime_now`; see `environment`.
+    It is written for Transformers' environment, which is runtime/prompt.py's `chat_environment`.
     """
 
     name: str
@@ -58,15 +57,6 @@ TEMPLATES = {
 }
 
 
-def environment() -> ImmutableSandboxedEnvironment:
-    """The Jinja environment chat templates are written for; a template cannot reach files or attributes of Python objects."""
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = _strftime_now
-    env.filters["tojson"] = _tojson
-    return env
-
-
 def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:
     """The template of a family's checkpoints that have none of their own; raises CompileError if the family has none either."""
     size = config.get("vocab_size")
@@ -98,8 +88,8 @@ def choose_template(
     try:
         prompt = render(template, [{"role": "user", "content": words}], bos_token="", eos_token="")
         problem = "" if words in prompt else f"that it leaves out the user's message: {prompt[:80]!r}"
-    except Exception as e:  # a template can fail in any way that Python can
-        problem = f"Jinja that fails ({e})"
+    except EngineError as e:
+        problem = f"Jinja that fails ({e.found})"
     if problem:
         raise CompileError(
             STAGE,
@@ -113,11 +103,7 @@ def choose_template(
 
 def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_token: str, eos_token: str) -> str:
     """The prompt for these messages, up to where the answer begins."""
-    return (
-        environment()
-        .from_string(template.jinja)
-        .render(messages=messages, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
-    )
+    return ChatTemplate(artifact.PromptTemplate(template.name, template.jinja, bos_token, eos_token)).render(messages)
 
 
 def read_template(file: Path) -> str:
@@ -162,19 +148,3 @@ def _from_format(text: str) -> str:
     """Make Jinja of a format such as `Human: {x}\\n\\nAssistant:`, in which \\n and \\t are a line feed and a tab."""
     before, after = text.replace("\\n", "\n").replace("\\t", "\t").split("{x}", 1)
     return _turns(f"{before!r} + text + {after!r}", "message['content'] + eos_token")
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(format)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=indent)

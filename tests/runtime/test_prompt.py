@@ -6,6 +6,7 @@ import datetime
 
 import pytest
 
+from belle_compile.compiler.checkpoint import templates
 from belle_compile.runtime.artifact import PromptTemplate
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.prompt import ChatTemplate
@@ -20,21 +21,29 @@ TEMPLATES = {
     "\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
     "blocks": "{% for m in messages %}\n    {% if loop.first %}\n{{ bos_token }}\n    {% endif %}\n"
     "{{ m['content'] | tojson }}\n{% if m.role == 'user' %}\n{% continue %}\n{% endif %}\n{{ eos_token }}\n{% endfor %}",
-    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "generation": "{% for m in messages %}\n  {% generation %}\n  {{ m.content }}\n  {% endgeneration %}\n{% endfor %}\n.",
+    "generation scope": "{% set a = 1 %}{% for m in messages %}{% generation %}{% set a = m.role %}{{ a }}{{ loop.index }}"
+    "{% endgeneration %}{{ a }}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% generation %}{% set ns.n = ns.n + 1 %}"
+    "{% endgeneration %}{% endfor %}{{ ns.n }}",
+    "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2, sort_keys=true) }}"
+    "{{ messages | tojson(separators=(',', ':')) }}{{ messages | tojson(ensure_ascii=true) }}",
+    "break": "{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "no tools": "{% if tools is not none or documents is not none %}tools{% else %}{{ messages[0].content }}{% endif %}",
+    "strftime_now": "{{ strftime_now('%Y') }}{% if false %}{{ raise_exception('no') }}{% endif %}",
 }
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_renders_as_transformers(name: str) -> None:
+def test_runtime_and_build_render_as_transformers(name: str) -> None:
     from transformers.utils import chat_template_utils
 
     jinja = TEMPLATES[name]
-    found = ChatTemplate(PromptTemplate(name, jinja, "<s>", "</s>")).render(CHAT)
     (expected,), _ = chat_template_utils.render_jinja_template(
         [CHAT], chat_template=jinja, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
-    assert found == expected
+    assert ChatTemplate(PromptTemplate(name, jinja, "<s>", "</s>")).render(CHAT) == expected
+    assert templates.render(templates.PromptTemplate(name, jinja), CHAT, bos_token="<s>", eos_token="</s>") == expected
 
 
 def render(jinja: str) -> str:
@@ -58,6 +67,8 @@ def test_strftime_now() -> None:
         ("{{ messages.append(1) }}", "template t refused the messages: found access to attribute 'append'"),
         ("{{ messages[0].content + 1 }}", "template t refused the messages"),
         ("{{ ''.__class__.__mro__ }}", "template t refused the messages"),
+        ("{{ 1 // 0 }}", "template t refused the messages: found integer division"),
+        ("{% macro m() %}{% break %}{% endmacro %}", "template t does not parse: found 'break' outside loop"),
     ],
 )
 def test_refusals(jinja: str, message: str) -> None:
