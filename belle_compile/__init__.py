@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from belle_compile.compiler.driver import BuildRequest, build
     from belle_compile.runtime.engine import Engine, Result
     from belle_compile.runtime.errors import BelleError, EngineError
-    from belle_compile.runtime.serving.sampling import SamplingParams
+    from belle_compile.runtime.serving.request import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _MODULE_OF = {
     "Engine": "belle_compile.runtime.engine",
     "EngineError": "belle_compile.runtime.errors",
     "Result": "belle_compile.runtime.engine",
-    "SamplingParams": "belle_compile.runtime.serving.sampling",
+    "SamplingParams": "belle_compile.runtime.serving.request",
     "build": "belle_compile.compiler.driver",
 }
 

@@ -14,7 +14,7 @@ import torch
 from belle_compile.compiler.ir.stream import ActivationStream
 from belle_compile.compiler.ranked_engine import RankedEngine
 from belle_compile.runtime.engine import Engine
-from belle_compile.runtime.serving.sampling import SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
 
 Tensor = torch.Tensor
 

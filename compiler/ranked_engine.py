@@ -23,7 +23,7 @@ from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.launcher import Launcher
 from belle_compile.runtime.engine import Engine, Result
 from belle_compile.runtime.errors import BelleError, EngineError
-from belle_compile.runtime.serving.sampling import SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
 
 _TIMEOUT_S = 60.0  # for a rank to start or to answer: a build may leave the host busy
 

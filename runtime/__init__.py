@@ -1,4 +1,4 @@
-"""Loads an engine directory built by belle-compile and answers prompts with it; needs neither compiler nor torch."""
+"""Loads engine directories built by belle-compile and answers prompts with them. Needs neither the compiler nor torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from belle_compile.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
-    from belle_compile.runtime.serving.sampling import SamplingParams
+    from belle_compile.runtime.serving.request import SamplingParams
 
 __all__ = ["Engine", "EngineError", "Result", "SamplingParams"]
 
-_HOMES = {
+_MODULE_OF = {
     "Engine": "belle_compile.runtime.engine",
     "Result": "belle_compile.runtime.engine",
-    "SamplingParams": "belle_compile.runtime.serving.sampling",
+    "SamplingParams": "belle_compile.runtime.serving.request",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the compiler reads `runtime.artifact` without paying for numpy and tokenizers."""
-    if name in _HOMES:
+    """Import a public name on first use: the compiler imports `runtime.artifact` without loading NumPy and tokenizers."""
+    if name in _MODULE_OF:
         import importlib
 
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""belle-run: ask an engine from the command line, once or as a chat."""
+"""belle-run: answers prompts on the command line, one or a chat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
 from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.loading import check_ranks
 from belle_compile.runtime.profiling import ProfileHandle
-from belle_compile.runtime.serving.sampling import SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
 
 EXAMPLES = """
 \b
@@ -29,7 +29,7 @@ Examples:
   belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"
   belle-run artifacts/belle-7b-cpu                        chat; /reset forgets, /exit or Ctrl-D leaves
   belle-run artifacts/belle-7b-cpu --temperature 0 --json "1+1=?"
-  belle-run artifacts/belle-7b-cpu --profile "你好"         and where the time went
+  belle-run artifacts/belle-7b-cpu --profile "你好"         shows where the time went
   belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
 """
 
@@ -40,7 +40,7 @@ Examples:
 @click.option("--temperature", type=float, help="0 takes the most likely token.")
 @click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0 is off.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens of this mass; 1 is off.")
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages what was said already.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens of prompt and answer less likely.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--max-new-tokens", type=int, help="End the answer after this many tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
@@ -63,13 +63,13 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
 
     What is not set here comes from the engine's generation defaults.
     """
-    os.environ[ranks.TIMEOUT] = str(options["rank_timeout"])  # for `Engine.load`
-    here = ranks.place()
-    line = ranks.Line(here) if here and ranks.supervised() else None
+    os.environ[ranks.TIMEOUT] = str(options["rank_timeout"])  # read by `Engine.load`
+    place = ranks.place()
+    line = ranks.Line(place) if place and ranks.supervised() else None
     code = 0
     try:
         count = _ranks(engine, options["count"])
-        if count > 1 and here is None:
+        if count > 1 and place is None:
             code = Launcher(count, [sys.executable, *sys.orig_argv[1:]], options["rank_timeout"]).run()
         else:
             _answer(engine, prompt, options)
@@ -82,7 +82,7 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
     except KeyboardInterrupt:
         code = 130
         click.echo(err=True)
-    except SystemExit as ended:  # of a rank that served
+    except SystemExit as ended:  # how a rank other than 0 ends
         code = int(ended.code or 0)
     if line:
         sys.stdout.flush()
@@ -90,13 +90,13 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
     sys.exit(code)
 
 
-def _ranks(engine: Path, wanted: int | None) -> int:
-    """How many processes the engine takes; raises `EngineError` when another number is wanted."""
+def _ranks(engine: Path, requested: int | None) -> int:
+    """Return the number of processes that run the engine; raises `EngineError` when another number is requested."""
     try:
         manifest = read_manifest(engine)
     except BelleError:
-        return 1  # loading says what is wrong with it
-    check_ranks(manifest, manifest.target.ranks if wanted is None else wanted)
+        return 1  # `Engine.load` reports what is wrong with the manifest
+    check_ranks(manifest, manifest.target.ranks if requested is None else requested)
     return manifest.target.ranks
 
 
@@ -113,7 +113,7 @@ def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> Non
 
 
 def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:
-    """Turns until the input ends. The history goes into every prompt, except with `raw`, where each turn stands alone."""
+    """Answer lines of input until it ends. Each prompt holds the turns before it; with `raw` it is the line alone."""
     history: list[dict[str, str]] = []
     interactive = sys.stdin.isatty()
     for line in _turns(interactive):
@@ -134,7 +134,7 @@ def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..
 
 
 def _turns(interactive: bool) -> Iterator[str]:
-    """Lines of input that are not empty, up to /exit or the end."""
+    """Yield the lines of input that are not empty, up to /exit or the end."""
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
@@ -154,7 +154,7 @@ def _turns(interactive: bool) -> Iterator[str]:
 
 
 def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result | None:
-    """Print the answer as it comes, its speed on stderr; None when Ctrl-C broke it off in a chat at a terminal."""
+    """Print the answer as it is generated, and its speed on stderr. Returns None after Ctrl-C at a terminal."""
     stream: Stream
     with _profile(engine, profiled) as profile, engine.stream(prompt, params, raw=raw) as stream:
         try:
@@ -177,7 +177,7 @@ def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw
 
 
 def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result:
-    """Print the whole answer as one line of JSON."""
+    """Print the answer as one line of JSON."""
     with _profile(engine, profiled) as profile:
         (result,) = engine.generate([prompt], params, raw=raw)
     plain = dataclasses.asdict(result)
@@ -188,6 +188,6 @@ def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bo
     return result
 
 
-def _profile(engine: Engine, wanted: bool) -> contextlib.AbstractContextManager[ProfileHandle]:
-    """The engine's profile, or a handle that stays empty."""
-    return engine.profile() if wanted else contextlib.nullcontext(ProfileHandle())
+def _profile(engine: Engine, enabled: bool) -> contextlib.AbstractContextManager[ProfileHandle]:
+    """Return the engine's profile, or a handle that stays empty."""
+    return engine.profile() if enabled else contextlib.nullcontext(ProfileHandle())

@@ -1,4 +1,4 @@
-"""The engine: prompts in, answers out; many requests share each step."""
+"""The engine: answers prompts, many requests sharing each step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import queue
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +20,9 @@ from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
 from belle_compile.runtime.serving.generation import Generation, Result, Timings
-from belle_compile.runtime.serving.sampling import Sampler, SamplingParams
-from belle_compile.runtime.serving.scheduler import Sequence as TokenSequence
-from belle_compile.runtime.serving.scheduler import fill
-from belle_compile.runtime.serving.step_loop import StepLoop
+from belle_compile.runtime.serving.request import Request, RequestDefaults, SamplingParams
+from belle_compile.runtime.serving.scoring import Scoring
+from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Prompt", "Result", "Stream", "Timings"]
 
-# A question, a chat of {"role", "content"} messages, or token ids (then neither template nor BOS is added).
+# A question, a chat of {"role", "content"} messages, or token ids, to which neither template nor BOS is added.
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
 class Engine:
-    """An engine directory, loaded. Safe to use from several threads; their requests are batched together.
+    """A loaded engine directory. Several threads may use it at the same time; their requests are batched together.
 
     Example:
         with Engine.load("artifacts/belle-7b-cpu") as engine:
@@ -45,16 +44,17 @@ class Engine:
     """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, executor: Executor) -> None:
-        """Put loaded parts together; use `Engine.load` for a directory."""
+        """Assemble an engine from loaded parts. `Engine.load` loads a directory."""
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.executor = executor
         self.load_s = 0.0
         self._template = ChatTemplate(manifest.prompt_template)
-        self._loop = StepLoop(executor)
-        self._scheduler = self._loop.scheduler
-        # Beyond this length dynamic RoPE scaling rotates a token by how many come with it, wrong guesses included.
-        self._scheduler.draft_until = manifest.model.dimensions.get("dynamic_rope_from", self._scheduler.draft_until)
+        # In sequences longer than this, dynamic RoPE scaling rotates a token by the number of tokens that share its step, wrong
+        # guesses included.
+        self._loop = StepLoop(executor, draft_until=manifest.model.dimensions.get("dynamic_rope_from"))
+        self._limits = self._loop.scheduler.limits
+        self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits)
         self._stop = weakref.finalize(self, self._loop.stop)
 
     @classmethod
@@ -68,16 +68,17 @@ class Engine:
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
     ) -> Engine:
-        """Check and load an engine directory. Weights for a CPU are mapped, not read; those for a GPU are copied there.
+        """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
-        `threads` defaults to the cores this process may use, `isa` to the best the CPU has (or env BELLE_ISA); both are of
-        engines for CPUs. `kv_tokens` defaults to what half of a host's memory beside the weights holds, or what is left of a
-        GPU's. `verify="full"` digests the weights too, which reads them
-        all and reports to `progress`. Raises `EngineError` for whatever does not fit, in one sentence.
+        Weights for a CPU are mapped into memory without being read; those for a GPU are copied to it. `threads` and `isa` are
+        for CPUs: they default to the cores that this process may use, and to BELLE_ISA or else the best instruction set of the
+        CPU. `kv_tokens` is the number of tokens that the KV cache holds, by default what fits into half of the host's memory
+        beside the weights, or into what is left of a GPU's. `verify="full"` digests every file, weights included, and calls
+        `progress`; "header" checks large files by their size only.
 
-        An engine of several ranks is loaded in as many processes, started with mpiexec or srun. Rank 0 gets the engine; for the
-        others this does not return: they serve it until it is closed, and end with `SystemExit`. By default they share the
-        cores of a host evenly.
+        An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
+        engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
+        the ranks of a host share its cores evenly.
         """
         if verify not in ("header", "full"):
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
@@ -88,8 +89,8 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Tokens that prompt and answer can have together."""
-        return self._scheduler.capacity
+        """Largest number of tokens that prompt and answer can have together."""
+        return self._limits.capacity
 
     def generate(
         self,
@@ -98,46 +99,47 @@ class Engine:
         *,
         raw: bool = False,
     ) -> list[Result]:
-        """Answer prompts together; results in their order. One `params` serves all, or give one for each.
+        """Answer prompts together; returns results in the order of the prompts.
 
-        The engine's template is applied to strings unless `raw`, and to chats always.
+        `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
+        chats always.
         """
         batch: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise EngineError("request", "sampling parameters", found=str(len(each)), expected=f"{len(batch)}, one a prompt")
-        generations = [self._prepare(prompt, p, raw) for prompt, p in zip(batch, each, strict=True)]
-        try:
-            self._loop.submit(generations)
-            for generation in generations:
-                generation.done.wait()
-        finally:  # an interrupt leaves no request behind
-            for generation in generations:
-                if not generation.done.is_set():
-                    self._loop.withdraw(generation)
+        requests = [self.resolve(prompt, p, raw=raw) for prompt, p in zip(batch, each, strict=True)]
+        generations = [Generation(request, self.tokenizer) for request in requests]
+        self._run(generations)
         return [generation.result() for generation in generations]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Stream:
-        """Answer one prompt piece by piece; complete characters only. Several streams may be read in turn."""
-        return Stream(self, self._loop, lambda on_piece: self._prepare(prompt, params, raw, on_piece))
+        """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
+        return Stream(self, self._loop, self.resolve(prompt, params, raw=raw))
+
+    def resolve(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Request:
+        """Return the request that `generate` and `stream` serve: token ids, and the engine's values where `params` has None."""
+        return Request.resolve(self.encode(prompt, raw=raw), params or SamplingParams(), self._defaults)
 
     def logits(self, token_ids: Sequence[int], *, start: int = 0) -> NDArray[np.float32]:
-        """Float32 logits [tokens - start, vocabulary] after each of `token_ids[start:]`, taken as they are.
+        """Return the float32 logits [tokens - start, vocabulary] after each of `token_ids[start:]`; no BOS is added.
 
-        A `start` saves the head's work and the memory of logits that nobody looks at; those that remain are the same.
+        `start` saves computing and storing logits that are not needed, and changes none of the others.
         """
         ids = self._check_ids(token_ids)
-        self._scheduler.check_length(len(ids), "the token sequence is too long")
+        self._limits.check(len(ids), "the token sequence is too long")
         if not 0 <= start < len(ids):
             raise EngineError("request", "start", found=str(start), expected=f"0 to {len(ids) - 1}, a place in the sequence")
-        return self._loop.call(lambda: self._score(ids, start))
+        scoring = Scoring(ids, start, self.executor.vocab_size)
+        self._run([scoring])
+        return scoring.result()
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[ProfileHandle]:
-        """Time every kernel of the requests answered in the `with` block; its `result` is there at the end.
+        """Time every kernel of the requests that are answered in the `with` block. The handle has its `result` afterwards.
 
-        Costs a fraction of a microsecond a kernel, and before and after the block half a second to measure how fast memory is
-        read. Outside of the block nothing is timed.
+        Timing costs a fraction of a microsecond a kernel. Before and after the block, measuring how fast memory is read takes
+        half a second each. Outside of the block nothing is timed.
 
             with engine.profile() as profile:
                 engine.generate("你好")
@@ -154,7 +156,7 @@ class Engine:
         handle.result = recorder.profile(self.executor.isa, threads, max(before, self._loop.call(self.executor.read_bandwidth)))
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids the model would see for a prompt."""
+        """Return the token ids that the model is given for a prompt."""
         if isinstance(prompt, str):
             return self._encode_text(prompt if raw else self._template.render([{"role": "user", "content": prompt}]))
         items: list[Any] = list(prompt)
@@ -163,7 +165,7 @@ class Engine:
         return self._check_ids(items)
 
     def close(self) -> None:
-        """Free the memory; requests under way are dropped. A second time does nothing."""
+        """Drop the requests under way and free the memory. A second call does nothing."""
         self._stop()
 
     def __enter__(self) -> Engine:
@@ -172,31 +174,16 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _score(self, ids: list[int], start: int) -> NDArray[np.float32]:
-        sequence = TokenSequence(ids, 0)
-        batch = self._scheduler.batch
-        out = np.empty((len(ids) - start, self.executor.vocab_size), np.float32)
-        self._scheduler.admit(sequence)
+    def _run(self, jobs: Sequence[Job]) -> None:
+        """Submit jobs and wait until all are done."""
         try:
-            assert sequence.blocks is not None, "admitted"
-            sequence.blocks.grow(len(ids))
-            first = 0
-            while first < len(ids):
-                wanted = max(first, start)  # the step's tokens before this one need no logits
-                end = min(len(ids), first + batch.max_tokens, wanted + batch.max_rows)
-                fill(batch, sequence, 0, first, end - first)
-                rows = max(0, end - wanted)
-                batch.logit_rows[:rows] = np.arange(wanted - first, wanted - first + rows, dtype=np.int32)
-                batch.tokens, batch.rows = end - first, rows
-                if batch.candidates is not None:
-                    batch.candidates[:rows] = 0
-                logits = self.executor.step()
-                if rows:
-                    out[wanted - start : wanted - start + rows] = logits
-                first = end
-        finally:
-            self._scheduler.release(sequence)
-        return out
+            self._loop.submit(jobs)
+            for job in jobs:
+                job.done.wait()
+        finally:  # an interrupt leaves no job behind
+            for job in jobs:
+                if not job.done.is_set():
+                    self._loop.withdraw(job)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._check_ids(self.tokenizer.encode(text))
@@ -210,28 +197,8 @@ class Engine:
         if array.min() < 0 or array.max() >= vocabulary:
             found = str(int(array.max() if array.max() >= vocabulary else array.min()))
             raise EngineError("request", "a token id", found=found, expected=f"0 to {vocabulary - 1}")
-        return [int(token) for token in array]
-
-    def _prepare(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        raw: bool,
-        on_piece: Callable[[str | None], None] | None = None,
-    ) -> Generation:
-        params = params or SamplingParams()
-        ids = self.encode(prompt, raw=raw)
-        self._scheduler.check_length(len(ids) + 1, "the prompt and one token are too long")
-        defaults = self.manifest.generation
-        # A length that was asked for is kept or refused; the default yields to the context's end.
-        room = self._scheduler.capacity - len(ids)
-        max_new_tokens = min(defaults.max_new_tokens, room) if params.max_new_tokens is None else params.max_new_tokens
-        self._scheduler.check_length(len(ids) + max_new_tokens, "prompt and max_new_tokens are too long")
-        end_ids = () if params.ignore_eos else self.manifest.special_tokens.eos
-        sampler = Sampler(params, defaults, ids)
-        return Generation(
-            ids, max_new_tokens, sampler, params.stop, end_ids, self.tokenizer, on_piece, params.prompt_lookup,
-        )  # fmt: skip
+        tokens: list[int] = array.tolist()
+        return tokens
 
 
 def _is_one_prompt(prompts: Any) -> bool:
@@ -239,19 +206,19 @@ def _is_one_prompt(prompts: Any) -> bool:
 
 
 class Stream(Iterator[str]):
-    """The pieces of an answer as they come; `result` once they are through. Closing it early drops the request."""
+    """An iterator over the pieces of an answer as they are generated. Closing it before the end drops the request."""
 
-    def __init__(self, engine: Engine, loop: StepLoop, prepare: Callable[[Callable[[str | None], None]], Generation]) -> None:
+    def __init__(self, engine: Engine, loop: StepLoop, request: Request) -> None:
         self._engine = engine  # kept alive while it is read
         self._loop = loop
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._ended = False
-        self._generation = prepare(self._pieces.put)
+        self._generation = Generation(request, engine.tokenizer, self._pieces.put)
         loop.submit([self._generation])
 
     @property
     def result(self) -> Result:
-        """The finished answer; raises `EngineError` before the last piece was read."""
+        """The finished answer; raises `EngineError` while there are pieces that were not read."""
         if not self._ended:
             raise EngineError("request", "the answer is not finished", remedy="read the stream to its end first")
         return self._generation.result()
@@ -265,7 +232,7 @@ class Stream(Iterator[str]):
         return piece
 
     def close(self) -> None:
-        """Drop the request if it is still under way."""
+        """Drop the request if it is under way."""
         if not self._generation.done.is_set():
             self._loop.withdraw(self._generation)
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back, piece by piece: complete characters only, ending before a stop string."""
+"""Text to tokens and back. Text of a growing answer comes in pieces of whole characters and ends before a stop string."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from belle_compile.runtime.artifact import SpecialTokens
 from belle_compile.runtime.errors import EngineError
 
 _REPLACEMENT = "\ufffd"
-# A character is at most 4 bytes, so at most 4 tokens; what is not text after that many never will be.
+# A character has at most 4 bytes, and so at most 4 tokens. Bytes that are not text after more tokens than that never will be.
 _MOST_PENDING_TOKENS = 8
 
 
 class Tokenizer:
-    """The engine's tokenizer.json with its special tokens."""
+    """The tokenizer of an engine: its tokenizer.json, and the special tokens of its manifest."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
-        # A saved truncation or padding setting would cut or pad prompts in silence.
+        # A tokenizer.json may hold settings for truncation and padding, which would cut or pad prompts in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -35,7 +35,7 @@ class Tokenizer:
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Token ids; begins with BOS where the model wants it or `add_bos` says so, once."""
+        """Return token ids. They begin with one BOS token if `add_bos` says so; None is the model's setting."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = self.special.bos
         if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:
@@ -43,25 +43,25 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Return the text of `ids`, without that of special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 class Detokenizer:
-    """Text of a growing answer. The pieces joined are the text of all tokens, for answers that are valid UTF-8.
+    """Decodes an answer token by token. For answers that are valid UTF-8, the pieces joined are the text of all tokens.
 
-    Decodes a window that begins with the tokens before the last finished piece: a SentencePiece token alone would lose
-    its leading space. What may still change, the bytes of a character that is not complete, is held back.
+    Each call decodes a window of tokens. It begins with those of the last finished piece as context, without which a
+    SentencePiece token would lose its leading space. The bytes of a character that is not complete are held back.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._context = 0  # tokens at the window's start whose text is out
-        self._emitted = 0  # characters of the window's text that are out
+        self._context = 0  # tokens at the window's start whose text was returned
+        self._emitted = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token, often all of its own, sometimes empty."""
+        """Add a token; returns the text that cannot change any more and was not returned before, possibly none."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         certain = len(text)
@@ -76,7 +76,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """The rest, when no token will follow."""
+        """Return the rest of the text, when no token will follow."""
         text = self._tokenizer.decode(self._window)
         piece = text[self._emitted :]
         self._emitted = len(text)
@@ -84,33 +84,33 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first stop string, wherever the pieces' borders are."""
+    """Cuts a text that comes in pieces before the first stop string, which may lie across pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.matched = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain to come before any stop string; sets `found` at the first one."""
+        """Add a piece; returns the text that no stop string can begin in. Sets `matched` at the first stop string."""
         if not self._stops or not piece:
             return piece
         text = self._held + piece
         starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
         if starts:
-            self.found, self._held = True, ""
+            self.matched, self._held = True, ""
             return text[: min(starts)]
         hold = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
     def flush(self) -> str:
-        """What was held back in case a stop string would follow."""
+        """Return the text that was held back because a stop string could begin in it."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -7,7 +7,7 @@ from typing import Any
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.serving.sampling import SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
 
 # https://huggingface.co/BelleGroup/BELLE-7B-2M, "Use model"
 BELLE = {"max_new_tokens": 200, "temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}

@@ -1,79 +1,36 @@
-"""Choosing the next token: the logits processors of Hugging Face Transformers, in their order, in NumPy."""
+"""Samples the next token: the logits processors of Hugging Face Transformers, in their order, in NumPy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.candidates import Few, Row
+from belle_compile.runtime.serving.request import Request
 
-_FIRST_NUCLEUS = 512  # candidates sorted at first for top-p; grown when their mass is not enough
-_GREEDY_BELOW = 1e-6  # a temperature that leaves one token, and would overflow float32
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a request is sampled; what is None comes from the engine's generation defaults.
-
-    `temperature` 0 takes the most likely token. `top_k` 0 and `top_p` 1 are off. `repetition_penalty` counts prompt and
-    answer. `seed` makes a request repeatable, whatever it is batched with. An answer ends after `max_new_tokens`, at an
-    end-of-sequence token unless `ignore_eos`, or before the first of the `stop` strings, which is left out of the text.
-    `prompt_lookup` is how many tokens may be guessed per step from what prompt and answer said before (0: none); it makes
-    answers that quote faster and changes none.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    prompt_lookup: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises `EngineError` for values no distribution has."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        _check("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 or more")
-        _check("top_k", self.top_k, lambda v: v >= 0, "0 (off) or more")
-        _check("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        _check("repetition_penalty", self.repetition_penalty, lambda v: 0 < v < math.inf, "above 0")
-        _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "1 or more")
-        _check("seed", self.seed, lambda v: v >= 0, "0 or more")
-        _check("prompt_lookup", self.prompt_lookup, lambda v: v >= 0, "0 (off) or more")
-        if "" in stop:
-            raise EngineError("sampling", "a stop string is empty", remedy="leave it out")
-
-
-def _check(name: str, value: float | None, holds: Callable[[float], bool], expected: str) -> None:
-    if value is not None and not holds(value):
-        raise EngineError("sampling", name, found=str(value), expected=expected)
+_FIRST_NUCLEUS = 512  # tokens that top-p sorts at first; more when their mass is not enough
+_GREEDY_BELOW = 1e-6  # below this temperature one token is left, and dividing by it would overflow float32
 
 
 class Sampler:
-    """The sampling state of one request: its values, its random generator, the tokens seen so far."""
+    """The sampling state of one request: its parameters, its random generator, and the tokens of prompt and answer so far."""
 
-    def __init__(self, params: SamplingParams, defaults: GenerationDefaults, prompt: Iterable[int]) -> None:
-        self.temperature = defaults.temperature if params.temperature is None else params.temperature
-        self.top_k = defaults.top_k if params.top_k is None else params.top_k
-        self.top_p = defaults.top_p if params.top_p is None else params.top_p
-        penalty = defaults.repetition_penalty if params.repetition_penalty is None else params.repetition_penalty
-        self.repetition_penalty = penalty
-        self._random = np.random.default_rng(params.seed)
-        self._seen = set(prompt) if penalty != 1 else set()
+    def __init__(self, request: Request) -> None:
+        self.temperature = request.temperature
+        self.top_k = request.top_k
+        self.top_p = request.top_p
+        self.repetition_penalty = request.repetition_penalty
+        self._random = np.random.default_rng(request.seed)
+        # What the penalty counts: tokens as a set, and the same in the first `_seen_count` entries of an array that grows.
+        self._seen = set(request.prompt) if self.repetition_penalty != 1 else set()
         self._seen_ids = np.fromiter(self._seen, np.int64, len(self._seen))
         self._seen_count = len(self._seen)
 
     def sample(self, logits: Row) -> int:
-        """The next token for the logits after the last, which are scratch: the penalty is written into them."""
+        """Choose the token that follows the one which `logits` come after. The repetition penalty is written into `logits`."""
         token = self._choose(logits)
         if self.repetition_penalty != 1 and token not in self._seen:
             self._seen.add(token)
@@ -84,9 +41,9 @@ class Sampler:
         return token
 
     def candidates(self, more: int = 0) -> int:
-        """How many of the raw logits can decide the next token, with those equal to the last; 0 for all.
+        """Return n such that the n largest raw logits, and those equal to the n-th, decide the next token; 0 if all may.
 
-        With `more` tokens sampled before it. runtime/serving/candidates.py has the proof.
+        `more` is the number of tokens that are sampled before that one. The proof is in runtime/serving/candidates.py.
         """
         best = 1 if self.temperature < _GREEDY_BELOW else self.top_k
         if best == 0 or self.repetition_penalty < 1:
@@ -106,9 +63,10 @@ class Sampler:
         return index if ids is None else int(ids[index])
 
     def distribution(self, logits: Row) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-        """(token ids, or None for all in order; float32 weights, not normalised) that are sampled from.
+        """Return what the token is drawn from: ids (None for the whole vocabulary in order) and float32 weights, whose sum is
+        not 1.
 
-        Order as in Transformers: repetition penalty, temperature, top-k, top-p.
+        The order is that of Transformers: repetition penalty, temperature, top-k, top-p.
         """
         values = self._penalized(logits)
         ids = self._top_k(values)
@@ -123,7 +81,7 @@ class Sampler:
         return (kept if ids is None else ids[kept]), weights[kept]
 
     def _penalized(self, logits: Row) -> NDArray[np.float32]:
-        """The values, with those of tokens seen made less likely in place."""
+        """Apply the repetition penalty to the logits of tokens seen, in place, and return all logits."""
         values = logits.values if isinstance(logits, Few) else logits
         if self.repetition_penalty == 1:
             return values
@@ -140,7 +98,7 @@ class Sampler:
         return values
 
     def _top_k(self, logits: NDArray[np.float32]) -> NDArray[np.int64] | None:
-        """Tokens not below the k-th best; ties with it stay, as in Transformers. None for all."""
+        """Return the tokens whose logits are not below the k-th largest (ties stay, as in Transformers); None for all."""
         vocabulary = len(logits)
         if self.top_k == 0 or self.top_k >= vocabulary:
             _require_finite(logits.max())
@@ -152,7 +110,7 @@ class Sampler:
 
 
 def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """Indices of the fewest likeliest entries whose mass reaches `top_p`, likeliest first, at least one."""
+    """Return the indices of the smallest set of largest weights whose share of the sum reaches `top_p`, largest first."""
     needed = top_p * weights.sum(dtype=np.float64)
     size = min(_FIRST_NUCLEUS, len(weights))
     while True:
@@ -162,7 +120,7 @@ def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
         if mass[-1] >= needed or len(top) == len(weights):
             break
         size = min(size * 8, len(weights))
-    # An entry stays while the mass of those above it is below top_p.
+    # An entry stays while the mass of the larger ones is below top_p.
     return top[: max(1, int(np.searchsorted(mass, needed, side="left")) + 1)]
 
 

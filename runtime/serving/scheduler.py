@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which sequences make up the next step."""
+"""Continuous batching: chooses which tokens of which sequences make up the next step."""
 
 from __future__ import annotations
 
@@ -7,49 +7,56 @@ from collections.abc import Sequence as Tokens
 
 import numpy as np
 
-from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import StepBatch
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, BlockAllocator, BlockTable, blocks_for
+from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, BlockPool, BlockTable, blocks_for
 from belle_compile.runtime.serving.prompt_lookup import PromptLookup
+from belle_compile.runtime.serving.request import Limits
 
 
 class Sequence:
-    """One request's tokens: `prompt`, then what was generated.
+    """The tokens of one request: those of `prompt`, followed by those generated.
 
-    `length` tokens are known, the keys and values of the first `computed` are cached. The sequence wants logits when all
-    its tokens are in a step; `append` then adds the token chosen from them.
+    `length` tokens are known; the keys and values of the first `computed` are cached. The sequence needs the logits after its
+    tokens from number `logits_from` on: an answer those after its last token, for `append` to add the token chosen from them,
+    a prompt that is scored those after many of its tokens.
 
-    With `prompt_lookup` a step may also take up to that many `drafted` tokens, guesses that lie in `tokens` behind the
-    known ones. Each wants logits too, and `append` says whether it confirmed one. What the step left in the cache for
-    guesses that were wrong stays there until the step that reaches their positions overwrites it, before it is read: a
-    token attends to its own position and those below.
+    With `prompt_lookup`, a step may also hold up to that many `drafted` tokens: guesses, stored in `tokens` behind the known
+    ones. Each needs logits too, and `append` tells whether it confirms one. Keys and values that a step cached for wrong
+    guesses stay in the cache until the step that reaches their positions overwrites them. No token reads them before, since
+    a token attends only to its own position and lower ones.
     """
 
-    def __init__(self, prompt: Tokens[int], max_new_tokens: int, prompt_lookup: int = 0) -> None:
+    def __init__(
+        self, prompt: Tokens[int], max_new_tokens: int, prompt_lookup: int = 0, *, logits_from: int | None = None
+    ) -> None:
         self.prompt_length = len(prompt)
         self.max_length = len(prompt) + max_new_tokens
         self.tokens = np.empty(self.max_length, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.length = len(prompt)
+        self.logits_from = self.length - 1 if logits_from is None else logits_from
         self.computed = 0
         self.scheduled = 0  # tokens in the step under way
-        self.drafted = 0  # of them, guesses that are not confirmed
+        self.logit_rows = 0  # of them, tokens whose logits are needed: the last ones
+        self.drafted = 0  # of those, guesses that are not confirmed
         self.lookup = PromptLookup(self.tokens, self.length, prompt_lookup) if prompt_lookup else None
-        self.slot = -1  # row of the block table, while admitted
+        self.slot = -1  # row of the block table while the sequence is running
         self.blocks: BlockTable | None = None
 
     @property
     def generated(self) -> list[int]:
         """Tokens after the prompt."""
-        return [int(token) for token in self.tokens[self.prompt_length : self.length]]
+        tokens: list[int] = self.tokens[self.prompt_length : self.length].tolist()
+        return tokens
 
     def append(self, token: int) -> bool:
-        """Add the next token. True if it was drafted: then it is computed, and the next row has the logits after it."""
+        """Add the next token. Returns True if it was drafted: then it is computed, and the next row has the logits after it."""
         confirmed = self.drafted > 0 and bool(self.tokens[self.length] == token)
         self.tokens[self.length] = token
+        self.logits_from = self.length
         self.length += 1
         if confirmed:
-            assert self.lookup is not None, "a draft comes from it"
+            assert self.lookup is not None, "a draft comes from a lookup"
             self.lookup.accepted += 1
             self.computed += 1
             self.drafted -= 1
@@ -59,141 +66,131 @@ class Sequence:
 
 
 class Scheduler:
-    """Admits sequences in order of arrival, and mixes one token of each running answer with chunks of new prompts.
+    """Admits sequences in order of arrival, and fills steps with one token of each running answer and chunks of prompts.
 
-    A sequence is admitted when a row of the block table is free and its worst case (prompt and `max_new_tokens`) fits the
-    cache beside those admitted before, so none is ever stopped for lack of blocks. Its KV cache has `num_blocks` blocks.
+    A sequence is admitted when a row of the block table is free and its worst case (prompt and `max_new_tokens`) fits into the
+    cache beside the worst cases of those admitted before, so that none is ever stopped for lack of blocks.
     """
 
-    def __init__(self, batch: StepBatch, num_blocks: int) -> None:
+    def __init__(self, batch: StepBatch, num_blocks: int, draft_until: int | None = None) -> None:
+        """`batch` is filled in place, `num_blocks` is the size of the KV cache. No token is guessed beyond `draft_until` tokens
+        of a sequence; None is the longest context."""
         self.batch = batch
-        self.allocator = BlockAllocator(num_blocks)
-        # Every running answer has its token and its logits in each step; those that would not fit wait.
-        most = min(batch.max_sequences, batch.max_rows, batch.max_tokens)
-        self._free_slots = list(range(most - 1, -1, -1))
+        self.pool = BlockPool(num_blocks)
+        self.limits = Limits(batch.max_context, num_blocks * BLOCK_SIZE)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.draft_until = batch.max_context  # length up to which a sequence may be guessed
+        self.admitted: list[Sequence] = []  # in the last call of `schedule`
+        self._draft_until = batch.max_context if draft_until is None else draft_until
+        # Each step has room for one token of every running answer and for its logits; sequences beyond that wait.
+        slots = min(batch.max_sequences, batch.max_rows, batch.max_tokens)
+        self._free_slots = list(range(slots - 1, -1, -1))
         self._scheduled: list[Sequence] = []
+        self._needing_logits: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a step would have tokens."""
         return bool(self.running or self.waiting)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest sequence this cache can hold."""
-        return min(self.batch.max_context, self.allocator.num_blocks * BLOCK_SIZE)
-
-    def check_length(self, tokens: int, what: str) -> None:
-        """Raise `EngineError` when a sequence of `tokens` tokens could never be admitted."""
-        if tokens > self.batch.max_context:
-            expected = f"at most {self.batch.max_context}, the engine's longest context"
-            raise EngineError("request", what, found=f"{tokens} tokens", expected=expected, remedy="shorten it")
-        if tokens > self.capacity:
-            expected = f"at most {self.capacity}, the KV cache's capacity"
-            raise EngineError("request", what, found=f"{tokens} tokens", expected=expected, remedy="load with more kv_tokens")
-
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises `EngineError` when it could never be admitted."""
-        self.check_length(sequence.max_length, "prompt and answer are too long")
+        """Queue a sequence; raises `EngineError` when it can never be admitted."""
+        self.limits.check(sequence.max_length, "prompt and answer are too long")
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, finished or not, and free what it holds; a second time does nothing."""
+        """Take a sequence out, finished or not, and free its row and blocks. A second call does nothing."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:
             self.running.remove(sequence)
-            self.release(sequence)
-
-    def admit(self, sequence: Sequence) -> None:
-        """Give a sequence its row and reserve its blocks; raises `EngineError` when there are none."""
-        if not self._free_slots:
-            raise EngineError("scheduler", "every sequence of the batch is in use", remedy="wait for other requests to end")
-        row = self.batch.block_table[self._free_slots[-1]]
-        sequence.blocks = BlockTable(self.allocator, row, sequence.max_length)
-        sequence.slot = self._free_slots.pop()
-
-    def release(self, sequence: Sequence) -> None:
-        """Free an admitted sequence's row and blocks."""
-        assert sequence.blocks is not None, "release() of a sequence that was not admitted"
-        sequence.blocks.free()
-        sequence.blocks, sequence.computed = None, 0
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
+            assert sequence.blocks is not None, "a running sequence has blocks"
+            sequence.blocks.free()
+            sequence.blocks, sequence.computed = None, 0
+            self._free_slots.append(sequence.slot)
+            sequence.slot = -1
 
     def schedule(self) -> list[Sequence]:
-        """Fill the batch; returns the sequences that get logits, in the order of the logit rows.
+        """Fill the batch; returns the sequences needing logits, in the order of the logit rows.
 
-        Each has one row, and one more for each token it has `drafted`. Nothing counts as computed until `commit`.
+        Each has `logit_rows` rows. Nothing counts as computed until `commit`.
         """
-        self._scheduled.clear()
-        wanting: list[Sequence] = []
-        self.batch.tokens = self.batch.rows = 0
+        batch = self.batch
+        batch.tokens = batch.rows = 0
+        self._scheduled, self._needing_logits, self.admitted = [], [], []
         for sequence in self.running:  # answers under way first: a long prompt must not make them wait
             if sequence.length - sequence.computed == 1:
                 if sequence.lookup:
                     self._draft(sequence, sequence.lookup)
-                self._put(sequence, 1 + sequence.drafted, wanting)
+                self._schedule_tokens(sequence, 1 + sequence.drafted)
         for sequence in self.running:
-            pending = sequence.length - sequence.computed
-            if pending > 1:
-                self._put(sequence, min(pending, self.batch.max_tokens - self.batch.tokens), wanting)
-        while self.waiting and self._free_slots and self.batch.tokens < self.batch.max_tokens:
-            first = self.waiting[0]
-            if blocks_for(first.max_length) > self.allocator.available:
-                break  # in order of arrival: a smaller one behind it would let it starve
-            self.admit(first)
-            self.running.append(self.waiting.popleft())
-            self._put(first, min(first.length, self.batch.max_tokens - self.batch.tokens), wanting)
-        return wanting
+            if sequence.length - sequence.computed > 1:
+                self._schedule_tokens(sequence, self._chunk(sequence))
+        while self.waiting and self._free_slots and batch.tokens < batch.max_tokens:
+            if blocks_for(self.waiting[0].max_length) > self.pool.available:
+                break  # a smaller sequence behind it must not overtake it, or it would starve
+            sequence = self._admit(self.waiting.popleft())
+            self._schedule_tokens(sequence, self._chunk(sequence))
+        return self._needing_logits
 
     def commit(self) -> None:
-        """The step ran: its tokens' keys and values are cached."""
+        """Mark the tokens of the step as computed: it ran, and their keys and values are cached."""
         for sequence in self._scheduled:
             sequence.computed += sequence.scheduled - sequence.drafted
-        self._scheduled.clear()
+        self._scheduled = []
+
+    def _admit(self, sequence: Sequence) -> Sequence:
+        slot = self._free_slots.pop()
+        sequence.blocks = BlockTable(self.pool, self.batch.block_table[slot], sequence.max_length)
+        sequence.slot = slot
+        self.running.append(sequence)
+        self.admitted.append(sequence)
+        return sequence
 
     def _draft(self, sequence: Sequence, lookup: PromptLookup) -> None:
-        """Let an answer guess ahead where that takes no token and no row from any sequence that is or may be in this step."""
+        """Let an answer guess ahead as far as the step has room that no other sequence may need."""
         batch = self.batch
-        others = len(self.running) - len(self._scheduled) + min(len(self.waiting), len(self._free_slots))
-        room = min(batch.max_tokens - batch.tokens, batch.max_rows - batch.rows) - others
+        room = min(batch.max_tokens - batch.tokens, batch.max_rows - batch.rows) - self._unscheduled()
         # The step's last logits give one more token, which is never computed if it is the answer's last.
-        end = min(sequence.max_length - 1, self.draft_until)
+        end = min(sequence.max_length - 1, self._draft_until)
         sequence.drafted = lookup.draft(sequence.length, min(room, end - sequence.length))
 
-    def _put(self, sequence: Sequence, count: int, wanting: list[Sequence]) -> None:
+    def _chunk(self, sequence: Sequence) -> int:
+        """Return how many tokens of a prompt this step takes: what is left of its tokens, and of the rows of logits one and
+        those that no other sequence may need."""
+        batch = self.batch
+        count = min(sequence.length - sequence.computed, batch.max_tokens - batch.tokens)
+        if sequence.logits_from == sequence.length - 1:
+            return count
+        rows = 1 + batch.max_rows - batch.rows - self._unscheduled()
+        return min(count, max(0, sequence.logits_from - sequence.computed) + rows)
+
+    def _unscheduled(self) -> int:
+        """Number of sequences that may still come into this step with one token and one row each."""
+        return len(self.running) - len(self._scheduled) + min(len(self.waiting), len(self._free_slots))
+
+    def _schedule_tokens(self, sequence: Sequence, count: int) -> None:
         """Add the next `count` tokens of a sequence to the batch."""
         if count == 0:
             return
         batch, start, first = self.batch, self.batch.tokens, sequence.computed
+        stop, rows = start + count, first + count - max(first, sequence.logits_from)
         assert sequence.blocks is not None, "a running sequence has blocks"
         sequence.blocks.grow(first + count)
-        fill(batch, sequence, start, first, count)
-        sequence.scheduled = count
+        if count == 1:  # most steps; NumPy takes several times as long for a slice
+            batch.token_ids[start] = sequence.tokens[first]
+            batch.positions[start] = first
+            batch.sequences[start] = sequence.slot
+        else:
+            batch.token_ids[start:stop] = sequence.tokens[first : first + count]
+            batch.positions[start:stop] = np.arange(first, first + count, dtype=np.int32)
+            batch.sequences[start:stop] = sequence.slot
+        batch.tokens, sequence.scheduled, sequence.logit_rows = stop, count, max(0, rows)
         self._scheduled.append(sequence)
-        batch.tokens = start + count
-        rows = first + count - sequence.length + 1
-        if rows == 1:
-            batch.logit_rows[batch.rows] = start + count - 1
-        elif rows > 1:
-            batch.logit_rows[batch.rows : batch.rows + rows] = np.arange(start + count - rows, start + count, dtype=np.int32)
         if rows > 0:
+            if rows == 1:
+                batch.logit_rows[batch.rows] = stop - 1
+            else:
+                batch.logit_rows[batch.rows : batch.rows + rows] = np.arange(stop - rows, stop, dtype=np.int32)
             batch.rows += rows
-            wanting.append(sequence)
-
-
-def fill(batch: StepBatch, sequence: Sequence, start: int, first: int, count: int) -> None:
-    """Write tokens `first` to `first + count` of a sequence to the batch from token `start` on."""
-    if count == 1:
-        batch.token_ids[start] = sequence.tokens[first]
-        batch.positions[start] = first
-        batch.sequences[start] = sequence.slot
-        return
-    stop = start + count
-    batch.token_ids[start:stop] = sequence.tokens[first : first + count]
-    batch.positions[start:stop] = np.arange(first, first + count, dtype=np.int32)
-    batch.sequences[start:stop] = sequence.slot
+            self._needing_logits.append(sequence)

@@ -1,24 +1,45 @@
-"""The thread that runs steps while there are requests; everyone else submits and waits."""
+"""The thread that runs steps while there are jobs. Other threads submit jobs and wait for them."""
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol, TypeVar
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor
 from belle_compile.runtime.profiling import Recorder
-from belle_compile.runtime.serving.generation import Generation
+from belle_compile.runtime.serving.candidates import Rows
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
 
 T = TypeVar("T")
+
+
+class Job(Protocol):
+    """A sequence, and what is done with its logits. All methods are called on the loop's thread."""
+
+    sequence: Sequence
+    done: threading.Event
+
+    def start(self) -> None:
+        """The first step of the sequence is about to run."""
+        ...
+
+    def candidates(self) -> int:
+        """How many of the largest logits of each row of the next step matter; 0 for all."""
+        ...
+
+    def accept(self, logits: Rows) -> None:
+        """Take the rows of a step, which are valid during this call and may be overwritten; set `done` after the last."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, and set `done`."""
+        ...
 
 
 class _Task(Future[Any]):
@@ -35,43 +56,49 @@ class _Task(Future[Any]):
             self.set_exception(error)
 
 
-class StepLoop:
-    """Owns executor and scheduler. One thread only runs steps.
+@dataclass(frozen=True)
+class _Submitted:
+    jobs: tuple[Job, ...]
 
-    A step that fails ends the requests under way with its error; the loop goes on with those that come after.
+
+@dataclass(frozen=True)
+class _Withdrawn:
+    job: Job
+
+
+class StepLoop:
+    """Owns executor and scheduler, and runs steps on a thread of its own, which alone touches them.
+
+    Other threads leave messages for it: jobs, withdrawals, tasks. The lock is held for that only, and the thread never takes
+    it, so nobody who submits waits for a step, for sampling or for detokenizing.
+
+    A step that fails ends the jobs under way with its error, and the loop goes on with those that come after. A job that
+    fails with its rows of a step ends alone.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, draft_until: int | None = None) -> None:
+        """`draft_until` is that of the scheduler."""
         self.executor = executor
-        self.scheduler = Scheduler(executor.batch, executor.num_blocks)
-        self._generations: dict[Sequence, Generation] = {}
-        self._tasks: deque[_Task] = deque()
-        self._withdrawn: deque[Generation] = deque()
-        self._changed = threading.Condition()
+        self.scheduler = Scheduler(executor.batch, executor.num_blocks, draft_until)
+        self._jobs: dict[Sequence, Job] = {}
+        self._messages: queue.SimpleQueue[_Submitted | _Withdrawn | _Task | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a collection may end another engine on a thread that holds it
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._run_step: Callable[[], None] = self._step
 
-    def submit(self, generations: Iterable[Generation]) -> None:
-        """Queue requests, all before the next step; raises `EngineError` when stopped."""
-        with self._changed:
-            self._start()
-            for generation in generations:
-                self.scheduler.add(generation.sequence)
-                self._generations[generation.sequence] = generation
-            self._changed.notify()
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs, all before the next step; raises `EngineError` when stopped."""
+        self._send(_Submitted(tuple(jobs)))
 
-    def withdraw(self, generation: Generation) -> None:
-        """Drop a request before the next step. Takes no lock: the garbage collector may call it anywhere."""
-        self._withdrawn.append(generation)
+    def withdraw(self, job: Job) -> None:
+        """Drop a job before the next step. Takes no lock: the garbage collector may call it anywhere."""
+        self._messages.put(_Withdrawn(job))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two steps and return what it does; raises `EngineError` when stopped."""
         task = _Task(function)
-        with self._changed:
-            self._start()
-            self._tasks.append(task)
-            self._changed.notify()
+        self._send(task)
         result: T = task.result()
         return result
 
@@ -88,89 +115,103 @@ class StepLoop:
         self.call(switch)
 
     def stop(self) -> None:
-        """End the thread after the step under way, drop all requests, close the executor; a second time does nothing."""
-        with self._changed:
+        """End the thread after the step under way, drop all jobs, close the executor. A second call does nothing."""
+        with self._lock:
             if self._stopping:
                 return
             self._stopping = True
-            self._changed.notify()
+            self._messages.put(None)  # wakes the thread up
         if self._thread is None:
             self._end()
         elif self._thread is not threading.current_thread():  # the collector may end us on our own thread
             self._thread.join()
 
-    def _start(self) -> None:
-        if self._stopping:
-            raise _closed()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="belle-steps", daemon=True)
-            self._thread.start()
+    def _send(self, message: _Submitted | _Task) -> None:
+        with self._lock:  # so that no message comes after the end
+            if self._stopping:
+                raise _closed()
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="belle-steps", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._messages.put(message)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._stopping or self._tasks or self.scheduler.has_work):
-                    self._changed.wait()
-                if self._stopping:
-                    break
-                task = self._tasks.popleft() if self._tasks else None
-            if task:
-                task.run()
-                continue
+        while self._receive():
             try:
                 self._run_step()
             except BaseException as error:
                 self._fail_all(error)
         self._end()
 
-    def _end(self) -> None:
-        self._fail_all(_closed())
-        while self._tasks:
-            self._tasks.popleft().set_exception(_closed())
-        self.executor.close()
+    def _receive(self) -> bool:
+        """Handle all messages, and wait for more while there is no work. Returns False once the loop is stopping."""
+        while not self._stopping and not (self._messages.empty() and self.scheduler.has_work):
+            self._handle(self._messages.get())
+        return not self._stopping
+
+    def _handle(self, message: _Submitted | _Withdrawn | _Task | None) -> None:
+        match message:
+            case _Submitted(jobs):
+                for job in jobs:
+                    self._add(job)
+            case _Withdrawn(job):
+                self._drop(job)
+            case _Task():
+                message.run()
 
     def _step(self) -> None:
-        with self._changed:
-            while self._withdrawn:
-                self._drop(self._withdrawn.popleft())
-            wanting = self.scheduler.schedule()
-            for sequence in self.scheduler.running:
-                self._generations[sequence].start()
-            if self.executor.batch.candidates is not None:
-                self._count_candidates(wanting, self.executor.batch.candidates)
-        if not self.scheduler.running:
-            return
-        logits = self.executor.step()
-        with self._changed:
-            self.scheduler.commit()
+        scheduler, batch, jobs = self.scheduler, self.executor.batch, self._jobs
+        sequences_needing_logits = scheduler.schedule()
+        for sequence in scheduler.admitted:
+            jobs[sequence].start()
+        if batch.candidates is not None:
             stop = 0
-            for sequence in wanting:
-                generation = self._generations[sequence]
-                start, stop = stop, stop + 1 + sequence.drafted
-                try:
-                    generation.accept(logits[start:stop])
-                except EngineError as error:  # this request's alone, such as logits that are not finite
-                    generation.fail(error)
-                if generation.done.is_set():
-                    self._drop(generation)
-
-    def _count_candidates(self, wanting: list[Sequence], candidates: NDArray[np.int32]) -> None:
+            for sequence in sequences_needing_logits:
+                start, stop = stop, stop + sequence.logit_rows
+                batch.candidates[start:stop] = jobs[sequence].candidates()
+        logits = self.executor.step()
+        scheduler.commit()
         stop = 0
-        for sequence in wanting:
-            start, stop = stop, stop + 1 + sequence.drafted
-            candidates[start:stop] = self._generations[sequence].candidates()
+        for sequence in sequences_needing_logits:
+            job = jobs[sequence]
+            start, stop = stop, stop + sequence.logit_rows
+            try:
+                job.accept(logits[start:stop])
+            except Exception as error:  # this job's alone, such as logits that are not finite
+                job.fail(error)
+            if job.done.is_set():
+                self._drop(job)
 
-    def _drop(self, generation: Generation) -> None:
-        if self._generations.pop(generation.sequence, None):
-            self.scheduler.remove(generation.sequence)
-            if not generation.done.is_set():
-                generation.fail(EngineError("request", "the request was withdrawn"))
+    def _add(self, job: Job) -> None:
+        try:
+            self.scheduler.add(job.sequence)
+        except EngineError as error:
+            job.fail(error)
+        else:
+            self._jobs[job.sequence] = job
+
+    def _drop(self, job: Job) -> None:
+        if self._jobs.pop(job.sequence, None):
+            self.scheduler.remove(job.sequence)
+            if not job.done.is_set():
+                job.fail(EngineError("request", "the request was withdrawn"))
 
     def _fail_all(self, error: BaseException) -> None:
-        with self._changed:
-            for generation in list(self._generations.values()):
-                generation.fail(error)
-                self._drop(generation)
+        for job in list(self._jobs.values()):
+            job.fail(error)
+            self._drop(job)
+
+    def _end(self) -> None:
+        while not self._messages.empty():
+            match message := self._messages.get():
+                case _Submitted(jobs):
+                    for job in jobs:
+                        job.fail(_closed())
+                case _Task():
+                    message.set_exception(_closed())
+        self._fail_all(_closed())
+        self.executor.close()
 
 
 def _closed() -> EngineError:

@@ -17,7 +17,7 @@ from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample, measur
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.ir.stream import ActivationStream
-from belle_compile.runtime.serving.sampling import SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
 from tests.passes.helpers import VOCABULARY, llama
 
 GOOD = Accuracy(10, 1000, 0.99, 0.001, 12.0, 1.001, 0.9, 5, 0.5, 1.0)

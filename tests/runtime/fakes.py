@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.program import Call, FusionCalls, KVLayout, Logits, Program
 from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE
+from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
@@ -31,7 +32,7 @@ Rule = Callable[[list[int]], NDArray[np.float32]]
 
 
 def hash_rule(context: list[int]) -> NDArray[np.float32]:
-    """Logits that every token of the context changes; the end-of-sequence token is never likely."""
+    """Logits that depend on every token of the context. The end-of-sequence token is never likely."""
     digest = hashlib.sha256(np.asarray(context, np.int32).tobytes()).digest()
     logits = np.random.default_rng(list(digest)).normal(size=VOCABULARY).astype(np.float32) * 3
     logits[EOS] = -20
@@ -39,21 +40,21 @@ def hash_rule(context: list[int]) -> NDArray[np.float32]:
 
 
 def script_rule(prompt_length: int, answer: list[int]) -> Rule:
-    """A model that says `answer` after any prompt of this length, then ends."""
+    """A model that generates `answer` after any prompt of this length, then ends."""
 
     def rule(context: list[int]) -> NDArray[np.float32]:
         logits = np.zeros(VOCABULARY, np.float32)
-        said = len(context) - prompt_length
-        logits[answer[said] if said < len(answer) else EOS] = 50
+        generated = len(context) - prompt_length
+        logits[answer[generated] if generated < len(answer) else EOS] = 50
         return logits
 
     return rule
 
 
 class FakeExecutor:
-    """Keeps tokens instead of keys and values in a paged cache, and gives `rule(tokens of the sequence so far)`.
+    """An executor whose paged cache holds tokens in place of keys and values, and whose logits are `rule(cached tokens)`.
 
-    A wrong position, block, slot or row gives other tokens, and so other logits.
+    A wrong position, block, slot or row leads to other tokens, and so to other logits.
     """
 
     def __init__(
@@ -171,9 +172,22 @@ def manifest(files: dict[str, FileRecord] | None = None, **changes: Any) -> Mani
     return Manifest(**fields | changes)
 
 
+def make_request(
+    prompt: Sequence[int] = (),
+    params: SamplingParams | None = None,
+    *,
+    defaults: GenerationDefaults | None = None,
+    eos: tuple[int, ...] = (),
+    max_context: int = 1 << 20,
+) -> Request:
+    """A resolved request; what `params` leaves open is off."""
+    engine_defaults = RequestDefaults(defaults or GenerationDefaults(), eos, Limits(max_context, max_context))
+    return Request.resolve(prompt, params or SamplingParams(), engine_defaults)
+
+
 def make_engine(executor: FakeExecutor | None = None, **changes: Any) -> Engine:
-    described = manifest(**changes)
-    return Engine(described, Tokenizer(byte_tokenizer(), described.special_tokens), executor or FakeExecutor())
+    changed = manifest(**changes)
+    return Engine(changed, Tokenizer(byte_tokenizer(), changed.special_tokens), executor or FakeExecutor())
 
 
 def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Path:

@@ -13,6 +13,7 @@ import pytest
 
 from belle_compile.runtime import Engine, EngineError, Result, SamplingParams
 from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
 from tests.runtime.fakes import (
     EOS,
@@ -21,6 +22,7 @@ from tests.runtime.fakes import (
     hash_rule,
     make_directory,
     make_engine,
+    make_request,
     script_rule,
     special_tokens,
 )
@@ -32,7 +34,7 @@ PROMPTS = [[7 + i] * (3 + 9 * i) for i in range(6)]
 
 def expected(prompt: list[int], params: SamplingParams) -> list[int]:
     """Tokens of a model that sees the whole context anew for each."""
-    sampler, context = Sampler(params, GenerationDefaults(), prompt), list(prompt)
+    sampler, context = Sampler(make_request(prompt, params)), list(prompt)
     for _ in range(params.max_new_tokens or 0):
         context.append(sampler.sample(hash_rule(context)))
     return context[len(prompt) :]
@@ -197,6 +199,17 @@ def test_manifest_defaults_are_used() -> None:
     with make_engine(generation=defaults) as engine:
         (result,) = engine.generate([[5, 6]])
     assert result.token_ids == expected([5, 6], SamplingParams(temperature=0, repetition_penalty=1.1, max_new_tokens=4))
+
+
+def test_a_request_is_resolved_as_it_is_served() -> None:
+    with make_engine() as engine:
+        request = engine.resolve("hello", SamplingParams(seed=1, top_k=5, stop="x"))  # type: ignore[arg-type]
+        assert request == Request(tuple(engine.encode("hello")), 12, 0.7, 5, 0.9, 1.2, 1, ("x",), (EOS,), 0)
+        assert engine.resolve("hello", SamplingParams(ignore_eos=True), raw=True).prompt == tuple(
+            engine.tokenizer.encode("hello")
+        )
+        (result,) = engine.generate([list(request.prompt)], SamplingParams(0.7, 5, 0.9, 1.2, 1, 12, ("x",)))
+        assert engine.generate(["hello"], SamplingParams(seed=1, top_k=5, stop="x"))[0].token_ids == result.token_ids  # type: ignore[arg-type]
 
 
 def test_default_length_yields_to_the_context_but_a_wanted_one_is_refused() -> None:

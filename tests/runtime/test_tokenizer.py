@@ -124,11 +124,11 @@ def test_stop_strings_cut_wherever_the_borders_are(text: str, cuts: list[int], s
     out = ""
     for first, last in itertools.pairwise(borders):
         out += stop.push(text[first:last])
-        if stop.found:
+        if stop.matched:
             break
     starts = [text.index(s) for s in stops if s in text]
-    assert stop.found == bool(starts)
-    if stop.found:
+    assert stop.matched == bool(starts)
+    if stop.matched:
         # The first stop string to be complete wins, so one that begins earlier but ends later may be cut by another.
         ends = min(text.index(s) + len(s) for s in stops if s in text)
         assert text.startswith(out) and len(out) < ends and not any(s in out for s in stops)
@@ -139,4 +139,4 @@ def test_stop_strings_cut_wherever_the_borders_are(text: str, cuts: list[int], s
 def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stop = StopStrings(["Human:"])
     assert [stop.push(piece) for piece in ("Hi\nHu", "ma", "t Human", ": x")] == ["Hi\n", "", "Humat ", ""]
-    assert stop.found
+    assert stop.matched

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving import candidates
-from belle_compile.runtime.serving.sampling import Sampler, SamplingParams
+from belle_compile.runtime.serving.request import SamplingParams
+from belle_compile.runtime.serving.sampling import Sampler
+from tests.runtime.fakes import make_request
 
 VOCABULARY = 61
 
@@ -69,7 +70,7 @@ def test_a_sampler_cannot_tell(
 ) -> None:
     random = np.random.default_rng(seed)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=0.9, repetition_penalty=penalty, seed=1)
-    one, several = (Sampler(params, GenerationDefaults(), prompt) for _ in range(2))
+    one, several = (Sampler(make_request(prompt, params)) for _ in range(2))
     for _ in range(4):  # tokens that were chosen count as seen
         logits = (random.integers(-levels, levels + 1, (1, VOCABULARY)) / 4).astype(np.float32)
         rows, _ = gathered(logits, [several.candidates()], spans_of(ranks), few)
@@ -111,7 +112,7 @@ def test_equal_logits_are_sent_as_all() -> None:
 def test_logits_that_are_not_finite_are_found(value: float) -> None:
     logits = np.zeros((1, VOCABULARY), np.float32)
     logits[0, 3:8], logits[0, 40] = (1, 1, 1, 1, value), value
-    sampler = Sampler(SamplingParams(temperature=0), GenerationDefaults(), [])
+    sampler = Sampler(make_request([], SamplingParams(temperature=0)))
     rows, _ = gathered(logits, [sampler.candidates()], spans_of(2))
     np.testing.assert_array_equal(rows[0], logits[0])
     with pytest.raises(EngineError, match=f"not finite: found {value}"):
@@ -130,7 +131,7 @@ def test_logits_that_are_not_finite_are_found(value: float) -> None:
     ],
 )
 def test_how_many_candidates_a_sampler_wants(params: dict[str, float], expected: int) -> None:
-    sampler = Sampler(SamplingParams(**params), GenerationDefaults(), [5, 6, 6, 7])  # type: ignore[arg-type]
+    sampler = Sampler(make_request([5, 6, 6, 7], SamplingParams(**params)))  # type: ignore[arg-type]
     assert sampler.candidates() == expected
     more = 2 if params.get("repetition_penalty", 1) > 1 else 0
     assert sampler.candidates(2) == expected + more

@@ -18,7 +18,17 @@ from belle_compile.runtime.serving.generation import Generation
 from belle_compile.runtime.serving.prompt_lookup import LONGEST_PAUSE, PromptLookup
 from belle_compile.runtime.serving.sampling import Sampler
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
-from tests.runtime.fakes import EOS, VOCABULARY, FakeExecutor, byte_tokenizer, make_engine, script_rule
+from belle_compile.runtime.tokenizer import Tokenizer
+from tests.runtime.fakes import (
+    EOS,
+    VOCABULARY,
+    FakeExecutor,
+    byte_tokenizer,
+    make_engine,
+    make_request,
+    script_rule,
+    special_tokens,
+)
 
 LETTERS = byte_tokenizer().encode("abcd", add_special_tokens=False).ids
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
@@ -158,9 +168,9 @@ def test_drafts_take_what_is_left(limits: dict[str, int], new: int, waiting: int
     others = [Sequence([3], 2) for _ in range(waiting)]
     for other in others:
         s.add(other)
-    wanting = s.schedule()
-    assert sequence.drafted == drafted and wanting[0] is sequence
-    assert s.batch.rows == drafted + len(wanting) <= s.batch.max_rows and s.batch.tokens <= s.batch.max_tokens
+    needing_logits = s.schedule()
+    assert sequence.drafted == drafted and needing_logits[0] is sequence
+    assert s.batch.rows == drafted + len(needing_logits) <= s.batch.max_rows and s.batch.tokens <= s.batch.max_tokens
 
 
 def test_drafts_leave_their_token_to_all_answers_under_way() -> None:
@@ -296,9 +306,8 @@ def test_logits_that_are_not_finite_behind_a_wrong_draft_do_not_matter() -> None
 
 def test_generation_takes_only_rows_that_count() -> None:
     """Rows behind the end of an answer are left alone, drafted or not."""
-    with make_engine() as engine:
-        sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1), engine.manifest.generation, [])
-        generation = Generation([7] * 4, 3, sampler, (), (EOS,), engine.tokenizer, prompt_lookup=4)
+    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=3, prompt_lookup=4)
+    generation = Generation(make_request([7] * 4, params, eos=(EOS,)), Tokenizer(byte_tokenizer(), special_tokens()))
     sequence = generation.sequence
     sequence.drafted, sequence.tokens[4:7] = 2, [7, EOS, 7]
     rows = np.full((3, VOCABULARY), np.nan, np.float32)

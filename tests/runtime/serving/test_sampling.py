@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.serving.sampling import Sampler, SamplingParams
-
-OFF = GenerationDefaults()
+from belle_compile.runtime.serving.request import SamplingParams
+from belle_compile.runtime.serving.sampling import Sampler
+from tests.runtime.fakes import make_request
 
 
 def expected_distribution(logits: np.ndarray, prompt: list[int], params: SamplingParams) -> np.ndarray:
@@ -30,7 +29,7 @@ def expected_distribution(logits: np.ndarray, prompt: list[int], params: Samplin
 
 
 def distribution(logits: np.ndarray, prompt: list[int], params: SamplingParams) -> np.ndarray:
-    ids, weights = Sampler(params, OFF, prompt).distribution(logits.copy())
+    ids, weights = Sampler(make_request(prompt, params)).distribution(logits.copy())
     dense = np.zeros(len(logits))
     dense[slice(None) if ids is None else ids] = weights / weights.sum()
     return dense
@@ -73,20 +72,20 @@ def test_ties_with_the_kth_stay() -> None:
 
 
 def test_greedy_with_penalty_over_prompt_and_answer() -> None:
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), OFF, [0])
+    sampler = Sampler(make_request([0], SamplingParams(temperature=0, repetition_penalty=2.0)))
     logits = np.array([5, 4, 3, 2.1, -1], np.float32)
     chosen = [sampler.sample(logits.copy()) for _ in range(4)]
     assert chosen == [1, 2, 0, 0]  # 0 is 2.5 after the penalty, then 1 is 2, 2 is 1.5; 0 stays the best at 2.5 again
 
 
 def test_the_seen_set_grows_past_its_first_size() -> None:
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=1e6), OFF, [])
+    sampler = Sampler(make_request([], SamplingParams(temperature=0, repetition_penalty=1e6)))
     logits = np.linspace(1, 2, 300).astype(np.float32)
     assert [sampler.sample(logits.copy()) for _ in range(300)] == list(range(299, -1, -1))
 
 
 def test_ids_above_the_vocabulary_are_no_concern_of_the_penalty() -> None:
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), OFF, [1, 7])
+    sampler = Sampler(make_request([1, 7], SamplingParams(temperature=0, repetition_penalty=2.0)))
     assert sampler.sample(np.array([1, 1.5], np.float32)) == 0
 
 
@@ -94,7 +93,7 @@ def test_a_seed_repeats_and_others_differ() -> None:
     logits = np.random.default_rng(0).normal(size=1000).astype(np.float32)
 
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.95, seed=seed), OFF, [])
+        sampler = Sampler(make_request([], SamplingParams(temperature=1.0, top_p=0.95, seed=seed)))
         return [sampler.sample(logits.copy()) for _ in range(20)]
 
     assert draw(1) == draw(1) != draw(2)
@@ -105,7 +104,7 @@ def test_a_seed_repeats_and_others_differ() -> None:
 def test_draws_follow_the_distribution(cut: dict[str, float]) -> None:
     logits = np.array([2, 1, 0, -1, -2, 1.5], np.float32)
     params = SamplingParams(temperature=1.0, seed=3, **cut)  # type: ignore[arg-type]
-    sampler = Sampler(params, OFF, [])
+    sampler = Sampler(make_request([], params))
     draws = np.bincount([sampler.sample(logits.copy()) for _ in range(20000)], minlength=6) / 20000
     np.testing.assert_allclose(draws, distribution(logits, [], params), atol=0.015)
 
@@ -117,37 +116,8 @@ def test_nucleus_larger_than_its_first_guess() -> None:
     assert found[5] > 0 and abs((found > 0).sum() - 2700) <= 2
 
 
-def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
-    defaults = GenerationDefaults(200, 0.35, 30, 0.85, 1.2)
-    sampler = Sampler(SamplingParams(top_k=5), defaults, [])
-    assert (sampler.temperature, sampler.top_k, sampler.top_p, sampler.repetition_penalty) == (0.35, 5, 0.85, 1.2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"temperature": -0.1}, r"sampling: temperature: found -0\.1, expected 0 or more"),
-        ({"temperature": float("nan")}, "temperature: found nan"),
-        ({"top_k": -1}, "top_k: found -1, expected 0"),
-        ({"top_p": 0.0}, r"top_p: found 0\.0, expected above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: found 0.0, expected above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected 1 or more"),
-        ({"seed": -1}, "seed: found -1"),
-        ({"stop": ("a", "")}, "a stop string is empty"),
-    ],
-)
-def test_impossible_values(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
-        SamplingParams(**fields)  # type: ignore[arg-type]
-
-
-def test_one_stop_string_may_come_bare() -> None:
-    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_logits_that_are_not_finite(fields: dict[str, float], broken: float) -> None:
     with pytest.raises(EngineError, match=r"the model's logits are not finite"):
-        Sampler(SamplingParams(**fields), OFF, []).sample(np.full(10, broken, np.float32))  # type: ignore[arg-type]
+        Sampler(make_request([], SamplingParams(**fields))).sample(np.full(10, broken, np.float32))  # type: ignore[arg-type]

@@ -1,12 +1,23 @@
-"""Continuous batching: order, chunks, admission."""
+"""Continuous batching: order, chunks, admission, and rows of logits."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.generation import Generation
+from belle_compile.runtime.serving.request import SamplingParams
+from belle_compile.runtime.serving.sampling import Sampler
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
-from tests.runtime.fakes import FakeExecutor
+from belle_compile.runtime.serving.scoring import Scoring
+from belle_compile.runtime.serving.step_loop import StepLoop
+from belle_compile.runtime.tokenizer import Tokenizer
+from tests.runtime.fakes import VOCABULARY, FakeExecutor, byte_tokenizer, hash_rule, make_request, special_tokens
+
+TOKENIZER = Tokenizer(byte_tokenizer(), special_tokens())
 
 
 def scheduler(**limits: int) -> Scheduler:
@@ -16,13 +27,13 @@ def scheduler(**limits: int) -> Scheduler:
 
 def run_step(s: Scheduler) -> list[Sequence]:
     """A step whose every answer goes on with token 9."""
-    wanting = s.schedule()
+    needing_logits = s.schedule()
     s.commit()
-    for sequence in wanting:
+    for sequence in needing_logits:
         sequence.append(9)
         if sequence.length == sequence.max_length:
             s.remove(sequence)
-    return wanting
+    return needing_logits
 
 
 def test_long_prompt_is_cut_into_chunks_and_wants_logits_at_its_end_only() -> None:
@@ -81,7 +92,7 @@ def test_removed_sequences_free_everything() -> None:
     run_step(s)
     for sequence in [*sequences, *sequences]:
         s.remove(sequence)
-    assert not s.has_work and s.allocator.available == s.allocator.num_blocks
+    assert not s.has_work and s.pool.available == s.pool.num_blocks
     s.add(sequences[0])
     s.schedule()
     assert s.running == [sequences[0]]
@@ -95,8 +106,69 @@ def test_what_never_fits_is_refused() -> None:
         s.add(Sequence([1] * 30, 3))
 
 
-def test_admit_without_a_free_row() -> None:
-    s = scheduler(max_sequences=1)
-    s.admit(Sequence([1], 1))
-    with pytest.raises(EngineError, match="every sequence of the batch is in use; wait for other requests"):
-        s.admit(Sequence([1], 1))
+def test_scored_sequence_takes_the_rows_that_no_other_may_need() -> None:
+    s = scheduler(max_tokens=24, max_rows=6, max_sequences=5)
+    answer, scored, prompt = Sequence([1, 2], 9), Sequence(range(30), 0, logits_from=4), Sequence([3] * 5, 2)
+    s.add(answer)
+    run_step(s)
+    for sequence in (scored, prompt):
+        s.add(sequence)
+    assert s.schedule() == [answer, scored, prompt]
+    # Of six rows one is the answer's and one that of the prompt, which may come into the step.
+    assert [sequence.logit_rows for sequence in (answer, scored, prompt)] == [1, 4, 1]
+    assert [sequence.scheduled for sequence in (answer, scored, prompt)] == [1, 8, 5]
+    assert list(s.batch.logit_rows[: s.batch.rows]) == [0, 5, 6, 7, 8, 13]
+    s.commit()
+    s.remove(answer)
+    s.remove(prompt)
+    assert s.schedule() == [scored] and (s.batch.tokens, s.batch.rows, scored.logit_rows) == (6, 6, 6)
+
+
+def test_scored_sequence_without_rows_in_a_step_needs_no_logits() -> None:
+    s = scheduler(max_tokens=8)
+    scored = Sequence(range(17), 0, logits_from=16)
+    s.add(scored)
+    steps = []
+    while scored.computed < 17:
+        steps.append((s.schedule(), s.batch.tokens, s.batch.rows))
+        s.commit()
+    assert steps == [([], 8, 0), ([], 8, 0), ([scored], 1, 1)]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 7),
+    max_tokens=st.integers(1, 30),
+    max_rows=st.integers(1, 8),
+    max_sequences=st.integers(1, 5),
+    num_blocks=st.integers(4, 16),
+)
+def test_answers_and_scores_do_not_depend_on_what_they_share_steps_with(seed: int, count: int, **limits: int) -> None:
+    random = np.random.default_rng(seed)
+    jobs: list[Generation | Scoring] = []
+    for _ in range(count):
+        prompt = random.integers(3, VOCABULARY, random.integers(1, 40)).tolist()
+        if random.random() < 0.5:
+            jobs.append(Scoring(prompt, int(random.integers(len(prompt))), VOCABULARY))
+        else:
+            params = SamplingParams(
+                temperature=0.9, repetition_penalty=1.2, seed=1, max_new_tokens=int(random.integers(1, 20)),
+                prompt_lookup=int(random.integers(4)),
+            )  # fmt: skip
+            jobs.append(Generation(make_request(prompt, params), TOKENIZER))
+    executor = FakeExecutor(**limits)  # type: ignore[arg-type]
+    loop = StepLoop(executor)
+    loop.submit(jobs)
+    for job in jobs:
+        assert job.done.wait(30)
+        tokens = [int(token) for token in job.sequence.tokens]
+        if isinstance(job, Scoring):
+            rows = job.result()
+            start = len(tokens) - len(rows)
+            np.testing.assert_array_equal(rows, [hash_rule(tokens[: i + 1]) for i in range(start, len(tokens))])
+        else:
+            sampler, prompt = Sampler(job.request), list(job.request.prompt)
+            assert job.result().token_ids == [sampler.sample(hash_rule(tokens[:i])) for i in range(len(prompt), len(tokens))]
+    assert loop.call(lambda: loop.scheduler.pool.available) == limits["num_blocks"]
+    loop.stop()
