@@ -1,1 +1,1 @@
-"""Turns requests into steps of an executor: scheduling, KV blocks, sampling."""
+"""Serves requests in steps of an executor: scheduling, KV blocks, sampling, speculation."""

@@ -1,7 +1,7 @@
-"""The best logits in place of all of them: what sampling needs of a GPU, and of each rank.
+"""The largest logits in place of all: what sampling needs from a GPU, and from each rank.
 
 A request that samples among its k likeliest tokens (greedy: 1), and has m tokens whose logits a repetition penalty of at
-least 1 lowers, needs of every rank the n = k + m largest logits and those equal to the n-th. Proof. Penalised logits p are
+least 1 lowers, needs from every rank the n = k + m largest logits and those equal to the n-th. Proof. Penalised logits p are
 never above raw ones l, and equal for all but m tokens. Let t be the k-th largest p of the whole vocabulary, v a token with
 p(v) >= t, and say that its rank has n tokens with l above l(v). Of these at least k are not penalised, and have
 p = l > l(v) >= p(v) >= t: so k tokens are above the k-th largest, which cannot be. Hence every token with p(v) >= t, ties with
@@ -9,7 +9,7 @@ the k-th included, is among what its rank sends. Of those alone the k-th largest
 reach it are the same tokens in the same order, with the same values. With k = 1 they are those equal to the maximum, of which
 argmax takes the lowest id.
 
-Where that saves nothing, or logits are not finite, all are sent.
+A rank sends its whole row where candidates would be as long, and where logits are not finite.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from numpy.typing import NDArray
 
 
 class Few(NamedTuple):
-    """Float32 logits of some tokens, in ascending order; those of the others do not matter."""
+    """Float32 logits of the candidates among the tokens, in ascending order of token ids."""
 
     tokens: NDArray[np.int64]
     values: NDArray[np.float32]
 
 
-Row = NDArray[np.float32] | Few  # logits after a token: of all tokens, or of those that matter
+Row = NDArray[np.float32] | Few  # the logits after one token: of the whole vocabulary, or of candidates
 Rows = NDArray[np.float32] | list[Row]
-_CHUNK = 64  # values that share a maximum
-ALL = -1  # in place of a count: the row's logits, without ids
+_CHUNK = 64  # logits of which one maximum is taken, to find the chunks that hold candidates
+ALL = -1  # in place of a number of candidates: the whole row follows, without ids
 
 
 def message_size(rows: int, count: int) -> int:
-    """Numbers in the longest message of a rank with `count` logits a row."""
+    """Length in int32 numbers of the longest message of a rank with `count` logits a row."""
     return rows * (1 + count)
 
 
 def pack(logits: Rows, count: int, wanted: NDArray[np.int32], message: NDArray[np.int32]) -> int:
-    """Write what rank 0 needs of `logits`, of a part of `count` tokens: of row i the `wanted[i]` best, 0 for all. Returns the
-    length.
+    """Write what rank 0 needs from a rank whose part of the vocabulary has `count` tokens; returns the message's length.
 
-    A row is the number of candidates, their places and their values; or `ALL` and the values.
+    Of row i these are the `wanted[i]` largest logits and those equal to the smallest of them; 0 asks for the whole row. A row
+    is written as the number of candidates, their indices in the part, and their values; or as `ALL` and all values.
     """
     end = 0
     for row, most in zip(logits, wanted.tolist(), strict=True):
@@ -51,30 +51,30 @@ def pack(logits: Rows, count: int, wanted: NDArray[np.int32], message: NDArray[n
             whole = np.full(count, -np.inf, np.float32)
             whole[row.tokens] = row.values
             row = whole
-        places: NDArray[np.int64] | None
+        indices: NDArray[np.int64] | None
         if isinstance(row, Few):
             kept = row.values >= _largest(row.values, min(most, len(row.values)))
-            places, values = row.tokens[kept], row.values[kept]
+            indices, values = row.tokens[kept], row.values[kept]
         else:
-            places = _best(row, most)
-            values = row if places is None else row[places]
-        if places is None:
+            indices = _largest_indices(row, most)
+            values = row if indices is None else row[indices]
+        if indices is None:
             message[end] = ALL
             message[end + 1 : end + 1 + len(values)] = values.view(np.int32)
             end += 1 + len(values)
         else:
-            size = len(places)
+            size = len(indices)
             message[end] = size
-            message[end + 1 : end + 1 + size] = places
+            message[end + 1 : end + 1 + size] = indices
             message[end + 1 + size : end + 1 + 2 * size] = values.view(np.int32)
             end += 1 + 2 * size
     return end
 
 
 def unpack(messages: Sequence[NDArray[np.int32]], spans: Sequence[tuple[int, int]], rows: int) -> list[Row]:
-    """The rows that ranks' messages make; `spans` are (first token, count) of each rank."""
+    """Join the messages of all ranks to `rows` rows; `spans` are the (first token, number of tokens) of each rank's part."""
     vocabulary = spans[-1][0] + spans[-1][1]
-    found: list[Row] = []
+    joined: list[Row] = []
     ends = [0] * len(messages)
     for _ in range(rows):
         parts: list[Few] = []
@@ -90,26 +90,27 @@ def unpack(messages: Sequence[NDArray[np.int32]], spans: Sequence[tuple[int, int
                 ends[rank] = start + size
             parts.append(Few(tokens, message[start : start + size].view(np.float32)))
         tokens, values = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        found.append(values if len(values) == vocabulary else Few(tokens, values))
-    return found
+        joined.append(values if len(values) == vocabulary else Few(tokens, values))
+    return joined
 
 
-def _best(row: NDArray[np.float32], most: int) -> NDArray[np.int64] | None:
-    """Places of the `most` largest values and of those equal to the last; None if all are to be sent."""
-    if not 0 < 2 * most < len(row) or not np.isfinite(best := row.max()):  # the maximum of a row with NaN is NaN
+def _largest_indices(row: NDArray[np.float32], most: int) -> NDArray[np.int64] | None:
+    """Return the indices of the `most` largest values and of those equal to the smallest of them; None for the whole row."""
+    if not 0 < 2 * most < len(row) or not np.isfinite(largest := row.max()):  # the maximum of a row with NaN is NaN
         return None
     if most == 1:
-        places = np.flatnonzero(row == best)
-        return places if 2 * len(places) < len(row) else None
-    # As many chunks have a maximum that reaches a value as there are values, or fewer: few values are left to be sorted out.
+        indices = np.flatnonzero(row == largest)
+        return indices if 2 * len(indices) < len(row) else None
+    # At least `most` values reach the `most`-th largest maximum of a chunk, so it is not above the `most`-th largest value.
+    # Values below it are no candidates, and few are left to find the candidates among.
     maxima = np.maximum.reduceat(row, np.arange(0, len(row), _CHUNK))
-    places = np.flatnonzero(row >= _largest(maxima, most)) if most <= len(maxima) else np.arange(len(row))
-    values = row[places]
-    places = places[values >= _largest(values, most)]
-    return places if 2 * len(places) < len(row) else None
+    indices = np.flatnonzero(row >= _largest(maxima, most)) if most <= len(maxima) else np.arange(len(row))
+    values = row[indices]
+    indices = indices[values >= _largest(values, most)]
+    return indices if 2 * len(indices) < len(row) else None
 
 
 def _largest(values: NDArray[np.float32], number: int) -> np.float32:
-    """The value that `number` values reach."""
-    found: np.float32 = values.max() if number == 1 else np.partition(values, len(values) - number)[len(values) - number]
-    return found
+    """Return the `number`-th largest value."""
+    value: np.float32 = values.max() if number == 1 else np.partition(values, len(values) - number)[len(values) - number]
+    return value

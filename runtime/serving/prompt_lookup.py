@@ -1,7 +1,7 @@
-"""Drafts from the sequence itself: what followed the last place where its last tokens stood before.
+"""Prompt lookup: drafts the tokens that followed the last earlier occurrence of a sequence's last tokens.
 
-Prompt-lookup decoding after Saxena (github.com/apoorvumang/prompt-lookup-decoding): answers that quote their prompt are guessed
-several tokens at a time and verified in one step.
+Prompt-lookup decoding after Saxena (github.com/apoorvumang/prompt-lookup-decoding): in answers that quote their prompt, several
+tokens are guessed at a time and verified in one step.
 """
 
 from __future__ import annotations
@@ -9,72 +9,72 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-NGRAMS = (3, 2)  # tokens that must match, longest first; single tokens match everywhere and foretell little
-LONGEST_PAUSE = 32  # tokens without a draft after many that failed
-_TOKEN_BITS = 21  # of a token in a key: three make an int64, for vocabularies up to two million
+NGRAMS = (3, 2)  # numbers of tokens that must match, tried in this order; single tokens match often and predict little
+LONGEST_PAUSE = 32  # tokens that pass without a draft after many wrong ones
+_TOKEN_BITS = 21  # bits of a token in a key: three tokens fit an int64, for vocabularies of up to two million
 
 
 class PromptLookup:
-    """Finds drafts of at most `most` tokens for one sequence, and rests while they fail.
+    """Drafts at most `most` tokens at a time for one sequence, and pauses while the drafts are wrong.
 
-    The n-grams seen so far are kept in a hash map per length, each with the place after its last occurrence, and only new
-    tokens are added: a draft costs a few microseconds at any length of context.
+    A hash map for each length of n-grams holds the position after the last occurrence of each n-gram. Only new tokens are
+    added to it, so that a draft costs a few microseconds at any length of the context.
 
-    A draft whose first token is wrong is followed by a pause, of one token at first and twice as long after each further one
-    in a row, up to LONGEST_PAUSE; a draft that is accepted in part or whole ends that. So a sequence that repeats
-    nothing pays for about one draft in 32 tokens, and one that begins to quote later is still sped up.
+    A draft whose first token is wrong is followed by a pause: of one token at first, twice as long after each further wrong
+    draft in a row, up to LONGEST_PAUSE. A draft that is accepted in part or in full resets the pause. So a sequence that
+    repeats nothing pays for about one draft in 32 tokens, and one that begins to quote later is still sped up.
     """
 
     def __init__(self, tokens: NDArray[np.int32], length: int, most: int) -> None:
-        """`tokens` is the buffer of the sequence, which holds `length` tokens now."""
+        """`tokens` is the buffer of the sequence, which holds `length` tokens now and grows in place."""
         self.most = most
-        self.drafted = 0  # tokens given to verify
-        self.accepted = 0  # of them, tokens that turned out right
+        self.drafted = 0  # tokens drafted so far
+        self.accepted = 0  # of them, tokens that were right: counted by the sequence
         self._tokens = tokens
-        self._places: dict[int, dict[int, int]] = {n: _places(tokens[:length], n) for n in NGRAMS}
-        self._indexed = length  # n-grams whose following token lies below are in the map
+        self._positions: dict[int, dict[int, int]] = {n: _positions(tokens[:length], n) for n in NGRAMS}
+        self._indexed = length  # n-grams that are followed by a token below this position are in the maps
         self._pause = 0
-        self._resume_at = 0  # length of the sequence from which on drafts are made
-        self._open = False  # a draft was made whose fate has not been looked at
-        self._accepted_before = 0
+        self._resume_at = 0  # length of the sequence at which drafts are made again
+        self._pending = False  # whether the outcome of the last draft has not been looked at yet
+        self._accepted_before = 0  # value of `accepted` when the last draft was made
 
     def draft(self, length: int, room: int) -> int:
-        """Write up to `room` guesses after the first `length` tokens of the buffer; returns their number."""
-        if self._open:
-            self._open = False
+        """Write up to `room` guesses behind the first `length` tokens of the buffer; returns their number."""
+        if self._pending:
+            self._pending = False
             self._pause = 0 if self.accepted > self._accepted_before else min(max(1, 2 * self._pause), LONGEST_PAUSE)
             self._resume_at = length + self._pause
         count = min(self.most, room)
         if count < 1 or length < self._resume_at:
             return 0
         self._index(length)
-        place = self._find(length)
-        if place is None:
+        position = self._find(length)
+        if position is None:
             return 0
         tokens = self._tokens
-        if place + count <= length:
-            tokens[length : length + count] = tokens[place : place + count]
+        if position + count <= length:
+            tokens[length : length + count] = tokens[position : position + count]
         else:
-            for i in range(count):  # reaches into what it writes, and so continues a repetition
-                tokens[length + i] = tokens[place + i]
-        self._open, self._accepted_before = True, self.accepted
+            for i in range(count):  # copies guesses written by this loop too, and so continues a repetition
+                tokens[length + i] = tokens[position + i]
+        self._pending, self._accepted_before = True, self.accepted
         self.drafted += count
         return count
 
     def _index(self, length: int) -> None:
-        for place in range(self._indexed, length):
-            for n, places in self._places.items():
-                if place >= n:
-                    places[self._key(place, n)] = place
+        for position in range(self._indexed, length):
+            for n, positions in self._positions.items():
+                if position >= n:
+                    positions[self._key(position, n)] = position
         self._indexed = length
 
     def _find(self, length: int) -> int | None:
-        """The place after the last earlier occurrence of the last tokens, None if there is none."""
-        for n, places in self._places.items():
+        """Return the position after the last earlier occurrence of the last tokens, None if there is none."""
+        for n, positions in self._positions.items():
             if length >= n:
-                place = places.get(self._key(length, n))
-                if place is not None:
-                    return place
+                position = positions.get(self._key(length, n))
+                if position is not None:
+                    return position
         return None
 
     def _key(self, stop: int, n: int) -> int:
@@ -84,8 +84,8 @@ class PromptLookup:
         return key
 
 
-def _places(tokens: NDArray[np.int32], n: int) -> dict[int, int]:
-    """Key of every n-gram that a token follows -> index of the token after its last occurrence."""
+def _positions(tokens: NDArray[np.int32], n: int) -> dict[int, int]:
+    """Map the key of every n-gram that a token follows to the position of the token after its last occurrence."""
     count = max(0, len(tokens) - n)
     keys = np.zeros(count, np.int64)
     for i in range(n):
