@@ -121,11 +121,11 @@ def test_streams_in_turn_share_the_engine() -> None:
     with make_engine() as engine:
         texts = [engine.generate([prompt], GREEDY)[0].text for prompt in PROMPTS[:3]]
         streams = [engine.stream(prompt, GREEDY) for prompt in PROMPTS[:3]]
-        found = ["", "", ""]
+        pieces = ["", "", ""]
         for _ in range(40):
             for i, stream in enumerate(streams):
-                found[i] += next(stream, "")
-        assert found == texts
+                pieces[i] += next(stream, "")
+        assert pieces == texts
 
 
 def test_dropped_stream_frees_its_place() -> None:
@@ -163,12 +163,12 @@ def test_threads_share_the_engine() -> None:
 def test_logits_are_those_of_every_prefix() -> None:
     with make_engine(FakeExecutor(max_tokens=10, max_rows=4)) as engine:
         ids = [3, 9, 27, 81, 5, 4, 3, 2, 1, 17, 18]
-        found = engine.logits(ids)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, [hash_rule(ids[: i + 1]) for i in range(len(ids))])
-        np.testing.assert_array_equal(engine.logits(ids[:2]), found[:2])
+        logits = engine.logits(ids)
+        assert logits.dtype == np.float32
+        np.testing.assert_array_equal(logits, [hash_rule(ids[: i + 1]) for i in range(len(ids))])
+        np.testing.assert_array_equal(engine.logits(ids[:2]), logits[:2])
         for start in range(len(ids)):
-            np.testing.assert_array_equal(engine.logits(ids, start=start), found[start:])
+            np.testing.assert_array_equal(engine.logits(ids, start=start), logits[start:])
         for start in (-1, len(ids)):
             with pytest.raises(EngineError, match=f"start: found {start}, expected 0 to 10, a place in the sequence"):
                 engine.logits(ids, start=start)

@@ -48,9 +48,9 @@ def lookup(tokens: list[int], most: int, room: int = 100) -> tuple[PromptLookup,
     """A lookup over `tokens`, and its first draft."""
     buffer = np.full(len(tokens) + 200, -1, np.int32)
     buffer[: len(tokens)] = tokens
-    found = PromptLookup(buffer, len(tokens), most)
-    count = found.draft(len(tokens), room)
-    return found, [int(token) for token in buffer[len(tokens) : len(tokens) + count]]
+    drafter = PromptLookup(buffer, len(tokens), most)
+    count = drafter.draft(len(tokens), room)
+    return drafter, [int(token) for token in buffer[len(tokens) : len(tokens) + count]]
 
 
 @pytest.mark.parametrize(
@@ -95,27 +95,27 @@ def test_index_that_grows_finds_what_a_scan_finds(tokens: list[int], start: int,
     buffer = np.zeros(len(tokens) + most, np.int32)
     start = min(start, len(tokens))
     buffer[:start] = tokens[:start]
-    found = PromptLookup(buffer, start, most)
+    drafter = PromptLookup(buffer, start, most)
     for length in range(start, len(tokens)):
-        count = found.draft(length, most)
+        count = drafter.draft(length, most)
         assert [int(token) for token in buffer[length : length + count]] == scan(tokens[:length])
-        found.accepted += 1  # never rests
+        drafter.accepted += 1  # never rests
         buffer[length] = tokens[length]
 
 
 def test_it_rests_while_drafts_fail_and_not_while_they_are_accepted() -> None:
     buffer = np.zeros(400, np.int32)
-    found = PromptLookup(buffer, 10, 2)
-    drafts = [length for length in range(10, 210) if found.draft(length, 9)]
+    drafter = PromptLookup(buffer, 10, 2)
+    drafts = [length for length in range(10, 210) if drafter.draft(length, 9)]
     gaps = [b - a for a, b in pairwise(drafts)]
     assert gaps == [2, 3, 5, 9, 17, *[LONGEST_PAUSE + 1] * (len(gaps) - 5)] and len(gaps) > 6
     resumed = []
     for length in range(210 + LONGEST_PAUSE, 250):
-        if found.draft(length, 9):
+        if drafter.draft(length, 9):
             resumed.append(length)
-            found.accepted += len(resumed) < 4
+            drafter.accepted += len(resumed) < 4
     assert resumed == [242, 243, 244, 245, 247]  # three are accepted, then the pauses begin anew
-    assert found.drafted == 2 * (len(drafts) + len(resumed))
+    assert drafter.drafted == 2 * (len(drafts) + len(resumed))
 
 
 def decoding(s: Scheduler, prompt: list[int], new: int, most: int) -> Sequence:
@@ -220,8 +220,8 @@ def test_answers_are_those_without_lookup(
         plain = [engine.generate([prompt], SamplingParams(**params))[0] for prompt, params in asked]
     with make_engine(FakeExecutor(quoting_rule, **limits)) as engine:  # type: ignore[arg-type]
         drafting = [SamplingParams(**params, prompt_lookup=n) for (_, params), n in zip(asked, lookups, strict=False)]
-        found = engine.generate(prompts, drafting)
-    for one, other in zip(found, plain, strict=True):
+        drafted = engine.generate(prompts, drafting)
+    for one, other in zip(drafted, plain, strict=True):
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
         assert other.drafted == other.accepted == 0 and one.accepted <= one.drafted
 
