@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.cuda import CudaExecutor
+from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.candidates import Few, Row, Rows
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, blocks_for
+from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 Floats = NDArray[np.float32]
 Plan = Sequence[Mapping[int, int]]  # the steps: how many tokens each sequence is given

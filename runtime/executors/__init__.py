@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from belle_compile.runtime.program import Program
+from belle_compile.runtime.program import BLOCK_SIZE, Program
 from belle_compile.runtime.serving.candidates import Rows
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives

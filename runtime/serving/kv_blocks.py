@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_SIZE = 16
+from belle_compile.runtime.program import BLOCK_SIZE
 
 
 def blocks_for(tokens: int) -> int:

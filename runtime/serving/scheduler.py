@@ -8,7 +8,8 @@ from collections.abc import Sequence as Tokens
 import numpy as np
 
 from belle_compile.runtime.executors import StepBatch
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, BlockPool, BlockTable, blocks_for
+from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable, blocks_for
 from belle_compile.runtime.serving.prompt_lookup import PromptLookup
 from belle_compile.runtime.serving.request import Limits
 

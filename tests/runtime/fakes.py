@@ -18,8 +18,7 @@ from belle_compile.runtime.artifact import FileRecord, GenerationDefaults, Manif
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.profiling import Recorder
-from belle_compile.runtime.program import Call, FusionCalls, KVLayout, Logits, Program
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE
+from belle_compile.runtime.program import BLOCK_SIZE, Call, FusionCalls, KVLayout, Logits, Program
 from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.tokenizer import Tokenizer
 

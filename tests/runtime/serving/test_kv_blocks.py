@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from belle_compile.runtime.serving.kv_blocks import BLOCK_SIZE, BlockPool, BlockTable, blocks_for
+from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable, blocks_for
 
 BLOCKS = 12
 
