@@ -8,10 +8,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
+from belle_compile.compiler.checkpoint.formats.gguf import open_gguf
+from belle_compile.compiler.checkpoint.formats.huggingface import open_huggingface
 from belle_compile.compiler.checkpoint.generation import generation_defaults
-from belle_compile.compiler.checkpoint.gguf_files import open_gguf
-from belle_compile.compiler.checkpoint.huggingface import open_huggingface
-from belle_compile.compiler.checkpoint.locate import locate, single_gguf
+from belle_compile.compiler.checkpoint.sources.locate import locate, single_gguf
 from belle_compile.compiler.checkpoint.special_tokens import special_tokens
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.checkpoint.tensors import canonical

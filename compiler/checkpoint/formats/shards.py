@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from belle_compile.compiler.checkpoint.contents import read_json
-from belle_compile.compiler.checkpoint.pickles import open_pickle
-from belle_compile.compiler.checkpoint.safetensors_files import open_safetensors
+from belle_compile.compiler.checkpoint.formats.base import read_json
+from belle_compile.compiler.checkpoint.formats.pickles import open_pickle
+from belle_compile.compiler.checkpoint.formats.safetensors import open_safetensors
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 

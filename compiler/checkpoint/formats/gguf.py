@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.contents import Contents
-from belle_compile.compiler.checkpoint.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer

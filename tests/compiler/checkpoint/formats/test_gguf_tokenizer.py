@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, pre_tokenizers
 
-from belle_compile.compiler.checkpoint.gguf_tokenizer import gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
 from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.test_sentencepiece_model import LLAMA_STYLE, TEXT, train
 

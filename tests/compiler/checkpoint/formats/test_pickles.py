@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.pickles import is_legacy, open_pickle
+from belle_compile.compiler.checkpoint.formats.pickles import is_legacy, open_pickle
 from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import BLOOM_CONFIG, Attack, bloom_tensors, write_small_files
 

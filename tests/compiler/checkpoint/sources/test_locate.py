@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.locate import locate
+from belle_compile.compiler.checkpoint.sources.locate import locate
 from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_llama
 

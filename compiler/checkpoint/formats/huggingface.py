@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.checkpoint.contents import Contents, read_json
-from belle_compile.compiler.checkpoint.pickles import is_legacy
+from belle_compile.compiler.checkpoint.formats.base import Contents, read_json
+from belle_compile.compiler.checkpoint.formats.pickles import is_legacy
+from belle_compile.compiler.checkpoint.formats.shards import open_weights
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
 from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, require_float
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
-from belle_compile.compiler.checkpoint.weight_files import open_weights
 from belle_compile.compiler.errors import CompileError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.safetensors_files import open_safetensors
+from belle_compile.compiler.checkpoint.formats.safetensors import open_safetensors
 from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_weights
 
