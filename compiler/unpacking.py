@@ -34,7 +34,7 @@ class WholeWeights:
 
     def tensor(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.LazyTensor:
         """A weight that is read once its places are found."""
-        made = lazy(name, lambda: self._read(made), shape, dtype)
+        made = lazy(name, lambda: self._read(made), shape, dtype, sources=[f"{self._engine}: {name}"])
         self._tensors.append(made)
         return made
 

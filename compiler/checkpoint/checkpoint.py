@@ -1,29 +1,27 @@
-"""What the rest of the compiler knows about an opened checkpoint."""
+"""An opened checkpoint, as the rest of the compiler sees it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from belle_compile.compiler.checkpoint.sources.base import digests
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
-
-DIGEST_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint; headers are verified, values are not read yet.
 
-    `config` is the content of config.json (for GGUF, made from its metadata). `special` holds bos_token_id,
-    eos_token_ids, pad_token_id, bos_token, eos_token; `add_bos`, whether BOS goes before a prompt that `template`
-    rendered; and `add_bos_raw`, whether the checkpoint's tokenizer puts it before plain text. `tokenizer_json` is to be used
-    with add_special_tokens=False. `notes` are sentences for the manifest and the report: what was ignored or approximated.
+    `config` is the content of config.json (for GGUF, made from its metadata). `special` holds bos_token_id, eos_token_ids,
+    pad_token_id, bos_token and eos_token; `add_bos`, whether BOS goes before a prompt that `template` rendered; and
+    `add_bos_raw`, whether the checkpoint's tokenizer puts it before plain text. `tokenizer_json` is for encoding with
+    add_special_tokens=False. `notes` are sentences for the manifest and the report: what was ignored or approximated.
     """
 
     path: Path
@@ -38,7 +36,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """The tensor of this name, if its shape is the expected one."""
+        """The tensor of this name; raises CompileError where there is none, or one of another shape."""
         tensor = self.tensors.get(name)
         if tensor is None:
             near = get_close_matches(name, self.tensors, n=3)
@@ -61,24 +59,5 @@ class Checkpoint:
         return tensor
 
     def digests(self, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
-        """File name -> sha256 of every file this checkpoint was read from, by streaming.
-
-        `progress(file, done_bytes, total_bytes)` is called after every chunk, with the bytes of all files.
-        """
-        total = sum(file.stat().st_size for file in self.files)
-        done = 0
-        digests = {}
-        for file in self.files:
-            digest = hashlib.sha256()
-            with file.open("rb") as f:
-                while chunk := f.read(DIGEST_CHUNK_BYTES):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress(file, done, total)
-            digests[_relative(file, self.path)] = digest.hexdigest()
-        return digests
-
-
-def _relative(file: Path, path: Path) -> str:
-    return file.relative_to(path).as_posix() if file != path and file.is_relative_to(path) else file.name
+        """File name -> SHA-256 of every file this checkpoint was read from; see `sources.base.digests`."""
+        return digests(self.files, self.path, progress)

@@ -1,35 +1,36 @@
-"""Opens a checkpoint: finds it, reads its headers, and brings the formats to one shape."""
+"""Opens a checkpoint: from its source through its format and overlays to one shape for all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
-from belle_compile.compiler.checkpoint.formats.gguf import open_gguf
-from belle_compile.compiler.checkpoint.formats.huggingface import open_huggingface
+from belle_compile.compiler.checkpoint.formats.registry import FORMATS, read_contents
 from belle_compile.compiler.checkpoint.generation import generation_defaults
-from belle_compile.compiler.checkpoint.sources.locate import locate, single_gguf
+from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
+from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import special_tokens
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.checkpoint.tensors import canonical
 from belle_compile.compiler.families import registry
 
 
-def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: Sequence[Overlay] = ()) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. Raises CompileError with what to do about it.
+    `choose_template`. `overlays` change tensors in the order given. Raises CompileError with what to do about it.
     """
-    found = locate(path)
-    gguf = single_gguf(found)
-    contents = open_gguf(gguf, directory=None if gguf == found else found) if gguf else open_huggingface(found)
-    family = registry.by_config(contents.config, found)
+    files = fetch(path, [format.weights for format in FORMATS])
+    contents = read_contents(files)
+    family = registry.by_config(contents.config, files.path)
     chosen = choose_template(template, contents.template, family, contents.config)
-    notes = [*contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json)]
+    overlaid = apply_overlays(canonical(contents.tensors, family), overlays)
+    notes = [*files.notes, *contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json), *overlaid.notes]
     special = special_tokens(
         contents.config,
         contents.generation,
@@ -39,21 +40,21 @@ def open_checkpoint(path: str | Path, *, template: str | None = None) -> Checkpo
         raw_template=chosen.name == RAW,
     )
     return Checkpoint(
-        path=found,
+        path=files.path,
         family=family.name,
         config=contents.config,
-        tensors=canonical(contents.tensors, family),
+        tensors=overlaid.tensors,
         tokenizer_json=contents.tokenizer_json,
         special=special,
         template=chosen,
         generation=generation_defaults(contents.generation),
-        files=tuple(contents.files),
+        files=(*contents.files, *overlaid.files),
         notes=tuple(notes),
     )
 
 
 def _vocabulary_note(config: dict[str, Any], tokenizer_json: str) -> list[str]:
-    """A sentence when the tokenizer knows ids that the embedding lacks (a [PAD] that fine-tuning added, for example)."""
+    """A sentence where the tokenizer knows ids that the embedding lacks, such as a [PAD] that fine-tuning added."""
     ids = max(Tokenizer.from_str(tokenizer_json).get_vocab().values(), default=-1) + 1
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or ids <= vocab_size:

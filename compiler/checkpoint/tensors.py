@@ -1,17 +1,20 @@
-"""A tensor of a checkpoint that stays on disk until it is read, and the canonical names tensors go by."""
+"""A tensor of a checkpoint that stays on disk until it is read, and the canonical names of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.ir.quantized import QuantizedTensor
 
 STAGE = "checkpoint"
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -21,20 +24,29 @@ DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 
 FloatArray = npt.NDArray[np.float32]
+Load = Callable[[int, int], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """Name, shape and stored dtype of one tensor; `read` and `rows` fetch float32 values and keep nothing.
 
-    `load(start, stop)` gives rows start..stop of axis 0 (the whole tensor when it is a scalar) in any float dtype.
+    `load(start, stop)` gives rows start..stop of axis 0 (the whole tensor when it is a scalar) in any float dtype. `steps` say
+    where the values come from: the latest change first, the file and the name stored there last (by default `file` and `name`).
+    `quantized` is what a file holds in place of floats, where these are integers with scales; `load` then dequantizes it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
-    load: Callable[[int, int], npt.NDArray[Any]] = field(repr=False, compare=False)
+    load: Load = field(repr=False, compare=False)
+    steps: tuple[str, ...] = ()
+    quantized: QuantizedTensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            object.__setattr__(self, "steps", (f"{self.file.name}: {self.name}",))
 
     def read(self) -> FloatArray:
         """The whole tensor: float32, C-contiguous."""
@@ -46,13 +58,36 @@ class LazyTensor:
             raise IndexError(f"rows {start}..{stop} of {self.name} with shape {list(self.shape)}")
         return self._float32(start, stop, (stop - start, *self.shape[1:]))
 
+    def describe(self) -> str:
+        """Where the values come from, such as "adapter <- model-00001-of-00002.safetensors: lm_head.weight"."""
+        return " <- ".join(self.steps)
+
+    def changed(self, step: str, load: Load) -> LazyTensor:
+        """The tensor with other float values of the same shape; `step` names what changed them."""
+        return replace(self, load=load, dtype="float32", steps=(step, *self.steps), quantized=None)
+
     def _float32(self, start: int, stop: int, shape: tuple[int, ...]) -> FloatArray:
-        values: FloatArray = np.ascontiguousarray(self.load(start, stop), dtype=np.float32).reshape(shape)
+        try:
+            loaded = self.load(start, stop)
+        except OSError as e:
+            raise changed(self.file, f"a file that changed or cannot be read ({e})") from e
+        values: FloatArray = np.ascontiguousarray(loaded, dtype=np.float32).reshape(shape)
         return values
 
 
+def changed(file: Path, found: str) -> CompileError:
+    """The error for a file that is not any more what it was when the checkpoint was opened."""
+    return CompileError(
+        STAGE,
+        f"weights {file}",
+        found=found,
+        expected="the file the build began with",
+        remedy="start the build again",
+    )
+
+
 def require_float(tensor: LazyTensor) -> None:
-    """Raise unless the tensor holds plain floating-point weights."""
+    """Raise CompileError unless the tensor holds plain floating-point weights."""
     name, dtype, file = tensor.name, tensor.dtype, tensor.file
     if dtype in FLOAT_DTYPES:
         return

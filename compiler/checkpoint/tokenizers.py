@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from belle_compile.compiler.checkpoint.formats.base import read_json
+from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sentencepiece_model import convert
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError

@@ -41,8 +41,12 @@ class Layers:
         """Add a float32 initializer that reads a tensor of the checkpoint, through `reorder` if that is given."""
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
-        read = tensor.read if reorder is None else lambda: reorder(tensor)
-        return self.builder.weight(name, lazy(name, read, shape, np.float32, tensor.rows if reorder is None else None))
+        sources = [tensor.describe()]
+        if reorder is None:
+            made = lazy(name, tensor.read, shape, np.float32, tensor.rows, sources=sources, quantized=tensor.quantized)
+        else:
+            made = lazy(name, lambda: reorder(tensor), shape, np.float32, step="reordered", sources=sources)
+        return self.builder.weight(name, made)
 
     def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, reorder: Reorder | None = None) -> ir.Value:
         """Append x @ weight.T + bias; `sizes` are (outputs, inputs), the shape of the weight."""

@@ -1,11 +1,9 @@
-"""Weights that are computed when they are read, and not before."""
+"""Weights that are computed when they are read, and not before; each knows the steps by which it came about."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +12,38 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.quantized import QuantizedTensor
+from belle_compile.compiler.ir.read_cache import Kind, ReadCache
 
 Array = npt.NDArray[Any]
 Rows = Callable[[int, int], Array]
-_PIECES, _ROWS = "pieces", "rows"  # in the meta of a tensor
+_PIECES, _ROWS, _STEP, _QUANTIZED = "pieces", "rows", "step", "quantized"  # in the meta of a tensor
+
+# The bound leaves room for the largest result of the models compiled here, the INT8 table of BLOOM-7B with 1.03 GB, and once
+# more for the view of it that ranks take their parts of.
+_READS = ReadCache(bound=2 << 30)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How a tensor is computed: the step's name ("" for reading as it is), and from what: tensors, or text about files."""
+
+    name: str
+    sources: tuple[ir.TensorProtocol | str, ...]
+
+
+class WeightError(CompileError):
+    """An error while a lazy tensor was computed, which says by which steps: "w.int8 <- rotated <- model.safetensors: w"."""
+
+    def __init__(self, error: CompileError, tensor: ir.TensorProtocol) -> None:
+        super().__init__(
+            error.stage, error.what, found=error.found, expected=error.expected, remedy=error.remedy, node=error.node
+        )
+        step = _step_of(tensor)
+        below: str = error.steps if isinstance(error, WeightError) else _steps_below(tensor)
+        self.steps: str = " <- ".join(filter(None, [step.name, below]))
+        self.chain = " <- ".join(filter(None, [str(tensor.name), below]))
+        self.args = (f"{str(self).removesuffix('.')}; while computing {self.chain}.",)
 
 
 def lazy(
@@ -26,11 +52,19 @@ def lazy(
     shape: Sequence[int],
     dtype: ir.DataType | npt.DTypeLike,
     rows: Rows | None = None,
+    *,
+    step: str = "",
+    sources: Sequence[ir.TensorProtocol | str] = (),
+    quantized: QuantizedTensor | None = None,
 ) -> ir.LazyTensor:
-    """A tensor whose values `compute` returns on every read; nothing is kept but inside of `keeping`. With `rows(start, stop)`
-    some rows can be read alone, see `read_rows`.
+    """A tensor whose values `compute` returns at every read; they are kept only inside of `keeping`.
 
-    A read raises CompileError where the result has another shape or dtype than announced.
+    With `rows(start, stop)` some rows can be read alone, see `read_rows`. `step` names what `compute` does to `sources`, which
+    are tensors, or text that says where in a file the values lie: `describe` and errors show it. `quantized` is given
+    where the values are exactly those of a checkpoint's integers.
+
+    A read raises CompileError where the result has another shape or dtype than announced. A CompileError of `compute` becomes a
+    WeightError.
     """
     element = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))
     expected = f"{element.numpy()}{list(shape)}"
@@ -44,12 +78,63 @@ def lazy(
         return np.ascontiguousarray(array)
 
     def read() -> ir.Tensor[Array]:
-        return ir.Tensor(_kept.read(key, values) if _kept else values(), dtype=element, name=name)
+        with _located(tensor):
+            (array,) = _READS.read(Kind.TENSOR, key, lambda: (values(),))
+        return ir.Tensor(array, dtype=element, name=name)
 
     tensor = ir.LazyTensor(read, dtype=element, shape=ir.Shape(shape), name=name)
+    tensor.meta[_STEP] = _Step(step, tuple(sources))
     if rows is not None:
         tensor.meta[_ROWS] = rows
+    if quantized is not None:
+        tensor.meta[_QUANTIZED] = quantized
     return tensor
+
+
+def describe(tensor: ir.TensorProtocol) -> str:
+    """The tensor's name and the steps by which it is computed, back to files.
+
+    For example "q.weight.rotated.int8 <- rotated <- model-00001-of-00002.safetensors: q.weight". Several sources of a step
+    stand in parentheses: "q+k.int8 <- (int8 <- model.safetensors: q; int8 <- model.safetensors: k)".
+    """
+    return " <- ".join(filter(None, [str(tensor.name), _steps_below(tensor)]))
+
+
+def _steps_below(tensor: ir.TensorProtocol) -> str:
+    texts = [source if isinstance(source, str) else _steps_from(source) for source in _step_of(tensor).sources]
+    return f"({'; '.join(texts)})" if len(texts) > 1 else "".join(texts)
+
+
+def _steps_from(tensor: ir.TensorProtocol) -> str:
+    """A source as `describe` shows it: by its step, since its name stands at the chain's end; a constant by its name."""
+    texts = [_step_of(tensor).name, _steps_below(tensor)]
+    return " <- ".join(filter(None, texts)) or str(tensor.name)
+
+
+def _step_of(tensor: ir.TensorProtocol) -> _Step:
+    step: _Step = tensor.meta.get(_STEP, _Step("", ()))
+    pieces = tuple(piece.tensor for piece in pieces_of(tensor))
+    return step if step.sources or not pieces else _Step(step.name, pieces)
+
+
+@contextmanager
+def _located(tensor: ir.TensorProtocol) -> Iterator[None]:
+    """Errors raised inside say that they are about this tensor."""
+    try:
+        yield
+    except CompileError as error:
+        raise WeightError(error, tensor) from error
+
+
+def quantized_source(value: ir.Value) -> QuantizedTensor | None:
+    """The integers that a checkpoint holds for an initializer, with scales, zero points and offsets.
+
+    None where there are none: the checkpoint holds floats, or a step (a rotation, a permutation) computed other values from the
+    integers. A part or a stack of tensors has none itself; ask for its pieces, see `pieces_of`.
+    """
+    tensor = value.const_value
+    found: QuantizedTensor | None = None if tensor is None else tensor.meta.get(_QUANTIZED)
+    return found
 
 
 def has_rows(tensor: ir.TensorProtocol) -> bool:
@@ -58,68 +143,59 @@ def has_rows(tensor: ir.TensorProtocol) -> bool:
 
 
 def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
-    """Rows of a tensor that `has_rows`, in an array that nobody else has: tables are the largest tensors of a model, and what
-    takes them row by row never holds one in float32."""
+    """Rows start..stop of a tensor that `has_rows`, in an array that the caller may write to.
+
+    Tables are the largest tensors of a model; a reader that takes them row by row never holds a whole one in float32.
+    """
     rows: Rows = tensor.meta[_ROWS]
-    array = rows(start, stop)
+    with _located(tensor):
+        array = rows(start, stop)
     return array if array.flags.writeable and array.flags.owndata else np.array(array)
 
 
-@contextmanager
-def keeping(most: int) -> Iterator[None]:
-    """Inside, values of lazy tensors that were read last are kept, up to `most` bytes: tensors that are computed from the same
-    ones are read in one go without computing these again. What is kept cannot be written to."""
-    global _kept
-    outer, _kept = _kept, _Kept(most)
-    try:
-        yield
-    finally:
-        _kept = outer
+def keeping(most: int) -> AbstractContextManager[None]:
+    """Inside, the values of lazy tensors that were read last are kept, up to `most` bytes, and cannot be written to.
 
-
-class _Kept:
-    """The arrays used last, by key."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._bytes = most, 0
-        self._arrays: OrderedDict[object, Array] = OrderedDict()
-
-    def read(self, key: object, compute: Callable[[], Array]) -> Array:
-        """What is kept for a key, or what is computed now, as a read-only view."""
-        if key in self._arrays:
-            self._arrays.move_to_end(key)
-            return self._arrays[key]
-        array: Array = compute().view()
-        array.setflags(write=False)
-        self._arrays[key] = array
-        self._bytes += array.nbytes
-        while self._bytes > self._most:
-            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
-        return array
-
-
-_kept: _Kept | None = None
+    Tensors computed from the same ones are then read in one go without computing those again.
+    """
+    return _READS.keeping(Kind.TENSOR, most)
 
 
 def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: int, name: str) -> ir.LazyTensor:
-    """Some rows (axis 0) or columns (axis 1) of a tensor, range by range. Inside of `wholes_kept` the tensor is read once for
-    all of its parts."""
+    """Some rows (axis 0) or columns (axis 1) of a tensor, range by range.
+
+    Inside of `wholes_kept` the tensor is read once for all of its parts.
+    """
     shape = list(whole.shape.numpy())
     shape[axis] = sum(stop - start for start, stop in ranges)
 
     def take() -> Array:
-        array = whole.numpy() if _wholes is None else _wholes.read(whole)
+        (array,) = _READS.read(Kind.WHOLE, _Identity(whole), lambda: (whole.numpy(),))
         parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in ranges]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
-    part = lazy(name, take, shape, whole.dtype)
+    places = "+".join(f"{start}:{stop}" for start, stop in ranges)
+    part = lazy(name, take, shape, whole.dtype, step=f"{('rows', 'columns')[axis]} {places}", sources=[whole])
     part.meta[_PIECES] = [Piece(whole, tuple(ranges), axis)]
     return part
 
 
+class _Identity:
+    """A tensor as a key: equal to the same object only, which it keeps alive."""
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self._tensor = tensor
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self._tensor is other._tensor
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Where values of one tensor come from another: its rows or columns `ranges` lie there behind each other, from row `at`."""
+    """Values of one tensor that come from another: rows or columns `ranges` of that one, in turn, from row `at` on."""
 
     tensor: ir.TensorProtocol
     ranges: tuple[tuple[int, int], ...]
@@ -128,7 +204,7 @@ class Piece:
 
 
 def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
-    """The tensor, with a record that it is these ones stacked along axis 0."""
+    """The tensor, with a record that it is `parts` stacked along axis 0."""
     pieces, at = [], 0
     for part in parts:
         rows = part.shape.numpy()[0]
@@ -140,58 +216,28 @@ def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.Laz
 
 def pieces_of(tensor: ir.TensorProtocol) -> list[Piece]:
     """What a tensor of `part_of` or `made_of` is made of; nothing for others."""
-    found: list[Piece] = tensor.meta.get(_PIECES, [])
-    return found
+    pieces: list[Piece] = tensor.meta.get(_PIECES, [])
+    return pieces
 
 
-@contextmanager
-def wholes_kept() -> Iterator[None]:
-    """Inside, tensors that `part_of` takes parts of are kept once they are read: ranks that read their parts of the same ones
-    in turn compute these once. They are all in memory until the end, so that it is for a few tensors at a time."""
-    global _wholes
-    outer, _wholes = _wholes, _Wholes()
-    try:
-        yield
-    finally:
-        _wholes = outer
+def wholes_kept() -> AbstractContextManager[None]:
+    """Inside, tensors that `part_of` takes parts of are kept once they are read.
 
-
-class _Wholes:
-    """Values of tensors that have been read."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[int, tuple[ir.TensorProtocol, Array]] = {}  # by identity; the tensor is kept so that it stays unique
-
-    def read(self, tensor: ir.TensorProtocol) -> Array:
-        """What is kept of a tensor, or what is computed now, as a read-only view."""
-        if id(tensor) not in self._arrays:
-            array: Array = tensor.numpy().view()
-            array.setflags(write=False)
-            self._arrays[id(tensor)] = tensor, array
-        return self._arrays[id(tensor)][1]
-
-
-_wholes: _Wholes | None = None
+    Ranks that read their parts of the same tensors in turn then compute these once. Meant for a few tensors at a time:
+    beyond the read cache's bound, those used least recently are computed again.
+    """
+    return _READS.keeping(Kind.WHOLE)
 
 
 class Shared:
     """Several tensors computed at once from one source, such as a weight's integers and their scales.
 
-    Only the result of the source that was asked last is kept, whichever object that is: reading a model's weights
-    in order computes each source once and holds one result at a time.
+    Only the result of the source that was asked last is kept, whichever object that is: reading a model's weights in order
+    computes each source once and holds one result at a time.
     """
-
-    _lock = threading.RLock()
-    _latest: Shared | None = None
-    _result: tuple[Array, ...] = ()
 
     def __init__(self, compute: Callable[[], tuple[Array, ...]]) -> None:
         self._compute = compute
 
     def __getitem__(self, index: int) -> Array:
-        with Shared._lock:
-            if Shared._latest is not self:
-                Shared._latest, Shared._result = None, ()  # free the old result before the new one is made
-                result = self._compute()
-                Shared._latest, Shared._result = self, result
-            return Shared._result[index]
+        return _READS.read(Kind.RESULT, self, self._compute)[index]

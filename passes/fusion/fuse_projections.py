@@ -89,7 +89,7 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
 def _bias(node: ir.Node, index: int, rows: int) -> ir.TensorProtocol:
     if len(node.inputs) > index:
         return _tensor(node.inputs[index])
-    return lazy(f"{node.name}.bias", lambda: np.zeros(rows, np.float32), [rows], ir.DataType.FLOAT)
+    return lazy(f"{node.name}.bias", lambda: np.zeros(rows, np.float32), [rows], ir.DataType.FLOAT, step="zeros")
 
 
 def _stack(columns: Sequence[Sequence[ir.TensorProtocol]]) -> list[ir.LazyTensor]:

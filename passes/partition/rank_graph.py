@@ -166,7 +166,7 @@ class RankGraph:
         assert bias is not None and bias.shape is not None
         shape = tuple(bias.shape.numpy())
         key = bias, "zeros"
-        zeros = lazy(str(bias.name), lambda: np.zeros(shape, np.float32), shape, ir.DataType.FLOAT)
+        zeros = lazy(str(bias.name), lambda: np.zeros(shape, np.float32), shape, ir.DataType.FLOAT, step="zeros")
         return self.weights.get(key) or self._weight(key, zeros)
 
     def _weight(self, key: Hashable, tensor: ir.TensorProtocol) -> ir.Value:

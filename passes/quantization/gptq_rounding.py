@@ -119,9 +119,10 @@ def _check(weight: Tensor, node: ir.Node) -> None:
 def _replace(node: ir.Node, file: Path, graph: ir.Graph, key: str) -> None:
     """Let the node read the product of what a file holds, and keep the parts at hand for the passes that quantize."""
     old = node.inputs[1]
-    assert old is not None and old.shape is not None
+    assert old is not None and old.shape is not None and old.const_value is not None
     both = Shared(partial(_read, file))
-    tensor = lazy(f"{old.name}.{_SUFFIX}", partial(_product, file), old.shape.numpy(), ir.DataType.FLOAT)
+    name, shape, sources = f"{old.name}.{_SUFFIX}", old.shape.numpy(), [old.const_value]
+    tensor = lazy(name, partial(_product, file), shape, ir.DataType.FLOAT, step=_SUFFIX, sources=sources)
     value = make_initializer(tensor)
     value.meta[key] = both
     graph.register_initializer(value)

@@ -31,8 +31,8 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     shape = source.shape.numpy()
     if f"{name}.int8" not in graph.initializers:
         both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_tensor(source, name))
-        integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8)
-        scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT)
+        integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source])
+        scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT, step="scale", sources=[source])
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
     return graph.initializers[f"{name}.int8"], graph.initializers[f"{name}.scale"]
@@ -47,8 +47,9 @@ def grouped_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Valu
     if f"{name}.int4" not in graph.initializers:
         both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name))
         int4 = ir.DataType.INT4
-        integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), (outputs, inputs), int4)
-        scales = lazy(f"{name}.scales", lambda: both[1], (outputs, -(-inputs // GROUP)), ir.DataType.FLOAT16)
+        shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // GROUP))
+        integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source])
+        scales = lazy(f"{name}.scales", lambda: both[1], groups_shape, ir.DataType.FLOAT16, step="scales", sources=[source])
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
     return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]

@@ -49,7 +49,8 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
         parts = [value.const_value for value in norm.inputs[1:] if value is not None and value.const_value is not None]
         normalize = partial(_normalize, parts, attributes_of(norm)["epsilon"])
         rows = (lambda start, stop: normalize(read_rows(source, start, stop))) if has_rows(source) else None
-        tensor = lazy(name, lambda: normalize(own(source)), source.shape.numpy(), ir.DataType.FLOAT, rows)
+        shape, sources = source.shape.numpy(), [source, *parts]
+        tensor = lazy(name, lambda: normalize(own(source)), shape, ir.DataType.FLOAT, rows, step="normalized", sources=sources)
         folded = make_initializer(tensor)
         graph.register_initializer(folded)
         node = make_node("Gather", [folded, ids], str(norm.name))

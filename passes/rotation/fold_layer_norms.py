@@ -59,8 +59,11 @@ def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> Non
     weight, old = reader.inputs[1], reader.inputs[2] if len(reader.inputs) > 2 else None
     assert weight is not None and weight.const_value is not None
     name = f"{old.name}.shifted" if old is not None else f"{reader.name}.shift"
-    compute = partial(_shifted, weight.const_value, shift, None if old is None else old.const_value)
-    value = make_initializer(lazy(name, compute, weight.const_value.shape.numpy()[:1], ir.DataType.FLOAT))
+    bias = None if old is None else old.const_value
+    compute = partial(_shifted, weight.const_value, shift, bias)
+    sources = [tensor for tensor in (bias, weight.const_value, shift) if tensor is not None]
+    shape = weight.const_value.shape.numpy()[:1]
+    value = make_initializer(lazy(name, compute, shape, ir.DataType.FLOAT, step="shifted", sources=sources))
     graph.register_initializer(value)
     reader.resize_inputs(3)
     reader.replace_input_with(2, value)

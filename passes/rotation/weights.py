@@ -38,7 +38,8 @@ def replace_weight(
     if name in graph.initializers:
         name = f"{node.name}.weight.{suffix}"
     rows = (lambda start, stop: change(read_rows(source, start, stop))) if by_rows and has_rows(source) else None
-    tensor = lazy(name, lambda: change(own(source)), source.shape.numpy(), ir.DataType.FLOAT, rows)
+    shape = source.shape.numpy()
+    tensor = lazy(name, lambda: change(own(source)), shape, ir.DataType.FLOAT, rows, step=suffix, sources=[source])
     value = make_initializer(tensor)
     graph.register_initializer(value)
     node.replace_input_with(index, value)

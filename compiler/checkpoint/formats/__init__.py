@@ -1,1 +1,1 @@
-"""What the files of a checkpoint hold: safetensors, pickles, GGUF."""
+"""What the files of a checkpoint hold."""

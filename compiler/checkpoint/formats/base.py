@@ -1,20 +1,25 @@
-"""What a file format has to deliver for a checkpoint to be opened."""
+"""What a format is: which files it recognises, and what it finds in them."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
-from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
 
 @dataclass
 class Contents:
-    """Everything found in a Hugging Face directory or a GGUF file, under the names stored there."""
+    """Everything found in the files of a checkpoint.
+
+    `config` has the keys of Transformers' config.json; tensors have the names stored in the files. `tokenizer_config`,
+    `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty where
+    there are none. `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are
+    sentences for the manifest and the report: what was ignored or approximated.
+    """
 
     config: dict[str, Any]
     tensors: list[LazyTensor]
@@ -27,24 +32,23 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in this file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CompileError(
-            STAGE,
-            f"file {file}",
-            found=f"text that is not JSON ({e})" if isinstance(e, ValueError) else str(e),
-            expected="a JSON object",
-            remedy="download the file again",
-        ) from e
-    if not isinstance(value, dict):
-        raise CompileError(
-            STAGE,
-            f"file {file}",
-            found=f"a JSON {type(value).__name__}",
-            expected="a JSON object",
-            remedy="download the file again",
-        )
-    return value
+class Format(Protocol):
+    """One way of holding a model in files. `FORMATS` lists all of them, the preferred one first."""
+
+    @property
+    def name(self) -> str:
+        """What notes call it."""
+
+    @property
+    def weights(self) -> str:
+        """A glob pattern of the files that hold its weights, for downloads."""
+
+    def recognises(self, files: Files) -> bool:
+        """Whether these files hold weights of this format; looks at names, or at a small file."""
+
+    def read(self, files: Files) -> Contents:
+        """What recognised files hold, by their headers: values of tensors are read later.
+
+        A format that holds weights only takes the rest from the files beside them: see `huggingface.read_release`. Raises
+        CompileError where files are damaged, missing or of a kind that is not supported.
+        """

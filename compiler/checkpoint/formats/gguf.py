@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,46 @@ import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS, GROUP, BlockFormat
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
+from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
+from belle_compile.compiler.ir.quantized import QuantizedRows, QuantizedTensor
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+# Files of other formats beside a .gguf file: the directory is then one of those.
+OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class Gguf:
+    """A .gguf file, alone or in a directory that has no other weights; it holds config and tokenizer too."""
+
+    name, weights = "gguf", "*.gguf"
+
+    def recognises(self, files: Files) -> bool:
+        return bool(files.matching(self.weights)) and not any(map(files.matching, OTHER_WEIGHTS))
+
+    def read(self, files: Files) -> Contents:
+        file, *others = files.matching(self.weights)
+        if others:
+            raise CompileError(
+                STAGE,
+                f"directory {files.path}",
+                found=f"{1 + len(others)} GGUF files",
+                expected="one",
+                remedy=f"give the path of one of them, such as {file}",
+            )
+        return open_gguf(file, directory=files.directory)
 
 
 def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
@@ -103,8 +131,13 @@ def _tensor(header: GgufHeader, layout: GgufLayout, tensor: Any, config: dict[st
             remedy="give a GGUF of another type, or the Hugging Face checkpoint",
         )
     heads = layout.interleaved(tensor.name, config)
-    load = _Loader(file, int(tensor.data_offset), int(tensor.n_bytes) // shape[0], kind, shape[0] // heads if heads else 0)
-    return LazyTensor(name, shape, FLOATS.get(kind.name, kind.name.lower()), file, load)
+    stored = _StoredRows(file, int(tensor.data_offset), int(tensor.n_bytes) // shape[0], shape[0] // heads if heads else 0)
+    steps = (f"{file.name}: {tensor.name}",)
+    if (block := BLOCK_FORMATS.get(kind.name)) is None:
+        return LazyTensor(name, shape, FLOATS.get(kind.name, kind.name.lower()), file, partial(_floats, stored, kind), steps)
+    outputs, inputs = shape
+    quantized = QuantizedTensor((outputs, inputs), block.bits, GROUP, partial(_integers, stored, block))
+    return LazyTensor(name, shape, kind.name.lower(), file, quantized.rows, steps, quantized)
 
 
 def _canonical_name(header: GgufHeader, layout: GgufLayout, name: str) -> str:
@@ -126,8 +159,8 @@ def _canonical_name(header: GgufHeader, layout: GgufLayout, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Loader:
-    """Reads, and dequantises, the wanted rows only.
+class _StoredRows:
+    """Reads rows of a tensor as they are stored: uint8 [rows, row_bytes].
 
     `head_rows` is not 0 where llama.cpp interleaves the two halves of every head (its RoPE pairs neighbours), as in Q and K of
     a LLaMA: stored row 2*j + i of a head is Hugging Face's row i*head_dim/2 + j (convert_hf_to_gguf.py, LlamaModel.permute).
@@ -136,32 +169,34 @@ class _Loader:
     file: Path
     offset: int
     row_bytes: int
-    kind: Any
     head_rows: int
 
-    def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
+    def __call__(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         if not self.head_rows:
-            return _dequantize(self._bytes(start, stop), self.kind)
+            return self._bytes(start, stop)
         first = start // self.head_rows * self.head_rows
         last = -(-stop // self.head_rows) * self.head_rows
-        wanted = np.arange(start, stop)
-        half, j = np.divmod(wanted % self.head_rows, self.head_rows // 2)
-        stored = wanted - wanted % self.head_rows + 2 * j + half - first
-        return _dequantize(self._bytes(first, last)[stored], self.kind)
+        rows = np.arange(start, stop)
+        half, j = np.divmod(rows % self.head_rows, self.head_rows // 2)
+        stored = rows - rows % self.head_rows + 2 * j + half - first
+        permuted: npt.NDArray[np.uint8] = self._bytes(first, last)[stored]
+        return permuted
 
     def _bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Stored rows start..stop: uint8 [stop - start, row_bytes]."""
+        """Rows start..stop in the order of the file."""
         count = (stop - start) * self.row_bytes
         data = np.fromfile(self.file, np.uint8, count, offset=self.offset + start * self.row_bytes)
         if data.size != count:
-            raise CompileError(
-                STAGE,
-                f"GGUF {self.file}",
-                found="a file that became shorter",
-                expected="the file the build began with",
-                remedy="start the build again",
-            )
+            raise changed(self.file, "a file that became shorter")
         return data.reshape(stop - start, self.row_bytes)
+
+
+def _floats(stored: _StoredRows, kind: Any, start: int, stop: int) -> npt.NDArray[np.float32]:
+    return _dequantize(stored(start, stop), kind)
+
+
+def _integers(stored: _StoredRows, block: BlockFormat, start: int, stop: int) -> QuantizedRows:
+    return block.decoded(stored(start, stop))
 
 
 def _dequantize(rows: npt.NDArray[np.uint8], kind: Any) -> npt.NDArray[np.float32]:

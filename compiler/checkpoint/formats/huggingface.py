@@ -1,30 +1,34 @@
-"""Reads a Hugging Face checkpoint directory: config, weights, tokenizer, templates."""
+"""What lies beside the weights in a Hugging Face directory: config, tokenizer, templates, generation defaults."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.checkpoint.formats.base import Contents, read_json
-from belle_compile.compiler.checkpoint.formats.pickles import is_legacy
-from belle_compile.compiler.checkpoint.formats.shards import open_weights
+from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
-from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, require_float
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 
+OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")
 
-def open_huggingface(directory: Path) -> Contents:
-    """The contents of a directory that `save_pretrained` or a release made."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise CompileError(
-            STAGE,
-            f"directory {directory}",
-            found="no config.json",
-            expected="a Hugging Face checkpoint or one .gguf file",
-            remedy="give the directory that holds config.json and the weights",
-        )
+
+@dataclass
+class Weights:
+    """Tensors under their stored names, the files that were read for them, and notes."""
+
+    tensors: list[LazyTensor]
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Contents:
+    """The contents of a directory that `save_pretrained` or a release made, with its weights from `open_weights(directory)`."""
+    config_file = require_config(directory)
     config = read_json(config_file)
     if quantization := config.get("quantization_config"):
         method = str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown").upper()
@@ -36,40 +40,41 @@ def open_huggingface(directory: Path) -> Contents:
             remedy=f"quantised {method} checkpoints are not yet supported: give the one it was made from",
         )
     tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory)
-    tensors, weight_files, weight_notes = open_weights(directory)
-    for tensor in tensors:
-        if not tensor.name.endswith(DERIVED_BUFFERS):
-            require_float(tensor)
-    legacy = [file.name for file in weight_files if file.suffix == ".bin" and is_legacy(file)]
-    if legacy:
-        weight_notes.append(
-            f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build "
-            "holds one such file in memory"
-        )
-    optional = {
-        name: directory / f"{name}.json"
-        for name in ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")
-    }
-    found = {name: file for name, file in optional.items() if file.is_file()}
-    read = {name: read_json(found[name]) if name in found else {} for name in optional}
-    template, template_files = _own_template(directory, read["tokenizer_config"], read["chat_template"])
+    weights = open_weights(directory)
+    files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
+    optional = {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
+    template, template_files = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
     return Contents(
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors,
         tokenizer_json=tokenizer_json,
-        tokenizer_config=implied | read["tokenizer_config"],
-        tokens_map=read["special_tokens_map"],
-        generation=read["generation_config"],
+        tokenizer_config=implied | optional["tokenizer_config"],
+        tokens_map=optional["special_tokens_map"],
+        generation=optional["generation_config"],
         template=template,
-        files=list(dict.fromkeys([config_file, *weight_files, *tokenizer_files, *found.values(), *template_files])),
-        notes=[*notes, *weight_notes],
+        files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
+        notes=[*notes, *weights.notes],
     )
+
+
+def require_config(directory: Path) -> Path:
+    """The config.json of a directory; raises CompileError where there is none."""
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise CompileError(
+            STAGE,
+            f"directory {directory}",
+            found="no config.json",
+            expected="a Hugging Face checkpoint or one .gguf file",
+            remedy="give the directory that holds config.json and the weights",
+        )
+    return config_file
 
 
 def _own_template(
     directory: Path, tokenizer_config: dict[str, Any], chat_template: dict[str, Any]
 ) -> tuple[PromptTemplate | None, list[Path]]:
-    """The checkpoint's own chat template; a file of its own outranks tokenizer_config.json, as in Transformers."""
+    """The checkpoint's own chat template; chat_template.jinja outranks tokenizer_config.json, as in Transformers."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return PromptTemplate(file.name, read_template(file)), [file]

@@ -1,29 +1,59 @@
-"""Pickled PyTorch weights (.bin), read with the restricted unpickler so that no code in them can run."""
+"""Pickled PyTorch weights (.bin), read with the restricted unpickler, so that no code in them can run."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from functools import lru_cache
+import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.formats.huggingface import Weights, read_release
+from belle_compile.compiler.checkpoint.formats.shards import has_weights, open_weights
+from belle_compile.compiler.checkpoint.sources.base import Files
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
 
 if TYPE_CHECKING:
     import torch
 
 
-def open_pickle(file: Path) -> list[LazyTensor]:
-    """The tensors of one file, under the names stored in it."""
+class Pickles:
+    """pytorch_model.bin, or shards of it, in a Hugging Face directory."""
+
+    name, weights = "bin", "*.bin"
+
+    def recognises(self, files: Files) -> bool:
+        return files.directory is not None and has_weights(files.directory, "pytorch_model", "bin")
+
+    def read(self, files: Files) -> Contents:
+        return read_release(files.path, self._weights)
+
+    def _weights(self, directory: Path) -> Weights:
+        found = open_weights(directory, "pytorch_model", "bin", partial(open_pickle, legacy=LegacyFile()))
+        legacy = [file.name for file in found.files if file.suffix == ".bin" and is_legacy(file)]
+        if legacy:
+            found.notes.append(
+                f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build "
+                "holds one such file in memory"
+            )
+        return found
+
+
+def open_pickle(file: Path, legacy: LegacyFile) -> list[LazyTensor]:
+    """The tensors of one file, under the names stored in it; `legacy` is shared by all files of a checkpoint.
+
+    Raises CompileError where the file is damaged, or holds anything but tensors.
+    """
     state = _state_dict(file)
     tensors = []
     for name, value in state.items():
         dtype = str(value.dtype).removeprefix("torch.")
-        tensors.append(LazyTensor(str(name), tuple(value.shape), dtype, file, _Loader(file, name)))
+        tensors.append(LazyTensor(str(name), tuple(value.shape), dtype, file, _Loader(file, name, legacy)))
     return tensors
 
 
@@ -33,16 +63,38 @@ def is_legacy(file: Path) -> bool:
         return f.read(4) != b"PK\x03\x04"
 
 
+class LegacyFile:
+    """The file in the legacy format that was read last.
+
+    Such a file is read whole; reading it anew for every tensor would take a day. Every checkpoint holds one at most.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._file: Path | None = None
+        self._state: dict[str, torch.Tensor] = {}
+
+    def state_dict(self, file: Path) -> dict[str, torch.Tensor]:
+        with self._lock:
+            if self._file != file:
+                self._file, self._state = None, {}  # frees the old file before the next one is read
+                self._state = _state_dict(file)
+                self._file = file
+            return self._state
+
+
 class _Loader:
     """Maps the file for one read and lets go of it again; unpickling the table of tensors takes milliseconds."""
 
-    def __init__(self, file: Path, name: str) -> None:
-        self.file, self.name = file, name
+    def __init__(self, file: Path, name: str, legacy: LegacyFile) -> None:
+        self.file, self.name, self.legacy = file, name, legacy
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
         import torch
 
-        state = _legacy_state_dict(self.file) if is_legacy(self.file) else _state_dict(self.file)
+        state = self.legacy.state_dict(self.file) if is_legacy(self.file) else _state_dict(self.file)
+        if self.name not in state:
+            raise changed(self.file, f"no tensor {self.name}")
         tensor = state[self.name]
         part = tensor[start:stop] if tensor.ndim else tensor
         values: npt.NDArray[Any] = part.detach().to(torch.float32, copy=True).numpy()  # the original lies in the mapping
@@ -50,7 +102,7 @@ class _Loader:
 
 
 def _state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a file; its values stay on disk, but for the legacy format."""
+    """The state dict of a file; its values stay on disk, except in the legacy format."""
     import torch
 
     try:
@@ -78,12 +130,6 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
             expected="a state dict as save_pretrained writes it",
         )
     return state
-
-
-@lru_cache(maxsize=1)
-def _legacy_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """A legacy file is read whole; one of them is kept, since reading it for every tensor would take a day."""
-    return _state_dict(file)
 
 
 def _damaged(file: Path, error: Exception) -> CompileError:

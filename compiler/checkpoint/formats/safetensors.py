@@ -1,4 +1,4 @@
-"""Safetensors files: the header is verified when opened, values are fetched through the safetensors library when read."""
+"""Safetensors files: headers are verified when they are opened, values are read through the safetensors library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.formats.huggingface import Weights, read_release
+from belle_compile.compiler.checkpoint.formats.shards import has_weights, open_weights
+from belle_compile.compiler.checkpoint.sources.base import Files
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
@@ -30,8 +34,23 @@ DTYPES = {
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
+class Safetensors:
+    """model.safetensors, or shards of it, in a Hugging Face directory."""
+
+    name, weights = "safetensors", "*.safetensors"
+
+    def recognises(self, files: Files) -> bool:
+        return files.directory is not None and has_weights(files.directory, "model", "safetensors")
+
+    def read(self, files: Files) -> Contents:
+        return read_release(files.path, self._weights)
+
+    def _weights(self, directory: Path) -> Weights:
+        return open_weights(directory, "model", "safetensors", open_safetensors)
+
+
 def open_safetensors(file: Path) -> list[LazyTensor]:
-    """The tensors of one file, under the names stored in it."""
+    """The tensors of one file, under the names stored in it; raises CompileError where its header does not fit the file."""
     header, data_bytes = _header(file)
     tensors = []
     end = 0
@@ -69,14 +88,8 @@ class _Loader:
                 tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
                 values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # the original lies in the mapping
                 return values
-        except (SafetensorError, OSError) as e:
-            raise CompileError(
-                STAGE,
-                f"tensor {self.name} in {self.file}",
-                expected="the file the build began with",
-                found=f"a file that changed or cannot be read ({e})",
-                remedy="start the build again",
-            ) from e
+        except SafetensorError as e:
+            raise changed(self.file, f"a file that changed or cannot be read ({e})") from e
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -1,53 +1,51 @@
-"""Finds the weight files of a Hugging Face directory and checks them against the index."""
+"""Weight files of a Hugging Face directory: one file, or shards that an index lists."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from belle_compile.compiler.checkpoint.formats.base import read_json
-from belle_compile.compiler.checkpoint.formats.pickles import open_pickle
-from belle_compile.compiler.checkpoint.formats.safetensors import open_safetensors
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.formats.huggingface import Weights
+from belle_compile.compiler.checkpoint.json_files import read_json
+from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, require_float
 from belle_compile.compiler.errors import CompileError
 
-# stem, suffix, opener; the first kind that is there is taken
-KINDS: tuple[tuple[str, str, Callable[[Path], list[LazyTensor]]], ...] = (
-    ("model", "safetensors", open_safetensors),
-    ("pytorch_model", "bin", open_pickle),
-)
-# What else is found in releases of these families, and what to do with it.
-NOT_YET = (
-    ("adapter_model.*", "a LoRA adapter", "merge it into its base model (PEFT's merge_and_unload) and give the result"),
-    ("*.enc", "an XOR-encrypted release", "decrypt it first with models/decrypt.py of the BELLE repository"),
-    ("*.pt", "a GPTQ .pt file", "quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from"),
-    ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
-)
+OpenFile = Callable[[Path], list[LazyTensor]]
 
 
-def open_weights(directory: Path) -> tuple[list[LazyTensor], list[Path], list[str]]:
-    """All tensors under their stored names, the files read, and notes on what was passed over."""
-    for number, (stem, suffix, opener) in enumerate(KINDS):
-        index = directory / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            tensors, files = _open_indexed(directory, index, opener)
-        elif shards := _unindexed(directory, stem, suffix):
-            tensors, files = [tensor for file in shards for tensor in opener(file)], shards
-        else:
-            continue
-        notes = [
-            f"{other} weights are there too and were not used: {suffix} is preferred"
-            for other_stem, other, _ in KINDS[number + 1 :]
-            if any(directory.glob(f"{other_stem}*.{other}"))
-        ]
-        return tensors, files, notes
-    raise _no_weights(directory)
+def has_weights(directory: Path, stem: str, suffix: str) -> bool:
+    """Whether a directory holds `stem`.`suffix`, numbered shards of it, or an index of shards."""
+    single = directory / f"{stem}.{suffix}"
+    return _index(directory, stem, suffix).is_file() or single.is_file() or bool(_numbered(directory, stem, suffix))
 
 
-def _open_indexed(
-    directory: Path, index: Path, opener: Callable[[Path], list[LazyTensor]]
-) -> tuple[list[LazyTensor], list[Path]]:
+def open_weights(directory: Path, stem: str, suffix: str, open_file: OpenFile) -> Weights:
+    """All tensors, which must hold floats; `open_file` gives those of one file.
+
+    Raises CompileError where the index and its shards do not belong together.
+    """
+    index = _index(directory, stem, suffix)
+    if index.is_file():
+        weights = _open_indexed(directory, index, open_file)
+    else:
+        files = _unindexed(directory, stem, suffix)
+        weights = Weights([tensor for file in files for tensor in open_file(file)], files)
+    for tensor in weights.tensors:
+        if not tensor.name.endswith(DERIVED_BUFFERS):
+            require_float(tensor)
+    return weights
+
+
+def _index(directory: Path, stem: str, suffix: str) -> Path:
+    return directory / f"{stem}.{suffix}.index.json"
+
+
+def _numbered(directory: Path, stem: str, suffix: str) -> list[Path]:
+    return sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
+
+
+def _open_indexed(directory: Path, index: Path, open_file: OpenFile) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CompileError(
@@ -57,8 +55,26 @@ def _open_indexed(
             expected="an index as save_pretrained writes it",
             remedy="download it again",
         )
+    files = _listed_files(directory, index, sorted(set(weight_map.values())))
+    shards = {name: {tensor.name: tensor for tensor in open_file(file)} for name, file in files.items()}
+    tensors = []
+    for tensor_name, file_name in weight_map.items():
+        if tensor_name not in shards[file_name]:
+            raise CompileError(
+                STAGE,
+                f"index {index}",
+                expected="an index that belongs to its shards",
+                found=f"tensor {tensor_name} placed in {file_name}, which does not hold it",
+                remedy="download the index and the shards again",
+            )
+        tensors.append(shards[file_name][tensor_name])
+    return Weights(tensors, [index, *files.values()])
+
+
+def _listed_files(directory: Path, index: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The files that an index names, by name; raises CompileError for one that is missing or outside of the directory."""
     files = {}
-    for name in sorted(set(weight_map.values())):
+    for name in names:
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts or "\\" in name or ":" in name:
             raise CompileError(
@@ -77,19 +93,7 @@ def _open_indexed(
                 remedy="download the missing shard",
             )
         files[name] = directory / name
-    shards = {name: {tensor.name: tensor for tensor in opener(file)} for name, file in files.items()}
-    tensors = []
-    for tensor_name, file_name in weight_map.items():
-        if tensor_name not in shards[file_name]:
-            raise CompileError(
-                STAGE,
-                f"index {index}",
-                expected="an index that belongs to its shards",
-                found=f"tensor {tensor_name} placed in {file_name}, which does not hold it",
-                remedy="download the index and the shards again",
-            )
-        tensors.append(shards[file_name][tensor_name])
-    return tensors, [index, *files.values()]
+    return files
 
 
 def _unindexed(directory: Path, stem: str, suffix: str) -> list[Path]:
@@ -97,35 +101,14 @@ def _unindexed(directory: Path, stem: str, suffix: str) -> list[Path]:
     single = directory / f"{stem}.{suffix}"
     if single.is_file():
         return [single]
-    shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
-    if shards:
-        wanted = int(m.group(1)) if (m := re.search(r"-of-(\d+)\.", shards[0].name)) else 0
-        if len(shards) != wanted:
-            raise CompileError(
-                STAGE,
-                f"weights in {directory}",
-                found=f"{len(shards)} of {wanted} shards and no index",
-                expected=f"{stem}.{suffix}.index.json and every shard",
-                remedy="download the missing files",
-            )
+    shards = _numbered(directory, stem, suffix)
+    count = int(m.group(1)) if (m := re.search(r"-of-(\d+)\.", shards[0].name)) else 0
+    if len(shards) != count:
+        raise CompileError(
+            STAGE,
+            f"weights in {directory}",
+            found=f"{len(shards)} of {count} shards and no index",
+            expected=f"{stem}.{suffix}.index.json and every shard",
+            remedy="download the missing files",
+        )
     return shards
-
-
-def _no_weights(directory: Path) -> CompileError:
-    for pattern, kind, remedy in NOT_YET:
-        if file := next(directory.glob(pattern), None):
-            return CompileError(
-                STAGE,
-                f"weights in {directory}",
-                found=f"only {file.name}, {kind}",
-                expected="model.safetensors or pytorch_model.bin, single or sharded",
-                remedy=remedy,
-            )
-    names = sorted(file.name for file in directory.iterdir())
-    return CompileError(
-        STAGE,
-        f"weights in {directory}",
-        found="only " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
-        expected="model.safetensors or pytorch_model.bin, single or sharded, or one .gguf file",
-        remedy="download the weight files into this directory",
-    )

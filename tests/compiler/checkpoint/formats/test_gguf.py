@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.llama import GGUF_MODULES
+from belle_compile.compiler.ir.quantized import QuantizedRows
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
@@ -119,13 +120,13 @@ def test_only_the_wanted_rows_are_dequantised(tmp_path: Path, monkeypatch: pytes
     write_gguf(tmp_path / "m.gguf", kind="Q8_0")
     seen: list[int] = []
 
-    def spy(rows: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
-        seen.append(len(rows))
-        values: np.ndarray[Any, Any] = dequantize(rows, kind)
-        return values
+    def spy(rows: QuantizedRows) -> np.ndarray[Any, Any]:
+        seen.append(len(rows.integers))
+        return dequantized(rows)
 
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    monkeypatch.setattr(gguf.quants, "dequantize", spy)
+    dequantized = QuantizedRows.dequantized
+    monkeypatch.setattr(QuantizedRows, "dequantized", spy)
     checkpoint.tensors["lm_head.weight"].rows(7, 9)
     checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].rows(7, 10)
     assert seen == [2, 3]

@@ -1,0 +1,1 @@
+"""What changes the tensors of a checkpoint on their way into a build."""

@@ -1,0 +1,74 @@
+"""What a source is: it finds the files of a checkpoint and puts them on this host."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+DIGEST_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a checkpoint on this host: those of a directory, or one file alone.
+
+    `path` is that directory or that file. `notes` are sentences for the manifest and the report about how the files were had.
+    """
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory, or None for a file alone: what lies beside that does not belong to it."""
+        return self.path if self.path.is_dir() else None
+
+    def matching(self, pattern: str) -> list[Path]:
+        """The files whose names match a glob pattern, sorted."""
+        if self.directory is not None:
+            return sorted(self.directory.glob(pattern))
+        return [self.path] if self.path.match(pattern) else []
+
+
+class Source(Protocol):
+    """One kind of place that checkpoints come from. `SOURCES` lists all of them in the order in which they are asked."""
+
+    def recognises(self, name: str) -> bool:
+        """Whether `name`, which the user gave, is a checkpoint of this source."""
+
+    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+        """The files of that checkpoint, once they are on this host.
+
+        `weights` are glob patterns of the files that hold weights, one a format, the preferred format first: a source that
+        moves many bytes needs those of one format only. Raises CompileError where the files cannot be had.
+        """
+
+
+def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
+    """Name -> SHA-256 of every file, by streaming.
+
+    The name of a file below `root` is relative to that. Another's is its own, behind its directory's where that is taken.
+    `progress(file, done_bytes, total_bytes)` is called after every chunk, with the bytes of all files.
+    """
+    files = list(files)
+    total = sum(file.stat().st_size for file in files)
+    done = 0
+    result: dict[str, str] = {}
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as f:
+            while chunk := f.read(DIGEST_CHUNK_BYTES):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(file, done, total)
+        name = _relative(file, root)
+        result[name if name not in result else f"{file.parent.name}/{name}"] = digest.hexdigest()
+    return result
+
+
+def _relative(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix() if file != root and file.is_relative_to(root) else file.name

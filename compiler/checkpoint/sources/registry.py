@@ -1,0 +1,33 @@
+"""All sources, and choosing the one that a name belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from belle_compile.compiler.checkpoint.sources.base import Files, Source
+from belle_compile.compiler.checkpoint.sources.hub import Hub
+from belle_compile.compiler.checkpoint.sources.local import LocalDirectory, LocalFile
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.errors import CompileError
+
+# The first that recognises a name has it: what is on this host outranks what would be downloaded.
+SOURCES: tuple[Source, ...] = (
+    LocalDirectory(),
+    LocalFile(),
+    Hub(),
+)
+
+
+def fetch(name: str | Path, weights: Sequence[str]) -> Files:
+    """The files of the checkpoint that the user named; `weights` as in `Source.fetch`."""
+    for source in SOURCES:
+        if source.recognises(str(name)):
+            return source.fetch(str(name), weights)
+    raise CompileError(
+        STAGE,
+        f"path {Path(name).expanduser()}",
+        found="nothing there",
+        expected="a checkpoint directory, a .gguf file or a Hub name",
+        remedy="check the path",
+    )
