@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
-from belle_compile.compiler.checkpoint.formats.registry import FORMATS, read_contents
+from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
 from belle_compile.compiler.checkpoint.generation import generation_defaults
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
@@ -25,7 +25,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
     `choose_template`. `overlays` change tensors in the order given. Raises CompileError with what to do about it.
     """
-    files = fetch(path, [format.weights for format in FORMATS])
+    files = fetch(path, weight_patterns())
     contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)
     chosen = choose_template(template, contents.template, family, contents.config)

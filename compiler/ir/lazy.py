@@ -78,7 +78,7 @@ def lazy(
         return np.ascontiguousarray(array)
 
     def read() -> ir.Tensor[Array]:
-        with _located(tensor):
+        with errors_about(tensor):
             (array,) = _READS.read(Kind.TENSOR, key, lambda: (values(),))
         return ir.Tensor(array, dtype=element, name=name)
 
@@ -118,8 +118,8 @@ def _step_of(tensor: ir.TensorProtocol) -> _Step:
 
 
 @contextmanager
-def _located(tensor: ir.TensorProtocol) -> Iterator[None]:
-    """Errors raised inside say that they are about this tensor."""
+def errors_about(tensor: ir.TensorProtocol) -> Iterator[None]:
+    """Errors raised inside become WeightErrors, which say by which steps this tensor was computed."""
     try:
         yield
     except CompileError as error:
@@ -148,7 +148,7 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
     Tables are the largest tensors of a model; a reader that takes them row by row never holds a whole one in float32.
     """
     rows: Rows = tensor.meta[_ROWS]
-    with _located(tensor):
+    with errors_about(tensor):
         array = rows(start, stop)
     return array if array.flags.writeable and array.flags.owndata else np.array(array)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-_BLOCK_ELEMENTS = 1 << 22  # dequantized at a time, so that temporaries stay small beside the result
+BLOCK_ELEMENTS = 1 << 22  # dequantized at a time, so that temporaries stay small beside the result
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> Floats:
         """Outputs start..stop in float32 [stop - start, inputs]."""
         values = np.empty((stop - start, self.shape[1]), np.float32)
-        step = max(1, _BLOCK_ELEMENTS // self.shape[1])
+        step = max(1, BLOCK_ELEMENTS // self.shape[1])
         for first in range(start, stop, step):
             last = min(first + step, stop)
             values[first - start : last - start] = self.load(first, last).dequantized()

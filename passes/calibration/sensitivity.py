@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from belle_compile.compiler.ir.lazy import errors_about
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
@@ -109,11 +110,12 @@ def alone(
 def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor], weight_bits: int) -> Tensor:
     """A linear's weight as its integers say it."""
     value = node.inputs[1]
-    assert value is not None
+    assert value is not None and value.const_value is not None
     if {INTEGERS, GROUPED} & value.meta.keys():
         return weights[value]
     quantize = quantize_groups if weight_bits == 4 and in_groups(node) else quantize_rows
-    integers, scales = quantize(weights[value].cpu().numpy(), str(value.name))
+    with errors_about(value.const_value):
+        integers, scales = quantize(weights[value].cpu().numpy(), str(value.name))
     return product(torch.from_numpy(integers), torch.from_numpy(scales)).to(weights[value].device)
 
 

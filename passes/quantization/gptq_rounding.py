@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_initializer
-from belle_compile.compiler.ir.lazy import Shared, lazy
+from belle_compile.compiler.ir.lazy import Shared, errors_about, lazy
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
 from belle_compile.passes.base import Pass, PassResult, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
@@ -87,11 +87,12 @@ class GptqRounding(Pass):
             stream.forward(number, weights, on_linear=observe, keep=False)
         for node in wanted:
             weight = node.inputs[1]
-            assert weight is not None
+            assert weight is not None and weight.const_value is not None
             grouped = self._grouped(node)
-            _check(weights[weight], node)
-            if grouped:
-                check_groups(weights[weight], f"the weight of {node.name}")
+            with errors_about(weight.const_value):
+                _check(weights[weight], node)
+                if grouped:
+                    check_groups(weights[weight], f"the weight of {node.name}")
             integers, scales = round_weight(weights[weight], moments[node.inputs[0]], self.damping, grouped=grouped)
             save_file({"integers": integers.cpu(), "scales": scales.cpu()}, files[node])
             weights[weight] = product(integers, scales)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from belle_compile.compiler import cli
+from belle_compile.compiler import cli, driver
 from belle_compile.compiler.directory import AtomicDirectory
+from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import Attack, write_sharded
 from tests.parity.variants import VARIANTS
 
@@ -134,7 +135,11 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong shape": (wrong_shape, "model.safetensors: found shape [72, 96], expected shape [72, 104]"),
     "missing tensor": (missing_tensor, "model.layers.1.mlp.down_proj.weight"),
     "tensor too many": (tensor_too_many, "model.layers.1.mlp.experts.weight"),
-    "not a number": (values_that_are_not_numbers, "found NaN or infinity in row 0, expected finite weights"),
+    "not a number": (
+        values_that_are_not_numbers,
+        "found NaN or infinity in row 0, expected finite weights; "
+        "while computing model.layers.1.mlp.down_proj.weight.rotated.int8 <- rotated <- model.safetensors: model.layers.1.mlp.",
+    ),
     "unknown architecture": (configure(model_type="gpt2"), "found 'gpt2', expected bloom or llama; give a BELLE checkpoint"),
     "unsupported value": (
         configure(hidden_act="gelu"),
@@ -157,6 +162,23 @@ def test_the_same_checkpoint_unspoilt(checkpoint: Path, capsys: pytest.CaptureFi
     shard(checkpoint)
     assert build(checkpoint, capsys)[0] == 0
     assert (checkpoint.parent / "out" / "engine" / "manifest.json").is_file()
+
+
+def test_a_shard_truncated_while_weights_are_packed(checkpoint: Path) -> None:
+    shard(checkpoint)
+
+    def truncate(stage: str, done: int, total: int) -> None:
+        if stage == "weights" and done:
+            for name in SHARDS:
+                os.truncate(checkpoint / name, 4000)
+
+    message = (
+        r"weights .*/model-0000\d-of-00002\.safetensors: found a file that changed or cannot be read .*; start the build again"
+        r"; while computing (model\.layers\.0\S*|lm_head\S*) <- .*model-0000\d-of-00002\.safetensors: (model|lm_head)\."
+    )
+    with pytest.raises(CompileError, match=message):
+        driver.build(driver.BuildRequest(checkpoint, checkpoint.parent / "engine", on_progress=truncate, drift=False))
+    assert not (checkpoint.parent / "engine").exists()
 
 
 def test_an_output_that_another_build_writes(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,11 @@ NOT_YET = (
 )
 
 
+def weight_patterns() -> list[str]:
+    """Glob patterns of the files that hold weights, those of the preferred format first."""
+    return [format.weights for format in FORMATS]
+
+
 def read_contents(files: Files) -> Contents:
     """What the files hold, read by the format that recognises them."""
     recognised = [format for format in FORMATS if format.recognises(files)]

@@ -1,4 +1,4 @@
-"""Building, printing, saving, evaluating and lazy weights."""
+"""Building, printing, saving and evaluating graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate, evaluate_ranks
-from belle_compile.compiler.ir.lazy import Shared, keeping, lazy, part_of, wholes_kept
 from belle_compile.compiler.ir.text import save_onnx, to_text
 from belle_compile.compiler.ir.verify import verify
 
@@ -129,86 +128,6 @@ def test_names_are_unique() -> None:
         b.op("Gather", table, b.inputs.token_ids, name="embed")
     with pytest.raises(CompileError, match=r"build: op Conv \(node conv\)"):
         b.op("Conv", table, name="conv")
-
-
-def test_lazy_reads_on_every_use_and_checks_what_it_gets() -> None:
-    reads = []
-
-    def compute() -> np.ndarray:
-        reads.append(1)
-        return np.zeros((2, 3), np.float32)
-
-    tensor = lazy("w", compute, (2, 3), np.float32)
-    assert not reads and tensor.shape == (2, 3) and tensor.dtype == ir.DataType.FLOAT
-    assert tensor.numpy().shape == tensor.numpy().shape == (2, 3) and len(reads) == 2
-    wrong = lazy("w", compute, (3, 2), np.float32)
-    with pytest.raises(CompileError, match=r"weights: tensor w: found float32\[2, 3\], expected float32\[3, 2\]"):
-        wrong.numpy()
-    with pytest.raises(CompileError, match=r"found float32\[2, 3\], expected int8\[2, 3\]"):
-        lazy("w", compute, (2, 3), np.int8).numpy()
-
-
-def test_values_read_last_are_kept_inside_of_keeping() -> None:
-    computed = []
-
-    def tensor(name: str) -> ir.LazyTensor:
-        def compute() -> np.ndarray:
-            computed.append(name)
-            return np.zeros(25, np.float32)
-
-        return lazy(name, compute, (25,), np.float32)
-
-    a, b, c = map(tensor, "abc")
-    with keeping(200):
-        assert [each.numpy().nbytes for each in (a, b, a, b)] == [100] * 4 and computed == ["a", "b"]
-        with pytest.raises(ValueError, match="read-only"):
-            a.numpy()[0] = 1
-        c.numpy(), a.numpy()  # b was read before a, and goes
-        assert computed == ["a", "b", "c"]
-        b.numpy()
-        assert computed == ["a", "b", "c", "b"]
-    with keeping(99):
-        a.numpy(), a.numpy()
-        assert computed[4:] == ["a", "a"]
-    a.numpy()[0] = 1
-    assert computed[6:] == ["a"]
-
-
-def test_shared_keeps_the_last_source_only() -> None:
-    computed = []
-
-    def source(name: str) -> Shared:
-        def compute() -> tuple[np.ndarray, ...]:
-            computed.append(name)
-            return np.array([1]), np.array([2])
-
-        return Shared(compute)
-
-    first, second = source("first"), source("second")
-    assert (first[0], first[1], second[1], second[0]) == (1, 2, 2, 1) and computed == ["first", "second"]
-    assert first[0] == 1 and computed == ["first", "second", "first"]
-
-
-def test_parts_of_a_tensor() -> None:
-    reads = []
-
-    def read() -> np.ndarray:
-        reads.append(1)
-        return np.arange(24, dtype=np.float32).reshape(4, 6)
-
-    whole = lazy("whole", read, (4, 6), np.float32)
-    rows, columns = part_of(whole, [(0, 1), (3, 4)], 0, "rows"), part_of(whole, [(2, 4)], 1, "columns")
-    assert (rows.name, list(rows.shape), list(columns.shape)) == ("rows", [2, 6], [4, 2]) and not reads
-    np.testing.assert_array_equal(rows.numpy(), read()[[0, 3]])
-    np.testing.assert_array_equal(columns.numpy(), read()[:, 2:4])
-    reads.clear()
-    with wholes_kept():
-        for tensor in (rows, columns, rows):
-            tensor.numpy()
-        assert len(reads) == 1
-        assert not part_of(whole, [(0, 4)], 0, "all").numpy().flags.writeable, "others read the same memory"
-    rows.numpy()
-    assert len(reads) == 2
 
 
 def summing(rank: int, ranks: int = 2, name: str = "total") -> ir.Model:

@@ -12,12 +12,17 @@ from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.families.llama import GGUF_MODULES
+from belle_compile.compiler.ir.lazy import describe, quantized_source
 from belle_compile.compiler.ir.quantized import QuantizedRows
+from belle_compile.passes.pipeline import ROTATION, run_pipeline
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
 
-Q8 = gguf.GGMLQuantizationType.Q8_0
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
 
 
@@ -79,13 +84,14 @@ def write_gguf(
         values = torch_values.numpy()
         if name == "lm_head.weight" and tied:
             continue
-        if "mlp" in name:  # Q8_0 needs rows of 32 k
+        if "mlp" in name:  # blocks need rows of 32 k
             values = np.random.default_rng(len(name)).normal(size=(32, 64) if "down" in name else (64, 32)).astype(np.float32)
         q_or_k = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         stored = permuted(values, q_or_k) if q_or_k else values
-        if values.ndim == 2 and kind == "Q8_0":
-            w.add_tensor(gguf_name(name), quantize(stored, Q8), raw_dtype=Q8)
-            expected[name] = dequantize(quantize(values, Q8), Q8)
+        if values.ndim == 2 and kind in BLOCKS:
+            block = gguf.GGMLQuantizationType[kind]
+            w.add_tensor(gguf_name(name), quantize(stored, block), raw_dtype=block)
+            expected[name] = dequantize(quantize(values, block), block)
         elif values.ndim == 2 and kind == "F16":
             w.add_tensor(gguf_name(name), stored.astype(np.float16))
             expected[name] = values.astype(np.float16).astype(np.float32)
@@ -101,7 +107,7 @@ def write_gguf(
     return expected
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", *BLOCKS])
 def test_tensors(tmp_path: Path, kind: str) -> None:
     expected = write_gguf(tmp_path / "m.gguf", kind=kind)
     checkpoint = open_checkpoint(tmp_path)
@@ -112,8 +118,68 @@ def test_tensors(tmp_path: Path, kind: str) -> None:
         np.testing.assert_array_equal(tensor.read(), values, name)
         for start, stop in ((0, 1), (3, 13), (len(values) - 1, len(values)), (5, 5)):  # within, across and at the end of heads
             np.testing.assert_array_equal(tensor.rows(start, stop), values[start:stop], name)
-    noted = "m.gguf is quantised already (Q8_0): its errors add to those of this build"
-    assert checkpoint.notes == ((noted,) if kind == "Q8_0" else ())
+        assert (tensor.quantized is not None) == (kind in BLOCKS and values.ndim == 2)
+    noted = f"m.gguf is quantised already ({kind}): its errors add to those of this build"
+    assert checkpoint.notes == ((noted,) if kind in BLOCKS else ())
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_graph_can_be_asked_for_the_integers_of_a_file(tmp_path: Path, kind: str) -> None:
+    expected = write_gguf(tmp_path / "m.gguf", kind=kind)
+    model = build_graph(open_checkpoint(tmp_path))
+    for name, values in expected.items():
+        initializer = model.graph.initializers[name]
+        quantized = quantized_source(initializer)
+        if values.ndim == 1:
+            assert quantized is None
+            continue
+        assert quantized is not None and initializer.const_value is not None
+        rows = quantized.read()
+        bits = int(kind[1])
+        lowest, highest = (0, 2**bits - 1) if kind.endswith("_1") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        assert (quantized.shape, quantized.bits, quantized.group) == (values.shape, bits, 32)
+        assert rows.integers.dtype == np.int8 and lowest <= rows.integers.min() < rows.integers.max() <= highest
+        assert rows.scales.dtype == np.float16 and rows.scales.shape == (len(values), values.shape[1] // 32)
+        assert rows.zero_points is None and (rows.offsets is not None) == kind.endswith("_1")
+        np.testing.assert_array_equal(rows.dequantized(), values, name)
+        np.testing.assert_array_equal(initializer.const_value.numpy(), values, name)
+
+
+def test_rotated_weights_are_not_quantized_any_more(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", kind="Q4_1")
+    model = build_graph(open_checkpoint(tmp_path))
+    run_pipeline(model, ROTATION)
+    rotated = model.graph.initializers["model.layers.0.mlp.gate_proj.weight.rotated"]
+    assert quantized_source(rotated) is None and rotated.const_value is not None
+    assert describe(rotated.const_value) == ("model.layers.0.mlp.gate_proj.weight.rotated <- m.gguf: blk.0.ffn_gate.weight")
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_against_llama_cpp_for_any_bytes(kind: str) -> None:
+    block, random = gguf.GGMLQuantizationType[kind], np.random.default_rng(5)
+    size = gguf.GGML_QUANT_SIZES[block][1]
+    stored = random.integers(0, 256, (200, 3, size), np.uint8)
+    for at in range(2 if kind.endswith("_1") else 1):  # any finite float16, subnormal ones too
+        scales = random.integers(0, 0x7C00, (200, 3, 1), np.uint16) | (random.integers(0, 2, (200, 3, 1), np.uint16) << 15)
+        stored[..., 2 * at : 2 * at + 2] = scales.view(np.uint8)
+    rows = stored.reshape(200, 3 * size)
+    decoded = BLOCK_FORMATS[kind].decoded(rows).dequantized()
+    np.testing.assert_array_equal(decoded.view(np.uint32), dequantize(rows, block).view(np.uint32))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", kind="Q8_0")
+    model = build_graph(open_checkpoint(tmp_path))
+    run_pipeline(model, [*ROTATION, QuantizeLinears()])
+    (tmp_path / "m.gguf").write_bytes(b"")
+    message = (
+        r"weights .*m\.gguf: found a file that became shorter, expected the file the build began with; start the build again; "
+        r"while computing lm_head\.weight\.rotated\.int8 <- rotated <- m\.gguf: output\.weight"
+    )
+    integers = model.graph.initializers["lm_head.weight.rotated.int8"].const_value
+    assert integers is not None
+    with pytest.raises(CompileError, match=message):
+        integers.numpy()
 
 
 def test_only_the_wanted_rows_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

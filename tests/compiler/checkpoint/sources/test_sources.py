@@ -9,12 +9,10 @@ import huggingface_hub
 import pytest
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.formats.registry import FORMATS
+from belle_compile.compiler.checkpoint.formats.registry import weight_patterns
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.errors import CompileError
 from tests.compiler.checkpoint.models import write_llama
-
-WEIGHTS = [format.weights for format in FORMATS]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -78,7 +76,7 @@ def test_one_kind_of_weights_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pattern: str
 ) -> None:
     hub = Hub(monkeypatch, files=files, cached=tmp_path)
-    assert fetch("BelleGroup/BELLE-7B-2M", WEIGHTS).path == tmp_path
+    assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
     assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", pattern]
 
 
@@ -98,4 +96,4 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CompileError, match=message):
         open_checkpoint("BelleGroup/BELLE-7B-2M")
     Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)
-    assert fetch("BelleGroup/BELLE-7B-2M", WEIGHTS).path == tmp_path
+    assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
