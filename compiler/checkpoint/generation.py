@@ -1,4 +1,4 @@
-"""Generation defaults: generation_config.json over the values of the BELLE-7B model card."""
+"""Generation defaults, from generation_config.json and the model card of BELLE-7B."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from belle_compile.runtime.serving.request import SamplingParams
 
 # https://huggingface.co/BelleGroup/BELLE-7B-2M, "Use model"
 BELLE = {"max_new_tokens": 200, "temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}
-# What Transformers does with keys that a generation_config.json leaves out.
+# Transformers' values for keys that a generation_config.json leaves out.
 TRANSFORMERS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def generation_defaults(stated: dict[str, Any]) -> dict[str, Any]:
-    """max_new_tokens, temperature (0 = greedy), top_k (0 = off), top_p and repetition_penalty.
+    """Return max_new_tokens, temperature (0 = greedy), top_k (0 = off), top_p and repetition_penalty.
 
-    `stated` is generation_config.json. One that says nothing of sampling (BELLE's hold only token ids) leaves the card's
-    values. One that says do_sample false asks for greedy decoding. One that states some settings was tuned by its author for
-    Transformers, so the others are Transformers' defaults and not the card's. Raises CompileError for a value that no
-    request may have either.
+    `stated` is the content of generation_config.json. Without any sampling setting, as in BELLE's releases, which hold token
+    ids only, the values are the model card's. With do_sample false they are greedy. With some settings stated, the author tuned
+    these for Transformers, and the others are Transformers' defaults instead of the card's. Raises CompileError for a value
+    that a request may not have either.
     """
     given = {key: _checked(key, value) for key in BELLE if (value := stated.get(key)) is not None}
     if stated.get("do_sample") is False:
@@ -34,9 +34,9 @@ def generation_defaults(stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any) -> float:
-    whole = isinstance(BELLE[key], int)
-    expected = "a whole number" if whole else "a number"
-    if type(value) in (int, float) and (not whole or float(value).is_integer()):
+    is_whole = isinstance(BELLE[key], int)
+    expected = "a whole number" if is_whole else "a number"
+    if type(value) in (int, float) and (not is_whole or float(value).is_integer()):
         try:
             SamplingParams(**{key: value})
             return value  # type: ignore[no-any-return]  # from JSON

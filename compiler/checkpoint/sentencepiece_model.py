@@ -1,4 +1,4 @@
-"""Converts a sentencepiece `tokenizer.model` to a tokenizer.json that gives the same ids."""
+"""Converts a sentencepiece `tokenizer.model` to a tokenizer.json that encodes to the same ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
 
-# Encoded by both tokenizers after the conversion; a difference means that the model uses something not converted here.
+# Texts that both tokenizers encode after the conversion. A difference means that the model has a feature not converted here.
 SAMPLES = (
     "Hello, world! The quick brown fox jumps over 13 lazy dogs.",
     "Human: \n写一首关于春天的诗，题目是《北京的春天》。\n\nAssistant: \n",
@@ -26,10 +26,10 @@ SAMPLES = (
 
 
 def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
-    """The text of a tokenizer.json with the ids of this model, and notes.
+    """Return the text of a tokenizer.json that encodes as this model does, and notes.
 
-    `legacy` as in Transformers' LlamaTokenizer (and as sentencepiece does it): a space goes before every text, and before
-    what follows a special token; otherwise only before the first text that does not begin with one.
+    With `legacy`, as in sentencepiece and Transformers' LlamaTokenizer, a space is put before every text and after every
+    special token; without, only before a first text that does not begin with a space.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -78,7 +78,10 @@ def spm_tokenizer(
     charsmap: bytes = b"",
     squeeze: bool = False,
 ) -> Tokenizer:
-    """A BPE tokenizer from (piece, score, type) in id order; merges follow the scores, as sentencepiece applies them."""
+    """Make a BPE tokenizer of pieces (text, score, type) in id order, whose merges follow the scores as in sentencepiece.
+
+    `charsmap` is the precompiled normalization, and `squeeze` whether runs of spaces become one.
+    """
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=_merges(pieces, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
@@ -106,9 +109,9 @@ def spm_tokenizer(
 
 
 def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best score first.
+    """All pairs of pieces that make another piece, those of the best score first.
 
-    Equal scores are ordered by the position of the piece; sentencepiece orders them by the position in the text.
+    Merges of equal scores are ordered by the piece's id; sentencepiece orders them by their position in the text.
     """
     mergeable = {piece for piece, _, kind in pieces if kind in {NORMAL, UNUSED}}
     merges = []
@@ -123,7 +126,7 @@ def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list
 
 
 def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenizer, reference: Any) -> list[str]:
-    """Sentences on what may differ; raises when the samples do differ without an excuse."""
+    """Say what may be encoded differently; raises CompileError where samples are, and no tied scores explain it."""
     scores = Counter(score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1)
     tied = sum(count for count in scores.values() if count > 1)
     notes = []

@@ -1,4 +1,4 @@
-"""Special tokens of a checkpoint, gathered from the four files that may state them."""
+"""Special tokens of a checkpoint, from the four files that may state them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def special_tokens(
     *,
     raw_template: bool,
 ) -> dict[str, Any]:
-    """bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw.
+    """Return bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw; see `Checkpoint`.
 
-    The tokenizer's words outrank numbers: LLaMA conversions of early 2023 carry bos 0 and eos 1 in config.json while their
-    tokenizer has <s> = 1 and </s> = 2. EOS is the union of generation_config.json (else config.json) and the tokenizer's.
-    Ids outside of the vocabulary (such as pad -1) count as absent.
+    The tokenizer's words outrank numbers: LLaMA conversions of early 2023 state bos 0 and eos 1 in config.json although their
+    tokenizer has <s> = 1 and </s> = 2. The EOS tokens are those of generation_config.json (else config.json) together with
+    the tokenizer's. Ids outside of the vocabulary, such as pad -1, count as absent.
     """
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = config.get("vocab_size", tokenizer.get_vocab_size())
@@ -57,7 +57,7 @@ def special_tokens(
 
 
 def _word(token: Any) -> str:
-    """A token is stored as a string or as {"content": string, ...}."""
+    """The text of a token that a file states as a string or as {"content": string, ...}; empty where it states none."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""

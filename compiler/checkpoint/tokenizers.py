@@ -16,7 +16,10 @@ from belle_compile.compiler.errors import CompileError
 
 
 def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
-    """tokenizer.json (converted when there is only tokenizer.model), the files read, notes, and implied tokenizer_config."""
+    """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
+
+    Where there is only a tokenizer.model, it is converted.
+    """
     file = directory / "tokenizer.json"
     if file.is_file():
         return check_tokenizer(json.dumps(read_json(file), ensure_ascii=False), str(file)), [file], [], {}
@@ -33,7 +36,7 @@ def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[st
 
 
 def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
-    """tokenizer.model, and the tokens that fine-tuning added to it (tokenizer_config.json or added_tokens.json)."""
+    """Convert tokenizer.model, with the tokens that fine-tuning added in tokenizer_config.json or added_tokens.json."""
     config_file, added_file = directory / "tokenizer_config.json", directory / "added_tokens.json"
     config = read_json(config_file) if config_file.is_file() else {}
     text, notes = convert(file, legacy=config.get("legacy") is not False)
@@ -55,20 +58,23 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
                 expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
                 remedy="put a tokenizer.json beside it",
             )
-    # What the slow LlamaTokenizer of these releases does when nothing is stated; also the sentencepiece words for BOS and EOS.
+    # What the slow LlamaTokenizer of these releases does by default, and sentencepiece's words for BOS and EOS.
     implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     return str(tokenizer.to_str()), files, notes, implied
 
 
 def check_tokenizer(text: str, source: str) -> str:
-    """The text, once the tokenizers library has read it; truncation and padding, which would alter prompts, are taken out."""
+    """Return the text without truncation and padding, which would alter prompts.
+
+    Raises CompileError where the tokenizers library cannot read it.
+    """
     try:
         model = json.loads(text).get("model") or {}
         if model.get("type") == "BPE" and not model.get("continuing_subword_prefix"):
             merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             check_merges(model["vocab"], merges)
         tokenizer = Tokenizer.from_str(text)
-    except Exception as e:  # what the library raises
+    except Exception as e:  # the tokenizers library raises plain Exception
         raise CompileError(
             STAGE,
             f"tokenizer {source}",
@@ -82,7 +88,7 @@ def check_tokenizer(text: str, source: str) -> str:
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:
-    """Raise ValueError for a merge outside of the vocabulary; the tokenizers library may end the process on one."""
+    """Raise ValueError for a merge outside of the vocabulary, on which the tokenizers library may end the process."""
     for left, right in merges:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ValueError(f"the merge of {left!r} and {right!r} is not in the vocabulary")

@@ -1,4 +1,4 @@
-"""GGUF files: a Hugging Face config from the metadata, and tensors dequantised row by row when read."""
+"""GGUF files: a Hugging Face config made from the metadata, and tensors that are dequantised row by row when they are read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
 # Files of other formats beside a .gguf file: the directory is then one of those.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -54,7 +52,10 @@ class Gguf:
 
 
 def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
-    """The contents of a .gguf file; a tokenizer.json in `directory` outranks the tokenizer in its metadata."""
+    """The contents of a .gguf file; a tokenizer.json in `directory` outranks the tokenizer in the metadata.
+
+    Raises CompileError where the file is damaged, one of several parts, or of a model that is not supported.
+    """
     reader = _reader(file)
     meta = {key: field for key, field in reader.fields.items()}
 

@@ -24,7 +24,7 @@ LLAMA3_SPLIT = (
 
 
 def gguf_tokenizer(file: Path, get: Any) -> str:
-    """The text of a tokenizer.json; `get(key, default)` reads the metadata."""
+    """Return the text of a tokenizer.json made of the metadata, which `get(key, default)` reads."""
     tokens, kind = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.model")
     if not tokens:
         raise _unsupported(file, "no tokenizer.ggml.tokens in its metadata", "a tokenizer")
@@ -54,7 +54,7 @@ def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> Tokenizer:
 
 
 def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Tokenizer:
-    """Byte-level BPE, split as `pre` says."""
+    """Make a byte-level BPE tokenizer that splits texts as the pre-tokenizer `pre` of llama.cpp does."""
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
     check_merges(vocab, merges)

@@ -95,3 +95,12 @@ def test_an_overlaid_tensor_is_not_quantized_any_more(tmp_path: Path) -> None:
 def test_an_overlay_for_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"adapter .*: found h\.0\.x, expected a tensor of the checkpoint"):
         open_checkpoint(llama, overlays=[LowRank(tmp_path / "adapter.npz", "h.0.x")])
+
+
+def test_files_of_the_same_name_have_digests_of_their_own(llama: Path, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "adapter.npz" for folder in ("first", "second")]
+    for seed, file in enumerate(files):
+        file.parent.mkdir()
+        factors(file, *open_checkpoint(llama).tensors[UP].shape, seed=seed)
+    digests = open_checkpoint(llama, overlays=[LowRank(file) for file in files]).digests()
+    assert digests["adapter.npz"] != digests["second/adapter.npz"]
