@@ -31,6 +31,7 @@ from unittest import mock
 import numpy as np
 
 from belle_compile.runtime import Engine, host
+from belle_compile.runtime.executors import ProfilableExecutor, StepBatch
 from belle_compile.runtime.profiling import Phase
 from belle_compile.runtime.program import read_program
 from benchmarks import machine
@@ -58,6 +59,7 @@ class Limits:
             with reading(engine, self.memory) as readings:
                 seconds = run() - readings.paused_s / task.steps
             return seconds, readings.bandwidth
+        assert isinstance(engine.executor, ProfilableExecutor), "an engine of a program"
         products = self.products[engine.executor.isa]
         before = products.measure(10)
         seconds = run()
@@ -104,10 +106,10 @@ def reading(engine: Engine, memory: ReadBandwidth) -> Iterator[Readings]:
     executor, readings = engine.executor, Readings(memory)
     step = executor.step
 
-    def read_and_step() -> Any:
-        if executor.batch.tokens == executor.batch.rows:
+    def read_and_step(batch: StepBatch) -> Any:
+        if batch.tokens == batch.rows:
             readings.take()
-        return step()
+        return step(batch)
 
     with mock.patch.object(executor, "step", read_and_step):
         yield readings

@@ -63,7 +63,7 @@ def repartition(request: RepartitionRequest) -> Path:
     """
     old = read_manifest(request.engine)
     target = targets.parse(request.target)
-    if target.is_gpu == old.target.is_gpu:
+    if old.target.backend == ("triton" if target.is_gpu else "tvm"):
         target = target.carrying(old.target.isas)
     say = request.on_progress
     if GRAPH_NAME not in old.files:
@@ -72,7 +72,10 @@ def repartition(request: RepartitionRequest) -> Path:
     with EngineWriter(request.output, force=request.force) as writer:
         verify_files(request.engine, old, full=True, progress=lambda file, done, total: say("digest", done, total))
         say("optimize", 0, 0)
-        weights, program = WholeWeights(request.engine, rows=old.target.is_gpu), read_program(request.engine / "rank0")
+        weights, program = (
+            WholeWeights(request.engine, rows=old.target.backend == "triton"),
+            read_program(request.engine / "rank0"),
+        )
         graph_bytes = (request.engine / GRAPH_NAME).read_bytes()
         graph = from_onnx(graph_bytes, weights.tensor)
         fusions = _fusions(old)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from belle_compile.runtime import host
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
 
@@ -65,11 +64,6 @@ class TargetInfo:
     isas: tuple[str, ...]
     requires: Requirements
     ranks: int = 1
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether kernels are for GPUs."""
-        return not set(self.isas) - set(host.GPU_ARCHS)
 
 
 @dataclass(frozen=True)
@@ -195,7 +189,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:
-    """What types alone do not say: paths stay inside, digests and sizes are possible, ISAs are known."""
+    """What types alone do not say: paths stay inside, digests, sizes and the number of ranks are possible."""
     refuse = refuse_from(f"{STAGE}: {path}", _REBUILD)
     for name, record in manifest.files.items():
         pure = PurePosixPath(name)
@@ -205,11 +199,6 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise refuse(f"files.{name}.sha256", json.dumps(record.sha256[:70]), "64 hexadecimal digits")
         if record.bytes < 0:
             raise refuse(f"files.{name}.bytes", str(record.bytes), "a size")
-    kinds = (*host.ISA_FLAGS, *host.GPU_ARCHS)
-    for where, isas in (("target.isas", manifest.target.isas), ("target.requires.isa", manifest.target.requires.isa)):
-        for isa in isas:
-            if isa not in kinds:
-                raise refuse(where, isa, f"among {', '.join(kinds)}")
     if manifest.target.ranks < 1:
         raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 
@@ -272,31 +261,3 @@ def _check_entry(root: Path, name: str, record: FileRecord) -> None:
     if not stat.S_ISREG(entry.st_mode) or entry.st_size != record.bytes:
         found = f"{entry.st_size} bytes" if stat.S_ISREG(entry.st_mode) else "no regular file"
         raise EngineError(STAGE, f"size of {name}", found=found, expected=f"{record.bytes} bytes", remedy=copy_again)
-
-
-def check_host(manifest: Manifest, ranks: int = 1) -> None:
-    """Raise `EngineError` when this host cannot run `ranks` ranks of the engine: system, processor, instruction set, memory.
-    What a GPU must be like is checked when it is opened."""
-    requires = manifest.target.requires
-    what = f"this host cannot run the engine built for {manifest.target.name}"
-    system, machine = host.host_arch()
-    if system != "Linux" or requires.arch not in ("", machine):
-        expected = f"Linux {requires.arch}".strip()
-        raise EngineError(STAGE, what, found=f"{system} {machine}", expected=expected, remedy="run it on such a host")
-    if manifest.target.is_gpu:
-        return
-    isas = host.host_isas()
-    if not set(isas) & set(requires.isa):
-        missing = "; ".join(f"{isa} lacks {', '.join(host.missing_flags(isa))}" for isa in requires.isa)
-        raise EngineError(
-            STAGE, what, found=f"instruction sets {', '.join(isas) or 'none known'} ({missing})",
-            expected=f"one of {', '.join(requires.isa)}", remedy="run it on a newer CPU or rebuild it for this one",
-        )  # fmt: skip
-    memory = host.memory_bytes()
-    needed = ranks * requires.memory_bytes
-    if memory < needed:
-        expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks} ranks" if ranks > 1 else "")
-        raise EngineError(
-            STAGE, what, found=f"{memory / 2**30:.1f} GiB of memory", expected=expected,
-            remedy="run it on a larger host or raise the container's memory limit",
-        )  # fmt: skip

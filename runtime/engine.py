@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.artifact import Manifest, Progress
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
@@ -24,9 +25,6 @@ from belle_compile.runtime.serving.request import Request, RequestDefaults, Samp
 from belle_compile.runtime.serving.scoring import Scoring
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from belle_compile.runtime.executors import Executor
 
 __all__ = ["Engine", "Prompt", "Result", "Stream", "Timings"]
 
@@ -145,15 +143,19 @@ class Engine:
                 engine.generate("你好")
             print(profile.result.table())
         """
-        handle, threads = ProfileHandle(), self.executor.threads
-        before = self._loop.call(self.executor.read_bandwidth)
-        recorder = Recorder(self.executor.program, self.executor.batch)
+        handle, executor = ProfileHandle(), self.executor
+        if not isinstance(executor, ProfilableExecutor):
+            found = f"the executor of backend {self.manifest.target.backend}, which runs no program of kernels"
+            raise EngineError("profile", "this engine cannot be profiled", found=found)
+        before = self._loop.call(executor.read_bandwidth)
+        recorder = Recorder(executor.program, executor.batch)
         self._loop.record(recorder)
         try:
             yield handle
         finally:
             self._loop.record(None)
-        handle.result = recorder.profile(self.executor.isa, threads, max(before, self._loop.call(self.executor.read_bandwidth)))
+        bandwidth = max(before, self._loop.call(executor.read_bandwidth))
+        handle.result = recorder.profile(executor.isa, executor.threads, bandwidth)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids that the model is given for a prompt."""

@@ -232,6 +232,11 @@ class Program:
         """Tokens of the longest sequence."""
         return self.max_blocks * self.block_size
 
+    @property
+    def sums(self) -> tuple[tuple[str, int], ...]:
+        """The sums over ranks in the order of the calls, as (rows, width)."""
+        return tuple((call.rows, call.all_reduce.width) for call in self.calls if call.all_reduce)
+
     def kernel_names(self) -> tuple[str, ...]:
         """Every kernel the library must export, sorted."""
         called = {name for call in self.calls for _, name in call.kernels()}

@@ -51,7 +51,7 @@ class Sequences:
         batch.logit_rows[: len(rows)] = rows
         assert batch.candidates is not None
         batch.candidates[: len(rows)] = candidates
-        return self._executor.step()
+        return self._executor.step(batch)
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> int:
         """Read a prompt in as many steps as it takes; the likeliest token after it."""

@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from belle_compile.runtime import Engine, EngineError
+from belle_compile.runtime.executors import ProfilableExecutor
 from belle_compile.runtime.prompt import ChatTemplate
 from benchmarks.lm_eval.translate import (
     Window,
@@ -189,14 +190,15 @@ class BelleLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes about the model into its results."""
-        manifest = self.engine.manifest
+        manifest, executor = self.engine.manifest, self.engine.executor
+        assert isinstance(executor, ProfilableExecutor), "engines of programs are measured"
         return {
             "model_name": manifest.model.name,
             "model_num_parameters": manifest.model.parameters,
             "model_source_digests": dict(manifest.model.source_digests),
             "quantization": dict(manifest.quantization),
-            "instruction_set": self.engine.executor.isa,
-            "threads": self.engine.executor.threads,
+            "instruction_set": executor.isa,
+            "threads": executor.threads,
             "max_length": self.max_length,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from belle_compile.runtime.distributed.ranks import Place, supervised
 from belle_compile.runtime.distributed.shared_sums import SharedSums
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.memory import anonymous
@@ -188,3 +190,24 @@ class MpiCollectives:
                 pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # a thousandth of the time it has waited
             elif looks > _SPINS:
                 os.sched_yield()
+
+
+def join_ranks(place: Place) -> MpiCollectives:
+    """Connect to the other ranks that a launcher started together with this process; waits until all do the same.
+
+    Raises `EngineError` where MPI is missing, or knows another number of ranks than the launcher's environment says.
+    """
+    collectives = MpiCollectives(abort=_exit if supervised() else None)
+    if collectives.ranks != place.ranks:
+        collectives.close()
+        remedy = "start them with the mpiexec of the MPI that mpi4py uses, or with srun --mpi=pmi2"
+        found, expected = f"{collectives.ranks} in MPI's world", f"{place.ranks}, as the environment says"
+        raise EngineError("ranks", "MPI", found=found, expected=expected, remedy=remedy)
+    return collectives
+
+
+def _exit() -> None:
+    """End this process at once; belle-run, which supervises it, ends the other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

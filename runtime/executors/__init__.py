@@ -1,96 +1,52 @@
-"""What runs a step: the protocol between scheduler and executor, and the buffers they share."""
+"""The registry of executors: which one runs the engines of which backend.
+
+A further backend calls `register_executor` with a factory of its own; no other file of the runtime knows it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from belle_compile.runtime.artifact import STAGE, Manifest
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.base import Executor, ProfilableExecutor, RankExecutor, StepBatch
+from belle_compile.runtime.executors.cpu_factory import CpuFactory
+from belle_compile.runtime.executors.cuda_factory import CudaFactory
+from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest
+from belle_compile.runtime.schema import refuse_from
 
-import numpy as np
-from numpy.typing import NDArray
+__all__ = [
+    "EXECUTORS",
+    "Executor",
+    "ExecutorFactory",
+    "LoadRequest",
+    "ProfilableExecutor",
+    "RankExecutor",
+    "StepBatch",
+    "executor_of",
+    "register_executor",
+]
 
-from belle_compile.runtime.program import BLOCK_SIZE, Program
-from belle_compile.runtime.serving.candidates import Rows
-
-if TYPE_CHECKING:
-    from belle_compile.runtime.distributed.collectives import Collectives
-    from belle_compile.runtime.profiling import Recorder
-
-
-class StepBatch:
-    """The inputs of one step: int32 buffers of the executor, allocated once, filled in place by the scheduler.
-
-    `token_ids`, `positions`, `sequences` [max_tokens]: the first `tokens` entries count; a token's sequence is its row of
-    `block_table` [max_sequences, max_blocks], its position counts from 0. A sequence's tokens lie side by side, in ascending
-    positions.
-    `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are wanted.
-    `candidates` [max_rows], where the executor asks for it: how many of a row's best logits matter, with those equal to the
-    last; others may not come. 0: all matter.
-    """
-
-    def __init__(
-        self,
-        token_ids: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        block_table: NDArray[np.int32],
-        logit_rows: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
-    ) -> None:
-        self.token_ids = token_ids
-        self.positions = positions
-        self.sequences = sequences
-        self.block_table = block_table
-        self.logit_rows = logit_rows
-        self.candidates = candidates
-        self.tokens = 0
-        self.rows = 0
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the largest step."""
-        return len(self.token_ids)
-
-    @property
-    def max_rows(self) -> int:
-        """Logit rows of the largest step."""
-        return len(self.logit_rows)
-
-    @property
-    def max_sequences(self) -> int:
-        """Sequences that can have a row of the block table at the same time."""
-        return len(self.block_table)
-
-    @property
-    def max_context(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.block_table.shape[1]) * BLOCK_SIZE
+# By `target.backend` of the manifest.
+EXECUTORS: dict[str, ExecutorFactory] = {"tvm": CpuFactory(), "triton": CudaFactory()}
 
 
-class Executor(Protocol):
-    """Runs steps over a paged KV cache of `num_blocks` blocks that it owns; used by one thread at a time."""
+def register_executor(backend: str, factory: ExecutorFactory) -> None:
+    """Let `factory` run the engines whose manifest names `backend`; raises ValueError where another factory does."""
+    if EXECUTORS.setdefault(backend, factory) is not factory:
+        raise ValueError(f"backend {backend} has an executor already")
 
-    batch: StepBatch
-    program: Program
-    vocab_size: int
-    num_blocks: int
-    isa: str
-    threads: int
 
-    def step(self) -> Rows:
-        """Run what `batch` holds; logits of `batch.rows` rows, scratch that is valid until the next step."""
-        ...
-
-    def join(self, collectives: Collectives) -> None:
-        """Be one of several ranks, which all call it when all are there, before the first step."""
-        ...
-
-    def record(self, recorder: Recorder | None) -> None:
-        """Tell `recorder` of every kernel call from the next step on, or nobody."""
-        ...
-
-    def read_bandwidth(self) -> float:
-        """Bytes a second that memory gives now: the limit of steps that read much and compute little."""
-        ...
-
-    def close(self) -> None:
-        """Give the memory back; the executor is not used afterwards."""
-        ...
+def executor_of(manifest: Manifest) -> ExecutorFactory:
+    """The factory that runs an engine; raises `EngineError` where its backend or an instruction set of it is unknown."""
+    target = manifest.target
+    factory = EXECUTORS.get(target.backend)
+    if factory is None:
+        remedy = "install the runtime that belongs to the engine, or rebuild it for one of these"
+        expected = f"one of {', '.join(EXECUTORS)}"
+        raise EngineError(STAGE, "this runtime does not know the engine's backend", found=target.backend, expected=expected,
+                          remedy=remedy)  # fmt: skip
+    refuse = refuse_from(STAGE, "rebuild the engine with belle-compile build")
+    for field, isas in (("target.isas", target.isas), ("target.requires.isa", target.requires.isa)):
+        for isa in isas:
+            if factory.isas is not None and isa not in factory.isas:
+                raise refuse(field, isa, f"among {', '.join(factory.isas)}")
+    return factory

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from belle_compile.runtime import host
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.executors.base import StepBatch
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 from belle_compile.runtime.executors.summed import Sum, SummedLists
 from belle_compile.runtime.memory import WeightsFile, anonymous
@@ -69,7 +69,8 @@ class CpuExecutor:
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
-        self.vocab_size = program.vocab_size
+        self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
+        self.span, self.sums = (program.logits.first, program.logits.count), program.sums
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(program.weight_names())
         self._collectives = collectives
@@ -99,9 +100,9 @@ class CpuExecutor:
         self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
         self.threads = self._pool.threads
 
-    def step(self) -> NDArray[np.float32]:
-        """Run the batch; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
-        tokens, rows = self.batch.tokens, self.batch.rows
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Run `batch`; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
+        tokens, rows = batch.tokens, batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
         # Without a row wanted, as in the first chunks of a long prompt, everything behind the last layer is left out.
         key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.executors.base import StepBatch
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import STAGE, open_device
 from belle_compile.runtime.executors.device import Device, Function, Recorded
@@ -82,7 +82,8 @@ class CudaExecutor:
     def _prepare(self, directory: Path, carried: tuple[str, ...], kv_tokens: int | None) -> None:
         program = self.program
         self.isa = choose_arch(carried, self._device)
-        self.vocab_size = program.vocab_size
+        self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
+        self.span, self.sums = (program.logits.first, program.logits.count), program.sums
         self._bandwidth = self._device.copy_bandwidth()  # now, while there is room for the copies
         weights = WeightsFile(directory / WEIGHTS_NAME)
         weights.require(program.weight_names())
@@ -114,12 +115,12 @@ class CudaExecutor:
         self._device.enter()
         self._device.join(collectives)
 
-    def step(self) -> list[Row]:
-        """Run the batch; the logits that `batch.candidates` asks for."""
+    def step(self, batch: StepBatch) -> list[Row]:
+        """Run `batch`; the logits that its `candidates` ask for."""
         self._device.enter()  # engines run steps on a thread that did not load them
-        tokens, rows = self.batch.tokens, self.batch.rows
+        tokens, rows = batch.tokens, batch.rows
         self._inputs.set_counts(tokens, rows)
-        key = (bucket(tokens), bucket(rows), *_sorts(self.batch.sequences[:tokens]))
+        key = (bucket(tokens), bucket(rows), *_sorts(batch.sequences[:tokens]))
         if self._recorder:
             self._run_timed(self._recorder, key)
         else:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from belle_compile.runtime.distributed.nccl import ID_BYTES, Nccl
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.device import Bytes
-from belle_compile.runtime.executors.nccl import ID_BYTES, Nccl
 from belle_compile.runtime.program import Launch
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors import Executor
+from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.candidates import Rows
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
@@ -108,6 +108,7 @@ class StepLoop:
         def switch() -> None:
             if recorder and self._run_step != self._step:
                 raise EngineError("profile", "the engine is being profiled already", remedy="wait for the other profile to end")
+            assert isinstance(self.executor, ProfilableExecutor), "checked by `Engine.profile`"
             self.executor.record(recorder)
             timed = partial(recorder.step, self._step, lambda: self.scheduler.has_work) if recorder else self._step
             self._run_step = timed
@@ -170,7 +171,7 @@ class StepLoop:
             for sequence in sequences_needing_logits:
                 start, stop = stop, stop + sequence.logit_rows
                 batch.candidates[start:stop] = jobs[sequence].candidates()
-        logits = self.executor.step()
+        logits = self.executor.step(batch)
         scheduler.commit()
         stop = 0
         for sequence in sequences_needing_logits:

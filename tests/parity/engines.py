@@ -61,6 +61,6 @@ class EngineStepper:
             at += len(given)
         batch.logit_rows[:at] = np.arange(at)
         batch.tokens = batch.rows = at
-        logits = np.array(self.executor.step())
+        logits = np.array(self.executor.step(batch))
         ends = np.cumsum([len(given) for given in tokens.values()])[:-1]
         return dict(zip(tokens, np.split(logits, ends), strict=True))

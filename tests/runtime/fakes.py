@@ -69,6 +69,7 @@ class FakeExecutor:
         self.rule = rule
         self.vocab_size = VOCABULARY
         self.num_blocks = num_blocks
+        self.kv_block_bytes = 64 * BLOCK_SIZE
         self.cache = np.full((num_blocks, BLOCK_SIZE), -1, np.int64)
         flat = [np.full(size, -7, np.int32) for size in (max_tokens, max_tokens, max_tokens, max_rows)]
         table = np.full((max_sequences, max_blocks), -7, np.int32)
@@ -80,8 +81,7 @@ class FakeExecutor:
         self.recorder: Recorder | None = None
         self.failure: BaseException | None = None
 
-    def step(self) -> NDArray[np.float32]:
-        batch = self.batch
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
         assert 0 < batch.tokens <= batch.max_tokens and batch.rows <= batch.max_rows
         self.steps.append((batch.tokens, batch.rows))
         if self.failure is not None:
@@ -100,9 +100,6 @@ class FakeExecutor:
 
     def record(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
-
-    def join(self, collectives: Any) -> None:
-        raise AssertionError("fakes are alone, or have joined")
 
     def read_bandwidth(self) -> float:
         return 1e10

@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 
-from belle_compile.runtime import host
 from belle_compile.runtime.artifact import (
     FileRecord,
-    Requirements,
-    TargetInfo,
-    check_host,
     manifest_schema,
     manifest_text,
     read_manifest,
@@ -161,44 +157,7 @@ def test_malformed_field_is_named(directory: Path, changes: dict[str, Any], mess
         read_manifest(directory)
 
 
-def test_unknown_isa_is_refused(tmp_path: Path) -> None:
-    target = TargetInfo("cpu", "tvm", ("neon",), Requirements("x86_64", ("neon",), 0))
-    (tmp_path / "manifest.json").write_text(manifest_text(manifest(target=target)), encoding="utf-8")
-    with pytest.raises(EngineError, match=r"target\.isas does not fit: found neon, expected among amx, avx512vnni, avx2"):
-        read_manifest(tmp_path)
-
-
 def test_schema_names_every_field(directory: Path) -> None:
     schema = manifest_schema()
     assert set(schema["required"]) == set(json.loads((directory / "manifest.json").read_text()))
     assert schema["properties"]["special_tokens"]["properties"]["eos"] == {"type": "array", "items": {"type": "integer"}}
-
-
-def need(isa: str, memory: int = 0, arch: str = "x86_64") -> TargetInfo:
-    return TargetInfo("cpu", "tvm", (isa,), Requirements(arch, (isa,), memory))
-
-
-def test_host_lacks_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
-    check_host(manifest(target=need("avx2")))
-    with pytest.raises(EngineError, match=r"found instruction sets avx2 \(avx512vnni lacks avx512_vnni, .*expected one of avx"):
-        check_host(manifest(target=need("avx512vnni")))
-    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset())
-    with pytest.raises(EngineError, match=r"found instruction sets none known \(avx2 lacks avx2, f16c, fma\)"):
-        check_host(manifest(target=need("avx2")))
-
-
-def test_host_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "host_arch", lambda: ("Linux", "aarch64"))
-    with pytest.raises(EngineError, match="found Linux aarch64, expected Linux x86_64"):
-        check_host(manifest(target=need("avx2")))
-
-
-def test_host_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["amx"])
-    monkeypatch.setattr(host, "memory_bytes", lambda: 2 << 30)
-    with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 8\.0 GiB; run it on a larger host"):
-        check_host(manifest(target=need("amx", 8 << 30)))
-    check_host(manifest(target=need("avx2", 1 << 30)), 2)
-    with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 3\.0 GiB for 3 ranks; run it on a larger host"):
-        check_host(manifest(target=need("avx2", 1 << 30)), 3)

@@ -13,6 +13,7 @@ import pytest
 
 from belle_compile.runtime import Engine, EngineError, Result, SamplingParams
 from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
 from tests.runtime.fakes import (
@@ -278,9 +279,9 @@ def test_logits_that_are_not_finite_end_one_request_only() -> None:
 
 def test_closed_engine_refuses_and_drops_what_is_under_way() -> None:
     class Slow(FakeExecutor):
-        def step(self) -> np.ndarray:
+        def step(self, batch: StepBatch) -> np.ndarray:
             time.sleep(0.01)
-            return super().step()
+            return super().step(batch)
 
     executor = Slow()
     engine = make_engine(executor)

@@ -40,7 +40,7 @@ def test_light_imports(statement: str) -> None:
     "statement",
     [
         "from belle_compile.runtime import Engine, SamplingParams",
-        "import belle_compile.runtime.executors.cpu, belle_compile.runtime.executors.ranked",
+        "import belle_compile.runtime.executors.cpu, belle_compile.runtime.distributed.executor",
         "import belle_compile.runtime.cli",
     ],
 )

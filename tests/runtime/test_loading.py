@@ -1,58 +1,87 @@
-"""What ranks must agree on, and who may load what."""
+"""Which engines a process loads, and by which executor."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from belle_compile.runtime import Engine, EngineError, artifact
-from belle_compile.runtime.loading import _judge
-from tests.runtime.fakes import make_directory, manifest
-
-GOOD: dict[int, dict[str, Any]] = {
-    rank: {"digest": "d", "span": [100 * rank, 100], "blocks": 9 - rank, "vocabulary": 300, "sums": [["T", 64]]}
-    for rank in range(3)
-}
-
-
-def judged(words: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    verdict: dict[str, Any] = json.loads(_judge(3, 4)({rank: json.dumps(word).encode() for rank, word in words.items()}))
-    return verdict
-
-
-def test_ranks_that_fit() -> None:
-    assert judged(GOOD) == {"all": True, "spans": [[0, 100], [100, 100], [200, 100]], "blocks": 7}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"digest": "e"},
-            "ranks: they have different engines: found digest e on rank 1, expected digest d on rank 0; give",
-        ),
-        ({"sums": []}, "they have different engines: found sums [] on rank 1, expected sums [['T', 64]]"),
-        ({"span": [90, 110]}, "ranks: parts of the vocabulary: found one from 90 on, expected one from 100 on."),
-        ({"error": {"stage": "engine", "what": "weights", "found": "dust"}}, "engine: weights: found dust."),
-    ],
+from belle_compile.runtime import Engine, EngineError, SamplingParams, artifact
+from belle_compile.runtime.executors import (
+    EXECUTORS,
+    Executor,
+    ExecutorFactory,
+    LoadRequest,
+    ProfilableExecutor,
+    RankExecutor,
+    register_executor,
 )
-def test_what_does_not_fit(change: dict[str, Any], message: str) -> None:
-    verdict = judged(GOOD | {1: GOOD[1] | change})
-    assert verdict["all"] and message in str(EngineError(**verdict["error"]))
+from tests.runtime.fakes import FakeExecutor, byte_tokenizer, make_directory, manifest
+
+NO_FACTS = ("program", "isa", "threads")
 
 
-def test_parts_that_leave_tokens_out() -> None:
-    verdict = judged(GOOD | {2: GOOD[2] | {"span": [200, 90]}})
-    assert "found 290 tokens, expected 300" in str(EngineError(**verdict["error"]))
+class FakeFactory(ExecutorFactory):
+    """A backend of one file: its engines run on a fake, which has no program."""
+
+    def __init__(self) -> None:
+        self.requests: list[LoadRequest] = []
+
+    def load(self, request: LoadRequest) -> Executor:
+        self.requests.append(request)
+        executor = FakeExecutor()
+        for name in NO_FACTS:
+            delattr(executor, name)
+        return executor
 
 
-def test_ranks_that_say_nothing() -> None:
-    verdict = judged({0: GOOD[0]})
-    message = str(EngineError(**verdict["error"]))
-    assert not verdict["all"] and message.startswith("ranks: ranks 1, 2 did not get ready: found nothing within 4 s; look at")
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> FakeFactory:
+    monkeypatch.setattr("belle_compile.runtime.executors.EXECUTORS", dict(EXECUTORS))
+    register_executor("fake", made := FakeFactory())
+    return made
+
+
+def directory_of(path: Path, backend: str, isas: tuple[str, ...] = (), ranks: int = 1, memory: int = 1 << 20) -> Path:
+    target = artifact.TargetInfo("cpu", backend, isas, artifact.Requirements("", isas, memory), ranks)
+    return make_directory(path / "engine", {"tokenizer.json": byte_tokenizer().to_str().encode()}, target=target)
+
+
+def test_a_backend_of_one_file_is_loaded_and_served(tmp_path: Path, factory: FakeFactory) -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=5)
+    with Engine.load(directory_of(tmp_path, "fake", ("any-word",)), kv_tokens=99, isa="any-word") as engine:
+        (result,) = engine.generate([[5, 6]], params)
+        assert len(result.token_ids) == 5
+        assert not isinstance(engine.executor, (ProfilableExecutor, RankExecutor))
+        message = (
+            "^profile: this engine cannot be profiled: found the executor of backend fake, which runs no program of kernels"
+        )
+        with pytest.raises(EngineError, match=message), engine.profile():
+            pass
+    (request,) = factory.requests
+    assert request.directory == tmp_path / "engine" / "rank0" and request.manifest.target.backend == "fake"
+    assert (request.kv_tokens, request.isa, request.threads, request.local_rank) == (99, "any-word", None, 0)
+
+
+def test_what_a_backend_of_one_file_needs_is_checked(tmp_path: Path, factory: FakeFactory) -> None:
+    with pytest.raises(EngineError, match=r"this host cannot run the engine built for cpu: found .* GiB of memory, expected"):
+        Engine.load(directory_of(tmp_path, "fake", memory=1 << 60))
+    assert not factory.requests
+
+
+def test_an_engine_of_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    message = (
+        r"^engine: this runtime does not know the engine's backend: found fpga, expected one of tvm, triton; "
+        r"install the runtime that belongs to the engine, or rebuild it for one of these\.$"
+    )
+    with pytest.raises(EngineError, match=message):
+        Engine.load(directory_of(tmp_path, "fpga"))
+
+
+def test_a_name_has_one_executor(factory: FakeFactory) -> None:
+    register_executor("fake", factory)
+    with pytest.raises(ValueError, match="backend tvm has an executor already"):
+        register_executor("tvm", factory)
 
 
 def test_a_process_on_its_own(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
 
 
 def test_a_rank_that_hangs_while_it_loads(engines: dict[int, Path]) -> None:
-    sleep = "from belle_compile.runtime import loading\nif rank == 1: loading.check_host = lambda *_: time.sleep(99)"
+    factory = "from belle_compile.runtime.executors.cpu_factory import CpuFactory"
+    sleep = f"{factory}\nif rank == 1: CpuFactory.check_host = lambda *_: time.sleep(99)"
     errors = failure(engines[2], sleep, "--rank-timeout", 4, *SHORT)
     assert errors.startswith("ranks: rank 1 did not get ready: found nothing within 4 s; look at what holds it up")
     mine = belle_run(engines[2], "--rank-timeout", 4, *SHORT, change=sleep, before=(launcher.mpiexec(), "-n", "2"))
@@ -204,11 +205,11 @@ STEP = "from belle_compile.runtime.executors.cpu import CpuExecutor\nfrom belle_
 def test_an_error_in_the_middle_of_an_answer(engines: dict[int, Path], rank: int) -> None:
     change = f"""{STEP}
 step, count = CpuExecutor.step, 0
-def failing(self):
+def failing(self, batch):
     global count
     count += 1
     if rank == {rank} and count == 5: raise EngineError("cpu", "kernel broke", found=f"rank {{rank}}")
-    return step(self)
+    return step(self, batch)
 CpuExecutor.step = failing
 """
     assert failure(engines[2], change) == f"cpu: kernel broke: found rank {rank}.\n"
@@ -217,7 +218,7 @@ CpuExecutor.step = failing
 
 
 def test_a_bug_of_a_rank_is_shown(engines: dict[int, Path]) -> None:
-    change = f"{STEP}if rank == 1: CpuExecutor.step = lambda self: 1 // 0"
+    change = f"{STEP}if rank == 1: CpuExecutor.step = lambda self, batch: 1 // 0"
     code, _, errors = belle_run(engines[2], *SHORT, change=change).end()
     assert code == 1 and "ZeroDivisionError" in errors and errors.count("Traceback") == 1
     assert errors.splitlines()[-1].startswith("ranks: rank 1 (process ") and "ended with exit code 1" in errors

@@ -123,7 +123,7 @@ def step(executor: CpuExecutor, tokens: list[int], rows: list[int]) -> np.ndarra
     batch.positions[: len(tokens)] = np.arange(len(tokens))
     batch.logit_rows[: len(rows)] = rows
     batch.tokens, batch.rows = len(tokens), len(rows)
-    return executor.step()
+    return executor.step(batch)
 
 
 def test_steps_of_any_row_count_take_the_right_variant(built: Path, weights: dict[str, np.ndarray]) -> None:

@@ -1,8 +1,7 @@
-"""The ranked executor over fake models: ranks are threads, each with its part of the logits and its own cache."""
+"""Executors of several ranks over fake models: ranks are threads, each with its part of the logits and its own cache."""
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -12,9 +11,11 @@ import numpy as np
 import pytest
 
 from belle_compile.runtime import Engine, EngineError, SamplingParams
-from belle_compile.runtime.executors.ranked import RankedExecutor, serve
+from belle_compile.runtime.distributed.agreement import Agreement
+from belle_compile.runtime.distributed.collectives import Collectives
+from belle_compile.runtime.distributed.executor import RankedExecutor, ranked_executor, serve
+from belle_compile.runtime.executors import ProfilableExecutor, StepBatch
 from belle_compile.runtime.profiling import Recorder
-from belle_compile.runtime.program import Logits
 from tests.runtime.fakes import VOCABULARY, FakeExecutor, make_engine
 
 
@@ -67,10 +68,14 @@ class Part(FakeExecutor):
         super().__init__(**limits)  # type: ignore[arg-type]
         self.first, end = VOCABULARY * rank // ranks, VOCABULARY * (rank + 1) // ranks
         self.count = end - self.first
-        self.program = dataclasses.replace(self.program, logits=Logits(0, VOCABULARY, self.first, self.count))
+        self.span, self.sums = (self.first, self.count), ()
+        self.joined: list[Collectives] = []
 
-    def step(self) -> np.ndarray:
-        return np.ascontiguousarray(super().step()[:, self.first : self.first + self.count])
+    def join(self, collectives: Collectives) -> None:
+        self.joined.append(collectives)
+
+    def step(self, batch: StepBatch) -> np.ndarray:
+        return np.ascontiguousarray(super().step(batch)[:, self.first : self.first + self.count])
 
 
 class Ranks:
@@ -86,8 +91,8 @@ class Ranks:
         ]
         for thread in self.threads:
             thread.start()
-        spans = [(part.first, part.count) for part in self.parts]
-        self.executor = RankedExecutor(self.parts[0], self.collectives[0], spans, self.parts[0].num_blocks)
+        agreement = Agreement(tuple(part.span for part in self.parts), self.parts[0].num_blocks)
+        self.executor = ranked_executor(self.parts[0], self.collectives[0], agreement)
 
 
 @contextmanager
@@ -145,9 +150,11 @@ def test_only_rows_of_the_block_table_that_changed_are_sent() -> None:
 
 def test_profile_is_of_rank_0() -> None:
     with engine_of(2) as (engine, made):
-        made.executor.record(recorder := Recorder(made.executor.program, made.executor.batch))
+        executor = made.executor
+        assert isinstance(executor, ProfilableExecutor)
+        executor.record(recorder := Recorder(executor.program, executor.batch))
         assert made.parts[0].recorder is recorder and made.parts[1].recorder is None
-        made.executor.record(None)
+        executor.record(None)
         engine.generate([[1]], REQUESTS[0])
 
 
@@ -166,6 +173,15 @@ def test_a_step_that_fails_is_the_last() -> None:
 
 def test_the_fewest_blocks_count() -> None:
     made = Ranks(2)
-    executor = RankedExecutor(made.parts[0], made.collectives[0], [(0, 150), (150, 150)], 3)
+    executor = RankedExecutor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3))
     with make_engine(executor) as engine:  # type: ignore[arg-type]
         assert engine.max_context == 48
+
+
+def test_ranks_without_a_program_cannot_be_profiled() -> None:
+    made = Ranks(2)
+    assert isinstance(made.executor, ProfilableExecutor)
+    del made.parts[0].program
+    executor = ranked_executor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3))
+    assert not isinstance(executor, ProfilableExecutor)
+    executor.close()

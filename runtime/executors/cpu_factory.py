@@ -1,0 +1,43 @@
+"""Engines for processors: kernel libraries for several instruction sets, of which the host has at least one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from belle_compile.runtime import host
+from belle_compile.runtime.artifact import TargetInfo
+from belle_compile.runtime.executors.base import Executor
+from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine, check_memory
+
+
+class CpuFactory(ExecutorFactory):
+    """Loads `CpuExecutor`s."""
+
+    isas = tuple(host.ISA_FLAGS)
+
+    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+        """Check the machine, its instruction sets and its memory."""
+        check_machine(target)
+        required, offered = target.requires.isa, host.host_isas()
+        if not set(offered) & set(required):
+            missing = "; ".join(f"{isa} lacks {', '.join(host.missing_flags(isa))}" for isa in required)
+            found = f"instruction sets {', '.join(offered) or 'none known'} ({missing})"
+            remedy = "run it on a newer CPU or rebuild it for this one"
+            raise cannot_run(target, found, f"one of {', '.join(required)}", remedy)
+        check_memory(target, ranks_here)
+
+    def usable_isas(self, target: TargetInfo) -> Sequence[str]:
+        """Those that processor and engine have in common."""
+        return [isa for isa in host.host_isas() if isa in target.isas]
+
+    def load(self, request: LoadRequest) -> Executor:
+        """Map the weights and load the kernels. By default ranks that may run on the same cores share these evenly."""
+        from belle_compile.runtime.executors.cpu import CpuExecutor
+
+        threads = request.threads
+        if threads is None and request.collectives:
+            threads = max(1, len(host.usable_cores()) // request.collectives.sharing)
+        return CpuExecutor(
+            request.directory, request.manifest.target.isas, threads=threads, isa=request.isa, kv_tokens=request.kv_tokens,
+            collectives=request.collectives,
+        )  # fmt: skip

@@ -1,0 +1,42 @@
+"""Engines for NVIDIA GPUs, one for each rank of a host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from belle_compile.runtime import host
+from belle_compile.runtime.artifact import STAGE, TargetInfo
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.base import Executor
+from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, check_machine
+from belle_compile.runtime.program import read_program
+from belle_compile.runtime.schema import to_plain
+
+
+class CudaFactory(ExecutorFactory):
+    """Loads `CudaExecutor`s. `threads` of a request mean nothing to them."""
+
+    isas = host.GPU_ARCHS
+
+    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+        """Check the machine. The GPU, its architecture and its memory are checked when it is opened."""
+        check_machine(target)
+
+    def kernels(self, directory: Path) -> dict[str, Any]:
+        """Each kernel's kind, and what its machine code says of itself (`program.Launch`)."""
+        program = read_program(directory)
+        kinds = {name: call.kind for call in program.calls for _, name in call.kernels()}
+        for name, by_bound in program.alternatives.items():
+            kinds |= {other: kinds[name] for others in by_bound.values() for other in others}
+        return {name: {"kind": kinds[name]} | to_plain(launch) for name, launch in program.launches.items()}
+
+    def load(self, request: LoadRequest) -> Executor:
+        """Copy the weights to the GPU with the rank's number on its host, and load the kernels."""
+        carried = request.manifest.target.isas
+        if request.isa is not None and request.isa not in carried:
+            expected = f"{', '.join(carried)}, what the engine was built for"
+            raise EngineError(STAGE, "instruction set", found=request.isa, expected=expected)
+        from belle_compile.runtime.executors.cuda import CudaExecutor
+
+        return CudaExecutor(request.directory, carried, kv_tokens=request.kv_tokens, number=request.local_rank)

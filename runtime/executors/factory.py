@@ -1,0 +1,86 @@
+"""How the engines of a backend come to run: what they need of a host, and the executor that runs them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from belle_compile.runtime import host
+from belle_compile.runtime.artifact import STAGE, Manifest, TargetInfo
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.base import Executor
+
+if TYPE_CHECKING:
+    from belle_compile.runtime.distributed.collectives import Collectives
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """One rank to load: its `directory` (`ENGINE/rank0`), and what `Engine.load` was asked for; None leaves it to the executor.
+
+    `collectives` connect it to the other ranks of an engine that has several.
+    """
+
+    directory: Path
+    manifest: Manifest
+    threads: int | None = None
+    isa: str | None = None
+    kv_tokens: int | None = None
+    collectives: Collectives | None = None
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number among those of its host."""
+        return self.collectives.rank_here if self.collectives else 0
+
+
+class ExecutorFactory(ABC):
+    """Makes the executors of one backend's engines. Importing it is cheap: kernels and drivers are loaded by `load`.
+
+    `isas` are the words that a manifest may use for instruction sets; None allows any.
+    """
+
+    isas: Sequence[str] | None = None
+
+    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+        """Raise `EngineError` where this host cannot run `ranks_here` ranks of an engine: by default, by machine and memory."""
+        check_machine(target)
+        check_memory(target, ranks_here)
+
+    def usable_isas(self, target: TargetInfo) -> Sequence[str]:
+        """The instruction sets of an engine that this host can run, best first."""
+        return target.isas
+
+    def kernels(self, directory: Path) -> dict[str, Any]:
+        """What the files of a rank's directory say of its kernels, by name, for reports; by default nothing."""
+        return {}
+
+    @abstractmethod
+    def load(self, request: LoadRequest) -> Executor:
+        """Load one rank, whose host and files have been checked."""
+
+
+def cannot_run(target: TargetInfo, found: str, expected: str, remedy: str) -> EngineError:
+    """The error of a host that cannot run an engine."""
+    what = f"this host cannot run the engine built for {target.name}"
+    return EngineError(STAGE, what, found=found, expected=expected, remedy=remedy)
+
+
+def check_machine(target: TargetInfo) -> None:
+    """Raise `EngineError` on another system than Linux, or another kind of machine than the engine requires."""
+    arch = target.requires.arch
+    system, machine = host.host_arch()
+    if system != "Linux" or arch not in ("", machine):
+        raise cannot_run(target, f"{system} {machine}", f"Linux {arch}".strip(), "run it on such a host")
+
+
+def check_memory(target: TargetInfo, ranks_here: int) -> None:
+    """Raise `EngineError` where the host's memory is too small for so many ranks."""
+    memory, needed = host.memory_bytes(), ranks_here * target.requires.memory_bytes
+    if memory < needed:
+        expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks_here} ranks" if ranks_here > 1 else "")
+        remedy = "run it on a larger host or raise the container's memory limit"
+        raise cannot_run(target, f"{memory / 2**30:.1f} GiB of memory", expected, remedy)
