@@ -55,11 +55,6 @@ class Phase:
     outside_s: float
     kernels: tuple[KernelTime, ...]
 
-    @property
-    def outside_share(self) -> float:
-        """Share of the time that is not in kernels."""
-        return self.outside_s / self.seconds
-
 
 @dataclass(frozen=True)
 class Profile:

@@ -12,6 +12,7 @@ from belle_compile.runtime.schema import Refuse, canonical_json, from_plain, ref
 
 PROGRAM_FORMAT = 5
 PROGRAM_NAME = "program.json"
+WEIGHTS_NAME = "weights.safetensors"
 BLOCK_SIZE = 16
 ALIGNMENT = 64
 INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "T", "R")

@@ -42,7 +42,6 @@ class InterpretedDevice:
     def __init__(self, arch: str = "sm_80", memory_bytes: int = 1 << 30) -> None:
         self.name, self.arch, self.memory_bytes = f"interpreted {arch}", arch, memory_bytes
         self.shared_bytes = 163 << 10
-        self.overlap = True
         self.started: list[str] = []
         self.closed = False
         self._memory: dict[int, Bytes] = {}

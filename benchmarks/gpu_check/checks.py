@@ -25,7 +25,7 @@ from belle_compile.runtime.executors.choices import ANY, Choices, key
 from belle_compile.runtime.executors.cuda import CudaExecutor
 from belle_compile.runtime.executors.cuda_device import open_device
 from belle_compile.runtime.program import Program, read_program
-from benchmarks.gpu_check.driving import Plan, Sequences, follow, greedy
+from benchmarks.gpu_check.driving import Plan, Sequences, TimedExecutor, follow, greedy
 from benchmarks.gpu_check.findings import Findings
 
 DEVICE, LARGE = "device", "bloom-7b1"
@@ -54,9 +54,11 @@ PLANS: dict[str, Plan] = {
 
 def check_device(findings: Findings) -> None:
     """What the GPU is, and that its memory can be copied."""
+    from cuda.bindings import driver
+
     with closing(open_device()) as device:
-        version = f"{device.driver_version // 1000}.{device.driver_version % 1000 // 10}"
-        findings.note(gpu=device.name, arch=device.arch, cuda_of_driver=version)
+        _, version = driver.cuDriverGetVersion()
+        findings.note(gpu=device.name, arch=device.arch, cuda_of_driver=f"{version // 1000}.{version % 1000 // 10}")
         findings.note(free_bytes=device.memory_bytes, shared_bytes=device.shared_bytes)
         findings.note(copy_bytes_per_second=device.copy_bandwidth())
 
@@ -143,9 +145,13 @@ def check_large(folder: Path, arch: str, findings: Findings) -> None:
             kept = json.loads(file.read_text())
             findings.note(choices=kept["choices"], microseconds=_microseconds(kept["seconds"]))
         started = time.perf_counter()
-        with closing(CudaExecutor(rank, [arch])) as executor:
+        with closing(TimedExecutor(rank, [arch])) as executor:
             findings.note(load_s=time.perf_counter() - started, copy_bytes_per_second=executor.read_bandwidth())
             _times(executor, weight_bytes, findings)
+        with closing(TimedExecutor(rank, [arch])) as executor:
+            executor.without_overlap()
+            sequences = _prompted(executor, 1)
+            findings.note_under("decode, batch 1, kernels one after the other", {"seconds": _decode(sequences)})
 
 
 def _microseconds(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -157,22 +163,23 @@ def _microseconds(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[
     return found
 
 
-def _times(executor: CudaExecutor, weight_bytes: int, findings: Findings) -> None:
+def _prompted(executor: CudaExecutor, batch: int) -> Sequences:
+    """Sequences after a prompt each; raises EngineError where the GPU is too small for so many."""
+    random, sequences = np.random.default_rng(0), Sequences(executor, batch, CONTEXT + 2 * STEPS)
+    for sequence in range(batch):
+        sequences.prefill(sequence, random.integers(5, 250, CONTEXT).tolist())
+    return sequences
+
+
+def _times(executor: TimedExecutor, weight_bytes: int, findings: Findings) -> None:
     random, program = np.random.default_rng(0), executor.program
-    sequences = Sequences(executor, 1, CONTEXT + 2 * STEPS)
-    sequences.prefill(0, random.integers(5, 250, CONTEXT).tolist())
-    executor.overlap(False)
-    findings.note_under("decode, batch 1, kernels one after the other", {"seconds": _decode(sequences)})
-    executor.overlap(True)
     for batch in BATCHES:
         name = f"decode, batch {batch}"
         try:
-            sequences = Sequences(executor, batch, CONTEXT + 2 * STEPS)
+            sequences = _prompted(executor, batch)
         except EngineError as error:  # a smaller GPU
             findings.note_under(name, {"unmeasured": str(error)})
             continue
-        for sequence in range(batch):
-            sequences.prefill(sequence, random.integers(5, 250, CONTEXT).tolist())
         seconds = _decode(sequences)
         kv = batch * (CONTEXT + 8 + STEPS // 2) * program.kv.block_bytes // program.block_size
         share = (weight_bytes + kv) / executor.read_bandwidth() / seconds
@@ -197,7 +204,7 @@ def _decode(sequences: Sequences) -> float:
     return sequences.decode(STEPS)
 
 
-def _seconds_of_kinds(executor: CudaExecutor, rows: int) -> dict[str, float]:
+def _seconds_of_kinds(executor: TimedExecutor, rows: int) -> dict[str, float]:
     """Of a step, the calls of each kind one after the other."""
     kinds = dict.fromkeys(call.kind for call in executor.program.calls)
     of_kind = {kind: [call for call in executor.program.calls if call.kind == kind] for kind in kinds}

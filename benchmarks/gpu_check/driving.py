@@ -1,21 +1,57 @@
-"""Steps of an executor without tokenizer and scheduler: what a GPU host runs with numpy alone."""
+"""Steps of an executor without tokenizer and scheduler, and their times: what a GPU host runs with numpy alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.cuda import CudaExecutor
-from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.program import BLOCK_SIZE, Call
 from belle_compile.runtime.serving.candidates import Few, Row, Rows
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 Floats = NDArray[np.float32]
 Plan = Sequence[Mapping[int, int]]  # the steps: how many tokens each sequence is given
+
+
+class TimedExecutor(CudaExecutor):
+    """An executor that also times some of its calls alone, and runs kernels one after the other where it is told to."""
+
+    def seconds_of(self, calls: Sequence[Call], rows: int, times: int = 5) -> float:
+        """The least time of calls one after the other for so many rows, by the device's clock; what they write is garbage."""
+        counts = {"T": min(rows, self.program.max_tokens), "R": min(rows, self.program.max_rows)}
+        self._device.enter()
+        self._send_counts(counts["T"], counts["R"])
+
+        def launch() -> None:
+            for call in calls:
+                self._launch(call, counts[call.rows])
+
+        recorded = self._device.record(launch)
+
+        def run(mark: Callable[[], None]) -> None:
+            for _ in range(times):
+                mark()
+                self._device.replay(recorded)
+            mark()
+
+        seconds = min(self._device.times(run))
+        self._device.forget(recorded)
+        return seconds
+
+    def without_overlap(self) -> None:
+        """From the next step on, start no kernel before those before it have ended."""
+        self._device.enter()
+        for recorded in self._steps.values():
+            self._device.forget(recorded)
+        self._steps.clear()
+        launches = {name: replace(launch, overlap=False) for name, launch in self.program.launches.items()}
+        self.program = replace(self.program, launches=launches)
 
 
 class Sequences:

@@ -1,4 +1,4 @@
-"""Sums over GPUs by NCCL, called from its own library: no torch."""
+"""Sums over GPUs by NCCL, called through ctypes."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ class _UniqueId(ctypes.Structure):
 
 
 class Nccl:
-    """One communicator of this process."""
+    """This process' communicator with the other ranks."""
 
     def __init__(self) -> None:
-        """Find the library; raises `EngineError` where there is none."""
+        """Load the library; raises `EngineError` where there is none."""
         self._library = _load()
         self._library.ncclGetErrorString.restype = ctypes.c_char_p
         self._comm = ctypes.c_void_p()
 
     def unique_id(self) -> bytes:
-        """What the ranks of a communicator must share; one of them makes it."""
+        """Make the identifier of a new communicator. One rank makes it and sends it to the others."""
         made = _UniqueId()
         self._call("ncclGetUniqueId", ctypes.byref(made))
         return ctypes.string_at(ctypes.byref(made), ID_BYTES)
 
-    def join(self, shared: bytes, ranks: int, rank: int) -> None:
-        """Wait until all ranks have joined."""
-        made = _UniqueId.from_buffer_copy(shared)
+    def join(self, identifier: bytes, ranks: int, rank: int) -> None:
+        """Join the communicator; waits until all ranks have joined it."""
+        made = _UniqueId.from_buffer_copy(identifier)
         self._call("ncclCommInitRank", ctypes.byref(self._comm), ctypes.c_int(ranks), made, ctypes.c_int(rank))
 
     def all_reduce(self, address: int, count: int, stream: int) -> None:
-        """Make so many float32 at an address the sum over ranks, in the order of the stream."""
-        place, size = ctypes.c_void_p(address), ctypes.c_size_t(count)
-        self._call("ncclAllReduce", place, place, size, _FLOAT32, _SUM, self._comm, ctypes.c_void_p(stream))
+        """Enqueue on a stream the sum over ranks of `count` float32 at an address, in place."""
+        values, size = ctypes.c_void_p(address), ctypes.c_size_t(count)
+        self._call("ncclAllReduce", values, values, size, _FLOAT32, _SUM, self._comm, ctypes.c_void_p(stream))
 
     def close(self) -> None:
-        """Leave."""
+        """Leave the communicator."""
         if self._comm:
             self._library.ncclCommDestroy(self._comm)
             self._comm = ctypes.c_void_p()
@@ -55,7 +55,7 @@ class Nccl:
 
 
 def _load() -> ctypes.CDLL:
-    """The system's library, or that of NVIDIA's Python package."""
+    """Load the system's library, else that of NVIDIA's Python package."""
     names = ["libnccl.so.2"]
     spec = find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:

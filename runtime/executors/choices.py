@@ -1,4 +1,4 @@
-"""Which of the kernels that compute the same a GPU runs fastest: measured at the first load, kept beside the engine."""
+"""Which of several kernels that compute the same a GPU runs fastest: measured at the first load, stored in the engine."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from typing import Any
 from belle_compile.runtime.executors.device import Device
 from belle_compile.runtime.program import PROGRAM_NAME, Call, Program, When
 
-_CALLS = 16  # of a kernel that are measured together: with weights of their own, which no cache keeps
+_CALLS = 16  # of one kernel, measured one after the other: each has its own weights, so that no cache holds them
 _TRIES = 3
-ANY = "any"  # in place of a bound
+ANY = "any"  # stands for the bound None
 
 
 class Choices:
-    """For kernels by name and the largest number of rows they are run for, what is run instead."""
+    """The kernel that runs in place of each kernel with alternatives, by its name and the bound of its rows."""
 
     def __init__(self, directory: Path, device: Device) -> None:
-        """Read what was measured for this program on this kind of device, if it was."""
+        """Read what was measured earlier for this program on this kind of device, if anything."""
         slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
         self._path = directory / f"choices-{slug}.json"
         program = hashlib.sha256((directory / PROGRAM_NAME).read_bytes()).hexdigest()
         self._facts = {"program": program, "device": device.name}
-        self.found: dict[str, str] | None = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not such a file
+        self.chosen: dict[str, str] | None = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or a damaged one
             plain: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
             if plain.pop("choices_format", None) == 1 and self._facts.items() <= plain.items():
-                self.found = dict(plain["choices"])
+                self.chosen = dict(plain["choices"])
 
     def known(self, program: Program) -> bool:
-        """Whether there is nothing to be measured: what was found is one of the choices for every kernel that has some."""
-        found = self.found or {}
+        """Whether nothing needs to be measured: for every kernel with alternatives one of them, or itself, is chosen."""
+        chosen = self.chosen or {}
         return all(
-            found.get(key(name, None if bound == ANY else int(bound))) in (name, *others)
+            chosen.get(key(name, None if bound == ANY else int(bound))) in (name, *others)
             for name, by_bound in program.alternatives.items()
             for bound, others in by_bound.items()
         )
 
     def best(self, name: str, bound: int | None) -> str:
-        """What to run in place of a kernel."""
-        return (self.found or {}).get(key(name, bound), name)
+        """The kernel to run in place of `name`, which a call has for up to `bound` rows."""
+        return (self.chosen or {}).get(key(name, bound), name)
 
-    def keep(self, found: dict[str, str], seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
-        """Take these, and write them for the next load where the engine's directory can be written to, with what was measured
-        for whoever wants to know."""
-        self.found = found
-        whole = {"choices_format": 1, **self._facts, "choices": found, "seconds": seconds or {}}
+    def keep(self, chosen: dict[str, str], seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        """Use these choices, and store them for the next load if the engine's directory can be written to; the `seconds` that
+        were measured are stored for people to read."""
+        self.chosen = chosen
+        whole = {"choices_format": 1, **self._facts, "choices": chosen, "seconds": seconds or {}}
         text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
         partial = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ class Choices:
 
 
 def key(name: str, bound: int | None) -> str:
-    """Of a kernel and the largest number of rows it is run for."""
+    """The key of a kernel that calls have for up to `bound` rows (None: any number)."""
     return f"{name} {ANY if bound is None else bound}"
 
 
@@ -72,11 +72,14 @@ def measure(
     launch: Callable[[Call, str, int], None],
     pretend: Callable[[When, int], None],
 ) -> None:
-    """Find the fastest of the alternatives of every kernel among those `loaded`, unless that is known. `launch(call, kernel,
-    rows)` starts one; `pretend(when, rows)` makes a step of so many rows, for calls of that sort."""
+    """Choose the fastest of the alternatives of every kernel among those `loaded`, unless they are chosen already.
+
+    `launch(call, kernel, rows)` enqueues a kernel with a call's arguments; `pretend(when, rows)` fills the inputs of a step
+    with so many rows for calls of that sort.
+    """
     if choices.known(program):
         return
-    found: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     seconds: dict[str, dict[str, float]] = {}
     for name, by_bound in sorted(program.alternatives.items()):
         for text, others in sorted(by_bound.items()):
@@ -85,14 +88,16 @@ def measure(
             most = max(program.max_tokens if call.rows == "T" else program.max_rows for call in calls)
             rows = min(most, bound or most, program.max_sequences if calls[0].when == "alone" else most)
             pretend(calls[0].when, rows)
-            there = [one for one in (name, *others) if one in loaded]
-            times = {one: _seconds(device, calls, one, rows, launch) / len(calls) for one in there}
+            candidates = [kernel for kernel in (name, *others) if kernel in loaded]
+            times = {kernel: _seconds(device, calls, kernel, rows, launch) / len(calls) for kernel in candidates}
             seconds[key(name, bound)] = times
-            found[key(name, bound)] = min(times, key=lambda one: times[one])
-    choices.keep(found, seconds)
+            chosen[key(name, bound)] = min(times, key=lambda kernel: times[kernel])
+    choices.keep(chosen, seconds)
 
 
 def _seconds(device: Device, calls: list[Call], name: str, rows: int, launch: Callable[[Call, str, int], None]) -> float:
+    """The least time of several runs of all `calls` with the kernel `name`."""
+
     def run() -> None:
         for call in calls:
             launch(call, name, rows)

@@ -1,4 +1,4 @@
-"""Runs a Program on the CPU: kernels of one shared library over mapped weights."""
+"""Runs a program on the CPU: kernels of one shared library over mapped weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from belle_compile.runtime.profiling import Recorder, read_bandwidth
 from belle_compile.runtime.program import (
     ALIGNMENT,
     KV,
+    WEIGHTS_NAME,
     AllReduce,
     Arena,
     Arg,
@@ -36,12 +37,11 @@ from belle_compile.runtime.program import (
 )
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
-WEIGHTS_NAME = "weights.safetensors"
-_WORTH_FETCHING = 64 * 1024  # bytes of a call's weights
+_PREFETCH_BYTES = 64 * 1024  # a call that reads fewer bytes of weights is not prefetched
 
 
 def kernels_path(directory: Path, isa: str) -> Path:
-    """The kernel library of an instruction set: the one tuned for this processor if the engine has it, else the common one."""
+    """The kernel library for an instruction set: one tuned for this processor if the engine has it, else the general one."""
     tuned = directory / f"kernels-{isa}-{host.processor()}.so"
     return tuned if tuned.is_file() else directory / f"kernels-{isa}.so"
 
@@ -49,8 +49,8 @@ def kernels_path(directory: Path, isa: str) -> Path:
 class CpuExecutor:
     """One rank's program with its weights, arena and KV cache.
 
-    A step is a walk over a list of calls bound to their addresses. The list depends on the row counts, since a kernel may
-    have variants by rows, and is made at the first step that needs it.
+    A step walks a list of kernel calls with the addresses of their arguments. Which list depends on the row counts, since a
+    kernel may have variants by rows; a list is made at the first step that needs it.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class CpuExecutor:
         kv_tokens: int | None = None,
         collectives: Collectives | None = None,
     ) -> None:
-        """Map and bind `directory` (rank0) whose engine carries kernels for the `carried` instruction sets.
+        """Map the weights in `directory` (such as ENGINE/rank0) of an engine with kernels for the `carried` instruction sets.
 
-        A program of several ranks needs `collectives` for its sums.
+        `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_tokens` to what half of the
+        memory beside the weights holds. A program of several ranks needs `collectives` for its sums.
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
@@ -74,12 +75,9 @@ class CpuExecutor:
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(program.weight_names())
         self._collectives = collectives
-        found, expected = (collectives.rank, collectives.ranks) if collectives else (0, 1), (program.rank, program.ranks)
-        if found != expected:
-            ranks = [f"rank {rank} of {count}" for rank, count in (found, expected)]
-            raise EngineError("engine", f"program of {directory}", found=f"this process is {ranks[0]}", expected=ranks[1])
-        here = collectives.ranks_here if collectives else 1
-        self.num_blocks = _kv_blocks(program, kv_tokens, self._weights.total_bytes, here)
+        _check_rank(program, directory, collectives)
+        ranks_here = collectives.ranks_here if collectives else 1
+        self.num_blocks = kv_blocks(program, kv_tokens, self._weights.total_bytes, ranks_here)
         library = KernelLibrary(kernels_path(directory, self.isa))
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
         self._shared_sum = library.sum_address() if collectives and collectives.shared else 0
@@ -104,7 +102,7 @@ class CpuExecutor:
         """Run `batch`; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
         tokens, rows = batch.tokens, batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
-        # Without a row wanted, as in the first chunks of a long prompt, everything behind the last layer is left out.
+        # Where no logits are requested, as in the first chunks of a long prompt, everything behind the last layer is left out.
         key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)
         calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
         try:
@@ -118,20 +116,20 @@ class CpuExecutor:
         return self._logits[:rows]
 
     def join(self, collectives: Collectives) -> None:
-        """Put the arena where ranks sum it fastest. All ranks call it, once all are there, before the first step."""
+        """Move the arena to the memory in which ranks sum fastest."""
         self._arena = collectives.memory(self.program.arena_bytes)
         self._logits = self._logits_in_arena()
 
     def record(self, recorder: Recorder | None) -> None:
-        """Time every kernel call from the next step on, or stop doing so."""
+        """Report every kernel call to `recorder` from the next step on; with None, stop."""
         self._recorder = recorder
 
     def read_bandwidth(self) -> float:
-        """Bytes a second that this executor's cores read from memory."""
+        """Bytes a second that this executor's threads read from memory."""
         return read_bandwidth(self.threads)
 
     def close(self) -> None:
-        """End the threads, drop weights and buffers; their memory is unmapped with the last array that shows it."""
+        """End the threads, drop weights and buffers. Memory is unmapped with the last array over it."""
         self._pool.close()
         self._lists.clear()
         for name in ("_arena", "_scratch", "_kv", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
@@ -144,17 +142,18 @@ class CpuExecutor:
         return floats.reshape(most, logits.stride)[:, : logits.count]
 
     def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList | SummedLists, NDArray[np.int64]]:
-        """The list for row counts, and the numbers of its calls in the program."""
+        """The list of calls for these row counts, and the number of each in the program."""
         started = time.perf_counter()
         counts = {"T": tokens, "R": rows}
         numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
         calls = [self.program.calls[number] for number in numbers]
         if self._collectives is None or self._collectives.shared:
-            addresses = [self._bound(call, counts[call.rows]) for call in calls]
-            bound: CallList | SummedLists = CallList(self._pool, addresses, self._ahead(calls))
+            addresses = [self._addresses(call, counts[call.rows]) for call in calls]
+            bound: CallList | SummedLists = CallList(self._pool, addresses, self._prefetches(calls))
         else:
             mixed = [
-                self._sum(call, call.all_reduce) if call.all_reduce else self._bound(call, counts[call.rows]) for call in calls
+                self._sum(call, call.all_reduce) if call.all_reduce else self._addresses(call, counts[call.rows])
+                for call in calls
             ]
             bound = SummedLists(self._pool, mixed, self._collectives)
         self._lists[key] = bound, np.array(numbers)
@@ -162,16 +161,17 @@ class CpuExecutor:
             self._recorder.leave_out(time.perf_counter() - started)
         return self._lists[key]
 
-    def _bound(self, call: Call, rows: int) -> tuple[int, list[int]]:
+    def _addresses(self, call: Call, rows: int) -> tuple[int, list[int]]:
+        """The address of a call's function and those of its arguments."""
         if call.all_reduce:
-            assert self._collectives and self._collectives.shared, "other sums are no calls"
-            place, summed = self._pointer(call.args[0]), call.all_reduce
+            assert self._collectives and self._collectives.shared, "sums by messages are no calls"
+            values, summed = self._pointer(call.args[0]), call.all_reduce
             count = self._inputs[call.rows].ctypes.data
-            return self._shared_sum, [self._collectives.shared.address, place, count, summed.width, summed.stride]
+            return self._shared_sum, [self._collectives.shared.address, values, count, summed.width, summed.stride]
         return self._kernels[call.kernel_for(rows)], [self._pointer(arg) for arg in call.args]
 
-    def _ahead(self, calls: list[Call]) -> list[tuple[int, int]]:
-        """Address and bytes of the weights that are read next after each call."""
+    def _prefetches(self, calls: list[Call]) -> list[tuple[int, int]]:
+        """For each call the address and size of the weights to be fetched while it runs; size 0 for none."""
         sizes = self._weights.sizes
         return [(self._weights.address(name), sizes[name]) if name else (0, 0) for name in next_weights(calls, sizes)]
 
@@ -197,14 +197,14 @@ class CpuExecutor:
 
 
 def next_weights(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[str]:
-    """For each call the largest of the weights that the next call reads which reads many, in the next step after the last one;
-    nothing where no call does."""
-    read = ["" if call.bytes < _WORTH_FETCHING else _largest(call, sizes) for call in calls]
-    following, found = next(filter(None, read), ""), []
-    for name in reversed(read):
-        found.append(following)
+    """For each call the tensor to fetch while it runs: the largest one read by the first of the later calls that reads at least
+    `_PREFETCH_BYTES`. The calls of the next step follow the last one. "" for all where no call reads so much."""
+    largest = ["" if call.bytes < _PREFETCH_BYTES else _largest(call, sizes) for call in calls]
+    following, names = next(filter(None, largest), ""), []
+    for name in reversed(largest):
+        names.append(following)
         following = name or following
-    return found[::-1]
+    return names[::-1]
 
 
 def _largest(call: Call, sizes: Mapping[str, int]) -> str:
@@ -212,17 +212,17 @@ def _largest(call: Call, sizes: Mapping[str, int]) -> str:
 
 
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
-    """The best instruction set that engine and host share, or `wanted` (else env BELLE_ISA) if both have it.
+    """The best instruction set that engine and host share, or `wanted` (else the environment's BELLE_ISA) if both have it.
 
-    Raises `EngineError` saying which of the two lacks it. AMX also needs the kernel's permission, asked for here.
+    Raises `EngineError` that says which of the two lacks it. AMX also needs Linux's permission, which is requested here.
     """
     wanted = wanted or os.environ.get("BELLE_ISA") or None
-    have = host.host_isas()
+    offered = host.host_isas()
     if wanted is None:
         for isa in host.ISA_FLAGS:
-            if isa in carried and isa in have and (isa != "amx" or allow_amx()):
+            if isa in carried and isa in offered and (isa != "amx" or allow_amx()):
                 return isa
-        found = ", ".join(have) or "none"
+        found = ", ".join(offered) or "none"
         expected = f"one of {', '.join(carried)}"
         raise EngineError("cpu", "this host has no instruction set of the engine", found=found, expected=expected)
     if wanted not in host.ISA_FLAGS:
@@ -230,7 +230,7 @@ def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
     if wanted not in carried:
         remedy = "choose one of these or rebuild the engine"
         raise EngineError("cpu", f"the engine has no kernels for {wanted}", found=", ".join(carried), remedy=remedy)
-    if wanted not in have:
+    if wanted not in offered:
         missing = ", ".join(host.missing_flags(wanted))
         raise EngineError("cpu", f"this host lacks {wanted}", found=f"no {missing} among its CPU flags")
     if wanted == "amx" and not allow_amx():
@@ -239,14 +239,17 @@ def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
 
 
 def allow_amx() -> bool:
-    """Ask Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); threads made later inherit it."""
+    """Request the tile registers from Linux (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); whether it grants them. Threads that
+    are started later inherit the permission."""
     sys_arch_prctl, arch_req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0
 
 
-def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_here: int) -> int:
-    """Blocks of the KV cache: for `kv_tokens`, else what half of the memory beside the weights holds. Ranks of this host share
-    its memory evenly."""
+def kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_here: int) -> int:
+    """Blocks of the KV cache: for `kv_tokens`, by default what half of the memory beside the weights holds.
+
+    The `ranks_here` ranks of this host share its memory evenly. Raises `EngineError` where `kv_tokens` do not fit.
+    """
     memory = host.memory_bytes() // ranks_here
     if kv_tokens is not None:
         blocks = blocks_for(kv_tokens)
@@ -259,8 +262,16 @@ def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks
     return max(1, min(affordable, program.max_sequences * program.max_blocks))
 
 
+def _check_rank(program: Program, directory: Path, collectives: Collectives | None) -> None:
+    """Raise `EngineError` where a program is another rank's than this process."""
+    found, expected = (collectives.rank, collectives.ranks) if collectives else (0, 1), (program.rank, program.ranks)
+    if found != expected:
+        ranks = [f"rank {rank} of {count}" for rank, count in (found, expected)]
+        raise EngineError("engine", f"program of {directory}", found=f"this process is {ranks[0]}", expected=ranks[1])
+
+
 def _allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
-    """Int32 buffers for every input, 64-byte aligned, in one map."""
+    """Int32 buffers for every input, 64-byte aligned, in one mapping."""
     sizes = dict.fromkeys(("token_ids", "positions", "sequences"), program.max_tokens) | {
         "block_table": program.max_sequences * program.max_blocks,
         "logit_rows": program.max_rows,
@@ -277,5 +288,5 @@ def _allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
 
 
 def _row_bounds(calls: tuple[Call, ...], rows: str) -> list[int]:
-    """Row counts, ascending, at which some call changes its kernel."""
+    """The largest row count of each variant of a kernel, ascending, of calls over one kind of rows ("T" or "R")."""
     return sorted({bound for call in calls if call.rows == rows for bound, _ in call.kernels() if bound is not None})

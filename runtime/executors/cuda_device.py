@@ -1,4 +1,4 @@
-"""A GPU through the driver: `cuda-bindings` and nothing else."""
+"""A GPU through NVIDIA's driver, with the package `cuda-bindings` alone."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
 
 STAGE = "cuda"
-_OLDEST = 12_080  # driver that does, by the version that it says: CUDA 12.8
+_OLDEST_DRIVER = 12_080  # as the driver reports its version: CUDA 12.8
 _START = "cuLaunchKernelEx"
-_PLAIN_SHARED = 48 << 10  # bytes of shared memory that need no permission
-_COPIED, _COPIES = 512 << 20, 4  # bytes and tries to find out how fast memory is
-_APART = tuple(megabytes << 20 for megabytes in (0, 1, 2, 5, 16, 33))  # beside them
-_STAGING = 64 << 20  # bytes of each of two pinned buffers that weights pass through
+_UNASKED_SHARED = 48 << 10  # bytes of shared memory that a kernel may use without an attribute
+_COPIED, _COPIES = 512 << 20, 4  # bytes of a copy that measures the bandwidth, and copies at each distance
+_DISTANCES = tuple(megabytes << 20 for megabytes in (0, 1, 2, 5, 16, 33))  # from the end of the source to the target
+_STAGING = 64 << 20  # bytes of each of the two pinned buffers through which weights are copied
 
 
 def open_device(number: int = 0) -> CudaDevice:
-    """The GPU of that number; raises `EngineError` where there is no driver, an older one, or no such GPU."""
+    """Open the GPU with this number; raises `EngineError` where there is no driver, one that is too old, or no such GPU."""
     try:
-        ctypes.CDLL("libcuda.so.1")  # cuda-bindings may hang where it is missing
+        ctypes.CDLL("libcuda.so.1")  # where it is missing, cuda-bindings may hang
     except OSError:
         remedy = "install NVIDIA's driver, or give the container access to the GPU"
         raise EngineError(STAGE, "no NVIDIA driver on this host", found="no libcuda.so.1", remedy=remedy) from None
@@ -42,16 +42,15 @@ def open_device(number: int = 0) -> CudaDevice:
 
 
 class CudaDevice:
-    """The primary context of a GPU with one stream."""
+    """The primary context of a GPU, with one stream."""
 
     def __init__(self, driver: Any, number: int) -> None:
         self._driver = driver
-        self.overlap = True  # of kernels that allow it
-        self._behind_kernel = False  # what is asked for next on the stream
+        self._behind_kernel = False  # whether the last thing enqueued on the stream is a kernel
         self._call("cuInit", 0)
         version = self._call("cuDriverGetVersion")
-        if version < _OLDEST:
-            found, expected = (f"CUDA {number // 1000}.{number % 1000 // 10}" for number in (version, _OLDEST))
+        if version < _OLDEST_DRIVER:
+            found, expected = (f"CUDA {number // 1000}.{number % 1000 // 10}" for number in (version, _OLDEST_DRIVER))
             raise EngineError(STAGE, "NVIDIA driver", found=found, expected=f"{expected} or newer", remedy="update the driver")
         count = self._call("cuDeviceGetCount")
         if not 0 <= number < count:
@@ -68,7 +67,6 @@ class CudaDevice:
             )
         )
         self.arch = f"sm_{major}{minor}"
-        self.driver_version = version
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self.enter()
         self.memory_bytes = self._call("cuMemGetInfo")[0]
@@ -85,11 +83,11 @@ class CudaDevice:
         self._nccl: Nccl | None = None
 
     def enter(self) -> None:
-        """Make it the calling thread's device."""
+        """Make this the calling thread's device."""
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int, what: str) -> int:
-        """Zero bytes of the device."""
+        """Allocate zeroed memory of the device; `what` it is for is named where there is too little."""
         error, address = self._driver.cuMemAlloc(max(size, 1))
         if error != self._driver.CUresult.CUDA_SUCCESS:
             free = self._call("cuMemGetInfo")[0]
@@ -102,7 +100,7 @@ class CudaDevice:
         return int(address)
 
     def host_memory(self, size: int) -> Bytes:
-        """Pinned zero bytes."""
+        """Allocate zeroed pinned memory."""
         address = int(self._call("cuMemHostAlloc", max(size, 1), 0))
         self._host[address] = size
         memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -110,37 +108,40 @@ class CudaDevice:
         return memory
 
     def load(self, name: str, code: bytes, launch: Launch) -> Any:
-        """The function of a module."""
+        """Load a module and return the kernel's function in it."""
         error, module = self._driver.cuModuleLoadData(code)
         if error != self._driver.CUresult.CUDA_SUCCESS:
-            found, remedy = self._said(error), f"update the driver, or rebuild the engine for {self.arch}"
+            found, remedy = self._message(error), f"update the driver, or rebuild the engine for {self.arch}"
             raise EngineError(STAGE, f"kernel {name} does not load on {self.name}", found=found, remedy=remedy)
         self._modules.append(module)
         function = self._call("cuModuleGetFunction", module, launch.symbol.encode())
         attribute = self._driver.CUfunction_attribute
-        if launch.shared > _PLAIN_SHARED:
+        if launch.shared > _UNASKED_SHARED:
             self._call("cuFuncSetAttribute", function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
         if launch.rows == 1 and not launch.tensor_cores:
-            # A multiprocessor must be idle to divide its memory in another way, and so these would not overlap with products.
+            # A multiprocessor changes how it divides its memory only while it is idle, which would keep these kernels from
+            # overlapping with products.
             self._call("cuFuncSetAttribute", function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 0)
         return function
 
     def launch(self, function: Any, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
-        """Triton's kernels take two more pointers behind their own, to scratch memory that ours do not use. What may overlap
-        does so behind another kernel."""
+        """Enqueue a kernel. One that may overlap starts early if what comes before it on the stream is a kernel.
+
+        Triton's kernels take two more pointers behind their arguments, to scratch memory that ours do not use.
+        """
         values = (*pointers, 0, 0)
         arguments = (values, (ctypes.c_void_p,) * len(values))
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks(rows)
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
         config.sharedMemBytes, config.hStream = launch.shared, self._stream
-        if launch.overlap and self.overlap and self._behind_kernel:
+        if launch.overlap and self._behind_kernel:
             config.attrs, config.numAttrs = [self._overlapping], 1
         self._call(_START, config, function, arguments, 0)
 
     def upload(self, address: int, source: Bytes) -> None:
-        """Pinned memory is copied when its turn comes; anything else, such as a mapped file, passes through two pinned buffers,
-        of which one is filled while the other is copied."""
+        """Enqueue a copy of pinned memory, or copy any other memory, such as a mapped file, through two pinned buffers, of
+        which one is filled while the other is copied."""
         if self._is_pinned(source):
             self._call("cuMemcpyHtoDAsync", address, source.ctypes.data, source.nbytes, self._stream)
             return
@@ -159,11 +160,11 @@ class CudaDevice:
             self._call("cuMemFreeHost", buffer.ctypes.data)
 
     def download(self, target: Bytes, address: int) -> None:
-        """Copy to pinned memory."""
+        """Enqueue a copy to pinned memory."""
         self._call("cuMemcpyDtoHAsync", target.ctypes.data, address, target.nbytes, self._stream)
 
     def download_rows(self, target: Bytes, address: int, pitch: int) -> None:
-        """Copy [rows, width] to pinned memory."""
+        """Enqueue a copy of [rows, width] to pinned memory, from rows that begin every `pitch` bytes."""
         copy, kind = self._driver.CUDA_MEMCPY2D(), self._driver.CUmemorytype
         copy.srcMemoryType, copy.srcDevice, copy.srcPitch = kind.CU_MEMORYTYPE_DEVICE, address, pitch
         copy.dstMemoryType, copy.dstHost, copy.dstPitch = kind.CU_MEMORYTYPE_HOST, target.ctypes.data, target.strides[0]
@@ -171,13 +172,13 @@ class CudaDevice:
         self._call("cuMemcpy2DAsync", copy, self._stream)
 
     def record(self, run: Callable[[], None]) -> Any:
-        """A CUDA graph of what `run` starts."""
+        """Make a CUDA graph of what `run` enqueues."""
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
         try:
             run()
         except BaseException:
-            self._driver.cuStreamEndCapture(self._stream)  # what went wrong is said by what did
+            self._driver.cuStreamEndCapture(self._stream)  # whose own error would hide the one that is raised
             raise
         graph = self._call("cuStreamEndCapture", self._stream)
         try:
@@ -188,16 +189,16 @@ class CudaDevice:
         return executable
 
     def forget(self, recorded: Any) -> None:
-        """Destroy a graph."""
+        """Destroy a CUDA graph."""
         self._graphs.remove(recorded)
         self._call("cuGraphExecDestroy", recorded)
 
     def replay(self, recorded: Any) -> None:
-        """Launch a graph."""
+        """Launch a CUDA graph."""
         self._call("cuGraphLaunch", recorded, self._stream)
 
     def times(self, run: Callable[[Callable[[], None]], None]) -> list[float]:
-        """By events."""
+        """Call `run(mark)`; returns the seconds between calls of `mark`, by CUDA events."""
         events: list[Any] = []
 
         def mark() -> None:
@@ -212,7 +213,7 @@ class CudaDevice:
         return seconds
 
     def join(self, collectives: Collectives) -> None:
-        """By NCCL, whose ranks find each other by what rank 0 tells the others."""
+        """Connect to the other ranks by NCCL; they find each other by an identifier that rank 0 sends to the others."""
         self._nccl = Nccl()
         message = np.zeros(ID_BYTES // 4, np.int32)
         if collectives.rank == 0:
@@ -221,19 +222,22 @@ class CudaDevice:
         self._nccl.join(message.tobytes(), collectives.ranks, collectives.rank)
 
     def all_reduce(self, address: int, count: int) -> None:
-        """A recorded step holds it too."""
+        """Enqueue the sum over ranks of `count` float32, in place. It can be part of a recorded step."""
         assert self._nccl is not None, "one of several ranks has joined"
         self._nccl.all_reduce(address, count, int(self._stream))
         self._behind_kernel = False
 
     def copy_bandwidth(self) -> float:
-        """The best of a few copies within its memory, larger than any cache. How far apart both places are matters."""
-        memory = int(self._call("cuMemAlloc", 2 * _COPIED + max(_APART)))
+        """Bytes a second, read and written, of the fastest of several copies within the device's memory.
+
+        They are larger than any cache. Several distances between source and target are tried, since they differ in speed.
+        """
+        memory = int(self._call("cuMemAlloc", 2 * _COPIED + max(_DISTANCES)))
 
         def run(mark: Callable[[], None]) -> None:
-            for apart in _APART * _COPIES:
+            for distance in _DISTANCES * _COPIES:
                 mark()
-                self._call("cuMemcpyDtoDAsync", memory + _COPIED + apart, memory, _COPIED, self._stream)
+                self._call("cuMemcpyDtoDAsync", memory + _COPIED + distance, memory, _COPIED, self._stream)
             mark()
 
         try:
@@ -246,7 +250,7 @@ class CudaDevice:
         self._call("cuStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Free what was allocated; the context goes with its last user."""
+        """Free what was allocated. The context is destroyed with its last user."""
         if self._nccl:
             self._nccl.close()
         for graph in self._graphs:
@@ -267,14 +271,14 @@ class CudaDevice:
         return any(start <= address and address + memory.nbytes <= start + size for start, size in self._host.items())
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call the driver; raises `EngineError` with its own words when it fails."""
+        """Call a function of the driver; raises `EngineError` with the driver's message when it fails."""
         error, *results = getattr(self._driver, name)(*arguments)
         if error != self._driver.CUresult.CUDA_SUCCESS:
             remedy = "see nvidia-smi and the kernel's log for the GPU's state"
-            raise EngineError(STAGE, name, found=self._said(error), remedy=remedy)
+            raise EngineError(STAGE, name, found=self._message(error), remedy=remedy)
         self._behind_kernel = name == _START
         return results[0] if len(results) == 1 else results
 
-    def _said(self, error: Any) -> str:
+    def _message(self, error: Any) -> str:
         text = self._driver.cuGetErrorString(error)[1]
         return f"{text.decode() if text else error}"

@@ -1,4 +1,4 @@
-"""What the CUDA executor asks of a device: memory, copies, kernels, recorded steps. `CudaDevice` is the driver's."""
+"""The device interface of the CUDA executor: memory, copies, kernels, recorded steps. `CudaDevice` implements it."""
 
 from __future__ import annotations
 
@@ -14,83 +14,82 @@ if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
 
 Bytes = NDArray[np.uint8]
-Function = Any  # what a device makes of a kernel's code
-Recorded = Any  # what it makes of a step
+Function = Any  # a loaded kernel, by the device's own type
+Recorded = Any  # a recorded step, likewise
 
 
 class Device(Protocol):
-    """One GPU. Work is done in the order in which it is asked for; `synchronize` waits until all is done."""
+    """One GPU. What is enqueued runs in order; `synchronize` waits until all of it has run."""
 
     name: str
     arch: str  # "sm_80"
-    memory_bytes: int  # that were free when it was opened
-    shared_bytes: int  # a block of threads may have
-    overlap: bool  # kernels that may do so start before those before them have ended
+    memory_bytes: int  # free when the device was opened
+    shared_bytes: int  # of shared memory that a block of threads may have
 
     def enter(self) -> None:
-        """Make it the calling thread's device."""
+        """Make this the calling thread's device."""
         ...
 
     def allocate(self, size: int, what: str) -> int:
-        """The address of so many zero bytes; raises `EngineError` that names `what` where they are not there."""
+        """Allocate zeroed memory and return its address; raises `EngineError` that names `what` where there is too little."""
         ...
 
     def host_memory(self, size: int) -> Bytes:
-        """Zero bytes of the host that copies read and write at full speed."""
+        """Allocate zeroed host memory that copies read and write at full speed."""
         ...
 
     def load(self, name: str, code: bytes, launch: Launch) -> Function:
-        """A kernel, ready to be started."""
+        """Load the kernel `name` from its machine code."""
         ...
 
     def launch(self, function: Function, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
-        """Start it for so many rows."""
+        """Enqueue a kernel for so many rows."""
         ...
 
     def upload(self, address: int, source: Bytes) -> None:
-        """Copy from host memory; what is not from `host_memory` has been read when it returns."""
+        """Enqueue a copy from host memory. Memory that is not from `host_memory` has been read when this returns."""
         ...
 
     def download(self, target: Bytes, address: int) -> None:
-        """Copy to host memory."""
+        """Enqueue a copy to memory from `host_memory`."""
         ...
 
     def download_rows(self, target: Bytes, address: int, pitch: int) -> None:
-        """Copy [rows, width] from rows that begin every `pitch` bytes."""
+        """Enqueue a copy to `target` [rows, width] from rows that begin every `pitch` bytes."""
         ...
 
     def record(self, run: Callable[[], None]) -> Recorded:
-        """What `run` asks for, to be done by `replay` and not now."""
+        """Record what `run` enqueues, without running it."""
         ...
 
     def forget(self, recorded: Recorded) -> None:
-        """Give back what a recording takes; it is not replayed any more."""
+        """Free a recording. It is not replayed any more."""
         ...
 
     def replay(self, recorded: Recorded) -> None:
-        """Do what was recorded."""
+        """Enqueue what was recorded."""
         ...
 
     def times(self, run: Callable[[Callable[[], None]], None]) -> list[float]:
-        """Seconds between the moments at which `run` calls what it is given, on the device."""
+        """Call `run(mark)`; returns the seconds, by the device's clock, from each call of `mark` to the next."""
         ...
 
     def join(self, collectives: Collectives) -> None:
-        """Be one of several ranks from now on; waits for all of them."""
+        """Connect to the devices of the other ranks; waits for all of them."""
         ...
 
     def all_reduce(self, address: int, count: int) -> None:
-        """Make so many float32 the sum over ranks."""
+        """Enqueue the sum over ranks of `count` float32, in place."""
         ...
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second that it reads and writes when it copies memory of its own: the limit of what streams through it."""
+        """Bytes a second, read and written, of copies within the device: the limit of kernels that stream through memory."""
         ...
 
     def synchronize(self) -> None:
-        """Wait; raises `EngineError` when something failed."""
+        """Wait until all that was enqueued has run; raises `EngineError` where something failed."""
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         ...

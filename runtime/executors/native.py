@@ -1,6 +1,6 @@
-"""Kernel libraries without TVM: lists of calls that one foreign call walks, and the threads that share their loops.
+"""Kernel libraries without TVM: lists of kernel calls that one foreign call walks, and the threads that share their loops.
 
-compiler/backends/tvm/native has the other side; it is linked into every kernel library.
+compiler/backends/tvm/native has the C side, which is linked into every kernel library.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _CALL = np.dtype([("kernel", "u8"), ("arguments", "u8"), ("count", "i8"), ("next
 
 
 class KernelLibrary:
-    """The kernels of one instruction set and what runs them."""
+    """A shared library with the kernels for one instruction set and the functions that run them."""
 
     def __init__(self, path: Path) -> None:
-        """Load it; raises `EngineError` when it is missing or does not load."""
+        """Load the library; raises `EngineError` when it is missing or does not load."""
         self.path = path
         if not path.is_file():
             raise EngineError("engine", f"file {path} is missing", remedy=_COPY_AGAIN)
@@ -44,7 +44,7 @@ class KernelLibrary:
             raise EngineError("engine", f"{path} does not load", found=str(error), remedy=_COPY_AGAIN) from None
 
     def address(self, kernel: str) -> int:
-        """Where a kernel begins; raises `EngineError` when there is none of this name."""
+        """The address of a kernel; raises `EngineError` when the library has none of this name."""
         try:
             function = self.functions[_PREFIX + kernel]
         except AttributeError:
@@ -52,7 +52,7 @@ class KernelLibrary:
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def sum_address(self) -> int:
-        """Where the call begins that adds up values of ranks of this host; raises `EngineError` when there is none."""
+        """The address of the function that sums over the ranks of a host; raises `EngineError` when the library has none."""
         try:
             function = self.functions.belle_sum
         except AttributeError:
@@ -61,11 +61,13 @@ class KernelLibrary:
 
 
 class ThreadPool:
-    """Threads that share the loops of kernels with whoever runs them, one at a time. They sleep when nothing runs for a
-    millisecond, and end with `close` or with this object."""
+    """Threads that share the loops of kernels with the thread that runs a list of calls; one list runs at a time.
+
+    They sleep when nothing has run for a millisecond, and end with `close` or with this object.
+    """
 
     def __init__(self, library: KernelLibrary, threads: int) -> None:
-        """`threads` with the calling one."""
+        """`threads` counts the one that runs a list of calls; the others are started here."""
         self.functions, self.threads = library.functions, threads
         most = int(self.functions.belle_most_threads())
         if not 1 <= threads <= most:
@@ -75,7 +77,7 @@ class ThreadPool:
         self.functions.belle_pool_init(self.address, threads)
         self._memory = memory
         self._threads = [
-            # The threads hold the memory, not this object: it may go while they still sleep.
+            # The threads hold a reference to the memory and none to this object, which may be collected while they sleep.
             threading.Thread(target=_work, args=(self.functions, self.address, i, memory), name=f"kernels-{i}", daemon=True)
             for i in range(1, threads)
         ]
@@ -91,18 +93,18 @@ class ThreadPool:
 
 
 def _work(functions: Any, address: int, number: int, memory: NDArray[np.uint8]) -> None:
-    """A worker's life, without the interpreter's lock; `memory` stays for as long."""
+    """Run a worker thread to its end, without the interpreter's lock. The argument `memory` keeps the pool's memory alive."""
     functions.belle_work(address, number)
 
 
 class CallList:
-    """Kernel calls with their arguments, in the form that the library walks."""
+    """Kernel calls with their arguments, in the layout that the library's `belle_walk` reads."""
 
     def __init__(
-        self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]]], ahead: Sequence[tuple[int, int]] = ()
+        self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]]], prefetches: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """`calls` are addresses of kernels with those of their arguments; `ahead` has for each the address and size of the
-        weights that are read next after it, which threads that wait fetch."""
+        """`calls` are the address of a kernel and those of its arguments. `prefetches` has for each call the address and size
+        of memory that waiting threads fetch into the cache."""
         self._functions, self._pool = pool.functions, pool
         self._arguments = np.zeros(sum(len(arguments) for _, arguments in calls), _ARGUMENT)
         self._calls = np.zeros(len(calls), _CALL)
@@ -111,18 +113,19 @@ class CallList:
         self._arguments["value"] = [address for _, arguments in calls for address in arguments]
         first, size = self._arguments.ctypes.data, _ARGUMENT.itemsize
         for i, (kernel, arguments) in enumerate(calls):
-            self._calls[i] = (kernel, first, len(arguments), *(ahead[i] if ahead else (0, 0)))
+            self._calls[i] = (kernel, first, len(arguments), *(prefetches[i] if prefetches else (0, 0)))
             first += size * len(arguments)
         self._bound = (pool.address, self._calls.ctypes.data, len(calls))
 
     def run(self) -> None:
-        """Make the calls; raises `FailedCall`."""
+        """Make the calls in order; raises `FailedCall` at the first that fails."""
         failed = self._functions.belle_walk(*self._bound, None)
         if failed >= 0:
             raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
 
     def run_timed(self) -> NDArray[np.int64]:
-        """The same; nanoseconds at which the first call began and each ended, good until the next run."""
+        """As `run`. Returns the nanoseconds, int64 [calls + 1], at which the first call began and each ended, valid until the
+        next run."""
         failed = self._functions.belle_walk(*self._bound, self._times.ctypes.data)
         if failed >= 0:
             raise FailedCall(failed, self._functions.belle_error().decode(errors="replace"))
@@ -130,7 +133,7 @@ class CallList:
 
 
 class FailedCall(Exception):
-    """A kernel refused its arguments: `number` in its list, and its message."""
+    """A kernel refused its arguments: `number` is that of the call in its list, `message` the kernel's."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(f"call {number}: {message}")

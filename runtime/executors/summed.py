@@ -1,4 +1,4 @@
-"""Kernel calls with sums over ranks of several hosts in between; on one host they are calls as any other."""
+"""Kernel calls with sums by messages in between, for ranks on several hosts. On one host a sum is a call like any other."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from belle_compile.runtime.executors.native import CallList, FailedCall, ThreadP
 
 
 class Sum:
-    """Rows of a buffer that become their sum over ranks; how many of them is looked up at each run."""
+    """Rows of a buffer that are replaced by their sum over ranks. The number of rows is read at each run."""
 
     def __init__(self, buffer: NDArray[np.float32], width: int, count: NDArray[np.int32]) -> None:
-        """`buffer` is [most rows, stride], `count` [1] the number of rows."""
+        """`buffer` is [most rows, stride], of which `width` columns are summed; `count` [1] is the number of rows."""
         self._buffer, self._width, self._count = buffer, width, count
         self._parts: dict[int, NDArray[np.float32]] = {}
 
     def run(self, collectives: Collectives) -> None:
-        """Sum."""
         rows = int(self._count[0])
         part = self._parts.get(rows)
         if part is None:
@@ -33,13 +32,13 @@ class Sum:
 
 
 class SummedLists:
-    """Does as `CallList` does, for calls some of which are sums: those between two sums are one list."""
+    """A `CallList` with sums among its calls; the kernel calls between two sums are one list."""
 
     def __init__(self, pool: ThreadPool, calls: Sequence[tuple[int, Sequence[int]] | Sum], collectives: Collectives) -> None:
-        """`calls` are sums, and addresses of kernels with those of their arguments."""
+        """`calls` are sums, or the address of a kernel and those of its arguments."""
         self._collectives = collectives
         self._times = np.zeros(len(calls) + 1, np.int64)
-        self._parts: list[tuple[int, int, CallList | Sum]] = []  # numbers of the first call and of that after the last
+        self._parts: list[tuple[int, int, CallList | Sum]] = []  # number of the first call, and of the one after the last
         kernels: list[tuple[int, Sequence[int]]] = []
         for number, call in enumerate([*calls, None]):
             if kernels and not isinstance(call, tuple):
@@ -51,7 +50,7 @@ class SummedLists:
                 kernels.append(call)
 
     def run(self) -> None:
-        """Make the calls; raises `FailedCall`."""
+        """Make the calls in order; raises `FailedCall` at the first that fails."""
         for first, _, part in self._parts:
             if isinstance(part, Sum):
                 part.run(self._collectives)
@@ -62,7 +61,8 @@ class SummedLists:
                 raise FailedCall(first + failed.number, failed.message) from None
 
     def run_timed(self) -> NDArray[np.int64]:
-        """The same; nanoseconds at which the first call began and each ended, good until the next run."""
+        """As `run`. Returns the nanoseconds, int64 [calls + 1], at which the first call began and each ended, valid until the
+        next run."""
         times = self._times
         times[0] = time.monotonic_ns()  # the clock of `CallList.run_timed`
         for first, end, part in self._parts:

@@ -19,8 +19,18 @@ from belle_compile.compiler.backends.tvm import library
 from belle_compile.compiler.backends.tvm.isa import AVX2
 from belle_compile.runtime import artifact
 from belle_compile.runtime.artifact import GenerationDefaults
-from belle_compile.runtime.executors import cpu
-from belle_compile.runtime.program import AllReduce, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from belle_compile.runtime.program import (
+    WEIGHTS_NAME,
+    AllReduce,
+    Arena,
+    Call,
+    FusionCalls,
+    Input,
+    KVLayout,
+    Logits,
+    Program,
+    Weight,
+)
 from tests.runtime.fakes import EOS, VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
 
@@ -104,9 +114,9 @@ def build(path: Path, ranks: int, seed: int = 0) -> Path:
     for rank, tensors in enumerate(weights(ranks, seed)):
         part = path.parent / f"{path.name}-rank{rank}"
         part.mkdir(parents=True)
-        write_weights(part / cpu.WEIGHTS_NAME, tensors)
+        write_weights(part / WEIGHTS_NAME, tensors)
         contents[f"rank{rank}/kernels-avx2.so"] = kernels
-        contents[f"rank{rank}/{cpu.WEIGHTS_NAME}"] = (part / cpu.WEIGHTS_NAME).read_bytes()
+        contents[f"rank{rank}/{WEIGHTS_NAME}"] = (part / WEIGHTS_NAME).read_bytes()
         contents[f"rank{rank}/program.json"] = program(rank, ranks).to_json().encode()
         shutil.rmtree(part)
     requires = artifact.Requirements("x86_64", ("avx2",), 1 << 20)

@@ -15,7 +15,7 @@ from belle_compile.runtime import Engine, SamplingParams, host
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import cpu
 from belle_compile.runtime.executors.cpu import CpuExecutor, choose_isa
-from belle_compile.runtime.program import KV, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
+from belle_compile.runtime.program import KV, WEIGHTS_NAME, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
 
@@ -102,7 +102,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, np.ndarra
     functions = {"lookup": lookup(), "mark": mark(), "head_one": head("head_one", 1000.0), "head_any": head("head_any", 0.0)}
     (rank / "kernels-avx2.so").write_bytes(library.compile_functions(functions, AVX2))
     shutil.copy(rank / "kernels-avx2.so", rank / "kernels-avx512vnni.so")
-    write_weights(rank / cpu.WEIGHTS_NAME, weights)
+    write_weights(rank / WEIGHTS_NAME, weights)
     (rank / "program.json").write_text(PROGRAM.to_json())
     return rank
 
@@ -139,9 +139,10 @@ def test_steps_of_any_row_count_take_the_right_variant(built: Path, weights: dic
 
 def test_without_rows_the_head_is_left_out(built: Path) -> None:
     executor = load(built)
-    step(executor, [1, 2], [1])[:] = 77
+    logits = step(executor, [1, 2], [1])
+    logits[:] = 77
     assert step(executor, [1, 2, 3], []).shape == (0, VOCABULARY)
-    assert (executor._logits[0] == 77).all()
+    assert (logits == 77).all()
 
 
 def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
@@ -157,7 +158,7 @@ def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
 def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most = PROGRAM.max_sequences * PROGRAM.max_blocks
     assert load(built, kv_tokens=None).num_blocks == most
-    size = (built / cpu.WEIGHTS_NAME).stat().st_size
+    size = (built / WEIGHTS_NAME).stat().st_size
     monkeypatch.setattr(host, "memory_bytes", lambda: size + 10 * PROGRAM.kv.block_bytes)
     assert load(built, kv_tokens=None).num_blocks == 5
     with pytest.raises(EngineError, match=r"kv_tokens: found 1000000 tokens, .* GiB, expected 1 token to"):
@@ -264,10 +265,10 @@ def test_a_program_of_other_ranks(rank: Path) -> None:
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "memory_bytes", lambda: 1000 + 40 * PROGRAM.kv.block_bytes)
-    blocks = [cpu._kv_blocks(PROGRAM, None, 100, ranks) for ranks in (4, 5)]
+    blocks = [cpu.kv_blocks(PROGRAM, None, 100, ranks) for ranks in (4, 5)]
     assert blocks == [5, 4]
     with pytest.raises(EngineError, match="kv_tokens: found 400 tokens"):
-        cpu._kv_blocks(PROGRAM, 400, 100, 2)
+        cpu.kv_blocks(PROGRAM, 400, 100, 2)
 
 
 def test_impossible_thread_count(built: Path) -> None:
