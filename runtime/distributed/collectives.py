@@ -1,4 +1,4 @@
-"""What ranks do together: sums of activations, a step's inputs from rank 0 to all, results from all to rank 0."""
+"""Communication between ranks: sums of activations, a step's inputs from rank 0 to all, results from all to rank 0."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from belle_compile.runtime.distributed.shared_sums import SharedSums
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.memory import anonymous
 
-_SPINS = 300  # looks at a value in a row before giving the core away between them
-_YIELDS = 20_000  # looks of a rank without work, giving the core away, before it sleeps between them: about 10 ms
+_SPINS = 300  # polls in a row before yielding the core between polls
+_YIELDS = 20_000  # polls of an idle rank, yielding the core, before it sleeps between polls: about 10 ms
 _SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
-_LAST_WORDS_S = 0.3
-_HEARD, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # tags
+_LAST_OUTPUT_S = 0.3  # for mpiexec to pass on what ranks have printed
+_REPORT, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # MPI tags
 
 
 class Collectives(Protocol):
@@ -29,53 +29,49 @@ class Collectives(Protocol):
 
     rank: int
     ranks: int
-    ranks_here: int  # of this host
-    rank_here: int  # among those
-    sharing: int  # of these, ranks that may run on the same cores
-    shared: SharedSums | None  # where they are all on one host: kernel libraries have what adds up there
+    ranks_here: int  # ranks on this host
+    rank_here: int  # this rank's number among those
+    sharing: int  # how many of those may run on the cores of this rank, itself included
+    shared: SharedSums | None  # where all ranks are on one host: the memory in which kernel libraries sum
 
     def memory(self, size: int) -> NDArray[np.uint8]:
-        """So many zero bytes: values in it are summed the fastest. Every rank asks for some, once."""
+        """Allocate zeroed memory whose values are summed fastest. Every rank calls this once."""
         ...
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
-        """Make `values` ([n], or [rows, width] with any row stride) the sum over ranks, the same bit for bit on each.
+        """Sum `values` ([n], or [rows, width] with any row stride) over ranks in place, to the same bits on each rank.
 
-        By messages, which where there is `shared` is the slow way.
+        The sum is made by messages. Where there is `shared`, kernel libraries sum faster.
         """
         ...
 
     def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
-        """Give the first `length` numbers of rank 0's `message` to the others' buffers of at least that size."""
+        """Copy the first `length` numbers of rank 0's `message` to the `message` of the other ranks, which is no shorter."""
         ...
 
     def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
-        """Give the first `length` numbers of every rank's `message` to rank 0, which has a buffer for each in `into`."""
+        """Copy the first `length` numbers of every rank's `message` to rank 0, which has a buffer for each rank in `into`."""
         ...
 
-    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
-        """Rank 0 judges what ranks said within the time (rank -> words), and all get its verdict."""
+    def agree(self, report: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        """Send `report` to rank 0, which judges those that came in time (rank -> report); returns its verdict on every rank."""
         ...
 
     def close(self) -> None:
-        """Say that this rank leaves in good order. A process that ends without it ends all ranks."""
-        ...
-
-    def abort(self) -> None:
-        """End all ranks at once, this process included."""
+        """Leave in good order. A process that ends without this call ends all ranks."""
         ...
 
 
 class MpiCollectives:
-    """Over MPI: messages between ranks, and shared memory for sums where all are on one host. One a process."""
+    """Collectives over MPI, with shared memory for sums where all ranks are on one host. A process makes one at most."""
 
     _joined = False
 
     def __init__(self, *, shared: bool | None = None, abort: Callable[[], None] | None = None) -> None:
-        """Join the other ranks; waits until all do. `shared` False sums by messages even on one host, `abort` ends all ranks in
-        place of MPI_Abort.
+        """Connect to the other ranks; waits until all do.
 
-        Raises `EngineError` when mpi4py is missing.
+        `shared` False sums by messages even on one host. `abort`, if given, ends all ranks in place of MPI_Abort. Raises
+        `EngineError` when mpi4py or MPI is missing.
         """
         if MpiCollectives._joined:
             remedy = "start the ranks anew, or keep the engine"
@@ -100,8 +96,8 @@ class MpiCollectives:
         shared = self.ranks_here == self.ranks if shared is None else shared
         self.shared = SharedSums(self._comm, MPI) if shared else None
         self._clean, self._abort = False, abort
-        # MPI_Finalize waits for all ranks, so one that leaves in the middle of a step ends them. Finalizers run last made
-        # first: an engine that nobody closed has closed itself before.
+        # MPI_Finalize waits for all ranks, so a rank that leaves in the middle of a step must end them. The finalizer that was
+        # made last runs first, so an engine that nobody closed closes itself before this one runs.
         weakref.finalize(MpiCollectives, self._leave)
         MpiCollectives._joined = True
 
@@ -122,7 +118,7 @@ class MpiCollectives:
             self._comm.Allreduce(self._mpi.IN_PLACE, values)  # a + b is b + a bit for bit
         else:
             # MPI only advises that MPI_Allreduce give all ranks the same bits, and algorithms in which each of three ranks
-            # begins with its own value do not. What one rank has summed and sent is the same everywhere.
+            # begins with its own value do not. A sum that one rank makes and sends is the same everywhere.
             self._comm.Reduce(values if self.rank else self._mpi.IN_PLACE, values, root=0)
             self._comm.Bcast(values, root=0)
 
@@ -138,57 +134,56 @@ class MpiCollectives:
         if self.rank:
             self._wait(self._comm.Isend(message[:length], 0, _RESULT))
             return
-        coming = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
+        received = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
         into[0][:length] = message[:length]
-        for request in coming:
+        for request in received:
             self._wait(request)
 
-    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+    def agree(self, report: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
         if self.rank:
-            self._comm.isend(words, 0, _HEARD).wait()
+            self._comm.isend(report, 0, _REPORT).wait()
             verdict: bytes = self._receive(0, _VERDICT, None)
             return verdict
-        until, said = time.monotonic() + timeout_s, {0: words}
+        deadline, reports = time.monotonic() + timeout_s, {0: report}
         for rank in range(1, self.ranks):
-            heard = self._receive(rank, _HEARD, until)
-            if heard is not None:
-                said[rank] = heard
-        verdict = judge(said)
-        for rank in said.keys() - {0}:
+            received = self._receive(rank, _REPORT, deadline)
+            if received is not None:
+                reports[rank] = received
+        verdict = judge(reports)
+        for rank in reports.keys() - {0}:
             self._comm.isend(verdict, rank, _VERDICT).wait()
         return verdict
 
     def close(self) -> None:
         self._clean = True
 
-    def abort(self) -> None:
-        if self._abort:
-            self._abort()
-        time.sleep(_LAST_WORDS_S)  # mpiexec passes on no more of what ranks said
-        self._mpi.COMM_WORLD.Abort(1)
-
     def _leave(self) -> None:
         if not self._clean:
-            self.abort()
-        self._mpi.Finalize()  # mpi4py does so only for what it began; without it mpiexec ends the other ranks
+            if self._abort:
+                self._abort()
+            time.sleep(_LAST_OUTPUT_S)  # MPI_Abort ends mpiexec, which passes on nothing after it
+            self._mpi.COMM_WORLD.Abort(1)
+        # mpi4py finalizes MPI only where it has initialized it. Where no rank finalizes MPI, mpiexec ends the others.
+        self._mpi.Finalize()
 
-    def _receive(self, source: int, tag: int, until: float | None) -> Any:
-        """A message, or None when it has not come by the time `until`."""
+    def _receive(self, source: int, tag: int, deadline: float | None) -> Any:
+        """Receive a message; None if there is none by `deadline`."""
         while not self._comm.iprobe(source, tag):
-            if until is not None and time.monotonic() > until:
+            if deadline is not None and time.monotonic() > deadline:
                 return None
             time.sleep(_SLEEP_S)
         return self._comm.recv(source=source, tag=tag)
 
     def _wait(self, request: Any, *, sleepy: bool = False) -> None:
-        """MPI's own waiting keeps the core even from the rank that is waited for."""
-        look, looks, pause_s = request.Test, 0, _SLEEP_S
-        while not look():
-            looks += 1
-            if sleepy and looks > _YIELDS:
+        """Wait for a request; a `sleepy` wait may last. MPI's own waiting would keep the core, even from the rank that the
+        request depends on."""
+        poll, polls, pause_s = request.Test, 0, _SLEEP_S
+        while not poll():
+            polls += 1
+            if sleepy and polls > _YIELDS:
                 time.sleep(pause_s)
-                pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # a thousandth of the time it has waited
-            elif looks > _SPINS:
+                pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # about a thousandth of the time waited so far
+            elif polls > _SPINS:
                 os.sched_yield()
 
 

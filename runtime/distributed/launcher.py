@@ -1,8 +1,8 @@
-"""belle-run of several ranks: starts them with mpiexec, watches over them, and ends all when one does.
+"""belle-run of several ranks: starts them with mpiexec, supervises them, and ends all of them when one ends.
 
-Each rank keeps a line to this process (runtime/distributed/ranks.py), and so does its parent, which says how it ended
-(runtime/distributed/rank_parent.py). What goes wrong is said once, here: MPI's own words about ranks that ended are read and
-left out.
+Each rank is connected to this process (runtime/distributed/ranks.py), and so is its parent, which reports how the rank ended
+(runtime/distributed/rank_parent.py). What goes wrong is reported once, here, in one sentence: what MPI prints about ranks that
+ended is filtered out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,28 @@ from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
 from belle_compile.runtime.errors import EngineError
 
 _TICK_S = 0.1
-_LAST_WORDS_S = 4.0  # for a rank's last words, such as a traceback, and for how it ended
-_FAREWELL_S = 5.0  # for ranks to end after rank 0 has
-_TWICE_S = 1.0  # a second interrupt within this time ends all at once
+_LAST_OUTPUT_S = 4.0  # for a rank's last output, such as a traceback, and for the report of how it ended
+_END_S = 5.0  # for ranks to end after rank 0 has ended
+_TWICE_S = 1.0  # a second interrupt within this time ends all ranks at once
 _PARENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_parent.py")))
-# Hydra's lines about processes that ended, and MPICH's of a rank that ends all.
+# Lines of Hydra (mpiexec) about processes that ended, and of MPICH about a rank that aborts all.
 _NOISE = re.compile(
     r"=|YOUR APPLICATION TERMINATED|This typically refers to|Please see the FAQ|\[proxy:|\[mpiexec@|Abort\(|internal ABORT|\s*$"
 )
 
 
 class _Rank:
-    """What is known of a rank of which something was heard."""
+    """What is known of a rank that has been started or has reported."""
 
     def __init__(self, number: int) -> None:
         self.number, self.process = number, 0
-        self.parent: socket.socket | None = None  # since it was started
-        self.line: socket.socket | None = None  # since it has reported
-        self.silent_s = 0.0
-        self.exit: int | None = None  # the code that it said it would end with
-        self.ended: int | None = None  # as its parent saw it: the code, or the signal that killed it below zero
-        self.ended_s = float("inf")  # when
-        self.gone = False  # one of the two lines
+        self.parent: socket.socket | None = None  # the connection of its parent, once it was started
+        self.line: socket.socket | None = None  # its own connection, once it has reported
+        self.silent_s = 0.0  # since its last message
+        self.exit: int | None = None  # the exit code that the rank announced
+        self.ended: int | None = None  # how it ended, by its parent: the exit code, or minus the signal that killed it
+        self.ended_s = float("inf")  # when it ended
+        self.gone = False  # whether one of the two connections was closed
 
     @property
     def name(self) -> str:
@@ -56,36 +56,37 @@ class _Rank:
 
     @property
     def lost(self) -> bool:
-        """Whether it ended without a word."""
+        """Whether it ended without announcing an exit code."""
         return self.exit is None and (self.gone or self.ended is not None)
 
     @property
-    def how(self) -> str:
+    def how_it_ended(self) -> str:
+        """How the rank ended, as the second half of a sentence."""
         if self.ended is None:
             return "ended unexpectedly"
         if self.ended < 0:
-            names = {one.value: f" ({one.name})" for one in signal.Signals}  # some real-time signals have none
+            names = {entry.value: f" ({entry.name})" for entry in signal.Signals}  # without some real-time signals
             return f"was killed by signal {-self.ended}{names.get(-self.ended, '')}"
         return f"ended with exit code {self.ended}"
 
 
 class Launcher:
-    """One run of `ranks` ranks."""
+    """One run of an engine of several ranks."""
 
     def __init__(self, ranks: int, command: Sequence[str], timeout_s: float) -> None:
-        """`command` is what each rank runs; one that does not answer for `timeout_s` seconds ends the run."""
+        """Each of `ranks` ranks runs `command`. A rank that does not answer for `timeout_s` seconds ends the run."""
         self._count, self._command, self._timeout_s = ranks, list(command), timeout_s
         self._ranks: dict[int, _Rank] = {}
         self._error = ""
-        self._output: list[str] = []  # of mpiexec and of ranks other than 0
-        self._partial = b""
-        self._signals: list[int] = []
-        self._interrupted = float("-inf")  # when the last interrupt went to rank 0
-        self._asked_s = 0.0  # since ranks were asked
+        self._output: list[str] = []  # the last lines of mpiexec and of ranks other than 0
+        self._partial_line = b""
+        self._signals: list[int] = []  # received and not yet handled
+        self._interrupted_s = float("-inf")  # when the last interrupt went to rank 0
+        self._asked_s = 0.0  # since ranks were last asked whether they are alive
         self._select = selectors.DefaultSelector()
 
     def run(self) -> int:
-        """Run to the end; the exit code. Says on stderr what went wrong, in one sentence."""
+        """Run to the end; returns the exit code. Prints what went wrong on stderr, in one sentence."""
         with tempfile.TemporaryDirectory(prefix="belle-ranks-") as directory, self._handled_signals():
             self._address = str(Path(directory) / "line")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -104,8 +105,9 @@ class Launcher:
         return code
 
     def _start(self) -> None:
-        # A yielding MPI lets ranks that outnumber the cores go on. Signals of the terminal are for this process alone.
-        # Within a job of Slurm or the like Hydra would look for hosts elsewhere.
+        # MPI must yield the core while it polls, or ranks that outnumber the cores keep each other from running. Within a job
+        # of Slurm or the like Hydra would start ranks on the hosts of the job. The session of its own keeps the terminal's
+        # signals from the ranks: they are for this process alone.
         environment = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "100", "HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", **os.environ}
         environment |= {LAUNCHER: self._address, TIMEOUT: str(self._timeout_s)}
         self._mpiexec = subprocess.Popen(
@@ -117,48 +119,50 @@ class Launcher:
         self._select.register(self._mpiexec.stdout, selectors.EVENT_READ, self._read_output)
 
     def _watch(self) -> int:
-        """Until all ranks have ended or something went wrong; the exit code."""
+        """Supervise the ranks until all have ended or something went wrong; returns the exit code."""
         last, waited = time.monotonic(), 0.0
         while not self._error:
-            ended = self._mpiexec.poll() is not None  # before the look, which hears all that ranks have said until then
-            self._look(0 if ended else _TICK_S)
-            # Seconds that this process looked on: it may have been stopped itself.
+            ended = self._mpiexec.poll() is not None  # asked first: all messages sent before that are read below
+            self._read_messages(0 if ended else _TICK_S)
+            # Time counts by at most a second, since this process may have been stopped itself.
             now = time.monotonic()
             passed, last = min(now - last, 1.0), now
-            code = self._obey()
+            code = self._handle_signals()
             if code is not None:
                 return code
             first = self._ranks.get(0)
             if first and first.exit is not None:
-                self._wait(_FAREWELL_S, self._have_ended)
-                self._let_go()
+                self._wait(_END_S, self._ranks_have_ended)
+                self._release_parents()
                 return first.exit
             if ended or any(rank.lost for rank in self._ranks.values()):
-                self._error = self._error or self._how_it_ended()
+                self._error = self._error or self._end_error()
             elif self._absent():
                 waited += passed
                 if waited > self._timeout_s:
-                    self._error = self._late()
+                    self._error = self._late_error()
             else:
-                self._ask(passed)
+                self._check_alive(passed)
         return 1
 
-    def _look(self, timeout: float) -> None:
+    def _read_messages(self, timeout: float) -> None:
+        """Handle what arrives on any connection; waits up to `timeout` seconds for something."""
         for key, _ in self._select.select(timeout):
             key.data(key.fileobj)
 
-    def _wait(self, seconds: float, until: Any) -> None:
+    def _wait(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Read messages until a condition holds, for so many seconds at most."""
         end = time.monotonic() + seconds
         while not until() and time.monotonic() < end:
-            self._look(_TICK_S)
+            self._read_messages(_TICK_S)
 
     def _accept(self, listener: socket.socket) -> None:
         line, _ = listener.accept()
-        heard = [b""]  # the beginning of a line
-        self._select.register(line, selectors.EVENT_READ, lambda _: self._hear(line, heard))
+        pending = [b""]  # an incomplete message
+        self._select.register(line, selectors.EVENT_READ, lambda _: self._receive(line, pending))
 
-    def _hear(self, line: socket.socket, heard: list[bytes]) -> None:
-        """What a rank says, a line of JSON each."""
+    def _receive(self, line: socket.socket, pending: list[bytes]) -> None:
+        """Read messages, a line of JSON each, of a rank or its parent; `pending` has the beginning of an incomplete one."""
         try:
             data = line.recv(65536)
         except OSError:
@@ -170,14 +174,14 @@ class Launcher:
             if rank:
                 rank.gone = True
             return
-        *lines, heard[0] = (heard[0] + data).split(b"\n")
+        *lines, pending[0] = (pending[0] + data).split(b"\n")
         for text in lines:
             what, value = json.loads(text)
             if what == "started":
                 self._started(value[0], value[1], line)
             elif what == "hello":
                 self._greet(value, line)
-            elif rank := self._rank_of(line):  # known from the line before, perhaps
+            elif rank := self._rank_of(line):  # which a message before this one may have introduced
                 rank.silent_s = 0.0
                 if what == "error":
                     self._error = self._error or str(value)
@@ -190,39 +194,41 @@ class Launcher:
         return next((rank for rank in self._ranks.values() if line in (rank.line, rank.parent)), None)
 
     def _started(self, parent: int, process: int, line: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # then it is gone, which is noticed
-            here = place(_environment(parent))
-            if here:
-                rank = self._ranks.setdefault(here.rank, _Rank(here.rank))
+        """Handle the message of a rank's parent that has started it."""
+        with contextlib.suppress(OSError):  # the parent is gone; its closed connection shows that
+            parent_place = place(_environment(parent))
+            if parent_place:
+                rank = self._ranks.setdefault(parent_place.rank, _Rank(parent_place.rank))
                 rank.process, rank.parent = process, line
 
     def _greet(self, number: int, line: socket.socket) -> None:
+        """Handle the first message of a rank. After that of the last one, let all go on, rank 0 with our input and outputs."""
         self._ranks.setdefault(number, _Rank(number)).line = line
         if self._absent():
             return
         for rank in self._ranks.values():
             assert rank.line, "none is absent"
             rank.silent_s = 0.0
-            with contextlib.suppress(OSError):  # then it is gone, which is noticed
+            with contextlib.suppress(OSError):  # the rank is gone; its closed connection shows that
                 socket.send_fds(rank.line, [b"!"], [] if rank.number else _standard_files())
 
-    def _obey(self) -> int | None:
-        """Signals: an interrupt goes to rank 0, which knows what it means; the others end the run."""
+    def _handle_signals(self) -> int | None:
+        """Pass an interrupt on to rank 0, which decides what it means; for any other signal return the exit code of the run."""
         while self._signals:
             number = self._signals.pop(0)
             first = self._ranks.get(0)
             if number != signal.SIGINT:
                 return 128 + number
             now = time.monotonic()
-            if self._absent() or first is None or now - self._interrupted < _TWICE_S:
+            if self._absent() or first is None or now - self._interrupted_s < _TWICE_S:
                 return 130
-            self._interrupted = now
+            self._interrupted_s = now
             if first.ended is None and not first.gone:
                 os.kill(first.process, signal.SIGINT)
         return None
 
-    def _ask(self, passed: float) -> None:
-        """Ask ranks every second whether they are alive; one that has not answered for too long ends the run."""
+    def _check_alive(self, passed: float) -> None:
+        """Ask ranks every second whether they are alive; a rank that has not answered for too long ends the run."""
         running = [rank for rank in self._ranks.values() if rank.exit is None]
         self._asked_s += passed
         for rank in running:
@@ -233,57 +239,60 @@ class Launcher:
         self._asked_s = 0.0 if self._asked_s > 1 else self._asked_s
         silent = [rank for rank in running if rank.silent_s > self._timeout_s]
         if silent:
-            # Others may be silent because they wait for the one that was stopped.
+            # The others may be silent because they wait for one that was stopped.
             rank = next((rank for rank in silent if _is_stopped(rank.process)), silent[0])
             state = "it is stopped" if _is_stopped(rank.process) else f"nothing for {self._timeout_s:g} s"
             self._error = str(EngineError("ranks", f"{rank.name} does not answer", found=state))
 
-    def _late(self) -> str:
+    def _late_error(self) -> str:
         names = f"{_names(self._absent())} did not start"
         remedy = "look at what holds it up, or give it more time with --rank-timeout"
-        found = self._last_words() or f"nothing within {self._timeout_s:g} s"  # mpiexec is silent about those that fail early
+        found = (
+            self._last_output() or f"nothing within {self._timeout_s:g} s"
+        )  # mpiexec reports nothing of ranks that fail early
         return str(EngineError("ranks", names, found=found, remedy=remedy))
 
-    def _have_ended(self) -> bool:
-        """Whether rank 0 has, and the others where it went well; else they may wait for it."""
+    def _ranks_have_ended(self) -> bool:
+        """Whether rank 0 has ended and, if it succeeded, the others too; if it failed, they may be waiting for it."""
         return all(rank.ended is not None for number, rank in self._ranks.items() if number == 0 or not self._ranks[0].exit)
 
-    def _how_it_ended(self) -> str:
-        """A sentence on the rank that ended first: its parent keeps MPI from ending the others."""
-        self._wait(_LAST_WORDS_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
+    def _end_error(self) -> str:
+        """The error for the rank that ended first. It is known, since its parent keeps MPI from ending the others."""
+        self._wait(_LAST_OUTPUT_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
         first = min((rank for rank in self._ranks.values() if rank.lost), key=lambda rank: rank.ended_s, default=None)
         absent = self._absent()
-        self._let_go()
+        self._release_parents()
         if self._error:
-            return self._error  # of a rank, which came in the meantime
+            return self._error  # a rank has sent one in the meantime
         if not self._ranks:
-            found = self._last_words() or f"exit code {self._mpiexec.returncode}"
+            found = self._last_output() or f"exit code {self._mpiexec.returncode}"
             return str(EngineError("ranks", "mpiexec could not start them", found=found))
-        name, how = (first.name, first.how) if first else ("one of them", "ended unexpectedly")
-        early, found = (" before all had started", self._last_words()) if absent else ("", "")
+        name, how = (first.name, first.how_it_ended) if first else ("one of them", "ended unexpectedly")
+        early, found = (" before all had started", self._last_output()) if absent else ("", "")
         return str(EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it"))
 
-    def _let_go(self) -> None:
-        """Let the parents of ranks end, with what is left of ranks; so mpiexec ends, whose last words are heard."""
+    def _release_parents(self) -> None:
+        """Let the parents of ranks end; they kill the ranks that are left. Then mpiexec ends, and its last output is read."""
         for rank in self._ranks.values():
             if rank.parent:
                 with contextlib.suppress(OSError):
                     rank.parent.shutdown(socket.SHUT_RDWR)
-        self._wait(_LAST_WORDS_S, lambda: self._mpiexec.poll() is not None)
-        self._look(0)
+        self._wait(_LAST_OUTPUT_S, lambda: self._mpiexec.poll() is not None)
+        self._read_messages(0)
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
+        """The last line of mpiexec and ranks that is not about ranks that ended."""
         return next((line for line in reversed(self._output) if not _NOISE.match(line)), "")
 
     def _absent(self) -> list[int]:
-        """Ranks that have not reported."""
+        """The numbers of ranks that have not reported."""
         return [number for number in range(self._count) if not (rank := self._ranks.get(number)) or not rank.line]
 
     def _read_output(self, pipe: Any) -> None:
         data = os.read(pipe.fileno(), 65536)
         if not data:
             self._select.unregister(pipe)
-        *lines, self._partial = (self._partial + data).split(b"\n")
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             text = line.decode(errors="replace")
             self._output.append(text)
@@ -292,8 +301,8 @@ class Launcher:
                 print(text, file=sys.stderr, flush=True)  # such as a traceback
 
     def _end_all(self) -> None:
-        """Kill whatever of the run is still there: all processes that have its address in their environment."""
-        end = time.monotonic() + _FAREWELL_S
+        """Kill what is left of the run: all processes that have its address in their environment."""
+        end = time.monotonic() + _END_S
         while _kill_all(self._address) and time.monotonic() < end:
             time.sleep(0.02)
         self._mpiexec.wait()
@@ -314,13 +323,12 @@ class Launcher:
 
 
 def mpiexec() -> str:
-    """The one that belongs to this interpreter's environment, else the first on the path."""
-    own = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    found = own or shutil.which("mpiexec")
-    if found is None:
+    """The path of mpiexec: that of this interpreter's environment, else the first on the PATH. Raises `EngineError`."""
+    path = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    if path is None:
         remedy = "pip install 'belle-compile[ranks]', or put that of an MPI installation on the PATH"
         raise EngineError("ranks", "mpiexec is missing", remedy=remedy)
-    return found
+    return path
 
 
 def _names(ranks: list[int]) -> str:
@@ -328,7 +336,7 @@ def _names(ranks: list[int]) -> str:
 
 
 def _standard_files() -> list[int]:
-    """This process' input and outputs, with nothing in place of those that are closed."""
+    """This process' input and outputs, with /dev/null in place of those that are closed."""
     files = []
     for number in range(3):
         try:
@@ -340,7 +348,7 @@ def _standard_files() -> list[int]:
 
 
 def _environment(process: int) -> dict[str, str]:
-    """What a process was started with."""
+    """The environment that a process was started with."""
     pairs = Path(f"/proc/{process}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
@@ -354,23 +362,26 @@ def _is_stopped(process: int) -> bool:
 
 
 def _kill_all(address: str) -> int:
-    """Kill all processes that were started with this launcher's address; returns how many there were. Ranks come first, and
-    each before its parent: a rank whose MPI launcher is gone may still say so."""
-    found = []
+    """Kill all processes that were started with this launcher's address; returns how many there were.
+
+    Ranks and their parents come first, each rank before its parent, and MPI's launcher last: a rank that finds it gone may
+    still print so.
+    """
+    targets = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         process, environment = int(entry.name), {}
         with contextlib.suppress(OSError):
-            handle = os.pidfd_open(process)  # before the look: the number cannot come to mean another process
+            handle = os.pidfd_open(process)  # opened first: from here on the number cannot become another process's
             with contextlib.suppress(OSError):
                 environment = _environment(process)
             if environment.get(LAUNCHER) == address:
-                found.append((place(environment) is None, -process, handle))
+                targets.append((place(environment) is None, -process, handle))
             else:
                 os.close(handle)
-    for _, _, handle in sorted(found):
+    for _, _, handle in sorted(targets):
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
         os.close(handle)
-    return len(found)
+    return len(targets)

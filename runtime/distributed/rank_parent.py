@@ -1,7 +1,7 @@
-"""The parent of one rank: starts it, tells the launcher how it ended, and ends it when the launcher lets go of it.
+"""The parent of one rank: starts it, tells our launcher how it ended, and kills it when the launcher closes the connection.
 
-MPI's own launcher kills all ranks as soon as it sees one end, and who was the first is then anybody's guess. It sees this
-process instead, which stays until the launcher has heard. Run as a script, without the package, per rank:
+MPI's own launcher kills all ranks as soon as it sees one end, after which nobody can tell which one ended first. It sees this
+process instead, which stays until our launcher has been told. Each rank has one, run as a script without the package:
 
     python -I -S rank_parent.py SOCKET COMMAND...
 """
@@ -24,14 +24,14 @@ def main() -> int:
     try:
         line.connect(address)
     except OSError:
-        return 1  # the launcher has ended: there is nobody to tell
-    rank = subprocess.Popen(command, close_fds=False)  # MPI's launcher has left it a line as well
+        return 1  # the launcher has ended, so nobody can be told
+    rank = subprocess.Popen(command, close_fds=False)  # the rank inherits its connection to MPI's launcher
     handle = os.pidfd_open(rank.pid)
-    with contextlib.suppress(OSError):  # then the launcher is gone, and the line can be read
+    with contextlib.suppress(OSError):  # then the launcher is gone, and `select` returns at once
         line.sendall(json.dumps(["started", [os.getpid(), rank.pid]]).encode() + b"\n")
     ready, _, _ = select.select([handle, line.fileno()], [], [])
     if handle not in ready:
-        rank.kill()  # the launcher has let go
+        rank.kill()  # the launcher has closed the connection
     code = rank.wait()
     with contextlib.suppress(OSError):
         line.sendall(json.dumps(["ended", [code, time.monotonic()]]).encode() + b"\n")

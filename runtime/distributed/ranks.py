@@ -1,4 +1,4 @@
-"""A process as one of several ranks: which one it is, and its line to the launcher that watches over them."""
+"""A process as one of several ranks: which one it is, and its connection to the launcher that supervises them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LAUNCHER = "BELLE_LAUNCHER"  # path of the launcher's socket
 TIMEOUT = "BELLE_RANK_TIMEOUT"
 TIMEOUT_S = 10.0
 
-# What launchers tell the processes they start: rank and number of ranks. Slurm sets the first also where it starts only one.
+# Variables in which launchers give the processes that they start their rank and the number of ranks. Slurm sets the first one
+# also for a process that it starts alone.
 _PLACES = (
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -35,17 +36,17 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Where a process (this one) stands among ranks that mpiexec or srun started; None for a process on its own."""
+    """The place of a process with this environment among ranks that mpiexec or srun started; None for a process on its own."""
     for rank, ranks in _PLACES:
         with contextlib.suppress(KeyError, ValueError):
-            found = Place(int(environment[rank]), int(environment[ranks]))
-            if found.ranks > 1:
-                return found
+            result = Place(int(environment[rank]), int(environment[ranks]))
+            if result.ranks > 1:
+                return result
     return None
 
 
 def timeout_s() -> float:
-    """Seconds that ranks wait for one that does not start (env BELLE_RANK_TIMEOUT)."""
+    """Seconds that ranks wait for one that does not start (environment variable BELLE_RANK_TIMEOUT)."""
     try:
         return float(os.environ.get(TIMEOUT, TIMEOUT_S))
     except ValueError:
@@ -53,21 +54,24 @@ def timeout_s() -> float:
 
 
 def supervised() -> bool:
-    """Whether `belle-run` started this rank and watches over it."""
+    """Whether a launcher of ours (`launcher.Launcher`) started this rank and supervises it."""
     return LAUNCHER in os.environ
 
 
 class Line:
-    """A rank's line to its launcher. A thread answers its questions whether the rank is alive, and ends the rank with it."""
+    """A rank's connection to its launcher.
+
+    A thread answers the launcher's questions whether the rank is alive, and ends the rank when the launcher is gone.
+    """
 
     def __init__(self, here: Place) -> None:
-        """Report to the launcher, and wait until all ranks have. Rank 0 then has the launcher's input and outputs."""
+        """Report to the launcher, and wait until all ranks have. Rank 0 then takes over the launcher's input and outputs."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lock = threading.Lock()
         try:
             self._socket.connect(os.environ[LAUNCHER])
         except OSError:
-            sys.exit(1)  # it has ended: there is nobody to tell
+            sys.exit(1)  # the launcher has ended, so nobody can be told
         if here.rank:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
         self.say("hello", here.rank)
@@ -80,7 +84,7 @@ class Line:
         threading.Thread(target=self._answer, name="launcher", daemon=True).start()
 
     def say(self, what: str, value: object = None) -> None:
-        """Tell the launcher "hello" and which rank this is, "alive", "error" with its text, or "exit" with a code."""
+        """Send the launcher "hello" with the rank's number, "alive", "error" with its text, or "exit" with a code."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps([what, value]).encode() + b"\n")
 

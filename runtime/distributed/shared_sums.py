@@ -1,4 +1,4 @@
-"""The memory in which ranks of one host add up their values; compiler/backends/tvm/native/sums.c has the other side."""
+"""The memory in which the ranks of one host sum their values; compiler/backends/tvm/native/sums.c has the C side."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SLOT_FLOATS = 64 * 1024  # of a rank; longer sums go through in pieces, which stay in cache
+SLOT_FLOATS = 64 * 1024  # of one slot of a rank; longer sums are made in pieces, which stay in cache
 _SHARED_FILES = "/dev/shm"
-_LINE = 64
+_LINE = 64  # bytes of a cache line, which holds a rank's flags
 
 
 class _Sums(ctypes.Structure):
+    """`Sums` in sums.c."""
+
     _fields_ = (
         ("rank", ctypes.c_int64),
         ("ranks", ctypes.c_int64),
@@ -28,7 +30,7 @@ class _Sums(ctypes.Structure):
 
 
 class SharedSums:
-    """A rank's view of it. All ranks make one together, and `memory` at most once."""
+    """A rank's view of that memory. All ranks make it together, and call `memory` together, once at most."""
 
     def __init__(self, comm: Any, mpi: Any) -> None:
         own = 4 * 2 * SLOT_FLOATS + _LINE
@@ -43,15 +45,15 @@ class SharedSums:
 
     @property
     def address(self) -> int:
-        """What sums are called with."""
+        """The address of the structure that `belle_sum` takes."""
         return ctypes.addressof(self._sums)
 
     def memory(self, size: int, comm: Any, mpi: Any) -> NDArray[np.uint8] | None:
-        """Zero bytes that all ranks map, or None where the host's shared memory has no room for those of all."""
-        wanted = sum(comm.allgather(size))
+        """Allocate zeroed memory that all ranks map; None where the host's shared memory has no room for that of all ranks."""
+        total = sum(comm.allgather(size))
         try:
             room = os.statvfs(_SHARED_FILES)
-            fits = room.f_bavail * room.f_frsize > 2 * wanted
+            fits = room.f_bavail * room.f_frsize > 2 * total
         except OSError:
             fits = False
         if self._sums.arenas or not all(comm.allgather(fits)):

@@ -51,14 +51,11 @@ class Threads:
                 data = results.get(timeout=10)
                 buffer[: len(data)] = data
 
-    def agree(self, words: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+    def agree(self, report: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
         raise NotImplementedError
 
     def close(self) -> None:
         self.closed = True
-
-    def abort(self) -> None:
-        raise NotImplementedError
 
 
 class Part(FakeExecutor):

@@ -178,8 +178,8 @@ def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.Mon
     run, (ours, theirs) = launcher.Launcher(2, [], 10), socket.socketpair()
     with ours, theirs:
         theirs.sendall(f'["started", [7, 8]]\n["ended", [{ended}, 1.5]]\n'.encode())
-        run._hear(ours, [b""])
-        assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how == how
+        run._receive(ours, [b""])
+        assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how_it_ended == how
 
 
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
