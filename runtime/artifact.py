@@ -1,7 +1,7 @@
 """The engine directory's manifest: what an engine is, what it needs, and the digest of each of its files.
 
-Compatibility: `format_version` is one integer. A runtime reads the versions in `READABLE_VERSIONS` and no other; any new,
-removed or re-interpreted field makes a new version, so within a version every field must be there and no other may be.
+Compatibility: `format_version` is one integer. A runtime reads the versions in `READABLE_VERSIONS` and no others. Any new,
+removed or re-interpreted field makes a new version, so within a version every field must be present and no other may be.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ READABLE_VERSIONS = (3,)
 MANIFEST_NAME = "manifest.json"
 STAGE = "engine"
 
-# Files up to this size are digested at every load; larger ones (the weights) by size, and in full on request.
+# Files up to this size are digested at every load. Of larger ones (the weights) only the size is checked, unless on request.
 ALWAYS_DIGESTED_BYTES = 64 << 20
 _CHUNK = 4 << 20
 _RANK = re.compile(r"rank\d+/")
 _REBUILD = "rebuild the engine with belle-compile build"
 
-# Called while digesting: (relative path, bytes digested of all files so far, bytes to digest in all).
+# Called while digesting: (relative path, bytes of all files digested so far, bytes to digest in total).
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The checkpoint: `dimensions` are the architecture's sizes (hidden_size, num_layers, …), digests are SHA-256."""
+    """The checkpoint: `dimensions` are the architecture's sizes (hidden_size, num_layers, …), digests are SHA-256 in hex."""
 
     family: str
     name: str
@@ -46,8 +46,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a host must have: the machine `arch` (empty: any), a processor or GPUs with one of the `isa`s, and memory of those
-    for weights, arena and KV cache of one rank."""
+    """What a host must have: the machine `arch` as `uname -m` prints it (empty: any), a processor or GPU with one of the
+    instruction sets `isa`, and `memory_bytes` of memory, or of the GPU's, for each rank."""
 
     arch: str
     isa: tuple[str, ...]
@@ -56,8 +56,8 @@ class Requirements:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """The target built for; `backend` names the executor that runs the engine, `isas` are the kernel sets it carries, best
-    first, and `ranks` the processes that run it together."""
+    """The target that an engine is built for: `backend` says which executor runs it, `isas` are the instruction sets it has
+    kernels for, best first, and `ranks` is the number of processes that run it together."""
 
     name: str
     backend: str
@@ -68,7 +68,7 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass as it ran: its options, the number of changes, and what it refused with the reason."""
+    """One pass that ran: its options, the number of its changes, and a sentence on each change it refused to make."""
 
     name: str
     options: dict[str, Any]
@@ -86,7 +86,7 @@ class KernelCalls:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Jinja template over `messages`, `add_generation_prompt`, `bos_token`, `eos_token`."""
+    """A Jinja template over `messages`, `add_generation_prompt`, `bos_token`, `eos_token`."""
 
     name: str
     jinja: str
@@ -96,7 +96,7 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids; `eos` are all ids that end an answer, `add_bos` puts `bos` before every prompt."""
+    """Token ids. `eos` are all ids that end an answer; with `add_bos`, `bos` is put before every prompt."""
 
     bos: int | None
     eos: tuple[int, ...]
@@ -106,7 +106,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Sampling where a request says nothing; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """Sampling parameters that a request leaves open. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -117,7 +117,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the engine: SHA-256 in hex and size."""
+    """A file of the engine: SHA-256 in hex, and its size."""
 
     sha256: str
     bytes: int
@@ -125,9 +125,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `files` maps POSIX paths below the directory to records, the manifest itself excepted.
+    """The content of manifest.json. `files` maps POSIX paths below the directory to records of all files but the manifest.
 
-    `digest` is that of the manifest's own canonical JSON with an empty digest; it is filled in when written.
+    `digest` is that of the manifest's canonical JSON with an empty `digest`; it is filled in when the manifest is written.
     """
 
     model: ModelInfo
@@ -146,12 +146,12 @@ class Manifest:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Canonical JSON with the manifest's own digest in it: the same manifest gives the same bytes."""
+    """Canonical JSON with the manifest's own digest in it. The same manifest gives the same bytes."""
     return canonical_json(to_plain(replace(manifest, digest=_digest(manifest))))
 
 
 def _digest(manifest: Manifest) -> str:
-    """SHA-256 of the canonical JSON with an empty digest."""
+    """SHA-256 in hex of the canonical JSON with an empty digest."""
     return hashlib.sha256(canonical_json(to_plain(replace(manifest, digest=""))).encode()).hexdigest()
 
 
@@ -161,7 +161,11 @@ def manifest_schema() -> dict[str, Any]:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Read and validate manifest.json; raises `EngineError` when it is missing, of another version or malformed."""
+    """Read and validate manifest.json.
+
+    Raises `EngineError` when it is missing, malformed, of another version, or was changed after the build. Whether this runtime
+    knows the engine's backend is `executors.executor_of`'s to say.
+    """
     path = Path(directory) / MANIFEST_NAME
     if not path.is_file():
         remedy = "give the directory that belle-compile build wrote"
@@ -189,7 +193,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:
-    """What types alone do not say: paths stay inside, digests, sizes and the number of ranks are possible."""
+    """Check what the fields' types do not: paths stay in the directory; digests, sizes and the number of ranks are possible."""
     refuse = refuse_from(f"{STAGE}: {path}", _REBUILD)
     for name, record in manifest.files.items():
         pure = PurePosixPath(name)
@@ -206,23 +210,23 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 def verify_files(
     directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None, rank: int | None = None
 ) -> None:
-    """Check every file of the manifest: there, a regular file inside the directory, of its size and digest; and that there is
-    no other code. With `rank`, only the files that this rank reads.
+    """Check that every file of the manifest is a regular file in the directory with its size and digest, and that there is no
+    code besides. With `rank`, only the files that this rank reads are checked.
 
-    Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so loading reads no weights.
+    Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so that loading reads no weights. Raises
+    `EngineError` at the first file that does not fit.
     """
     root = Path(directory).resolve()
-    own = "rank*" if rank is None else f"rank{rank}"
+    folder = "rank*" if rank is None else f"rank{rank}"
     files = {
         name: record
         for name, record in manifest.files.items()
-        if rank is None or PurePosixPath(name).parts[0] == own or not _RANK.match(name)
+        if rank is None or PurePosixPath(name).parts[0] == folder or not _RANK.match(name)
     }
     for name, record in files.items():
         _check_entry(root, name, record)
-    for path in sorted(
-        [*root.glob(f"{own}/*.so"), *root.glob(f"{own}/*.zip")]
-    ):  # of these, one is looked for by this processor's name
+    # An executor looks for a library by the processor's name, and so might load one that the build did not write.
+    for path in sorted([*root.glob(f"{folder}/*.so"), *root.glob(f"{folder}/*.zip")]):
         if (name := str(path.relative_to(root))) not in manifest.files:
             raise EngineError(STAGE, f"file {name} is not in the manifest", remedy="remove it or copy the engine again")
     digested = {name: r for name, r in files.items() if full or r.bytes <= ALWAYS_DIGESTED_BYTES}
@@ -250,6 +254,7 @@ def _unreadable(path: Path, error: OSError) -> EngineError:
 
 
 def _check_entry(root: Path, name: str, record: FileRecord) -> None:
+    """Check that a file is a regular file of its size in the directory."""
     path = root / name
     copy_again = "copy the engine again or rebuild it"
     try:

@@ -1,13 +1,13 @@
-"""Errors a user can act on: one sentence that says what was found, what was expected and what to do."""
+"""Errors that a user can act on: one sentence that says what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
 
 class BelleError(Exception):
-    """Something the user gave or has does not fit.
+    """Something that the user gave, or the user's host, does not fit.
 
-    `stage` is the part that noticed, `what` the thing it looked at; `found`, `expected` and `remedy` are phrases
-    without a full stop, left out of the sentence when empty. `node` names a graph node or a layer.
+    `stage` is the part that noticed it, `what` is what does not fit. `found`, `expected` and `remedy` are phrases without a
+    full stop, which are left out of the sentence when empty. `node` names a graph node or a layer.
     """
 
     def __init__(self, stage: str, what: str, *, found: str = "", expected: str = "", remedy: str = "", node: str = "") -> None:

@@ -15,18 +15,18 @@ CGROUP = Path("/sys/fs/cgroup")
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
-# Kernel sets best first, with the CPU flags (as in /proc/cpuinfo) each one's instructions need.
+# Instruction sets that kernels are compiled for, best first, with the CPU flags (as in /proc/cpuinfo) that each one needs.
 ISA_FLAGS: dict[str, frozenset[str]] = {
     "amx": _AVX512VNNI | {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"},
     "avx512vnni": _AVX512VNNI,
     "avx2": _AVX2,
 }
 
-# Architectures of GPUs that engines are built for. What is compiled for one runs on those of the same major version (its first
-# digit) from it on.
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # a block's, of such a GPU
+# Architectures of GPUs that engines are built for, with the bytes of shared memory that a block of threads can have. Code for
+# one of them runs on GPUs of the same major version (the first digit) and the same or a later minor version.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
 GPU_ARCHS = tuple(SHARED_BYTES)
-GPU_RESERVE_BYTES = 512 << 20  # of a GPU's memory, for the driver, code and recorded steps
+GPU_RESERVE_BYTES = 512 << 20  # of a GPU's memory, left to the driver, the code and recorded steps
 
 # Microarchitectures that kernels are tuned for: vendor, family and models, as in /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[str, int, frozenset[int]]] = {
@@ -40,7 +40,7 @@ PROCESSORS: dict[str, tuple[str, int, frozenset[int]]] = {
 
 
 def cpu_flags() -> frozenset[str]:
-    """Feature flags of the first CPU in /proc/cpuinfo; empty where there is no such file or line."""
+    """Feature flags of the first CPU in /proc/cpuinfo; empty where the file or the line is missing."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -52,13 +52,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def host_isas() -> tuple[str, ...]:
-    """Names of the kernel sets this CPU can run, best first."""
+    """Names of the instruction sets of `ISA_FLAGS` that this CPU has, best first."""
     flags = cpu_flags()
     return tuple(isa for isa, needed in ISA_FLAGS.items() if needed <= flags)
 
 
 def processor() -> str:
-    """The microarchitecture by LLVM's name, such as "znver4"; empty for one that `PROCESSORS` does not know."""
+    """LLVM's name of the CPU's microarchitecture, such as "znver4"; empty for one that is not in `PROCESSORS`."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -86,7 +86,7 @@ def host_arch() -> tuple[str, str]:
 
 
 def usable_cores() -> list[int]:
-    """CPUs this process may run on, fewer when the container's CPU quota is smaller than that."""
+    """CPUs that this process may run on; only as many as the container's CPU quota allows, where it is smaller."""
     cores = sorted(os.sched_getaffinity(0))
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
@@ -97,9 +97,9 @@ def usable_cores() -> list[int]:
 
 
 def memory_bytes() -> int:
-    """Memory this process could get at most: the machine's, or its container's limit where that is smaller.
+    """The most memory that this process could get: the machine's, or the container's limit where that is smaller.
 
-    Weights are mapped and their pages reclaimable, so what is free at this moment says little.
+    What is free at the moment says little: weights are mapped, so that their pages can be reclaimed.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
@@ -109,7 +109,7 @@ def memory_bytes() -> int:
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the largest cache of the first CPU; 0 where the system does not say."""
+    """Size in bytes of the largest cache of the first CPU; 0 where the system does not report it."""
     sizes = [0]
     for file in CACHES.glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):

@@ -16,30 +16,32 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.program import ALIGNMENT
 
 _HUGE_PAGE = 2 << 20
-_MAP_NORESERVE = 0x4000  # Linux's value; the module has the name since Python 3.12 only
+_MAP_NORESERVE = 0x4000  # Linux's value; the module mmap has the name only since Python 3.12
 _REMEDY = "copy the engine again or rebuild it"
 
 
 def anonymous(size: int) -> NDArray[np.uint8]:
-    """`size` zero bytes, page aligned. Pages cost nothing until they are touched; large maps ask for huge pages."""
+    """Allocate `size` zero bytes, aligned to a page. Pages take no memory until they are touched; large mappings request huge
+    pages. Raises `EngineError` where there is too little address space."""
     try:
         mapped = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError as error:
         remedy = "load with fewer kv_tokens or on a larger host"
         raise EngineError("cpu", "memory", found=f"{error} for {size / 2**30:.1f} GiB", remedy=remedy) from None
-    _ask_for_huge_pages(mapped)
+    _request_huge_pages(mapped)
     return np.frombuffer(mapped, np.uint8)
 
 
-def _ask_for_huge_pages(mapped: mmap.mmap) -> None:
-    """Of a file, Linux maps as huge pages what its cache holds in such pieces: what was written that way or is read now."""
+def _request_huge_pages(mapped: mmap.mmap) -> None:
+    """Request huge pages for a large mapping. Of a file, Linux maps as huge pages only what its page cache holds in pieces of
+    that size: what was written that way, or is read from now on."""
     if len(mapped) >= 4 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 class WeightsFile:
-    """Tensors of a safetensors file, mapped and never read here. Addresses stay good while this object lives."""
+    """The tensors of a safetensors file, mapped and never read here. Addresses are valid while this object lives."""
 
     def __init__(self, path: Path) -> None:
         """Map the file and check its header; raises `EngineError` when it is damaged or a tensor is not aligned."""
@@ -51,7 +53,7 @@ class WeightsFile:
             raise EngineError("engine", f"file {path} is missing", remedy=_REMEDY) from None
         except ValueError as error:
             raise self._damaged(str(error)) from None
-        _ask_for_huge_pages(self._mapped)
+        _request_huge_pages(self._mapped)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
         self._offsets: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
@@ -59,24 +61,24 @@ class WeightsFile:
 
     @property
     def total_bytes(self) -> int:
-        """Size of the file."""
+        """Size of the file, header included."""
         return len(self._bytes)
 
     @property
     def contents(self) -> NDArray[np.uint8]:
-        """The file."""
+        """The bytes of the file, header included."""
         return self._bytes
 
     def offset(self, name: str) -> int:
-        """Where a tensor begins in the file."""
+        """The byte of the file at which a tensor begins."""
         return self._offsets[name]
 
     def address(self, name: str) -> int:
-        """Where a tensor lies in memory."""
+        """The address of a tensor in memory."""
         return int(self._bytes.ctypes.data) + self._offsets[name]
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise `EngineError` when a tensor is missing."""
+        """Raise `EngineError` when one of these tensors is missing."""
         missing = sorted(set(names) - set(self._offsets))
         if missing:
             found = f"{len(missing)} missing, the first of them {missing[0]}"

@@ -1,4 +1,4 @@
-"""Where the time of steps goes: per kind of kernel, between kernels, around them, and against the memory's bandwidth."""
+"""Where the time of steps goes: per kind of kernel, outside of kernels, and compared with the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _READS = 7
 class KernelTime:
     """All calls of one kind of kernel over one row count ("T" tokens, "R" logit rows) in one phase.
 
-    `bytes` are weights and, for attention, keys and values, each counted once a call; `share_of_limit` is bytes a second
-    over the read bandwidth, None where nothing is counted. Rows of activations are not counted: they stay in cache.
+    `bytes` counts weights and, for attention, keys and values, each once a call. Activations are not counted: they stay in
+    cache. `share_of_limit` is bytes a second over the read bandwidth, None where no bytes are counted.
     """
 
     kind: str
@@ -41,11 +41,11 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Phase:
-    """All steps of one sort. "decode": every token of the step wants its logits; "prefill": all others, mixed ones too.
+    """All steps of one sort: "decode" where the logits of every token of the step are requested, "prefill" otherwise.
 
-    `seconds` are the steps' time on the wall clock without waiting for requests. Of these `outside_s` lie before and after
-    the kernels (scheduling, sampling, detokenizing); from one kernel to the next there is nothing but the clock, about
-    0.03 us, which counts as the kernel's. Kernels are in the order of the program.
+    `seconds` is the steps' wall time without the waiting for requests. `outside_s` of it is spent before and after the kernels
+    (scheduling, sampling, detokenizing). Between two kernels only the clock is read, about 0.03 us, which counts as the
+    kernel's time. `kernels` are in the order of the program.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profiled stretch of work took. `read_bytes_per_second` is the limit, measured before and after it."""
+    """The result of a profile. `read_bytes_per_second` is the limit, the larger of two measurements before and after it."""
 
     isa: str
     threads: int
@@ -66,11 +66,11 @@ class Profile:
     phases: tuple[Phase, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The profile as JSON's types."""
         return asdict(self)
 
     def table(self) -> str:
-        """The profile as text, one table a phase."""
+        """The profile as text, with one table for each phase."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         limit = f"read bandwidth {self.read_bytes_per_second / 1e9:.1f} GB/s, {threads}, {self.isa}"
         tables = [_table(phase) for phase in self.phases]
@@ -79,7 +79,7 @@ class Profile:
 
 @dataclass
 class _Sums:
-    """One phase while it is recorded; arrays have an entry for each call of the program."""
+    """Sums over the steps of one phase while it is recorded; arrays have an entry for each call of the program."""
 
     seconds: NDArray[np.float64]
     calls: NDArray[np.int64]
@@ -87,25 +87,25 @@ class _Sums:
     tokens: int = 0
     wall_s: float = 0.0
     kv_tokens: int = 0  # cached tokens that attention read, summed over steps
-    kv_alone: int = 0  # of these, those of sequences with one token in the step
+    kv_alone: int = 0  # of those, the ones of sequences with one token in the step
 
     def kv_of(self, kind: str) -> int:
-        """Cached tokens that a kind of kernel read."""
+        """Cached tokens that the kernels of one kind read."""
         runs = self.kv_tokens - self.kv_alone
         return {"attention": self.kv_tokens, "attention_alone": self.kv_alone, "attention_runs": runs}.get(kind, 0)
 
 
 @dataclass
 class ProfileHandle:
-    """What `Engine.profile` yields; `result` is there when its `with` block has ended."""
+    """What `Engine.profile` yields; `result` is set when its `with` block has ended."""
 
     result: Profile | None = None
 
 
 class Recorder:
-    """Collects times: of steps through `step`, by the step loop, and of their kernel calls through `walked`, by the executor.
+    """Collects times: the step loop reports steps through `step`, and the executor their kernel calls through `walked`.
 
-    Both run on the loop's thread only. When nothing is recorded neither is in the way.
+    Both are called on the loop's thread only. While nothing is recorded neither is called.
     """
 
     def __init__(self, program: Program, batch: StepBatch) -> None:
@@ -117,24 +117,25 @@ class Recorder:
         self._left_out_s = 0.0
 
     def walked(self, numbers: NDArray[np.int64], times: NDArray[np.int64]) -> None:
-        """What a step called: numbers in the program, and nanoseconds at which the first began and each ended."""
+        """Take the calls of a step: their numbers in the program, and the nanoseconds, int64 [calls + 1], at which the first
+        began and each ended."""
         self._walk = numbers, times
 
     def leave_out(self, seconds: float) -> None:
-        """What a step spent on what later ones will not."""
+        """Subtract time that the step spends on work that later steps do not repeat."""
         self._left_out_s += seconds
 
     def step(self, run: Callable[[], None], more: Callable[[], bool]) -> None:
-        """Run one step; the time to the next counts too if there is `more` to do."""
+        """Run one step. The time until the next step counts too if `more()` says that there is more to do."""
         started = self._resumed or _clock()
         self._walk, self._left_out_s = None, 0.0
         run()
-        if self._walk is not None:  # else there was nothing left to run
+        if self._walk is not None:  # else the step had nothing left to run
             self._add(_clock() - started - self._left_out_s, *self._walk)
         self._resumed = _clock() if more() else 0.0
 
     def profile(self, isa: str, threads: int, bandwidth: float) -> Profile:
-        """What was recorded."""
+        """The profile of what was recorded; `bandwidth` is the limit in bytes a second."""
         phases = (self._phase(name, bandwidth) for name in ("prefill", "decode") if name in self._phases)
         return Profile(isa, threads, bandwidth, tuple(phases))
 
@@ -179,10 +180,10 @@ def kv_bytes_per_token(program: Program) -> int:
 def read_bandwidth(threads: int, size: int | None = None) -> float:
     """Bytes a second that `threads` threads read from anonymous memory, the best of several passes.
 
-    The runtime has no compiler, so libc's memcmp reads: it is vectorised, takes two streams, and ctypes lets threads call it
-    side by side. It keeps up with a kernel that prefetches (benchmarks/bandwidth.py); where others use the machine too, both
-    vary by a third between readings, and a share of the limit may exceed 1. Memory is larger than last-level caches, and
-    written first, so that pages exist.
+    The runtime has no compiler, so libc's memcmp does the reading: it is vectorised, reads two streams, and ctypes lets threads
+    call it at the same time. It keeps up with a kernel that prefetches (benchmarks/bandwidth.py). Where others use the machine
+    too, both vary by a third between measurements, and a share of the limit may exceed 1. The memory, by default, is larger
+    than the last-level cache; it is written first, so that its pages exist.
     """
     size = size or min(max(512 << 20, 4 * host.last_level_cache_bytes()), host.memory_bytes() // 8)
     libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""program.json: the flat list of kernel calls of one step over a memory plan; written by a backend, run by an executor."""
+"""program.json: the flat list of the kernel calls of one step, over a memory plan. Backends write it, executors run it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from belle_compile.runtime.schema import Refuse, canonical_json, from_plain, ref
 PROGRAM_FORMAT = 5
 PROGRAM_NAME = "program.json"
 WEIGHTS_NAME = "weights.safetensors"
-BLOCK_SIZE = 16
-ALIGNMENT = 64
+BLOCK_SIZE = 16  # tokens of a block of the KV cache
+ALIGNMENT = 64  # bytes
 INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "T", "R")
-KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-SCALES_BYTES = 4 * BLOCK_SIZE  # of an int8 cache: one float32 per token of a block, for each head
-CUBIN = ".cubin"  # in an archive of a GPU's kernels, after the kernel's name
+KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of an element
+SCALES_BYTES = 4 * BLOCK_SIZE  # of one head of a block of an int8 cache: one float32 for each token
+CUBIN = ".cubin"  # ending of a GPU kernel's member in its archive, after the kernel's name
 _REBUILD = "rebuild the engine with belle-compile build"
 
 
@@ -53,20 +53,20 @@ class KV:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory beside the arena that holds zeros between calls; JSON {"scratch": byte offset}."""
+    """Memory outside of the arena that holds zeros between calls; JSON {"scratch": byte offset}."""
 
     offset: int
 
 
 Arg = Arena | Weight | Input | KV | Scratch
-# Steps in which a call is run: all, or those with tokens that are the only ones of their sequence ("alone", as when decoding),
-# or those with several of one sequence ("runs", as of a prompt). The kernel sees to it that it takes no other tokens.
+# The steps that need a call: all of them; those with tokens that are the only ones of their sequence ("alone", as when
+# decoding); or those with several tokens of one sequence ("runs", as of a prompt). The kernel itself skips other tokens.
 When = Literal["always", "alone", "runs"]
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Float32 rows that become the sum of those of all ranks: `width` elements each, `stride` from one row to the next."""
+    """Float32 rows that are replaced by their sum over all ranks: `width` elements each, `stride` from one row to the next."""
 
     width: int
     stride: int
@@ -76,10 +76,10 @@ class AllReduce:
 class Call:
     """One kernel call, or a sum over ranks. All arguments are pointers.
 
-    `rows` says which count ("T" tokens or "R" logit rows) picks among `variants`: (largest row count or None for any,
-    kernel name), ascending; the first whose bound holds is run. With `kernel` alone there is one variant, for any count.
-    With `all_reduce` there is no kernel, and the one argument is the buffer. `kind` and `node` are for reports; `bytes` are the
-    weight bytes the call reads. Where a step has no token that the call is for (`when`), it may be left out.
+    `rows` names the count ("T" tokens or "R" logit rows) that selects one of the `variants`: (largest row count or None for
+    any, kernel name), ascending; the first whose bound is not exceeded is run. `kernel` alone is the one variant for any count.
+    With `all_reduce` there is no kernel, and the one argument is the buffer. `kind` and `node` are for reports; `bytes` is how
+    many bytes of weights the call reads. The call may be skipped in a step without tokens that need it (`when`).
     """
 
     kind: str
@@ -93,18 +93,20 @@ class Call:
     when: When = "always"
 
     def kernels(self) -> tuple[tuple[int | None, str], ...]:
-        """The variants, or the one kernel for any count; none for a sum over ranks."""
+        """The variants, or the one kernel with the bound None; nothing for a sum over ranks."""
         return () if self.all_reduce else self.variants or ((None, self.kernel or ""),)
 
     def kernel_for(self, rows: int) -> str:
-        """Name of the kernel that runs `rows` rows."""
+        """The name of the kernel that runs `rows` rows."""
         return next(name for bound, name in self.kernels() if bound is None or bound >= rows)
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Where this rank's logits (float32 [R, count]) lie: byte offset in the arena, row stride in elements. They are those of
-    tokens `first` to `first + count`; one rank has the whole vocabulary."""
+    """This rank's logits in the arena, float32 [R, count]: byte `offset`, `stride` from row to row in elements.
+
+    They are those of the tokens from `first` up to, not including, `first + count`. A single rank has the whole vocabulary.
+    """
 
     offset: int
     stride: int
@@ -114,14 +116,15 @@ class Logits:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """KV cache: [num_blocks][layers] of k[kv_heads][head_dim][16] and v[kv_heads][16][head_dim]; keys lie as values do where
-    they are not `transposed_keys`.
+    """KV cache: [num_blocks][layers] of k[kv_heads][head_dim][16] and v[kv_heads][16][head_dim]. Without `transposed_keys`,
+    keys have the layout of values.
 
-    Blocks are outermost, so that a short sequence touches few pages, and these may be huge ones.
+    Blocks are outermost, so that a short sequence touches few pages, which may be huge pages.
 
-    bfloat16 lies in pairs, as products of pairs take it: k[kv_heads][head_dim / 2][16][2] and v[kv_heads][8][head_dim][2].
+    bfloat16 is stored in pairs, as instructions for pairs read it: k[kv_heads][head_dim / 2][16][2] and
+    v[kv_heads][8][head_dim][2].
 
-    With int8 each [head_dim][16] or [16][head_dim] comes after its 16 float32 scales, one per token, and is padded so that the
+    With int8 each [head_dim][16] or [16][head_dim] follows its 16 float32 scales, one for each token, and is padded so that the
     next one starts at a multiple of 64 bytes.
     """
 
@@ -133,7 +136,7 @@ class KVLayout:
 
     @property
     def scales_bytes(self) -> int:
-        """Bytes of the scales before the values of one head of a block."""
+        """Bytes of the scales before the values of one head of a block; 0 where the cache has no scales."""
         return SCALES_BYTES if self.dtype == "int8" else 0
 
     @property
@@ -153,15 +156,17 @@ class KVLayout:
         return 2 * self.layers * self.part_block_bytes
 
     def part_offset(self, part: KV) -> int:
-        """Where keys or values of a layer begin in a block, in bytes."""
+        """The byte of a block at which the keys or values of a layer begin."""
         return (2 * part.layer + (part.part == "v")) * self.part_block_bytes
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Where a program leaves the best logits of each row, as `candidates` of a step asks for: byte offsets in the arena of
-    their number (int32 [R]), places (int32 [R, capacity]) and values (float32 [R, capacity]). Where there are more than the
-    capacity, the places are of no use."""
+    """Where a program writes the largest logits of each row, as many as the step's input `candidates` requests.
+
+    `counts` (int32 [R]), `places` (int32 [R, capacity]: indices in the row) and `values` (float32 [R, capacity]) are byte
+    offsets in the arena. The places and values of a row with a count above the capacity are invalid.
+    """
 
     counts: int
     places: int
@@ -171,10 +176,12 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a GPU starts a kernel: the function's name in its module, threads of a block, bytes of shared memory that are asked
-    for, and the grid: `grid` blocks, times one for every `rows` rows along the first axis where rows are not 0. What is left
-    is for reports: registers and bytes of local memory of a thread, and the tensor-core instructions of the machine code. What
-    may `overlap` can be started while kernels before it still run, and waits for them itself."""
+    """How a GPU starts a kernel: the function's name in its module, the threads of a block, the bytes of dynamic shared memory,
+    and the grid: `grid` blocks, its first axis once for every `rows` rows, or once where `rows` is 0.
+
+    A kernel that may `overlap` can be started while the kernels before it still run, and waits for them itself. The rest is for
+    reports: registers and bytes of local memory of a thread, and the tensor-core instructions in the machine code.
+    """
 
     symbol: str
     threads: int
@@ -187,7 +194,7 @@ class Launch:
     overlap: bool = False
 
     def blocks(self, count: int) -> tuple[int, int, int]:
-        """The grid for so many rows."""
+        """The grid for `count` rows."""
         x, y, z = self.grid
         return (x * (-(-count // self.rows) if self.rows else 1), y, z)
 
@@ -202,11 +209,11 @@ class FusionCalls:
 
 @dataclass(frozen=True)
 class Program:
-    """A step of at most `max_tokens` tokens, `max_rows` logit rows, `max_sequences` sequences of `max_blocks` blocks.
+    """A step of at most `max_tokens` tokens, `max_rows` logit rows and `max_sequences` sequences of `max_blocks` blocks each.
 
-    It is that of rank `rank` of `ranks`, which run it together; `vocab_size` is the model's, `kv` has this rank's heads. On a
-    GPU every kernel has a launch, and may have `alternatives` by the bound that a call gives it ("any": None): kernels that
-    compute the same from the same arguments for so many rows, of which the host takes the fastest.
+    It is the part of rank `rank` of `ranks`, which run the step together. `vocab_size` is the model's; `kv` has the heads of
+    this rank. On a GPU every kernel has an entry in `launches`, and may have `alternatives`, by the bound that a call gives it
+    ("any" for None): kernels that compute the same from the same arguments for so many rows. The host runs the fastest of them.
     """
 
     max_tokens: int
@@ -239,13 +246,13 @@ class Program:
         return tuple((call.rows, call.all_reduce.width) for call in self.calls if call.all_reduce)
 
     def kernel_names(self) -> tuple[str, ...]:
-        """Every kernel the library must export, sorted."""
+        """The names of all kernels that the library must export, sorted."""
         called = {name for call in self.calls for _, name in call.kernels()}
         others = (names for by_bound in self.alternatives.values() for names in by_bound.values())
         return tuple(sorted(called.union(*others)))
 
     def weight_names(self) -> tuple[str, ...]:
-        """Every tensor the weights file must hold, sorted."""
+        """The names of all tensors that the weights file must have, sorted."""
         return tuple(sorted({arg.name for call in self.calls for arg in call.args if isinstance(arg, Weight)}))
 
     def to_json(self) -> str:
@@ -255,7 +262,7 @@ class Program:
 
 
 def read_program(directory: str | Path) -> Program:
-    """Read and validate program.json of a rank's directory."""
+    """Read and validate program.json in the directory of a rank; raises `EngineError`."""
     path = Path(directory) / PROGRAM_NAME
     try:
         return program_from_json(path.read_text(encoding="utf-8"), where=str(path))
@@ -264,7 +271,7 @@ def read_program(directory: str | Path) -> Program:
 
 
 def program_from_json(text: str, where: str = PROGRAM_NAME) -> Program:
-    """Parse and validate; errors name `where` and the field."""
+    """Parse and validate a program. Raises `EngineError` that names `where` and the field."""
     refuse = refuse_from(f"engine: {where}", _REBUILD)
     try:
         plain = json.loads(text)
@@ -353,7 +360,7 @@ def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
 
 
 def _check(program: Program, refuse: Refuse) -> None:
-    """Sizes are possible, arguments lie where they may, every call has a kernel for every row count."""
+    """Check that sizes are possible, arguments lie where they may, and every call has a kernel for every row count."""
     for name in ("max_tokens", "max_rows", "max_sequences", "max_blocks", "vocab_size"):
         if getattr(program, name) < 1:
             raise refuse(name, str(getattr(program, name)), "at least 1")
@@ -387,7 +394,7 @@ def _check(program: Program, refuse: Refuse) -> None:
 
 
 def _check_launches(program: Program, refuse: Refuse) -> None:
-    """On a GPU every kernel can be started, and candidates lie in the arena."""
+    """Check that every kernel of a GPU can be started, and that candidates lie in the arena."""
     if program.launches and (missing := set(program.kernel_names()) - set(program.launches)):
         raise refuse("launches", f"none of {min(missing)}", "one of every kernel")
     for name, launch in program.launches.items():

@@ -1,4 +1,4 @@
-"""Strict JSON for dataclasses: typed reading with errors that name the field, canonical writing, JSON Schema."""
+"""Strict JSON for dataclasses: typed reading with errors that name the field, canonical writing, and JSON Schema."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PHRASES = {
     "boolean": "true or false",
 }
 
-# Raises the caller's error for one field: (field, found, expected).
+# Makes the caller's error for one field: (field, found, expected).
 Refuse = Callable[[str, str, str], EngineError]
 
 
 def canonical_json(value: Any) -> str:
-    """One text per value: sorted keys, two-space indent, UTF-8 characters as they are, a newline at the end."""
+    """The one JSON text of a value: sorted keys, two-space indent, characters unescaped, a newline at the end."""
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def refuse_from(stage: str, remedy: str) -> Refuse:
-    """The `Refuse` of one file: errors start with `stage` and end with `remedy`."""
+    """The `Refuse` whose errors start with `stage` and end with `remedy`."""
 
     def refuse(field: str, found: str, expected: str) -> EngineError:
         return EngineError(stage, f"field {field} does not fit", found=found, expected=expected, remedy=remedy)
@@ -41,7 +41,7 @@ def refuse_from(stage: str, remedy: str) -> Refuse:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as the dicts and lists that JSON knows."""
+    """Turn dataclasses, tuples and mappings into the dicts and lists of JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -52,9 +52,9 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], value: Any, refuse: Refuse, where: str = "") -> T:
-    """Build dataclass `cls` from decoded JSON; every field must be there, of its type, and no other.
+    """Make a dataclass `cls` from decoded JSON. Every field must be present and of its type; no other field may be.
 
-    Raises what `refuse(field, found, expected)` returns, at the first field that does not fit.
+    At the first field that does not fit, raises what `refuse(field, found, expected)` returns. `where` prefixes the fields.
     """
     if not isinstance(value, dict):
         raise refuse(where or "(whole file)", _kind(value), "an object")
@@ -71,7 +71,7 @@ def from_plain(cls: type[T], value: Any, refuse: Refuse, where: str = "") -> T:
 
 
 def json_schema(cls: type, title: str = "") -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a dataclass, for documentation and other tools."""
+    """The JSON Schema (draft 2020-12) of a dataclass, for documentation and other tools."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title or cls.__name__}
     return schema | _schema(cls)
 
@@ -126,7 +126,7 @@ def _schema(hint: Any) -> dict[str, Any]:
 
 
 def _describe(hint: Any) -> str:
-    """A phrase for the type: what the reader would have to write."""
+    """A phrase for a type, such as "an integer"."""
     schema = _schema(hint)
     if "anyOf" in schema:
         return " or ".join("null" if option.get("type") == "null" else "a value" for option in reversed(schema["anyOf"]))
@@ -134,6 +134,7 @@ def _describe(hint: Any) -> str:
 
 
 def _kind(value: Any) -> str:
+    """A phrase for a value: its type, or its text where it is short."""
     if value is None:
         return "null"
     if isinstance(value, (dict, list)):
