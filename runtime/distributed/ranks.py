@@ -20,7 +20,7 @@ TIMEOUT_S = 10.0
 
 # Variables in which launchers give the processes that they start their rank and the number of ranks. Slurm sets the first one
 # also for a process that it starts alone.
-_PLACES = (
+PLACES = (
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
@@ -37,7 +37,7 @@ class Place:
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place of a process with this environment among ranks that mpiexec or srun started; None for a process on its own."""
-    for rank, ranks in _PLACES:
+    for rank, ranks in PLACES:
         with contextlib.suppress(KeyError, ValueError):
             result = Place(int(environment[rank]), int(environment[ranks]))
             if result.ranks > 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from belle_compile.runtime import Engine, EngineError, SamplingParams, artifact
+from belle_compile.runtime.distributed.ranks import Place
 from belle_compile.runtime.executors import (
     EXECUTORS,
     Executor,
@@ -76,6 +78,30 @@ def test_an_engine_of_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineError, match=message):
         Engine.load(directory_of(tmp_path, "fpga"))
+
+
+class TwoRanks:
+    """Rank 0's collectives; the other rank says nothing."""
+
+    rank, ranks, ranks_here, rank_here, sharing, shared = 0, 2, 1, 0, 1, None
+
+    def agree(self, report: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
+        return judge({0: report})
+
+
+def test_an_executor_that_is_no_rank_runs_no_engine_of_several(
+    tmp_path: Path, factory: FakeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("belle_compile.runtime.distributed.ranks.place", lambda: Place(0, 2))
+    monkeypatch.setattr("belle_compile.runtime.loading.join_ranks", lambda place: TwoRanks())
+    message = (
+        r"^engine: this executor runs engines of one rank: found an engine of fake in 2 ranks; "
+        r"rebuild it for one rank\.$"
+    )
+    with pytest.raises(EngineError, match=message):
+        Engine.load(directory_of(tmp_path, "fake", ranks=2))
+    (request,) = factory.requests
+    assert request.collectives is not None and request.local_rank == 0
 
 
 def test_a_name_has_one_executor(factory: FakeFactory) -> None:

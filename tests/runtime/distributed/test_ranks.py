@@ -21,7 +21,7 @@ from belle_compile.runtime.errors import EngineError
     ],
 )
 def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: ranks.Place | None) -> None:
-    for names in ranks._PLACES:
+    for names in ranks.PLACES:
         for name in names:
             monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
