@@ -7,11 +7,22 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from enum import IntEnum
+from typing import Any, ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 
 Match = TypeVar("Match")
+
+
+class Phase(IntEnum):
+    """What a pass does to a graph, in the order in which a pipeline does it."""
+
+    CLEANUP = 0  # remove what computes nothing new
+    OUTLIERS = 1  # spread outliers or move them into weights, while everything is float32
+    QUANTIZATION = 2  # choose integers and scales, and use them
+    PARTITION = 3  # make the graph of one rank
+    FUSION = 4  # make one op of several, of what a rank has
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,8 @@ class PassResult:
 @dataclass(frozen=True)
 class Pass(ABC):
     """Changes a model in place; run again, it finds nothing left to change."""
+
+    phase: ClassVar[Phase]
 
     @property
     def name(self) -> str:

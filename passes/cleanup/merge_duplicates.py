@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.ops import attributes_of, spec_of
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class MergeDuplicates(Pass):
 
     Refuses when the second result is the graph's output, and for ops with state, whose every run has an effect.
     """
+
+    phase: ClassVar[Phase] = Phase.CLEANUP
 
     def run(self, model: ir.Model) -> PassResult:
         seen: dict[Hashable, ir.Node] = {}

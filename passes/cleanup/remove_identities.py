@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class RemoveIdentities(Pass):
 
     Where y is the graph's output, x takes its name. Refuses when x is no node's result then, or an output itself.
     """
+
+    phase: ClassVar[Phase] = Phase.CLEANUP
 
     def run(self, model: ir.Model) -> PassResult:
         changes, refusals = 0, []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.ops import spec_of
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class RemoveUnused(Pass):
 
     Refuses to remove ops with state: they fill the cache that later steps read.
     """
+
+    phase: ClassVar[Phase] = Phase.CLEANUP
 
     def run(self, model: ir.Model) -> PassResult:
         changes, refusals = 0, []

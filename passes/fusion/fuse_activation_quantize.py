@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 
 _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
 
@@ -22,6 +23,8 @@ class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
 
     Bits and a fixed step are kept. Refuses when something else reads a float32 result.
     """
+
+    phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ...] | None:
         source = _producer(node) if node.op_type == "QuantizeTokens" else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass
+from belle_compile.passes.base import Phase, Replacement, RewritePass
 
 NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
 
@@ -20,6 +21,8 @@ class FuseAddNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     Norm is LayerNormalization, or RMSNormalization, which has no bias. Both results may have any readers. Refuses a
     second norm of the same sum.
     """
+
+    phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         total = node.inputs[0] if node.op_type in NORMS else None

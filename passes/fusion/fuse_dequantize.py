@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.passes.base import Replacement, RewritePass, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class FuseDequantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     Refuses when something else reads the integers. Needs QuantizeLinears to have run.
     """
+
+    phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         if node.op_type != "Dequantize":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 from belle_compile.passes.fusion.fuse_add_norm import NORMS
 
 
@@ -21,6 +22,8 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
     Bits and a fixed step are kept. Refuses when something else reads the float32 result, as the residual stream does in BLOOM
     checkpoints with apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
     """
+
+    phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         normed = node.inputs[0] if node.op_type == "QuantizeTokens" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import Shared, lazy, made_of
 from belle_compile.compiler.ir.ops import spec_of
-from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 
 # input of the weight: before it is what the linears share, the bias comes last
 _WEIGHT = {"Gemm": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}
@@ -28,6 +28,8 @@ class FuseProjections(RewritePass[list[ir.Node]]):
     biases are concatenated when they are read. A linear without bias among others with one gets zeros. Refuses when a weight
     is computed or has another reader, which would store it twice.
     """
+
+    phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> list[ir.Node] | None:
         if node.op_type not in _WEIGHT or node.graph is None:

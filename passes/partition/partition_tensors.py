@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.partition.channels import Ranges, channels_of_rank, width_of
 from belle_compile.passes.partition.rank_graph import RankGraph
 
@@ -29,6 +29,7 @@ class PartitionTensors(Pass):
     cannot be divided, and at what is no linear, attention or activation where a rank has a part.
     """
 
+    phase: ClassVar[Phase] = Phase.PARTITION
     rank: int
     ranks: int
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import Shared, errors_about, lazy
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
-from belle_compile.passes.base import Pass, PassResult, other_readers
+from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
@@ -39,6 +39,7 @@ class GptqRounding(Pass):
     nearest then. Needs a graph of float32 ops.
     """
 
+    phase: ClassVar[Phase] = Phase.QUANTIZATION
     data: CalibrationData = field(repr=False)
     damping: float = 0.01
     keep: tuple[str, ...] = ()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.quantization.weights import quantized_weight
 
 
@@ -18,6 +19,8 @@ class QuantizeEmbedding(RewritePass[ir.Node]):
     Refuses when something else reads the float32 table, which would then be stored in both forms. Needs
     QuantizeLinears to have run: a tied LM head reads the INT8 table then.
     """
+
+    phase: ClassVar[Phase] = Phase.QUANTIZATION
 
     def pattern(self, node: ir.Node) -> ir.Node | None:
         return node if node.op_type == "Gather" and is_weight(node.inputs[0]) else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass, is_weight
+from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight
 from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.weights import grouped_weight
@@ -25,6 +26,7 @@ class QuantizeGroups(RewritePass[ir.Node]):
     patterns `keep` name. Refuses a weight that is computed, and an input that has 16 bits already.
     """
 
+    phase: ClassVar[Phase] = Phase.QUANTIZATION
     keep: tuple[str, ...] = ()
 
     def pattern(self, node: ir.Node) -> ir.Node | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -11,7 +12,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.meanings import MAX_INPUTS
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import PassResult, Replacement, RewritePass, is_weight
+from belle_compile.passes.base import PassResult, Phase, Replacement, RewritePass, is_weight
 from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
 from belle_compile.passes.quantization.weights import quantized_weight
 
@@ -27,6 +28,7 @@ class QuantizeLinears(RewritePass[ir.Node]):
     accumulator, and a pattern of `wide` that names no linear.
     """
 
+    phase: ClassVar[Phase] = Phase.QUANTIZATION
     keep: tuple[str, ...] = ()
     activation_bits: int = 8
     wide: tuple[str, ...] = ()

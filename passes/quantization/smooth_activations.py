@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized
-from belle_compile.passes.base import Pass, PassResult, is_weight, other_readers
+from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.rotation.weights import replace_weight
@@ -53,6 +53,7 @@ class SmoothActivations(Pass):
     place takes that of 0.3 to 0.9 with the least INT8 error of its linears' outputs. Refuses a place with other readers.
     """
 
+    phase: ClassVar[Phase] = Phase.OUTLIERS
     data: CalibrationData = field(repr=False)
     alpha: float | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.meanings import LIMITS
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.activations import CLIP
@@ -36,6 +36,7 @@ class StaticActivations(Pass):
     on where a killed one stopped. Needs a graph of float32 ops, as it will be quantized.
     """
 
+    phase: ClassVar[Phase] = Phase.QUANTIZATION
     data: CalibrationData = field(repr=False)
     clip: str = "mse"
     activation_bits: int = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from belle_compile.compiler.ir import meanings
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.rotation.weights import own
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +28,8 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     One kernel less, and the table starts the residual stream, which the rotations need. A head that is tied to E keeps
     E, so the engine holds two tables. Refuses a gather with another reader.
     """
+
+    phase: ClassVar[Phase] = Phase.OUTLIERS
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         source = node.inputs[0] if node.op_type == "LayerNormalization" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Pass, PassResult, Replacement, apply
+from belle_compile.passes.base import Pass, PassResult, Phase, Replacement, apply
 from belle_compile.passes.rotation.stream import find_stream
 from belle_compile.passes.rotation.weights import replace_weight
 
@@ -29,6 +30,8 @@ class FoldLayerNorms(Pass):
     the same number (SliceGPT, arXiv:2401.15024). Refuses, and changes nothing, where the stream is read by anything
     but LayerNorms that feed linears (BLOOM's residual connection after the norm).
     """
+
+    phase: ClassVar[Phase] = Phase.OUTLIERS
 
     def run(self, model: ir.Model) -> PassResult:
         graph = model.graph

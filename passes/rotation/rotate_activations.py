@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from math import inf, lcm
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.meanings import block_hadamard
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Replacement, RewritePass, is_weight, other_readers
+from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
@@ -35,6 +36,7 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
     weight that is computed, and a width that 16 does not divide.
     """
 
+    phase: ClassVar[Phase] = Phase.OUTLIERS
     block: int = 512
     ranks: int = 1
     group: int = 1

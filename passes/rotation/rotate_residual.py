@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_initializer
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.rotation.hadamard import Rotation
 from belle_compile.passes.rotation.stream import find_stream
 from belle_compile.passes.rotation.weights import replace_weight
@@ -29,6 +30,7 @@ class RotateResidual(Pass):
     RMS norms that feed linears; FoldLayerNorms makes such norms of BLOOM's.
     """
 
+    phase: ClassVar[Phase] = Phase.OUTLIERS
     seed: int = 0
 
     def run(self, model: ir.Model) -> PassResult:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Pass, PassResult, is_weight, other_readers
+from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
 from belle_compile.passes.rotation.hadamard import Rotation
 from belle_compile.passes.rotation.weights import replace_weight
 
@@ -27,6 +28,7 @@ class RotateValues(Pass):
     another reader.
     """
 
+    phase: ClassVar[Phase] = Phase.OUTLIERS
     seed: int = 0
 
     def run(self, model: ir.Model) -> PassResult:
