@@ -1,0 +1,40 @@
+"""How weights are stored: what a preset chooses once, and passes carry out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from belle_compile.compiler.ir.meanings import GROUP
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the weights of a model's linear layers are stored.
+
+    A weight has `bits`: 32 for float32, fewer for integers with scales. `group` neighbouring inputs of an output share a
+    scale; None stands for all inputs, so that each output channel has one scale. With `zero_points`, each scale comes with the
+    integer that stands for 0; without, that is 0. Where layers have integers, embedding and head are INT8 per output channel.
+    """
+
+    bits: int
+    group: int | None = None
+    zero_points: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights become integers."""
+        return self.bits < FLOAT32.bits
+
+    def __str__(self) -> str:
+        """The manifest's words, e.g. "int8 per output channel"."""
+        if not self.quantizes:
+            return "float32"
+        zeros = " with zero points" if self.zero_points else ""
+        if self.group is None:
+            return f"int{self.bits} per output channel{zeros}"
+        return f"int{self.bits} in groups of {self.group} inputs{zeros}, int8 embedding and head"
+
+
+FLOAT32 = WeightScheme(32)
+INT8 = WeightScheme(8)
+INT4 = WeightScheme(4, GROUP)
