@@ -23,7 +23,8 @@ Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 LIMITS = {8: 127, 16: 32_639}
 # Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
-GROUP = 128  # neighbouring inputs of an output that share a scale, of INT4 weights; the last group may have fewer
+# Neighbouring inputs of an output that share a scale where weights are INT4 and nothing else is said; the last may be fewer.
+GROUP = 128
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
@@ -137,17 +138,29 @@ def dequantize(acc: Sums, xs: Floats, ws: Floats, bias: Floats | None) -> Floats
     return scaled if bias is None else scaled + bias
 
 
-def group_linear(xq: Bytes, xs: Floats, wq: Nibbles, ws: npt.NDArray[np.float16], bias: Floats | None) -> Floats:
-    """total * xs[t] + bias[n], total = (the sum of xq * wq over a group of inputs) * ws[n, group], added up group by group.
+def group_linear(
+    xq: Bytes,
+    xs: Floats,
+    wq: Nibbles,
+    ws: npt.NDArray[np.float16],
+    bias: Floats | None,
+    zero_point: Bytes | None = None,
+    *,
+    group: int = GROUP,
+) -> Floats:
+    """total * xs[t] + bias[n], where the total adds up, group by group, (the sum of xq * (wq - zero_point[n, g])) * ws[n, g].
 
     Sums of a group are exact. Groups come in the order of the inputs, from a total of 0, each product and sum in one rounding
     (fused), the last one too. float64 stands in for that: it holds the products exactly, and the sums but for a bit far down.
     """
     total: Floats = np.zeros((len(xq), len(wq)), np.float32)
-    for group in range(ws.shape[1]):
-        inputs = slice(group * GROUP, (group + 1) * GROUP)
-        sums: npt.NDArray[np.float64] = xq[:, inputs].astype(np.float64) @ wq[:, inputs].astype(np.float64).T
-        total = (sums * ws[:, group].astype(np.float64) + total).astype(np.float32)
+    for index in range(ws.shape[1]):
+        inputs = slice(index * group, (index + 1) * group)
+        weights = wq[:, inputs].astype(np.float64)
+        if zero_point is not None:
+            weights -= zero_point[:, index, None]
+        sums: npt.NDArray[np.float64] = xq[:, inputs].astype(np.float64) @ weights.T
+        total = (sums * ws[:, index].astype(np.float64) + total).astype(np.float32)
     scaled: npt.NDArray[np.float64] = total.astype(np.float64) * xs[:, None]
     return (scaled if bias is None else scaled + bias).astype(np.float32)
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir import meanings, signature
-from belle_compile.compiler.ir.signature import Operand, TensorSpec
+from belle_compile.compiler.ir.signature import Operand, Role, TensorSpec
 
 ONNX_OPSET = 23
 BELLE = "belle"
@@ -22,7 +22,7 @@ ShapeRule = Callable[[Sequence["TensorSpec | None"], ir.Node], list[TensorSpec]]
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute: its Python type, its default (None: it must be given) and, where not all are, the values allowed."""
+    """An attribute: its Python type, its default (None: it must be given) and the values allowed (none listed: all)."""
 
     type: type[int] | type[float] | type[str]
     default: int | float | str | None = None
@@ -31,11 +31,12 @@ class Attribute:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op. `takes` and `gives` are signatures (see signature.py) and the shape rule, unless `rule` replaces it.
+    """One op: its operands, attributes and meaning.
 
-    `meaning` gets the inputs in order (None for one left out) and, by name, the attributes that `meaningful` lists,
-    which are those an implementation depends on; a stateful op also gets `cache`, the PagedCache. That of a collective op gets
-    its input on every rank, in their order.
+    `takes` and `gives` are signatures (see signature.py), which are also the shape rule unless `rule` replaces it.
+
+    `meaning` is called with the inputs in order (None for one left out) and, by name, the attributes in `meaningful`. That of a
+    stateful op is also given `cache`, the PagedCache; that of a collective op its input on every rank, in their order.
     """
 
     domain: str
@@ -59,9 +60,44 @@ class OpSpec:
 
     @cached_property
     def meaningful(self) -> frozenset[str]:
+        """The attributes that an implementation depends on."""
         return frozenset(
             name for name, attribute in self.attributes.items() if not attribute.allowed or name in ("kind", "bits")
         )
+
+    def given(self, node: ir.Node) -> list[ir.Value | None]:
+        """The inputs of a node of this op, one for each operand; None for one left out."""
+        return [*node.inputs, *[None] * (len(self.inputs) - len(node.inputs))]
+
+    def index(self, role: Role) -> int | None:
+        """The position of the first input with that role; None where the op has none."""
+        return next((index for index, operand in enumerate(self.inputs) if operand.role is role), None)
+
+    def operand(self, node: ir.Node, role: Role) -> ir.Value | None:
+        """The input of a node of this op that has that role; None where the op has none, or the node leaves it out."""
+        index = self.index(role)
+        return node.inputs[index] if index is not None and index < len(node.inputs) else None
+
+    @cached_property
+    def is_linear(self) -> bool:
+        """Whether the op multiplies activations by a weight [outputs, inputs]."""
+        return self.index(Role.ACTIVATION) is not None and self.index(Role.WEIGHT) is not None
+
+    @cached_property
+    def is_float_linear(self) -> bool:
+        """Whether the op is a linear with a float32 weight."""
+        index = self.index(Role.WEIGHT)
+        return self.is_linear and index is not None and self.inputs[index].dtypes == (ir.DataType.FLOAT,)
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether the op gives sums of integer products that another op scales."""
+        return any(operand.role is Role.ACCUMULATOR for operand in self.outputs)
+
+    @cached_property
+    def scales_sums(self) -> bool:
+        """Whether the op scales sums of integer products that another op gives."""
+        return self.index(Role.ACCUMULATOR) is not None
 
 
 def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
@@ -85,13 +121,16 @@ def _check_block(size: int, x: TensorSpec | None) -> None:
 
 
 def _group_linear(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
-    spec, wq, ws = spec_of(node), given[2], given[3]
+    spec, group = spec_of(node), attributes_of(node)["group"]
+    if group < 1:
+        raise CompileError("verify", "attribute group", found=str(group), expected="1 input or more")
     inferred = signature.infer(spec.inputs, spec.outputs, given, {})
+    wq, ws = given[2], given[3]
     assert wq is not None and ws is not None
     inputs = wq.dims[1]
-    groups = -(-inputs // meanings.GROUP) if isinstance(inputs, int) else None
+    groups = -(-inputs // group) if isinstance(inputs, int) else None
     if ws.dims[1] != groups:
-        expected = f"float16[N, {groups}]: a scale for every {meanings.GROUP} of {inputs} inputs"
+        expected = f"float16[N, {groups}]: a scale for every {group} of {inputs} inputs"
         raise CompileError("verify", "input ws", found=str(ws), expected=expected)
     return inferred
 
@@ -101,6 +140,7 @@ def _identity(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorS
     return [given[0]]
 
 
+_INTEGERS = "xq:int8/int16[T,K] xs@token_scale:float32[T]"  # outputs of ops that quantize activations
 _LAST_AXIS = {
     "axis": Attribute(int, -1, allowed=(-1,)),
     "epsilon": Attribute(float, 1e-5),
@@ -132,54 +172,62 @@ _ATTENTION = {
 SPECS: tuple[OpSpec, ...] = (
     # ONNX ops that frontends emit. RMSNormalization is in ONNX from opset 23 on and has no bias.
     OpSpec("", "Identity", "x:float32[T,K]", "y:float32[T,K]", meanings.identity, rule=_identity),
-    OpSpec("", "Gather", "x:float32[N,K] indices:int32[R]", "y:float32[R,K]", meanings.gather,
+    OpSpec("", "Gather", "x@table:float32[N,K] indices@index:int32[R]", "y:float32[R,K]", meanings.gather,
            {"axis": Attribute(int, 0, allowed=(0,))}),
     OpSpec("", "Split", "x:float32[T,K] sizes:int64[P]", "", meanings.split,
            {"axis": Attribute(int, 0, allowed=(-1,))}, rule=_split, variadic=True),
     OpSpec("", "Add", "x:float32[T,K] r:float32[T,K]", "sum:float32[T,K]", meanings.add),
-    OpSpec("", "LayerNormalization", "x:float32[T,K] scale:float32[K] bias?:float32[K]", "normed:float32[T,K]",
+    OpSpec("", "LayerNormalization", "x:float32[T,K] scale@gain:float32[K] bias?:float32[K]", "normed:float32[T,K]",
            meanings.layer_norm, _LAST_AXIS),
-    OpSpec("", "RMSNormalization", "x:float32[T,K] scale:float32[K]", "normed:float32[T,K]", meanings.rms_norm, _LAST_AXIS),
+    OpSpec("", "RMSNormalization", "x:float32[T,K] scale@gain:float32[K]", "normed:float32[T,K]", meanings.rms_norm,
+           _LAST_AXIS),
     OpSpec("", "Gemm", "x:float32[T,K] weight:float32[N,K] bias?:float32[N]", "y:float32[T,N]", meanings.linear, _GEMM),
     OpSpec("", "Gelu", "x:float32[T,K]", "y:float32[T,K]", meanings.gelu,
            {"approximate": Attribute(str, "none", allowed=("tanh",))}),
-    # What ONNX lacks.
+    # What ONNX lacks
     OpSpec(BELLE, "SwiGLU", "gate:float32[T,F] up:float32[T,F]", "y:float32[T,F]", meanings.swiglu),
     OpSpec(BELLE, "BlockHadamard", "x:float32[T,K]", "y:float32[T,K]", meanings.block_hadamard, {"block": Attribute(int)}),
-    OpSpec(BELLE, "RotaryTable", "positions:int32[T] sequences:int32[T] inv_freq:float32[H]", "cos_sin:float32[T,2*H]",
-           meanings.rotary_table, _ROTARY),
+    OpSpec(BELLE, "RotaryTable", "positions@index:int32[T] sequences@index:int32[T] inv_freq@frequency:float32[H]",
+           "cos_sin@rotary:float32[T,2*H]", meanings.rotary_table, _ROTARY),
     OpSpec(BELLE, "Attention",
-           "q:float32[T,num_heads*head_dim] k:float32[T,num_kv_heads*head_dim] v:float32[T,num_kv_heads*head_dim] "
-           "positions:int32[T] sequences:int32[T] block_table:int32[B,MB] "
-           "cos_sin?:float32[T,head_dim] slopes?:float32[num_heads]",
+           "q@query:float32[T,num_heads*head_dim] k@key:float32[T,num_kv_heads*head_dim] "
+           "v@value:float32[T,num_kv_heads*head_dim] positions@index:int32[T] sequences@index:int32[T] "
+           "block_table@state:int32[B,MB] cos_sin?@rotary:float32[T,head_dim] slopes?@slope:float32[num_heads]",
            "y:float32[T,num_heads*head_dim]", meanings.attention, _ATTENTION, stateful=True),
-    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with one per token, found while running, or with
-    # one `step` for all tokens.
-    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K] step?:float32[1]", "xq:int8/int16[T,K] xs:float32[T]",
-           meanings.quantize_tokens, _BITS),
-    OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq:int8[N,K]", "acc:int32/int64[T,N]", meanings.integer_linear),
-    OpSpec(BELLE, "Dequantize", "acc:int32/int64[T,N] xs:float32[T] ws:float32[N] bias?:float32[N]", "y:float32[T,N]",
-           meanings.dequantize),
-    OpSpec(BELLE, "QuantizedEmbedding", "token_ids:int32[T] wq:int8[V,K] ws:float32[V] first?:int32[1]", "y:float32[T,K]",
-           meanings.quantized_embedding),
-    # INT4 weights with a scale per output and group of inputs: group by group, so there is no one integer product to scale.
-    OpSpec(BELLE, "GroupQuantizedLinear", "xq:int8[T,K] xs:float32[T] wq:int4[N,K] ws:float16[N,G] bias?:float32[N]",
-           "y:float32[T,N]", meanings.group_linear, rule=_group_linear),
+    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with a scale per token, found while running, or
+    # with one `step` for all tokens
+    OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K] step?:float32[1]", _INTEGERS, meanings.quantize_tokens, _BITS),
+    OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq@weight:int8[N,K]", "acc@accumulator:int32/int64[T,N]",
+           meanings.integer_linear),
+    OpSpec(BELLE, "Dequantize",
+           "acc@accumulator:int32/int64[T,N] xs@token_scale:float32[T] ws@scale:float32[N] bias?:float32[N]",
+           "y:float32[T,N]", meanings.dequantize),
+    OpSpec(BELLE, "QuantizedEmbedding",
+           "token_ids@index:int32[T] wq@table:int8[V,K] ws@scale:float32[V] first?:int32[1]",
+           "y:float32[T,K]", meanings.quantized_embedding),
+    # INT4 weights with a scale, and perhaps a zero point, per output and `group` of inputs. The product is summed group by
+    # group: there is no one integer product to scale.
+    OpSpec(BELLE, "GroupQuantizedLinear",
+           "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
+           "zero_point?:int8[N,G]",
+           "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, meanings.GROUP)}, rule=_group_linear),
     # What one of several ranks does. An embedding with `first` has the tokens from that one on, and gives zeros for others.
-    OpSpec(BELLE, "Embedding", "token_ids:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]", meanings.embedding),
+    OpSpec(BELLE, "Embedding", "token_ids@index:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]",
+           meanings.embedding),
     OpSpec(BELLE, "AllReduce", "x:float32[T,K]", "sum:float32[T,K]", meanings.all_reduce, collective=True),
-    # Fusions.
-    OpSpec(BELLE, "QuantizedLinear", "xq:int8/int16[T,K] xs:float32[T] wq:int8[N,K] ws:float32[N] bias?:float32[N]",
+    # Fusions
+    OpSpec(BELLE, "QuantizedLinear",
+           "xq:int8/int16[T,K] xs@token_scale:float32[T] wq@weight:int8[N,K] ws@scale:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),
-    OpSpec(BELLE, "AddNorm", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K]",
+    OpSpec(BELLE, "AddNorm", "x:float32[T,K] r:float32[T,K] scale@gain:float32[K] bias?:float32[K]",
            "sum:float32[T,K] normed:float32[T,K]", meanings.add_norm, _NORM),
-    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale:float32[K] bias?:float32[K] step?:float32[1]",
-           "xq:int8/int16[T,K] xs:float32[T]", meanings.norm_quantize, _NORM | _BITS),
-    OpSpec(BELLE, "AddNormQuantize", "x:float32[T,K] r:float32[T,K] scale:float32[K] bias?:float32[K] step?:float32[1]",
-           "sum:float32[T,K] xq:int8/int16[T,K] xs:float32[T]", meanings.add_norm_quantize, _NORM | _BITS),
-    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K] step?:float32[1]", "xq:int8/int16[T,K] xs:float32[T]", meanings.gelu_quantize,
-           _ROTATED_BITS),
-    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,F] up:float32[T,F] step?:float32[1]", "xq:int8/int16[T,F] xs:float32[T]",
+    OpSpec(BELLE, "NormQuantize", "x:float32[T,K] scale@gain:float32[K] bias?:float32[K] step?:float32[1]",
+           _INTEGERS, meanings.norm_quantize, _NORM | _BITS),
+    OpSpec(BELLE, "AddNormQuantize",
+           "x:float32[T,K] r:float32[T,K] scale@gain:float32[K] bias?:float32[K] step?:float32[1]",
+           f"sum:float32[T,K] {_INTEGERS}", meanings.add_norm_quantize, _NORM | _BITS),
+    OpSpec(BELLE, "GeluQuantize", "x:float32[T,K] step?:float32[1]", _INTEGERS, meanings.gelu_quantize, _ROTATED_BITS),
+    OpSpec(BELLE, "SwiGLUQuantize", "gate:float32[T,K] up:float32[T,K] step?:float32[1]", _INTEGERS,
            meanings.swiglu_quantize, _ROTATED_BITS),
 )  # fmt: skip
 
@@ -193,6 +241,11 @@ def spec_of(node: ir.Node) -> OpSpec:
         what = f"op {node.domain or 'ai.onnx'}::{node.op_type}"
         raise CompileError("verify", what, node=str(node.name), expected="an op of compiler/ir/ops.py")
     return spec
+
+
+def operand(node: ir.Node, role: Role) -> ir.Value | None:
+    """The input of a node that has that role; None where its op has none, or the node leaves it out."""
+    return spec_of(node).operand(node, role)
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
@@ -230,9 +283,9 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
                 if found is None and not operand.optional:
                     raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
-        bias = next((found for operand, found in zip(spec.inputs, given, strict=True) if operand.name == "bias"), None)
+        bias = spec.operand(node, Role.BIAS)
         if attributes.get("kind") == "rms" and bias is not None:
-            raise CompileError("verify", "input bias", found=str(bias), expected="none with kind='rms'")
+            raise CompileError("verify", "input bias", found=str(TensorSpec.of(bias)), expected="none with kind='rms'")
         outputs = signature.infer(spec.inputs, spec.outputs, given, attributes)
         block = attributes.get("block", attributes.get("hadamard") or None)
         if block is not None:

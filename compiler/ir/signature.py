@@ -1,10 +1,14 @@
-"""Operand signatures such as "xq:int8/int16[T,K] bias?:float32[N]": the shape rule of most ops, written as data."""
+"""Operand signatures such as "xq:int8/int16[T,K] wq@weight:int8[N,K] bias?:float32[N]": what an op takes and gives, as data.
+
+A signature says each operand's name, role, element type and dimensions, and is the shape rule of most ops.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import onnx_ir as ir
 
@@ -21,7 +25,39 @@ _DTYPES = {
     "int64": ir.DataType.INT64,
 }
 ACTIVATION_BITS = (8, 16)
-_OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?:(?P<dtypes>\w+(?:/\w+)*)\[(?P<dims>[^\]]*)\]")
+_OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?(?:@(?P<role>\w+))?:(?P<dtypes>\w+(?:/\w+)*)\[(?P<dims>[^\]]*)\]")
+
+
+class Role(Enum):
+    """What an operand is to its op. Each role occurs at most once among an op's inputs, except for ACTIVATION and INDEX."""
+
+    ACTIVATION = "activation"  # a row for every token
+    TOKEN_SCALE = "token_scale"  # of an activation's integers: one number a token
+    STEP = "step"  # of an activation's integers: one number for all tokens, known when compiling
+    ACCUMULATOR = "accumulator"  # sums of integer products that have not been scaled
+    WEIGHT = "weight"  # of a linear: outputs along axis 0, inputs along axis 1
+    SCALE = "scale"  # of a weight's integers, or of a table's: one number a row
+    GROUP_SCALE = "group_scale"  # one number a row and group of inputs
+    ZERO_POINT = "zero_point"  # the integer that stands for 0 in a row and group of inputs
+    BIAS = "bias"  # added to each output; of a norm, to each channel
+    GAIN = "gain"  # what a norm multiplies each channel by
+    TABLE = "table"  # rows that an index picks
+    FIRST = "first"  # the token whose embedding is the first row of a rank's part of the table
+    INDEX = "index"  # numbers of tokens, positions, sequences or rows
+    SIZES = "sizes"  # of the parts that a value is split into
+    # Operands of attention
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    STATE = "state"  # where the state lies that one step leaves for the next: the block table of the KV cache
+    FREQUENCY = "frequency"  # of the rotary embedding: one number for two channels of a head
+    ROTARY = "rotary"  # cosines and sines of the rotary embedding, a row for every token
+    SLOPE = "slope"  # of ALiBi: one number a head
+
+
+# Constants of a linear, all of which have outputs along axis 0; and those of them that have groups of inputs along axis 1.
+OF_OUTPUTS = frozenset({Role.WEIGHT, Role.SCALE, Role.GROUP_SCALE, Role.ZERO_POINT, Role.BIAS})
+OF_GROUPS = frozenset({Role.GROUP_SCALE, Role.ZERO_POINT})
 
 
 @dataclass(frozen=True)
@@ -36,7 +72,7 @@ class TensorSpec:
 
     @classmethod
     def of(cls, value: ir.Value) -> TensorSpec:
-        """What a value records of itself; raises CompileError where dtype or a dimension is unknown."""
+        """The spec that a value records; raises CompileError where its dtype or a dimension is unknown."""
         if value.dtype is None or value.shape is None or value.shape.has_unknown_dim():
             raise CompileError(
                 "verify", f"value {value.name}", found=f"{value.dtype}{value.shape}", expected="a known dtype and shape"
@@ -48,11 +84,12 @@ class TensorSpec:
 class Operand:
     """One input or output of an op. A dimension is a letter, a number, an attribute's name or a product of these.
 
-    Two element types are those for activations of 8 and of 16 bits. All operands of a node agree on which: the attribute
-    `bits` says it where the op has one, else the first input that has two.
+    Two element types are those for activations of 8 and of 16 bits. All operands of a node agree on one of the two: the
+    attribute `bits` decides where the op has it, else the first input that has two element types.
     """
 
     name: str
+    role: Role
     dtypes: tuple[ir.DataType, ...]
     dims: tuple[str, ...]
     optional: bool = False
@@ -71,15 +108,21 @@ def dtype_name(dtype: ir.DataType) -> str:
 
 
 def parse(text: str) -> tuple[Operand, ...]:
-    """Operands of a signature, e.g. "x:float32[T,K] bias?:float32[N]"."""
+    """Operands of a signature, which are separated by spaces.
+
+    An operand is `name`, `?` where it is optional, `@role`, `:dtypes` and `[dimensions]`. The role may be left out where the
+    name is that of a role, e.g. `bias`, and for activations.
+    """
     operands = []
+    names = {role.value for role in Role}
     for word in text.split():
         match = _OPERAND.fullmatch(word)
         assert match, f"not an operand: {word!r}"
         dims = tuple(match["dims"].split(","))
         dtypes = tuple(_DTYPES[dtype] for dtype in match["dtypes"].split("/"))
         assert len(dtypes) in (1, len(ACTIVATION_BITS)), word
-        operands.append(Operand(match["name"], dtypes, dims, bool(match["optional"])))
+        role = Role(match["role"] or (match["name"] if match["name"] in names else "activation"))
+        operands.append(Operand(match["name"], role, dtypes, dims, bool(match["optional"])))
     return tuple(operands)
 
 
@@ -89,9 +132,10 @@ def infer(
     given: Sequence[TensorSpec | None],
     attributes: Mapping[str, object],
 ) -> list[TensorSpec]:
-    """Outputs' specs from the inputs'. `given` has one entry per input, None where an optional one is left out.
+    """Infer the specs of an op's outputs from those of its inputs and its attributes.
 
-    A letter takes the dimension it first meets and must meet the same one everywhere else. Raises CompileError.
+    `given` has one entry per input, None where an optional one is left out. A letter is bound to the dimension where it first
+    occurs, and must meet the same dimension everywhere else. Raises CompileError where an input does not fit.
     """
     bound: dict[str, Dim] = {name: value for name, value in attributes.items() if isinstance(value, int)}
     bits = attributes.get("bits")

@@ -13,37 +13,34 @@ import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import Shared, lazy, made_of
-from belle_compile.compiler.ir.ops import spec_of
+from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.signature import OF_OUTPUTS, Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
-
-# input of the weight: before it is what the linears share, the bias comes last
-_WEIGHT = {"Gemm": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}
 
 
 @dataclass(frozen=True)
 class FuseProjections(RewritePass[list[ir.Node]]):
     """a = Linear(x, wa, ba); b = Linear(x, wb, bb)   becomes   a, b = Split(Linear(x, [wa; wb], [ba; bb]))
 
-    Linear is Gemm, QuantizedLinear or GroupQuantizedLinear (so INT8 graphs need FuseDequantize first). Weights, scales and
-    biases are concatenated when they are read. A linear without bias among others with one gets zeros. Refuses when a weight
-    is computed or has another reader, which would store it twice.
+    Linear is any linear op whose result is scaled, so that INT8 graphs need FuseDequantize first. Weights, scales and biases
+    are concatenated when they are read. A linear without bias (or zero points) among others that have some gets zeros. Refuses
+    when a weight is computed, or has another reader and would be stored twice.
     """
 
     phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> list[ir.Node] | None:
-        if node.op_type not in _WEIGHT or node.graph is None:
+        spec = spec_of(node)
+        if node.graph is None or not spec.is_linear or spec.accumulates:
             return None
-        shared = tuple(node.inputs[: _WEIGHT[node.op_type]])
-        group = [
-            other for other in node.graph if other.op_type == node.op_type and tuple(other.inputs[: len(shared)]) == shared
-        ]
+        shared = _shared(node)
+        group = [other for other in node.graph if other.op_type == node.op_type and _shared(other) == shared]
         return group if group[0] is node and len(group) > 1 else None
 
     def check(self, match: list[ir.Node]) -> str:
         for node in match:
-            for value in node.inputs[_WEIGHT[node.op_type] :]:
-                if value is None:
+            for operand, value in zip(spec_of(node).inputs, node.inputs, strict=False):
+                if operand.role not in OF_OUTPUTS or value is None:
                     continue
                 if not is_weight(value):
                     return f"{value.name} of {node.name} is computed"
@@ -53,21 +50,17 @@ class FuseProjections(RewritePass[list[ir.Node]]):
         return ""
 
     def rewrite(self, match: list[ir.Node], graph: ir.Graph) -> Replacement:
-        first = match[0]
-        at = _WEIGHT[first.op_type]
-        full = len(spec_of(first).inputs)  # inputs when there is a bias
-        columns = [[_tensor(node.inputs[index]) for node in match] for index in range(at, full - 1)]
-        rows = [tensor.shape.numpy()[0] for tensor in columns[0]]
-        weights = _stack(columns)
-        if any(len(node.inputs) == full for node in match):
-            weights += _stack([[_bias(node, full - 1, count) for node, count in zip(match, rows, strict=True)]])
+        first, spec = match[0], spec_of(match[0])
         name = joined([str(node.name) for node in match])
-        sizes = make_initializer(ir.Tensor(np.asarray(rows, np.int64), name=f"{name}.sizes"))
-        stacked = [make_initializer(tensor) for tensor in weights]
-        for value in (*stacked, sizes):
+        rows = [_tensor(spec.operand(node, Role.WEIGHT)).shape.numpy()[0] for node in match]
+        inputs = spec.given(first)
+        for index, tensor in _stacked(match, rows).items():
+            inputs[index] = value = make_initializer(tensor)
             graph.register_initializer(value)
+        sizes = make_initializer(ir.Tensor(np.asarray(rows, np.int64), name=f"{name}.sizes"))
+        graph.register_initializer(sizes)
         attributes = {key: attribute.value for key, attribute in first.attributes.items()}
-        linear = make_node(first.op_type, [*first.inputs[:at], *stacked], name, attributes=attributes)
+        linear = make_node(first.op_type, inputs, name, attributes=attributes)
         split = make_node("Split", [linear.outputs[0], sizes], f"{name}.split", attributes={"axis": -1})
         parts = zip(match, split.outputs, strict=True)
         return Replacement(match, [linear, split], {node.outputs[0]: part for node, part in parts})
@@ -83,15 +76,50 @@ def joined(names: Sequence[str]) -> str:
     return ".".join([*words[0][:head], middle, *words[0][len(words[0]) - tail :]])
 
 
+def _shared(linear: ir.Node) -> tuple[Any, ...]:
+    """What linears must have in common beside their op: inputs that are not constants of the weight, and attributes."""
+    operands = zip(spec_of(linear).inputs, linear.inputs, strict=False)
+    return *(value for operand, value in operands if operand.role not in OF_OUTPUTS), attributes_of(linear)
+
+
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
     assert value is not None and value.const_value is not None
     return value.const_value
 
 
-def _bias(node: ir.Node, index: int, rows: int) -> ir.TensorProtocol:
-    if len(node.inputs) > index:
-        return _tensor(node.inputs[index])
-    return lazy(f"{node.name}.bias", lambda: np.zeros(rows, np.float32), [rows], ir.DataType.FLOAT, step="zeros")
+def _stacked(linears: Sequence[ir.Node], rows: Sequence[int]) -> dict[int, ir.LazyTensor]:
+    """The stacked constants of linears that have so many outputs, by the index of the input.
+
+    The weights and what belongs to their integers are read together, biases alone.
+    """
+    spec = spec_of(linears[0])
+    columns: dict[int, list[ir.TensorProtocol]] = {}
+    for index, operand in enumerate(spec.inputs):
+        values = [spec.given(linear)[index] for linear in linears]
+        if operand.role in OF_OUTPUTS and any(value is not None for value in values):
+            names = [f"{linear.name}.{operand.name}" for linear in linears]
+            columns[index] = _column(values, names, rows)
+    bias = spec.index(Role.BIAS)
+    integers = [index for index in columns if index != bias]
+    together = [integers, [bias]] if bias in columns else [integers]
+    return {
+        index: tensor
+        for indices in together
+        for index, tensor in zip(indices, _stack([columns[i] for i in indices]), strict=True)
+    }
+
+
+def _column(values: Sequence[ir.Value | None], names: Sequence[str], rows: Sequence[int]) -> list[ir.TensorProtocol]:
+    """The tensors of one operand, with zeros of so many rows for those left out."""
+    first = next(_tensor(value) for value in values if value is not None)
+
+    def zeros(name: str, count: int) -> ir.TensorProtocol:
+        shape = count, *first.shape.numpy()[1:]
+        return lazy(name, lambda: np.zeros(shape, first.dtype.numpy()), shape, first.dtype, step="zeros")
+
+    return [
+        zeros(name, count) if value is None else _tensor(value) for value, name, count in zip(values, names, rows, strict=True)
+    ]
 
 
 def _stack(columns: Sequence[Sequence[ir.TensorProtocol]]) -> list[ir.LazyTensor]:
