@@ -65,9 +65,10 @@ class OpSpec:
             name for name, attribute in self.attributes.items() if not attribute.allowed or name in ("kind", "bits")
         )
 
-    def given(self, node: ir.Node) -> list[ir.Value | None]:
-        """The inputs of a node of this op, one for each operand; None for one left out."""
-        return [*node.inputs, *[None] * (len(self.inputs) - len(node.inputs))]
+    def operands(self, node: ir.Node) -> list[tuple[Operand, ir.Value | None]]:
+        """Each operand that the op takes with the input that a node of this op has for it; None for one left out."""
+        given = [*node.inputs, *[None] * (len(self.inputs) - len(node.inputs))]
+        return list(zip(self.inputs, given, strict=True))
 
     def index(self, role: Role) -> int | None:
         """The position of the first input with that role; None where the op has none."""

@@ -39,7 +39,7 @@ class FuseProjections(RewritePass[list[ir.Node]]):
 
     def check(self, match: list[ir.Node]) -> str:
         for node in match:
-            for operand, value in zip(spec_of(node).inputs, node.inputs, strict=False):
+            for operand, value in spec_of(node).operands(node):
                 if operand.role not in OF_OUTPUTS or value is None:
                     continue
                 if not is_weight(value):
@@ -53,7 +53,7 @@ class FuseProjections(RewritePass[list[ir.Node]]):
         first, spec = match[0], spec_of(match[0])
         name = joined([str(node.name) for node in match])
         rows = [_tensor(spec.operand(node, Role.WEIGHT)).shape.numpy()[0] for node in match]
-        inputs = spec.given(first)
+        inputs = [value for _, value in spec.operands(first)]
         for index, tensor in _stacked(match, rows).items():
             inputs[index] = value = make_initializer(tensor)
             graph.register_initializer(value)
@@ -78,8 +78,8 @@ def joined(names: Sequence[str]) -> str:
 
 def _shared(linear: ir.Node) -> tuple[Any, ...]:
     """What linears must have in common beside their op: inputs that are not constants of the weight, and attributes."""
-    operands = zip(spec_of(linear).inputs, linear.inputs, strict=False)
-    return *(value for operand, value in operands if operand.role not in OF_OUTPUTS), attributes_of(linear)
+    values = (value for operand, value in spec_of(linear).operands(linear) if operand.role not in OF_OUTPUTS)
+    return *values, attributes_of(linear)
 
 
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
@@ -95,10 +95,9 @@ def _stacked(linears: Sequence[ir.Node], rows: Sequence[int]) -> dict[int, ir.La
     spec = spec_of(linears[0])
     columns: dict[int, list[ir.TensorProtocol]] = {}
     for index, operand in enumerate(spec.inputs):
-        values = [spec.given(linear)[index] for linear in linears]
+        values = [spec.operand(linear, operand.role) for linear in linears]
         if operand.role in OF_OUTPUTS and any(value is not None for value in values):
-            names = [f"{linear.name}.{operand.name}" for linear in linears]
-            columns[index] = _column(values, names, rows)
+            columns[index] = _column(values, [f"{linear.name}.{operand.name}" for linear in linears], rows)
     bias = spec.index(Role.BIAS)
     integers = [index for index in columns if index != bias]
     together = [integers, [bias]] if bias in columns else [integers]

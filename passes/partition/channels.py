@@ -1,4 +1,4 @@
-"""Which channels of each value a rank has: heads from attention to the linears around it, channels likewise."""
+"""Which channels of each value a rank has: those of its heads around attention, and its share around the feed-forward part."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from math import gcd, lcm
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.meanings import GROUP
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.partition.shares import CHANNELS, TOKENS, Range, heads, share
 
 Ranges = tuple[Range, ...]
@@ -18,10 +18,10 @@ KEEPS_CHANNELS = ("BlockHadamard", "QuantizeTokens")  # what they give has the c
 
 
 def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
-    """The ranges of channels of each value that a rank has a part of; all others it has whole.
+    """The ranges of channels that a rank has of each value of which it has a part; it has all other values whole.
 
-    Parts are what attention and feed-forward activation work on, what lies between them and the linears around, and the
-    logits. Raises CompileError where they cannot be divided.
+    It has parts of what attention and feed-forward activation read and give, of what lies between them and the linears around,
+    and of the logits. Raises CompileError where they cannot be divided.
     """
     parts: dict[ir.Value, Ranges] = {}
     for node in graph:
@@ -42,13 +42,13 @@ def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, R
             continue
         if node.op_type == "Split":
             parts[source] = tuple(_of_fused(node, parts))
-        elif node.op_type == "Dequantize":
+        elif spec_of(node).scales_sums:
             parts[source] = parts[node.outputs[0]]
     return parts
 
 
 def width_of(value: ir.Value | None) -> int:
-    """Channels of a value on one rank alone."""
+    """How many channels a value has in the whole graph."""
     assert value is not None and value.shape is not None
     width = value.shape[-1]
     assert isinstance(width, int), "only rows are symbolic"
@@ -58,7 +58,8 @@ def width_of(value: ir.Value | None) -> int:
 def _of_attention(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
     options = attributes_of(node)
     head_dim = options["head_dim"]
-    together = GROUP // gcd(GROUP, head_dim) if _feeds_groups(node) else 1
+    group = _group_behind(node)
+    together = group // gcd(group, head_dim)
     query, kv = heads(options["num_heads"], options["num_kv_heads"], together, rank, ranks)
     q, k, v = node.inputs[:3]
     assert q is not None and k is not None and v is not None
@@ -67,27 +68,31 @@ def _of_attention(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges
 
 
 def _unit(activation: ir.Node, ranks: int) -> tuple[int, str]:
-    """Channels of a feed-forward activation that stay together: whole blocks of its rotation, whole groups of weights. And
-    what helps where those are too few for the ranks."""
+    """How many channels of a feed-forward activation stay together, and a remedy where those are too few units for the ranks.
+
+    Whole blocks of the activation's rotation stay together, and whole groups of the inputs of the linear behind it.
+    """
     rotation = [reader for reader in activation.outputs[0].consumers() if reader.op_type == "BlockHadamard"]
     block = attributes_of(rotation[0])["block"] if rotation else CHANNELS
-    least = GROUP if _feeds_groups(activation) else CHANNELS
+    least = lcm(_group_behind(activation), CHANNELS)
     enough = width_of(activation.outputs[0]) // least >= ranks
     remedy = "from the checkpoint for these, with smaller blocks of its rotation" if rotation and enough else ""
     return lcm(block, least), remedy
 
 
-def _feeds_groups(node: ir.Node) -> bool:
-    """Whether the linear behind a node has weights in groups of inputs."""
-    readers = node.outputs[0].consumers()
-    return any(
-        reader.op_type == "GroupQuantizedLinear" or (reader.op_type in KEEPS_CHANNELS and _feeds_groups(reader))
-        for reader in readers
-    )
+def _group_behind(node: ir.Node) -> int:
+    """How many inputs share a scale in the weights of the linears behind a node; 1 where outputs have one scale."""
+    groups = [1]
+    for reader in node.outputs[0].consumers():
+        if spec_of(reader).index(Role.GROUP_SCALE) is not None:
+            groups.append(attributes_of(reader)["group"])
+        elif reader.op_type in KEEPS_CHANNELS:
+            groups.append(_group_behind(reader))
+    return lcm(*groups)
 
 
 def _of_fused(split: ir.Node, parts: dict[ir.Value, Ranges]) -> Iterator[Range]:
-    """The channels of what is split, from those of its parts."""
+    """The channels that a rank has of a value that is split, given those of its parts."""
     start = 0
     for value in split.outputs:
         if value not in parts:

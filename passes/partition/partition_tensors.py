@@ -20,13 +20,13 @@ class PartitionTensors(Pass):
     q = Gemm(x, Wq[heads]); a = Attention(q, k, v); y = Gemm(a, Wo[:, heads], b or 0); Add(AllReduce(y), x)
 
     and likewise for the channels of the feed-forward part (Shoeybi et al., Megatron-LM, arXiv:1909.08053). The embedding gives
-    zeros for tokens that other ranks have, with an AllReduce behind it; the head gives the logits of the rank's tokens. Norms
-    and residual stream are on every rank. Weights are parts of the whole ones, so all ranks together have the integers and
-    scales of one alone; activations before a sum are quantized by what a rank has of them. The bias behind a sum is that of
-    rank 0, and zeros elsewhere, so that ranks with equal shares have equal kernels. Which shares: see `shares.py`.
+    zeros for tokens of other ranks, and an AllReduce follows it; the head gives the logits of the rank's tokens. Every rank has
+    the norms and the residual stream. Weights are parts of the whole ones, so that all ranks together have the integers and
+    scales of a model on one rank; activations before a sum are quantized by the part that a rank has. Rank 0 adds the bias
+    before a sum and the others add zeros, so that ranks with equal shares have equal kernels. `shares.py` says which shares.
 
-    Needs quantization to have run, and fusion not to have. Raises CompileError where heads, channels or vocabulary
-    cannot be divided, and at what is no linear, attention or activation where a rank has a part.
+    Run it after quantization and before fusion. Raises CompileError where heads, channels or vocabulary cannot be divided, and
+    at a node other than a linear, attention or activation where a rank has a part.
     """
 
     phase: ClassVar[Phase] = Phase.PARTITION
@@ -39,34 +39,34 @@ class PartitionTensors(Pass):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that all ranks share."""
+        """The options that all ranks have in common, so that their records are equal."""
         return {"ranks": self.ranks}
 
     def run(self, model: ir.Model) -> PassResult:
         if self.ranks == 1 or "ranks" in model.metadata_props:
             return PassResult()
         graph = model.graph
-        old, parts = list(graph), channels_of_rank(graph, self.rank, self.ranks)
-        mine = RankGraph(parts, self.rank, self.ranks)
-        for node in old:
-            mine.rebuild(node)
+        whole, parts = list(graph), channels_of_rank(graph, self.rank, self.ranks)
+        rank_graph = RankGraph(parts, self.rank, self.ranks)
+        for node in whole:
+            rank_graph.rebuild(node)
         logits = graph.outputs[0]
         facts = self._facts(model, parts[logits])
-        graph.outputs[0] = mine.new[logits]
-        graph.remove(old, safe=True)
-        graph.extend(mine.nodes)
+        graph.outputs[0] = rank_graph.new[logits]
+        graph.remove(whole, safe=True)
+        graph.extend(rank_graph.nodes)
         for name, value in list(graph.initializers.items()):
             if not value.uses():
                 del graph.initializers[name]
-        for value in mine.weights.values():
+        for value in rank_graph.weights.values():
             graph.register_initializer(value)
-        for node in mine.nodes:
+        for node in rank_graph.nodes:
             if node.op_type == "Attention":
                 facts |= {key: attributes_of(node)[key] for key in ("num_heads", "num_kv_heads")}
         model.metadata_props.update({key: str(value) for key, value in facts.items()})
-        return PassResult(mine.changes)
+        return PassResult(rank_graph.changes)
 
     def _facts(self, model: ir.Model, tokens: Ranges) -> dict[str, int]:
-        """Of the metadata: which rank it is, and the model's vocabulary with the first token that the rank has of it."""
+        """What the metadata says of the rank: its number, the whole vocabulary, and its first token of that."""
         vocabulary = width_of(model.graph.outputs[0])
         return {"rank": self.rank, "ranks": self.ranks, "vocab_size": vocabulary, "first_token": tokens[0][0]}

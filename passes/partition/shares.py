@@ -1,4 +1,4 @@
-"""Which heads, channels and tokens a rank has: contiguous, in whole units, the first ranks one unit more where it is uneven."""
+"""Which heads, channels and tokens a rank has: a contiguous range of whole units; the first ranks have one more if uneven."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from belle_compile.compiler.errors import CompileError
 
 Range = tuple[int, int]  # from the first to before the last
 
-CHANNELS = 16  # of a feed-forward part that stay together: a panel of the kernels
-TOKENS = 16  # of the vocabulary that stay together
+CHANNELS = 16  # channels of a feed-forward part that stay together: a panel of the kernels
+TOKENS = 16  # tokens of the vocabulary that stay together
 
 
 def share(total: int, unit: int, rank: int, ranks: int, what: str, remedy: str = "") -> Range:
-    """The part of `total` that a rank has, in units of which the last may be short; raises CompileError where some rank would
-    have none, with `remedy` beside fewer ranks."""
+    """The rank's part of `total`, in units of which the last may be short.
+
+    Raises CompileError where some rank would have no unit; its remedy is fewer ranks, or `remedy`.
+    """
     units = -(-total // unit)
     if units < ranks:
         fewer = f"build for {'one rank' if units == 1 else f'at most {units} ranks'}"
@@ -29,10 +31,10 @@ def share(total: int, unit: int, rank: int, ranks: int, what: str, remedy: str =
 
 
 def heads(num_heads: int, num_kv_heads: int, together: int, rank: int, ranks: int) -> tuple[Range, Range]:
-    """The query heads and the key/value heads of a rank, which begins at a multiple of `together` query heads.
+    """The query heads and the key/value heads of a rank, whose first query head is a multiple of `together`.
 
-    A key/value head goes with all of its query heads. Where there are fewer of them than ranks, each is on as many ranks as
-    have query heads of it. Raises CompileError where that does not come out even.
+    A key/value head goes with all of its query heads. Where there are fewer key/value heads than ranks, each is on several
+    ranks, which divide its query heads. Raises CompileError where ranks and heads do not come out even.
     """
     group = num_heads // num_kv_heads
     if num_kv_heads >= ranks:
