@@ -23,7 +23,6 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
-from belle_compile.compiler.ir.meanings import GROUP
 from belle_compile.compiler.ir.text import to_onnx
 from belle_compile.compiler.report import (
     REPORT_NAME,
@@ -315,9 +314,8 @@ def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
     integers = "16 bits as two int8 planes" if recipe.bits == 16 else "int8"
     activations = f"{integers}, one scale {'for all tokens' if 'static' in used else 'a token, found while running'}"
-    int4 = recipe.weight_bits == 4
-    weights = f"int4 in groups of {GROUP} inputs, int8 embedding and head" if int4 else "int8 per output channel"
-    scheme = {"scheme": f"w{recipe.weight_bits}a{recipe.bits}", "weights": weights, "activations": activations}
+    name = f"w{recipe.weights.bits}a{recipe.bits}"
+    scheme = {"scheme": name, "weights": str(recipe.weights), "activations": activations}
     return scheme | dict(_METHODS[name] for name in used)
 
 

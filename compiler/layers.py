@@ -17,6 +17,7 @@ from belle_compile.passes.calibration.sensitivity import alone as damage_alone
 from belle_compile.passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,13 +58,13 @@ def rank(
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
         if not alone:
-            return output_errors(graph, sequences, Path(name), bits=linears.bits, weight_bits=linears.weight_bits)
+            return output_errors(graph, sequences, Path(name), bits=linears.bits, scheme=linears.scheme)
         return damage_alone(
             graph,
             sequences,
             Path(name),
             bits=linears.bits,
-            weight_bits=linears.weight_bits,
+            scheme=linears.scheme,
             on_progress=lambda done, total: on_progress("layers", done, total),
         )
 
@@ -79,11 +80,11 @@ def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]
 
 
 class _Linears(NamedTuple):
-    """The passes before linears are quantized, and the bits of activations and weights then."""
+    """The passes before linears are quantized, and then the bits of activations and the scheme of weights."""
 
     before: Sequence[Pass]
     bits: int
-    weight_bits: int
+    scheme: WeightScheme
 
 
 def _before_linears(passes: Sequence[Pass]) -> _Linears:
@@ -91,7 +92,9 @@ def _before_linears(passes: Sequence[Pass]) -> _Linears:
     step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
     if at is None or step is None:
         raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    return _Linears(passes[:at], step.activation_bits, 4 if isinstance(passes[at], QuantizeGroups) else 8)
+    return _Linears(
+        passes[:at], step.activation_bits, next((one.weights for one in passes if isinstance(one, QuantizeGroups)), INT8)
+    )
 
 
 def kept(
@@ -107,10 +110,10 @@ def kept(
     parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
     sequences = _first_tokens(calibration, _RANKED_TOKENS)
     if parameters <= _TRIED_PARAMETERS:
-        layers = damage_alone(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits,
+        layers = damage_alone(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme,
                               on_progress=lambda done, total: on_progress("layers", done, total))  # fmt: skip
     else:
-        layers = output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)
+        layers = output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)
     room = (size_budget - 1) * sum(layer.weights for layer in layers)
     kept = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
@@ -127,4 +130,4 @@ def errors(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, fo
     linears = _before_linears(passes)
     run_pipeline(graph, linears.before)
     sequences = [sample.tokens for sample in calibration.holdout[:16]]
-    return output_errors(graph, sequences, folder, bits=linears.bits, weight_bits=linears.weight_bits)
+    return output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)

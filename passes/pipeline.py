@@ -11,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.meanings import GROUP
 from belle_compile.compiler.ir.text import save_onnx, to_text
 from belle_compile.compiler.ir.verify import verify
 from belle_compile.passes.base import Pass, PassResult
@@ -29,6 +28,7 @@ from belle_compile.passes.quantization.gptq_rounding import GptqRounding
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import INT4, INT8, WeightScheme
 from belle_compile.passes.quantization.smooth_activations import SmoothActivations
 from belle_compile.passes.quantization.static_activations import StaticActivations
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
@@ -50,19 +50,18 @@ CALIBRATED = ("smooth", "gptq", "static")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A preset: the bits of activations (0: everything stays float32), the methods used, and the bits of the layers' weights
-    (embedding and head are INT8 also where those have 4)."""
+    """A preset: the bits of activations (0: everything stays float32), the methods used, and the scheme of weights."""
 
     bits: int = 8
     methods: tuple[str, ...] = ()
-    weight_bits: int = 8
+    weights: WeightScheme = INT8
 
 
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
     "int8-accurate": Recipe(16, ("rotate", "gptq")),
     "int8-plain": Recipe(8),
-    "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weight_bits=4),
+    "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weights=INT4),
     "none": Recipe(0),
 }
 
@@ -77,11 +76,10 @@ def passes_of(
     smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
     rotate = ROTATION if "rotate" in recipe.methods else ()
     # What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
-    group = GROUP if recipe.weight_bits == 4 else 1
-    online = (RotateActivations(ranks=ranks, group=group),) if "rotate-online" in recipe.methods else ()
-    gptq = GptqRounding(data, keep=keep, weight_bits=recipe.weight_bits) if "gptq" in recipe.methods and data else None
+    online = (RotateActivations(ranks=ranks, group=recipe.weights.group or 1),) if "rotate-online" in recipe.methods else ()
+    gptq = GptqRounding(data, keep=keep, weights=recipe.weights) if "gptq" in recipe.methods and data else None
     # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
-    groups = (QuantizeGroups(keep=keep),) if recipe.weight_bits == 4 else ()
+    groups = (QuantizeGroups(keep=keep, weights=recipe.weights),) if recipe.weights.group else ()
     quantize = (*groups, QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
     static = (StaticActivations(data, activation_bits=recipe.bits),) if "static" in recipe.methods and data else ()
     return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *static, *quantize, *FUSION)

@@ -249,6 +249,11 @@ def operand(node: ir.Node, role: Role) -> ir.Value | None:
     return spec_of(node).operand(node, role)
 
 
+def is_float_linear(node: ir.Node) -> bool:
+    """Whether a node multiplies float32 activations by a float32 weight."""
+    return spec_of(node).is_float_linear
+
+
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """All attributes of a node as Python values, defaults included; raises CompileError where they do not fit."""
     spec, name = spec_of(node), str(node.name)

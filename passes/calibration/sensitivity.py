@@ -1,4 +1,4 @@
-"""Which linear layers INT8 hurts: by the error of their own outputs, and by what each alone does to the predictions."""
+"""How much quantization harms each linear layer: the error of its own outputs, and what it alone does to the predictions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import onnx_ir as ir
 import torch
 
 from belle_compile.compiler.ir.lazy import errors_about
+from belle_compile.compiler.ir.ops import operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
 from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
 Progress = Callable[[int, int], None]
@@ -26,8 +29,11 @@ _KEPT_BYTES = 4 << 30  # float32 weights up to this size are kept from one layer
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """A linear layer: the relative squared error of its outputs, and, where that was measured, the KL divergence (nats a token)
-    of the model's predictions when nothing but this layer is INT8."""
+    """The harm that quantization does to a linear layer of so many `weights`.
+
+    `output_error` is the squared error of its outputs relative to their squares. `kl` is the KL divergence (nats per token) of
+    the model's predictions when no other layer is quantized; None where that was not measured.
+    """
 
     name: str
     weights: int
@@ -36,31 +42,34 @@ class LayerDamage:
 
 
 def output_errors(
-    model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, weight_bits: int = 8
+    model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, scheme: WeightScheme = INT8
 ) -> list[LayerDamage]:
-    """Every linear of a float32 graph, its own outputs with INT8 weights (or INT4, but for the head) and activations of `bits`
-    against those without, the inputs being exact; worst first."""
+    """The error of the outputs of every linear of a float32 graph, worst first.
+
+    Each linear's outputs with weights of the `scheme` and activations of `bits` are compared with those of the float32 ones;
+    the inputs of all are exact.
+    """
     stream = ActivationStream(model, sequences, folder)
-    found: list[LayerDamage] = []
+    layers: list[LayerDamage] = []
     for number, segment in enumerate(stream.segments):
         weights = stream.load(number)
-        rounded = {node: _rounded(node, weights, weight_bits) for node in linears(segment)}
+        rounded = {node: _rounded(node, weights, scheme) for node in linears(segment)}
         errors = {node: [0.0, 0.0] for node in rounded}
 
         stream.forward(number, weights, on_linear=_observer(weights, rounded, errors, bits))
         stream.drop(number)
-        found += [LayerDamage(str(node.name), rounded[node].numel(), wrong / max(all_, 1e-30))
-                  for node, (wrong, all_) in errors.items()]  # fmt: skip
-    return sorted(found, key=lambda layer: (-layer.output_error, layer.name))
+        layers += [LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30))
+                   for node, (error, total) in errors.items()]  # fmt: skip
+    return sorted(layers, key=lambda layer: (-layer.output_error, layer.name))
 
 
 def _observer(
     weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int
 ) -> Callable[[ir.Node, Tensor], Tensor]:
-    """Adds to `errors` of a linear the squares of what rounding changes and of what is right."""
+    """A callback that adds to a linear's `errors` the squares of what rounding changes in its outputs, and of the outputs."""
 
     def observe(node: ir.Node, x: Tensor) -> Tensor:
-        weight = node.inputs[1]
+        weight = operand(node, Role.WEIGHT)
         assert weight is not None
         exact = x @ weights[weight].T
         errors[node][0] += float((quantized(x, bits) @ rounded[node].T - exact).square().sum())
@@ -76,16 +85,16 @@ def alone(
     folder: Path,
     *,
     bits: int = 8,
-    weight_bits: int = 8,
+    scheme: WeightScheme = INT8,
     on_progress: Progress = lambda done, total: None,
 ) -> list[LayerDamage]:
-    """Every linear of a float32 graph with the KL divergence that its own quantization causes; worst first.
+    """The KL divergence that the quantization of each linear of a float32 graph causes alone, worst first.
 
-    The seams of the exact run are kept, and each layer's run starts at its own segment, so the time is about half a run for
-    every layer.
+    The activations between the segments of the exact run are kept, and the run of each layer starts at its own segment, so that
+    it takes half the time of a whole run on average.
     """
-    own = output_errors(model, sequences, folder / "errors", bits=bits, weight_bits=weight_bits)
-    errors = {layer.name: layer for layer in own}
+    measured = output_errors(model, sequences, folder / "errors", bits=bits, scheme=scheme)
+    errors = {layer.name: layer for layer in measured}
     stream = ActivationStream(model, sequences, folder / "exact")
     last = len(stream.segments) - 1
     exact: dict[int, Tensor] = {}
@@ -96,33 +105,41 @@ def alone(
     todo = [(number, node) for number in range(last + 1) for node in linears(stream.segments[number])]
     size = sum(prod(value.shape.numpy()) for segment in stream.segments for value in segment.weights if value.shape) * 4
     load = cache(stream.load) if size <= _KEPT_BYTES else stream.load
-    found = []
+    layers = []
     for done, (number, node) in enumerate(todo):
         on_progress(done, len(todo))
         with _branch(stream, folder) as branch:
-            kl = _divergence(branch, load, number, node, (bits, weight_bits), exact)
+            kl = _divergence(branch, load, number, node, exact, bits, scheme)
         layer = errors[str(node.name)]
-        found.append(LayerDamage(layer.name, layer.weights, layer.output_error, kl / stream.tokens))
+        layers.append(LayerDamage(layer.name, layer.weights, layer.output_error, kl / stream.tokens))
     on_progress(len(todo), len(todo))
-    return sorted(found, key=lambda layer: (-(layer.kl or 0.0), layer.name))
+    return sorted(layers, key=lambda layer: (-(layer.kl or 0.0), layer.name))
 
 
-def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor], weight_bits: int) -> Tensor:
-    """A linear's weight as its integers say it."""
-    value = node.inputs[1]
+def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor], scheme: WeightScheme) -> Tensor:
+    """The float32 weight that the integers and scales of a linear stand for."""
+    value = operand(node, Role.WEIGHT)
     assert value is not None and value.const_value is not None
     if {INTEGERS, GROUPED} & value.meta.keys():
         return weights[value]
-    quantize = quantize_groups if weight_bits == 4 and in_groups(node) else quantize_rows
+    group, array, name = scheme.group if in_groups(node) else None, weights[value].cpu().numpy(), str(value.name)
     with errors_about(value.const_value):
-        integers, scales = quantize(weights[value].cpu().numpy(), str(value.name))
-    return product(torch.from_numpy(integers), torch.from_numpy(scales)).to(weights[value].device)
+        integers, scales = quantize_rows(array, name) if group is None else quantize_groups(array, name, group)
+    return product(torch.from_numpy(integers), torch.from_numpy(scales), group).to(weights[value].device)
 
 
 def _divergence(
-    stream: ActivationStream, load: Load, start: int, node: ir.Node, bits: tuple[int, int], exact: dict[int, Tensor]
+    stream: ActivationStream,
+    load: Load,
+    start: int,
+    node: ir.Node,
+    exact: dict[int, Tensor],
+    bits: int,
+    scheme: WeightScheme,
 ) -> float:
-    total = 0.0
+    """The KL divergence, over all tokens, from the `exact` log-probabilities where only the linear `node` is quantized."""
+    total, weight = 0.0, operand(node, Role.WEIGHT)
+    assert weight is not None
 
     def compare(number: int, logits: Tensor) -> None:
         nonlocal total
@@ -132,14 +149,13 @@ def _divergence(
     for number in range(start, len(stream.segments)):
         weights = load(number)
         if number == start:
-            assert node.inputs[1] is not None
-            weights = {**weights, node.inputs[1]: _rounded(node, weights, bits[1])}
-        stream.forward(number, weights, on_linear=lambda one, x: quantized(x, bits[0]) if one is node else x, on_logits=compare)
+            weights = {**weights, weight: _rounded(node, weights, scheme)}
+        stream.forward(number, weights, on_linear=lambda one, x: quantized(x, bits) if one is node else x, on_logits=compare)
     return total
 
 
 @contextmanager
 def _branch(stream: ActivationStream, folder: Path) -> Iterator[ActivationStream]:
-    """The same stream, which reads seams that are there and writes those after them elsewhere."""
+    """The same stream with a temporary folder for the seams that it writes; it reads the others where they are."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         yield stream.branch(Path(name))

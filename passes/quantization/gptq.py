@@ -1,4 +1,4 @@
-"""Rounding that makes up for each weight's error with the weights after it (Frantar et al., GPTQ, arXiv:2210.17323)."""
+"""Rounding in which later weights compensate for the errors of earlier ones (Frantar et al., GPTQ, arXiv:2210.17323)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-from belle_compile.compiler.ir.meanings import GROUP
 from belle_compile.passes.quantization import groups
 
 Tensor = torch.Tensor
 
 BLOCK = 128  # inputs whose errors are carried to the rest at once
 ROWS = 16_384  # outputs rounded at a time: a head of 250,880 rows is not held twice
-CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.90)  # scales tried, as parts of absmax / 127
+CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.90)  # scales tried, as fractions of absmax / 127
 
 
 def scales_of(weight: Tensor, importance: Tensor, clips: tuple[float, ...] = CLIPS) -> Tensor:
-    """float32 [N]: of `clips` times absmax / 127 of each row, that with the least squared rounding error, inputs weighed by
-    `importance` [K]; the first of equal ones."""
+    """float32 [N]: for each row of a weight [N, K], absmax / 127 times one of `clips`.
+
+    It is the one with the least squared rounding error, where inputs are weighted by `importance` [K]; the first of equal ones.
+    """
     widest = weight.abs().amax(dim=1) / 127
     best, least = widest, torch.full_like(widest, torch.inf)
     for clip in clips:
@@ -31,7 +32,7 @@ def scales_of(weight: Tensor, importance: Tensor, clips: tuple[float, ...] = CLI
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of `hessian` + damping * its mean diagonal, float32 [K, K].
 
-    Inputs that were always 0 have no say: their diagonal is taken as 1.
+    The diagonal of inputs that were always 0 is taken as 1, so that they have no influence.
     """
     matrix = hessian.double()
     diagonal = matrix.diagonal()
@@ -43,35 +44,35 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 @torch.inference_mode()
 def round_weight(
-    weight: Tensor, hessian: Tensor, damping: float, clips: tuple[float, ...] = CLIPS, *, grouped: bool = False
+    weight: Tensor, hessian: Tensor, damping: float, clips: tuple[float, ...] = CLIPS, *, group: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and scales float32 [N] of a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K];
-    with `grouped`, INT4 integers and scales float16 [N, G].
+    """Round a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
-    Inputs are taken in falling order of their second moment; the error of each, as far as later ones can make up for it,
-    is taken from their weights before these are rounded. Scales are chosen before that: groups are neighbours in the order in
-    which inputs lie, not in that in which they are rounded.
+    Returns int8 integers [N, K] and float32 scales [N]; with `group`, INT4 integers and float16 scales [N, G] of so many inputs
+    each. Inputs are rounded in descending order of their second moment. The error of each is subtracted from the weights of
+    later ones, as far as these can compensate for it, before they are rounded. Scales are chosen before the first rounding:
+    groups are neighbours in the order in which inputs lie, not in the order in which they are rounded.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    size = GROUP if grouped else len(order)
+    size = group or len(order)
     scales = torch.empty(len(weight), -(-len(order) // size), device=weight.device)
     importance, group_of = diagonal / diagonal.sum().clamp(min=1e-30), (order // size).tolist()
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         part = weight[rows]
-        scales[rows] = groups.group_scales(part, importance) if grouped else scales_of(part, importance, clips)[:, None]
-        steps, to_integers = scales[rows].T.contiguous(), groups.nearest if grouped else _integers
+        scales[rows] = groups.group_scales(part, importance, group) if group else scales_of(part, importance, clips)[:, None]
+        steps, to_integers = scales[rows].T.contiguous(), groups.nearest if group else _integers
         integers[rows, order] = _round_rows(part[:, order].T.contiguous(), factor, steps, group_of, to_integers).T
-    return integers, scales.half() if grouped else scales[:, 0]
+    return integers, scales.half() if group else scales[:, 0]
 
 
 def _round_rows(
     left: Tensor, factor: Tensor, scales: Tensor, group_of: list[int], to_integers: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Integers [K, N] of weights `left` [K, N], which are used up; `scales` [G, N] by the group of each input."""
+    """Integers [K, N] of weights `left` [K, N], which are overwritten; `scales` [G, N] by the group of each input."""
     integers = torch.empty(left.shape, dtype=torch.int8, device=left.device)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from belle_compile.compiler.ir.meanings import GROUP
 
@@ -19,6 +19,16 @@ class WeightScheme:
     bits: int
     group: int | None = None
     zero_points: bool = False
+
+    @property
+    def is_grouped_int4(self) -> bool:
+        """Whether weights are INT4 in groups of inputs without zero points, which is what passes make."""
+        return self.group is not None and self == replace(INT4, group=self.group)
+
+    @property
+    def unusual(self) -> dict[str, int]:
+        """What the record of a pass says of groups that are not of the usual size."""
+        return {"group": self.group} if self.group and self.group != INT4.group else {}
 
     @property
     def quantizes(self) -> bool:

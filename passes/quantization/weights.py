@@ -1,4 +1,4 @@
-"""Integer weights and their scales, computed when they are read: INT8 with one per output channel, INT4 with one per group."""
+"""Integer weights and their scales, computed when they are read: INT8 with one scale per output, INT4 with one per group."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import torch
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import Shared, has_rows, lazy, read_rows
-from belle_compile.compiler.ir.meanings import GROUP
 from belle_compile.passes.quantization import groups
 
-# In the meta of a float32 weight that is a product: Shared integers [N, K] and scales, float32 [N] or float16 [N, G] of groups
+# Keys in the meta of a float32 weight that is a product: Shared integers [N, K] and scales, float32 [N] or float16 [N, G]
 INTEGERS, GROUPED = "integers", "grouped integers"
 _ROWS = 1024  # rows quantized at a time, so that temporaries stay small beside the weight
 
 
 def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K], rounded to nearest where no pass has
-    chosen integers before.
+    """Initializers <name>.int8 [N, K] and <name>.scale [N] of a float32 weight [N, K].
 
-    The second call for the same weight returns the same two: a tied head and embedding share one table.
+    Integers are the nearest ones unless a pass has chosen some before. A second call for the same weight returns the same two
+    initializers: a tied head and embedding share one table.
     """
     name, source = str(weight.name), weight.const_value
     assert source is not None
@@ -38,16 +37,19 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     return graph.initializers[f"{name}.int8"], graph.initializers[f"{name}.scale"]
 
 
-def grouped_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Initializers <name>.int4 [N, K] and <name>.scales [N, G] of a float32 weight [N, K], rounded to nearest where no pass has
-    chosen integers before. The second call for the same weight returns the same two."""
+def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """Initializers <name>.int4 [N, K] and <name>.scales [N, G] of a float32 weight [N, K], with scales of `group` inputs.
+
+    Integers are the nearest ones unless a pass has chosen some before. A second call for the same weight returns the same two
+    initializers.
+    """
     name, source = str(weight.name), weight.const_value
     assert source is not None
     outputs, inputs = source.shape.numpy()
     if f"{name}.int4" not in graph.initializers:
-        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name))
+        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group))
         int4 = ir.DataType.INT4
-        shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // GROUP))
+        shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // group))
         integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source])
         scales = lazy(f"{name}.scales", lambda: both[1], groups_shape, ir.DataType.FLOAT16, step="scales", sources=[source])
         for tensor in (integers, scales):
@@ -56,7 +58,7 @@ def grouped_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Valu
 
 
 def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """quantize_rows of a tensor, of which only some rows are in memory as float32 where these can be read alone."""
+    """Quantize a tensor as `quantize_rows` does; where rows can be read alone, only some are in memory as float32."""
     if not has_rows(weight):
         return quantize_rows(weight.numpy(), name)
     count, inputs = weight.shape.numpy()
@@ -70,7 +72,7 @@ def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[A
 def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """int8 weight / scale, rounded half to even and within +-127, and scale = absmax / 127 of each row; zero rows give zeros.
 
-    Raises CompileError where the weight, whose rows are those from `first` on, holds NaN or infinity.
+    `first` is the number of the first row in the whole weight `name`. Raises CompileError where a row holds NaN or infinity.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty(len(weight), np.float32)
@@ -87,34 +89,35 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) ->
     return integers, scales
 
 
-def quantize_groups(weight: npt.NDArray[np.float32], name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """int8 integers of INT4's range, the nearest to weight / scale, and float16 scales [N, G] for the least squared error.
+def quantize_groups(weight: npt.NDArray[np.float32], name: str, group: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """int8 integers within INT4's range, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
 
-    Raises CompileError where the weight holds NaN, infinity, or what no float16 scale is large enough for.
+    Scales are chosen for the least squared error. Raises CompileError where the weight holds NaN, infinity, or what no float16
+    scale is large enough for.
     """
     outputs, inputs = weight.shape
     integers = np.empty(weight.shape, np.int8)
-    scales = np.empty((outputs, -(-inputs // GROUP)), np.float16)
+    scales = np.empty((outputs, -(-inputs // group)), np.float16)
     equal = torch.ones(inputs)
     for start in range(0, outputs, _ROWS):
         rows = slice(start, start + _ROWS)
         block = torch.from_numpy(np.array(weight[rows]))
         check_groups(block, f"tensor {name}")
-        steps = groups.group_scales(block, equal)
-        integers[rows] = groups.nearest(block, groups.every_input(steps, inputs)).numpy()
+        steps = groups.group_scales(block, equal, group)
+        integers[rows] = groups.nearest(block, groups.every_input(steps, inputs, group)).numpy()
         scales[rows] = steps.numpy()
     return integers, scales
 
 
 def check_groups(weight: torch.Tensor, what: str) -> None:
-    """Raises CompileError where the weight cannot be INT4 integers times float16 scales."""
+    """Raise CompileError where the weight cannot be INT4 integers times float16 scales."""
     largest = float(weight.abs().max())  # NaN where there is one
     if not largest <= groups.LARGEST:
         expected = f"finite weights within +-{groups.LARGEST:,.0f}"
         raise CompileError("quantize", what, found=f"a weight of magnitude {largest:,.0f}", expected=expected)
 
 
-def product(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K]: the weight that integers and scales of either kind stand for."""
-    steps = scales[:, None] if scales.ndim == 1 else groups.every_input(scales.float(), integers.shape[1])
+def product(integers: torch.Tensor, scales: torch.Tensor, group: int | None = None) -> torch.Tensor:
+    """float32 [N, K]: the weight that integers [N, K] and scales stand for, [N] or, of `group` inputs each, [N, G]."""
+    steps = scales[:, None] if group is None else groups.every_input(scales.float(), integers.shape[1], group)
     return integers * steps

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from belle_compile.passes.calibration.sensitivity import alone, output_errors
+from belle_compile.passes.quantization.scheme import INT4
 from tests.passes.helpers import VOCABULARY, llama
 
 SEQUENCES = [np.random.default_rng(n).integers(0, VOCABULARY, 20).tolist() for n in range(4)]
@@ -38,7 +39,7 @@ def test_wider_activations_do_less(tmp_path: Path) -> None:
 
 def test_int4_weights_do_more_in_every_layer_but_the_head(tmp_path: Path) -> None:
     int8 = {layer.name: layer.output_error for layer in output_errors(llama(), SEQUENCES, tmp_path)}
-    int4 = {layer.name: layer.output_error for layer in output_errors(llama(), SEQUENCES, tmp_path, weight_bits=4)}
+    int4 = {layer.name: layer.output_error for layer in output_errors(llama(), SEQUENCES, tmp_path, scheme=INT4)}
     assert int4.pop("lm_head") == int8.pop("lm_head")
     assert all(int4[name] > 10 * int8[name] for name in int8)
 

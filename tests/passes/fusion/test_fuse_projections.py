@@ -57,6 +57,37 @@ def test_same_results_with_int4_weights(biases: list[bool]) -> None:
     assert_same_results(before, model)
 
 
+def grouped(b: Tiny, name: str, group: int, zeros: bool, bias: bool) -> ir.Value:
+    """A linear of b.x with random INT4 weights, as a checkpoint that is quantized already brings them."""
+    random, groups = np.random.default_rng(len(name)), -(-32 // group)
+    weights = {
+        "int4": random.integers(-8, 8, (32, 32)).astype(ir.DataType.INT4.numpy()),
+        "scales": random.normal(0, 0.05, (32, groups)).astype(np.float16),
+        "bias": random.normal(0, 1, 32).astype(np.float32) if bias else None,
+        "zeros": random.integers(-8, 9, (32, groups)).astype(np.int8) if zeros else None,
+    }
+    values = [None if array is None else b.weight(f"{name}.{part}", array) for part, array in weights.items()]
+    known = b.x.consumers()
+    quantize = known[0].outputs if known else b.ops("QuantizeTokens", b.x, name="quantize")
+    return b.op("GroupQuantizedLinear", *quantize, *values, name=name, group=group)
+
+
+@pytest.mark.parametrize("zeros", [(True, True), (False, True), (True, False)])
+def test_zero_points_are_fused_with_the_integers(zeros: tuple[bool, bool]) -> None:
+    b = Tiny()
+    parts = [grouped(b, name, 20, zero, bias) for name, zero, bias in zip(("one", "other"), zeros, (True, False), strict=True)]
+    model = b.head(b.op("Add", *parts, name="add"))
+    before, result = check_pass(FuseProjections(), model)
+    assert result == PassResult(1) and count(model, "GroupQuantizedLinear") == 1
+    assert_same_results(before, model)
+
+
+def test_groups_of_different_sizes_are_not_fused() -> None:
+    b = Tiny()
+    parts = [grouped(b, name, group, False, False) for name, group in (("one", 16), ("other", 32))]
+    assert check_pass(FuseProjections(), b.head(b.op("Add", *parts, name="add")))[1] == PassResult()
+
+
 def test_llama_fuses_both_groups_of_each_layer() -> None:
     model = llama(layers=2)
     before, result = check_pass(FuseProjections(), model)

@@ -11,15 +11,19 @@ import onnx_ir as ir
 import pytest
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate_ranks
 from belle_compile.compiler.ir.lazy import lazy, wholes_kept
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role, TensorSpec
 from belle_compile.compiler.ir.text import to_text
 from belle_compile.compiler.ir.verify import verify
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.partition.rank_graph import RankGraph
 from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
+from belle_compile.passes.quantization.scheme import WeightScheme
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, Tiny, bloom, check_pass, count, llama, side_by_side
 
@@ -72,6 +76,33 @@ def test_results(name: str, preset: str, rtol: float) -> None:
     run_pipeline(one, PRESETS[preset])
     expected = logits([one])
     np.testing.assert_allclose(logits(several), expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_stay_whole(name: str) -> None:
+    """Group scales and zero points are divided like the inputs that they belong to."""
+    model = MODELS[name]()
+    QuantizeGroups(weights=WeightScheme(4, 16)).run(model)
+    for node in [node for node in model.graph if node.op_type == "GroupQuantizedLinear"]:
+        scales = operand(node, Role.GROUP_SCALE)
+        assert scales is not None and scales.shape is not None
+        zeros = np.random.default_rng(1).integers(-1, 2, scales.shape.numpy()).astype(np.int8)
+        value = make_initializer(ir.Tensor(zeros, name=f"{node.name}.zeros"))
+        model.graph.register_initializer(value)
+        node.resize_inputs(6)
+        node.replace_input_with(5, value)
+    verify(model)
+    expected, several = logits([model]), parts_of(model)
+    np.testing.assert_allclose(logits(several), expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    shapes = {str(TensorSpec.of(value)) for rank in several for node in rank.graph if (value := operand(node, Role.ZERO_POINT))}
+    assert "int8[32, 1]" in shapes, "half of the two groups of 16 inputs"
+
+
+def test_groups_that_do_not_fit_the_ranks() -> None:
+    model = MODELS["bloom"]()
+    QuantizeGroups(weights=WeightScheme(4, 20)).run(model)
+    with pytest.raises(CompileError, match=r"key/value heads for 2 ranks: found 4, in units of 5, expected 2"):
+        PartitionTensors(0, 2).run(model)
 
 
 @pytest.mark.parametrize("name", MODELS)

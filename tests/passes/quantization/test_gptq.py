@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import GROUP
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.quantization import gptq
 from belle_compile.passes.quantization.gptq_rounding import GptqRounding
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import INT4, WeightScheme
 from belle_compile.passes.quantization.weights import product, quantize_groups
 from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama
 
@@ -110,23 +113,23 @@ def test_linears_keep_the_integers(tmp_path: Path) -> None:
 
 
 def grouped_error(weight: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> float:
-    return float((x @ (product(integers, scales) - weight).T).square().sum())
+    return float((x @ (product(integers, scales, GROUP) - weight).T).square().sum())
 
 
 @pytest.mark.parametrize("inputs", [160, 256, 300])
 def test_int4_outputs_change_less_than_with_the_nearest_integers(inputs: int) -> None:
     weight, x = correlated(inputs=inputs // 8 * 8)
-    rounded = gptq.round_weight(weight, x.T @ x, 0.01, grouped=True)
+    rounded = gptq.round_weight(weight, x.T @ x, 0.01, group=GROUP)
     assert rounded[0].dtype == torch.int8 and rounded[0].min() >= -8 and rounded[0].max() <= 7
     assert rounded[1].dtype == torch.float16 and rounded[1].shape == (24, -(-weight.shape[1] // 128))
-    plain = map(torch.from_numpy, quantize_groups(weight.numpy(), "w"))
+    plain = map(torch.from_numpy, quantize_groups(weight.numpy(), "w", GROUP))
     assert grouped_error(weight, *rounded, x) < 0.35 * grouped_error(weight, *plain, x)
 
 
 def test_int4_without_correlation_is_rounding_to_nearest() -> None:
     weight, _ = correlated(inputs=304)
-    integers, scales = gptq.round_weight(weight, torch.eye(304), 0.0, grouped=True)
-    expected, expected_scales = quantize_groups(weight.numpy(), "w")
+    integers, scales = gptq.round_weight(weight, torch.eye(304), 0.0, group=GROUP)
+    expected, expected_scales = quantize_groups(weight.numpy(), "w", GROUP)
     assert np.array_equal(integers.numpy(), expected) and np.array_equal(scales.numpy(), expected_scales)
 
 
@@ -137,25 +140,38 @@ def test_int4_scales_belong_to_neighbours_whatever_the_order_of_rounding() -> No
     integers[:, ::100] = -8
     steps = torch.tensor([0.5, -0.125]).repeat_interleave(128)
     hessian = torch.diag(torch.rand(256, generator=generator) + 0.5)
-    found, scales = gptq.round_weight(integers * steps, hessian, 0.01, grouped=True)
+    found, scales = gptq.round_weight(integers * steps, hessian, 0.01, group=GROUP)
     assert torch.equal(found.float(), integers) and scales.unique().tolist() == [-0.125, 0.5]
 
 
-def test_layers_keep_int4_integers_and_the_head_int8_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [INT4, WeightScheme(4, 20)], ids=str)
+def test_layers_keep_int4_integers_and_the_head_int8_ones(tmp_path: Path, scheme: WeightScheme) -> None:
     model = llama(last_norm=True)
-    _, result = check_pass(GptqRounding(data(tmp_path), weight_bits=4), model)
+    step = GptqRounding(data(tmp_path), weights=scheme)
+    assert step.options.items() >= {"weight_bits": 4}.items() and step.options.get("group", GROUP) == scheme.group
+    _, result = check_pass(step, model)
     assert result == PassResult(7 * 2 + 1)
     weights = {str(node.name): node.inputs[1] for node in model.graph if node.op_type == "Gemm"}
     products = {name: value.const_value.numpy().copy() for name, value in weights.items()}
-    assert QuantizeGroups().run(model).changes == 7 * 2 and QuantizeLinears().run(model).changes == 1
+    assert QuantizeGroups(weights=scheme).run(model).changes == 7 * 2 and QuantizeLinears().run(model).changes == 1
     seen = set()
     for node in model.graph:
         if node.op_type == "GroupQuantizedLinear":
             wq, ws = (value.const_value.numpy() for value in node.inputs[2:4])
             seen.add(str(node.name))
-            found = product(torch.from_numpy(wq.astype(np.int8)), torch.from_numpy(ws.copy()))
+            found = product(torch.from_numpy(wq.astype(np.int8)), torch.from_numpy(ws.copy()), scheme.group)
             assert np.array_equal(found.numpy(), products[str(node.name)])
     assert seen == products.keys() - {"lm_head"}
+
+
+def test_schemes_that_it_does_not_know(tmp_path: Path) -> None:
+    message = (
+        r"option weights of GPTQ: found int4 per output channel, expected int8 per output channel or int4 in groups of 128"
+    )
+    with pytest.raises(CompileError, match=message):
+        GptqRounding(data(tmp_path), weights=WeightScheme(4))
+    with pytest.raises(CompileError, match=r"found int4 in groups of 128 inputs with zero points"):
+        GptqRounding(data(tmp_path), weights=replace(INT4, zero_points=True))
 
 
 def test_a_tied_head_is_refused(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.quantization import groups
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import FLOAT32, INT4, INT8, WeightScheme
 from belle_compile.passes.quantization.weights import quantize_groups
 from tests.passes.helpers import LINEAR, Tiny, assert_same_results, check_pass, count, llama, side_by_side
 
@@ -26,13 +28,13 @@ def two_linears() -> ir.Model:
     return b.head(b.op("Add", b.linear(b.x, "left", 32, bias=True), b.linear(b.x, "right", 32), name="add"), tied=True)
 
 
-def with_rounded_weights(model: ir.Model, quantized: ir.Model) -> ir.Model:
+def with_rounded_weights(model: ir.Model, quantized: ir.Model, group: int = GROUP) -> ir.Model:
     """The float model with integers * scales in place of every INT4 weight."""
     for name, value in model.graph.initializers.items():
         if f"{name}.int4" in quantized.graph.initializers and value.const_value is not None:
             wq, ws = (quantized.graph.initializers[f"{name}.{part}"].const_value for part in ("int4", "scales"))
             assert wq is not None and ws is not None
-            steps = np.repeat(ws.numpy().astype(np.float32), GROUP, axis=1)[:, : wq.shape.numpy()[1]]
+            steps = np.repeat(ws.numpy().astype(np.float32), group, axis=1)[:, : wq.shape.numpy()[1]]
             value.const_value = ir.Tensor(wq.numpy().astype(np.float32) * steps, name=name)
     return model
 
@@ -43,6 +45,22 @@ def test_text(golden: Callable[[str, str], None]) -> None:
     assert result == PassResult(2)
     assert count(model, "QuantizeTokens") == 1 and count(model, "Gemm") == 1  # the head
     golden("quantize-groups", side_by_side(before, QuantizeGroups(), model))
+
+
+def test_groups_of_another_size() -> None:
+    """The nodes and the record of the pass say their size."""
+    step, model = QuantizeGroups(weights=WeightScheme(4, 16)), llama(layers=1)
+    check_pass(step, model)
+    assert step.options == {"keep": [], "group": 16}
+    nodes = [node for node in model.graph if node.op_type == "GroupQuantizedLinear"]
+    assert {attributes_of(node)["group"] for node in nodes} == {16} and len(nodes) == 7
+    assert_same_results(with_rounded_weights(llama(layers=1), model, 16), model, rtol=0.04)
+
+
+@pytest.mark.parametrize("scheme", [INT8, FLOAT32, WeightScheme(4), WeightScheme(3, 128), WeightScheme(4, 128, True)], ids=str)
+def test_schemes_that_it_does_not_know(scheme: WeightScheme) -> None:
+    with pytest.raises(CompileError, match=rf"option weights of groups: found {scheme}, expected {INT4}"):
+        QuantizeGroups(weights=scheme)
 
 
 def test_exact_where_integers_represent_the_weights_and_inputs() -> None:
@@ -107,7 +125,7 @@ def test_integers_and_scales() -> None:
     weight[3] = 0
     weight[4, :GROUP] = 0
     weight[4, :3] = [8, -7, 0.25]
-    integers, scales = quantize_groups(weight, "w")
+    integers, scales = quantize_groups(weight, "w", GROUP)
     assert integers.dtype == np.int8 and scales.dtype == np.float16 and scales.shape == (1100, 3)
     assert set(np.unique(integers)) == set(range(-8, 8)) and integers.astype(ml_dtypes.int4).astype(np.int8).min() == -8
     assert not integers[3].any() and not scales[3].any()
@@ -123,13 +141,15 @@ def test_scales_make_less_error_than_the_outermost_weights_would() -> None:
     importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) ** 4
 
     def error(scales: torch.Tensor, importance: torch.Tensor) -> float:
-        steps = groups.every_input(scales, 256)
+        steps = groups.every_input(scales, 256, GROUP)
         return float(((groups.nearest(weight, steps) * steps - weight).square() @ importance).sum())
 
     equal = torch.ones(256)
     plain = weight.view(64, 2, GROUP).abs().amax(dim=2) / 7
-    assert error(groups.group_scales(weight, equal), equal) < 0.85 * error(plain, equal)
-    assert error(groups.group_scales(weight, importance), importance) < error(groups.group_scales(weight, equal), importance)
+    assert error(groups.group_scales(weight, equal, GROUP), equal) < 0.85 * error(plain, equal)
+    assert error(groups.group_scales(weight, importance, GROUP), importance) < error(
+        groups.group_scales(weight, equal, GROUP), importance
+    )
 
 
 @pytest.mark.parametrize(("value", "found"), [(np.nan, "nan"), (-np.inf, "inf"), (1e6, "1,000,000")])
@@ -138,4 +158,4 @@ def test_weights_that_do_not_fit(value: float, found: str) -> None:
     weight[2, 1] = value
     message = rf"quantize: tensor w: found a weight of magnitude {found}, expected finite weights within \+-458,528"
     with pytest.raises(CompileError, match=message):
-        quantize_groups(weight, "w")
+        quantize_groups(weight, "w", GROUP)
