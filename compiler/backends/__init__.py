@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from belle_compile.compiler.targets import Target
     from belle_compile.runtime.program import Program
 
-CALLS_OF_OP = {"Split": 0, "Identity": 0, "Attention": 2}  # a view; nothing; append to the cache, attend. Others: one
 BEHIND_LOGITS = frozenset({"chunk_maxima", "collect"})  # kinds of calls that a backend adds to those of the graph
-WITHOUT_KERNEL = frozenset({"Identity", "IntegerLinear", "Dequantize"})  # passes remove or fuse these
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,16 @@ class Lowered:
 
 def count_kernel_calls(model: ir.Model) -> int:
     """Kernel calls of one step of a graph, whether or not it could be lowered as it is."""
-    return sum(CALLS_OF_OP.get(node.op_type, 1) for node in model.graph)
+    from belle_compile.compiler.backends.program import rules
+
+    return rules.count_kernel_calls(model.graph)
 
 
 def can_lower(model: ir.Model) -> bool:
     """Whether every op of a graph has a kernel as it is."""
-    return not any(node.op_type in WITHOUT_KERNEL for node in model.graph)
+    from belle_compile.compiler.backends.program import rules
+
+    return rules.has_kernels(model.graph)
 
 
 def require_triton() -> None:
@@ -73,7 +75,7 @@ def compile_graphs(
     tune: Callable[[int, int], None] | None = None,
 ) -> list[Lowered]:
     """Lower the verified graph of each rank and compile its kernels for every instruction set of the target; `kv_cache` as in
-    `lowering.lower`. Ranks with the same kernels share their libraries.
+    `lower_graph`. Ranks with the same kernels share their libraries.
 
     The kernels' tilings are those of this repository, and nothing is measured, unless `tune` is given: then a processor's are
     searched here, and `tune(done, total)` hears of each shape. On a GPU the host that serves measures when it first loads.

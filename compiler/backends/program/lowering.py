@@ -1,10 +1,10 @@
-"""Lowers a graph to a flat list of kernel calls over buffers, and the buffers to a memory plan; what backends share."""
+"""What lowering a graph works with: places of values, packed weights, pending calls, and the class that collects them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -12,35 +12,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.backends.program.kernel import ROW_ALIGNMENT, Kernel, View, round_up
-from belle_compile.compiler.backends.program.memory_plan import Lifetime, PlannedBuffer, plan_memory
+from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.runtime.program import (
-    KV,
-    AllReduce,
-    Arena,
-    Arg,
-    Call,
-    Candidates,
-    FusionCalls,
-    Input,
-    KVLayout,
-    Logits,
-    Program,
-    Scratch,
-    Weight,
-    When,
-)
+from belle_compile.runtime.program import KV, Arg, Input, Program, Scratch, Weight, When
 
 Rows = Literal["T", "R"]
 VECTOR_ALIGNMENT = 16  # 64 bytes of float32 or int32
-_PLANES = {ir.DataType.INT8: 1, ir.DataType.INT16: 2}  # of quantized activations
+_PLANES = {ir.DataType.INT8: 1, ir.DataType.INT16: 2}  # planes of bytes that a quantized activation takes
 _SCRATCH_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A tensor of the engine; `pack` reads its source and lays it out, nothing is kept."""
+    """A tensor of the engine; each call of `pack` reads its source and lays it out anew."""
 
     name: str
     dtype: str
@@ -54,20 +38,20 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What a step has at most; longer prompts are read in several."""
+    """The most tokens, rows of logits and sequences of one step; longer prompts take several steps."""
 
     tokens: int
-    rows: int  # of logits
+    rows: int
     sequences: int
 
     def most(self, rows: Rows) -> int:
-        """Rows of activations of a kind."""
+        """The most rows of activations: one for each token ("T") or for each row of logits ("R")."""
         return self.tokens if rows == "T" else self.rows
 
 
 @dataclass(eq=False)
 class Buffer:
-    """`most` rows of activations, or the workspace of one call; its place in the arena comes from the memory plan."""
+    """Room for `most` rows of activations, or for the workspace of one call; the memory plan places it in the arena."""
 
     rows: Rows
     most: int
@@ -81,12 +65,15 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value lies: a buffer, from an element of each row on."""
+    """Where a value lies: in a buffer, `width` elements of each row from element `offset` on.
+
+    The bytes of 16-bit activations are two `planes`, of which one follows the other in a row.
+    """
 
     buffer: Buffer
     offset: int
     width: int
-    planes: int = 1  # parts of a row, one after the other: two for the bytes of 16-bit activations
+    planes: int = 1
 
     @property
     def view(self) -> View:
@@ -98,7 +85,7 @@ Operand = Place | Arg
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A call whose buffers have no addresses yet; one without a kernel is a sum over ranks of the one operand's rows."""
+    """A call whose buffers have no addresses yet; without a kernel, it sums the rows of its one operand over all ranks."""
 
     kernel: Kernel | None
     node: str
@@ -109,7 +96,7 @@ class PendingCall:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a backend, by what rules.py makes of them: classes that take the same fields."""
+    """The kernel classes of a backend, which rules.py instantiates: a kernel has the same fields in every backend."""
 
     FloatLinear: Callable[..., Kernel]
     QuantizedLinear: Callable[..., Kernel]
@@ -123,20 +110,30 @@ class Kernels:
     Add: Callable[..., Kernel]
     GatherRows: Callable[..., Kernel]
     AppendKV: Callable[..., Kernel]
-    # What attends, each for the tokens that it is for
+    # Kernels that attend, each with the tokens that it is called for
     Attention: Sequence[tuple[When, Callable[..., Kernel]]]
     GroupLinear: Callable[..., Kernel] | None = None
 
 
+@dataclass(frozen=True)
+class CandidatePlaces:
+    """Where a program leaves candidates for the next token: for each row their count, tokens and logits, at most `capacity`."""
+
+    counts: Place
+    tokens: Place
+    values: Place
+    capacity: int
+
+
 @dataclass
 class Lowering(ABC):
-    """What the rules in `rules.py` append to; one per graph."""
+    """The calls, places and weights of one graph, to which the rules in `rules.py` add; a backend derives its own class."""
 
     backend: ClassVar[str]
     kernels: ClassVar[Kernels]
-    byte: ClassVar[str]  # of quantized activations
+    byte: ClassVar[str]  # dtype of the bytes of quantized activations
     sizes: ClassVar[StepSizes]
-    half: ClassVar[str]  # the type of a KV cache of 16 bits
+    half: ClassVar[str]  # dtype of a KV cache of 16 bits
 
     model: ir.Model
     kv_dtype: str
@@ -148,7 +145,7 @@ class Lowering(ABC):
     scratch_bytes: int = 0
 
     def place(self, value: ir.Value | None) -> Place:
-        """Where an activation lies."""
+        """Where an activation lies; raises CompileError where nothing has computed it."""
         assert value is not None
         if value not in self.places:
             what = f"value {value.name}"
@@ -156,9 +153,9 @@ class Lowering(ABC):
         return self.places[value]
 
     def allocate(self, value: ir.Value) -> Place:
-        """A new buffer for a node's output. Per-token scales have stride 1.
+        """Place a node's output in a new buffer. Per-token scales have stride 1.
 
-        Quantized activations are bytes; those of 16 bits are two such planes, each padded like a row.
+        Quantized activations are bytes; those of 16 bits are two planes of bytes, each padded like a row.
         """
         assert value.shape is not None
         rows, *rest = value.shape
@@ -175,15 +172,19 @@ class Lowering(ABC):
         return place
 
     def row_stride(self, width: int, dtype: str) -> int:
-        """Elements from a row, or plane of one, to the next."""
+        """How many elements lie between the starts of two neighbouring rows, or planes of a row."""
         return round_up(width, ROW_ALIGNMENT)
 
     def buffer(self, rows: Rows, stride: int, dtype: str) -> Buffer:
-        """Room for the rows of a step."""
+        """A new buffer for the rows of a step."""
         return Buffer(rows, self.sizes.most(rows), stride, dtype)
 
     def call(self, kernel: Kernel, node: ir.Node, rows: Rows, *operands: Operand, when: When = "always") -> None:
-        """Append a call; operands follow the row count in the order of `kernel.pointers()`, workspaces are added here."""
+        """Append a call of a kernel.
+
+        `operands` are its arguments in the order of `kernel.pointers()`, without the row count before them and the workspaces
+        after them.
+        """
         given = (Input(rows), *operands, *self._workspaces(kernel))
         if len(given) != len(kernel.pointers()):
             expected = str(len(kernel.pointers()))
@@ -191,7 +192,7 @@ class Lowering(ABC):
         self.calls.append(PendingCall(kernel, str(node.name), rows, given, when))
 
     def _workspaces(self, kernel: Kernel) -> Iterator[Operand]:
-        """Zeroed ones are the same memory for all calls, which run one after the other."""
+        """The workspaces of a call. Zeroed ones are the same memory for all calls, because these run one after the other."""
         end = 0
         for workspace in kernel.workspaces():
             if workspace.zeroed:
@@ -201,33 +202,32 @@ class Lowering(ABC):
                 yield Place(Buffer("T", 1, workspace.bytes, "uint8"), 0, 0)
         self.scratch_bytes = max(self.scratch_bytes, end)
 
-    def finish(self, node: ir.Node, logits: Place) -> tuple[Place, Place, Place, int] | None:
-        """Append what comes after the logits, which `node` gives; returns where counts, places and values of candidates lie,
-        and the capacity, where there are any."""
+    def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces | None:
+        """Append the calls that find candidates among the logits, which `node` computes; None where the backend has none."""
         return None
 
     def all_reduce(self, node: ir.Node, place: Place) -> None:
-        """Append a sum over ranks, in place."""
+        """Append a sum over ranks, which is taken in place."""
         assert not place.offset, "rows of a part are not summed"
         self.calls.append(PendingCall(None, str(node.name), place.buffer.rows, (place,)))
 
-    # Weights, by initializer; asking twice gives the same tensor, so tied weights are stored once.
+    # Weights by initializer. A second call for the same one returns the same tensor, so that tied weights are stored once.
 
     @abstractmethod
     def float_matrix(self, value: ir.Value | None) -> Weight:
-        """float32 [outputs, inputs], of a linear layer or a table."""
+        """A float32 matrix [outputs, inputs] of a linear layer, or a table."""
 
     @abstractmethod
     def int8_matrix(self, value: ir.Value | None) -> Weight:
-        """int8 [outputs, inputs], likewise."""
+        """An int8 matrix [outputs, inputs] of a linear layer, or a table."""
 
     @abstractmethod
     def int8_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """What the int8 linear kernel takes for a weight and its scales."""
+        """The operands of the int8 linear kernel for a weight and its scales."""
 
     @abstractmethod
     def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """What the int4 linear kernel takes for a weight and the scales of its groups."""
+        """The operands of the int4 linear kernel for a weight and the scales of its groups."""
 
     def vector(self, value: ir.Value | None) -> Weight:
         """A float32 vector, padded to whole registers."""
@@ -241,7 +241,7 @@ class Lowering(ABC):
         return self.weight(name, "int32", (VECTOR_ALIGNMENT,), lambda: pack_vector(tensor.numpy()))
 
     def weight(self, name: str, dtype: str, shape: tuple[int, ...], pack: Callable[[], npt.NDArray[Any]]) -> Weight:
-        """A tensor of the engine."""
+        """Register a tensor of the engine; raises CompileError where it is needed in two layouts."""
         known = self.weights.setdefault(name, PackedWeight(name, dtype, shape, pack))
         if (known.dtype, known.shape) != (dtype, shape):
             found = f"two layouts, {known.shape} and {shape}"
@@ -249,139 +249,35 @@ class Lowering(ABC):
         return Weight(name)
 
     def tensor(self, value: ir.Value | None) -> tuple[ir.TensorProtocol, str]:
-        """An initializer, and its name."""
+        """The tensor and the name of an initializer."""
         if value is None or value.const_value is None:
             what = f"weight {value.name if value else ''}"
             raise CompileError(self.backend, what, found="a computed value", expected="an initializer")
         return value.const_value, str(value.name)
 
     def matrix(self, value: ir.Value | None) -> tuple[ir.TensorProtocol, str, int, int]:
-        """An initializer [outputs, inputs], its name and shape."""
+        """The tensor, name, outputs and inputs of an initializer [outputs, inputs]."""
         tensor, name = self.tensor(value)
         outputs, inputs = tensor.shape.numpy()
         return tensor, name, outputs, inputs
 
 
 def _rows(dimension: ir.SymbolicDim | int) -> Rows | None:
+    """The kind of rows that a dimension counts; None for any other dimension."""
     known: dict[str | int | None, Rows] = {"T": "T", "R": "R"}
     return known.get(dimension.value if isinstance(dimension, ir.SymbolicDim) else dimension)
 
 
 class LoweredGraph(NamedTuple):
-    """The program, the weights in the order of their first use, the kernels (of the backend's own class, without variants) and
-    the buffers of a graph."""
+    """A graph as a program.
+
+    Weights are in the order of their first use, kernels of the backend's own class and without variants.
+    """
 
     program: Program
     weights: list[PackedWeight]
     kernels: list[Any]
     buffers: list[PlannedBuffer]
-
-
-def _kv_cache(backend: type[Lowering], asked: str, quantized: bool, head_dim: int) -> str:
-    """The type of the KV cache, where "auto" is asked too; bfloat16 lies in pairs."""
-    if asked == "bfloat16" and (backend.half != "bfloat16" or head_dim % 2):
-        raise CompileError(
-            "kv cache", "bfloat16 cannot be had here", found=f"heads of {head_dim} for the backend {backend.backend}",
-            expected="heads of an even size on a CPU", remedy="use float16",
-        )  # fmt: skip
-    half = "float16" if head_dim % 2 else backend.half
-    return asked if asked != "auto" else half if quantized else "float32"
-
-
-def lower(
-    backend: type[Lowering], model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto", *, transposed_keys: bool = True
-) -> LoweredGraph:
-    """Lower a graph with a backend's kernels. `kv_cache` is the type of the KV cache; "auto" is 16 bits with quantized linear
-    layers, else float32; `transposed_keys` as in `KVLayout`."""
-    from belle_compile.compiler.backends.program.rules import RULES
-
-    metadata = model.metadata_props
-    quantized = any(node.op_type in ("QuantizedLinear", "IntegerLinear", "GroupQuantizedLinear") for node in model.graph)
-    layers, kv_heads, head_dim = (int(metadata[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
-    kv_dtype = _kv_cache(backend, kv_cache, quantized, head_dim)
-    lowering = backend(model, kv_dtype, layers, -(-int(metadata["max_position"]) // 16))
-    for node in model.graph:
-        rule = RULES.get(node.op_type)
-        if rule is None:
-            raise CompileError(
-                lowering.backend, f"op {node.op_type}", node=str(node.name), found="no kernel",
-                expected=", ".join(sorted(RULES)),
-                remedy="run the fuse passes or add a rule to compiler/backends/program/rules.py",
-            )  # fmt: skip
-        rule(lowering, node, attributes_of(node))
-    output = model.graph.outputs[0]
-    logits, last = lowering.place(output), output.producer()
-    assert last is not None, "verified"
-    calls_of_graph = len(lowering.calls)
-    found = lowering.finish(last, logits)
-    calls_behind = len(lowering.calls) - calls_of_graph
-    read_after = [logits.buffer, *(place.buffer for place in (found or ())[:3] if isinstance(place, Place))]
-    buffers, arena_bytes = _place_buffers(lowering.calls, read_after)
-    offsets = {buffer: planned.offset for buffer, planned in buffers.items()}
-    candidates = None
-    if found is not None:
-        *places, capacity = found
-        counts, ids, values = (offsets[place.buffer] for place in places if isinstance(place, Place))
-        candidates = Candidates(counts, ids, values, capacity)
-    calls = tuple(_finish(call, offsets, lowering.weights) for call in lowering.calls)
-    facts = {key: int(metadata.get(key, 0)) for key in ("rank", "ranks", "vocab_size", "first_token")}
-    ranks = facts["ranks"] or 1
-    program = Program(
-        max_tokens=backend.sizes.tokens,
-        max_rows=backend.sizes.rows,
-        max_sequences=backend.sizes.sequences,
-        max_blocks=lowering.max_blocks,
-        arena_bytes=arena_bytes,
-        vocab_size=facts["vocab_size"] if ranks > 1 else logits.width,
-        logits=Logits(offsets[logits.buffer], logits.buffer.stride, facts["first_token"], logits.width),
-        kv=KVLayout(layers, kv_heads, head_dim, lowering.kv_dtype, transposed_keys),
-        calls=calls,
-        # Of a step that decodes, where those differ.
-        kernel_calls=FusionCalls(calls_before_fusion + calls_behind, sum(call.when != "runs" for call in calls)),
-        rank=facts["rank"],
-        ranks=ranks,
-        scratch_bytes=lowering.scratch_bytes,
-        candidates=candidates,
-    )
-    kernels = list({call.kernel: None for call in lowering.calls if call.kernel})
-    read = dict.fromkeys(arg.name for call in calls for arg in call.args if isinstance(arg, Weight))
-    return LoweredGraph(program, [lowering.weights[name] for name in read], kernels, list(buffers.values()))
-
-
-def _buffers(call: PendingCall) -> Iterable[Buffer]:
-    return (operand.buffer for operand in call.operands if isinstance(operand, Place))
-
-
-def _place_buffers(calls: list[PendingCall], read_after: Iterable[Buffer]) -> tuple[dict[Buffer, PlannedBuffer], int]:
-    spans: dict[Buffer, tuple[int, int]] = {}
-    for index, call in enumerate(calls):
-        for buffer in _buffers(call):
-            spans[buffer] = (spans.get(buffer, (index, index))[0], index)
-    for buffer in read_after:
-        spans[buffer] = (spans[buffer][0], len(calls))
-    plan = plan_memory([Lifetime(buffer.bytes, first, last) for buffer, (first, last) in spans.items()])
-    placed = zip(spans.items(), plan.offsets, strict=True)
-    planned = {
-        buffer: PlannedBuffer(calls[first].node, offset, buffer.bytes, first, last)
-        for (buffer, (first, last)), offset in placed
-    }
-    return planned, plan.arena_bytes
-
-
-def _finish(call: PendingCall, offsets: dict[Buffer, int], weights: dict[str, PackedWeight]) -> Call:
-    args = tuple(Arena(offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
-    if call.kernel is None:
-        (place,) = (operand for operand in call.operands if isinstance(operand, Place))
-        summed = AllReduce(place.width, place.buffer.stride)
-        return Call(kind="all_reduce", node=call.node, rows=call.rows, args=args, all_reduce=summed)
-    read = sum(weights[arg.name].bytes for arg in args if isinstance(arg, Weight))
-    if "embedding" in call.kernel.kind:
-        read = 0  # one row per token, not the table
-    made = Call(kind=call.kernel.kind, node=call.node, rows=call.rows, args=args, bytes=read, when=call.when)
-    variants = call.kernel.variants()
-    if len(variants) == 1:
-        return replace(made, kernel=variants[0][1].name)
-    return replace(made, variants=tuple((bound, kernel.name) for bound, kernel in variants))
 
 
 def cache_parts(layer: int) -> tuple[KV, KV]:

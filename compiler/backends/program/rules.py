@@ -9,24 +9,23 @@ import onnx_ir as ir
 
 from belle_compile.compiler.backends.program.lowering import Lowering, Operand, Place, cache_parts
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.ops import operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.runtime.program import Input
 
 Attributes = dict[str, Any]
 Rule = Callable[[Lowering, ir.Node, Attributes], None]
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    """An optional input, None when left out."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _graph_input(value: ir.Value | None) -> Input:
+    """The argument for a value that a step gives to the program."""
     assert value is not None and value.name is not None and value.is_graph_input()
     return Input(value.name)
 
 
 def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """A view: no call, the parts are columns of the buffer that is there."""
+    """No call: the parts are columns of the buffer of the value that is split."""
     source = low.place(node.inputs[0])
     offset = source.offset
     for output in node.outputs:
@@ -38,7 +37,7 @@ def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """The embedding where the table is a weight, else the rows whose logits are wanted."""
+    """An embedding where the table is a weight, else a copy of the rows whose logits are asked for."""
     table, indices = node.inputs
     assert table is not None and indices is not None
     out = low.allocate(node.outputs[0])
@@ -61,7 +60,7 @@ def partial_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> N
 
 def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     ids, table, scales = node.inputs[:3]
-    first = _input(node, 3)
+    first = operand(node, Role.FIRST)
     assert table is not None and table.shape is not None
     out = low.allocate(node.outputs[0])
     kernel = low.kernels.QuantizedEmbedding(table.shape.numpy()[0], out.width, out.view, partial=first is not None)
@@ -71,7 +70,7 @@ def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) ->
 
 
 def all_reduce(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """In place: the verified graph has no other reader of what is summed."""
+    """A sum in place: in a verified graph nothing else reads the addend."""
     place = low.place(node.inputs[0])
     low.places[node.outputs[0]] = place
     low.all_reduce(node, place)
@@ -84,67 +83,64 @@ def add(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    x, weight, bias = low.place(node.inputs[0]), node.inputs[1], _input(node, 2)
-    out = low.allocate(node.outputs[0])
+    x, bias, out = low.place(node.inputs[0]), operand(node, Role.BIAS), low.allocate(node.outputs[0])
     kernel = low.kernels.FloatLinear(out.width, x.width, bias is not None, x.view, out.view)
-    operands: list[Operand] = [x, low.float_matrix(weight)]
-    operands += [low.vector(bias)] if bias is not None else []
-    low.call(kernel, node, out.buffer.rows, *operands, out)
+    weight = low.float_matrix(operand(node, Role.WEIGHT))
+    low.call(kernel, node, out.buffer.rows, x, weight, *_optional_vector(low, bias), out)
 
 
 def quantized_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    xq, xs, weight, scale, bias = (low.place(node.inputs[0]), low.place(node.inputs[1]), node.inputs[2], node.inputs[3],
-                                   _input(node, 4))  # fmt: skip
+    xq, xs, bias = low.place(node.inputs[0]), low.place(operand(node, Role.TOKEN_SCALE)), operand(node, Role.BIAS)
     out = low.allocate(node.outputs[0])
     kernel = low.kernels.QuantizedLinear(out.width, xq.width, bias is not None, xq.view, out.view, xq.planes)
-    operands: list[Operand] = [xq, xs, *low.int8_linear(weight, scale)]
-    operands += [low.vector(bias)] if bias is not None else []
-    low.call(kernel, node, out.buffer.rows, *operands, out)
+    weight = low.int8_linear(operand(node, Role.WEIGHT), operand(node, Role.SCALE))
+    low.call(kernel, node, out.buffer.rows, xq, xs, *weight, *_optional_vector(low, bias), out)
 
 
 def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    xq, xs, bias = low.place(node.inputs[0]), low.place(node.inputs[1]), _input(node, 4)
+    xq, xs, bias = low.place(node.inputs[0]), low.place(operand(node, Role.TOKEN_SCALE)), operand(node, Role.BIAS)
     out = low.allocate(node.outputs[0])
     if low.kernels.GroupLinear is None:
         remedy = "build with --quant int8, or for a CPU"
         raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found="no kernel for int4", remedy=remedy)
+    if attributes["group"] != GROUP or operand(node, Role.ZERO_POINT) is not None:
+        zeros = "no zero points" if operand(node, Role.ZERO_POINT) is None else "zero points"
+        found, expected = f"groups of {attributes['group']} inputs and {zeros}", f"groups of {GROUP} inputs and no zero points"
+        raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found=found, expected=expected)
     kernel = low.kernels.GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view)
-    operands: list[Operand] = [xq, xs, *low.int4_linear(node.inputs[2], node.inputs[3])]
-    operands += [low.vector(bias)] if bias is not None else []
-    low.call(kernel, node, out.buffer.rows, *operands, out)
+    weight = low.int4_linear(operand(node, Role.WEIGHT), operand(node, Role.GROUP_SCALE))
+    low.call(kernel, node, out.buffer.rows, xq, xs, *weight, *_optional_vector(low, bias), out)
+
+
+def _optional_vector(low: Lowering, value: ir.Value | None) -> list[Operand]:
+    """A vector that a kernel takes only where the node has it."""
+    return [] if value is None else [low.vector(value)]
 
 
 def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    x, step = low.place(node.inputs[0]), _step(low, node, 1)
+    x, step = low.place(node.inputs[0]), _optional_vector(low, operand(node, Role.STEP))
     xq, xs = low.allocate(node.outputs[0]), low.allocate(node.outputs[1])
     low.call(
         low.kernels.QuantizeTokens(x.width, x.view, xq.view, xq.planes, bool(step)), node, xq.buffer.rows, x, *step, xq, xs
     )
 
 
-def _step(low: Lowering, node: ir.Node, index: int) -> list[Operand]:
-    """The fixed step of a quantization, where it has one."""
-    step = _input(node, index)
-    return [] if step is None else [low.vector(step)]
-
-
 def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
-    """The norms are one kernel: with or without a residual sum before and quantization after."""
+    """A rule for a norm. All are one kernel, with or without a residual sum before it and a quantization after it."""
 
     def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         x = low.place(node.inputs[0])
         r = low.place(node.inputs[1]) if adds else None
-        scale, bias = node.inputs[1 + adds], _input(node, 2 + adds)
+        bias = operand(node, Role.BIAS)
         outputs = [low.allocate(output) for output in node.outputs]
         total = outputs.pop(0) if adds else None
-        step = _step(low, node, 3 + adds) if quantizes else []
+        step = _optional_vector(low, operand(node, Role.STEP))
         kernel = low.kernels.Norm(
             norm=kind or attributes["kind"], width=x.width, epsilon=attributes["epsilon"], bias=bias is not None,
             quantize=quantizes, x=x.view, r=r.view if r else None, total=total.view if total else None, out=outputs[0].view,
             planes=outputs[0].planes, step=bool(step),
         )  # fmt: skip
-        operands: list[Operand] = [x, *([r] if r else []), low.vector(scale)]
-        operands += [low.vector(bias)] if bias is not None else []
+        operands: list[Operand] = [x, *([r] if r else []), low.vector(operand(node, Role.GAIN)), *_optional_vector(low, bias)]
         operands += [*([total] if total else []), *step]
         low.call(kernel, node, outputs[0].buffer.rows, *operands, *outputs)
 
@@ -152,10 +148,12 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
 
 
 def _activation_rule(kind: str, quantizes: bool) -> Rule:
+    """A rule for a feed-forward activation, with or without a quantization after it."""
+
     def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         x = low.place(node.inputs[0])
         up = low.place(node.inputs[1]) if kind == "swiglu" else None
-        step = _step(low, node, 1 + (up is not None)) if quantizes else []
+        step = _optional_vector(low, operand(node, Role.STEP))
         outputs = [low.allocate(output) for output in node.outputs]
         kernel = low.kernels.Activation(
             kind, x.width, quantizes, x.view, up.view if up else None, outputs[0].view, outputs[0].planes,
@@ -179,11 +177,14 @@ def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """Keys and values go into the cache, then the queries read it: one call, or one for each sort of tokens, where that for
-    tokens that are alone appends them too."""
+    """Keys and values go into the cache, which the queries then read.
+
+    A backend attends with one kernel for all tokens, or with several, each for the tokens of its `when`. The one for tokens
+    that are alone in their sequence ("alone") also appends their keys and values.
+    """
     q, k, v = (low.place(value) for value in node.inputs[:3])
     where = [_graph_input(value) for value in node.inputs[3:6]]
-    cos_sin, slopes = _input(node, 6), _input(node, 7)
+    cos_sin, slopes = operand(node, Role.ROTARY), operand(node, Role.SLOPE)
     table: list[Operand] = [low.place(cos_sin)] if cos_sin is not None else []
     out = low.allocate(node.outputs[0])
     layer, kv_heads, head_dim = attributes["layer"], attributes["num_kv_heads"], attributes["head_dim"]
@@ -192,14 +193,14 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
     )
     kinds = low.kernels.Attention
     low.call(append, node, "T", k, v, *where, *table, *cache_parts(layer), when="runs" if len(kinds) > 1 else "always")
-    biases: list[Operand] = [low.vector(slopes)] if slopes is not None else []
     for when, kind in kinds:
-        own = (k, v) if when == "alone" else ()
+        appended = (k, v) if when == "alone" else ()
         attend = kind(
             low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
-            low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in own),
+            low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in appended),
         )  # fmt: skip
-        low.call(attend, node, "T", q, *own, *where, *table, *biases, *cache_parts(layer), out, when=when)
+        vectors = _optional_vector(low, slopes)
+        low.call(attend, node, "T", q, *appended, *where, *table, *vectors, *cache_parts(layer), out, when=when)
 
 
 RULES: dict[str, Rule] = {
@@ -226,3 +227,16 @@ RULES: dict[str, Rule] = {
     "RotaryTable": rotary_table,
     "Attention": attention,
 }
+
+# Kernel calls of an op in a step, where these are not one: a view; nothing; one call that appends and one that attends
+_CALLS = {"Split": 0, "Identity": 0, "Attention": 2}
+
+
+def count_kernel_calls(graph: ir.Graph) -> int:
+    """Kernel calls of one step of a graph, as if every op had a kernel."""
+    return sum(_CALLS.get(node.op_type, 1) for node in graph)
+
+
+def has_kernels(graph: ir.Graph) -> bool:
+    """Whether every op of a graph has a kernel; passes remove or fuse those that have none."""
+    return all(node.op_type in RULES for node in graph)

@@ -6,9 +6,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from belle_compile.compiler.backends.program import kernel, lowering
+from belle_compile.compiler.backends.program import kernel
 from belle_compile.compiler.backends.program.kernel import View, round_up
-from belle_compile.compiler.backends.program.lowering import Kernels, Lowering, Operand, Place, Rows
+from belle_compile.compiler.backends.program.lower import lower_graph
+from belle_compile.compiler.backends.program.lowering import (
+    CandidatePlaces,
+    Kernels,
+    LoweredGraph,
+    Lowering,
+    Operand,
+    Place,
+    Rows,
+)
 from belle_compile.compiler.backends.triton.kernels.activation import (
     ActivateChunks,
     Activation,
@@ -68,16 +77,16 @@ class TritonLowering(Lowering):
     def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
         raise AssertionError("there is no kernel to take them")
 
-    def finish(self, node: ir.Node, logits: Place) -> tuple[Place, Place, Place, int]:
+    def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces:
         """The best logits of each row are found here, so that few numbers leave the device."""
         view = View(logits.buffer.stride)
         maxima = ChunkMaxima(logits.width, view)
         kept = Place(self.buffer("R", maxima.chunks, "float32"), 0, maxima.chunks)
         counts = Place(self.buffer("R", 1, "int32"), 0, 1)
-        places, values = (Place(self.buffer("R", CAPACITY, dtype), 0, CAPACITY) for dtype in ("int32", "float32"))
+        tokens, values = (Place(self.buffer("R", CAPACITY, dtype), 0, CAPACITY) for dtype in ("int32", "float32"))
         self.call(maxima, node, "R", logits, kept, counts)
-        self.call(Collect(logits.width, view), node, "R", Input("candidates"), logits, kept, counts, places, values)
-        return counts, places, values, CAPACITY
+        self.call(Collect(logits.width, view), node, "R", Input("candidates"), logits, kept, counts, tokens, values)
+        return CandidatePlaces(counts, tokens, values, CAPACITY)
 
     def _matrix(self, value: ir.Value | None, dtype: str) -> Weight:
         tensor, name, outputs, inputs = self.matrix(value)
@@ -95,6 +104,6 @@ def pad_rows(matrix: npt.NDArray[np.generic], depth: int) -> npt.NDArray[np.gene
     return padded
 
 
-def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> lowering.LoweredGraph:
-    """As `lowering.lower`, with the kernels of this backend."""
-    return lowering.lower(TritonLowering, model, calls_before_fusion, kv_cache, transposed_keys=False)
+def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> LoweredGraph:
+    """Lower a graph with the kernels of this backend, see `lower_graph`."""
+    return lower_graph(TritonLowering, model, calls_before_fusion, kv_cache, transposed_keys=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from belle_compile.compiler.backends.program import lowering
 from belle_compile.compiler.backends.program.kernel import round_up
+from belle_compile.compiler.backends.program.lower import lower_graph
 from belle_compile.compiler.backends.program.lowering import (
     VECTOR_ALIGNMENT,
     Kernels,
+    LoweredGraph,
     Lowering,
     Operand,
     StepSizes,
@@ -75,6 +76,6 @@ class TvmLowering(Lowering):
         return [packed, self.weight(of_scales, "float16", panels, lambda: packing.pack_group_scales(scales.numpy()))]
 
 
-def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> lowering.LoweredGraph:
-    """As `lowering.lower`, with the kernels of this backend."""
-    return lowering.lower(TvmLowering, model, calls_before_fusion, kv_cache)
+def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> LoweredGraph:
+    """Lower a graph with the kernels of this backend, see `lower_graph`."""
+    return lower_graph(TvmLowering, model, calls_before_fusion, kv_cache)

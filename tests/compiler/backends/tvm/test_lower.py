@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -14,12 +15,37 @@ from belle_compile.compiler.backends.tvm.kernels.quantized_linear import Quantiz
 from belle_compile.compiler.backends.tvm.lower import lower
 from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.ops import operand
+from belle_compile.compiler.ir.signature import Role
+from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
 from belle_compile.passes.partition import channels
 from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import WeightScheme
 from belle_compile.runtime.program import AllReduce, program_from_json
 from tests.passes import helpers
 from tests.passes.helpers import HEAD_DIM, llama
+
+
+@pytest.mark.parametrize(
+    ("group", "zeros", "found"),
+    [(64, False, "groups of 64 inputs and no zero points"), (128, True, "groups of 128 inputs and zero points")],
+)
+def test_groups_that_no_kernel_computes(group: int, zeros: bool, found: str) -> None:
+    model = llama(layers=1)
+    run_pipeline(model, [QuantizeGroups(weights=WeightScheme(4, group)), QuantizeLinears(), FuseDequantize()])
+    model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
+    (node,) = [node for node in model.graph if node.name == "layers.0.attn.o"]
+    if zeros:
+        scales = operand(node, Role.GROUP_SCALE)
+        assert scales is not None and scales.shape is not None
+        node.resize_inputs(6)
+        node.replace_input_with(5, make_initializer(ir.Tensor(np.zeros(scales.shape.numpy(), np.int8), name="zeros")))
+    message = rf"^tvm: op GroupQuantizedLinear \(node .*\): found {found}, expected groups of 128 inputs and no zero points\.$"
+    with pytest.raises(CompileError, match=message):
+        lower(model, 0)
 
 
 def test_layers_with_activations_of_8_and_16_bits_in_one_program() -> None:
