@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its options, run on a model in place."""
+"""What a pass is: a frozen dataclass whose fields are its options, and which changes a model in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class PassResult:
-    """How many places a pass changed, and one sentence for each place it refused, with the reason."""
+    """How many places a pass changed, and for each place that it refused one sentence with the reason."""
 
     changes: int = 0
     refusals: tuple[str, ...] = ()
@@ -35,29 +35,29 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """Changes a model in place; run again, it finds nothing left to change."""
+    """Changes a model in place; a second run finds nothing left to change."""
 
     phase: ClassVar[Phase]
 
     @property
     def name(self) -> str:
-        """The class's name as the command line and the manifest write it: FuseAddNorm is fuse-add-norm."""
+        """The name of the class as the manifest writes it: FuseAddNorm is fuse-add-norm."""
         return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
 
     @property
     def options(self) -> dict[str, Any]:
-        """The pass's fields by name, as JSON has them: tuples are lists."""
+        """The fields by name for the manifest's record: values of JSON, so that tuples are lists."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @abstractmethod
     def run(self, model: ir.Model) -> PassResult:
-        """Change the model and say what was changed and what was not."""
+        """Change the model; return how many places were changed and which were refused."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """`nodes` (new, in order) take the place of `old`; each old value's uses, and its name, go to a new one."""
+    """New `nodes`, in order, that take the place of `old`; `values` maps each old value to the one that replaces it."""
 
     old: Sequence[ir.Node]
     nodes: Sequence[ir.Node]
@@ -65,19 +65,19 @@ class Replacement:
 
 
 class RewritePass(Pass, Generic[Match]):
-    """A pass that looks at each node once: `pattern` finds a match, `check` may refuse it, `rewrite` replaces it."""
+    """A pass that visits each node once: `pattern` finds a match, `check` may refuse it, `rewrite` replaces it."""
 
     @abstractmethod
     def pattern(self, node: ir.Node) -> Match | None:
-        """The match that this node stands for, None when there is none. Each match has one such node."""
+        """The match that this node stands for, None where there is none. No other node stands for the same match."""
 
     @abstractmethod
     def check(self, match: Match) -> str:
-        """Why the match must stay as it is; empty when it may be rewritten."""
+        """Why the match must stay as it is; empty where it may be rewritten."""
 
     @abstractmethod
     def rewrite(self, match: Match, graph: ir.Graph) -> Replacement:
-        """The nodes that replace the match; new weights are registered in the graph here."""
+        """The nodes that replace the match; their new weights have been registered in the graph."""
 
     def run(self, model: ir.Model) -> PassResult:
         """Rewrite what matches, drop weights that nothing reads any more, and keep the nodes in order."""
@@ -100,7 +100,7 @@ class RewritePass(Pass, Generic[Match]):
 
 
 def apply(replacement: Replacement, graph: ir.Graph) -> None:
-    """Put a replacement into the graph; values keep their names, weights that lost their last use go."""
+    """Put a replacement into the graph; values keep their names, and weights that nothing reads any more are removed."""
     read = {value for node in replacement.old for value in node.inputs if value is not None}
     graph.insert_before(replacement.old[0], replacement.nodes)
     for old, new in replacement.values.items():
@@ -113,11 +113,11 @@ def apply(replacement: Replacement, graph: ir.Graph) -> None:
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer and so known at compile time."""
+    """Whether a value is an initializer, that is known when compiling."""
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
 def other_readers(value: ir.Value, *known: ir.Node) -> list[str]:
-    """What else than the known nodes reads a value: names of nodes, and "the graph's output"."""
+    """The readers of a value other than the known nodes: names of nodes, and "the graph's output"."""
     names = [str(node.name) for node in value.consumers() if node not in known]
     return names + (["the graph's output"] if value.is_graph_output() else [])

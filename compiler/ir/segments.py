@@ -1,4 +1,4 @@
-"""Cuts a graph where little crosses: the pieces of a model that need weights, one after the other."""
+"""Cuts a graph into segments, between which few values cross."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from belle_compile.compiler.ir.ops import is_float_linear
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Nodes that follow each other; `takes` are values of segments before, `gives` those that later ones (or nobody: the
-    graph's outputs) read."""
+    """Consecutive nodes. `takes` are values of earlier segments that cross into it; `gives` are those that later ones read.
+
+    The last segment gives the graph's outputs.
+    """
 
     nodes: tuple[ir.Node, ...]
     takes: tuple[ir.Value, ...]
@@ -18,15 +22,18 @@ class Segment:
 
     @property
     def weights(self) -> tuple[ir.Value, ...]:
-        """Initializers that its nodes read, each once, in order."""
+        """The initializers that its nodes read, each once, in order."""
         read = (value for node in self.nodes for value in node.inputs if value is not None and value.is_initializer())
         return tuple(dict.fromkeys(read))
 
 
 def cut(graph: ir.Graph) -> list[Segment]:
-    """Segments of one or more linears each, cut where no more values are alive than at the narrowest place between two
-    attentions, which is the residual stream; what no embedding has gone into (rotary tables) is not counted. A transformer
-    layer becomes two, its attention and its feed-forward part."""
+    """Cut a graph into segments of one or more linears each.
+
+    A cut is where no more values are alive than at the narrowest place between two attentions, which is the residual stream.
+    Values that do not depend on embeddings (rotary tables) are not counted. A transformer layer becomes two segments: its
+    attention and its feed-forward part.
+    """
     nodes = list(graph)
     alive, tables = _alive(nodes), _tables(nodes)
     attentions = [i for i, node in enumerate(nodes) if node.op_type == "Attention"]
@@ -36,7 +43,7 @@ def cut(graph: ir.Graph) -> list[Segment]:
     start = 0
     for end, values in enumerate(alive, 1):
         last = end == len(nodes)
-        linears = any(node.op_type == "Gemm" for node in nodes[start:end])
+        linears = any(map(is_float_linear, nodes[start:end]))
         if not last and not (linears and _count(values, tables) <= fewest):
             continue
         takes = tuple(alive[start - 1]) if start else ()
@@ -50,16 +57,16 @@ def _count(values: list[ir.Value], tables: set[ir.Value]) -> int:
 
 
 def _tables(nodes: list[ir.Node]) -> set[ir.Value]:
-    """Values that follow from positions alone."""
-    found: set[ir.Value] = set()
+    """Values that depend on no embedding, but only on positions."""
+    tables: set[ir.Value] = set()
     for node in nodes:
-        if node.op_type != "Gather" and all(v is None or v.producer() is None or v in found for v in node.inputs):
-            found.update(node.outputs)
-    return found
+        if node.op_type != "Gather" and all(v is None or v.producer() is None or v in tables for v in node.inputs):
+            tables.update(node.outputs)
+    return tables
 
 
 def _alive(nodes: list[ir.Node]) -> list[list[ir.Value]]:
-    """After each node, the computed values that later nodes read."""
+    """For each node, the computed values that nodes after it read."""
     last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
     alive: list[list[ir.Value]] = []
     current: dict[ir.Value, None] = {}

@@ -1,4 +1,4 @@
-"""Activations of many sequences on their way through a graph: one segment's weights in memory, everything else on disk."""
+"""Runs many sequences through a graph segment by segment: one segment's weights are in memory, activations on disk."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.meanings import LIMITS
-from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand, spec_of
 from belle_compile.compiler.ir.segments import Segment, cut
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.torch_meanings import MEANINGS, supported
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]
-OnLinear = Callable[[ir.Node, Tensor], Tensor]  # a Gemm and its input -> what it reads instead
-OnLogits = Callable[[int, Tensor], None]  # number of a sequence, its logits [tokens, vocabulary]
+OnLinear = Callable[[ir.Node, Tensor], Tensor]  # called with a float linear and its input; returns what it reads instead
+OnLogits = Callable[[int, Tensor], None]  # called with the number of a sequence and its logits [tokens, vocabulary]
 
 BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole sequences that run together, by number, and the step's inputs they make."""
+    """Whole sequences that run together: their numbers and lengths, and the step inputs that they make."""
 
     numbers: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -38,7 +39,7 @@ class Batch:
 
     @classmethod
     def of(cls, numbers: Sequence[int], sequences: Sequence[Sequence[int]]) -> Batch:
-        """The sequences with these numbers."""
+        """The batch of the sequences with these numbers."""
         lengths = tuple(len(sequences[number]) for number in numbers)
         ids = torch.tensor([token for number in numbers for token in sequences[number]], dtype=torch.int32)
         positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
@@ -46,14 +47,14 @@ class Batch:
         return cls(tuple(numbers), lengths, ids, positions, rows)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
-        """By name; all tokens want their logits."""
+        """The step inputs by name; logits are computed for all tokens."""
         rows = torch.arange(len(self.token_ids), dtype=torch.int32)
         given = {"token_ids": self.token_ids, "positions": self.positions, "sequences": self.sequences, "logit_rows": rows}
         return {name: tensor.to(device) for name, tensor in given.items()} | {"block_table": None}
 
 
 def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> tuple[Batch, ...]:
-    """Sequences of like length together, at most `batch_tokens` tokens each batch (a longer sequence alone)."""
+    """Batches of sequences of similar length, each of at most `batch_tokens` tokens, or of one longer sequence."""
     order = sorted(range(len(sequences)), key=lambda number: (len(sequences[number]), number))
     groups: list[list[int]] = []
     room = 0
@@ -67,11 +68,11 @@ def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
 
 
 class ActivationStream:
-    """The sequences' values at the seams between segments, kept as files in `folder`.
+    """Sequences on their way through a graph. A seam is the values that cross from one segment to the next, files in `folder`.
 
-    `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1; weights come from `load(n)`, which may
-    be changed in between. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
-    with ops that torch has no meaning for here.
+    `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1, with the weights of `load(n)`, which
+    the caller may change. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
+    with ops that `torch_meanings` does not have.
     """
 
     def __init__(
@@ -88,13 +89,13 @@ class ActivationStream:
         self._folder, self._base = folder, folder
 
     def branch(self, folder: Path) -> ActivationStream:
-        """The same stream from its seams on: they are read where `folder` has none, and new ones are written there."""
+        """The same stream with another folder for new seams; seams that are not there are read where this stream has them."""
         other = copy(self)
         other._folder = folder
         return other
 
     def load(self, number: int) -> dict[ir.Value, Tensor]:
-        """A segment's weights, read or computed now."""
+        """A segment's weights, which are read or computed by this call."""
         return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
 
     def forward(
@@ -106,7 +107,7 @@ class ActivationStream:
         on_logits: OnLogits | None = None,
         keep: bool = True,
     ) -> None:
-        """Run segment `number` over all batches. `keep` writes the next seam; logits of the last segment go to `on_logits`."""
+        """Run all batches through a segment. With `keep` the next seam is written; the last segment calls `on_logits`."""
         segment = self.segments[number]
         last = number + 1 == len(self.segments)
         for index, batch in enumerate(self.batches):
@@ -119,7 +120,7 @@ class ActivationStream:
                 self._write(number + 1, index, values)
 
     def drop(self, number: int) -> None:
-        """Remove a seam that is not needed any more."""
+        """Remove the files of a seam."""
         shutil.rmtree(self._seam(number), ignore_errors=True)
 
     def _seam(self, number: int) -> Path:
@@ -150,7 +151,7 @@ def run(
     taken: Mapping[ir.Value, Tensor],
     on_linear: OnLinear | None = None,
 ) -> dict[ir.Value, Tensor]:
-    """What a segment gives for a batch, by the step's `inputs` and the values `taken` from segments before."""
+    """The values that a segment gives for a batch, from the step's `inputs` and the values `taken` from earlier segments."""
     values: dict[ir.Value, Tensor] = dict(taken)
     last_use = {value: i for i, node in enumerate(segment.nodes) for value in node.inputs if value is not None}
 
@@ -165,7 +166,7 @@ def run(
         spec = spec_of(node)
         arguments = [read(value) for value in node.inputs]
         arguments += [None] * (len(spec.inputs) - len(arguments))
-        if on_linear is not None and node.op_type == "Gemm":
+        if on_linear is not None and spec.is_float_linear:
             assert arguments[0] is not None
             arguments[0] = on_linear(node, arguments[0])
         options = {name: value for name, value in attributes_of(node).items() if name in spec.meaningful}
@@ -178,7 +179,7 @@ def run(
 
 
 def quantized(x: Tensor, bits: int) -> Tensor:
-    """The values that rows of x have once they are integers of `bits` with one scale a row."""
+    """x after rounding to integers of `bits` with one scale for each row."""
     limit = LIMITS[bits]
     absmax = x.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(absmax > 0, limit / absmax, 0.0)
@@ -186,9 +187,9 @@ def quantized(x: Tensor, bits: int) -> Tensor:
 
 
 def linears(segment: Segment) -> Iterator[ir.Node]:
-    """Its Gemm nodes whose weights are known."""
+    """The float linears of a segment whose weights are known."""
     for node in segment.nodes:
-        weight = node.inputs[1] if node.op_type == "Gemm" else None
+        weight = operand(node, Role.WEIGHT) if is_float_linear(node) else None
         if weight is not None and weight.is_initializer():
             yield node
 

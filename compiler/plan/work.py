@@ -11,12 +11,11 @@ import onnx_ir as ir
 from belle_compile.compiler.backends import plan_graph
 from belle_compile.compiler.checkpoint import Checkpoint
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.pipeline import Recipe, passes_of, run_for
 from belle_compile.runtime.program import KVLayout
 from belle_compile.runtime.serving.kv_blocks import blocks_for
-
-_LINEARS = {"Gemm": 1, "IntegerLinear": 1, "QuantizedLinear": 2, "GroupQuantizedLinear": 2}  # op -> index of its weight
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,16 @@ def _attention_operations(options: dict[str, Any]) -> int:
 
 def _products(graph: ir.Model) -> Iterator[Product]:
     for node in graph.graph:
-        if node.op_type not in _LINEARS:
+        spec = spec_of(node)
+        if not spec.is_linear:
             continue
-        weight, output = node.inputs[_LINEARS[node.op_type]], node.outputs[0]
+        x, weight, output = spec.operand(node, Role.ACTIVATION), spec.operand(node, Role.WEIGHT), node.outputs[0]
         assert weight is not None and weight.shape is not None and weight.dtype is not None and output.shape is not None
         outputs, inputs = weight.shape.numpy()
-        wide = node.op_type != "Gemm" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.INT16
+        wide = x is not None and x.dtype == ir.DataType.INT16
         yield Product(
             weight_bytes=int(outputs * inputs * weight.dtype.itemsize),
             operations=2 * outputs * inputs * (2 if wide else 1),
-            integer=node.op_type != "Gemm",
+            integer=not spec.is_float_linear,
             of_tokens=str(output.shape[0]) == "T",
         )

@@ -1,1 +1,1 @@
-"""What a model's activations say, collected segment by segment over many sequences."""
+"""Statistics of a model's activations, collected segment by segment over many sequences."""

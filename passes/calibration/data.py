@@ -1,4 +1,4 @@
-"""What passes get that look at activations: the tokens of calibration requests, and a folder for what they find."""
+"""The input of passes that calibrate: tokens of calibration requests, and a folder for intermediate results."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _quiet(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token sequences with the digest of the set they come from, and of the checkpoint they are run through.
+    """Token sequences, with the digests of the set that they come from and of the checkpoint that they run through.
 
-    Passes keep results in `folder` while they work: killed, they go on from there. `on_progress(done, total)` hears of tokens,
-    counted once for every segment they have gone through.
+    Passes store the results of finished segments in `folder`, so that a build that was killed continues from there.
+    `on_progress(done, total)` is called with numbers of tokens, each counted once for every segment that it runs through.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -34,14 +34,14 @@ class CalibrationData:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """The number of tokens of all sequences."""
         return sum(map(len, self.sequences))
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest."""
+        """What the manifest's records of passes say of the data."""
         return {"calibration": self.digest, "sequences": len(self.sequences), "tokens": self.tokens}
 
     def key(self, model: ir.Model, options: dict[str, Any]) -> str:
-        """What results depend on: the graph, its weights, the tokens, a pass's options."""
+        """A digest of all that results depend on: the graph, its weights, the tokens, and the options of the pass."""
         parts = [to_text(model), self.digest, self.checkpoint, json.dumps(options, sort_keys=True)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

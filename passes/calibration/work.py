@@ -1,4 +1,4 @@
-"""What a pass that takes long has finished, so that a killed build goes on from there."""
+"""Intermediate results of a pass that takes long, so that a build that was killed continues from there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 
 
 class Work:
-    """A folder of results that belong to one key; another key's are cleared. `done` segments need not run again."""
+    """A folder of results that belong to one key; results of another key are removed. `done` segments need not run again."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._state, self._folder, self._key = folder / "state.json", folder, key
@@ -28,11 +28,11 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, name: str) -> Path:
-        """Where a result lies."""
+        """The path of a result."""
         return self._folder / f"{name}.safetensors"
 
     def finish(self, number: int) -> None:
-        """Segments up to this one are done."""
+        """Record that segments up to this one are done."""
         fresh = self._state.with_suffix(".new")
         fresh.write_text(json.dumps({"key": self._key, "segments": number + 1}), encoding="utf-8")
         fresh.replace(self._state)
@@ -41,8 +41,10 @@ class Work:
 def walk(
     data: CalibrationData, model: ir.Model, name: str, key: str
 ) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
-    """The work of the pass `name`, and an iteration over (stream, segment) that are not done yet; each is marked as done, and
-    the seam before it dropped, when the next one is asked for."""
+    """The work of the pass `name`, and a function that iterates over (stream, segment) for segments that are not done yet.
+
+    A segment is recorded as done, and the activations before it are removed, when the iteration goes on to the next one.
+    """
     folder = data.folder / name
     work = Work(folder, key)
 

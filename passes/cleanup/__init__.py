@@ -1,1 +1,1 @@
-"""Passes that take away what computes nothing new."""
+"""Passes that remove what computes nothing new."""

@@ -16,7 +16,7 @@ from belle_compile.passes.base import Pass, PassResult, Phase
 class MergeDuplicates(Pass):
     """a = f(x); b = f(x); g(a, b)   becomes   a = f(x); g(a, a)
 
-    Refuses when the second result is the graph's output, and for ops with state, whose every run has an effect.
+    Refuses where the second result is the graph's output, and for ops with state, because each run of these has an effect.
     """
 
     phase: ClassVar[Phase] = Phase.CLEANUP
@@ -41,4 +41,5 @@ class MergeDuplicates(Pass):
 
 
 def _computation(node: ir.Node) -> Hashable:
+    """What two nodes have in common that compute the same."""
     return node.domain, node.op_type, tuple(node.inputs), tuple(sorted(attributes_of(node).items()))

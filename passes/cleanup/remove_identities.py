@@ -1,4 +1,4 @@
-"""Identity nodes computed nothing."""
+"""Identity nodes are removed: they compute nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from belle_compile.passes.base import Pass, PassResult, Phase
 class RemoveIdentities(Pass):
     """y = Identity(x); f(y)   becomes   f(x)
 
-    Where y is the graph's output, x takes its name. Refuses when x is no node's result then, or an output itself.
+    Where y is the graph's output, x takes its name; refuses this where no node computes x, or x is an output itself.
     """
 
     phase: ClassVar[Phase] = Phase.CLEANUP

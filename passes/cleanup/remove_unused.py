@@ -1,4 +1,4 @@
-"""What no output depends on is neither computed nor stored."""
+"""Nodes and weights that no output depends on are removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from belle_compile.passes.base import Pass, PassResult, Phase
 
 @dataclass(frozen=True)
 class RemoveUnused(Pass):
-    """y = f(x, w) with y never read   becomes   nothing, and w goes with it when nothing else reads it
+    """y = f(x, w) with y never read   becomes   nothing, and w is removed too where nothing else reads it
 
     Refuses to remove ops with state: they fill the cache that later steps read.
     """

@@ -1,4 +1,4 @@
-"""An activation function's result leaves its kernel quantized."""
+"""The result of an activation function is quantized in the kernel that computes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 
 _FUSED = {"Gelu": "GeluQuantize", "SwiGLU": "SwiGLUQuantize"}
@@ -21,7 +22,7 @@ class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
 
     xq, xs = QuantizeTokens(BlockHadamard(Gelu(x)))   becomes   xq, xs = GeluQuantize(x) with the attribute hadamard
 
-    Bits and a fixed step are kept. Refuses when something else reads a float32 result.
+    Bits and a fixed step are kept. Refuses where something else reads a float32 result.
     """
 
     phase: ClassVar[Phase] = Phase.FUSION
@@ -45,11 +46,11 @@ class FuseActivationQuantize(RewritePass[tuple[ir.Node, ...]]):
         attributes = attributes_of(quantize)
         if rotate:
             attributes["hadamard"] = attributes_of(rotate[0])["block"]
-        inputs = [*activation.inputs, *quantize.inputs[1:]]
+        inputs = [*activation.inputs, operand(quantize, Role.STEP)]
         node = make_node(_FUSED[activation.op_type], inputs, str(activation.name), attributes=attributes)
         return Replacement(match, [node], dict(zip(quantize.outputs, node.outputs, strict=True)))
 
 
 def _producer(node: ir.Node) -> ir.Node | None:
-    """Of its first input."""
+    """The node that computes the first input of a node."""
     return node.inputs[0].producer() if node.inputs[0] is not None else None

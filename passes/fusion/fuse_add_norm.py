@@ -8,7 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass
 
 NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
@@ -18,8 +19,8 @@ NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
 class FuseAddNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     """s = Add(x, r); n = Norm(s, scale, bias)   becomes   s, n = AddNorm(x, r, scale, bias)
 
-    Norm is LayerNormalization, or RMSNormalization, which has no bias. Both results may have any readers. Refuses a
-    second norm of the same sum.
+    Norm is LayerNormalization, or RMSNormalization, which has no bias. Anything may read the two results. Refuses a second norm
+    of the same sum.
     """
 
     phase: ClassVar[Phase] = Phase.FUSION
@@ -38,5 +39,7 @@ class FuseAddNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         add, norm = match
         attributes = {"kind": NORMS[norm.op_type], "epsilon": attributes_of(norm)["epsilon"]}
-        node = make_node("AddNorm", [*add.inputs, *norm.inputs[1:]], str(norm.name), attributes=attributes)
+        node = make_node(
+            "AddNorm", [*add.inputs, operand(norm, Role.GAIN), operand(norm, Role.BIAS)], str(norm.name), attributes=attributes
+        )
         return Replacement(match, [node], {add.outputs[0]: node.outputs[0], norm.outputs[0]: node.outputs[1]})

@@ -1,4 +1,4 @@
-"""The integer product is scaled in the kernel that computes it."""
+"""Sums of integer products are scaled in the kernel that computes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import operand, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 
 
@@ -15,17 +17,15 @@ from belle_compile.passes.base import Phase, Replacement, RewritePass, other_rea
 class FuseDequantize(RewritePass[tuple[ir.Node, ir.Node]]):
     """y = Dequantize(IntegerLinear(xq, wq), xs, ws, b)   becomes   y = QuantizedLinear(xq, xs, wq, ws, b)
 
-    Refuses when something else reads the integers. Needs QuantizeLinears to have run.
+    Refuses where something else reads the sums. Run it after QuantizeLinears.
     """
 
     phase: ClassVar[Phase] = Phase.FUSION
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-        if node.op_type != "Dequantize":
-            return None
-        accumulator = node.inputs[0]
+        accumulator = operand(node, Role.ACCUMULATOR)
         multiply = None if accumulator is None else accumulator.producer()
-        return (multiply, node) if multiply is not None and multiply.op_type == "IntegerLinear" else None
+        return (multiply, node) if multiply is not None and spec_of(multiply).is_linear else None
 
     def check(self, match: tuple[ir.Node, ir.Node]) -> str:
         multiply, scale = match
@@ -34,7 +34,7 @@ class FuseDequantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     def rewrite(self, match: tuple[ir.Node, ir.Node], graph: ir.Graph) -> Replacement:
         multiply, scale = match
-        xq, wq = multiply.inputs
-        _, xs, ws, *bias = scale.inputs
-        node = make_node("QuantizedLinear", [xq, xs, wq, ws, *bias], str(scale.name))
+        xq, wq = (operand(multiply, role) for role in (Role.ACTIVATION, Role.WEIGHT))
+        xs, ws, bias = (operand(scale, role) for role in (Role.TOKEN_SCALE, Role.SCALE, Role.BIAS))
+        node = make_node("QuantizedLinear", [xq, xs, wq, ws, bias], str(scale.name))
         return Replacement(match, [node], {scale.outputs[0]: node.outputs[0]})

@@ -1,4 +1,4 @@
-"""A norm's result leaves its kernel quantized."""
+"""A norm's result is quantized in the kernel that computes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, other_readers
 from belle_compile.passes.fusion.fuse_add_norm import NORMS
 
@@ -19,8 +20,8 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
 
     s, n = AddNorm(x, r, scale, bias); xq, xs = QuantizeTokens(n)   becomes   s, xq, xs = AddNormQuantize(x, r, scale, bias)
 
-    Bits and a fixed step are kept. Refuses when something else reads the float32 result, as the residual stream does in BLOOM
-    checkpoints with apply_residual_connection_post_layernorm. Needs FuseAddNorm to have run.
+    Bits and a fixed step are kept. Refuses where something else reads the float32 result, as the residual stream does in BLOOM
+    checkpoints with apply_residual_connection_post_layernorm. Run it after FuseAddNorm.
     """
 
     phase: ClassVar[Phase] = Phase.FUSION
@@ -41,8 +42,8 @@ class FuseNormQuantize(RewritePass[tuple[ir.Node, ir.Node]]):
         norm, quantize = match
         attributes, bits = attributes_of(norm), attributes_of(quantize)
         adds = norm.op_type == "AddNorm"
-        no_bias = [None] * (3 + adds - len(norm.inputs))
-        inputs = [*norm.inputs, *no_bias, *quantize.inputs[1:]]
+        addends = norm.inputs[: 1 + adds]
+        inputs = [*addends, operand(norm, Role.GAIN), operand(norm, Role.BIAS), operand(quantize, Role.STEP)]
         if not adds:
             attributes = {"kind": NORMS[norm.op_type], "epsilon": attributes["epsilon"]}
         op = "AddNormQuantize" if adds else "NormQuantize"

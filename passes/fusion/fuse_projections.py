@@ -1,4 +1,4 @@
-"""Linears that read the same input become one: q, k and v; gate and up."""
+"""Linears that read the same input become one linear: q, k and v; gate and up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations become integers once, however many linears read them."""
+"""Quantizing activations, once for all linears that read them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import onnx_ir as ir
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.meanings import LIMITS
 
-CLIP = "clip"  # in the meta of a float32 activation: the magnitude that becomes the largest integer of all its tokens
+CLIP = "clip"  # key in the meta of a float32 activation: the magnitude that becomes the largest integer, for all tokens
 
 
 def quantizer_of(x: ir.Value) -> ir.Node | None:
-    """The QuantizeTokens that reads x, None while there is none."""
+    """The QuantizeTokens that reads x; None where there is none yet."""
     return next((node for node in x.consumers() if node.op_type == "QuantizeTokens"), None)
 
 
 def quantize_tokens(x: ir.Value, bits: int, graph: ir.Graph) -> tuple[ir.Node, list[ir.Node]]:
-    """The QuantizeTokens of x, and the nodes that are new for it."""
+    """The QuantizeTokens that reads x, and the nodes that were made for it: none where x had one already."""
     known = quantizer_of(x)
     if known is not None:
         return known, []

@@ -8,6 +8,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_node
+from belle_compile.compiler.ir.ops import operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.quantization.weights import quantized_weight
 
@@ -16,23 +18,23 @@ from belle_compile.passes.quantization.weights import quantized_weight
 class QuantizeEmbedding(RewritePass[ir.Node]):
     """x = Gather(table, token_ids)   becomes   x = QuantizedEmbedding(token_ids, table.int8, table.scale)
 
-    Refuses when something else reads the float32 table, which would then be stored in both forms. Needs
-    QuantizeLinears to have run: a tied LM head reads the INT8 table then.
+    Refuses where something else reads the float32 table, which would then be stored in both forms. Run it after
+    QuantizeLinears, which lets a tied LM head read the INT8 table.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
 
     def pattern(self, node: ir.Node) -> ir.Node | None:
-        return node if node.op_type == "Gather" and is_weight(node.inputs[0]) else None
+        return node if node.op_type == "Gather" and is_weight(operand(node, Role.TABLE)) else None
 
     def check(self, match: ir.Node) -> str:
-        table = match.inputs[0]
+        table = operand(match, Role.TABLE)
         assert table is not None
         readers = other_readers(table, match)
         return f"its table {table.name} is also read as float32 by {', '.join(readers)}" if readers else ""
 
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
-        table, token_ids = match.inputs
+        table, token_ids = (operand(match, role) for role in (Role.TABLE, Role.INDEX))
         assert table is not None
         node = make_node("QuantizedEmbedding", [token_ids, *quantized_weight(table, graph)], str(match.name))
         return Replacement([match], [node], {match.outputs[0]: node.outputs[0]})

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.meanings import MAX_INPUTS
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import PassResult, Phase, Replacement, RewritePass, is_weight
 from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
 from belle_compile.passes.quantization.weights import quantized_weight
@@ -21,11 +22,11 @@ from belle_compile.passes.quantization.weights import quantized_weight
 class QuantizeLinears(RewritePass[ir.Node]):
     """y = Gemm(x, w, b)   becomes   xq, xs = QuantizeTokens(x); y = Dequantize(IntegerLinear(xq, wq), xs, ws, b)
 
-    Weights are INT8 with one scale per output channel. Activations have `activation_bits`, 8 or 16, and one scale per
-    token, found while running. Linears that read the same x share one QuantizeTokens; linears that read the same w share
-    wq and ws. `keep` are glob patterns of names of linears that stay float32, `wide` of those whose input gets 16 bits;
-    the others that read the same input read these. Refuses a weight that is computed, or too wide for an int32
-    accumulator, and a pattern of `wide` that names no linear.
+    Weights are INT8 with one scale per output channel. Activations have `activation_bits`, 8 or 16, and one scale per token,
+    found while running. Linears that read the same x share one QuantizeTokens; linears that read the same w share wq and ws.
+    Linears whose names match a glob pattern of `keep` stay float32; the input of those that match one of `wide` gets 16 bits,
+    for all linears that read it. Refuses a computed weight, one with too many inputs for an int32 accumulator, and a pattern of
+    `wide` that matches no linear.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -39,17 +40,18 @@ class QuantizeLinears(RewritePass[ir.Node]):
             raise CompileError("quantize", "option activation_bits", found=str(self.activation_bits), expected=expected)
 
     def run(self, model: ir.Model) -> PassResult:
-        """Rewrite what matches; patterns of `wide` without a linear are told with the refusals."""
-        names = [str(node.name) for node in model.graph if node.op_type in ("Gemm", "Dequantize")]
+        """Rewrite what matches; a pattern of `wide` that matches no linear is a refusal."""
+        specs = ((spec_of(node), str(node.name)) for node in model.graph)
+        names = [name for spec, name in specs if spec.is_float_linear or spec.scales_sums]
         idle = [glob for glob in self.wide if not any(fnmatchcase(name, glob) for name in names)]
         result = super().run(model)
         return PassResult(result.changes, (*result.refusals, *(f"wide={glob!r}: no linear has such a name" for glob in idle)))
 
     def pattern(self, node: ir.Node) -> ir.Node | None:
-        return node if node.op_type == "Gemm" and not node.domain else None
+        return node if is_float_linear(node) else None
 
     def check(self, match: ir.Node) -> str:
-        x, weight = match.inputs[:2]
+        x, weight = (operand(match, role) for role in (Role.ACTIVATION, Role.WEIGHT))
         kept = _first(self.keep, match)
         if kept:
             return f"stays float32 because of the option keep={kept!r}"
@@ -59,17 +61,17 @@ class QuantizeLinears(RewritePass[ir.Node]):
         return f"{inputs} inputs overflow an int32 accumulator, at most {most} fit" if inputs > most else ""
 
     def rewrite(self, match: ir.Node, graph: ir.Graph) -> Replacement:
-        x, weight, *bias = match.inputs
+        x, weight, bias = (operand(match, role) for role in (Role.ACTIVATION, Role.WEIGHT, Role.BIAS))
         assert x is not None and weight is not None
         quantize, new = quantize_tokens(x, self._bits(x), graph)
         xq, xs = quantize.outputs
         wq, ws = quantized_weight(weight, graph)
         multiply = make_node("IntegerLinear", [xq, wq], f"{match.name}.accumulate")
-        scale = make_node("Dequantize", [multiply.outputs[0], xs, ws, *bias], str(match.name))
+        scale = make_node("Dequantize", [multiply.outputs[0], xs, ws, bias], str(match.name))
         return Replacement([match], [*new, multiply, scale], {match.outputs[0]: scale.outputs[0]})
 
     def _bits(self, x: ir.Value) -> int:
-        """Bits of x for the linears that read it: those that it has, or 16 as soon as one of them is wide."""
+        """The bits that x gets: those of its QuantizeTokens, where it has one, else 16 where one of its linears is wide."""
         quantize = quantizer_of(x)
         if quantize is not None:
             return int(attributes_of(quantize)["bits"])

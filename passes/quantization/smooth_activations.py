@@ -1,4 +1,4 @@
-"""Outliers of activations go into the weights behind them, channel by channel (Xiao et al., SmoothQuant, arXiv:2211.10438)."""
+"""Outliers of activations move into the weights that read them (Xiao et al., SmoothQuant, arXiv:2211.10438)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized
-from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
+from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
+from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
 _DONE = "smoothed"
-_SAMPLES = 256  # rows of a linear's input that choose its alpha
+_SAMPLES = 256  # rows of a linear's input by which its alpha is chosen
 _ALPHAS = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # 0.3 to 0.9
 _LEAST = 1e-5
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a channel of an activation can be divided by s: `source` writes it, with `inputs` (weights to divide, by row or
-    element) from row `start` on, and `readers` are the linears whose columns are multiplied in return. One factor serves
-    `repeat` runs of `width` channels each (grouped-query heads)."""
+    """An activation whose channels can be divided by factors.
+
+    `source` computes it: the rows or elements of its weights of these `roles` are divided, from row `start` on. `readers` are
+    the linears whose columns are multiplied in return. One factor serves `repeat` runs of `width` channels each (grouped-query
+    heads).
+    """
 
     value: ir.Value
     source: ir.Node
-    inputs: tuple[int, ...]
+    roles: tuple[Role, ...]
     start: int
     readers: tuple[ir.Node, ...]
     width: int = 0
@@ -47,10 +52,11 @@ class _Place:
 class SmoothActivations(Pass):
     """n = RMSNorm(x, g); y = Gemm(n, W)   becomes   n' = RMSNorm(x, g / s); y = Gemm(n', W diag(s))
 
-    s = max|n|^alpha / max|W|^(1 - alpha), channel by channel over calibration requests, so that what is hard to round in n is
-    shared with W. The same for LayerNorm (BLOOM's fused query-key-value, and its way into the GELU), between the values and the
-    attention's output projection, and between up and down of a SwiGLU; nothing can be moved through a GELU. alpha None: each
-    place takes that of 0.3 to 0.9 with the least INT8 error of its linears' outputs. Refuses a place with other readers.
+    s = max|n|^alpha / max|W|^(1 - alpha) for each channel, with the maxima over calibration requests, so that n and W share
+    what is hard to round in n. Likewise for LayerNorm (before BLOOM's fused projection and before the linear that feeds its
+    GELU), between the values and the attention's output projection, and between up and down of a SwiGLU; nothing can be moved
+    through a GELU. With alpha None, each place takes the one of 0.3 to 0.9 with the least INT8 error of its linears' outputs.
+    Refuses a place with other readers.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -78,7 +84,7 @@ class SmoothActivations(Pass):
     def _factors(
         self, stream: ActivationStream, number: int, places: dict[ir.Value, _Place]
     ) -> Iterator[tuple[_Place, Tensor]]:
-        """The factors of a segment's places; writes the next seam."""
+        """The factors of a segment's places; writes the activations that the next segment reads."""
         weights = stream.load(number)
         first = {node.inputs[0]: node for node in reversed(list(linears(stream.segments[number]))) if node.inputs[0] in places}
         largest: dict[ir.Value, Tensor] = {}
@@ -96,7 +102,8 @@ class SmoothActivations(Pass):
         stream.forward(number, weights, on_linear=observe)
         for value, absmax in largest.items():
             place = places[value]
-            matrices = [weights[reader.inputs[1]] for reader in place.readers if reader.inputs[1] is not None]
+            read = (operand(reader, Role.WEIGHT) for reader in place.readers)
+            matrices = [weights[weight] for weight in read if weight is not None]
             yield place, self._choose(place, absmax, torch.cat(samples[value]), matrices)
 
     def _choose(self, place: _Place, absmax: Tensor, x: Tensor, matrices: list[Tensor]) -> Tensor:
@@ -119,7 +126,7 @@ class SmoothActivations(Pass):
 
 
 def _smoothing(place: _Place, absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """float32 [K]: what each channel is divided by; channels that share a factor take their largest."""
+    """float32 [K]: the factor that each channel is divided by; channels that share one take the largest of their maxima."""
     if place.repeat > 1:
         absmax, columns = (_shared(place, values) for values in (absmax, columns))
     factors = absmax.clamp(min=_LEAST) ** alpha / columns.clamp(min=_LEAST) ** (1 - alpha)
@@ -127,19 +134,19 @@ def _smoothing(place: _Place, absmax: Tensor, columns: Tensor, alpha: float) -> 
 
 
 def _shared(place: _Place, values: Tensor) -> Tensor:
-    """[groups, repeat, width]: the largest over the repeats, for each of them."""
+    """[K]: for each channel the largest of the values that share its factor; K = groups * repeat * width."""
     grouped = values.view(-1, place.repeat, place.width)
     return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
 
 
 def _places(graph: ir.Graph) -> tuple[list[_Place], tuple[str, ...]]:
-    """Every activation that linears alone read and whose writer can take the factors, and why others cannot."""
+    """Every activation that only linears read and whose source can absorb factors, and why others cannot be smoothed."""
     places: list[_Place] = []
     refusals: list[str] = []
     for node in graph:
         value = node.outputs[0]
         readers = tuple(value.consumers())
-        if not readers or not all(reader.op_type == "Gemm" and is_weight(reader.inputs[1]) for reader in readers):
+        if not readers or not all(map(has_float_weight, readers)):
             continue
         place, reason = _place(node, value, readers)
         if place is not None:
@@ -151,48 +158,42 @@ def _places(graph: ir.Graph) -> tuple[list[_Place], tuple[str, ...]]:
 
 def _place(node: ir.Node, value: ir.Value, readers: tuple[ir.Node, ...]) -> tuple[_Place | None, str]:
     for reader in readers:
-        weight = reader.inputs[1]
+        weight = operand(reader, Role.WEIGHT)
         assert weight is not None
         if others := other_readers(weight, reader):
             return None, f"the weight of {reader.name} is also read by {', '.join(others)}"
     if node.op_type in ("RMSNormalization", "LayerNormalization"):
-        vectors = tuple(i for i in range(1, len(node.inputs)) if node.inputs[i] is not None)
-        return _Place(value, node, vectors, 0, readers), ""
+        return _Place(value, node, (Role.GAIN, Role.BIAS), 0, readers), ""
     if node.op_type == "SwiGLU":
         return _through_linear(value, node, node.inputs[1], readers)
     if node.op_type == "Attention":
         options = attributes_of(node)
         repeat = options["num_heads"] // options["num_kv_heads"]
-        return _through_linear(value, node, node.inputs[2], readers, options["head_dim"], repeat)
-    return None, "" if node.op_type != "Gelu" else "nothing can be moved through a GELU"
+        return _through_linear(value, node, operand(node, Role.VALUE), readers, options["head_dim"], repeat)
+    return None, "nothing can be moved through a GELU" if node.op_type == "Gelu" else ""
 
 
 def _through_linear(
     value: ir.Value, node: ir.Node, source: ir.Value | None, readers: tuple[ir.Node, ...], width: int = 0, repeat: int = 1
 ) -> tuple[_Place | None, str]:
-    """A place whose factors divide the rows of the linear that computes `source`."""
+    """A place whose factors divide the rows of the linear that computes `source`, or why there is none."""
     assert source is not None
     if others := other_readers(source, node):
         return None, f"{source.name} is also read by {', '.join(others)}"
-    linear, start = source.producer(), 0
-    if linear is not None and linear.op_type == "Split":
-        sizes, fused = linear.inputs[1], linear.inputs[0]
-        assert sizes is not None and sizes.const_value is not None and fused is not None
-        start = int(sizes.const_value.numpy()[: list(linear.outputs).index(source)].sum())
-        linear = fused.producer()
-    if linear is None or linear.op_type != "Gemm" or not is_weight(linear.inputs[1]):
-        return None, f"{source.name} does not come from a linear"
-    inputs = tuple(i for i in (1, 2) if i < len(linear.inputs) and linear.inputs[i] is not None)
-    return _Place(value, linear, inputs, start, readers, width, repeat), ""
+    linear, start, reason = projection_of(source)
+    if linear is None or reason:
+        return None, reason or f"{source.name} does not come from a linear"
+    return _Place(value, linear, (Role.WEIGHT, Role.BIAS), start, readers, width, repeat), ""
 
 
 def _divide(place: _Place, factors: Floats, graph: ir.Graph) -> None:
-    own = factors if place.repeat == 1 else factors.reshape(-1, place.repeat, place.width)[:, 0].reshape(-1)
-    rows = slice(place.start, place.start + len(own))
-    for index in place.inputs:
-        replace_weight(place.source, index, partial(_divide_rows, own, rows), graph, "smoothed")
+    """Divide the source of a place by the factors, and multiply the columns of its readers."""
+    of_source = factors if place.repeat == 1 else factors.reshape(-1, place.repeat, place.width)[:, 0].reshape(-1)
+    rows = slice(place.start, place.start + len(of_source))
+    for role in place.roles:
+        replace_weight(place.source, role, partial(_divide_rows, of_source, rows), graph, "smoothed")
     for reader in place.readers:
-        replace_weight(reader, 1, partial(_multiply_columns, factors), graph, "smoothed")
+        replace_weight(reader, Role.WEIGHT, partial(_multiply_columns, factors), graph, "smoothed")
 
 
 def _divide_rows(factors: Floats, rows: slice, weight: Floats) -> Floats:

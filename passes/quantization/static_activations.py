@@ -1,4 +1,4 @@
-"""Activations get one scale for all tokens, found by calibration: what executors need that find none while running."""
+"""Activations get one scale for all tokens by calibration, for executors that compute no scale for each token."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.meanings import LIMITS
+from belle_compile.compiler.ir.ops import is_float_linear, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
 from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.calibration.data import CalibrationData
@@ -21,7 +23,7 @@ from belle_compile.passes.quantization.activations import CLIP
 
 _PER_OCTAVE, _OCTAVES = 32, 64  # bins of a histogram of magnitudes from 2^-64 to 2^64, each 2% wide
 _BINS = 2 * _OCTAVES * _PER_OCTAVE
-_TRIED = 12 * _PER_OCTAVE  # clips down to 1/4096 of the largest magnitude
+_TRIED = 12 * _PER_OCTAVE  # bins whose upper edges are tried as clips, down to 1/4096 of the largest magnitude
 _PERCENTILE = re.compile(r"p(?P<percent>\d+(?:\.\d+)?)")
 
 
@@ -29,11 +31,11 @@ _PERCENTILE = re.compile(r"p(?P<percent>\d+(?:\.\d+)?)")
 class StaticActivations(Pass):
     """xq, xs = QuantizeTokens(x)   will be   xq, xs = QuantizeTokens(x, step) with one step for all tokens
 
-    The calibration sequences run through the graph, segment by segment; `clip` says what becomes the largest integer of what a
-    linear reads: "max" its largest magnitude, "p99.99" the magnitude that so many percent stay below, "mse" the one with the
-    least squared error at `activation_bits`, rounding and clipping together. Less accurate than a scale per token: one token
-    with outliers sets the scale of all others. Results of finished segments are kept in the data's folder: a second run goes
-    on where a killed one stopped. Needs a graph of float32 ops, as it will be quantized.
+    The calibration sequences run through the graph segment by segment. `clip` says which magnitude of a linear's input becomes
+    the largest integer: "max" the largest one, "p99.99" the one that so many percent stay below, "mse" the one with the least
+    squared error of rounding and clipping together at `activation_bits`. This is less accurate than a scale per token, because
+    one token with outliers sets the scale of all others. Results of finished segments are stored in the data's folder, so that
+    the next run continues where a killed one stopped. Needs a graph of float32 ops as it will be quantized.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -42,8 +44,8 @@ class StaticActivations(Pass):
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
-        found = _PERCENTILE.fullmatch(self.clip)
-        if self.clip not in ("max", "mse") and not (found and 0 < float(found["percent"]) <= 100):
+        match = _PERCENTILE.fullmatch(self.clip)
+        if self.clip not in ("max", "mse") and not (match and 0 < float(match["percent"]) <= 100):
             raise CompileError(
                 "quantize", "option clip", found=repr(self.clip), expected='"max", "mse" or a percentile: "p99.99"'
             )
@@ -53,8 +55,8 @@ class StaticActivations(Pass):
         return self.data.describe() | {"clip": self.clip, "activation_bits": self.activation_bits}
 
     def run(self, model: ir.Model) -> PassResult:
-        """Finds the clip of everything that a linear reads and that has none."""
-        inputs = (node.inputs[0] for node in model.graph if node.op_type == "Gemm")
+        """Find the clip of each linear's input that has none."""
+        inputs = (operand(node, Role.ACTIVATION) for node in model.graph if is_float_linear(node))
         read = dict.fromkeys(x for x in inputs if x is not None and CLIP not in x.meta)
         if not read:
             return PassResult()
@@ -69,24 +71,24 @@ class StaticActivations(Pass):
 
 
 def _segment(stream: ActivationStream, number: int, files: dict[ir.Value, Path]) -> None:
-    """Count what a segment's linears read, and write the next seam."""
+    """Count the magnitudes that a segment's linears read, and write the activations that the next segment reads."""
     counts: dict[ir.Value, Tensor] = {}
     first = {node.inputs[0]: node for node in reversed(list(linears(stream.segments[number])))}
 
     def observe(node: ir.Node, x: Tensor) -> Tensor:
         source = node.inputs[0]
         if source is not None and first.get(source) is node:
-            found = histogram(x, str(node.name))
-            counts[source] = counts[source] + found if source in counts else found
+            seen = histogram(x, str(node.name))
+            counts[source] = counts[source] + seen if source in counts else seen
         return x
 
     stream.forward(number, stream.load(number), on_linear=observe)
-    for source, found in counts.items():
-        save_file({"counts": found.cpu()}, files[source])
+    for source, count in counts.items():
+        save_file({"counts": count.cpu()}, files[source])
 
 
 def histogram(x: Tensor, name: str) -> Tensor:
-    """How many values of x have a magnitude in each bin; zeros are in the first."""
+    """int64 [bins]: how many values of x have a magnitude in each bin; zeros count in the first."""
     if not torch.isfinite(x).all():
         raise CompileError("calibrate", f"what {name} reads", found="NaN or infinity", expected="finite activations")
     bins = (torch.log2(x.abs().flatten()) + _OCTAVES).mul_(_PER_OCTAVE).clamp_(0, _BINS - 1)
@@ -94,7 +96,7 @@ def histogram(x: Tensor, name: str) -> Tensor:
 
 
 def choose_clip(counts: Tensor, clip: str, bits: int) -> float:
-    """The magnitude that becomes the largest integer; at the upper edge of a bin."""
+    """The magnitude that becomes the largest integer: the upper edge of a bin."""
     edges = torch.exp2(torch.arange(1, _BINS + 1, dtype=torch.float64) / _PER_OCTAVE - _OCTAVES)
     weights = counts.double()
     if clip == "mse":
@@ -107,7 +109,7 @@ def choose_clip(counts: Tensor, clip: str, bits: int) -> float:
 
 
 def squared_errors(weights: Tensor, edges: Tensor, clips: Tensor, limit: int) -> Tensor:
-    """For each clip, the squared error of all values: rounding to its steps below it, what is cut off above."""
+    """For each clip, the squared error of all values: that of rounding to its steps below it, and that of clipping above it."""
     middles = edges * 2 ** (-0.5 / _PER_OCTAVE)
     step = (clips / limit)[:, None]
     rounding = torch.where(middles < step / 2, middles.square(), step.square() / 12)

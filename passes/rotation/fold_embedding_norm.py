@@ -1,4 +1,4 @@
-"""BLOOM normalizes its embeddings; since a token's embedding is always the same, so is its normalized one."""
+"""The norm of BLOOM's embeddings is applied to the table: a token's embedding is always the same, and so is its norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import onnx_ir as ir
 from belle_compile.compiler.ir import meanings
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.rotation.weights import own
 
@@ -25,8 +26,8 @@ _ROWS = 4096  # rows normalized at a time
 class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     """e = Gather(E, ids); n = LayerNormalization(e, g, b)   becomes   n = Gather(LayerNorm(E; g, b), ids)
 
-    One kernel less, and the table starts the residual stream, which the rotations need. A head that is tied to E keeps
-    E, so the engine holds two tables. Refuses a gather with another reader.
+    This saves a kernel, and the table then starts the residual stream, which the rotations need. A head that is tied to E keeps
+    E, so that the engine holds two tables. Refuses a Gather with another reader.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -34,10 +35,10 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         source = node.inputs[0] if node.op_type == "LayerNormalization" else None
         gather = source.producer() if source is not None else None
-        if gather is None or gather.op_type != "Gather" or not is_weight(gather.inputs[0]):
+        if gather is None or gather.op_type != "Gather" or not is_weight(operand(gather, Role.TABLE)):
             return None
-        # A norm that feeds linears is the first layer's own and must stay one.
-        return None if any(reader.op_type == "Gemm" for reader in node.outputs[0].consumers()) else (gather, node)
+        # A norm that feeds linears is that of the first layer and must stay a norm.
+        return None if any(is_float_linear(reader) for reader in node.outputs[0].consumers()) else (gather, node)
 
     def check(self, match: tuple[ir.Node, ir.Node]) -> str:
         gather, norm = match
@@ -61,7 +62,7 @@ class FoldEmbeddingNorm(RewritePass[tuple[ir.Node, ir.Node]]):
 
 
 def _normalize(parts: list[ir.TensorProtocol], epsilon: float, rows: Floats) -> Floats:
-    """In place."""
+    """Normalize rows in place by a norm's gain and bias, which are `parts`."""
     vectors = [part.numpy() for part in parts]
     for start in range(0, len(rows), _ROWS):
         block = slice(start, start + _ROWS)

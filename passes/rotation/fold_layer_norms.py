@@ -1,4 +1,4 @@
-"""LayerNorm becomes RMSNorm: writers of the stream take its mean subtraction, readers its bias."""
+"""LayerNorm becomes RMSNorm: writers of the stream absorb the mean subtraction, readers the bias."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, operand, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Pass, PassResult, Phase, Replacement, apply
 from belle_compile.passes.rotation.stream import find_stream
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
-_ROWS = 4096  # rows taken at a time
+_ROWS = 4096  # rows computed at a time, so that temporaries stay small beside the weight
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class FoldLayerNorms(Pass):
     """x = Gather(E, ids); n = LayerNorm(x, g, b); y = Gemm(n, W, c); x2 = Add(x, Gemm(z, V, d))   becomes
     x' = Gather(E P, ids); n' = RMSNorm(x', g); y = Gemm(n', W, c + W b); x2' = Add(x', Gemm(z, P V, P d))
 
-    P subtracts the mean over the channels. The stream x' = x P has mean 0 everywhere, and there both norms divide by
-    the same number (SliceGPT, arXiv:2401.15024). Refuses, and changes nothing, where the stream is read by anything
-    but LayerNorms that feed linears (BLOOM's residual connection after the norm).
+    P subtracts the mean over the channels. The stream x' = x P has mean 0 everywhere, and then both norms divide by the same
+    number (SliceGPT, arXiv:2401.15024). Refuses, and changes nothing, where anything but LayerNorms that feed linears reads
+    the stream (BLOOM's residual connection after the norm).
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -41,13 +42,12 @@ class FoldLayerNorms(Pass):
         if reason:
             return PassResult(0, (reason,))
         for node in stream.tables:
-            replace_weight(node, 0, _center_rows, graph, "centered", by_rows=True)
+            replace_weight(node, Role.TABLE, _center_rows, graph, "centered", by_rows=True)
         for node in stream.writers:
-            replace_weight(node, 1, _center_columns, graph, "centered")
-            if len(node.inputs) > 2 and node.inputs[2] is not None:
-                replace_weight(node, 2, _center_vector, graph, "centered")
+            replace_weight(node, Role.WEIGHT, _center_columns, graph, "centered")
+            replace_weight(node, Role.BIAS, _center_vector, graph, "centered")
         for norm in stream.norms:
-            bias = norm.inputs[2] if len(norm.inputs) > 2 else None
+            bias = operand(norm, Role.BIAS)
             if bias is not None and bias.const_value is not None:
                 for reader in list(norm.outputs[0].consumers()):
                     _add_bias(reader, bias.const_value, graph)
@@ -58,9 +58,9 @@ class FoldLayerNorms(Pass):
 
 
 def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> None:
-    """Gemm(n + shift, W, c) = Gemm(n, W, c + W shift)"""
-    weight, old = reader.inputs[1], reader.inputs[2] if len(reader.inputs) > 2 else None
-    assert weight is not None and weight.const_value is not None
+    """Let a linear add what the bias of the norm before it contributed: Gemm(n + shift, W, c) = Gemm(n, W, c + W shift)."""
+    weight, old, index = operand(reader, Role.WEIGHT), operand(reader, Role.BIAS), spec_of(reader).index(Role.BIAS)
+    assert weight is not None and weight.const_value is not None and index is not None
     name = f"{old.name}.shifted" if old is not None else f"{reader.name}.shift"
     bias = None if old is None else old.const_value
     compute = partial(_shifted, weight.const_value, shift, bias)
@@ -68,8 +68,8 @@ def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> Non
     shape = weight.const_value.shape.numpy()[:1]
     value = make_initializer(lazy(name, compute, shape, ir.DataType.FLOAT, step="shifted", sources=sources))
     graph.register_initializer(value)
-    reader.resize_inputs(3)
-    reader.replace_input_with(2, value)
+    reader.resize_inputs(max(len(reader.inputs), index + 1))
+    reader.replace_input_with(index, value)
     if old is not None and not old.uses():
         del graph.initializers[str(old.name)]
 

@@ -1,4 +1,4 @@
-"""Random orthogonal matrices that are applied cheaply: signs, a Hadamard transform, and a small matrix across its blocks."""
+"""Random orthogonal matrices that are cheap to apply: signs, a Hadamard transform, and a small matrix across its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 1024  # rows or columns rotated at a time, so that temporaries stay sma
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix Q of `size` rows, the same for the same `seed`.
+    """An orthogonal matrix Q of `size` rows, which `seed` determines.
 
     size = blocks * 2**k: columns get random signs, each block of 2**k is Hadamard transformed, and a random orthogonal
     blocks x blocks matrix mixes the blocks. `blocks` is odd, and 1 for a power of two.
@@ -67,7 +67,7 @@ class Rotation:
         random = np.random.default_rng([self.seed, self.size])
         signs = random.choice(np.array([-1, 1], np.float32), self.size)
         mixer, triangle = np.linalg.qr(random.standard_normal((blocks, blocks)))
-        # The signs make the result independent of LAPACK's choice.
+        # QR is unique up to the signs of the rows of R, which LAPACK chooses: making R's diagonal positive fixes them.
         return signs, (mixer * np.sign(np.diag(triangle))).T.astype(np.float32)
 
 

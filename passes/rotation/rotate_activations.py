@@ -1,4 +1,4 @@
-"""R4: what the feed-forward activation gives is rotated while running; the linear behind it absorbs the rotation."""
+"""R4: the result of the feed-forward activation is rotated in each step; the linear behind it absorbs the rotation."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_node
 from belle_compile.compiler.ir.meanings import block_hadamard
-from belle_compile.compiler.ir.ops import attributes_of
+from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
-SMALLEST = 16  # block: a register of the kernels
-_UNEVEN = 1.03
-_ROWS = 64  # of a weight rotated at a time, so that temporaries stay in the cache
+SMALLEST = 16  # channels of the smallest block: a register of the kernels
+_UNEVEN = 1.03  # the largest share of a rank, as a multiple of an even one, for which blocks stay large
+_ROWS = 64  # rows of a weight rotated at a time, so that temporaries stay in the cache
 
 
 @dataclass(frozen=True)
 class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
     """a = SwiGLU(gate, up); y = Gemm(a, W, c)   becomes   a = SwiGLU(gate, up); y = Gemm(BlockHadamard(a), W Q, c)
 
-    and Gelu likewise. Q is the orthogonal matrix of BlockHadamard. This activation has the largest outliers, and as it is not
-    linear, no weight before it can rotate them away (QuaRot's online transform before down_proj). The block is the
-    largest power of two that divides the width, up to `block`: the larger, the further an outlier is spread, and the more
-    the kernel adds. Since blocks are not divided among `ranks`, it is smaller where the largest share would be more than 3%
-    above an even one, if that helps; `group` channels stay together anyway. Refuses an activation with another reader, a
-    weight that is computed, and a width that 16 does not divide.
+    and Gelu likewise. Q is the orthogonal matrix of BlockHadamard. The results of this activation have the largest outliers,
+    and as it is not linear, no weight before it can rotate them away (QuaRot's online transform before down_proj,
+    arXiv:2404.00456). The block is the largest power of two that divides the width, up to `block`: the larger it is, the
+    further it spreads an outlier, and the more the kernel has to add. As blocks are not divided among `ranks`, a smaller one is
+    taken where the largest share would be more than 3% above an even one and that helps; `group` channels are not divided in
+    any case. Refuses an activation with another reader, a computed weight, and a width that 16 does not divide.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -47,7 +48,7 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
             raise CompileError("rotate", "option block", found=str(self.block), expected=expected)
 
     def pattern(self, node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-        x = node.inputs[0] if node.op_type == "Gemm" else None
+        x = operand(node, Role.ACTIVATION) if is_float_linear(node) else None
         activation = None if x is None else x.producer()
         return (activation, node) if activation is not None and activation.op_type in ("SwiGLU", "Gelu") else None
 
@@ -55,7 +56,7 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
         activation, linear = match
         if others := other_readers(activation.outputs[0], linear):
             return f"the result of {activation.name} is also read by {', '.join(others)}"
-        if not is_weight(linear.inputs[1]):
+        if not is_weight(operand(linear, Role.WEIGHT)):
             return "its weight is computed, so it cannot absorb a rotation"
         width = _width(activation)
         return f"no power of two from {SMALLEST} on divides its {width} inputs" if width % SMALLEST else ""
@@ -65,20 +66,20 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
         width = _width(activation)
         block = self.block_of(width)
         rotate = make_node("BlockHadamard", activation.outputs, f"{activation.name}.hadamard", attributes={"block": block})
-        replace_weight(linear, 1, partial(_rotate_rows, block), graph)
+        replace_weight(linear, Role.WEIGHT, partial(_rotate_rows, block), graph)
         inputs = [rotate.outputs[0], *linear.inputs[1:]]
-        node = make_node("Gemm", inputs, str(linear.name), attributes=attributes_of(linear))
+        node = make_node(linear.op_type, inputs, str(linear.name), attributes=attributes_of(linear))
         return Replacement([linear], [rotate, node], {linear.outputs[0]: node.outputs[0]})
 
     def block_of(self, width: int) -> int:
-        """The block for so many channels, which 16 divides."""
+        """The size of blocks for a width that 16 divides."""
         block = min(width & -width, self.block)
         blocks = [block >> shift for shift in range((block // SMALLEST).bit_length())]
         good = (block for block in blocks if self._unevenness(width, block) <= _UNEVEN)
         return next(good, min(blocks, key=lambda block: self._unevenness(width, block)))
 
     def _unevenness(self, width: int, block: int) -> float:
-        """The largest share of a rank over an even one."""
+        """The largest share of a rank as a multiple of an even one; infinite where a rank would have none."""
         units = -(-width // lcm(block, self.group))
         return -(-units // self.ranks) * self.ranks / units if units >= self.ranks else inf
 
@@ -92,7 +93,7 @@ def _width(activation: ir.Node) -> int:
 
 
 def _rotate_rows(block: int, weight: Floats) -> Floats:
-    """weight @ Q: its rows are transformed as the activations are."""
+    """weight @ Q in place: rows are transformed as activations are."""
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         weight[rows] = block_hadamard(weight[rows], block=block)

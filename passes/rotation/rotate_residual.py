@@ -1,4 +1,4 @@
-"""R1: the residual stream is rotated, which costs nothing when running: every weight around it absorbs the rotation."""
+"""R1: the residual stream is rotated at no cost in a step, because every weight around it absorbs the rotation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_initializer
+from belle_compile.compiler.ir.ops import operand, spec_of
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.rotation.hadamard import Rotation
 from belle_compile.passes.rotation.stream import find_stream
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
-_DONE = "rotated_residual"  # metadata of a model whose stream is rotated: rotating twice would undo nothing and help nothing
+_DONE = "rotated_residual"  # metadata of a model whose stream is rotated already
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class RotateResidual(Pass):
     """x = Gather(E, ids); n = RMSNorm(x, g); y = Gemm(n, W); x2 = Add(x, Gemm(z, V, b))   becomes
     x' = Gather(E Q, ids); n' = RMSNorm(x', 1); y = Gemm(n', W diag(g) Q); x2' = Add(x', Gemm(z, Q.T V, b Q))
 
-    x' = x Q for a random Hadamard matrix Q: lengths stay, outliers are spread over all channels. A head that is tied to the
-    embedding gets a weight of its own. Refuses, and changes nothing, where the stream is read by anything but
-    RMS norms that feed linears; FoldLayerNorms makes such norms of BLOOM's.
+    x' = x Q for a random Hadamard matrix Q (R1 of SpinQuant, arXiv:2405.16406): it keeps lengths and spreads outliers over all
+    channels. A head that is tied to the embedding gets a weight of its own. Refuses, and changes nothing, where anything but
+    RMS norms that feed linears reads the stream; FoldLayerNorms makes such norms of BLOOM's.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -39,23 +41,23 @@ class RotateResidual(Pass):
         stream, reason = find_stream(model.graph, "RMSNormalization")
         if reason:
             return PassResult(0, (reason,))
-        graph, norm = model.graph, stream.norms[0].inputs[1]
-        assert norm is not None and norm.shape is not None
-        size = int(norm.shape.numpy()[0])
+        graph, gain = model.graph, operand(stream.norms[0], Role.GAIN)
+        assert gain is not None and gain.shape is not None
+        size = int(gain.shape.numpy()[0])
         rotation = Rotation(size, self.seed)
         for node in stream.tables:
-            replace_weight(node, 0, partial(_rotate_rows, rotation), graph, by_rows=True)
+            replace_weight(node, Role.TABLE, partial(_rotate_rows, rotation), graph, by_rows=True)
         for node in stream.readers:
-            replace_weight(node, 1, partial(_read, rotation, _scale_before(node)), graph, by_rows=True)
+            replace_weight(node, Role.WEIGHT, partial(_read, rotation, _scale_before(node)), graph, by_rows=True)
         for node in stream.writers:
-            replace_weight(node, 1, rotation.left, graph)
-            if len(node.inputs) > 2 and node.inputs[2] is not None:
-                replace_weight(node, 2, partial(_rotate_vector, rotation), graph)
+            replace_weight(node, Role.WEIGHT, rotation.left, graph)
+            replace_weight(node, Role.BIAS, partial(_rotate_vector, rotation), graph)
         ones = make_initializer(ir.Tensor(np.ones(size, np.float32), name="rotated_norms.ones"))
         graph.register_initializer(ones)
         for node in stream.norms:
-            old = node.inputs[1]
-            node.replace_input_with(1, ones)
+            old, index = operand(node, Role.GAIN), spec_of(node).index(Role.GAIN)
+            assert index is not None
+            node.replace_input_with(index, ones)
             if old is not None and not old.uses():
                 del graph.initializers[str(old.name)]
         model.metadata_props[_DONE] = str(self.seed)
@@ -63,10 +65,10 @@ class RotateResidual(Pass):
 
 
 def _scale_before(reader: ir.Node) -> ir.TensorProtocol:
-    """The weight of the norm whose output a linear reads."""
+    """The gain of the norm whose output a linear reads."""
     source = reader.inputs[0]
     norm = source.producer() if source is not None else None
-    scale = norm.inputs[1] if norm is not None else None
+    scale = operand(norm, Role.GAIN) if norm is not None else None
     assert scale is not None and scale.const_value is not None
     return scale.const_value
 

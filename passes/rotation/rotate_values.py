@@ -1,4 +1,4 @@
-"""R2: the values of each head are rotated; the projections before and after the attention absorb it."""
+"""R2: the values of each head are rotated; the projections before and after the attention absorb the rotation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from belle_compile.compiler.ir.ops import attributes_of
-from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
+from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
 from belle_compile.passes.rotation.hadamard import Rotation
+from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
@@ -23,9 +25,9 @@ _DONE = "rotated_values"
 class RotateValues(Pass):
     """a = Attention(q, k, Gemm(x, V)); y = Gemm(a, O)   becomes   a' = Attention(q, k, Gemm(x, Q.T V)); y = Gemm(a', O Q)
 
-    per head, with one random Hadamard matrix Q of head_dim for all: attention averages values, and averages rotate with
-    them. V may be the last rows of a fused projection (BLOOM). Refuses an attention whose values or output have
-    another reader.
+    for each head, with one random Hadamard matrix Q of head_dim rows for all: attention averages values, and averages rotate
+    with them (R2 of SpinQuant, arXiv:2405.16406). V may be the last rows of a fused projection (BLOOM). Refuses an attention
+    whose values or output have another reader.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -44,29 +46,22 @@ class RotateValues(Pass):
         return PassResult(changes, tuple(refusals))
 
     def _rotate(self, attention: ir.Node, graph: ir.Graph) -> str:
+        """Rotate the values of one attention, or say why not."""
         attributes = attributes_of(attention)
         rotation = Rotation(attributes["head_dim"], self.seed)
-        values, after = attention.inputs[2], list(attention.outputs[0].consumers())
+        values, after = operand(attention, Role.VALUE), list(attention.outputs[0].consumers())
         assert values is not None
         if others := other_readers(values, attention):
             return f"its values are also read by {', '.join(others)}"
-        if len(after) != 1 or after[0].op_type != "Gemm" or not is_weight(after[0].inputs[1]):
+        if len(after) != 1 or not has_float_weight(after[0]):
             return "its output is not read by one linear alone"
-        linear, start = values.producer(), 0
-        if linear is not None and linear.op_type == "Split":
-            sizes, fused = linear.inputs[1], linear.inputs[0]
-            assert sizes is not None and sizes.const_value is not None and fused is not None
-            start = int(sizes.const_value.numpy()[: list(linear.outputs).index(values)].sum())
-            if others := other_readers(fused, linear):
-                return f"its projection is also read by {', '.join(others)}"
-            linear = fused.producer()
-        if linear is None or linear.op_type != "Gemm" or not is_weight(linear.inputs[1]):
-            return "its values do not come from a linear"
+        linear, start, reason = projection_of(values)
+        if linear is None or reason:
+            return reason or "its values do not come from a linear"
         rows = slice(start, start + attributes["num_kv_heads"] * rotation.size)
-        replace_weight(linear, 1, partial(_rotate_rows, rotation, rows), graph)
-        if len(linear.inputs) > 2 and linear.inputs[2] is not None:
-            replace_weight(linear, 2, partial(_rotate_rows, rotation, rows), graph)
-        replace_weight(after[0], 1, partial(_rotate_columns, rotation), graph)
+        for role in (Role.WEIGHT, Role.BIAS):
+            replace_weight(linear, role, partial(_rotate_rows, rotation, rows), graph)
+        replace_weight(after[0], Role.WEIGHT, partial(_rotate_columns, rotation), graph)
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Finds the residual stream of a graph: who starts it, who adds to it, who reads it."""
+"""Finds the residual stream of a graph, and the linears that compute what attention and activations read."""
 
 from __future__ import annotations
 
@@ -6,49 +6,81 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from belle_compile.compiler.ir.ops import is_float_linear, operand
+from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import is_weight, other_readers
 
 
 @dataclass
 class Stream:
-    """The residual stream: who starts it, who adds to it, who reads it."""
+    """The nodes around the residual stream.
 
-    tables: list[ir.Node] = field(default_factory=list)  # Gather from an embedding table
-    writers: list[ir.Node] = field(default_factory=list)  # Gemm whose output is added
-    norms: list[ir.Node] = field(default_factory=list)  # of the stream
-    readers: list[ir.Node] = field(default_factory=list)  # Gemm of such a norm
+    `tables` are the embeddings that start it, `writers` the linears whose outputs are added to it, `norms` the norms of it, and
+    `readers` the linears that read these norms.
+    """
+
+    tables: list[ir.Node] = field(default_factory=list)
+    writers: list[ir.Node] = field(default_factory=list)
+    norms: list[ir.Node] = field(default_factory=list)
+    readers: list[ir.Node] = field(default_factory=list)
 
 
 def find_stream(graph: ir.Graph, norm: str) -> tuple[Stream, str]:
-    """The stream, and why weights around it cannot absorb a change of it (empty when they can): it must be started by
-    embedding tables, added to by linears, and read by nodes of the op `norm` that feed linears."""
+    """The stream, and why the weights around it cannot absorb a change of it (empty where they can).
+
+    They can where embedding tables start it, linears add to it, and nodes of the op `norm` read it whose outputs only linears
+    read.
+    """
     stream, values = Stream(), set[ir.Value]()
     for node in graph:
-        if node.op_type == "Gather" and is_weight(node.inputs[0]):
+        table = operand(node, Role.TABLE)
+        if is_weight(table):
             stream.tables.append(node)
             values.add(node.outputs[0])
-        elif node.op_type == "Gather" and node.inputs[0] in values:
+        elif table in values:
             values.add(node.outputs[0])
         elif node.op_type == "Add" and values & set(node.inputs):
             values.add(node.outputs[0])
-            for operand in node.inputs:
-                writer = operand.producer() if operand is not None else None
-                if operand in values:
+            for addend in node.inputs:
+                writer = addend.producer() if addend is not None else None
+                if addend in values:
                     continue
-                if operand is None or writer is None or writer.op_type != "Gemm" or not is_weight(writer.inputs[1]):
+                if addend is None or writer is None or not has_float_weight(writer):
                     return stream, f"{node.name}: adds something else than the output of a linear"
-                if others := other_readers(operand, node):
+                if others := other_readers(addend, node):
                     return stream, f"{node.name}: what it adds is also read by {', '.join(others)}"
                 stream.writers.append(writer)
         elif values & set(node.inputs):
             if node.op_type != norm:
                 return stream, f"{node.name}: the residual stream is read by {node.op_type}, not by {norm}"
             readers = list(node.outputs[0].consumers())
-            linears = all(reader.op_type == "Gemm" and is_weight(reader.inputs[1]) for reader in readers)
-            if not linears or node.outputs[0].is_graph_output() or not is_weight(node.inputs[1]):
+            linears = all(map(has_float_weight, readers))
+            if not linears or node.outputs[0].is_graph_output() or not is_weight(operand(node, Role.GAIN)):
                 return stream, f"{node.name}: its output is read by something else than linears"
             stream.norms.append(node)
             stream.readers += readers
     if not stream.norms:
         return stream, f"there is no residual stream that {norm} reads"
     return stream, ""
+
+
+def has_float_weight(node: ir.Node) -> bool:
+    """Whether a node is a linear with a known float32 weight, which can absorb a change of what it reads or computes."""
+    return is_float_linear(node) and is_weight(operand(node, Role.WEIGHT))
+
+
+def projection_of(value: ir.Value) -> tuple[ir.Node | None, int, str]:
+    """The linear that computes a value, its first output that belongs to the value, and why its weight cannot be changed.
+
+    Behind a Split, the value is some of the outputs of a fused projection. The linear is None where no such linear with a known
+    weight computes the value; the reason is empty where its weight may be changed.
+    """
+    linear, start = value.producer(), 0
+    if linear is not None and linear.op_type == "Split":
+        sizes, fused = operand(linear, Role.SIZES), linear.inputs[0]
+        assert sizes is not None and sizes.const_value is not None and fused is not None
+        start = int(sizes.const_value.numpy()[: list(linear.outputs).index(value)].sum())
+        if others := other_readers(fused, linear):
+            return fused.producer(), start, f"its projection is also read by {', '.join(others)}"
+        linear = fused.producer()
+    return (linear if linear is not None and has_float_weight(linear) else None), start, ""

@@ -1,4 +1,4 @@
-"""Weights replaced by functions of themselves, computed when they are read."""
+"""Replacing weights by functions of them, which are computed when they are read."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
+from belle_compile.compiler.ir.ops import operand, spec_of
+from belle_compile.compiler.ir.signature import Role
 
 Floats = npt.NDArray[np.float32]
 
 
 def replace_weight(
     node: ir.Node,
-    index: int,
+    role: Role,
     change: Callable[[Floats], Floats],
     graph: ir.Graph,
     suffix: str = "rotated",
     *,
     by_rows: bool = False,
 ) -> None:
-    """Let `node` read change(weight) as input `index`, under the weight's name with the suffix behind it. `by_rows` says that a
-    row of the result depends on that row of the weight only.
+    """Let a node read change(weight) in place of its weight of that role; does nothing where the node has none.
 
-    `change` may overwrite its argument, which is its own: embedding tables are the largest tensors of a model, and a
-    chain of changes holds one of them.
-
-    Where another reader has taken that name for another change (a tied table), the node's own name is used.
+    The new weight has the name of the old one with the suffix behind it, or the name of the node where that name is taken: two
+    readers of a tied table may change it differently. `by_rows` says that a row of the result depends only on the same row of
+    the weight. `change` may overwrite its argument, which nobody else holds: embedding tables are the largest tensors of a
+    model, and a chain of changes needs the memory of one.
     """
-    weight = node.inputs[index]
-    assert weight is not None and weight.const_value is not None
+    index, weight = spec_of(node).index(role), operand(node, role)
+    if index is None or weight is None:
+        return
+    assert weight.const_value is not None
     source = weight.const_value
     name = f"{weight.name}.{suffix}"
     if name in graph.initializers:
@@ -48,7 +51,7 @@ def replace_weight(
 
 
 def own(source: ir.TensorProtocol) -> Floats:
-    """A tensor's values in an array that nobody else has."""
+    """A tensor's values in an array that nobody else holds."""
     array: Floats = source.numpy()
     fresh = isinstance(source, ir.LazyTensor) and array.flags.writeable and array.flags.c_contiguous
     return array if fresh else np.array(array)

@@ -14,7 +14,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import output_errors
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.smooth_activations import SmoothActivations
-from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama, side_by_side
+from tests.passes.helpers import VOCABULARY, Tiny, assert_same_results, bloom, check_pass, llama, side_by_side
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(8))
 
@@ -60,6 +60,17 @@ def test_what_cannot_be_smoothed_in_bloom(tmp_path: Path) -> None:
     assert result.changes == 2 * 3  # two norms and the values of each layer
     gelu = [f"h.{layer}.mlp.gelu: nothing can be moved through a GELU" for layer in (0, 1)]
     assert result.refusals == (*gelu, "norm: the weight of lm_head is also read by embed")
+
+
+def test_a_fused_projection_with_another_reader_is_refused(tmp_path: Path) -> None:
+    """The values could be divided, but not what else is read of the projection."""
+    b = Tiny()
+    fused = b.linear(b.x, "qkv", 96)
+    q, k, v = b.split(fused, [32, 32, 32], "split")
+    attended = b.linear(b.attention(q, k, v, "attn", 0), "o", 32)
+    model = b.head(b.op("Add", attended, b.linear(fused, "extra", 32), name="add"))
+    _, result = check_pass(smooth(tmp_path), model)
+    assert result == PassResult(0, ("attn: its projection is also read by extra",))
 
 
 @pytest.mark.parametrize("make", [llama, bloom])
