@@ -1,4 +1,4 @@
-"""Making nodes and graphs: shapes are inferred, names are given by scopes."""
+"""Making nodes and graphs: shapes are inferred, and scopes give names."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def make_node(
     outputs: Sequence[str] = (),
     attributes: Mapping[str, int | float | str] | None = None,
 ) -> ir.Node:
-    """A node of a registered op that belongs to no graph yet, its outputs typed by the op's shape rule.
+    """Make a node of a registered op, which belongs to no graph yet; the op's shape rule gives the types of its outputs.
 
-    Outputs are called as `outputs` says, else like the node, with ".<output>" (".0", ".1" for Split) where there are
-    several. Optional inputs at the end may be left out. Raises CompileError where inputs or attributes do not fit.
+    `outputs` are names of its outputs. Without them, the output of the node has the node's name; several have that name with
+    ".<output>" behind it (".0", ".1" for Split). Optional inputs at the end may be left out. Raises CompileError where inputs
+    or attributes do not fit.
     """
     spec = ops.REGISTRY.get(op)
     if spec is None:
@@ -44,22 +45,22 @@ def make_node(
     names = list(outputs) or ([name] if len(specs) == 1 else [f"{name}.{label}" for label in _labels(spec, len(specs))])
     assert len(names) == len(specs), f"{name}: {len(names)} names for {len(specs)} outputs"
     values = [
-        ir.Value(name=label, type=ir.TensorType(found.dtype), shape=ir.Shape(found.dims))
-        for label, found in zip(names, specs, strict=True)
+        ir.Value(name=label, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.dims))
+        for label, tensor in zip(names, specs, strict=True)
     ]
     return ir.Node(spec.domain, op, given, attrs, outputs=values, name=name)
 
 
 def make_initializer(tensor: ir.TensorProtocol, name: str | None = None) -> ir.Value:
-    """A value that holds a weight; register it with `graph.register_initializer`."""
+    """Make a value that holds a weight, to be registered with `graph.register_initializer`."""
     return ir.Value(name=name or tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
 
 
 def _attribute(name: str, value: int | float | str, spec: ops.OpSpec) -> ir.Attr:
-    wanted = spec.attributes[name].type if name in spec.attributes else type(value)
-    if wanted is float:
+    kind = spec.attributes[name].type if name in spec.attributes else type(value)
+    if kind is float:
         return ir.AttrFloat32(name, float(value))
-    return ir.AttrInt64(name, int(value)) if wanted is int else ir.AttrString(name, str(value))
+    return ir.AttrInt64(name, int(value)) if kind is int else ir.AttrString(name, str(value))
 
 
 def _labels(spec: ops.OpSpec, count: int) -> list[str]:
@@ -68,7 +69,7 @@ def _labels(spec: ops.OpSpec, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The graph inputs that every model has; see `verify.INTERFACE`."""
+    """The inputs of every model's graph; see `verify.INTERFACE`."""
 
     token_ids: ir.Value
     positions: ir.Value
@@ -78,7 +79,7 @@ class StepInputs:
 
 
 class GraphBuilder:
-    """Appends ops to a new graph that has the step's inputs.
+    """Builds a graph that has the step's inputs, op by op.
 
     Example::
 
@@ -100,7 +101,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix the names of the nodes appended inside with `name` and a dot; scopes nest."""
+        """Prefix the names of nodes that are appended inside with `name` and a dot; scopes nest."""
         self._scopes.append(name)
         try:
             yield
@@ -108,7 +109,7 @@ class GraphBuilder:
             self._scopes.pop()
 
     def weight(self, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
-        """The initializer of that full name (scopes do not apply), registered at the first call: tied weights share one."""
+        """The initializer of a full name, to which scopes do not apply; the first call makes it, and tied weights share it."""
         known = self.graph.initializers.get(name)
         if known is not None:
             return known
@@ -120,12 +121,12 @@ class GraphBuilder:
         return value
 
     def op(self, op: str, *inputs: ir.Value | None, name: str, **attributes: int | float | str) -> ir.Value:
-        """Append an op that has one output and return it."""
+        """Append an op that has one output; return the output."""
         (value,) = self.ops(op, *inputs, name=name, **attributes)
         return value
 
     def ops(self, op: str, *inputs: ir.Value | None, name: str, **attributes: int | float | str) -> tuple[ir.Value, ...]:
-        """Append an op and return all its outputs."""
+        """Append an op; return all its outputs."""
         node = make_node(op, inputs, ".".join([*self._scopes, name]), attributes=attributes)
         for value in node.outputs:
             self._claim(str(value.name))
@@ -138,7 +139,7 @@ class GraphBuilder:
         return self.ops("Split", x, parts, name=name, axis=-1)
 
     def finish(self, logits: ir.Value, metadata: Mapping[str, str] | None = None) -> ir.Model:
-        """The verified model; `logits` becomes its output and gets that name."""
+        """Make `logits` the graph's output, under that name; return the verified model."""
         logits.name = "logits"
         self.graph.outputs.append(logits)
         model = ir.Model(self.graph, ir_version=11, producer_name="belle-compile", metadata_props=dict(metadata or {}))

@@ -1,4 +1,4 @@
-"""Run a graph by the NumPy meaning of its ops."""
+"""Runs a graph by the NumPy meanings of its ops."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Array = npt.NDArray[Any]
 def evaluate(
     model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
 ) -> dict[str, Array]:
-    """Outputs of one step by name; the cache is read and written. `also` names other values to return.
+    """Run one step; return its outputs by name, and the values named by `also`. The cache is read and written.
 
-    Weights are read when a node needs them and dropped after it. Raises CompileError where an input is missing or has
-    another dtype or shape than the graph says.
+    A weight is in memory only while a node that reads it runs. Raises CompileError where an input is missing, or has another
+    dtype or shape than the graph says.
     """
     steps = stepwise(model, inputs, cache, also=also)
     while True:
@@ -41,7 +41,7 @@ def evaluate(
 def evaluate_ranks(
     models: Sequence[ir.Model], inputs: Mapping[str, Array], caches: Sequence[PagedCache], *, also: Collection[str] = ()
 ) -> list[dict[str, Array]]:
-    """`evaluate` for the graphs of all ranks, side by side from one sum to the next; each rank's outputs."""
+    """Run one step of the graphs of all ranks, side by side from one sum to the next; return the outputs of each rank."""
     runs = [_run(model, inputs, cache, also) for model, cache in zip(models, caches, strict=True)]
     total: Array | None = None
     while True:
@@ -59,7 +59,7 @@ def evaluate_ranks(
 def stepwise(
     model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
 ) -> Generator[ir.Node, None, dict[str, Array]]:
-    """`evaluate`, a node at a time: yields each one that has run, and returns the outputs."""
+    """Run one step as `evaluate` does, yielding each node after it has run; the generator returns the outputs."""
     run = _run(model, inputs, cache, also)
     while True:
         try:
@@ -75,7 +75,7 @@ def stepwise(
 
 @dataclass(frozen=True)
 class _Addend:
-    """What a rank has at a sum, which it waits for."""
+    """The addend of a rank that waits for a sum."""
 
     node: ir.Node
     array: Array
@@ -85,7 +85,7 @@ _Run = Generator["ir.Node | _Addend", "Array | None", dict[str, Array]]
 
 
 def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str]) -> _Run:
-    """Yields each node that has run; at a sum over ranks what is to be added, to be sent the sum."""
+    """Run one step, yielding each node after it has run, and the addend of each sum over ranks; the sum is sent back."""
     values = _checked(model, inputs)
     wanted = {*also, *(str(output.name) for output in model.graph.outputs)}
     uses = {value: len(value.uses()) for node in model.graph for value in node.outputs}

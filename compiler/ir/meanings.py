@@ -1,4 +1,4 @@
-"""What each op computes, in NumPy: the oracle of every kernel and every pass.
+"""The meaning of each op in NumPy: the oracle of every kernel and every pass.
 
 Arithmetic is float32 throughout, one rounding per operation written; integer parts are exact.
 """
@@ -15,7 +15,7 @@ from belle_compile.compiler.ir.cache import Floats, Integers, PagedCache
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
-Nibbles = npt.NDArray[Any]  # of the type int4 that NumPy does not have and ml_dtypes adds
+Nibbles = npt.NDArray[Any]  # of ml_dtypes' int4, which NumPy does not have
 Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 # Integers of quantized activations lie within +- the limit. 16 bits end at 256*127 + 127, so that an integer is 256 * high +
@@ -87,8 +87,11 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
 
 
 def golay_signs(size: int) -> Floats:
-    """+1 and -1: the first `size`, a power of two, of the Golay-Rudin-Shapiro sequence. No Walsh function is near it, which is
-    what it is for: neither a row's mean nor any other such pattern gathers in one channel of a Hadamard transform behind it."""
+    """The first `size`, a power of two, of the Golay-Rudin-Shapiro sequence of +1 and -1.
+
+    No Walsh function is near this sequence. Signs from it keep a row's mean, and any other such pattern, from gathering in one
+    channel of the Hadamard transform that follows.
+    """
     signs, other = np.ones(1, np.float32), np.ones(1, np.float32)
     while len(signs) < size:
         signs, other = np.concatenate([signs, other]), np.concatenate([signs, -other])
@@ -98,8 +101,8 @@ def golay_signs(size: int) -> Floats:
 def block_hadamard(x: Floats, *, block: int) -> Floats:
     """Each `block` neighbours of a row times diag(signs) H: Golay's signs, then the normalized Walsh-Hadamard matrix.
 
-    The sums are butterflies, those of direct neighbours first, and scaled at the end. The matrix is orthogonal, so
-    block_hadamard(x) @ block_hadamard(weight).T is x @ weight.T but for rounding.
+    The sums are butterflies, direct neighbours first, and are scaled at the end. The matrix is orthogonal, so that
+    block_hadamard(x) @ block_hadamard(weight).T is x @ weight.T except for rounding.
     """
     y: Floats = x.reshape(-1, block) * golay_signs(block)
     stride = 1
@@ -114,7 +117,7 @@ def block_hadamard(x: Floats, *, block: int) -> Floats:
 def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row.
 
-    With a `step`, that is the scale of every token, and what lies beyond limit steps is clipped.
+    With a `step`, that is the scale of every token, and values beyond limit steps are clipped.
     """
     limit = np.float32(LIMITS[bits])
     if step is not None:
@@ -126,7 +129,10 @@ def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> 
 
 
 def integer_linear(xq: Quantized, wq: Bytes) -> Sums:
-    """xq @ wq.T, exact: int32, or int64 for int16 xq. float64 holds every partial sum and multiplies faster than integers."""
+    """xq @ wq.T, exact: int32, or int64 for int16 xq.
+
+    float64 represents every partial sum, and NumPy multiplies it faster than integers.
+    """
     product: npt.NDArray[np.float64] = xq.astype(np.float64) @ wq.astype(np.float64).T
     return product.astype(np.int32 if xq.dtype == np.int8 else np.int64)
 
@@ -149,8 +155,9 @@ def group_linear(
 ) -> Floats:
     """total * xs[t] + bias[n], where the total adds up, group by group, (the sum of xq * (wq - zero_point[n, g])) * ws[n, g].
 
-    Sums of a group are exact. Groups come in the order of the inputs, from a total of 0, each product and sum in one rounding
-    (fused), the last one too. float64 stands in for that: it holds the products exactly, and the sums but for a bit far down.
+    Sums of a group are exact. Groups are added in the order of the inputs, starting from a total of 0, each with one rounding
+    of product and sum (fused), and so is the bias. float64 stands in for the fused step: it represents the products exactly,
+    and the sums except for a bit far below float32's last.
     """
     total: Floats = np.zeros((len(xq), len(wq)), np.float32)
     for index in range(ws.shape[1]):
@@ -165,13 +172,13 @@ def group_linear(
 
 
 def embedding(token_ids: Integers, table: Floats, first: Integers) -> Floats:
-    """Rows of a table whose own first row is that of token `first`; zeros for tokens that it does not have."""
+    """Rows of a table whose first row belongs to the token `first`; zeros for tokens that it does not have."""
     rows, known = _rows_of(token_ids, len(table), first)
     return np.where(known[:, None], table[rows], np.float32(0))
 
 
 def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats, first: Integers | None = None) -> Floats:
-    """Rows of the table wq * ws; with `first` as in `embedding`."""
+    """Rows of the table wq * ws, with `first` as in `embedding`."""
     if first is None:
         return wq[token_ids].astype(np.float32) * ws[token_ids, None]
     rows, known = _rows_of(token_ids, len(wq), first)
@@ -179,14 +186,14 @@ def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats, first: Integ
 
 
 def _rows_of(token_ids: Integers, size: int, first: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
-    """Rows of a table of `size` tokens from `first` on, and which tokens it has; row 0 stands in for the others."""
+    """The row of each token in a table of `size` tokens from `first` on, 0 where it has none; and which tokens it has."""
     rows = token_ids - first[0]
     known = (rows >= 0) & (rows < size)
     return np.where(known, rows, 0), known
 
 
 def all_reduce(addends: Sequence[Floats]) -> Floats:
-    """What all ranks have, added up in their order."""
+    """The sum of the ranks' addends, in the order of the ranks."""
     total = addends[0]
     for addend in addends[1:]:
         total = total + addend
@@ -228,14 +235,14 @@ def add_norm_quantize(
 
 
 def gelu_quantize(x: Floats, step: Floats | None = None, *, bits: int = 8, hadamard: int = 0) -> tuple[Quantized, Floats]:
-    """Gelu, with `hadamard` then BlockHadamard of such blocks, quantized."""
+    """Gelu, then BlockHadamard of blocks of `hadamard` channels (none if 0), quantized."""
     return _rotate_quantize(gelu(x), step, bits, hadamard)
 
 
 def swiglu_quantize(
     gate: Floats, up: Floats, step: Floats | None = None, *, bits: int = 8, hadamard: int = 0
 ) -> tuple[Quantized, Floats]:
-    """SwiGLU, with `hadamard` then BlockHadamard of such blocks, quantized."""
+    """SwiGLU, then BlockHadamard of blocks of `hadamard` channels (none if 0), quantized."""
     return _rotate_quantize(swiglu(gate, up), step, bits, hadamard)
 
 
@@ -255,8 +262,8 @@ def rotary_table(
 ) -> Floats:
     """[T, D]: cos(position * inv_freq) in the first half of a row, sin in the second, both times attention_scaling.
 
-    With a dynamic factor (dynamic NTK, `_compute_dynamic_ntk_parameters` of Transformers) a sequence longer than
-    original_max gets frequencies of a base grown with its length: 1 + its largest position in this step.
+    With a dynamic factor (dynamic NTK, `_compute_dynamic_ntk_parameters` of Transformers), a sequence longer than original_max
+    gets the frequencies of a base that grows with the length, which is 1 + the largest position of the sequence in this step.
     """
     frequencies = np.broadcast_to(inv_freq, (len(positions), len(inv_freq))).copy()
     if dynamic_factor:
@@ -305,10 +312,10 @@ def attention(
     head_dim: int,
     scale: float,
 ) -> Floats:
-    """Causal attention of each token over its own sequence, after the step's k and v went into the cache.
+    """Causal attention of each token over its own sequence, after the step's k and v were written to the cache.
 
-    RoPE is applied to q and k when cos_sin is given. slopes (ALiBi) add slope * position of the key, as Transformers'
-    BLOOM does. Query head h reads key/value head h // (num_heads / num_kv_heads).
+    RoPE is applied to q and k where cos_sin is given. `slopes` (ALiBi) add slope * position of the key, as in Transformers'
+    BLOOM. Query head h reads key/value head h // (num_heads / num_kv_heads).
     """
     q = q.reshape(-1, num_heads, head_dim)
     k, v = k.reshape(-1, num_kv_heads, head_dim), v.reshape(-1, num_kv_heads, head_dim)

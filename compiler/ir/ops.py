@@ -1,4 +1,4 @@
-"""The ops a graph may hold: standard ONNX where ONNX has them, domain `belle` where it does not."""
+"""The ops of a graph: standard ones where ONNX has them, those of the domain `belle` where it does not."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec
 
 
 def _check_block(size: int, x: TensorSpec | None) -> None:
-    """Blocks of a Hadamard transform: whole registers of 16 floats, and whole blocks in a row."""
+    """Raise CompileError unless blocks are whole registers of 16 floats, and rows are whole blocks."""
     assert x is not None
     width = x.dims[-1]
     if size < 16 or size & (size - 1) or not isinstance(width, int) or width % size:
@@ -149,7 +149,7 @@ _LAST_AXIS = {
 }
 _NORM = {"kind": Attribute(str, allowed=("rms", "layer")), "epsilon": Attribute(float)}
 _BITS = {"bits": Attribute(int, 8, allowed=signature.ACTIVATION_BITS)}
-_ROTATED_BITS = _BITS | {"hadamard": Attribute(int, 0)}  # block of a BlockHadamard before the quantization; 0: there is none
+_ROTATED_BITS = _BITS | {"hadamard": Attribute(int, 0)}  # block of the BlockHadamard before the quantization; 0: none
 _GEMM = {
     "alpha": Attribute(float, 1.0, allowed=(1.0,)),
     "beta": Attribute(float, 1.0, allowed=(1.0,)),
@@ -236,7 +236,7 @@ REGISTRY: Mapping[str, OpSpec] = {spec.name: spec for spec in SPECS}
 
 
 def spec_of(node: ir.Node) -> OpSpec:
-    """The spec of a node's op; raises CompileError for an op that is not in the registry."""
+    """The spec of a node's op; raises CompileError for an op that is not registered."""
     spec = REGISTRY.get(node.op_type)
     if spec is None or spec.domain != node.domain:
         what = f"op {node.domain or 'ai.onnx'}::{node.op_type}"
@@ -255,7 +255,7 @@ def is_float_linear(node: ir.Node) -> bool:
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """All attributes of a node as Python values, defaults included; raises CompileError where they do not fit."""
+    """All attributes of a node as Python values, including defaults; raises CompileError where they do not fit."""
     spec, name = spec_of(node), str(node.name)
     unknown = node.attributes.keys() - spec.attributes.keys()
     if unknown:
@@ -266,15 +266,15 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, attribute in spec.attributes.items():
         value = node.attributes[key].value if key in node.attributes else attribute.default
-        wanted = " or ".join(repr(choice) for choice in attribute.allowed) or f"a value of type {attribute.type.__name__}"
+        expected = " or ".join(repr(choice) for choice in attribute.allowed) or f"a value of type {attribute.type.__name__}"
         if type(value) is not attribute.type or (attribute.allowed and value not in attribute.allowed):
-            raise CompileError("verify", f"attribute {key} of {spec.name}", node=name, found=repr(value), expected=wanted)
+            raise CompileError("verify", f"attribute {key} of {spec.name}", node=name, found=repr(value), expected=expected)
         values[key] = value
     return values
 
 
 def infer_outputs(node: ir.Node) -> list[TensorSpec]:
-    """Specs of a node's outputs by the shape rule of its op; raises CompileError naming the node."""
+    """The specs of a node's outputs by the shape rule of its op; raises CompileError that names the node."""
     spec = spec_of(node)
     attributes = attributes_of(node)
     if len(node.inputs) > len(spec.inputs):
@@ -285,9 +285,9 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
     given += [None] * (len(spec.inputs) - len(given))
     try:
         if spec.rule is not None:
-            for operand, found in zip(spec.inputs, given, strict=True):
-                if found is None and not operand.optional:
-                    raise CompileError("verify", f"input {operand.name}", found="nothing", expected="a value")
+            for one, tensor in zip(spec.inputs, given, strict=True):
+                if tensor is None and not one.optional:
+                    raise CompileError("verify", f"input {one.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
         bias = spec.operand(node, Role.BIAS)
         if attributes.get("kind") == "rms" and bias is not None:

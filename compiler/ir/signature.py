@@ -147,13 +147,13 @@ def infer(
             continue
         if width is None and len(operand.dtypes) > 1 and spec.dtype in operand.dtypes:
             width = operand.dtypes.index(spec.dtype)
-        wanted = operand if width is None else replace(operand, dtypes=(operand.dtype(width),))
-        fits = spec.dtype in wanted.dtypes and len(spec.dims) == len(operand.dims)
+        expected = operand if width is None else replace(operand, dtypes=(operand.dtype(width),))
+        fits = spec.dtype in expected.dtypes and len(spec.dims) == len(operand.dims)
         fits = fits and all(_unify(pattern, dim, bound) for pattern, dim in zip(operand.dims, spec.dims, strict=True))
         if not fits:
             known = {name: bound[name] for name in _names(operand) if name in bound}
             where = " where " + ", ".join(f"{name} = {dim}" for name, dim in known.items()) if known else ""
-            raise CompileError("verify", f"input {operand.name}", found=str(spec), expected=f"{wanted}{where}")
+            raise CompileError("verify", f"input {operand.name}", found=str(spec), expected=f"{expected}{where}")
     return [TensorSpec(operand.dtype(width), tuple(_evaluate(dim, bound) for dim in operand.dims)) for operand in outputs]
 
 

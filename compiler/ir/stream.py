@@ -17,7 +17,7 @@ from belle_compile.compiler.ir.meanings import LIMITS
 from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand, spec_of
 from belle_compile.compiler.ir.segments import Segment, cut
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.torch_meanings import MEANINGS, supported
+from belle_compile.compiler.ir.torch_meanings import MEANINGS, unsupported
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]
@@ -78,7 +78,7 @@ class ActivationStream:
     def __init__(
         self, model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, batch_tokens: int = BATCH_TOKENS
     ) -> None:
-        if unknown := supported([node.op_type for node in model.graph]):
+        if unknown := unsupported([node.op_type for node in model.graph]):
             raise CompileError("calibrate", "the graph", found=f"op {', '.join(unknown)}", expected="a graph of float32 ops")
         if not sequences or not all(map(len, sequences)):
             raise CompileError("calibrate", "the sequences", found="none, or an empty one", expected="tokens in each")

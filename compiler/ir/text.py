@@ -1,4 +1,4 @@
-"""A graph as text: stable and readable, for golden tests and --dump-ir; and as ONNX without weights, for Netron."""
+"""A graph as text, stable and readable, for golden tests and --dump-ir; and as ONNX without weights, for Netron."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from belle_compile.compiler.ir import ops
 from belle_compile.compiler.ir.signature import TensorSpec
 from belle_compile.compiler.ir.verify import verify
 
-_EXACT = "exact "  # before an attribute's name in the metadata of its node: the float of 64 bits
-_INLINE = 16  # initializers of up to this many int64 elements are printed with their values
+_EXACT = "exact "  # prefix of an attribute's name in the metadata of its node, where the float of 64 bits is
+_INLINE = 16  # int64 initializers of up to so many elements are printed with their values
 
 
 def to_text(model: ir.Model) -> str:
-    """One line per input, weight and node, in graph order; attributes that equal their default are left out.
+    """One line for each input, weight and node, in graph order, without attributes that equal their default.
 
     Example::
 
@@ -37,7 +37,7 @@ def to_text(model: ir.Model) -> str:
 
 
 def to_onnx(model: ir.Model) -> bytes:
-    """The graph as an ONNX file that opens in Netron: weights are named and shaped, their values left out."""
+    """The graph as an ONNX file that opens in Netron: weights have names and shapes, but no values."""
     graph = model.clone()
     for value in graph.graph.initializers.values():
         tensor = value.const_value
@@ -57,7 +57,7 @@ def to_onnx(model: ir.Model) -> bytes:
 
 
 def from_onnx(content: bytes, weight: Callable[[str, Sequence[int], ir.DataType], ir.TensorProtocol]) -> ir.Model:
-    """The verified graph that `to_onnx` gave; `weight` makes the tensors left out, of a name, shape and type."""
+    """The verified graph of a file that `to_onnx` made; `weight` makes a tensor of each name, shape and type."""
     model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(content))
     for name, value in model.graph.initializers.items():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
@@ -71,7 +71,7 @@ def from_onnx(content: bytes, weight: Callable[[str, Sequence[int], ir.DataType]
 
 
 def save_onnx(model: ir.Model, path: Path) -> None:
-    """Write `to_onnx`."""
+    """Write the file that `to_onnx` makes."""
     path.write_bytes(to_onnx(model))
 
 

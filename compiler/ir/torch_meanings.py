@@ -1,7 +1,7 @@
-"""What the float ops compute, in torch: fast enough for calibration over many sequences; NumPy's `meanings` is the oracle.
+"""The meanings of the float ops in torch, fast enough to calibrate with many sequences; NumPy's `meanings` are their oracle.
 
 A batch is ragged: the tokens of several whole sequences, one after the other, each from its first position on. There is no
-paged cache: attention sees its own sequence in the batch.
+paged cache: a token attends to its own sequence in the batch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def block_hadamard(x: Tensor, *, block: int) -> Tensor:
 
 
 def rotary_table(positions: Tensor, sequences: Tensor, inv_freq: Tensor, **options: float) -> Tensor:
-    """As the oracle has it: it is small."""
+    """The table of the NumPy meaning, which is small."""
     arrays = (tensor.cpu().numpy() for tensor in (positions, sequences, inv_freq))
     return torch.from_numpy(meanings.rotary_table(*arrays, **options)).to(inv_freq.device)  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ def attention(
     head_dim: int,
     scale: float,
 ) -> Tensor:
-    """Causal attention of each token over its own sequence. Without a cache: float32 keys and values."""
+    """Causal attention of each token over its own sequence, with float32 keys and values instead of a cache."""
     q, k, v = q.view(-1, num_heads, head_dim), k.view(-1, num_kv_heads, head_dim), v.view(-1, num_kv_heads, head_dim)
     if cos_sin is not None:
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
@@ -125,6 +125,6 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def supported(ops: Sequence[str]) -> list[str]:
-    """Those of `ops` that have no meaning here."""
+def unsupported(ops: Sequence[str]) -> list[str]:
+    """The ops among `ops` that have no meaning here."""
     return sorted(set(ops) - MEANINGS.keys())

@@ -24,10 +24,11 @@ INTERFACE: Mapping[str, TensorSpec] = {
 def verify(model: ir.Model) -> None:
     """Raise CompileError, naming the node, unless the graph is in order.
 
-    In order is: the interface of INTERFACE in, float32 logits [R, V] out; every value defined once and before its use;
-    every op registered, its inputs, attributes, dtypes and shapes as its spec says; one Attention per layer, all of
-    the same cache geometry, which is also that of the metadata where given; sums over ranks where the metadata says that there
-    are several, of values that nothing else reads: they are taken in place.
+    Its inputs must be those of INTERFACE, its output float32 logits [R, V]. Every value must be defined once and before its
+    use. Every op must be registered, and inputs, attributes, dtypes and shapes be as its spec says. Each layer of the cache
+    must have one Attention, all of the same cache geometry, which the metadata must not contradict. Sums over ranks are allowed
+    only where the metadata says that there are several ranks, and only of values that nothing else reads, because they are
+    taken in place.
     """
     _verify_interface(model)
     _verify_order(model.graph)

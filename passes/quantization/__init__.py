@@ -1,1 +1,1 @@
-"""Passes that turn float weights and activations into INT8."""
+"""Passes that turn float weights and activations into integers."""

@@ -1,1 +1,1 @@
-"""Rotations folded into weights: the same function of the tokens, activations without outliers (QuaRot, arXiv:2404.00456)."""
+"""Rotations that weights absorb: the model computes the same, with fewer outliers (QuaRot, arXiv:2404.00456)."""
