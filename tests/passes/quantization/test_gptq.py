@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.scheme import INT4, WeightScheme
 from belle_compile.passes.quantization.weights import product, quantize_groups
-from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama
+from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, llama, side_by_side
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(16))
 
@@ -94,6 +95,14 @@ def test_a_smaller_scale_is_taken_where_it_pays() -> None:
     importance[0] = 1e-9
     assert gptq.scales_of(weight, importance, (1.0, 0.995))[0] == pytest.approx(0.0995)
     assert gptq.scales_of(weight, importance, (1.0,))[0] == pytest.approx(0.1)
+
+
+def test_text(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    """Tensors are those of the products; what they hold is in their meta, for the passes that quantize."""
+    model, step = llama(layers=1, last_norm=True), GptqRounding(data(tmp_path))
+    before, result = check_pass(step, model)
+    assert result == PassResult(7 + 1)
+    golden("gptq-rounding", side_by_side(before, step, model))
 
 
 def test_linears_keep_the_integers(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from belle_compile.passes.quantization.activations import CLIP
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.static_activations import StaticActivations, choose_clip, histogram
-from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, count, llama
+from tests.passes.helpers import VOCABULARY, assert_same_results, bloom, check_pass, count, llama, side_by_side
 
 SEQUENCES = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 24).tolist()) for n in range(8))
 
@@ -39,6 +39,14 @@ def test_everything_that_a_linear_reads_gets_a_step(make: Callable[[], ir.Model]
     QuantizeLinears().run(model)
     steps = [node.inputs[1] for node in model.graph if node.op_type == "QuantizeTokens"]
     assert len(steps) == len(read) and all(step is not None and step.const_value is not None for step in steps)
+
+
+def test_text(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    """The pass notes the steps; QuantizeLinears puts them into the graph."""
+    model = llama(layers=1)
+    before, _ = check_pass(static(tmp_path), model)
+    QuantizeLinears().run(model)
+    golden("static-activations", side_by_side(before, static(tmp_path), model))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
