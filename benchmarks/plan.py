@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.devices import DEVICES, Device
+from belle_compile.compiler import backends
+from belle_compile.compiler.devices import DEVICES, Device, Target
+from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.layers import preset
 from belle_compile.compiler.plan.outline import outline
-from belle_compile.compiler.plan.predict import predict
+from belle_compile.compiler.plan.predict import Rates, predict
 from belle_compile.compiler.plan.rates import rates_of
-from belle_compile.compiler.plan.work import RankWork, works_of
+from belle_compile.compiler.plan.work import RankWork, plans_of
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import BATCHES, CONTEXT, LARGE, PROMPTS, STEPS
 from benchmarks.tasks import TASKS, Task
@@ -48,20 +50,31 @@ class Row:
         return self.predicted / self.measured
 
 
-def works(shape: str, ranks: int, *, gpu: bool = False) -> list[RankWork]:
-    """By the dimensions of the shape."""
+def works(shape: str, ranks: int, device: Device) -> list[RankWork]:
+    """The work of each rank, by the dimensions of the shape."""
     dimensions = checkpoints.SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(dimensions | checkpoints.COMMON[dimensions["model_type"]]))
-        return works_of(outline(config), preset("int8"), ranks, gpu=gpu)
+        target = Target(device.name, device.isas, 1, device).with_ranks(ranks)
+        plans = plans_of(build_graph(outline(config)), preset("int8"), backends.estimator(device), target)
+        return [plan.work for plan in plans if plan.work]
+
+
+def reached_on(device: Device, ranks: int, isas: Sequence[str], read_gb: float) -> Rates:
+    """The rates of each rank with the kernels of the device's default backend."""
+    reached = backends.estimator(device).reached
+    assert reached is not None, "both backends of programs were measured"
+    return rates_of(reached, device, ranks, isas, 1e9 * read_gb)[0]
 
 
 def row(shape: str, ranks: int, task: Task, isa: str, measured: float, read_gb: float) -> Row:
     """Of the rank that takes longest."""
-    rates, _ = rates_of(DEVICES["cpu"], ranks, (isa,), 1e9 * read_gb)
+    cpu = DEVICES["cpu"]
+    rates = reached_on(cpu, ranks, (isa,), read_gb)
     tokens, context = (1, round(task.context)) if task.steps else (task.prompt, task.prompt // 2)
-    steps = [predict(work, rates, ranks, sequences=task.batch, tokens=tokens, context=context) for work in works(shape, ranks)]
+    each = works(shape, ranks, cpu)
+    steps = [predict(work, rates, ranks, sequences=task.batch, tokens=tokens, context=context) for work in each]
     slowest = max(steps, key=lambda step: step.seconds)
     return Row(f"{shape}, {isa}", ranks, task.name, slowest.seconds, measured, read_gb, slowest.sums_s)
 
@@ -87,7 +100,7 @@ def of_ranks(found: dict[str, Any], shape: str) -> Iterator[Row]:
 def device_of(gpu: str, free_bytes: int) -> Device:
     """The device that a driver calls `gpu` ("NVIDIA A100-SXM4-80GB"): of those so called, the smallest that has the memory."""
     words = gpu.lower().replace(" ", "").replace("geforce", "")
-    called = [one for one in DEVICES.values() if one.compute_capability and one.name.partition("-")[0] in words]
+    called = [one for one in DEVICES.values() if one.name.partition("-")[0] in words]
     if not called:
         raise SystemExit(f"plan: {gpu} is none of the devices that `belle-compile targets` lists")
     return min(called, key=lambda one: (one.memory < free_bytes, one.memory))
@@ -97,8 +110,8 @@ def of_gpu(found: dict[str, Any]) -> Iterator[Row]:
     """Of the large model of a check."""
     device = device_of(found["device"]["gpu"], found["device"]["free_bytes"])
     shape = f"{LARGE}, {device.name}"
-    rates, _ = rates_of(device, 1, (), 0.0)
-    (work,) = works(LARGE, 1, gpu=True)
+    rates = reached_on(device, 1, (), 0.0)
+    (work,) = works(LARGE, 1, device)
     read_gb = max(one["copy_bytes_per_second"] for one in (found["device"], found[LARGE])) / 1e9
     for batch in BATCHES:
         if measured := found[LARGE].get(f"decode, batch {batch}", {}).get("seconds"):

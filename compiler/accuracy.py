@@ -36,10 +36,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What an engine kept. `top1_agreement` and `kl` (nats, of the model's distribution to the engine's) are means over every
-    token; `perplexity_ratio` is the engine's over the model's on prompts and answers; `accuracy_kept` compares the shares of
-    expected answers' tokens that engine and model predict, None without answers; `greedy_prefix` is the mean part of a greedy
-    continuation up to the first token where the model would go on otherwise."""
+    """How near an engine is to its model. `top1_agreement` and `kl` (nats, of the model's distribution to the engine's) are
+    means over every token; `perplexity_ratio` is the engine's over the model's on prompts and answers; `accuracy_kept` compares
+    the shares of expected answers' tokens that engine and model predict, None without answers; `greedy_prefix` is the mean part
+    of a greedy continuation up to the first token where the model would go on otherwise."""
 
     requests: int
     tokens: int
@@ -53,13 +53,13 @@ class Accuracy:
     accuracy_kept: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """For manifest and report."""
+        """The numbers as manifest and report have them."""
         return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(self).items()}
 
 
 @dataclass
 class Comparison:
-    """Running sums over sequences that both have read."""
+    """Running sums over sequences that the model and the engine have read."""
 
     tokens: int = 0
     agree: int = 0
@@ -73,7 +73,8 @@ class Comparison:
     matched: list[float] = field(default_factory=list)
 
     def add(self, reference: Tensor, other: Tensor, ids: Sequence[int], answer: int = 0) -> None:
-        """Logits [tokens, vocabulary] of both after each of `ids`, the last `answer` of which are an expected answer."""
+        """Add the logits [tokens, vocabulary] of model and engine after each of `ids`, the last `answer` of which are an
+        expected answer."""
         p, q = (torch.log_softmax(logits.double(), -1) for logits in (reference, other))
         ours, theirs = q.argmax(-1), p.argmax(-1)
         self.tokens += len(ids)
@@ -89,13 +90,13 @@ class Comparison:
             self.right += int((ours[:-1] == targets)[-answer:].sum())
 
     def add_continuation(self, reference: Tensor, ids: Sequence[int], continued: int) -> None:
-        """The model's logits over a prompt and the engine's greedy continuation of `continued` tokens."""
+        """Add the model's logits over a prompt and the engine's greedy continuation of `continued` tokens."""
         chosen = reference[-continued - 1 : -1].argmax(-1)
         same = (chosen == torch.tensor(ids[-continued:])).tolist()
         self.matched.append((same.index(False) if False in same else continued) / continued)
 
     def means(self) -> dict[str, float]:
-        """Over every token that was added, and the perplexity over every one that was predicted."""
+        """Means over every token that was added, and the perplexity over every token that was predicted."""
         predicted = max(self.predicted, 1)
         return {
             "tokens": self.tokens,
@@ -106,7 +107,7 @@ class Comparison:
         }
 
     def result(self, requests: int, answers: int) -> Accuracy:
-        """What was added, of so many requests, of which some have answers."""
+        """The accuracy over what was added, which are so many requests and so many expected answers."""
         accuracy = kept = None
         if self.answer_tokens:
             accuracy = self.right / self.answer_tokens
@@ -125,8 +126,9 @@ def measure(
     greedy: int = GREEDY_TOKENS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Runs the samples through the engine as it will serve, and through the unquantized `model` in float32, one segment's
-    weights at a time; the activations between lie in `folder`. `on_progress` hears of the model's segments."""
+    """Run the samples through the engine as it will serve, and through the unquantized `model` in float32, one segment's
+    weights at a time; the activations between segments lie in `folder`. `on_progress` is called with segments done and in
+    all."""
     room = engine.max_context
     samples = [sample for sample in samples if len(sample.tokens) <= room]
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=greedy, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Requests become tokens, as the engine's template and tokenizer will see them."""
+"""Turns requests into tokens with the template and the tokenizer that the engine will have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prompt_template(checkpoint: Checkpoint) -> PromptTemplate:
 
 
 def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
-    """Its special tokens."""
+    """The special tokens an engine of this checkpoint carries."""
     special = checkpoint.special
     return SpecialTokens(special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"])
 
@@ -41,17 +41,17 @@ class Encoder:
         self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint))
 
     def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
-        """One for each request that has two tokens or more; the rest of a longer one, answer first, is cut off."""
-        found = []
+        """A sample of each request that has two tokens or more. What exceeds `most` tokens is cut off, the answer first."""
+        samples = []
         for request in requests:
             sample = self.sample(request)
             prompt = sample.prompt[:most]
             if len(prompt) > 1:
-                found.append(Sample(prompt, sample.answer[: most - len(prompt)]))
-        return found
+                samples.append(Sample(prompt, sample.answer[: most - len(prompt)]))
+        return samples
 
     def sample(self, request: Request) -> Sample:
-        """A request's prompt and expected answer. Raises CompileError for a token id that the model does not have."""
+        """The prompt and the expected answer of a request; raises CompileError for a token id that the model does not have."""
         if request.token_ids is not None:
             if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocabulary:
                 found = f"token id {max(request.token_ids, key=lambda t: t if t >= self._vocabulary else -t)}"
@@ -73,8 +73,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A build's requests as tokens: those that weights are rounded by, those that the engine is judged by, and the digest of
-    the set they are from."""
+    """The requests of a build as tokens: those that weights are rounded by, those that the engine is judged by, and the digest
+    of the set they are from."""
 
     digest: str
     calibration: tuple[Sample, ...]
@@ -82,13 +82,14 @@ class Calibration:
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -> Calibration:
-    """Opens a set or a file of requests and encodes it for a checkpoint; raises CompileError where nothing is left of it."""
-    found = open_set(path)
+    """Open a set or a file of requests and encode it for a checkpoint; raises CompileError where no request is left to
+    calibrate with, or to hold out."""
+    opened = open_set(path)
     encoder = Encoder(checkpoint, int(checkpoint.config["vocab_size"]), raw=raw)
-    parts = [tuple(encoder.samples(requests, MOST_TOKENS)) for requests in (found.calibration, found.holdout)]
+    parts = [tuple(encoder.samples(requests, MOST_TOKENS)) for requests in (opened.calibration, opened.holdout)]
     if not all(parts):
         raise CompileError(
             "calibration", str(path), found=f"{len(parts[0])} requests to calibrate with and {len(parts[1])} held out",
             expected="at least one of each", remedy="give more requests",
         )  # fmt: skip
-    return Calibration(found.digest, *parts)
+    return Calibration(opened.digest, *parts)

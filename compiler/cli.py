@@ -15,6 +15,7 @@ import click
 
 from belle_compile import __version__
 from belle_compile.compiler import terminal
+from belle_compile.compiler.units import size
 from belle_compile.runtime.errors import BelleError
 
 KV_CACHE = click.Choice(["auto", "float32", "bfloat16", "float16", "int8"])
@@ -147,7 +148,7 @@ def build(
         engine = inspection.inspect(driver.build(request))
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     engine["build"] = {"seconds": round(seconds, 3), "peak_memory_bytes": peak}
-    rows = [*terminal.engine_rows(engine), ("built in", f"{seconds:.1f} s, with at most {terminal.size(peak)} of memory")]
+    rows = [*terminal.engine_rows(engine), ("built in", f"{seconds:.1f} s, with at most {size(peak)} of memory")]
     _show(engine, rows, as_json)
 
 
@@ -264,7 +265,7 @@ def verify(engine: Path, as_json: bool) -> None:
 
     with terminal.progress_bars() as progress:
         found = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
-    good = f"{found['files']} files, {terminal.size(found['bytes'])}: all digests match"
+    good = f"{found['files']} files, {size(found['bytes'])}: all digests match"
     _show(found, [("engine", str(engine)), ("content", good), ("kernels here", found["isa"])], as_json)
 
 
@@ -324,7 +325,7 @@ def calibrate_set(
         )  # fmt: skip
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     found |= {"set": str(output), "run": {"seconds": round(seconds, 3), "peak_memory_bytes": peak}}
-    rows = [*terminal.set_rows(found), ("made in", f"{seconds:.1f} s, with at most {terminal.size(peak)} of memory")]
+    rows = [*terminal.set_rows(found), ("made in", f"{seconds:.1f} s, with at most {size(peak)} of memory")]
     _show(found, rows, as_json)
 
 
@@ -348,11 +349,11 @@ def plan(checkpoint: Path, target: str, quant: str, kv_cache: str, batch: int, c
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
     """
-    from belle_compile.compiler.plan.table import Load, text
+    from belle_compile.compiler.plan.table import Load
     from belle_compile.compiler.plan.table import plan as predicted
 
     found = predicted(checkpoint, target, quant, Load(batch, context), kv_cache)
-    click.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else text(found))
+    click.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else terminal.plan_text(found))
 
 
 @cli.command()
@@ -374,13 +375,10 @@ def targets(as_json: bool) -> None:
       belle-compile build /models/BELLE-7B-2M --target cpux4 -o artifacts/belle-7b-cpux4
       belle-compile build /models/BELLE-7B-2M --target server.toml -o artifacts/belle-7b
     """
-    from dataclasses import asdict
+    from belle_compile.compiler.devices import ALIASES
+    from belle_compile.compiler.targets import listing
 
-    from belle_compile.compiler.devices import ALIASES, DEVICES
-    from belle_compile.compiler.targets import SUPPORTED
-
-    built = {target.device.name for target in SUPPORTED}
-    found = [asdict(device) | {"builds": device.name in built} for device in DEVICES.values()]
+    found = listing()
     _show({"targets": found, "aliases": dict(ALIASES)}, terminal.device_rows(found, ALIASES), as_json)
 
 

@@ -1,9 +1,11 @@
-"""What engines run on: memory, bandwidths and links of the devices that a target can name."""
+"""What engines are built for: devices with their instruction sets, memory and links, and targets of several of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from belle_compile.compiler.errors import CompileError
 
 GB, GIB = 10**9, 1 << 30
 
@@ -12,10 +14,11 @@ GB, GIB = 10**9, 1 << 30
 class Device:
     """A kind of device; each rank of an engine has one.
 
-    `memory` in bytes, `memory_bandwidth` and `link_bandwidth` (from one device to the others, one way) in bytes a second,
-    `link_latency` (of a sum over ranks of a few kB) in seconds, `int8` and `half` in dense operations a second on 8-bit
-    integers and 16-bit floats; 0 where that depends on the host. Names without a size or form are the smaller memory of the
-    kind, as clouds call them, and the form with NVLink where there is one.
+    `isas` are the instruction sets that kernels for it can be written in, best first, and `arch` is the machine of its host as
+    `uname -m` prints it (empty: any). `memory` is in bytes, `memory_bandwidth` and `link_bandwidth` (from one device to the
+    others, one way) in bytes a second, `link_latency` (of a sum over ranks of a few kB) in seconds, `int8` and `half` in dense
+    operations a second on 8-bit integers and 16-bit floats; 0 where that depends on the host. Names without a size or form are
+    the smaller memory of the kind, as clouds call them, and the form with NVLink where there is one.
     """
 
     name: str
@@ -28,22 +31,65 @@ class Device:
     int8: float = 0
     half: float = 0
     max_ranks: int = 8
+    isas: tuple[str, ...] = ()
+    arch: str = ""
 
 
-_NVLINK_3, _NVLINK_4, _PCIE_4, _PCIE_3 = 300 * GB, 450 * GB, 32 * GB, 16 * GB  # one way, of a device
-_SWITCHED, _OVER_PCIE = 15e-6, 30e-6  # latencies that NCCL comes to on eight devices, roughly
+@dataclass(frozen=True)
+class Target:
+    """A kind of host and how many ranks of it serve one engine.
 
-CPU = Device("cpu", "x86-64 with AVX2 or better; the runtime picks the best kernels the host can run")
+    `name` is what the user typed in its shortest form ("cpu", "cpux2"), `isas` the instruction sets that the engine carries
+    kernels for, best first, and `ranks` the processes that share one model, each on a device of its own.
+    """
+
+    name: str
+    isas: tuple[str, ...]
+    ranks: int
+    device: Device
+
+    def carrying(self, isas: Sequence[str]) -> Target:
+        """The same target with only some of its instruction sets; all of them for none named."""
+        if unknown := [isa for isa in isas if isa not in self.isas]:
+            what, known = f"instruction set of {self.name}", ", ".join(self.isas)
+            raise CompileError("target", what, found=", ".join(unknown), expected=known)
+        return replace(self, isas=tuple(isa for isa in self.isas if not isas or isa in isas))
+
+    def with_ranks(self, ranks: int) -> Target:
+        """The same kind of host for so many ranks: "cpux2" for two of "cpu"."""
+        name, most = self.device.name, self.device.max_ranks
+        if not 1 <= ranks <= most:
+            raise CompileError("target", f"ranks of {name}", found=str(ranks), expected=f"1 to {most}")
+        return self if ranks == self.ranks else replace(self, name=name if ranks == 1 else f"{name}x{ranks}", ranks=ranks)
+
+
+def _gpu(
+    name: str, description: str, compute_capability: str, memory: int, bandwidth: float, link: tuple[float, float], int8: float,
+    half: float,
+) -> Device:  # fmt: skip
+    """A GPU of NVIDIA's, whose instruction set is named by its compute capability: sm_80 for 8.0. `link` is bandwidth and
+    latency."""
+    isas = (f"sm_{compute_capability.replace('.', '')}",)
+    return Device(name, description, compute_capability, memory, bandwidth, *link, int8, half, isas=isas)
+
+
+# Bytes a second of a device one way, and latencies that NCCL comes to on eight devices, roughly.
+_NVLINK_3, _NVLINK_4, _PCIE_4, _PCIE_3 = (300 * GB, 15e-6), (450 * GB, 15e-6), (32 * GB, 30e-6), (16 * GB, 30e-6)
+
+CPU = Device(
+    "cpu", "x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
+    isas=("amx", "avx512vnni", "avx2"), arch="x86_64",
+)  # fmt: skip
 # Bandwidths are those of NVIDIA's data sheets, memory is what drivers show of it in whole GiB, which may be less.
 _ALL = (
     CPU,
-    Device("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, _SWITCHED, 624e12, 312e12),
-    Device("a100-80g", "NVIDIA A100 80 GB, SXM", "8.0", 80 * GIB, 2039 * GB, _NVLINK_3, _SWITCHED, 624e12, 312e12),
-    Device("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, _SWITCHED, 1979e12, 989e12),
-    Device("h200", "NVIDIA H200 141 GB, SXM", "9.0", 140 * GIB, 4800 * GB, _NVLINK_4, _SWITCHED, 1979e12, 989e12),
-    Device("l40s", "NVIDIA L40S 48 GB", "8.9", 44 * GIB, 864 * GB, _PCIE_4, _OVER_PCIE, 733e12, 362e12),
-    Device("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", "8.9", 23 * GIB, 1008 * GB, _PCIE_4, _OVER_PCIE, 661e12, 165e12),
-    Device("t4", "NVIDIA T4 16 GB", "7.5", 15 * GIB, 320 * GB, _PCIE_3, _OVER_PCIE, 130e12, 65e12),
+    _gpu("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, 624e12, 312e12),
+    _gpu("a100-80g", "NVIDIA A100 80 GB, SXM", "8.0", 80 * GIB, 2039 * GB, _NVLINK_3, 624e12, 312e12),
+    _gpu("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, 1979e12, 989e12),
+    _gpu("h200", "NVIDIA H200 141 GB, SXM", "9.0", 140 * GIB, 4800 * GB, _NVLINK_4, 1979e12, 989e12),
+    _gpu("l40s", "NVIDIA L40S 48 GB", "8.9", 44 * GIB, 864 * GB, _PCIE_4, 733e12, 362e12),
+    _gpu("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", "8.9", 23 * GIB, 1008 * GB, _PCIE_4, 661e12, 165e12),
+    _gpu("t4", "NVIDIA T4 16 GB", "7.5", 15 * GIB, 320 * GB, _PCIE_3, 130e12, 65e12),
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
 ALIASES: Mapping[str, str] = {"a100": "a100-40g"}
@@ -56,14 +102,9 @@ OTHERS: Mapping[str, str] = {
 }
 
 
-def architecture(device: Device) -> str:
-    """Of a GPU, as its compilers name it: "sm_80"; empty for a processor."""
-    return f"sm_{device.compute_capability.replace('.', '')}" if device.compute_capability else ""
-
-
 def known_as(name: str) -> str:
     """What a device is called in messages, empty for one that is not known."""
     device = DEVICES.get(ALIASES.get(name, name))
     if device is None:
         return OTHERS.get(name, "")
-    return device.description + (f" ({architecture(device)})" if device.compute_capability else "")
+    return device.description + (f" ({device.isas[0]})" if device.compute_capability else "")

@@ -1,4 +1,4 @@
-"""An output directory that appears whole or not at all, whatever happens to the build that makes it."""
+"""An output directory that appears whole or not at all, whatever happens to the process that makes it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class AtomicDirectory:
-    """`with AtomicDirectory(out) as directory:` write below `directory.path`, then `directory.commit()`.
+    """Makes a directory: `with AtomicDirectory(out) as directory:` write below `directory.path`, then `directory.commit()`.
 
-    The content grows in the sibling `.NAME.building-<pid>` and is renamed to `out` by `commit`; leaving the block
-    without it, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A lock on the sibling `.NAME.lock` keeps a second build
-    away from the same output. Who holds it knows that any `.NAME.building-*` beside it was left by a killed build and
-    removes it.
+    The content grows in the sibling `.NAME.building-<pid>`, which `commit` renames to `out`. Leaving the block without
+    `commit`, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A lock on the sibling `.NAME.lock` keeps a second build
+    away from the same output. A build that holds the lock removes every `.NAME.building-*`, which only a killed build can have
+    left.
 
     An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`.
-    `needed` is an estimate in bytes, checked against the free space before anything is written. `kind` and `marker` say in
-    errors what the directory is and which file one knows it by.
+    `needed` is an estimate in bytes, checked against the free space before anything is written. In errors, `kind` is what the
+    directory is called and `marker` the file that such a directory has.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class AtomicDirectory:
             self._raise_if_stopped(error)
 
     def check_space(self, needed: int) -> None:
-        """Raises CompileError when fewer than `needed` bytes are free where the output goes; kept for later messages."""
+        """Raise CompileError where fewer than `needed` bytes are free for the output; later messages name the largest need."""
         self._needed = max(self._needed, needed)
         if shutil.disk_usage(self.out.parent).free < needed:
             raise self._disk_full("not enough free space")
 
     def explain(self, error: OSError) -> CompileError:
-        """What to tell the user when writing below `path` failed with `error`."""
+        """The error to raise where writing below `path` failed with `error`."""
         if error.errno in _OUT_OF_SPACE:
             return self._disk_full(f"{error.strerror or 'out of space'} while writing")
         return CompileError(
@@ -97,7 +97,7 @@ class AtomicDirectory:
         )
 
     def commit(self) -> None:
-        """Puts the content in place as `out`, replacing an engine that is there, and makes that last through a power cut."""
+        """Put the content in place as `out`, in place of what is there, so that it lasts through a power cut."""
         self._raise_if_stopped()
         self._check_output()
         try:
@@ -167,7 +167,7 @@ class AtomicDirectory:
                 _remove(folder)
 
     def _exchange(self) -> None:
-        """Swaps `path` and `out` in one step, or in renames where the file system cannot (NFS)."""
+        """Swap `path` and `out` in one step, or in renames where the file system cannot (NFS)."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         names = _AT_FDCWD, os.fsencode(self.path), _AT_FDCWD, os.fsencode(self.out), _RENAME_EXCHANGE
         if renameat2 is None or renameat2(*names) != 0:
@@ -197,7 +197,7 @@ class AtomicDirectory:
             signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
     def _catch_signals(self) -> None:
-        """Turns SIGTERM and SIGHUP into an exception that cleans up, as SIGINT is, unless the program has its own way."""
+        """Turn SIGINT, SIGTERM and SIGHUP into exceptions, which clean up, unless the program has handlers of its own."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -209,7 +209,8 @@ class AtomicDirectory:
         self._raise_if_stopped()
 
     def _raise_if_stopped(self, error: Exception | None = None) -> None:
-        """Native code that a signal's exception passes through may swallow it or make another one of it, as TVM does."""
+        """Raise the exception of a signal again: native code that it passes through may swallow it or replace it, as TVM
+        does."""
         if self._stopped_by == signal.SIGINT:
             raise KeyboardInterrupt from error
         if self._stopped_by is not None:

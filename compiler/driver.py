@@ -8,50 +8,45 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile import __version__
-from belle_compile.compiler import layers, targets
-from belle_compile.compiler.backends import Lowered, compile_graphs, count_kernel_calls, plan_graph
+from belle_compile.compiler import backends, layers, targets
+from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload
+from belle_compile.compiler.backends.base import FIXED_BYTES
 from belle_compile.compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.devices import Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.footprint import FIXED_BYTES, SERVED_TOKENS, check_memory, file_bytes, required_bytes
+from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.ir.text import to_onnx
+from belle_compile.compiler.layers import Unquantized
+from belle_compile.compiler.manifests import pass_records, target_info, toolchain
 from belle_compile.compiler.report import (
     REPORT_NAME,
     Effects,
+    PassEffects,
     Report,
     coverage_of,
     coverage_of_set,
-    memory_of,
+    memory_of_ranks,
     pass_effects,
     render,
 )
+from belle_compile.compiler.stages import Snapshots, carried, divided, numerics_of, unfused_calls
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
-from belle_compile.passes.pipeline import CALIBRATED, METHODS, Recipe, at_fusion, passes_of, run_for
-from belle_compile.runtime.artifact import (
-    GenerationDefaults,
-    KernelCalls,
-    Manifest,
-    ModelInfo,
-    PassRecord,
-    Requirements,
-    TargetInfo,
-)
+from belle_compile.passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_for, run_pipeline
+from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from belle_compile.passes.base import Pass, PassResult
+    from belle_compile.passes.base import Pass
     from belle_compile.passes.pipeline import OnPass
 
 _METHODS = {  # what the manifest says of each
@@ -61,7 +56,6 @@ _METHODS = {  # what the manifest says of each
     "gptq": ("rounding", "by calibration requests (GPTQ)"),
     "static": ("clipping", "of activations, by calibration requests"),
 }
-TUNING = "tune-kernels"  # its record is only in engines built with `tune`
 KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
     "auto": "",
     "float32": "float32",
@@ -74,11 +68,13 @@ _WORST = 5  # layers to look at where an engine misses a limit
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for what, and where to. `quantization` names a preset of passes; `kv_cache` is the type of the KV cache
-    (auto: float32 with quantization none, else float16); `isas` keeps some of the target's instruction sets (all by default);
-    `on_progress(stage, done, total)` hears how far the build is, with total 0 for a stage whose length is unknown. `tune`
-    measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ from
-    one build to the next.
+    """What to compile, for what, and where to.
+
+    `quantization` names a preset of passes. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else
+    16 bits). `backend` names what compiles (None: the target's default), and `isas` keeps some of its instruction sets (all by
+    default). `on_progress(stage, done, total)` is called as the build goes on, with total 0 for a stage of unknown length.
+    `tune` measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ
+    from one build to the next.
 
     `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that
     calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
@@ -93,6 +89,7 @@ class BuildRequest:
     quantization: str = "int8"
     methods: tuple[str, ...] | None = None
     kv_cache: str = "auto"
+    backend: str | None = None
     isas: tuple[str, ...] = ()
     template: str | None = None
     dump_ir: Path | None = None
@@ -106,61 +103,84 @@ class BuildRequest:
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A request whose words have been looked up and found to fit each other."""
+
+    request: BuildRequest
+    target: Target
+    backend: Backend
+    recipe: Recipe
+    numerics: Numerics
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        """What a stage calls with how much is done, and how much there is in all."""
+        return lambda done, total: self.request.on_progress(stage, done, total)
+
+    def begin(self, stage: str) -> None:
+        self.progress(stage)(0, 0)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a build reads. `graph` is the float32 graph, which nothing changes: stages work on copies of it."""
+
+    checkpoint: Checkpoint
+    calibration: Calibration | None
+    graph: ir.Model
+
+
+@dataclass(frozen=True)
+class _Optimized:
+    """What the passes made: the graph of each rank, the records of the passes and their effects; the quantized graph before it
+    was divided and fused, with a rank's kernel calls then; and the graph before its linears were quantized, where they were."""
+
+    ranks: list[ir.Model]
+    records: list[dict[str, Any]]
+    effects: Effects
+    whole: ir.Model
+    unfused_calls: int
+    unquantized: Unquantized | None
+
+
 def build(request: BuildRequest) -> Path:
-    """Compiles a checkpoint to an engine directory, whole or not at all; returns its path.
+    """Compile a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
     give the same bytes, but for what `tune` measures, and where calibration ran or the report's drift was measured on another
     kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
-    target, recipe = targets.parse(request.target).carrying(request.isas), _recipe(request)
-    _check_kv_cache(request.kv_cache)
-    say = request.on_progress
+    job = _resolve(request)
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
-        say("open", 0, 0)
-        checkpoint = open_checkpoint(request.checkpoint, template=request.template)
-        writer.check_space(_estimated_bytes(checkpoint, request.quantization))
-        calibration = None
-        if request.calibration is not None:
-            calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
-        graph = build_graph(checkpoint)
-        calls_before_fusion = _count_without_fusion(graph, passes_of(recipe, ranks=target.ranks), target.ranks)
-        check_memory(target, partial(_planned, graph, passes_of(recipe, ranks=target.ranks), target, request.kv_cache))
-        digests = checkpoint.digests(lambda file, done, total: say("digest", done, total))
-        model = _model_info(request, checkpoint, graph, digests)
+        job.begin("open")
+        source = _open(job, writer)
+        planned = _plan(job, source.graph)
+        digests = source.checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
+        model = _model_info(request, source, digests)
 
-        say("optimize", 0, 0)
-        data = None
-        if calibration is not None:
-            data = _data(calibration, digests, folder, lambda done, total: say("calibrate", done, total))
-        keep: tuple[str, ...] = ()
-        if request.size_budget > 1:
-            keep = layers.kept(build_graph(checkpoint), recipe, request.size_budget, calibration, folder / "layers", say)
-        passes = passes_of(recipe, data, keep, target.ranks)
-        observer = pass_effects(checkpoint.tokenizer_json, model.parameters, request.drift)
-        hears = _BeforeFusion(observer.observe, at_fusion(passes)[0][-1])
-        graphs, records = run_for(graph, passes, target.ranks, request.dump_ir, hears)
-        effects = observer.result(lambda done, total: say("drift", done, total))
+        job.begin("optimize")
+        data = _calibration_data(job, source.calibration, digests, folder)
+        keep = _kept(job, planned, source.calibration, folder)
+        observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
+        optimized = _optimize(job, source.graph, passes_of(job.recipe, data, keep, job.target.ranks), observer)
 
-        say("compile", 0, 0)
-        tune = (lambda done, total: say("tune", done, total)) if request.tune else None
-        lowered = compile_graphs(graphs, target, calls_before_fusion=calls_before_fusion, kv_cache=request.kv_cache, tune=tune)
+        job.begin("compile")
+        tune = job.progress("tune") if request.tune else None
+        options = CompileOptions(request.kv_cache, optimized.unfused_calls, tune)
+        payloads = job.backend.compile(optimized.ranks, job.target, options)
 
-        writer.check_space(sum(map(file_bytes, lowered)))
-        writer.write("tokenizer.json", checkpoint.tokenizer_json.encode())
-        writer.write(GRAPH_NAME, hears.graph)
-        write_ranks(writer, lowered, lambda done, total: say("weights", done, total))
+        writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
+        writer.write("tokenizer.json", source.checkpoint.tokenizer_json.encode())
+        writer.write(GRAPH_NAME, to_onnx(optimized.whole))
+        write_ranks(writer, payloads, job.progress("weights"))
 
-        manifest = _manifest(request, target, checkpoint, model, recipe, records, lowered)
-        damage = layers.errors(build_graph(checkpoint), passes, calibration, folder / "layers") if calibration else []
-        if calibration and request.gate:
-            accuracy = request.gate.judge(
-                writer.draft(manifest), target.ranks, build_graph(checkpoint), calibration.holdout, folder / "gate",
-                worst=[layer.name for layer in damage[:_WORST]],
-                on_progress=lambda done, total: say("gate", done, total),
-            )  # fmt: skip
-            manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
-        writer.write(REPORT_NAME, render(_report(request, manifest, writer, effects, lowered, damage, calibration)).encode())
+        manifest = _manifest(job, source.checkpoint, model, optimized.records, payloads)
+        damage = _damage(source.calibration, optimized.unquantized, folder)
+        manifest = _judged(job, writer, manifest, source, damage, folder)
+        coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
+        memory, ranks = memory_of_ranks(payloads)
+        report = Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)
+        writer.write(REPORT_NAME, render(report).encode())
         return writer.finish(manifest)
 
 
@@ -177,12 +197,94 @@ def work_folder(output: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _data(
-    calibration: Calibration, digests: Mapping[str, str], folder: Path, on_progress: Callable[[int, int], None]
-) -> CalibrationData:
+def _resolve(request: BuildRequest) -> _Job:
+    """Look up what the request names; raises CompileError for all that can be refused without the checkpoint."""
+    target, backend = targets.choose(request.target, request.backend, request.isas)
+    recipe = _recipe(request)
+    numerics = numerics_of(recipe, calibrated=request.calibration is not None)
+    backends.check(backend, target, numerics)
+    backends.check_kv_cache(backend, request.kv_cache)
+    if request.tune and (reason := backend.tuning_refusal(target)):
+        raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
+    if request.size_budget > 1 and (request.calibration is None or not recipe.bits):
+        found, remedy = "no requests to rank layers by", "give some with --calibration"
+        raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
+    return _Job(request, target, backend, recipe, numerics)
+
+
+def _open(job: _Job, writer: EngineWriter) -> _Source:
+    request = job.request
+    checkpoint = open_checkpoint(request.checkpoint, template=request.template)
+    writer.check_space(_estimated_bytes(checkpoint, request.quantization))
+    calibration = None
+    if request.calibration is not None:
+        calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
+    return _Source(checkpoint, calibration, build_graph(checkpoint))
+
+
+def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
+    """Refuse what the target cannot hold or the ranks cannot share, before anything takes long: by the passes that need no
+    requests. Returns the graph before its linears are quantized, where they are."""
+    before, fusions = carried(passes_of(job.recipe, ranks=job.target.ranks), job.backend, job.numerics)
+    stages = _Stages(before, job.recipe)
+    whole = graph.clone()
+    run_pipeline(whole, before, on_pass=stages.observer)
+
+    def footprints(ranks: int) -> list[Footprint]:
+        return job.backend.footprint(divided(whole, fusions, ranks), job.target.with_ranks(ranks), job.request.kv_cache)
+
+    check_memory(job.target, footprints)
+    return stages.unquantized()
+
+
+def _calibration_data(
+    job: _Job, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
+) -> CalibrationData | None:
+    """The requests for the passes that look at some, with what identifies their results for a build that goes on."""
+    if calibration is None:
+        return None
     source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
     sequences = tuple(sample.tokens for sample in calibration.calibration)
-    return CalibrationData(sequences, calibration.digest, source, folder, on_progress)
+    return CalibrationData(sequences, calibration.digest, source, folder, job.progress("calibrate"))
+
+
+def _kept(job: _Job, planned: Unquantized | None, calibration: Calibration | None, folder: Path) -> tuple[str, ...]:
+    """The linears that stay float32 within the size budget."""
+    if job.request.size_budget <= 1:
+        return ()
+    assert planned is not None and calibration is not None, "_resolve refuses a size budget without them"
+    return layers.kept(planned, job.request.size_budget, calibration, folder / "layers", job.request.on_progress)
+
+
+def _optimize(job: _Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:
+    ranks = job.target.ranks
+    before, fusions = carried(passes, job.backend, job.numerics)
+    stages = _Stages(before, job.recipe, effects.observe)
+    graphs, records = run_for(graph.clone(), (*before, *fusions), ranks, job.request.dump_ir, stages.observer)
+    whole = stages.observer.after(before[-1])
+    return _Optimized(
+        ranks=graphs,
+        records=records,
+        effects=effects.result(job.progress("drift")),
+        whole=whole,
+        unfused_calls=unfused_calls(job.backend, whole, ranks),
+        unquantized=stages.unquantized(),
+    )
+
+
+class _Stages:
+    """The stages of a pipeline that a build looks at again: before linears are quantized, and after the last pass of `before`,
+    which see the whole model."""
+
+    def __init__(self, before: Sequence[Pass], recipe: Recipe, on_pass: OnPass | None = None) -> None:
+        self._linears = layers.before_linears(before) if recipe.bits else None
+        wanted = [before[-1], *(self._linears.before[-1:] if self._linears else ())]
+        self.observer = Snapshots(*wanted, on_pass=on_pass)
+
+    def unquantized(self) -> Unquantized | None:
+        if self._linears is None:
+            return None
+        return Unquantized(self.observer.after(self._linears.before[-1]), self._linears)
 
 
 def _recipe(request: BuildRequest) -> Recipe:
@@ -204,55 +306,34 @@ def _recipe(request: BuildRequest) -> Recipe:
     return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
 
 
-def _report(
-    request: BuildRequest,
-    manifest: Manifest,
-    writer: EngineWriter,
-    effects: Effects,
-    lowered: Sequence[Lowered],
-    damage: Sequence[LayerDamage],
-    calibration: Calibration | None,
-) -> Report:
-    ranks = [memory_of(rank, required_bytes(rank), SERVED_TOKENS) for rank in lowered]
-    most = max(ranks, key=lambda rank: rank.required)
-    coverage = None
-    if calibration and request.calibration:
-        used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
-        coverage = {"digest": calibration.digest} | coverage_of(used, held_out, lowered[0].program.vocab_size)
-        coverage |= coverage_of_set(request.calibration)
-    several = ranks if len(ranks) > 1 else ()
-    return Report(manifest, dict(writer.files), effects, most, damage, coverage, several)
+def _damage(calibration: Calibration | None, unquantized: Unquantized | None, folder: Path) -> list[LayerDamage]:
+    """The linears by the damage that quantization does to their outputs; none where requests or integers are missing."""
+    if calibration is None or unquantized is None:
+        return []
+    return layers.errors(unquantized, calibration, folder / "layers")
 
 
-def _check_kv_cache(dtype: str) -> None:
-    if dtype not in KV_CACHES:
-        raise CompileError("kv cache", "unknown type", found=repr(dtype), expected=" or ".join(KV_CACHES))
+def _judged(
+    job: _Job, writer: EngineWriter, manifest: Manifest, source: _Source, damage: Sequence[LayerDamage], folder: Path
+) -> Manifest:
+    """The manifest with the accuracy that the gate measured; raises CompileError where the engine misses a limit."""
+    gate = job.request.gate
+    if source.calibration is None or gate is None:
+        return manifest
+    accuracy = gate.judge(
+        writer.draft(manifest), job.target.ranks, source.graph, source.calibration.holdout, folder / "gate",
+        worst=[layer.name for layer in damage[:_WORST]], on_progress=job.progress("gate"),
+    )  # fmt: skip
+    return replace(manifest, accuracy=accuracy.to_plain() | {"limits": gate.to_plain()})
 
 
-def _count_without_fusion(graph: ir.Model, preset: Sequence[Pass], ranks: int) -> int:
-    """Kernel calls that a step of a rank would take with every pass but the fusions; `preset` is without those that calibrate.
-    A model that cannot be divided among so many ranks is refused here, before anything takes long."""
-    return count_kernel_calls(run_for(graph.clone(), at_fusion(preset)[0], ranks)[0][0])
-
-
-def _planned(graph: ir.Model, preset: Sequence[Pass], target: targets.Target, kv_cache: str, ranks: int) -> list[Lowered]:
-    """The memory that so many ranks take, by passes that do not calibrate."""
-    whole = graph.clone()
-    return [plan_graph(model, target.is_gpu, kv_cache) for model in run_for(whole, preset, ranks)[0]]
-
-
-@dataclass
-class _BeforeFusion:
-    """Hears of the passes beside another observer, and keeps the graph before it is divided and fused, as ONNX."""
-
-    on_pass: OnPass
-    last: Pass
-    graph: bytes = b""
-
-    def __call__(self, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-        self.on_pass(step, model, result)
-        if step is self.last:
-            self.graph = to_onnx(model)
+def _coverage(request: BuildRequest, calibration: Calibration | None, vocabulary: int) -> dict[str, Any] | None:
+    """What the report says of the requests."""
+    if calibration is None or request.calibration is None:
+        return None
+    used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
+    coverage = {"digest": calibration.digest} | coverage_of(used, held_out, vocabulary)
+    return coverage | coverage_of_set(request.calibration)
 
 
 def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
@@ -260,9 +341,9 @@ def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
     return values * (4 if quantization == "none" else 1) + FIXED_BYTES
 
 
-def _model_info(request: BuildRequest, checkpoint: Checkpoint, graph: ir.Model, digests: dict[str, str]) -> ModelInfo:
-    """`graph` is as the frontend made it: tensors that are tied are counted once."""
-    path = Path(request.checkpoint)
+def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str]) -> ModelInfo:
+    """The model by its own graph: tensors that are tied are counted once."""
+    path, checkpoint, graph = Path(request.checkpoint), source.checkpoint, source.graph
     return ModelInfo(
         family=checkpoint.family,
         name=(path.stem if path.suffix == ".gguf" else path.name) or path.resolve().name,
@@ -273,36 +354,21 @@ def _model_info(request: BuildRequest, checkpoint: Checkpoint, graph: ir.Model, 
 
 
 def _manifest(
-    request: BuildRequest,
-    target: targets.Target,
-    checkpoint: Checkpoint,
-    model: ModelInfo,
-    recipe: Recipe,
-    records: Sequence[Mapping[str, Any]],
-    lowered: Sequence[Lowered],
+    job: _Job, checkpoint: Checkpoint, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
 ) -> Manifest:
-    first, memory = lowered[0], max(map(required_bytes, lowered))
-    program = first.program
-    applied = [PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records]
+    first = payloads[0]
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
+    calibrated = job.request.calibration is not None
     return Manifest(
         model=model,
-        target=TargetInfo(
-            target.name,
-            "triton" if target.is_gpu else "tvm",
-            target.isas,
-            Requirements(target.arch, target.isas, memory),
-            target.ranks,
-        ),
-        passes=(opened, *applied, *_tuning_record(first)),
-        quantization=_quantization(recipe, request.calibration is not None) | {"kv_cache": KV_CACHES[program.kv.dtype]},
-        kernel_calls=KernelCalls(program.kernel_calls.before_fusion, program.kernel_calls.after_fusion),
+        target=target_info(job.target, job.backend, payloads),
+        passes=(opened, *pass_records(records), *((first.tuning,) if first.tuning else ())),
+        quantization=_quantization(job.recipe, calibrated) | {"kv_cache": KV_CACHES[first.footprint.kv.dtype]},
+        kernel_calls=first.kernel_calls,
         prompt_template=prompt_template(checkpoint),
         special_tokens=special_tokens(checkpoint),
         generation=GenerationDefaults(**checkpoint.generation),
-        toolchain={"belle-compile": __version__}
-        | {name: _version(name) for name in ("numpy", "onnx-ir")}
-        | dict(first.toolchain),
+        toolchain=toolchain(first),
         files={},
     )
 
@@ -317,19 +383,3 @@ def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     name = f"w{recipe.weights.bits}a{recipe.bits}"
     scheme = {"scheme": name, "weights": str(recipe.weights), "activations": activations}
     return scheme | dict(_METHODS[name] for name in used)
-
-
-def _tuning_record(lowered: Lowered) -> list[PassRecord]:
-    """What was measured for this build, as a pass that changed so many shapes; nothing for a build that measured nothing."""
-    if lowered.tuned is None:
-        return []
-    measured = lowered.tuned.to_plain()
-    refusals = () if lowered.tuned.entries else ("the model has no int8 linear layer to tune",)
-    return [PassRecord(TUNING, measured, len(lowered.tuned.entries), refusals)]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -18,14 +18,14 @@ from belle_compile.runtime.errors import EngineError
 
 @dataclass(frozen=True)
 class Gate:
-    """The limits of a build. A limit that nothing was measured for (no expected answers) is not applied."""
+    """The limits that an engine must keep. A limit without a measurement (no expected answers) is not applied."""
 
     max_perplexity_ratio: float = 1.01
     min_top1: float = 0.95
     min_accuracy_kept: float = 0.98
 
     def misses(self, accuracy: Accuracy) -> list[tuple[str, str]]:
-        """(what was found, what was expected) of each limit that is missed."""
+        """What was found and what was expected, of each limit that is missed."""
         kept = accuracy.accuracy_kept
         judged = [
             (not accuracy.perplexity_ratio <= self.max_perplexity_ratio,  # NaN is a miss
@@ -47,8 +47,9 @@ class Gate:
         worst: list[str],
         on_progress: Callable[[int, int], None],
     ) -> Accuracy:
-        """Runs the held-out requests through the engine, all `ranks` of it, and the unquantized model. Raises CompileError when
-        a limit is missed, which names the `worst` layers, or when the engine cannot run here."""
+        """Run the held-out requests through the engine in all its `ranks`, and through the unquantized model.
+
+        Raises CompileError where a limit is missed, naming the `worst` layers, and where the engine cannot run here."""
         try:
             engine = Engine.load(directory) if ranks == 1 else RankedEngine(directory, ranks)
         except EngineError as error:
@@ -73,7 +74,7 @@ class Gate:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The limits as the manifest has them."""
         return dict(vars(self))
 
 

@@ -1,4 +1,4 @@
-"""Which linear layers INT8 hurts most: what `sensitivity` shows, what a size budget keeps, what report and gate point at."""
+"""Which linear layers INT8 hurts most: for the command `sensitivity`, for size budgets, and for the report and the gate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-_TRIED_PARAMETERS, _RANKED_TOKENS = 500_000_000, 1024  # of models whose layers are tried one by one; of requests for that
+_TRIED_PARAMETERS = 500_000_000  # of the largest model whose layers are tried one by one
+_RANKED_TOKENS = 1024  # of requests, to rank layers for a size budget
+_JUDGED_REQUESTS = 16  # held out, to measure the errors of layers for the report
 
 
 def preset(name: str) -> Recipe:
@@ -46,15 +48,15 @@ def rank(
     alone: bool = True,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> list[LayerDamage]:
-    """The linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
-    predictions on up to `tokens` tokens of requests, or, not `alone`, by the errors of their own outputs."""
+    """Rank the linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
+    predictions on up to `tokens` tokens of requests, or without `alone` by the errors of their own outputs."""
     on_progress("open", 0, 0)
     opened, recipe = open_checkpoint(checkpoint), preset(quantization)
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)
     graph = build_graph(opened)
     on_progress("optimize", 0, 0)
-    linears = _before_linears(passes_of(recipe))
+    linears = before_linears(passes_of(recipe))
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
         if not alone:
@@ -70,7 +72,7 @@ def rank(
 
 
 def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
-    """Held-out requests up to a number of tokens; the last one is cut there."""
+    """Requests, those held out first, up to a number of tokens; the last one is cut there."""
     sequences: list[tuple[int, ...]] = []
     for sample in (*calibration.holdout, *calibration.calibration):
         if tokens > 1:
@@ -79,7 +81,7 @@ def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]
     return sequences
 
 
-class _Linears(NamedTuple):
+class Linears(NamedTuple):
     """The passes before linears are quantized, and then the bits of activations and the scheme of weights."""
 
     before: Sequence[Pass]
@@ -87,26 +89,29 @@ class _Linears(NamedTuple):
     scheme: WeightScheme
 
 
-def _before_linears(passes: Sequence[Pass]) -> _Linears:
+def before_linears(passes: Sequence[Pass]) -> Linears:
+    """Where passes begin to quantize linears; raises CompileError for passes that quantize none."""
     at = next((i for i, step in enumerate(passes) if isinstance(step, (QuantizeGroups, QuantizeLinears))), None)
     step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
     if at is None or step is None:
         raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    return _Linears(
-        passes[:at], step.activation_bits, next((one.weights for one in passes if isinstance(one, QuantizeGroups)), INT8)
-    )
+    scheme = next((one.weights for one in passes if isinstance(one, QuantizeGroups)), INT8)
+    return Linears(passes[:at], step.activation_bits, scheme)
+
+
+class Unquantized(NamedTuple):
+    """A graph as the passes before its linears are quantized leave it."""
+
+    graph: ir.Model
+    linears: Linears
 
 
 def kept(
-    graph: ir.Model, recipe: Recipe, size_budget: float, calibration: Calibration | None, folder: Path, on_progress: Progress
+    model: Unquantized, size_budget: float, calibration: Calibration, folder: Path, on_progress: Progress
 ) -> tuple[str, ...]:
     """The linears that stay float32 within the size budget: those with the greatest damage a byte, by the predictions where the
     model is small enough to try each, else by their outputs' errors."""
-    if calibration is None or not recipe.bits:
-        found, remedy = "no requests to rank layers by", "give some with --calibration"
-        raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
-    linears = _before_linears(passes_of(recipe))
-    run_pipeline(graph, linears.before)
+    graph, linears = model
     parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
     sequences = _first_tokens(calibration, _RANKED_TOKENS)
     if parameters <= _TRIED_PARAMETERS:
@@ -115,19 +120,16 @@ def kept(
     else:
         layers = output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)
     room = (size_budget - 1) * sum(layer.weights for layer in layers)
-    kept = []
+    names = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
         if 3 * layer.weights <= room:  # float32 instead of int8
-            kept.append(layer.name)
+            names.append(layer.name)
             room -= 3 * layer.weights
-    return tuple(sorted(kept))
+    return tuple(sorted(names))
 
 
-def errors(graph: ir.Model, passes: Sequence[Pass], calibration: Calibration, folder: Path) -> list[LayerDamage]:
+def errors(model: Unquantized, calibration: Calibration, folder: Path) -> list[LayerDamage]:
     """The linears by the errors of their outputs over a few held-out requests, the largest first."""
-    if not any(isinstance(step, QuantizeLinears) for step in passes):
-        return []
-    linears = _before_linears(passes)
-    run_pipeline(graph, linears.before)
-    sequences = [sample.tokens for sample in calibration.holdout[:16]]
+    graph, linears = model
+    sequences = [sample.tokens for sample in calibration.holdout[:_JUDGED_REQUESTS]]
     return output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)

@@ -1,4 +1,4 @@
-"""An engine of several ranks for a process that is none of them: what is asked goes to rank 0 of a run of its own.
+"""An engine of several ranks for a process that is none of them: it starts the ranks and sends its questions to rank 0.
 
 python -m belle_compile.compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
 """
@@ -29,15 +29,15 @@ _TIMEOUT_S = 60.0  # for a rank to start or to answer: a build may leave the hos
 
 
 class RankedEngine:
-    """What `Engine` gives of answers and logits, from ranks that end with `close`."""
+    """Answers and logits as `Engine` gives them, from ranks that run until `close`."""
 
     def __init__(self, directory: Path, count: int) -> None:
-        """Start them; raises `EngineError` with their sentence where they cannot run."""
-        self._said = tempfile.TemporaryFile()
+        """Start the ranks; raises `EngineError` with their own sentence where they cannot run."""
+        self._errors = tempfile.TemporaryFile()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(directory), str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._said, env={**os.environ, "PYTHONPATH": path},
+            stderr=self._errors, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         try:
             self.max_context: int = self._ask("max_context")
@@ -46,12 +46,12 @@ class RankedEngine:
             raise
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Result]:
-        """As `Engine.generate` for token ids."""
+        """Answer prompts of token ids, as `Engine.generate` does."""
         found: list[Result] = self._ask("generate", [list(ids) for ids in prompts], params)
         return found
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """As `Engine.logits`."""
+        """The logits after each token, as `Engine.logits` gives them."""
         found: npt.NDArray[np.float32] = self._ask("logits", list(token_ids))
         return found
 
@@ -65,7 +65,7 @@ class RankedEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._process.stdout.close()
-        self._said.close()
+        self._errors.close()
 
     def __enter__(self) -> RankedEngine:
         return self
@@ -81,8 +81,8 @@ class RankedEngine:
             good, answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self._process.wait()
-            self._said.seek(0)
-            words = self._said.read().decode(errors="replace").strip().splitlines()
+            self._errors.seek(0)
+            words = self._errors.read().decode(errors="replace").strip().splitlines()
             found = words[-1].removesuffix(".") if words else f"exit code {self._process.returncode}"
             raise EngineError("ranks", "they do not run here", found=found) from None
         if not good:
@@ -91,7 +91,7 @@ class RankedEngine:
 
 
 def _answer(engine: Engine) -> None:
-    """Questions from the standard input until it ends, answers to the standard output."""
+    """Read questions from the standard input until it ends, and write answers to the standard output."""
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
         try:
@@ -109,7 +109,7 @@ def _answer(engine: Engine) -> None:
 
 
 def _rank(directory: Path, here: ranks.Place) -> int:
-    """One rank: only rank 0 comes to answer; the others serve it."""
+    """Run one rank: only rank 0 gets to answer questions, the others run the steps that it sends; returns the exit code."""
     line, code = ranks.Line(here), 0
     try:
         with Engine.load(directory) as engine:
@@ -124,7 +124,7 @@ def _rank(directory: Path, here: ranks.Place) -> int:
 
 
 def main() -> int:
-    """The launcher, or a rank that it has started."""
+    """Run the launcher, or a rank that it has started; returns the exit code."""
     directory, count = Path(sys.argv[1]), int(sys.argv[2])
     here = ranks.place()
     if here is not None and ranks.supervised():

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from belle_compile.compiler.units import size
+
 
 class Progress(Protocol):
     """Hears of a stage's work: `done` of `total`; a total of 0 is a stage of unknown length."""
@@ -59,16 +61,6 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     """Lines of right-aligned columns, the first row being their names."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def size(count: int) -> str:
-    """Bytes for people: "134.5 MB" (powers of ten, as disks are sold)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> list[tuple[str, str]]:
@@ -124,12 +116,13 @@ def engine_rows(engine: dict[str, Any]) -> list[tuple[str, str]]:
 
 def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> list[tuple[str, str]]:
     """The lines of `targets`: a table whose first column is the device's name; what depends on the host is a dash."""
-    heads = ("builds", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")
+    heads = ("builds", "backends", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")
     lines = [heads]
     for device in devices:
         figures = (device["memory_bandwidth"] / 1e9, device["link_bandwidth"] / 1e9, device["link_latency"] * 1e6)
         lines.append((
-            "now" if device["builds"] else "not yet", f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "-",
+            "now" if device["builds"] else "not yet", ", ".join(device["backends"]) or "-",
+            f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "-",
             *(f"{figure:.0f}" if figure else "-" for figure in figures), f"1-{device['max_ranks']}",
             device["compute_capability"] or "-", device["description"],
         ))  # fmt: skip
@@ -137,6 +130,34 @@ def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -
     texts = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rows = list(zip(["device", *(device["name"] for device in devices)], texts, strict=True))
     return rows + [(alias, f"the same as {name}") for alias, name in aliases.items()]
+
+
+_PLAN_HEADS = ("ranks", "weights", "KV cache", "activations", "needed", "fits", "ms a token", "tokens/s", "memory",
+               "arithmetic", "calls", "sums", "first token, ms")  # fmt: skip
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The lines of `plan` for what `compiler.plan.table.plan` returns; a dash stands for a time that is not predicted."""
+    memory = plan["device"]["memory"]
+    device = plan["device"]["description"] + (f" with {size(memory)} of memory each" if memory else "")
+    head = [
+        f"{plan['model']}, {plan['quantization']}, on {device}",
+        f"batch {plan['batch']}, context {plan['context']} tokens; rates {plan['rates'] or 'not known'}",
+        "",
+    ]
+    rows = [_plan_row(line) for line in plan["plan"] if "refused" not in line]
+    notes = [f"{line['ranks']} ranks: {line['refused']}" for line in plan["plan"] if "refused" in line]
+    return "\n".join([*head, columns([_PLAN_HEADS, *rows]), *notes])
+
+
+def _plan_row(line: dict[str, Any]) -> tuple[str, ...]:
+    sizes = [size(line[f"{part}_bytes"]) for part in ("weight", "kv", "workspace", "needed")]
+    fits = {True: "yes", False: "no", None: "-"}[line["fits"]]
+    if line["token_s"] is None:
+        return (str(line["ranks"]), *sizes, fits, *["-"] * 7)
+    shares = [f"{100 * line[f'{part}_s'] / line['token_s']:.0f}%" for part in ("memory", "arithmetic", "calls", "sums")]
+    token, first = f"{1e3 * line['token_s']:.2f}", f"{1e3 * line['first_token_s']:,.0f}"
+    return (str(line["ranks"]), *sizes, fits, token, f"{line['tokens_per_second']:,.0f}", *shares, first)
 
 
 def set_rows(made: dict[str, Any]) -> list[tuple[str, str]]:

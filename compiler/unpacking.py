@@ -1,4 +1,4 @@
-"""The whole weights of an engine, put together again from the packed tensors of its ranks when they are read."""
+"""The whole weights of an engine, put together from the packed tensors of its ranks when they are read."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors import safe_open
 
-from belle_compile.compiler.backends.tvm.packing import unpack
+from belle_compile.compiler.backends import Repartitionable
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.lazy import lazy, pieces_of
 from belle_compile.compiler.ir.signature import dtype_name
+from belle_compile.compiler.writer import WEIGHTS_NAME
 
 Array = npt.NDArray[Any]
 
 
 class WholeWeights:
-    """Makes the weights of a graph without values (`tensor`), and finds their values in the ranks that were made of it.
+    """Makes the weights of a graph that has no values (`tensor`), and finds their values in the ranks made of that graph.
 
-    `find` gets the ranks' graphs, whose initializers are these tensors, parts of them, or parts stacked by fusion; what they
-    are is recorded by `part_of` and `made_of`.
+    `find` gets the ranks' graphs. Their initializers are these tensors, parts of them, or parts stacked by fusion, as `part_of`
+    and `made_of` record.
     """
 
-    def __init__(self, engine: Path, *, rows: bool = False) -> None:
-        """Matrices lie as panels, or with `rows`, as GPUs read them, as rows that are padded."""
-        self._engine, self._rows = engine, rows
+    def __init__(self, engine: Path, backend: Repartitionable) -> None:
+        """The weights of an engine that a backend made."""
+        self._engine, self._backend = engine, backend
         self._places: dict[int, list[tuple[int, str, ir.TensorProtocol]]] = {}  # by identity: rank, name there, tensor there
         self._tensors: list[ir.TensorProtocol] = []
 
     def tensor(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.LazyTensor:
-        """A weight that is read once its places are found."""
+        """A weight whose values can be read after `find`."""
         made = lazy(name, lambda: self._read(made), shape, dtype, sources=[f"{self._engine}: {name}"])
         self._tensors.append(made)
         return made
 
     def find(self, ranks: Sequence[ir.Model]) -> None:
-        """Where each weight lies; raises CompileError where the ranks do not hold all of them."""
+        """Record where each weight lies; raises CompileError where the ranks do not hold all of them."""
         for rank, model in enumerate(ranks):
             for name, value in model.graph.initializers.items():
                 if value.const_value is not None:
@@ -53,12 +54,10 @@ class WholeWeights:
     def _read(self, whole: ir.TensorProtocol) -> Array:
         result = np.empty(whole.shape.numpy(), whole.dtype.numpy())
         for rank, name, tensor in self._places[id(whole)]:
-            file = self._engine / f"rank{rank}" / "weights.safetensors"
+            file = self._engine / f"rank{rank}" / WEIGHTS_NAME
             with safe_open(file, framework="numpy") as weights:
                 packed = weights.get_tensor(name)
-            shape = tuple(tensor.shape.numpy())
-            inside = tuple(slice(size) for size in shape)
-            values = packed[inside] if self._rows else unpack(packed, shape, dtype_name(tensor.dtype))
+            values = self._backend.unpack(packed, tuple(tensor.shape.numpy()), dtype_name(tensor.dtype))
             _copy(values, tensor, whole, result)
             if tensor is whole:
                 break  # every rank has all of it
@@ -66,7 +65,7 @@ class WholeWeights:
 
 
 def _wholes(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
-    """The tensors that a tensor is made of in the end."""
+    """The tensors without pieces of their own that a tensor is made of."""
     pieces = pieces_of(tensor)
     for piece in pieces:
         yield from _wholes(piece.tensor)
@@ -75,7 +74,7 @@ def _wholes(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 
 
 def _copy(array: Array, tensor: ir.TensorProtocol, whole: ir.TensorProtocol, result: Array) -> None:
-    """What `array`, the values of `tensor`, has of the whole goes into `result`."""
+    """Copy to `result`, the values of `whole`, those that `array`, the values of `tensor`, has of them."""
     if tensor is whole:
         result[...] = array
     for piece in pieces_of(tensor):

@@ -5,59 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from math import prod
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from belle_compile.compiler.backends.base import PackedTensor, Payload, tensor_bytes
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.ir.lazy import wholes_kept
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
-from belle_compile.runtime.program import ALIGNMENT, PROGRAM_NAME, Program, Weight
+from belle_compile.runtime.program import ALIGNMENT
 
+WEIGHTS_NAME = "weights.safetensors"
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
 _CHUNK = 8 << 20
-_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 _SAFETENSORS_NAMES = {
     "int8": "I8", "uint8": "U8", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "int64": "I64",
 }  # fmt: skip
 
 
-class PackedTensor(Protocol):
-    """A tensor as the kernels read it; `pack` computes it when its turn comes and nobody keeps the result."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def pack(self) -> Callable[[], npt.NDArray[Any]]: ...
-
-
-class Rank(Protocol):
-    """Of a rank, its program, kernel libraries by file name, and tensors in the order in which the program reads them."""
-
-    @property
-    def weights(self) -> Sequence[PackedTensor]: ...
-    @property
-    def program(self) -> Program: ...
-    @property
-    def kernels(self) -> Mapping[str, bytes]: ...
-
-
 class EngineWriter:
-    """`with EngineWriter(out) as writer:` write files and tensors, then `writer.finish(manifest)`.
+    """Writes an engine: `with EngineWriter(out) as writer:` write files and tensors, then `writer.finish(manifest)`.
 
-    Nothing is seen at `out` before `finish`, and leaving the block without it leaves nothing (see `AtomicDirectory`).
+    Nothing appears at `out` before `finish`, and leaving the block without it leaves nothing (see `AtomicDirectory`).
     An existing engine is replaced with `force`, and only by a finished one. The same calls give the same bytes and the same
     permissions: 0644 for files, 0755 for directories.
     """
@@ -74,11 +48,11 @@ class EngineWriter:
         self._directory.__exit__(kind, error, trace)
 
     def check_space(self, needed: int) -> None:
-        """Raises CompileError when the output's file system has fewer than `needed` bytes free."""
+        """Raise CompileError where the output's file system has fewer than `needed` bytes free."""
         self._directory.check_space(needed)
 
-    def write(self, path: str, content: bytes) -> None:
-        """Writes one file at `path`, relative to the engine and with "/" between its parts."""
+    def write(self, path: str, content: bytes | memoryview) -> None:
+        """Write one file at `path`, relative to the engine and with "/" between its parts."""
         with _File(self._directory, path) as file:
             file.write(content)
         self.files[path] = file.entry()
@@ -86,12 +60,11 @@ class EngineWriter:
     def write_tensors(
         self, path: str, tensors: Sequence[PackedTensor], on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Writes a safetensors file, packing one tensor at a time in the order given.
+        """Write a safetensors file, packing one tensor at a time in the order given.
 
-        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels:
-        the header is padded with spaces, and tensors must have sizes that are multiples of 64 since the format allows no holes.
-        `on_progress` hears the bytes written so far and the bytes in all.
-        """
+        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels: the
+        header is padded with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes.
+        `on_progress` is called with the bytes written so far and in all."""
         done, total = 0, sum(map(tensor_bytes, tensors))
         with self.tensor_file(path, tensors) as write:
             for tensor in tensors:
@@ -101,7 +74,8 @@ class EngineWriter:
 
     @contextmanager
     def tensor_file(self, path: str, tensors: Sequence[PackedTensor]) -> Iterator[Callable[[PackedTensor], None]]:
-        """The same for files that grow side by side: gives what packs and writes a tensor, to be called for each in order."""
+        """Open a safetensors file that grows beside others; yields the function that packs and writes a tensor, to be called
+        for each in order."""
         with _File(self._directory, path) as file:
             file.write(safetensors_header(tensors)[0])
 
@@ -121,13 +95,14 @@ class EngineWriter:
         self.files[path] = file.entry()
 
     def draft(self, manifest: Manifest) -> Path:
-        """The engine where it is being built, with a manifest that `finish` will replace, so that it can be tried out."""
+        """Write a manifest that `finish` will replace, and return the directory under construction, which can be loaded
+        then."""
         draft = self._directory.path / MANIFEST_NAME
         draft.write_text(manifest_text(self._complete(manifest)), encoding="utf-8")
         return self._directory.path
 
     def finish(self, manifest: Manifest) -> Path:
-        """Writes manifest.json with the records of all files written so far and puts the engine in place."""
+        """Write manifest.json with the records of all files written so far, and put the engine in place; returns its path."""
         complete = self._complete(manifest)
         (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
@@ -140,27 +115,26 @@ class EngineWriter:
 
 
 def write_ranks(
-    writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None] = lambda done, total: None
+    writer: EngineWriter, ranks: Sequence[Payload], on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Writes the directory of each rank; `on_progress` hears of bytes of weights."""
+    """Write the directory of each rank; `on_progress` is called with the bytes of weights written so far and in all."""
     for number, rank in enumerate(ranks):
-        writer.write(f"rank{number}/{PROGRAM_NAME}", rank.program.to_json().encode())
-        for name, content in sorted(rank.kernels.items()):
+        for name, content in sorted(rank.files.items()):
             writer.write(f"rank{number}/{name}", content)
     _write_weights(writer, ranks, on_progress)
 
 
-def _write_weights(writer: EngineWriter, ranks: Sequence[Rank], on_progress: Callable[[int, int], None]) -> None:
-    """Writes the weights of all ranks side by side, those of one call of the program after those of another: ranks whose
-    tensors are parts of the same ones compute these once, and hold no more of them than one rank alone does."""
-    done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.weights)
+def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: Callable[[int, int], None]) -> None:
+    """Write the weights of all ranks side by side, one group after the other: ranks whose tensors are parts of the same ones
+    compute these once, and hold no more of them than one rank alone does."""
+    done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.tensors)
     with ExitStack() as files:
         writes = [
-            files.enter_context(writer.tensor_file(f"rank{number}/weights.safetensors", rank.weights))
+            files.enter_context(writer.tensor_file(f"rank{number}/{WEIGHTS_NAME}", rank.tensors))
             for number, rank in enumerate(ranks)
+            if rank.tensors
         ]
-        groups = [_by_call(rank) for rank in ranks]
-        for of_ranks in zip(*groups, strict=True):
+        for of_ranks in zip(*(rank.weights for rank in ranks if rank.tensors), strict=True):
             with wholes_kept() if len(ranks) > 1 else nullcontext():
                 for write, tensors in zip(writes, of_ranks, strict=True):
                     for tensor in tensors:
@@ -169,24 +143,13 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Rank], on_progress: Cal
                         on_progress(done, total)
 
 
-def _by_call(rank: Rank) -> list[list[PackedTensor]]:
-    """The tensors in their order, grouped by the call that reads them first."""
-    named = {tensor.name: tensor for tensor in rank.weights}
-    groups = []
-    for call in rank.program.calls:
-        names = dict.fromkeys(arg.name for arg in call.args if isinstance(arg, Weight))
-        groups.append([named.pop(name) for name in names if name in named])
-    assert not named, f"no call reads {', '.join(named)}"
-    return groups
-
-
 def is_engine(path: Path) -> bool:
-    """Whether `path` is a directory that a build made, told by its manifest."""
+    """Whether `path` is a directory with a manifest, as builds make them."""
     return (path / MANIFEST_NAME).is_file()
 
 
 def safetensors_header(tensors: Sequence[PackedTensor]) -> tuple[bytes, int]:
-    """The bytes in front of the tensors' data, a multiple of 64, and the size of that data."""
+    """The header of a safetensors file, a multiple of 64 bytes, and the size of the data behind it."""
     entries: dict[str, dict[str, object]] = {}
     offset = 0
     for tensor in tensors:
@@ -204,13 +167,8 @@ def safetensors_header(tensors: Sequence[PackedTensor]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, offset
 
 
-def tensor_bytes(tensor: PackedTensor) -> int:
-    """The size of a tensor's data."""
-    return prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
-
-
 class _File:
-    """A new file below the directory under construction; hashed as it is written, on the disk when closed."""
+    """A new file below the directory under construction. It is hashed as it is written, and synced to the disk when closed."""
 
     def __init__(self, directory: AtomicDirectory, path: str) -> None:
         parts = PurePosixPath(path).parts

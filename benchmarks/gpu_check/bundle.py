@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from belle_compile.compiler import targets
-from belle_compile.compiler.backends import compile_graphs, count_kernel_calls
+from belle_compile.compiler.backends import CompileOptions
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
@@ -152,11 +152,11 @@ def _large(out: Path, target: str) -> None:
     graph = build_graph(outline(out / "config.json"))
     unfused = graph.clone()
     run_pipeline(graph, PRESETS["int8"])
-    (lowered,) = compile_graphs([graph], targets.parse(target), calls_before_fusion=count_kernel_calls(unfused))
-    (out / "program.json").write_text(lowered.program.to_json())
-    for name, content in lowered.kernels.items():
+    parsed, backend = targets.choose(target)
+    (payload,) = backend.compile([graph], parsed, CompileOptions(unfused_calls=backend.kernel_calls(unfused)))
+    for name, content in payload.files.items():
         (out / name).write_bytes(content)
-    (out / "weights.header").write_bytes(safetensors_header(lowered.weights)[0])
+    (out / "weights.header").write_bytes(safetensors_header(payload.tensors)[0])
 
 
 def main() -> None:

@@ -7,15 +7,15 @@ from math import hypot, log2
 
 from belle_compile.compiler.plan.work import RankWork
 
-_LINE = 4  # bytes of a channel that ranks sum
+_CHANNEL_BYTES = 4  # of a sum over ranks: float32
 _SEVERAL = 8  # rows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more; operations a
-    second on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; seconds and bytes a
-    second of a message between two ranks."""
+    """The rates of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more;
+    operations a second on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; latency in
+    seconds and bytes a second of a message between two ranks."""
 
     read: float
     several: float
@@ -38,17 +38,17 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
         return self.memory_s + self.arithmetic_s + self.calls_s + self.sums_s
 
 
 def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens: int, context: int) -> Step:
-    """A step of `tokens` new tokens each of `sequences` sequences that have, on average, `context` tokens behind them; the last
-    token of each wants logits."""
+    """The time of a step of `tokens` new tokens for each of `sequences` sequences, which have `context` tokens behind them on
+    average; logits are computed for the last token of each."""
     memory = arithmetic = 0.0
 
     def add(read: float, compute: float) -> None:
-        """Where they are alike, neither hides behind the other."""
+        """Add a part of the step to what limits it. Where reading and computing take as long, neither hides behind the
+        other."""
         nonlocal memory, arithmetic
         if read >= compute:
             memory += hypot(read, compute)
@@ -59,21 +59,21 @@ def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens:
         rows = sequences * (tokens if product.of_tokens else 1)
         rate = rates.integer if product.integer else rates.floating
         add(product.weight_bytes / (rates.read * _share(rows, rates.several)), rows * product.operations / rate)
-    read = sequences * work.kv_bytes(context) / max(len(work.attention), 1) / rates.read
+    read = sequences * work.kv.bytes(context) / max(len(work.attention), 1) / rates.read
     for operations in work.attention:
         add(read, sequences * tokens * context * operations / rates.floating)
-    sums = sum(sum_seconds(sequences * tokens * width * _LINE, rates, ranks) for width in work.sums)
+    sums = sum(sum_seconds(sequences * tokens * width * _CHANNEL_BYTES, rates, ranks) for width in work.sums)
     return Step(memory, arithmetic, work.calls * rates.call_s, sums)
 
 
 def _share(rows: int, several: float) -> float:
-    """Of the read rate, that products of so many rows reach."""
+    """The share of the read rate that products of so many rows reach."""
     return float(several ** min(log2(rows) / log2(_SEVERAL), 1.0))
 
 
 def sum_seconds(size: int, rates: Rates, ranks: int) -> float:
-    """An all-reduce of `size` bytes: two passes round a ring of all ranks, or for small ones a message to each other rank at
-    once, whichever is faster."""
+    """The time of an all-reduce of `size` bytes: two passes round a ring of all ranks or, where that is faster, a message to
+    each other rank at once."""
     if ranks == 1:
         return 0.0
     ring = 2 * (ranks - 1) * (rates.latency_s + size / ranks / rates.link)

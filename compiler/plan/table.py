@@ -1,4 +1,4 @@
-"""The plan that `belle-compile plan` shows: one line for each number of ranks."""
+"""The plan of a model on a target: one line for each number of ranks."""
 
 from __future__ import annotations
 
@@ -6,47 +6,63 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.devices import Device
+from belle_compile.compiler import backends
+from belle_compile.compiler.backends.base import AUTO
+from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.footprint import FIXED_BYTES, PROCESS_BYTES
+from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.layers import preset
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
 from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
-from belle_compile.compiler.plan.work import RankWork, works_of
+from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
+from belle_compile.compiler.stages import numerics_of
 from belle_compile.compiler.targets import resolve
-from belle_compile.compiler.terminal import columns, size
 
 RANKS = (1, 2, 4, 8)
+# Of a line of the plan, beside its memory
+_TIMES = ("token_s", "tokens_per_second", "memory_s", "arithmetic_s", "calls_s", "sums_s", "first_token_s")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is served: sequences at a time, and tokens that each has on average."""
+    """What is served: `batch` sequences at a time, of `context` tokens on average."""
 
     batch: int
     context: int
 
 
-def plan(path: str | Path, target: str, quantization: str, load: Load, kv_cache: str = "auto") -> dict[str, Any]:
+def plan(
+    path: str | Path, target: str, quantization: str, load: Load, kv_cache: str = AUTO, backend: str | None = None
+) -> dict[str, Any]:
     """Memory and times of a checkpoint, or of the dimensions in a config.json, on 1, 2, 4 and 8 devices of a target and on as
-    many as its name says; a number of ranks that the model cannot have says why. Raises CompileError for wrong arguments."""
+    many as its name says, by a backend (None: the device's default). A number of ranks that the model cannot have says why;
+    times are None where the backend predicts none. Raises CompileError for wrong arguments."""
     device, asked, isas = resolve(target)
-    checkpoint, recipe = outline(path), preset(quantization)
-    lines, source, bandwidth = [], "", host_bandwidth(device)
+    chosen = backends.estimator(device, backend)
+    backends.check_kv_cache(chosen, kv_cache)
+    graph, recipe = build_graph(outline(path)), preset(quantization)
+    lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, asked}):
         if ranks > device.max_ranks:
             continue
+        on_ranks = Target(device.name, isas or device.isas, 1, device).with_ranks(ranks)
         try:
-            works = works_of(checkpoint, recipe, ranks, kv_cache, gpu=bool(device.compute_capability))
+            backends.check(chosen, on_ranks, numerics_of(recipe))
+            plans = plans_of(graph, recipe, chosen, on_ranks, kv_cache)
         except CompileError as error:
             lines.append({"ranks": ranks, "refused": str(error)})
             continue
-        rates, source = rates_of(device, ranks, isas, bandwidth)
-        lines.append({"ranks": ranks, **_line(works, rates, device, load)})
+        line = {"ranks": ranks, **_memory(plans, device, load)}
+        works = [one.work for one in plans if one.work]
+        if chosen.reached and works:
+            rates, source = rates_of(chosen.reached, device, ranks, isas, bandwidth)
+            line |= _times(works, rates, load)
+        lines.append(line)
     return {
         "model": str(path),
         "target": device.name,
+        "backend": chosen.name,
         "device": asdict(device),
         "quantization": quantization,
         "batch": load.batch,
@@ -56,31 +72,38 @@ def plan(path: str | Path, target: str, quantization: str, load: Load, kv_cache:
     }
 
 
-def _line(works: list[RankWork], rates: Rates, device: Device, load: Load) -> dict[str, Any]:
-    """Of the rank that holds most, and of the one that takes longest: the others wait for it at every sum."""
-    held = max(works, key=lambda work: work.weight_bytes)
-    kv = load.batch * held.kv_bytes(load.context)
-    needed = held.weight_bytes + kv + held.workspace_bytes + FIXED_BYTES + PROCESS_BYTES
-    step, first = (max((_time(work, rates, len(works), load, prompt) for work in works), key=lambda step: step.seconds)
-                   for prompt in (False, True))  # fmt: skip
+def _memory(plans: list[RankPlan], device: Device, load: Load) -> dict[str, Any]:
+    """The memory of the rank that needs most."""
+    need = max((one.footprint.memory(load.batch, load.context) for one in plans), key=lambda need: need.total)
     return {
-        "weight_bytes": held.weight_bytes,
-        "kv_bytes": kv,
-        "workspace_bytes": held.workspace_bytes,
-        "needed_bytes": needed,
-        "fits": None if not device.memory else needed <= device.memory,
-        "token_s": step.seconds,
-        "tokens_per_second": load.batch / step.seconds,
-        "memory_s": step.memory_s,
-        "arithmetic_s": step.arithmetic_s,
-        "calls_s": step.calls_s,
-        "sums_s": step.sums_s,
-        "first_token_s": first.seconds,
+        "weight_bytes": need.weights,
+        "kv_bytes": need.kv_cache,
+        "workspace_bytes": need.activations,
+        "reserve_bytes": need.reserve,
+        "needed_bytes": need.total,
+        "fits": None if not device.memory else need.total <= device.memory,
+        **dict.fromkeys(_TIMES),
     }
 
 
+def _times(works: list[RankWork], rates: Rates, load: Load) -> dict[str, float]:
+    """Times of the rank that takes longest: the others wait for it at every sum."""
+    step, first = (max((_time(work, rates, len(works), load, prompt) for work in works), key=lambda step: step.seconds)
+                   for prompt in (False, True))  # fmt: skip
+    times = (
+        step.seconds,
+        load.batch / step.seconds,
+        step.memory_s,
+        step.arithmetic_s,
+        step.calls_s,
+        step.sums_s,
+        first.seconds,
+    )
+    return dict(zip(_TIMES, times, strict=True))
+
+
 def _time(work: RankWork, rates: Rates, ranks: int, load: Load, prompt: bool) -> Step:
-    """Of a token of every sequence, or of one sequence's prompt of `context` tokens."""
+    """The time of a token of every sequence, or of one sequence's prompt of `context` tokens."""
     if not prompt:
         return predict(work, rates, ranks, sequences=load.batch, tokens=1, context=load.context)
     chunks = range(0, load.context, work.max_tokens)
@@ -90,32 +113,3 @@ def _time(work: RankWork, rates: Rates, ranks: int, load: Load, prompt: bool) ->
         for start, tokens in zip(chunks, sizes, strict=True)
     ]
     return Step(*(sum(getattr(step, name) for step in steps) for name in ("memory_s", "arithmetic_s", "calls_s", "sums_s")))
-
-
-def text(found: dict[str, Any]) -> str:
-    """For people."""
-    memory = found["device"]["memory"]
-    head = [
-        f"{found['model']}, {found['quantization']}, on {found['device']['description']}"
-        + (f" with {size(memory)} of memory each" if memory else ""),
-        f"batch {found['batch']}, context {found['context']} tokens; rates {found['rates']}",
-        "",
-    ]
-    names = ("ranks", "weights", "KV cache", "activations", "needed", "fits", "ms a token", "tokens/s", "memory", "arithmetic",
-             "calls", "sums", "first token, ms")  # fmt: skip
-    rows, notes = [], []
-    for line in found["plan"]:
-        if "refused" in line:
-            notes.append(f"{line['ranks']} ranks: {line['refused']}")
-            continue
-        shares = [f"{100 * line[f'{part}_s'] / line['token_s']:.0f}%" for part in ("memory", "arithmetic", "calls", "sums")]
-        sizes = [size(line[f"{part}_bytes"]) for part in ("weight", "kv", "workspace", "needed")]
-        fits = {True: "yes", False: "no", None: "-"}[line["fits"]]
-        times = [
-            f"{1e3 * line['token_s']:.2f}",
-            f"{line['tokens_per_second']:,.0f}",
-            *shares,
-            f"{1e3 * line['first_token_s']:,.0f}",
-        ]
-        rows.append((str(line["ranks"]), *sizes, fits, *times))
-    return "\n".join([*head, columns([names, *rows]), *notes])

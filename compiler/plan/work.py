@@ -8,14 +8,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from belle_compile.compiler.backends import plan_graph
-from belle_compile.compiler.checkpoint import Checkpoint
-from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.backends import Backend, Footprint
+from belle_compile.compiler.backends.base import AUTO, KVCache
+from belle_compile.compiler.devices import Target
 from belle_compile.compiler.ir.ops import attributes_of, spec_of
 from belle_compile.compiler.ir.signature import Role
+from belle_compile.compiler.stages import carried, numerics_of
 from belle_compile.passes.pipeline import Recipe, passes_of, run_for
-from belle_compile.runtime.program import KVLayout
-from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 
 @dataclass(frozen=True)
@@ -31,44 +30,42 @@ class Product:
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one rank holds (bytes of weights and of workspace, the layout of its KV cache) and what a step of it is made of:
-    products, attention (of each layer, operations for a token and a token of context), kernel calls, and channels that it sums
-    with the other ranks, one entry for each sum. A step has `max_tokens` at most."""
+    """What a step of one rank is made of, at most `max_tokens` tokens: products, attention (of each layer, operations for a
+    token and a token of context), kernel calls, and the channels of each sum over ranks. `kv` is the rank's KV cache."""
 
-    rank: int
     max_tokens: int
-    weight_bytes: int
-    workspace_bytes: int
-    kv: KVLayout
+    kv: KVCache
     products: tuple[Product, ...]
     attention: tuple[int, ...]
     calls: int
     sums: tuple[int, ...]
 
-    def kv_bytes(self, context: int) -> int:
-        """Keys and values of so many tokens of a sequence, in whole blocks."""
-        return blocks_for(context) * self.kv.block_bytes
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank holds, and what a step of it does where the backend tells of it by a program."""
+
+    footprint: Footprint
+    work: RankWork | None
 
 
-def works_of(
-    checkpoint: Checkpoint, recipe: Recipe, ranks: int, kv_cache: str = "auto", *, gpu: bool = False
-) -> list[RankWork]:
-    """The work of each of `ranks`, on GPUs or on processors; no weight is read. Raises CompileError where the model cannot be
-    divided so."""
-    graphs, _ = run_for(build_graph(checkpoint), passes_of(recipe, ranks=ranks), ranks)
-    return [_work(rank, one, kv_cache, gpu) for rank, one in enumerate(graphs)]
+def plans_of(graph: ir.Model, recipe: Recipe, backend: Backend, target: Target, kv_cache: str = AUTO) -> list[RankPlan]:
+    """The plan of each rank of a target, from the float32 graph, which stays as it is; no weight is read. Raises CompileError
+    where the model cannot be divided so, and where the backend cannot compile it."""
+    passes = carried(passes_of(recipe, ranks=target.ranks), backend, numerics_of(recipe))
+    graphs, _ = run_for(graph.clone(), [step for part in passes for step in part], target.ranks)
+    footprints = backend.footprint(graphs, target, kv_cache)
+    return [RankPlan(footprint, _work(one, footprint)) for one, footprint in zip(graphs, footprints, strict=True)]
 
 
-def _work(rank: int, graph: ir.Model, kv_cache: str, gpu: bool) -> RankWork:
-    lowered = plan_graph(graph, gpu, kv_cache)
-    program, weights = lowered.program, lowered.weights
+def _work(graph: ir.Model, footprint: Footprint) -> RankWork | None:
+    if footprint.step is None:
+        return None
+    program = footprint.step.program
     attention = [attributes_of(node) for node in graph.graph if node.op_type == "Attention"]
     return RankWork(
-        rank=rank,
         max_tokens=program.max_tokens,
-        weight_bytes=sum(weight.bytes for weight in weights),
-        workspace_bytes=program.arena_bytes + program.scratch_bytes,
-        kv=program.kv,
+        kv=footprint.kv,
         products=tuple(_products(graph)),
         attention=tuple(map(_attention_operations, attention)),
         calls=sum(call.all_reduce is None and call.when != "runs" for call in program.calls),
@@ -77,7 +74,7 @@ def _work(rank: int, graph: ir.Model, kv_cache: str, gpu: bool) -> RankWork:
 
 
 def _attention_operations(options: dict[str, Any]) -> int:
-    """Of scores and weighted values, a multiplication and an addition each."""
+    """Operations of scores and weighted values: a multiplication and an addition each."""
     return 4 * int(options["num_heads"]) * int(options["head_dim"])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from belle_compile.compiler.report.coverage import coverage_of, coverage_of_set
-from belle_compile.compiler.report.data import Drift, Effects, Memory, Report, Stage
+from belle_compile.compiler.report.data import Arena, Drift, Effects, Memory, Report, Stage
 from belle_compile.compiler.report.effects import PassEffects, pass_effects
-from belle_compile.compiler.report.memory import memory_of
+from belle_compile.compiler.report.memory import memory_of, memory_of_ranks
 from belle_compile.compiler.report.render import REPORT_NAME, render
 
 __all__ = [
     "REPORT_NAME",
+    "Arena",
     "Drift",
     "Effects",
     "Memory",
@@ -19,6 +20,7 @@ __all__ = [
     "coverage_of",
     "coverage_of_set",
     "memory_of",
+    "memory_of_ranks",
     "pass_effects",
     "render",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from belle_compile.compiler.backends.base import KVCache, MemoryNeed
 from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
 from belle_compile.runtime.artifact import FileRecord, Manifest
 from belle_compile.runtime.schema import to_plain
@@ -62,34 +63,31 @@ class Damage(Protocol):
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that an engine needs: `weights` by purpose, the `arena` with the lifetimes of its `buffers` over `calls` calls, the
-    KV cache of one sequence of `kv_tokens` tokens (`max_context` at most), and `required`, which includes everything else."""
+class Arena:
+    """The memory of a step's activations: its size in bytes, and the lifetimes of its buffers over `calls` kernel calls."""
 
-    weights: Mapping[str, int]
-    arena: int
+    bytes: int
     buffers: tuple[PlannedBuffer, ...]
     calls: int
-    kv_block: int
-    kv_block_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that a rank needs with `kv_tokens` tokens of one sequence in its KV cache.
+
+    `weights` are the bytes of `need.weights` by purpose, in one entry where the backend makes no program to tell by; `arena` is
+    None there too."""
+
+    need: MemoryNeed
+    kv: KVCache
     kv_tokens: int
-    max_context: int
-    required: int
+    weights: Mapping[str, int]
+    arena: Arena | None = None
 
     @property
     def kv_token(self) -> float:
         """Bytes of the KV cache per token."""
-        return self.kv_block / self.kv_block_tokens
-
-    @property
-    def kv_served(self) -> int:
-        """Bytes of the KV cache that `required` includes."""
-        return -(-self.kv_tokens // self.kv_block_tokens) * self.kv_block
-
-    @property
-    def rest(self) -> int:
-        """Bytes of everything besides weights, arena and KV cache: kernels, program, tokenizer, the process."""
-        return self.required - sum(self.weights.values()) - self.arena - self.kv_served
+        return self.kv.block_bytes / self.kv.block_tokens
 
 
 @dataclass(frozen=True)

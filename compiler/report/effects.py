@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import tokenizers
 
-from belle_compile.compiler.backends import can_lower, count_kernel_calls
+from belle_compile.compiler.backends import Backend
 from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
 from belle_compile.compiler.ir.evaluate import stepwise
 from belle_compile.compiler.ir.lazy import keeping
@@ -45,25 +45,27 @@ class Result(Protocol):
     def changes(self) -> int: ...
 
 
-def pass_effects(tokenizer_json: str, parameters: int, wanted: bool | None = None) -> PassEffects:
-    """Make an observer of a pipeline that measures drift on the first tokens of a fixed text if `wanted`.
+def pass_effects(backend: Backend, tokenizer_json: str, parameters: int, wanted: bool | None = None) -> PassEffects:
+    """Make an observer of a pipeline that counts kernel calls of a backend and, if `wanted`, measures drift on the first tokens
+    of a fixed text.
 
     By default (None) drift is measured for models of up to `MOST_PARAMETERS`, because each stage costs a run in NumPy."""
     if wanted is False:
-        return PassEffects(unmeasured="not measured: built with --no-drift")
+        return PassEffects(backend, unmeasured="not measured: built with --no-drift")
     if wanted is None and parameters > MOST_PARAMETERS:
         most = f"{MOST_PARAMETERS / 1e6:.0f} M parameters"
         why = f"by default only up to {most}, as it takes a run of the model for each pass; build with --drift to have it"
-        return PassEffects(unmeasured=f"not measured: {why}")
+        return PassEffects(backend, unmeasured=f"not measured: {why}")
     encoding = tokenizers.Tokenizer.from_str(tokenizer_json).encode(_TEXT, add_special_tokens=False)
-    return PassEffects(encoding.ids)
+    return PassEffects(backend, encoding.ids)
 
 
 class PassEffects:
     """Observer of one pipeline. If there are tokens to measure drift on, it keeps a copy of each graph, which holds no values
     of weights, until `result` runs them."""
 
-    def __init__(self, tokens: Sequence[int] = (), unmeasured: str = "not measured") -> None:
+    def __init__(self, backend: Backend, tokens: Sequence[int] = (), unmeasured: str = "not measured") -> None:
+        self._backend = backend
         self._wanted, self._unmeasured = tuple(tokens), unmeasured
         self._stages: list[Stage] = []
         self._graphs: dict[int, ir.Model] = {}  # by number of the stage, of those that changed something
@@ -77,7 +79,8 @@ class PassEffects:
         whole = "ranks" not in model.metadata_props
         if self._wanted and whole:
             self._graphs[len(self._stages)] = model.clone()
-        self._stages.append(Stage(name, changes, weight_bytes(model), count_kernel_calls(model), can_lower(model), whole=whole))
+        calls, lowers = self._backend.kernel_calls(model), self._backend.has_kernels(model)
+        self._stages.append(Stage(name, changes, weight_bytes(model), calls, lowers, whole=whole))
 
     def result(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Effects:
         """Measure drift and return the stages; `on_progress(done, total)` is called with elements of weights that were read."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
-from belle_compile.compiler.terminal import size
+from belle_compile.compiler.units import size
 
 
 @dataclass(frozen=True)

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from belle_compile.compiler.report.data import Memory
+from belle_compile.compiler.backends.base import SERVED_TOKENS, Payload, tensor_bytes
+from belle_compile.compiler.report.data import Arena, Memory
 from belle_compile.runtime.program import Call, Program, Weight
 
-if TYPE_CHECKING:
-    from belle_compile.compiler.backends import Lowered
-
 EMBEDDING, HEAD, ATTENTION, FEED_FORWARD, OTHER = "embedding", "head", "attention", "feed-forward", "norms and tables"
+ALL = "all weights"  # of a backend that does not tell what they are for
 _PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, HEAD, f"{EMBEDDING} and {HEAD}, shared", OTHER)
 _WORDS = {"self_attn": ATTENTION, "self_attention": ATTENTION, "attn": ATTENTION, "mlp": FEED_FORWARD}
 
 
-def memory_of(lowered: Lowered, required: int, kv_tokens: int) -> Memory:
-    """The memory of an engine that requires so many bytes of a host, with room for `kv_tokens` in its KV cache."""
-    program = lowered.program
-    return Memory(
-        weights=weight_parts(program, {weight.name: weight.bytes for weight in lowered.weights}),
-        arena=program.arena_bytes,
-        buffers=tuple(lowered.buffers),
-        calls=len(program.calls),
-        kv_block=program.kv.block_bytes,
-        kv_block_tokens=program.block_size,
-        kv_tokens=min(kv_tokens, program.max_context),
-        max_context=program.max_context,
-        required=required,
-    )
+def memory_of(payload: Payload) -> Memory:
+    """The memory of a rank."""
+    need, kv, step = payload.footprint.memory(), payload.footprint.kv, payload.footprint.step
+    tokens = min(SERVED_TOKENS, kv.max_context)
+    if step is None:
+        return Memory(need, kv, tokens, {ALL: need.weights})
+    sizes = {tensor.name: tensor_bytes(tensor) for tensor in payload.tensors}
+    arena = Arena(step.program.arena_bytes, step.buffers, len(step.program.calls))
+    return Memory(need, kv, tokens, weight_parts(step.program, sizes), arena)
 
 
-def weight_parts(program: Program, sizes: dict[str, int]) -> dict[str, int]:
+def memory_of_ranks(payloads: Sequence[Payload]) -> tuple[Memory, Sequence[Memory]]:
+    """The memory of the rank that needs most, and that of each rank where there are several."""
+    ranks = [memory_of(payload) for payload in payloads]
+    return max(ranks, key=lambda rank: rank.need.total), ranks if len(ranks) > 1 else ()
+
+
+def weight_parts(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of the weights by the purpose of the calls that read them; parts without weights are omitted."""
     readers: dict[str, set[str]] = {}
     for call in program.calls:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from belle_compile.compiler.report import figures
-from belle_compile.compiler.report.data import Damage, Drift, Effects, Memory, Report, Stage
+from belle_compile.compiler.report.data import Arena, Damage, Drift, Effects, Memory, Report, Stage
 from belle_compile.compiler.report.figures import Bar, number, percent, phrase, words
-from belle_compile.compiler.terminal import size, tiling_rows
+from belle_compile.compiler.terminal import tiling_rows
+from belle_compile.compiler.units import size
 from belle_compile.runtime.artifact import Manifest, PassRecord
 
 View = dict[str, Any]
@@ -25,7 +26,7 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
     """The figures at the top of the page, as (name, value, details)."""
     manifest, stages, accuracy = report.manifest, report.effects.stages, report.manifest.accuracy
     total = sum(record.bytes for record in report.files.values())
-    weights = sum(report.memory.weights.values()) if report.memory else 0
+    weights = report.memory.need.weights if report.memory else 0
     calls, needs = manifest.kernel_calls, manifest.target.requires
     cards = [
         ("engine", size(total), f"{len(report.files)} files beside manifest and report"),
@@ -202,33 +203,40 @@ def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) ->
     """Rows about the memory that a host needs, and a drawing of how activations share the arena."""
     if found is None:
         return None
-    kv = f"KV cache for {number(found.kv_tokens)} tokens"
-    parts = [("weights", sum(found.weights.values())), ("activations (arena)", found.arena), (kv, found.kv_served),
-             ("kernels, program, tokenizer, process", found.rest)]  # fmt: skip
-    drawings = []
-    if found.buffers:
-        whole = f"all {number(found.calls)} calls of a step"
-        if found.calls > _FIRST_CALLS:
-            about = f"the first {_FIRST_CALLS} calls of a step"
-            drawings.append(figures.lifetimes(found.buffers, found.arena, _FIRST_CALLS, about))
-        drawings.append(figures.lifetimes(found.buffers, found.arena, found.calls, whole))
+    need, kv, arena = found.need, found.kv, found.arena
+    activations = "activations" if arena is None else "activations (arena)"
+    parts = [("weights", need.weights), (activations, need.activations),
+             (f"KV cache for {number(found.kv_tokens)} tokens", need.kv_cache),
+             ("kernels, program, tokenizer, process", need.reserve)]  # fmt: skip
     return {
-        "required": size(found.required),
+        "required": size(need.total),
         "ranks": [
-            [size(count) for count in (sum(rank.weights.values()), rank.arena, rank.kv_served, rank.rest, rank.required)]
-            for rank in ranks
+            [size(count) for count in (one.weights, one.activations, one.kv_cache, one.reserve, one.total)]
+            for one in (rank.need for rank in ranks)
         ],
         "parts": _sized(parts),
         "weights": _sized(list(found.weights.items())),
         "kv_cache": kv_cache,
         "kv_token": size(round(found.kv_token)),
-        "kv_block": size(found.kv_block),
-        "kv_block_tokens": found.kv_block_tokens,
-        "kv_whole": size(-(-found.max_context // found.kv_block_tokens) * found.kv_block),
-        "max_context": number(found.max_context),
-        "arena": size(found.arena),
-        "buffers": number(len(found.buffers)),
-        "unshared": size(sum(buffer.bytes for buffer in found.buffers)),
+        "kv_block": size(kv.block_bytes),
+        "kv_block_tokens": kv.block_tokens,
+        "kv_whole": size(kv.bytes(kv.max_context)),
+        "max_context": number(kv.max_context),
+        "activations": size(need.activations),
+        "arena": None if arena is None else _arena(arena),
+    }
+
+
+def _arena(arena: Arena) -> View:
+    """Drawings of a step's buffers in the arena, the first calls by themselves where there are many."""
+    drawings = [figures.lifetimes(arena.buffers, arena.bytes, arena.calls, f"all {number(arena.calls)} calls of a step")]
+    if arena.calls > _FIRST_CALLS:
+        about = f"the first {_FIRST_CALLS} calls of a step"
+        drawings.insert(0, figures.lifetimes(arena.buffers, arena.bytes, _FIRST_CALLS, about))
+    return {
+        "size": size(arena.bytes),
+        "buffers": number(len(arena.buffers)),
+        "unshared": size(sum(buffer.bytes for buffer in arena.buffers)),
         "drawings": drawings,
     }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from belle_compile.compiler import layers as ranking
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.gate import Gate
 from belle_compile.runtime.artifact import Manifest, read_manifest
 from tests.parity.variants import VARIANTS
@@ -112,6 +115,22 @@ def test_methods_by_name(checkpoint: Path, requests: Path, tmp_path: Path) -> No
     assert [name for name in names if name in {*calibrated, "rotate-residual", "quantize-linears"}] == [
         "smooth-activations", "rotate-residual", "gptq-rounding", "quantize-linears",
     ]  # fmt: skip
+
+
+def test_the_graph_is_built_once(checkpoint: Path, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything that looks at it: memory, a size budget, calibration, errors of layers, the gate."""
+    calls: list[Any] = []
+
+    def counted(opened: Any) -> ir.Model:
+        calls.append(opened)
+        return build_graph(opened)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("belle_compile.compiler.")]:
+        if vars(module).get("build_graph") is build_graph:
+            monkeypatch.setattr(module, "build_graph", counted)
+    manifest = read_manifest(build(request(checkpoint, requests, tmp_path / "engine", size_budget=1.3, drift=True)))
+    assert len(calls) == 1
+    assert manifest.accuracy is not None and record(manifest, "quantize-linears")["keep"]
 
 
 @pytest.mark.usefixtures("no_kernels")

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from belle_compile.compiler import cli, targets
+from belle_compile.compiler import cli
 from belle_compile.passes.pipeline import PRESETS
 from belle_compile.runtime import host
 from tests.compiler.engines import write_engine
@@ -57,10 +57,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in run(capsys, "targets")[1].splitlines()]
-    assert lines[0][:2] == ["device", "builds"] and lines[1][:2] == ["cpu", "now"]
-    assert ["t4", "not", "yet", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:11] for line in lines]
+    assert lines[0][:3] == ["device", "builds", "backends"] and lines[1][:3] == ["cpu", "now", "tvm"]
+    assert ["t4", "not", "yet", "-", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:12] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
-    assert [device["name"] for device in found["targets"] if device["builds"]] == [target.name for target in targets.SUPPORTED]
+    by_device = {device["name"]: device["backends"] for device in found["targets"] if device["builds"]}
+    assert by_device.pop("cpu")[0] == "tvm", "the default comes first"
+    assert set(by_device) == {"a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx4090"}
+    assert all(names[0] == "triton" for names in by_device.values())
     assert found["aliases"] == {"a100": "a100-40g"}
 
 

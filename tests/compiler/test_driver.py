@@ -13,13 +13,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from belle_compile.compiler import driver, inspection, terminal
-from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.backends import CompileOptions, Payload
+from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.isa import AVX2
 from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.devices import Target
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.plan.table import Load, plan
 from belle_compile.compiler.report.effects import TOKENS
-from belle_compile.compiler.targets import Target
 from belle_compile.passes.pipeline import PRESETS
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 from belle_compile.runtime.program import read_program
@@ -84,15 +86,40 @@ def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str
 
 
 def test_a_bfloat16_cache_is_refused_for_gpus(llama: Path, tmp_path: Path) -> None:
-    found = r"^kv cache: bfloat16 cannot be had here: found heads of \d+ for the backend triton, .*; use float16\.$"
+    found = r"^kv cache: unknown type for the backend triton: found 'bfloat16', expected auto or float32 or float16 or int8\.$"
     with pytest.raises(CompileError, match=found):
         build(BuildRequest(llama, tmp_path / "engine", "a100x1", kv_cache="bfloat16"))
     assert not (tmp_path / "engine").exists()
 
 
 def test_an_unknown_kv_cache_is_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompileError, match=r"^kv cache: unknown type: found 'int4', expected auto or float32"):
+    with pytest.raises(
+        CompileError, match=r"^kv cache: unknown type for the backend tvm: found 'int4', expected auto or float"
+    ):
         build(BuildRequest(llama, tmp_path / "engine", kv_cache="int4"))
+
+
+@pytest.mark.parametrize(("target", "quantization"), [("cpu", "int8"), ("cpux2", "none")])
+def test_the_plan_and_the_manifest_say_the_same_memory(llama: Path, target: str, quantization: str, tmp_path: Path) -> None:
+    manifest = manifest_of(BuildRequest(llama, tmp_path / "engine", target, quantization, drift=False))
+    load = Load(1, min(2048, manifest.model.dimensions["max_position"]))
+    (line,) = (line for line in plan(llama, target, quantization, load)["plan"] if line["ranks"] == manifest.target.ranks)
+    parts = [line[f"{part}_bytes"] for part in ("weight", "kv", "workspace", "reserve")]
+    assert line["needed_bytes"] == manifest.target.requires.memory_bytes == sum(parts)
+
+
+def test_what_a_backend_does_not_carry_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    nowhere = tmp_path / "missing"
+    message = r"^backend: triton cannot build this for h100: found int4 weights, for which there is no kernel; .*or for a CPU; "
+    with pytest.raises(CompileError, match=message):
+        build(BuildRequest(nowhere, tmp_path / "engine", "h100", "int4"))
+    with pytest.raises(CompileError, match=r"^target: tuning for h100: found nothing to measure: the host that serves chooses"):
+        build(BuildRequest(nowhere, tmp_path / "engine", "h100", tune=True))
+    with pytest.raises(CompileError, match=r"^backend: backend for cpu: found triton, expected tvm"):
+        build(BuildRequest(nowhere, tmp_path / "engine", backend="triton"))
+    with pytest.raises(CompileError, match=r"^backend: unknown backend: found 'cuda', expected tvm or triton"):
+        build(BuildRequest(nowhere, tmp_path / "engine", backend="cuda"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
@@ -153,10 +180,10 @@ def test_what_does_not_fit_leaves_nothing(llama: Path, tmp_path: Path, monkeypat
     with pytest.raises(CompileError, match=r"^checkpoint: path .*: found nothing there"):
         build(BuildRequest(tmp_path / "missing", tmp_path / "engine"))
 
-    def full(models: list[ir.Model], target: Target, **options: object) -> list[Lowered]:
+    def full(backend: TvmBackend, graphs: list[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
         raise CompileError("tvm", "op Conv", found="no kernel")
 
-    monkeypatch.setattr(driver, "compile_graphs", full)
+    monkeypatch.setattr(TvmBackend, "compile", full)
     with pytest.raises(CompileError, match=r"^tvm: op Conv"):
         build(BuildRequest(llama, tmp_path / "engine"))
     assert list(tmp_path.iterdir()) == []

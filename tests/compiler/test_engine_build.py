@@ -15,11 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from belle_compile.compiler import cli
+from belle_compile.compiler import cli, targets
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.targets import CPU
 from belle_compile.passes.pipeline import PRESETS, run_pipeline
 from belle_compile.runtime import Engine, host
 from belle_compile.runtime.errors import EngineError
@@ -44,12 +43,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 def test_the_same_checkpoint_gives_the_same_bytes_kernels_included(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = builder.engine("llama_gqa", "int8", CPU.isas)
+    first = builder.engine("llama_gqa", "int8", targets.parse("cpu").isas)
     monkeypatch.delenv(kernel_cache.FOLDER, raising=False)
     second = build(BuildRequest(builder.checkpoint("llama_gqa"), tmp_path / "elsewhere", quantization="int8"))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
-    assert {f"kernels-{isa}.so" for isa in CPU.isas} <= {file.name for file in files}
+    assert {f"kernels-{isa}.so" for isa in targets.parse("cpu").isas} <= {file.name for file in files}
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
@@ -83,7 +82,7 @@ CASES = [("bloom", "int8"), ("llama_gqa", "int8"), ("bloom", "int4"), ("llama_gq
 
 def isas_of(variant: str, preset: str) -> tuple[str, ...]:
     """Engines that other tests build too."""
-    return CPU.isas if (variant, preset) == ("llama_gqa", "int8") else RUNNABLE
+    return targets.parse("cpu").isas if (variant, preset) == ("llama_gqa", "int8") else RUNNABLE
 
 
 def prompts(checkpoint: Path, count: int = 4) -> list[list[list[int]]]:
@@ -184,7 +183,7 @@ def test_memory_of_a_build_does_not_grow_with_the_number_of_layers(tmp_path: Pat
 @pytest.fixture
 def engine(builder: Builder, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(builder.engine("llama_gqa", "int8", CPU.isas), tmp_path / "engine"))
+    return Path(shutil.copytree(builder.engine("llama_gqa", "int8", targets.parse("cpu").isas), tmp_path / "engine"))
 
 
 def sentences(engine: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from belle_compile.compiler import driver
-from belle_compile.compiler import repartition as repartitioning
 from belle_compile.compiler.backends.program.lowering import pack_vector
-from belle_compile.compiler.backends.tvm import packing
+from belle_compile.compiler.backends.tvm import TvmBackend, packing
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.text import from_onnx, to_onnx, to_text
@@ -50,12 +48,6 @@ def same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotate_activations, "_UNEVEN", inf)
 
 
-@pytest.fixture
-def stand_ins(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are stood in for here too."""
-    monkeypatch.setattr(repartitioning, "compile_graphs", driver.compile_graphs)
-
-
 def rank_files(engine: Path) -> dict[str, bytes]:
     """Everything but manifest and report."""
     files = {str(path.relative_to(engine)): path.read_bytes() for path in engine.rglob("*") if path.is_file()}
@@ -69,7 +61,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_bytes_of_a_build(checkpoint: Path, preset: str, tmp_path: Path, stand_ins: None) -> None:
+def test_the_bytes_of_a_build(checkpoint: Path, preset: str, tmp_path: Path, no_kernels: None) -> None:
     """From one rank to two, from two to one and, where a rank has a part, to three."""
     one, two, three = (tmp_path / f"x{ranks}" for ranks in (1, 2, 3))
     for ranks, out in ((1, one), (2, two)):
@@ -84,7 +76,7 @@ def test_the_bytes_of_a_build(checkpoint: Path, preset: str, tmp_path: Path, sta
     assert_same(repartition(RepartitionRequest(two, tmp_path / "2to3", "cpux3")), three)
 
 
-def test_the_manifest(checkpoint: Path, tmp_path: Path, stand_ins: None) -> None:
+def test_the_manifest(checkpoint: Path, tmp_path: Path, no_kernels: None) -> None:
     one = build(BuildRequest(checkpoint, tmp_path / "one", isas=("avx2",), drift=False))
     made = repartition(RepartitionRequest(one, tmp_path / "made", "cpux2"))
     found = read_manifest(made)
@@ -107,7 +99,7 @@ def test_real_kernels(checkpoint: Path, tmp_path: Path) -> None:
     assert_same(repartition(RepartitionRequest(one, tmp_path / "made", "cpux2")), two)
 
 
-def test_what_cannot_be_done(checkpoint: Path, tmp_path: Path, stand_ins: None) -> None:
+def test_what_cannot_be_done(checkpoint: Path, tmp_path: Path, no_kernels: None) -> None:
     older = write_engine(tmp_path / "older")
     with pytest.raises(
         CompileError, match=r"^repartition: engine .*older: found no graph\.onnx; build it again from its checkpoint"
@@ -127,7 +119,7 @@ def test_what_cannot_be_done(checkpoint: Path, tmp_path: Path, stand_ins: None) 
 def test_a_graph_survives_onnx() -> None:
     model = bloom()
     run_pipeline(model, at_fusion(PRESETS["int8"])[0])
-    weights = WholeWeights(Path("engine"))
+    weights = WholeWeights(Path("engine"), TvmBackend())
     loaded = from_onnx(to_onnx(model), weights.tensor)
     assert to_text(loaded) == to_text(model), "floats keep all their digits"
     assert to_onnx(loaded) == to_onnx(model)
@@ -145,4 +137,4 @@ def test_unpacking(shape: tuple[int, int]) -> None:
         (packing.pack_int4(int4), int4, "int4"), (packing.pack_group_scales(scales), scales, "float16"),
         (pack_vector(floats[0]), floats[0], "float32"),
     ):  # fmt: skip
-        np.testing.assert_array_equal(packing.unpack(packed, expected.shape, dtype), expected)
+        np.testing.assert_array_equal(TvmBackend().unpack(packed, expected.shape, dtype), expected)

@@ -6,49 +6,94 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.backends.base import Array, CompileOptions, Numerics, Payload, Reached
+from belle_compile.compiler.backends.program.backend import ProgramBackend
+from belle_compile.compiler.backends.triton.installed import require_triton
+from belle_compile.compiler.devices import Device, Target
+from belle_compile.runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from belle_compile.compiler.backends.program.lowering import LoweredGraph
     from belle_compile.compiler.backends.triton.kernels.base import Kernel
 
+_INT8_BITS = 8  # the fewest bits of a weight that a kernel reads
 
-def compile_graphs(
-    models: Sequence[ir.Model], archs: Sequence[str], *, calls_before_fusion: int, kv_cache: str = "auto"
-) -> list[Lowered]:
-    """Lower the verified graph of each rank and compile its kernels, each with its variants and alternatives. Ranks with the
-    same kernels share their code."""
-    from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
-    from belle_compile.compiler.backends.triton.lower import lower
+# BLOOM-7B's shape on an H200 (benchmarks/results/gpu-check.json): the head's weights come at 0.95 of the maker's bandwidth, a
+# token is 0.33 ms longer than all weights take, of 307 calls; batches of 8; a prompt of 2,048 tokens, with its norms and
+# activations in what products are said to reach, and attention by itself.
+_REACHED = Reached(
+    read=0.93, several=0.58, integer=0.4, floating=0.16, call_s=1.1e-6,
+    source="measured on an H200; other GPUs are taken to reach the same shares of their figures",
+)  # fmt: skip
 
-    (arch,) = archs
-    ranks = [lower(model, calls_before_fusion, kv_cache) for model in models]
-    choices = [some for rank in ranks for kernel in rank.kernels for _, some in _choices(kernel)]
-    compiled = compile_kernels([first for first, *_ in choices], arch, [one for _, *others in choices for one in others])
-    lowered = []
-    for rank in ranks:
-        names, alternatives = _named(rank.kernels, compiled.keys())
-        launches = {name: compiled[name][1] for name in sorted(names)}
-        program = replace(rank.program, launches=launches, alternatives=alternatives)
-        file = archive({name: compiled[name][0] for name in names})
-        lowered.append(Lowered(program, rank.weights, {f"kernels-{arch}.zip": file}, toolchain(), buffers=rank.buffers))
-    return lowered
+
+class TritonBackend(ProgramBackend):
+    """Makes engines for NVIDIA GPUs on hosts that need none. Matrices are rows padded with zeros; each kernel has variants and
+    alternatives, of which the host that serves measures the best when it first loads the engine."""
+
+    name = "triton"
+    kv_types = ("float32", "float16", "int8")
+    reached = _REACHED
+    process_bytes = GPU_RESERVE_BYTES
+
+    def isas(self, device: Device) -> tuple[str, ...]:
+        return tuple(isa for isa in device.isas if isa in GPU_ARCHS)
+
+    def estimates(self, device: Device) -> bool:
+        return bool(device.compute_capability)
+
+    def refusal(self, target: Target, numerics: Numerics) -> str:
+        if numerics.weight_bits < _INT8_BITS:
+            return f"int{numerics.weight_bits} weights, for which there is no kernel; build with --quant int8, or for a CPU"
+        return super().refusal(target, numerics)
+
+    def tuning_refusal(self, target: Target) -> str:
+        return "nothing to measure: the host that serves chooses among the engine's kernels when it first loads it"
+
+    def lower(self, graph: ir.Model, unfused_calls: int, kv_cache: str) -> LoweredGraph:
+        require_triton()
+        from belle_compile.compiler.backends.triton.lower import lower
+
+        return lower(graph, unfused_calls, kv_cache)
+
+    def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
+        """Ranks with the same kernels share their code."""
+        from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
+
+        (arch,) = target.isas
+        ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
+        choices = [variants for rank in ranks for kernel in rank.kernels for _, variants in _choices(kernel)]
+        compiled = compile_kernels([first for first, *_ in choices], arch, [one for _, *others in choices for one in others])
+        payloads = []
+        for rank in ranks:
+            names, alternatives = _named(rank.kernels, compiled.keys())
+            launches = {name: compiled[name][1] for name in sorted(names)}
+            program = replace(rank.program, launches=launches, alternatives=alternatives)
+            file = archive({name: compiled[name][0] for name in names})
+            payloads.append(self.payload(rank, program, {f"kernels-{arch}.zip": file}, toolchain()))
+        return payloads
+
+    def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        inside = tuple(slice(size) for size in shape)
+        values: Array = packed[inside]
+        return values
 
 
 def _choices(kernel: Kernel) -> list[tuple[int | None, tuple[Kernel, ...]]]:
-    """Of a kernel, each variant with its alternatives."""
+    """Each variant of a kernel with its alternatives, by the variant's bound on the rows."""
     return [(bound, (variant, *variant.alternatives())) for bound, variant in kernel.variants()]
 
 
 def _named(kernels: Sequence[Kernel], compiled: Collection[str]) -> tuple[set[str], dict[str, dict[str, tuple[str, ...]]]]:
-    """All names, and those of alternatives as a program has them, of what was compiled."""
+    """The names of all that was compiled of some kernels, and their alternatives as a program holds them."""
     names: set[str] = set()
     alternatives: dict[str, dict[str, tuple[str, ...]]] = {}
     for kernel in kernels:
         for bound, (variant, *others) in _choices(kernel):
-            there = tuple(one.name for one in others if one.name in compiled)
-            names |= {variant.name, *there}
-            if there:
-                alternatives.setdefault(variant.name, {})["any" if bound is None else str(bound)] = there
+            compiled_others = tuple(one.name for one in others if one.name in compiled)
+            names |= {variant.name, *compiled_others}
+            if compiled_others:
+                alternatives.setdefault(variant.name, {})["any" if bound is None else str(bound)] = compiled_others
     return names, alternatives

@@ -19,7 +19,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from belle_compile.compiler.backends import require_triton
+from belle_compile.compiler.backends.triton.installed import require_triton
 from belle_compile.compiler.backends.triton.kernels.base import OVERLAP, Kernel
 from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime import host

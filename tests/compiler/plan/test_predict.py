@@ -7,13 +7,15 @@ from math import hypot
 
 import pytest
 
+from belle_compile.compiler.backends.base import KVCache
 from belle_compile.compiler.plan.predict import Rates, predict, sum_seconds
 from belle_compile.compiler.plan.work import Product, RankWork
 from belle_compile.runtime.program import KVLayout
 
 RATES = Rates(read=100e9, several=0.5, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
 LAYER, HEAD = Product(10**8, 2 * 10**8, True, True), Product(10**7, 2 * 10**7, True, False)
-WORK = RankWork(0, 512, 11 * 10**7, 0, KVLayout(1, 8, 64, "float16"), (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
+KV = KVCache("float16", KVLayout(1, 8, 64, "float16").block_bytes, 16, 4096)
+WORK = RankWork(512, KV, (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
 
 
 def test_one_token_reads_its_weights_once() -> None:

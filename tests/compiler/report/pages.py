@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
+from belle_compile.compiler.backends.base import KVCache, MemoryNeed
 from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
-from belle_compile.compiler.report import Drift, Effects, Memory, Report, Stage
+from belle_compile.compiler.report import Arena, Drift, Effects, Memory, Report, Stage
 from belle_compile.runtime.artifact import FileRecord, PassRecord
 from tests.compiler.engines import MANIFEST
 
@@ -57,16 +58,13 @@ EFFECTS = Effects(
     32,
     "",
 )
+BUFFERS = (PlannedBuffer("embed", 0, 2048, 0, 2), PlannedBuffer(ODD, 2048, 2048, 1, 49), PlannedBuffer("x", 0, 64, 3, 50))
 MEMORY = Memory(
-    weights={"embedding": 600, "attention": 1000, "norms and tables": 64},
-    arena=4096,
-    buffers=(PlannedBuffer("embed", 0, 2048, 0, 2), PlannedBuffer(ODD, 2048, 2048, 1, 49), PlannedBuffer("x", 0, 64, 3, 50)),
-    calls=50,
-    kv_block=1600,
-    kv_block_tokens=16,
+    need=MemoryNeed(weights=1664, kv_cache=128 * 1600, activations=4096, reserve=(1 << 20) - 1664 - 128 * 1600 - 4096),
+    kv=KVCache("float16", 1600, 16, 4096),
     kv_tokens=2048,
-    max_context=4096,
-    required=1 << 20,
+    weights={"embedding": 600, "attention": 1000, "norms and tables": 64},
+    arena=Arena(4096, BUFFERS, 50),
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from belle_compile.compiler.backends import count_kernel_calls
+from belle_compile.compiler import backends
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.compiler.report import Drift, Effects, PassEffects, Stage, pass_effects
@@ -20,13 +20,14 @@ from belle_compile.passes.base import Pass, PassResult
 from belle_compile.passes.pipeline import CLEANUP, PRESETS, run_pipeline
 from tests.passes.helpers import HIDDEN, VOCABULARY, bloom, llama
 
+TVM = backends.get("tvm")
 IDS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
 _MODEL = '{"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "b"}'
 TOKENIZER = f'{{"version": "1.0", "added_tokens": [], "model": {_MODEL}}}'
 
 
 def effects_of(model: ir.Model, passes: tuple[Pass, ...], observer: PassEffects | None = None) -> Effects:
-    observer = observer or PassEffects(IDS)
+    observer = observer or PassEffects(TVM, IDS)
     run_pipeline(model, passes, on_pass=observer.observe)
     return observer.result()
 
@@ -72,7 +73,7 @@ def test_bytes_and_calls_by_hand() -> None:
     assert stages["quantize-linears"].kernel_calls == 18 + 5 + 8 and not stages["quantize-linears"].lowers
     assert stages["fuse-dequantize"].kernel_calls == 18 + 5 and stages["fuse-dequantize"].lowers
     assert stages["fuse-projections"].kernel_calls == 18 + 5 - 3
-    assert stages["fuse-activation-quantize"].kernel_calls == count_kernel_calls(model)
+    assert stages["fuse-activation-quantize"].kernel_calls == TVM.kernel_calls(model)
 
 
 @pytest.mark.parametrize("make", [llama, bloom])
@@ -153,7 +154,7 @@ def test_weights_that_nothing_reads_are_not_counted() -> None:
 
 def test_without_drift_everything_else_is_counted() -> None:
     measured = effects_of(bloom(layers=1), PRESETS["int8"])
-    for observer in (pass_effects(TOKENIZER, 10, False), pass_effects(TOKENIZER, MOST_PARAMETERS + 1)):
+    for observer in (pass_effects(TVM, TOKENIZER, 10, False), pass_effects(TVM, TOKENIZER, MOST_PARAMETERS + 1)):
         effects = effects_of(bloom(layers=1), PRESETS["int8"], observer)
         assert effects.tokens == 0 and "not measured: " in effects.unmeasured and "drift" in effects.unmeasured
         for with_drift, without in zip(measured.stages, effects.stages, strict=True):
@@ -161,15 +162,15 @@ def test_without_drift_everything_else_is_counted() -> None:
 
 
 def test_drift_is_measured_when_asked_for_or_where_it_is_quick() -> None:
-    for observer in (pass_effects(TOKENIZER, MOST_PARAMETERS), pass_effects(TOKENIZER, MOST_PARAMETERS + 1, True)):
+    for observer in (pass_effects(TVM, TOKENIZER, MOST_PARAMETERS), pass_effects(TVM, TOKENIZER, MOST_PARAMETERS + 1, True)):
         effects = effects_of(llama(layers=1), CLEANUP, observer)
         assert 1 < effects.tokens <= TOKENS and effects.stages[0].drift == Drift(0.0, 1.0, 0.0)
 
 
 def test_tokens_the_model_does_not_have_are_left_out() -> None:
-    effects = effects_of(llama(layers=1), CLEANUP, PassEffects([1, 2, VOCABULARY, 3]))
+    effects = effects_of(llama(layers=1), CLEANUP, PassEffects(TVM, [1, 2, VOCABULARY, 3]))
     assert effects.tokens == 3
-    assert effects_of(llama(layers=1), CLEANUP, PassEffects([VOCABULARY] * 9)).tokens == TOKENS
+    assert effects_of(llama(layers=1), CLEANUP, PassEffects(TVM, [VOCABULARY] * 9)).tokens == TOKENS
     short = llama(layers=1)
     short.metadata_props["max_position"] = "4"
     assert effects_of(short, CLEANUP).tokens == 4

@@ -8,20 +8,22 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from belle_compile.compiler.backends import Lowered
+from belle_compile.compiler.backends.base import Footprint, KVCache, MemoryNeed, Payload
 from belle_compile.compiler.backends.program.rules import RULES
+from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.lower import lower
 from belle_compile.compiler.ir.ops import REGISTRY
 from belle_compile.compiler.report import Memory, coverage_of, coverage_of_set, memory_of
 from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.runtime.artifact import KernelCalls
 from tests.passes.helpers import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, bloom, llama
 
 
 def memory(model: ir.Model, preset: str, kv_heads: int) -> Memory:
     run_pipeline(model, PRESETS[preset])
     model.metadata_props.update(num_layers="2", num_kv_heads=str(kv_heads), head_dim=str(HEAD_DIM), max_position="64")
-    program, weights, _, buffers = lower(model, 0)
-    return memory_of(Lowered(program, weights, {}, buffers=buffers), 1 << 30, 2048)
+    lowered = lower(model, 0)
+    return memory_of(TvmBackend().payload(lowered, lowered.program, {}, {}))
 
 
 def padded(count: int, multiple: int = 16) -> int:
@@ -34,9 +36,10 @@ def test_parts_of_float32_weights_by_hand() -> None:
     assert found.weights["head"] == 4 * rows * HIDDEN
     assert found.weights["attention"] == 2 * 4 * (32 + 16 + 16 + 32) * 32
     assert found.weights["feed-forward"] == 2 * 4 * (96 * 32 + 32 * 48)
-    assert found.kv_block == 2 * 2 * 2 * HEAD_DIM * 16 * 4 and found.kv_token == found.kv_block / 16
-    assert (found.kv_tokens, found.max_context, found.kv_served) == (64, 64, 4 * found.kv_block)
-    assert found.rest == (1 << 30) - sum(found.weights.values()) - found.arena - found.kv_served
+    kv = found.kv
+    assert kv.block_bytes == 2 * 2 * 2 * HEAD_DIM * 16 * 4 and found.kv_token == kv.block_bytes / 16
+    assert (found.kv_tokens, kv.max_context, found.need.kv_cache) == (64, 64, 4 * kv.block_bytes)
+    assert found.need.reserve == (32 + 256) << 20
 
 
 @pytest.mark.parametrize(("make", "kv_heads"), [(llama, 2), (bloom, HEADS)])
@@ -45,19 +48,27 @@ def test_parts_add_up_and_buffers_fit(make: Callable[..., ir.Model], kv_heads: i
     model = make(last_norm=True)
     found = memory(model, preset, kv_heads)
     _, weights, _, buffers = lower(model, 0)
-    assert sum(found.weights.values()) == sum(weight.bytes for weight in weights)
+    assert sum(found.weights.values()) == found.need.weights == sum(weight.bytes for weight in weights)
+    assert found.arena is not None and found.arena.bytes == found.need.activations
     assert all(found.weights[part] for part in ("attention", "feed-forward", "norms and tables"))
     tied = make is bloom and preset in ("none", "int8-plain")  # rotations give the head a table of its own
     assert ("embedding and head, shared" in found.weights) == tied
     assert ("embedding" in found.weights) == (not tied)
     assert ("head" in found.weights) == (not (tied and preset == "none")), "the head's own correction and scales"
-    assert list(found.buffers) == buffers and found.buffers == tuple(sorted(buffers, key=lambda buffer: buffer.first))
-    assert max(buffer.offset + buffer.bytes for buffer in buffers) <= found.arena
-    assert sum(buffer.last == found.calls for buffer in buffers) == 1, "the logits'"
+    assert found.arena.buffers == tuple(buffers) == tuple(sorted(buffers, key=lambda buffer: buffer.first))
+    assert max(buffer.offset + buffer.bytes for buffer in buffers) <= found.arena.bytes
+    assert sum(buffer.last == found.arena.calls for buffer in buffers) == 1, "the logits'"
 
 
 def test_ops_without_a_kernel() -> None:
-    assert REGISTRY.keys() - RULES.keys() == {"Identity", "IntegerLinear", "Dequantize"}
+    assert REGISTRY.keys() - RULES.keys() == {"Identity", "IntegerLinear", "Dequantize"}, "passes remove or fuse these"
+
+
+def test_memory_of_a_backend_without_a_program() -> None:
+    footprint = Footprint(1000, 200, 30, KVCache("float32", 64, 16, 100))
+    found = memory_of(Payload({}, (), footprint, KernelCalls(2, 1)))
+    assert found.need == MemoryNeed(1000, 7 * 64, 200, 30) and found.need.total == 1230 + 7 * 64
+    assert (found.weights, found.arena, found.kv_tokens) == ({"all weights": 1000}, None, 100)
 
 
 def test_coverage_by_hand() -> None:

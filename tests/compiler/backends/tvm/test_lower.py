@@ -6,8 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from belle_compile.compiler import targets
+from belle_compile.compiler.backends import CompileOptions
 from belle_compile.compiler.backends.program.kernel import View
-from belle_compile.compiler.backends.tvm import compile_graphs, library
+from belle_compile.compiler.backends.tvm import TvmBackend, library
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
 from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
@@ -117,13 +119,14 @@ def test_ranks_with_the_same_kernels_are_compiled_once(monkeypatch: pytest.Monke
         return b"so"
 
     monkeypatch.setattr(library, "compile_library", compile_library)
-    compile_graphs(ranks_of(2, monkeypatch, 64), ["avx2"], calls_before_fusion=0)
+    avx2 = targets.parse("cpux2").carrying(("avx2",))
+    TvmBackend().compile(ranks_of(2, monkeypatch, 64), avx2, CompileOptions())
     uneven = len(compiled)
     compiled.clear()
     monkeypatch.setattr(channels, "CHANNELS", 24)
-    lowered = compile_graphs(ranks_of(2, monkeypatch, 64), ["avx2"], calls_before_fusion=0)
+    one, other = TvmBackend().compile(ranks_of(2, monkeypatch, 64), avx2, CompileOptions())
     assert uneven == 2 * len(compiled) > 0
-    assert lowered[0].kernels is lowered[1].kernels
+    assert one.files["kernels-avx2.so"] is other.files["kernels-avx2.so"]
 
 
 def test_heads_of_an_odd_size_have_a_float16_cache() -> None:

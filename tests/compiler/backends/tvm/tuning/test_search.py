@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
-from belle_compile.compiler.backends.tvm import compile_graphs
+from belle_compile.compiler import targets
+from belle_compile.compiler.backends import CompileOptions, Payload
+from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.isa import AMX, AVX2, AVX512VNNI, Isa
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
@@ -99,23 +100,26 @@ def test_a_build_searches_the_model_for_this_host_when_asked_to(
 ) -> None:
     checkpoint = VARIANTS["llama_gqa"](tmp_path_factory.mktemp("checkpoints") / "tiny")
 
-    def graph() -> ir.Model:
+    def compiled_graph(tune: Callable[[int, int], None] | None = None) -> Payload:
         model = build_graph(open_checkpoint(checkpoint))
         run_pipeline(model, PRESETS["int8"])
-        return model
+        target = targets.parse("cpu").carrying(("avx2",))
+        (payload,) = TvmBackend().compile([model], target, CompileOptions(unfused_calls=1, tune=tune))
+        return payload
 
     compiled = times(lambda tiling, rows: 2.0 - (tiling.walk_for(rows).wide == 1))
     monkeypatch.setattr(cpu, "choose_isa", lambda isas: isas[0])
-    (plain,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1)
-    assert compiled == [] and plain.tuned is None and ";" not in plain.toolchain["kernel tilings"], (
+    plain = compiled_graph()
+    assert compiled == [] and plain.tuning is None and ";" not in plain.toolchain["kernel tilings"], (
         "an ordinary build measures nothing"
     )
-    (again,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1)
-    assert again.kernels == plain.kernels and again.toolchain == plain.toolchain
+    again = compiled_graph()
+    assert again.files == plain.files and again.toolchain == plain.toolchain
     heard: list[tuple[int, int]] = []
-    (tuned,) = compile_graphs([graph()], ["avx2"], calls_before_fusion=1, tune=lambda *told: heard.append(told))
-    assert tuned.tuned is not None and len(tuned.tuned.entries) == len(heard) - 1 > 1
-    assert all(walk.wide == 1 for entry in tuned.tuned.entries for _, walk in entry.tiling.walks)
+    tuned = compiled_graph(lambda *told: heard.append(told))
+    assert tuned.tuning is not None and tuned.tuning.name == "tune-kernels"
+    assert tuned.tuning.changes == len(tuned.tuning.options["entries"]) == len(heard) - 1 > 1
+    assert all(walk["wide"] == 1 for entry in tuned.tuning.options["entries"] for walk in entry["walks"].values())
     assert tuned.toolchain["kernel tilings"].startswith("avx2: measured ")
-    assert tuned.program == plain.program
-    assert tuned.kernels["kernels-avx2.so"] != plain.kernels["kernels-avx2.so"]
+    assert tuned.files["program.json"] == plain.files["program.json"]
+    assert tuned.files["kernels-avx2.so"] != plain.files["kernels-avx2.so"]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from belle_compile.compiler.backends.tvm import compile_graphs
+from belle_compile.compiler import targets
+from belle_compile.compiler.backends import CompileOptions
+from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.isa import AVX2, ISAS
 from belle_compile.compiler.backends.tvm.kernels.tiling import LinearTiling, Walk, built_in
 from belle_compile.compiler.backends.tvm.library import compile_library
@@ -77,10 +79,11 @@ def test_a_build_carries_a_library_for_a_processor_whose_table_differs(
     monkeypatch.setattr(tuning_table.processors, "__defaults__", (tmp_path,))
     model = build_graph(open_checkpoint(checkpoint))
     run_pipeline(model, PRESETS["int8"])
-    (lowered,) = compile_graphs([model], ["avx2"], calls_before_fusion=1)
-    assert sorted(lowered.kernels) == ["kernels-avx2-znver4.so", "kernels-avx2.so"], "znver5's is the common one"
-    assert lowered.kernels["kernels-avx2-znver4.so"] != lowered.kernels["kernels-avx2.so"]
-    assert [source.partition(":")[0] for source in lowered.toolchain["kernel tilings"].split("; ")] == [
+    (payload,) = TvmBackend().compile([model], targets.parse("cpu").carrying(("avx2",)), CompileOptions())
+    kernels = {name: content for name, content in payload.files.items() if name.endswith(".so")}
+    assert sorted(kernels) == ["kernels-avx2-znver4.so", "kernels-avx2.so"], "znver5's is the common one"
+    assert kernels["kernels-avx2-znver4.so"] != kernels["kernels-avx2.so"]
+    assert [source.partition(":")[0] for source in payload.toolchain["kernel tilings"].split("; ")] == [
         "avx2",
         "avx2 on znver4",
     ]

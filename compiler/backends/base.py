@@ -1,0 +1,323 @@
+"""What a backend is, what it makes of the graph of a rank, and the registry of backends.
+
+A new backend is a subclass of `Backend` and a call of `register`. No code outside of a backend asks what kind of device or of
+backend it works with: it asks the backend, or reads a fact that the payload may carry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
+from belle_compile.compiler.devices import Device, Target
+from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.artifact import KernelCalls, PassRecord
+from belle_compile.runtime.program import KV_DTYPES, Program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+
+TUNING = "tune-kernels"  # the manifest's record of what was measured for an engine
+AUTO = "auto"  # the type of a KV cache that the backend chooses
+ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
+SERVED_TOKENS = 2048  # of one sequence: the KV cache that a host must have room for at least
+FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
+PROCESS_BYTES = 256 << 20  # what Python and the tokenizer take of a host
+_REMEDY = "see `belle-compile targets`"
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The numbers that a build asks for: bits of the layers' weights and of activations (32: float32), and the names of the
+    methods that make the integers more accurate."""
+
+    weight_bits: int = 32
+    activation_bits: int = 32
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Names of the methods and of the fusing passes whose results a backend can compile."""
+
+    methods: frozenset[str]
+    fusions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The KV cache of one rank: the type of its numbers, the bytes of a block of `block_tokens` tokens over all layers, and the
+    tokens of the longest sequence."""
+
+    dtype: str
+    block_bytes: int
+    block_tokens: int
+    max_context: int
+
+    def bytes(self, tokens: int) -> int:
+        """Bytes of the blocks that so many tokens of one sequence take."""
+        return -(-tokens // self.block_tokens) * self.block_bytes
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step as kernel calls, and its activation buffers in the arena, in the order of the calls that write them first."""
+
+    program: Program
+    buffers: tuple[PlannedBuffer, ...]
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of memory that one rank needs, by what they are for. The reserve is what the rank takes beside its model: kernels,
+    tokenizer, and the process or the driver."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.reserve
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank takes of its host or device. It depends on the graph and not on what compilation adds, so that it is the
+    same before a build as after it. `step` is there where the backend makes a program."""
+
+    weights: int
+    activations: int
+    reserve: int
+    kv: KVCache
+    step: StepPlan | None = None
+
+    def memory(self, sequences: int = 1, tokens: int | None = None) -> MemoryNeed:
+        """The memory that serving so many sequences of so many tokens needs; by default one sequence of `SERVED_TOKENS`, or of
+        the longest context where that is shorter."""
+        tokens = min(SERVED_TOKENS, self.kv.max_context) if tokens is None else tokens
+        return MemoryNeed(self.weights, sequences * self.kv.bytes(tokens), self.activations, self.reserve)
+
+
+class PackedTensor(Protocol):
+    """A tensor as the engine holds it; `pack` computes its values when its turn comes, and nobody keeps them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def pack(self) -> Callable[[], Array]: ...
+
+
+def tensor_bytes(tensor: PackedTensor) -> int:
+    """The size of a tensor's data."""
+    return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a backend makes of the graph of one rank.
+
+    `files` are written to the rank's directory by name. `weights` become its weights.safetensors, without any there is none;
+    they come in groups, of which all ranks have as many: the groups with the same number are packed together, so that tensors
+    which are parts of the same whole on several ranks are computed once. `kernel_calls` are those of one decoding step, before
+    and after fusion, `toolchain` says what made the files, and `tuning` is the manifest's record of what was measured for this
+    build.
+    """
+
+    files: Mapping[str, bytes | memoryview]
+    weights: Sequence[Sequence[PackedTensor]]
+    footprint: Footprint
+    kernel_calls: KernelCalls
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    tuning: PassRecord | None = None
+
+    @property
+    def tensors(self) -> list[PackedTensor]:
+        """All weights in the order in which the engine holds them."""
+        return [tensor for group in self.weights for tensor in group]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that the rank takes on the disk."""
+        return sum(map(tensor_bytes, self.tensors)) + sum(memoryview(content).nbytes for content in self.files.values())
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How graphs are compiled: the type of the KV cache, the kernel calls of a step before fusion (for the payload's facts),
+    and, where kernels are to be measured on this host, a callback that is told of each that is done."""
+
+    kv_cache: str = AUTO
+    unfused_calls: int = 0
+    tune: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Shares of a device's rates that a backend's kernels reach in whole steps, as they were measured: of the read bandwidth,
+    of that in products of several rows, of the operations on integers and on floats; and the seconds that a kernel call takes
+    by itself. `source` says where that was measured."""
+
+    read: float
+    several: float
+    integer: float
+    floating: float
+    call_s: float
+    source: str
+
+
+class Backend(ABC):
+    """Compiles the graphs of all ranks for the devices that it serves.
+
+    `name` is recorded in the manifest, and the runtime chooses the executor by it. `kv_types` are the types that a KV cache can
+    have, the widest first. With `reached`, `plan` predicts the time of a step; without, it says the memory alone.
+    """
+
+    name: str
+    kv_types: tuple[str, ...]
+    reached: Reached | None = None
+
+    @abstractmethod
+    def isas(self, device: Device) -> tuple[str, ...]:
+        """The instruction sets of a device that engines can be made for, best first; none for a device that it does not
+        serve."""
+
+    @abstractmethod
+    def passes(self, numerics: Numerics) -> Passes:
+        """The methods and fusions whose results it can compile."""
+
+    @abstractmethod
+    def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
+        """What each rank's fused graph takes; reads no weights and takes no longer than lowering. Raises CompileError for an
+        op that cannot be compiled."""
+
+    @abstractmethod
+    def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
+        """The payload of each rank's fused and verified graph. The same graphs and toolchain give the same bytes."""
+
+    def refusal(self, target: Target, numerics: Numerics) -> str:
+        """Why it cannot build this for a target whose device it serves, as a phrase; empty if it can."""
+        carried = self.passes(numerics).methods
+        missing = [method for method in numerics.methods if method not in carried]
+        if not missing:
+            return ""
+        return f"no support for the method {' or '.join(missing)} (supported: {', '.join(sorted(carried)) or 'none'})"
+
+    def tuning_refusal(self, target: Target) -> str:
+        """Why kernels cannot be measured during a build for the target, as a phrase; empty if they can."""
+        return "no kernels to measure"
+
+    def estimates(self, device: Device) -> bool:
+        """Whether `footprint` holds for a device, also where no engine can be made for it yet."""
+        return bool(self.isas(device))
+
+    def kernel_calls(self, graph: ir.Model) -> int:
+        """Kernel calls of one step of a graph, as if every op of it could be run as it is."""
+        return sum(1 for _ in graph.graph)
+
+    def has_kernels(self, graph: ir.Model) -> bool:
+        """Whether every op of a graph could be run as it is."""
+        return True
+
+    def nearest_kv_type(self, dtype: str) -> str:
+        """The type of a KV cache that replaces another backend's: the same one, else one of as many bits."""
+        if dtype in self.kv_types:
+            return dtype
+        return next((own for own in self.kv_types if KV_DTYPES[own] == KV_DTYPES.get(dtype)), AUTO)
+
+
+class Repartitionable(ABC):
+    """A backend whose engines can be made into engines for other ranks: their weights can be read back."""
+
+    @abstractmethod
+    def kv_type(self, rank: Path) -> str:
+        """The type of the KV cache of an engine, from a rank's directory."""
+
+    @abstractmethod
+    def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        """The values, of their own shape, of a tensor that the engine holds packed; int4 comes as int8."""
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known under its name. Of several that serve a device, the first one registered is the default."""
+    known = _BACKENDS.setdefault(backend.name, backend)
+    assert type(known) is type(backend), f"there is another backend of the name {backend.name}"
+
+
+def registered() -> tuple[Backend, ...]:
+    """All backends in the order in which they were registered."""
+    return tuple(_BACKENDS.values())
+
+
+def find(name: str) -> Backend | None:
+    """The backend of a name, None where it is not installed."""
+    return _BACKENDS.get(name)
+
+
+def get(name: str) -> Backend:
+    """The backend of a name; raises CompileError where there is none."""
+    backend = find(name)
+    if backend is None:
+        raise CompileError("backend", "unknown backend", found=repr(name), expected=_names(_BACKENDS.values()))
+    return backend
+
+
+def serving(device: Device) -> tuple[Backend, ...]:
+    """The backends that make engines for a device, the default first."""
+    return tuple(backend for backend in registered() if backend.isas(device))
+
+
+def choose(device: Device, name: str | None = None) -> Backend:
+    """The backend of a name, or the device's default; raises CompileError where it does not serve the device."""
+    return _among(serving(device), device, name)
+
+
+def estimator(device: Device, name: str | None = None) -> Backend:
+    """The backend that says what a model takes of a device, which may be one that no engine can be made for yet."""
+    return _among(tuple(backend for backend in registered() if backend.estimates(device)), device, name)
+
+
+def _among(candidates: Sequence[Backend], device: Device, name: str | None) -> Backend:
+    backend = next(iter(candidates), None) if name is None else get(name)
+    if backend is None or backend not in candidates:
+        expected = _names(candidates) or "another device"
+        raise CompileError("backend", f"backend for {device.name}", found=name or "none", expected=expected, remedy=_REMEDY)
+    return backend
+
+
+def check(backend: Backend, target: Target, numerics: Numerics) -> None:
+    """Raise CompileError where a backend cannot build for a target, naming backends that can."""
+    reason = backend.refusal(target, numerics)
+    if not reason:
+        return
+    others = [other for other in serving(target.device) if not other.refusal(target, numerics)]
+    remedy = f"use --backend {_names(others)}" if others else "choose another --quant, --methods or --target"
+    raise CompileError("backend", f"{backend.name} cannot build this for {target.name}", found=reason, remedy=remedy)
+
+
+def check_kv_cache(backend: Backend, dtype: str) -> None:
+    """Raise CompileError for a type of the KV cache that a backend does not have."""
+    if dtype not in (known := (AUTO, *backend.kv_types)):
+        what = f"unknown type for the backend {backend.name}"
+        raise CompileError("kv cache", what, found=repr(dtype), expected=" or ".join(known))
+
+
+def _names(backends: Iterable[Backend]) -> str:
+    return " or ".join(backend.name for backend in backends)

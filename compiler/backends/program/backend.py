@@ -1,0 +1,105 @@
+"""What the backends that make programs share: the footprint and the payload of a lowered graph."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from belle_compile.compiler.backends.base import (
+    AUTO,
+    FIXED_BYTES,
+    Backend,
+    Footprint,
+    KVCache,
+    Numerics,
+    PackedTensor,
+    Passes,
+    Payload,
+    Repartitionable,
+    StepPlan,
+    tensor_bytes,
+)
+from belle_compile.compiler.devices import Target
+from belle_compile.runtime.artifact import KernelCalls, PassRecord
+from belle_compile.runtime.program import PROGRAM_NAME, Program, Weight, read_program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from belle_compile.compiler.backends.program.lowering import LoweredGraph
+
+_METHODS = frozenset({"smooth", "rotate", "rotate-online", "gptq", "static"})
+_FUSIONS = frozenset({"fuse-dequantize", "fuse-projections", "fuse-add-norm", "fuse-norm-quantize", "fuse-activation-quantize"})
+
+
+class ProgramBackend(Backend, Repartitionable):
+    """A backend whose payload is a program of kernel calls over planned memory. `process_bytes` are what a process takes of the
+    device beside kernels, program and tokenizer."""
+
+    process_bytes: int
+
+    @abstractmethod
+    def lower(self, graph: ir.Model, unfused_calls: int, kv_cache: str) -> LoweredGraph:
+        """The program, weights and kernels of a rank's graph; raises CompileError for an op without a kernel."""
+
+    def passes(self, numerics: Numerics) -> Passes:
+        return Passes(_METHODS, _FUSIONS)
+
+    def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
+        return [self.footprint_of(self.lower(graph, 0, kv_cache)) for graph in graphs]
+
+    def footprint_of(self, lowered: LoweredGraph) -> Footprint:
+        """What a rank takes that runs a lowered graph."""
+        program = lowered.program
+        return Footprint(
+            weights=sum(map(tensor_bytes, lowered.weights)),
+            activations=program.arena_bytes + program.scratch_bytes,
+            reserve=FIXED_BYTES + self.process_bytes,
+            kv=KVCache(program.kv.dtype, program.kv.block_bytes, program.block_size, program.max_context),
+            step=StepPlan(program, tuple(lowered.buffers)),
+        )
+
+    def payload(
+        self,
+        lowered: LoweredGraph,
+        program: Program,
+        kernels: Mapping[str, bytes],
+        toolchain: Mapping[str, str],
+        tuning: PassRecord | None = None,
+    ) -> Payload:
+        """The payload of a lowered graph whose program was completed to `program`, with its compiled kernels by file name."""
+        calls = program.kernel_calls
+        return Payload(
+            files={PROGRAM_NAME: program.to_json().encode(), **kernels},
+            weights=by_call(program, lowered.weights),
+            footprint=self.footprint_of(lowered),
+            kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
+            toolchain=toolchain,
+            tuning=tuning,
+        )
+
+    def kernel_calls(self, graph: ir.Model) -> int:
+        from belle_compile.compiler.backends.program import rules
+
+        return rules.count_kernel_calls(graph.graph)
+
+    def has_kernels(self, graph: ir.Model) -> bool:
+        from belle_compile.compiler.backends.program import rules
+
+        return rules.has_kernels(graph.graph)
+
+    def kv_type(self, rank: Path) -> str:
+        return read_program(rank).kv.dtype
+
+
+def by_call(program: Program, weights: Sequence[PackedTensor]) -> list[list[PackedTensor]]:
+    """The weights in their order, grouped by the call that reads them first."""
+    named = {tensor.name: tensor for tensor in weights}
+    groups = []
+    for call in program.calls:
+        names = dict.fromkeys(arg.name for arg in call.args if isinstance(arg, Weight))
+        groups.append([named.pop(name) for name in names if name in named])
+    assert not named, f"no call reads {', '.join(named)}"
+    return groups
