@@ -1,10 +1,10 @@
-"""Quantities as people read them."""
+"""Numbers as people read them, for error messages, tables and the report."""
 
 from __future__ import annotations
 
 
 def size(count: int) -> str:
-    """Bytes with a unit, in powers of ten as disks are sold: "134.5 MB"."""
+    """Bytes in powers of ten, as disks are sold: "134.5 MB"."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
