@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.ir.cache import Floats, Integers, PagedCache
+from belle_compile.compiler.ir.constants import GROUP
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
@@ -23,7 +24,6 @@ Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 LIMITS = {8: 127, 16: 32_639}
 # Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
-GROUP = 128  # neighbouring inputs of an output that share a scale, of INT4 weights; the last group may have fewer
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir import meanings, signature
+from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.compiler.ir.signature import Operand, Role, TensorSpec
 
 ONNX_OPSET = 23
@@ -211,7 +212,7 @@ SPECS: tuple[OpSpec, ...] = (
     OpSpec(BELLE, "GroupQuantizedLinear",
            "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
            "zero_point?:int8[N,G]",
-           "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, meanings.GROUP)}, rule=_group_linear),
+           "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP)}, rule=_group_linear),
     # What one of several ranks does. An embedding with `first` has the tokens from that one on, and gives zeros for others.
     OpSpec(BELLE, "Embedding", "token_ids@index:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]",
            meanings.embedding),

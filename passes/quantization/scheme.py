@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.constants import GROUP
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.backends.program.lowering import Lowering, Operand, Place, cache_parts
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.runtime.program import Input

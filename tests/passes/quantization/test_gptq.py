@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.quantization import gptq

@@ -12,7 +12,7 @@ import torch
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import GraphBuilder
-from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.quantization import groups

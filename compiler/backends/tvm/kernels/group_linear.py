@@ -27,7 +27,7 @@ from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, Walk
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
-from belle_compile.compiler.ir.meanings import GROUP
+from belle_compile.compiler.ir.constants import GROUP
 
 CHUNK = 8  # inputs of a panel in one cache line: two steps
 WORDS = LINE // 4  # of one, counted in int32 as weights and tokens are
