@@ -25,7 +25,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.ir.stream import ActivationStream
-from belle_compile.passes.pipeline import CALIBRATED
+from belle_compile.passes.presets import METHODS
 from belle_compile.runtime import Engine
 from benchmarks import machine, outliers
 from benchmarks.fetch_smollm2 import fetch
@@ -49,7 +49,7 @@ class Row:
     @property
     def calibrated(self) -> bool:
         """Whether it looks at calibration text."""
-        return self.methods is None or bool(set(CALIBRATED) & set(self.methods))
+        return self.methods is None or any(METHODS[name].needs_requests for name in self.methods)
 
 
 ROWS = (

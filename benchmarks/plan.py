@@ -19,11 +19,11 @@ from typing import Any
 from belle_compile.compiler import backends
 from belle_compile.compiler.devices import DEVICES, Device, Target
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.layers import preset
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, predict
 from belle_compile.compiler.plan.rates import rates_of
 from belle_compile.compiler.plan.work import RankWork, plans_of
+from belle_compile.passes.presets import find_preset
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import BATCHES, CONTEXT, LARGE, PROMPTS, STEPS
 from benchmarks.tasks import TASKS, Task
@@ -57,7 +57,7 @@ def works(shape: str, ranks: int, device: Device) -> list[RankWork]:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(dimensions | checkpoints.COMMON[dimensions["model_type"]]))
         target = Target(device.name, device.isas, 1, device).with_ranks(ranks)
-        plans = plans_of(build_graph(outline(config)), preset("int8"), backends.estimator(device), target)
+        plans = plans_of(build_graph(outline(config)), find_preset("int8").recipe, backends.estimator(device), target)
         return [plan.work for plan in plans if plan.work]
 
 

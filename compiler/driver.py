@@ -23,6 +23,7 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.ir.text import to_onnx
+from belle_compile.compiler.kv_types import AUTO, KV_TYPES
 from belle_compile.compiler.layers import Unquantized
 from belle_compile.compiler.manifests import pass_records, target_info, toolchain
 from belle_compile.compiler.report import (
@@ -40,7 +41,8 @@ from belle_compile.compiler.stages import Snapshots, carried, divided, numerics_
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
-from belle_compile.passes.pipeline import CALIBRATED, METHODS, Recipe, passes_of, run_for, run_pipeline
+from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
+from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, manifest_words, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
 
 if TYPE_CHECKING:
@@ -49,20 +51,6 @@ if TYPE_CHECKING:
     from belle_compile.passes.base import Pass
     from belle_compile.passes.pipeline import OnPass
 
-_METHODS = {  # what the manifest says of each
-    "smooth": ("smoothing", "outliers of activations moved into weights, channel by channel"),
-    "rotate": ("rotations", "residual stream and values, folded into the weights"),
-    "rotate-online": ("online rotations", "feed-forward activations, while running"),
-    "gptq": ("rounding", "by calibration requests (GPTQ)"),
-    "static": ("clipping", "of activations, by calibration requests"),
-}
-KV_CACHES: Mapping[str, str] = {  # type asked for -> what the manifest says; "auto" becomes one of the others
-    "auto": "",
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "int8": "int8 per token and head",
-}
 _WORST = 5  # layers to look at where an engine misses a limit
 
 
@@ -76,7 +64,7 @@ class BuildRequest:
     `tune` measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ
     from one build to the next.
 
-    `methods` replace the preset's own (of passes.pipeline.METHODS). `calibration` is a file of requests, or a set that
+    `methods` replace the preset's own (of passes.presets.METHODS). `calibration` is a file of requests, or a set that
     calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
     out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
     most stay float32, until the INT8 weights have grown by that factor. `drift` says whether the report tells how far each pass
@@ -86,9 +74,9 @@ class BuildRequest:
     checkpoint: str | Path
     output: Path
     target: str = "cpu"
-    quantization: str = "int8"
+    quantization: str = DEFAULT_PRESET
     methods: tuple[str, ...] | None = None
-    kv_cache: str = "auto"
+    kv_cache: str = AUTO
     backend: str | None = None
     isas: tuple[str, ...] = ()
     template: str | None = None
@@ -200,13 +188,13 @@ def work_folder(output: Path) -> Iterator[Path]:
 def _resolve(request: BuildRequest) -> _Job:
     """Look up what the request names; raises CompileError for all that can be refused without the checkpoint."""
     target, backend = targets.choose(request.target, request.backend, request.isas)
-    recipe = _recipe(request)
+    recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
     numerics = numerics_of(recipe, calibrated=request.calibration is not None)
     backends.check(backend, target, numerics)
     backends.check_kv_cache(backend, request.kv_cache)
     if request.tune and (reason := backend.tuning_refusal(target)):
         raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
-    if request.size_budget > 1 and (request.calibration is None or not recipe.bits):
+    if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
         found, remedy = "no requests to rank layers by", "give some with --calibration"
         raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
     return _Job(request, target, backend, recipe, numerics)
@@ -277,7 +265,7 @@ class _Stages:
     which see the whole model."""
 
     def __init__(self, before: Sequence[Pass], recipe: Recipe, on_pass: OnPass | None = None) -> None:
-        self._linears = layers.before_linears(before) if recipe.bits else None
+        self._linears = layers.before_linears(before) if recipe.quantizes else None
         wanted = [before[-1], *(self._linears.before[-1:] if self._linears else ())]
         self.observer = Snapshots(*wanted, on_pass=on_pass)
 
@@ -285,25 +273,6 @@ class _Stages:
         if self._linears is None:
             return None
         return Unquantized(self.observer.after(self._linears.before[-1]), self._linears)
-
-
-def _recipe(request: BuildRequest) -> Recipe:
-    """The preset, with the methods that were asked for; raises CompileError where they do not fit."""
-    recipe, methods = layers.preset(request.quantization), request.methods
-    if methods is None:
-        return recipe
-    expected = ", ".join(METHODS)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise CompileError("quantization", "unknown method", found=", ".join(unknown), expected=f"some of {expected}")
-    if not recipe.bits and methods:
-        raise CompileError(
-            "quantization", "methods", found=", ".join(methods), expected=f"none with --quant {request.quantization}"
-        )
-    needing = [name for name in methods if name in CALIBRATED]
-    if needing and request.calibration is None:
-        remedy = "give some with --calibration"
-        raise CompileError("quantization", f"method {', '.join(needing)}", found="no requests to calibrate with", remedy=remedy)
-    return replace(recipe, methods=tuple(name for name in METHODS if name in methods))
 
 
 def _damage(calibration: Calibration | None, unquantized: Unquantized | None, folder: Path) -> list[LayerDamage]:
@@ -363,7 +332,7 @@ def _manifest(
         model=model,
         target=target_info(job.target, job.backend, payloads),
         passes=(opened, *pass_records(records), *((first.tuning,) if first.tuning else ())),
-        quantization=_quantization(job.recipe, calibrated) | {"kv_cache": KV_CACHES[first.footprint.kv.dtype]},
+        quantization=manifest_words(job.recipe, calibrated) | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},
         kernel_calls=first.kernel_calls,
         prompt_template=prompt_template(checkpoint),
         special_tokens=special_tokens(checkpoint),
@@ -371,15 +340,3 @@ def _manifest(
         toolchain=toolchain(first),
         files={},
     )
-
-
-def _quantization(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
-    """What the manifest says of weights and activations, beside the passes' own records."""
-    if not recipe.bits:
-        return {"scheme": "none", "weights": "float32", "activations": "float32"}
-    used = [name for name in recipe.methods if calibrated or name not in CALIBRATED]
-    integers = "16 bits as two int8 planes" if recipe.bits == 16 else "int8"
-    activations = f"{integers}, one scale {'for all tokens' if 'static' in used else 'a token, found while running'}"
-    name = f"w{recipe.weights.bits}a{recipe.bits}"
-    scheme = {"scheme": name, "weights": str(recipe.weights), "activations": activations}
-    return scheme | dict(_METHODS[name] for name in used)

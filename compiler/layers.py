@@ -14,7 +14,8 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
-from belle_compile.passes.pipeline import RECIPES, Recipe, passes_of, run_pipeline
+from belle_compile.passes.pipeline import passes_of, run_pipeline
+from belle_compile.passes.presets import DEFAULT_PRESET, find_preset
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
@@ -31,18 +32,11 @@ _RANKED_TOKENS = 1024  # of requests, to rank layers for a size budget
 _JUDGED_REQUESTS = 16  # held out, to measure the errors of layers for the report
 
 
-def preset(name: str) -> Recipe:
-    """A preset of the pipeline by name; raises CompileError where there is none."""
-    if name not in RECIPES:
-        raise CompileError("quantization", "unknown preset", found=repr(name), expected=" or ".join(RECIPES))
-    return RECIPES[name]
-
-
 def rank(
     checkpoint: str | Path,
     calibration: Path,
     *,
-    quantization: str = "int8",
+    quantization: str = DEFAULT_PRESET,
     raw_requests: bool = False,
     tokens: int = 2048,
     alone: bool = True,
@@ -51,7 +45,7 @@ def rank(
     """Rank the linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
     predictions on up to `tokens` tokens of requests, or without `alone` by the errors of their own outputs."""
     on_progress("open", 0, 0)
-    opened, recipe = open_checkpoint(checkpoint), preset(quantization)
+    opened, recipe = open_checkpoint(checkpoint), find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)
     graph = build_graph(opened)

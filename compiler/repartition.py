@@ -11,10 +11,10 @@ from belle_compile.compiler import backends, targets
 from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload, Repartitionable
 from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
 from belle_compile.compiler.devices import Target
-from belle_compile.compiler.driver import KV_CACHES
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.ir.text import from_onnx
+from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.manifests import pass_records, target_info
 from belle_compile.compiler.report import REPORT_NAME, Effects, Report, memory_of_ranks, render
 from belle_compile.compiler.stages import divided, unfused_calls
@@ -135,7 +135,7 @@ def _manifest(job: _Job, records: Sequence[dict[str, Any]], payloads: Sequence[P
         passes=(*before, *pass_records(records)),
         kernel_calls=first.kernel_calls,
         toolchain=dict(job.old.toolchain) | dict(first.toolchain),
-        quantization=dict(job.old.quantization) | {"kv_cache": KV_CACHES[first.footprint.kv.dtype]},
+        quantization=dict(job.old.quantization) | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},
         files={},
         accuracy=None,
     )

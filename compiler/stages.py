@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from belle_compile.compiler.backends import Backend, Numerics
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
-from belle_compile.passes.pipeline import CALIBRATED, Recipe, at_fusion, run_for, run_pipeline
+from belle_compile.passes.pipeline import at_fusion, run_for, run_pipeline
+from belle_compile.passes.presets import Recipe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
 def numerics_of(recipe: Recipe, *, calibrated: bool = False) -> Numerics:
     """What a recipe asks of a backend; without calibration requests, its methods that need some are not applied."""
-    if not recipe.bits:
-        return Numerics()
-    methods = tuple(name for name in recipe.methods if calibrated or name not in CALIBRATED)
-    return Numerics(recipe.weights.bits, recipe.bits, methods)
+    return Numerics(recipe.weights.bits, recipe.activation_bits, recipe.methods_used(calibrated))
 
 
 def carried(passes: Sequence[Pass], backend: Backend, numerics: Numerics) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:

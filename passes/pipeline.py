@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.text import save_onnx, to_text
 from belle_compile.compiler.ir.verify import verify
-from belle_compile.passes.base import Pass, PassResult
+from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.cleanup.merge_duplicates import MergeDuplicates
 from belle_compile.passes.cleanup.remove_identities import RemoveIdentities
@@ -24,11 +24,12 @@ from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
 from belle_compile.passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from belle_compile.passes.fusion.fuse_projections import FuseProjections
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
+from belle_compile.passes.presets import Recipe
 from belle_compile.passes.quantization.gptq_rounding import GptqRounding
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
-from belle_compile.passes.quantization.scheme import INT4, INT8, WeightScheme
+from belle_compile.passes.quantization.scheme import WeightScheme
 from belle_compile.passes.quantization.smooth_activations import SmoothActivations
 from belle_compile.passes.quantization.static_activations import StaticActivations
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
@@ -37,78 +38,110 @@ from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
-# What follows matches a tidy graph
-CLEANUP: tuple[Pass, ...] = (RemoveIdentities(), MergeDuplicates(), RemoveUnused())
-# Spread outliers over all channels before there is anything to round; LayerNorm models are made RMSNorm models for it
-ROTATION: tuple[Pass, ...] = (FoldEmbeddingNorm(), FoldLayerNorms(), RotateResidual(), RotateValues())
-# Linears first, then what lies between them
-FUSION: tuple[Pass, ...] = (FuseDequantize(), FuseProjections(), FuseAddNorm(), FuseNormQuantize(), FuseActivationQuantize())
-# What makes INT8 more accurate; those of CALIBRATED look at requests
-METHODS = ("smooth", "rotate", "rotate-online", "gptq", "static")
-CALIBRATED = ("smooth", "gptq", "static")
+# What uses a pass, where that is no method: every recipe, those with integer weights, those with scales for groups of inputs
+ALWAYS, INTEGERS, GROUPS = "always", "integers", "groups"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A preset: the bits of activations (0: everything stays float32), the methods used, and the scheme of weights."""
+class Options:
+    """What passes are made with, beside their own defaults. Passes take the fields that `PIPELINE` names.
 
-    bits: int = 8
-    methods: tuple[str, ...] = ()
-    weights: WeightScheme = INT8
+    `data` are the calibration requests, `keep` names of linears that stay float32, and `ranks` how many the model will be
+    divided among. `weights`, `activation_bits` and `group` (channels that stay together in a rank) are the recipe's.
+    """
+
+    data: CalibrationData | None
+    keep: tuple[str, ...]
+    ranks: int
+    weights: WeightScheme
+    activation_bits: int
+
+    @property
+    def group(self) -> int:
+        return self.weights.group or 1
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "int8": Recipe(8, ("rotate", "rotate-online", "gptq")),
-    "int8-accurate": Recipe(16, ("rotate", "gptq")),
-    "int8-plain": Recipe(8),
-    "int4": Recipe(8, ("rotate", "rotate-online", "gptq"), weights=INT4),
-    "none": Recipe(0),
-}
+@dataclass(frozen=True)
+class Step:
+    """A place in the pipeline: the class of a pass, what uses it (a method of `passes.presets`, or `ALWAYS`, `INTEGERS` or
+    `GROUPS`), and the `Options` that it takes."""
+
+    pass_class: type[Pass]
+    used_by: str = ALWAYS
+    takes: tuple[str, ...] = ()
+
+    def with_options(self, options: Options) -> Pass:
+        """Make the pass."""
+        return self.pass_class(**{name: getattr(options, name) for name in self.takes})
+
+
+PIPELINE: tuple[Step, ...] = (
+    # Clean up: the passes that follow match a tidy graph.
+    Step(RemoveIdentities),
+    Step(MergeDuplicates),
+    Step(RemoveUnused),
+    # Smooth: move outliers of activations into weights, channel by channel.
+    Step(SmoothActivations, "smooth", ("data",)),
+    # Rotate: spread outliers over all channels before there is anything to round. LayerNorm models become RMSNorm models first.
+    Step(FoldEmbeddingNorm, "rotate"),
+    Step(FoldLayerNorms, "rotate"),
+    Step(RotateResidual, "rotate"),
+    Step(RotateValues, "rotate"),
+    # What no weight can absorb costs a little time in every step, and is worth it where activations have 8 bits.
+    Step(RotateActivations, "rotate-online", ("ranks", "group")),
+    # Calibrate: choose integers of weights and scales of activations by requests, while everything is float32.
+    Step(GptqRounding, "gptq", ("data", "keep", "weights")),
+    Step(StaticActivations, "static", ("data", "activation_bits")),
+    # Quantize: groups first, which are some linears only; the embedding last, so that a tied head reads the same INT8 table.
+    Step(QuantizeGroups, GROUPS, ("keep", "weights")),
+    Step(QuantizeLinears, INTEGERS, ("keep", "activation_bits")),
+    Step(QuantizeEmbedding, INTEGERS),
+    # Partition: where there are several ranks, `run_for` makes the graph of each here.
+    # Fuse: linears first, then what lies between them.
+    Step(FuseDequantize, INTEGERS),
+    Step(FuseProjections),
+    Step(FuseAddNorm),
+    Step(FuseNormQuantize, INTEGERS),
+    Step(FuseActivationQuantize, INTEGERS),
+)
+
+FUSION: tuple[Pass, ...] = tuple(step.pass_class() for step in PIPELINE if step.pass_class.phase is Phase.FUSION)
 
 
 def passes_of(
     recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = (), ranks: int = 1
 ) -> tuple[Pass, ...]:
-    """The passes of a recipe, in order. Without requests those methods are left out that need some. `keep` are names of linears
-    that stay float32; `ranks` is how many the result will be divided among."""
-    if not recipe.bits:
-        return (*CLEANUP, FuseProjections(), FuseAddNorm())
-    smooth = (SmoothActivations(data),) if "smooth" in recipe.methods and data else ()
-    rotate = ROTATION if "rotate" in recipe.methods else ()
-    # What no weight can absorb costs a little time in every step, and is worth it where activations get 8 bits
-    online = (RotateActivations(ranks=ranks, group=recipe.weights.group or 1),) if "rotate-online" in recipe.methods else ()
-    gptq = GptqRounding(data, keep=keep, weights=recipe.weights) if "gptq" in recipe.methods and data else None
-    # First what takes some linears only. The embedding after the linears: a tied head reads the same INT8 table
-    groups = (QuantizeGroups(keep=keep, weights=recipe.weights),) if recipe.weights.group else ()
-    quantize = (*groups, QuantizeLinears(keep=keep, activation_bits=recipe.bits), QuantizeEmbedding())
-    static = (StaticActivations(data, activation_bits=recipe.bits),) if "static" in recipe.methods and data else ()
-    return (*CLEANUP, *smooth, *rotate, *online, *((gptq,) if gptq else ()), *static, *quantize, *FUSION)
-
-
-PRESETS: Mapping[str, tuple[Pass, ...]] = {name: passes_of(recipe) for name, recipe in RECIPES.items()}
+    """The passes of a recipe, in order; without requests, those of methods that need some are left out. `keep` and `ranks` are
+    those of `Options`."""
+    options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits)
+    uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
+    uses |= {INTEGERS} if recipe.quantizes else set()
+    uses |= {GROUPS} if recipe.weights.group is not None else set()
+    return tuple(step.with_options(options) for step in PIPELINE if step.used_by in uses)
 
 
 def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes that see the whole model, and the fusions behind them, which see the graph of a rank where there are several:
-    weights get their scales once, and a rank's linears are fused by what it has of them."""
-    first = next(
-        (i for i, step in enumerate(passes) if type(step).__module__.startswith("belle_compile.passes.fusion")), len(passes)
-    )
+    """Split passes into those that see the whole model and the fusions behind them, which see the graph of a rank.
+
+    Weights get their scales once for all ranks, and a rank's linears are fused by what it has of them.
+    """
+    first = next((i for i, step in enumerate(passes) if step.phase is Phase.FUSION), len(passes))
     return tuple(passes[:first]), tuple(passes[first:])
 
 
-# Hears of the graph as it is after a pass, and before the first one with nothing else; it may read the graph and not keep it.
+# Callback invoked after each pass with (pass, model, result), and once before the first pass with (None, model, None). It may
+# read the model but must not keep a reference to it.
 OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
 
 
-def unheard(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-    """An observer that does nothing."""
+def ignore_pass(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    """Do nothing: the callback of those who need none."""
 
 
 def run_pipeline(
-    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = unheard
+    model: ir.Model, passes: Sequence[Pass], dump_dir: Path | None = None, on_pass: OnPass = ignore_pass
 ) -> list[dict[str, Any]]:
-    """Run the passes on the model in place; returns the manifest's record of each: name, options, changes, refusals.
+    """Run the passes on the model in place; return the manifest's record of each: name, options, changes, refusals.
 
     The graph is verified before the first pass and after each. With `dump_dir`, every stage is written there as text and as
     an ONNX graph without weights: 00-frontend, 01-<pass>, ... Raises CompileError that names the pass which failed
@@ -125,16 +158,8 @@ def run_pipeline(
             verify(model)
         except Exception as error:
             if isinstance(step, PartitionTensors) and isinstance(error, CompileError):
-                raise  # a number of ranks that the model cannot have is no failure of the pass
-            before = ", ".join(record["name"] for record in records) or "none"
-            inner = error if isinstance(error, CompileError) else None
-            raise CompileError(
-                "passes",
-                f"{step.name} failed",
-                node=inner.node if inner else "",
-                found=str(error).removesuffix(".") if inner else f"{type(error).__name__}: {error}",
-                remedy=f"passes that ran before it: {before}",
-            ) from error
+                raise  # the model cannot have this number of ranks: an error of the request and not of the pass
+            raise _failure(step, error, records) from error
         records.append(
             {"name": step.name, "options": step.options, "changes": result.changes, "refusals": list(result.refusals)}
         )
@@ -142,26 +167,43 @@ def run_pipeline(
     return records
 
 
+def _failure(step: Pass, error: Exception, records: Sequence[dict[str, Any]]) -> CompileError:
+    """The error of a pass that failed after the passes of the records."""
+    inner = error if isinstance(error, CompileError) else None
+    return CompileError(
+        "passes",
+        f"{step.name} failed",
+        node=inner.node if inner else "",
+        found=str(error).removesuffix(".") if inner else f"{type(error).__name__}: {error}",
+        remedy=f"passes that ran before it: {', '.join(record['name'] for record in records) or 'none'}",
+    )
+
+
 def run_ranks(
-    model: ir.Model, fusions: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = unheard
+    model: ir.Model, fusions: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = ignore_pass
 ) -> tuple[list[ir.Model], list[dict[str, Any]]]:
-    """The graphs of all ranks, made of parts of the whole one and fused, and the records of rank 0, which are those of all.
-    `dump_dir` gets a folder for each rank; `on_pass` hears of rank 0."""
+    """Partition the model and run the fusions on the graph of each rank; the model itself stays as it is.
+
+    Returns the graphs, and the records of rank 0, which are those of all ranks. `dump_dir` gets a folder for each rank;
+    `on_pass` is invoked for rank 0 only, and not before the first pass.
+    """
     graphs = [model.clone() for _ in range(ranks)]
     records: list[dict[str, Any]] = []
     for rank, graph in enumerate(graphs):
         folder = None if dump_dir is None else dump_dir / f"rank{rank}"
         passes = (PartitionTensors(rank, ranks), *fusions)
-        found = run_pipeline(graph, passes, folder, unheard if rank else partial(_not_first, on_pass))
-        records = records or found
+        of_rank = run_pipeline(graph, passes, folder, ignore_pass if rank else partial(_after_passes, on_pass))
+        records = records or of_rank
     return graphs, records
 
 
 def run_for(
-    model: ir.Model, passes: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = unheard
+    model: ir.Model, passes: Sequence[Pass], ranks: int, dump_dir: Path | None = None, on_pass: OnPass = ignore_pass
 ) -> tuple[list[ir.Model], list[dict[str, Any]]]:
-    """Run the passes for so many ranks: the graph of each (the model itself where it is alone), and what each pass did.
-    From the partition on, `on_pass` hears of rank 0."""
+    """Run the passes for a number of ranks; return the graph of each rank and the record of each pass.
+
+    The graph of a single rank is the model itself, changed in place. From the partition on, `on_pass` is invoked for rank 0.
+    """
     if ranks == 1:
         return [model], run_pipeline(model, passes, dump_dir, on_pass)
     before, fusions = at_fusion(passes)
@@ -170,8 +212,8 @@ def run_for(
     return graphs, records + of_ranks
 
 
-def _not_first(on_pass: OnPass, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-    """Leaves out the graph that the ranks begin with, which has been heard of."""
+def _after_passes(on_pass: OnPass, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
+    """Invoke the callback after each pass, and not for the graph before the first one, which it has seen already."""
     if step is not None:
         on_pass(step, model, result)
 

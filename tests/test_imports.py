@@ -71,10 +71,33 @@ def test_passes_import_only_the_ir_and_the_errors() -> None:
 
 
 def test_only_the_driver_imports_passes() -> None:
-    allowed = (
-        "compiler/driver.py", "compiler/layers.py", "compiler/plan/work.py", "compiler/repartition.py", "compiler/stages.py",
-    )  # fmt: skip
-    assert offenders("compiler", ("belle_compile.passes",), besides=allowed) == []
+    drivers = ("compiler/driver.py", "compiler/layers.py", "compiler/plan/work.py", "compiler/repartition.py")
+    names = ("belle_compile.passes.presets",)  # of presets and methods, which the command line offers
+    assert offenders("compiler", ("belle_compile.passes",), allowed=names, besides=drivers) == []
+
+
+def test_only_the_command_line_imports_itself() -> None:
+    command = [str(path.relative_to(ROOT)) for path in (ROOT / "compiler/cli").iterdir()]
+    assert offenders("compiler", ("belle_compile.compiler.cli",), besides=(*command, "compiler/__main__.py")) == []
+    assert offenders("passes", ("belle_compile.compiler.cli",)) == offenders("runtime", ("belle_compile.compiler.cli",)) == []
+
+
+LARGE = ("torch", "transformers", "onnx", "onnx_ir", "tvm", "triton", "numpy", "jinja2", "rich")
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_no_large_package(option: str) -> None:
+    code = f"""
+import sys
+from belle_compile.compiler.cli import main
+try:
+    main([{option!r}])
+finally:
+    print(sorted(set(sys.modules) & set({LARGE!r})), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert done.stderr.strip() == "[]"
 
 
 def test_runtime_imports_neither_sibling_nor_their_needs() -> None:

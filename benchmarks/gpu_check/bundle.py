@@ -28,7 +28,8 @@ from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
 from belle_compile.compiler.ir.evaluate import evaluate
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.writer import safetensors_header
-from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.passes.pipeline import passes_of, run_pipeline
+from belle_compile.passes.presets import PRESETS
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import EXPECTED, GREEDY, LARGE, PROMPT, TOLERANCE
 
@@ -121,7 +122,7 @@ def _small(checkpoint: Path, ids: Sequence[int], preset: str, out: Path, target:
 def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[Floats, list[int]]:
     """The same by the NumPy meaning of the graph, with a cache of float16."""
     graph = build_graph(open_checkpoint(checkpoint))
-    run_pipeline(graph, PRESETS[preset])
+    run_pipeline(graph, passes_of(PRESETS[preset].recipe))
     layers, kv_heads, head_dim = (int(graph.metadata_props[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
     blocks = -(-(PROMPT + GREEDY) // BLOCK_SIZE)
     cache = PagedCache(layers, kv_heads, head_dim, blocks, "float16")
@@ -151,7 +152,7 @@ def _large(out: Path, target: str) -> None:
     (out / "config.json").write_text(json.dumps(config))
     graph = build_graph(outline(out / "config.json"))
     unfused = graph.clone()
-    run_pipeline(graph, PRESETS["int8"])
+    run_pipeline(graph, passes_of(PRESETS["int8"].recipe))
     parsed, backend = targets.choose(target)
     (payload,) = backend.compile([graph], parsed, CompileOptions(unfused_calls=backend.kernel_calls(unfused)))
     for name, content in payload.files.items():

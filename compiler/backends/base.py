@@ -18,6 +18,7 @@ import numpy.typing as npt
 from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.artifact import KernelCalls, PassRecord
 from belle_compile.runtime.program import KV_DTYPES, Program
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 TUNING = "tune-kernels"  # the manifest's record of what was measured for an engine
-AUTO = "auto"  # the type of a KV cache that the backend chooses
 ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 SERVED_TOKENS = 2048  # of one sequence: the KV cache that a host must have room for at least
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler import backends
-from belle_compile.compiler.backends.base import AUTO
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.layers import preset
+from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
 from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
 from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
 from belle_compile.compiler.stages import numerics_of
 from belle_compile.compiler.targets import resolve
+from belle_compile.passes.presets import find_preset
 
 RANKS = (1, 2, 4, 8)
 # Of a line of the plan, beside its memory
@@ -41,7 +41,7 @@ def plan(
     device, asked, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    graph, recipe = build_graph(outline(path)), preset(quantization)
+    graph, recipe = build_graph(outline(path)), find_preset(quantization).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, asked}):
         if ranks > device.max_ranks:

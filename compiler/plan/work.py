@@ -9,12 +9,14 @@ from typing import Any
 import onnx_ir as ir
 
 from belle_compile.compiler.backends import Backend, Footprint
-from belle_compile.compiler.backends.base import AUTO, KVCache
+from belle_compile.compiler.backends.base import KVCache
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.ir.ops import attributes_of, spec_of
 from belle_compile.compiler.ir.signature import Role
+from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.stages import carried, numerics_of
-from belle_compile.passes.pipeline import Recipe, passes_of, run_for
+from belle_compile.passes.pipeline import passes_of, run_for
+from belle_compile.passes.presets import Recipe
 
 
 @dataclass(frozen=True)

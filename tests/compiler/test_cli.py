@@ -14,10 +14,10 @@ import click
 import pytest
 
 from belle_compile.compiler import cli
-from belle_compile.passes.pipeline import PRESETS
 from belle_compile.runtime import host
 from tests.compiler.engines import write_engine
 from tests.parity.variants import VARIANTS
+from tests.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,7 +220,7 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
 def test_quantizations_are_the_presets() -> None:
     quant = next(parameter for parameter in cli.cli.commands["build"].params if parameter.name == "quant")
     assert isinstance(quant.type, click.Choice)
-    assert tuple(quant.type.choices) == tuple(PRESETS)
+    assert tuple(quant.type.choices) == tuple(PIPELINES)
 
 
 OPTIONS = {

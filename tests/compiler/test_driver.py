@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
-from belle_compile.compiler import driver, inspection, terminal
+from belle_compile.compiler import inspection, terminal
 from belle_compile.compiler.backends import CompileOptions, Payload
 from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.isa import AVX2
@@ -20,14 +20,15 @@ from belle_compile.compiler.backends.tvm.library import compile_library
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.plan.table import Load, plan
 from belle_compile.compiler.report.effects import TOKENS
-from belle_compile.passes.pipeline import PRESETS
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 from belle_compile.runtime.program import read_program
 from tests.compiler.conftest import TUNED
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS
+from tests.pipelines import PIPELINES
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
 
@@ -46,7 +47,7 @@ def manifest_of(request: BuildRequest) -> Manifest:
     return read_manifest(build(request))
 
 
-@pytest.mark.parametrize("quantization", PRESETS)
+@pytest.mark.parametrize("quantization", PIPELINES)
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_the_engine_is_whole_and_says_what_it_is(
     family: str, quantization: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -60,7 +61,7 @@ def test_the_engine_is_whole_and_says_what_it_is(
     assert manifest.model.dimensions["hidden_size"] == config["hidden_size"]
     assert manifest.model.dimensions["vocab_size"] == config["vocab_size"]
     assert manifest.model.source_digests["config.json"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
-    assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PRESETS[quantization])]
+    assert [record.name for record in manifest.passes] == ["open-checkpoint", *(step.name for step in PIPELINES[quantization])]
     assert manifest.prompt_template.name == f"belle-{family}"
     assert (manifest.special_tokens.bos, manifest.special_tokens.eos) == (1, (2,))
     schemes = {"none": "none", "int8-accurate": "w8a16", "int4": "w4a8"}
@@ -81,7 +82,7 @@ def test_the_engine_is_whole_and_says_what_it_is(
 def test_the_type_of_the_kv_cache(llama: Path, tmp_path: Path, quantization: str, asked: str, dtype: str) -> None:
     out = tmp_path / "engine"
     manifest = manifest_of(BuildRequest(llama, out, quantization=quantization, kv_cache=asked))
-    assert manifest.quantization["kv_cache"] == driver.KV_CACHES[dtype]
+    assert manifest.quantization["kv_cache"] == KV_TYPES[dtype].manifest
     assert read_program(out / "rank0").kv.dtype == dtype
 
 
@@ -145,7 +146,7 @@ def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
         done = [(done, total) for name, done, total in heard if name == stage]
         assert done == sorted(done) and done[-1][0] == done[-1][1] > 0
     dumped = sorted(path.name for path in (tmp_path / "ir").glob("*.txt"))
-    assert dumped == ["00-frontend.txt", *(f"{i:02d}-{step.name}.txt" for i, step in enumerate(PRESETS["int8"], 1))]
+    assert dumped == ["00-frontend.txt", *(f"{i:02d}-{step.name}.txt" for i, step in enumerate(PIPELINES["int8"], 1))]
 
 
 def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_the_report_is_a_file_of_the_engine(llama: Path, tmp_path: Path) -> None
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     passes = page.text("passes")
     assert f"over {TOKENS} tokens of a fixed text" in passes
-    assert all(step.name in passes for step in PRESETS["int8"])
+    assert all(step.name in passes for step in PIPELINES["int8"])
     assert "rank0/weights.safetensors" in page.text("built") and "config.json SHA-256" in page.text("built")
     assert "share an arena of" in page.text("memory") and "bfloat16" in page.text("memory")
     assert "built without --calibration" in page.text("accuracy")

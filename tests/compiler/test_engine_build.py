@@ -19,13 +19,14 @@ from belle_compile.compiler import cli, targets
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
-from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.runtime import Engine, host
 from belle_compile.runtime.errors import EngineError
 from tests import kernel_cache
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import Stepper
 from tests.parity.variants import make_llama, random_ids
+from tests.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2]
 RUNNABLE = tuple(isa for isa in ("avx512vnni", "avx2") if isa in host.host_isas())
@@ -58,7 +59,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_kernels_included(
 
 def quantized_graph(checkpoint: Path, preset: str) -> ir.Model:
     graph = build_graph(open_checkpoint(checkpoint))
-    run_pipeline(graph, PRESETS[preset])
+    run_pipeline(graph, PIPELINES[preset])
     return graph
 
 

@@ -16,13 +16,14 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.text import from_onnx, to_onnx, to_text
 from belle_compile.compiler.repartition import RepartitionRequest, repartition
 from belle_compile.compiler.unpacking import WholeWeights
-from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline
+from belle_compile.passes.pipeline import at_fusion, run_pipeline
 from belle_compile.passes.rotation import rotate_activations
 from belle_compile.runtime.artifact import read_manifest, verify_files
 from belle_compile.runtime.errors import EngineError
 from tests.compiler.engines import write_engine
 from tests.parity.variants import make_bloom, make_llama
 from tests.passes.helpers import bloom
+from tests.pipelines import PIPELINES
 
 # Room for blocks of a rotation and groups of INT4 weights on every rank; shares are uneven
 SIZES: dict[str, Any] = {
@@ -60,7 +61,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [name for name in files if files[name] != wanted[name]] == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 def test_the_bytes_of_a_build(checkpoint: Path, preset: str, tmp_path: Path, no_kernels: None) -> None:
     """From one rank to two, from two to one and, where a rank has a part, to three."""
     one, two, three = (tmp_path / f"x{ranks}" for ranks in (1, 2, 3))
@@ -118,7 +119,7 @@ def test_what_cannot_be_done(checkpoint: Path, tmp_path: Path, no_kernels: None)
 
 def test_a_graph_survives_onnx() -> None:
     model = bloom()
-    run_pipeline(model, at_fusion(PRESETS["int8"])[0])
+    run_pipeline(model, at_fusion(PIPELINES["int8"])[0])
     weights = WholeWeights(Path("engine"), TvmBackend())
     loaded = from_onnx(to_onnx(model), weights.tensor)
     assert to_text(loaded) == to_text(model), "floats keep all their digits"

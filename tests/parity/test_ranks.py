@@ -12,10 +12,11 @@ import pytest
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
-from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.pipeline import at_fusion, run_pipeline, run_ranks
 from tests.parity.engines import Builder
 from tests.parity.stepping import RankStepper, Stepper, relative_error
 from tests.parity.variants import VARIANTS, make_bloom, make_llama, random_ids
+from tests.pipelines import PIPELINES
 
 TOLERANCE = 1e-5  # of the largest logit: sums in another order
 PROMPT = 18  # tokens: more than a block
@@ -34,8 +35,8 @@ REFUSED = {
 def graphs(checkpoint: Path, preset: str, ranks: int) -> tuple[ir.Model, list[ir.Model]]:
     """The graph of one rank, and those of several."""
     one, whole = (build_graph(open_checkpoint(checkpoint)) for _ in range(2))
-    before, fusions = at_fusion(PRESETS[preset])
-    run_pipeline(one, PRESETS[preset])
+    before, fusions = at_fusion(PIPELINES[preset])
+    run_pipeline(one, PIPELINES[preset])
     run_pipeline(whole, before)
     return one, run_ranks(whole, fusions, ranks)[0]
 

@@ -15,7 +15,7 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.passes.base import Pass
 from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
 from belle_compile.passes.fusion.fuse_projections import FuseProjections
-from belle_compile.passes.pipeline import CLEANUP, FUSION, run_pipeline
+from belle_compile.passes.pipeline import FUSION, run_pipeline
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
@@ -24,6 +24,7 @@ from belle_compile.runtime.program import read_program
 from tests.parity.engines import BEST_ISA
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, make_bloom, make_llama, random_ids
+from tests.pipelines import CLEANUP
 
 FLOAT = (*CLEANUP, RotateActivations(), FuseProjections(), FuseAddNorm())
 WIDE = (*CLEANUP, RotateActivations(), QuantizeLinears(activation_bits=16), QuantizeEmbedding(), *FUSION)

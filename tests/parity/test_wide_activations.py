@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from belle_compile.compiler import driver
-from belle_compile.passes.pipeline import CLEANUP, FUSION
+from belle_compile.passes.pipeline import FUSION
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.weights import quantize_rows
@@ -19,6 +19,7 @@ from belle_compile.runtime.host import host_isas
 from benchmarks.simulation import HalfCache
 from tests.parity.engines import Builder, EngineStepper, Floats
 from tests.parity.variants import hf_logits, load_hf, random_ids
+from tests.pipelines import CLEANUP
 
 CASES = [("bloom", host_isas()[0]), *(("llama_gqa", isa) for isa in host_isas())]
 TOLERANCE = 1e-3  # activations are as good as exact; what is left is mostly values of the cache rounded to the other side

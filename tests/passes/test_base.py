@@ -10,7 +10,7 @@ import pytest
 
 from belle_compile import passes
 from belle_compile.passes.base import Pass, Phase
-from belle_compile.passes.pipeline import PRESETS
+from tests.pipelines import PIPELINES
 
 
 def test_every_pass_declares_its_phase() -> None:
@@ -25,7 +25,7 @@ def test_every_pass_declares_its_phase() -> None:
     assert {one.__name__ for one in concrete if not isinstance(getattr(one, "phase", None), Phase)} == set()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 def test_a_preset_runs_one_phase_after_the_other(preset: str) -> None:
-    phases = [step.phase for step in PRESETS[preset]]
+    phases = [step.phase for step in PIPELINES[preset]]
     assert phases == sorted(phases)

@@ -18,27 +18,28 @@ from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.compiler.ir.text import to_text
 from belle_compile.compiler.ir.verify import verify
 from belle_compile.passes.base import Pass, PassResult
-from belle_compile.passes.pipeline import FUSION, PRESETS, run_pipeline
+from belle_compile.passes.pipeline import FUSION, run_pipeline
 from tests.passes.helpers import assert_same_results, bloom, count, llama
+from tests.pipelines import PIPELINES
 
 normed_llama, normed_bloom = partial(llama, last_norm=True), partial(bloom, last_norm=True)
 MODELS = {"llama": normed_llama, "bloom": normed_bloom}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> None:
     model = MODELS[name](layers=1)
-    run_pipeline(model, PRESETS[preset])
+    run_pipeline(model, PIPELINES[preset])
     golden(f"pipeline-{preset}-{name}", to_text(model))
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "none"])
+@pytest.mark.parametrize("preset", [preset for preset in PIPELINES if preset != "none"])
 @pytest.mark.parametrize("make", [normed_llama, normed_bloom, lambda: bloom(residual_after_norm=True)])
 def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model], preset: str) -> None:
     quantized, fused = make(), make()
-    run_pipeline(quantized, PRESETS[preset][: -len(FUSION)])
-    run_pipeline(fused, PRESETS[preset])
+    run_pipeline(quantized, PIPELINES[preset][: -len(FUSION)])
+    run_pipeline(fused, PIPELINES[preset])
     assert_same_results(quantized, fused)
     assert count(fused, "QuantizedLinear") and not count(fused, "IntegerLinear") + count(fused, "Gemm")
 
@@ -47,13 +48,13 @@ def test_fusions_of_int8_change_no_bit(make: Callable[[], ir.Model], preset: str
 def test_results_of_presets(make: Callable[[], ir.Model]) -> None:
     for preset, rtol in (("none", 2e-6), ("int8", 0.06), ("int8-plain", 0.06), ("int8-accurate", 0.03), ("int4", 0.4)):
         model = make()
-        run_pipeline(model, PRESETS[preset])
+        run_pipeline(model, PIPELINES[preset])
         assert_same_results(make(), model, rtol=rtol)
 
 
 def test_records() -> None:
-    records = run_pipeline(bloom(residual_after_norm=True), PRESETS["int8"])
-    assert [record["name"] for record in records] == [step.name for step in PRESETS["int8"]]
+    records = run_pipeline(bloom(residual_after_norm=True), PIPELINES["int8"])
+    assert [record["name"] for record in records] == [step.name for step in PIPELINES["int8"]]
     assert json.loads(json.dumps(records)) == records
     by_name = {record["name"]: record for record in records}
     options = {"keep": [], "activation_bits": 8, "wide": []}
@@ -64,7 +65,7 @@ def test_records() -> None:
 def test_dump(tmp_path: Path) -> None:
     model = llama(layers=1)
     first = to_text(model)
-    run_pipeline(model, PRESETS["none"], tmp_path / "ir")
+    run_pipeline(model, PIPELINES["none"], tmp_path / "ir")
     stages = ["00-frontend", "01-remove-identities", "02-merge-duplicates", "03-remove-unused"]
     stages += ["04-fuse-projections", "05-fuse-add-norm"]
     assert sorted(path.name for path in (tmp_path / "ir").iterdir()) == [
@@ -94,7 +95,7 @@ class Crashes(Pass):
 
 
 def test_error_names_the_failing_pass_and_those_before_it() -> None:
-    passes = [*PRESETS["none"][:2], LeavesWrongShape(), *PRESETS["none"][2:]]
+    passes = [*PIPELINES["none"][:2], LeavesWrongShape(), *PIPELINES["none"][2:]]
     with pytest.raises(
         CompileError,
         match=r"passes: leaves-wrong-shape failed \(node embed\): found verify: output embed .*expected float32\[T, 32\]; "
@@ -110,7 +111,7 @@ def test_error_of_a_crash() -> None:
         run_pipeline(bloom(), [Crashes()])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_weight_is_read_while_compiling(name: str, preset: str) -> None:
     model = MODELS[name]()
@@ -123,11 +124,11 @@ def test_no_weight_is_read_while_compiling(name: str, preset: str) -> None:
         assert tensor is not None
         if tensor.dtype != ir.DataType.INT64:
             value.const_value = lazy(key, never, tensor.shape.numpy(), tensor.dtype)
-    run_pipeline(model, PRESETS[preset])
+    run_pipeline(model, PIPELINES[preset])
 
 
 def test_graphs_stay_readable_by_onnx() -> None:
     for make in MODELS.values():
         model = make()
-        run_pipeline(model, PRESETS["int8"])
+        run_pipeline(model, PIPELINES["int8"])
         verify(ir.from_proto(ir.to_proto(model)))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from belle_compile.compiler.backends.base import (
-    AUTO,
     FIXED_BYTES,
     Backend,
     Footprint,
@@ -22,6 +21,7 @@ from belle_compile.compiler.backends.base import (
     tensor_bytes,
 )
 from belle_compile.compiler.devices import Target
+from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.artifact import KernelCalls, PassRecord
 from belle_compile.runtime.program import PROGRAM_NAME, Program, Weight, read_program
 

@@ -17,11 +17,12 @@ import onnx_ir as ir
 
 from belle_compile.compiler import backends
 from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload
-from belle_compile.compiler.backends.base import AUTO, PROCESS_BYTES, KVCache, Passes, tensor_bytes
+from belle_compile.compiler.backends.base import PROCESS_BYTES, KVCache, Passes, tensor_bytes
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
 from belle_compile.compiler.ir.signature import dtype_name
 from belle_compile.compiler.ir.text import from_onnx, to_onnx
+from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.writer import WEIGHTS_NAME
 from belle_compile.runtime.artifact import KernelCalls
 from belle_compile.runtime.executors import ExecutorFactory, LoadRequest, StepBatch, register_executor

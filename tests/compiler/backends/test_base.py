@@ -11,9 +11,10 @@ from belle_compile.compiler import backends
 from belle_compile.compiler.backends import Numerics
 from belle_compile.compiler.backends.base import KVCache, registered
 from belle_compile.compiler.devices import DEVICES
-from belle_compile.compiler.driver import KV_CACHES
 from belle_compile.compiler.errors import CompileError
-from belle_compile.passes.pipeline import FUSION, METHODS
+from belle_compile.compiler.kv_types import KV_TYPES
+from belle_compile.passes.pipeline import FUSION
+from belle_compile.passes.presets import METHODS
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,7 +37,7 @@ def test_a_name_belongs_to_one_backend() -> None:
 
 
 def test_backends_name_methods_fusions_and_types_that_exist() -> None:
-    fusions, types = {step.name for step in FUSION}, KV_CACHES.keys() - {"auto"}
+    fusions, types = {step.name for step in FUSION}, KV_TYPES.keys()
     for backend in registered():
         passes = backend.passes(Numerics(8, 8))
         assert passes.methods <= set(METHODS) and passes.fusions <= fusions

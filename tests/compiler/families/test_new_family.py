@@ -19,9 +19,7 @@ from belle_compile.compiler.checkpoint.templates import render
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph, llama, register, registry
-from belle_compile.compiler.plan.outline import outline
-from belle_compile.compiler.plan.work import works_of
-from belle_compile.passes.pipeline import RECIPES
+from belle_compile.compiler.plan.table import Load, plan
 from belle_compile.runtime import Engine, SamplingParams
 from belle_compile.runtime.artifact import read_manifest
 from tests.compiler.families import tinyqwen
@@ -118,9 +116,9 @@ def test_plans_take_its_config_alone(checkpoint: Path, tied: bool) -> None:
     if tied:
         rewrite_tensors(rewrite_config(checkpoint, tie_word_embeddings=True), lambda tensors: tensors.pop("lm_head.weight"))
     of_config, of_checkpoint = (
-        works_of(outline(path), RECIPES["int8"], 1) for path in (checkpoint / "config.json", checkpoint)
+        plan(path, "a100", "int8", Load(1, 64)) | {"model": ""} for path in (checkpoint / "config.json", checkpoint)
     )
-    assert of_config == of_checkpoint
+    assert of_config == of_checkpoint and "needed_bytes" in of_config["plan"][0]
 
 
 def write_gguf(checkpoint: Path, file: Path) -> Path:
@@ -179,7 +177,7 @@ def test_a_family_without_a_template_gets_that_of_no_other(checkpoint: Path) -> 
     with pytest.raises(CompileError, match=message):
         open_checkpoint(checkpoint)
     assert open_checkpoint(checkpoint, template="raw").template.name == "raw"
-    assert works_of(outline(checkpoint), RECIPES["int8"], 1), "a plan renders no prompts"
+    assert "needed_bytes" in plan(checkpoint, "a100", "int8", Load(1, 64))["plan"][0], "a plan renders no prompts"
     (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     assert open_checkpoint(checkpoint).template.name == "chat_template.jinja"
 

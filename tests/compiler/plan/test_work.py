@@ -15,7 +15,8 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
-from belle_compile.passes.pipeline import RECIPES, passes_of, run_pipeline
+from belle_compile.passes.pipeline import passes_of, run_pipeline
+from belle_compile.passes.presets import PRESETS
 from tests.parity.variants import VARIANTS
 
 BELLE_7B: dict[str, Any] = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32}
@@ -26,7 +27,7 @@ EXT_7B: dict[str, Any] = {"model_type": "llama", "vocab_size": 79458, "hidden_si
 
 def plans(checkpoint: Checkpoint, preset: str, ranks: int = 1) -> list[RankPlan]:
     target, backend = targets.choose(f"cpux{ranks}")
-    return plans_of(build_graph(checkpoint), RECIPES[preset], backend, target)
+    return plans_of(build_graph(checkpoint), PRESETS[preset].recipe, backend, target)
 
 
 def works(checkpoint: Checkpoint, preset: str, ranks: int = 1) -> list[RankWork]:
@@ -50,7 +51,7 @@ def test_dimensions_alone_give_the_work_of_the_checkpoint(variant: str, quantiza
 def test_one_rank_is_what_a_build_would_compile(tmp_path: Path) -> None:
     checkpoint = VARIANTS["llama_gqa"](tmp_path / "llama")
     graph = build_graph(open_checkpoint(checkpoint))
-    run_pipeline(graph, passes_of(RECIPES["int8"]))
+    run_pipeline(graph, passes_of(PRESETS["int8"].recipe))
     program, packed, *_ = lower(graph, 0)
     (plan,) = plans(outline(checkpoint), "int8")
     footprint, work = plan.footprint, plan.work

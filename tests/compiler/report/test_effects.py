@@ -17,8 +17,9 @@ from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.compiler.report import Drift, Effects, PassEffects, Stage, pass_effects
 from belle_compile.compiler.report.effects import MOST_PARAMETERS, TOKENS, logits_of, weight_bytes
 from belle_compile.passes.base import Pass, PassResult
-from belle_compile.passes.pipeline import CLEANUP, PRESETS, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from tests.passes.helpers import HIDDEN, VOCABULARY, bloom, llama
+from tests.pipelines import CLEANUP, PIPELINES
 
 TVM = backends.get("tvm")
 IDS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
@@ -41,10 +42,10 @@ def drift_of(stage: Stage) -> Drift:
     return stage.drift
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 def test_every_pass_has_a_stage_after_the_frontend(preset: str) -> None:
-    effects = effects_of(llama(layers=1), PRESETS[preset])
-    assert [stage.name for stage in effects.stages] == ["frontend", *(step.name for step in PRESETS[preset])]
+    effects = effects_of(llama(layers=1), PIPELINES[preset])
+    assert [stage.name for stage in effects.stages] == ["frontend", *(step.name for step in PIPELINES[preset])]
     first, last = effects.stages[0], effects.stages[-1]
     assert first.changes is None and first.drift == Drift(0.0, 1.0, 0.0)
     assert effects.tokens == len(IDS) and effects.unmeasured == ""
@@ -60,7 +61,7 @@ def test_bytes_and_calls_by_hand() -> None:
     vectors = 4 * (4 + 2 * HIDDEN)  # frequencies, two norms
     values, rows = sum(map(prod, matrices.values())), sum(shape[0] for shape in matrices.values())
     head = VOCABULARY * HIDDEN
-    stages = by_name(effects_of(model, PRESETS["int8-plain"]))
+    stages = by_name(effects_of(model, PIPELINES["int8-plain"]))
     assert stages["frontend"].weight_bytes == stages["remove-unused"].weight_bytes == 4 * values + vectors
     linear_rows = rows - VOCABULARY
     assert stages["quantize-linears"].weight_bytes == 4 * head + (values - head) + 4 * linear_rows + vectors
@@ -78,7 +79,7 @@ def test_bytes_and_calls_by_hand() -> None:
 
 @pytest.mark.parametrize("make", [llama, bloom])
 def test_drift_is_there_where_values_are_rounded(make: type) -> None:
-    stages = by_name(effects_of(make(last_norm=True), PRESETS["int8"]))
+    stages = by_name(effects_of(make(last_norm=True), PIPELINES["int8"]))
     for name in ("remove-identities", "merge-duplicates", "remove-unused"):
         assert stages[name].drift == Drift(0.0, 1.0, 0.0), "nothing was changed, so nothing was measured"
     rotated, quantized, last = (drift_of(stages[n]) for n in ("rotate-values", "quantize-linears", "fuse-activation-quantize"))
@@ -118,8 +119,8 @@ def test_drift_by_hand() -> None:
 
 def test_graphs_side_by_side_give_what_they_give_alone() -> None:
     graphs = {0: bloom(last_norm=True), 3: bloom(last_norm=True), 5: bloom(last_norm=True)}
-    run_pipeline(graphs[3], PRESETS["int8-plain"])
-    run_pipeline(graphs[5], PRESETS["int8"])
+    run_pipeline(graphs[3], PIPELINES["int8-plain"])
+    run_pipeline(graphs[5], PIPELINES["int8"])
     heard: list[tuple[int, int]] = []
     found = dict(logits_of(graphs, IDS, lambda *told: heard.append(told)))
     assert list(found) == [0, 3, 5]
@@ -140,7 +141,7 @@ def test_a_weight_is_computed_once_for_all_stages() -> None:
         assert value.const_value is not None
         array = value.const_value.numpy()
         value.const_value = lazy(name, partial(counted, name, array), array.shape, array.dtype)
-    effects = effects_of(model, PRESETS["int8"])
+    effects = effects_of(model, PIPELINES["int8"])
     assert len(effects.stages) > 10 and drift_of(effects.stages[-1]).kl > 0
     assert set(reads.values()) == {1}
 
@@ -153,9 +154,9 @@ def test_weights_that_nothing_reads_are_not_counted() -> None:
 
 
 def test_without_drift_everything_else_is_counted() -> None:
-    measured = effects_of(bloom(layers=1), PRESETS["int8"])
+    measured = effects_of(bloom(layers=1), PIPELINES["int8"])
     for observer in (pass_effects(TVM, TOKENIZER, 10, False), pass_effects(TVM, TOKENIZER, MOST_PARAMETERS + 1)):
-        effects = effects_of(bloom(layers=1), PRESETS["int8"], observer)
+        effects = effects_of(bloom(layers=1), PIPELINES["int8"], observer)
         assert effects.tokens == 0 and "not measured: " in effects.unmeasured and "drift" in effects.unmeasured
         for with_drift, without in zip(measured.stages, effects.stages, strict=True):
             assert without == Stage(**{**vars(with_drift), "drift": None})

@@ -14,13 +14,14 @@ from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.lower import lower
 from belle_compile.compiler.ir.ops import REGISTRY
 from belle_compile.compiler.report import Memory, coverage_of, coverage_of_set, memory_of
-from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.runtime.artifact import KernelCalls
 from tests.passes.helpers import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, bloom, llama
+from tests.pipelines import PIPELINES
 
 
 def memory(model: ir.Model, preset: str, kv_heads: int) -> Memory:
-    run_pipeline(model, PRESETS[preset])
+    run_pipeline(model, PIPELINES[preset])
     model.metadata_props.update(num_layers="2", num_kv_heads=str(kv_heads), head_dim=str(HEAD_DIM), max_position="64")
     lowered = lower(model, 0)
     return memory_of(TvmBackend().payload(lowered, lowered.program, {}, {}))
@@ -43,7 +44,7 @@ def test_parts_of_float32_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("make", "kv_heads"), [(llama, 2), (bloom, HEADS)])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PIPELINES)
 def test_parts_add_up_and_buffers_fit(make: Callable[..., ir.Model], kv_heads: int, preset: str) -> None:
     model = make(last_norm=True)
     found = memory(model, preset, kv_heads)

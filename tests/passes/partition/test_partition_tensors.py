@@ -21,11 +21,12 @@ from belle_compile.compiler.ir.verify import verify
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.partition.rank_graph import RankGraph
-from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.pipeline import at_fusion, run_pipeline, run_ranks
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.scheme import WeightScheme
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from tests.passes.helpers import HEAD_DIM, VOCABULARY, Tiny, bloom, check_pass, count, llama, side_by_side
+from tests.pipelines import PIPELINES
 
 RANKS = 2
 MODELS: dict[str, Callable[[], ir.Model]] = {
@@ -38,12 +39,12 @@ MODELS: dict[str, Callable[[], ir.Model]] = {
 def quantized(name: str, preset: str) -> ir.Model:
     """The graph before fusion."""
     model = MODELS[name]()
-    run_pipeline(model, at_fusion(PRESETS[preset])[0])
+    run_pipeline(model, at_fusion(PIPELINES[preset])[0])
     return model
 
 
 def parts_of(model: ir.Model, ranks: int = RANKS, preset: str = "none") -> list[ir.Model]:
-    return run_ranks(model, at_fusion(PRESETS[preset])[1], ranks)[0]
+    return run_ranks(model, at_fusion(PIPELINES[preset])[1], ranks)[0]
 
 
 def logits(models: list[ir.Model]) -> npt.NDArray[np.float32]:
@@ -60,7 +61,7 @@ def logits(models: list[ir.Model]) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize("preset", ["none", "int8"])
 def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> None:
     model = {"llama": llama, "bloom": bloom}[name](layers=1, last_norm=True)
-    run_pipeline(model, at_fusion(PRESETS[preset])[0])
+    run_pipeline(model, at_fusion(PIPELINES[preset])[0])
     before, step = model.clone(), PartitionTensors(1, 2)
     assert step.run(model).changes
     verify(model)
@@ -73,7 +74,7 @@ def test_text(golden: Callable[[str, str], None], name: str, preset: str) -> Non
 @pytest.mark.parametrize(("preset", "rtol"), [("none", 2e-6), ("int8-accurate", 2e-4), ("int8", 0.03), ("int8-plain", 0.03)])
 def test_results(name: str, preset: str, rtol: float) -> None:
     one, several = MODELS[name](), parts_of(quantized(name, preset), preset=preset)
-    run_pipeline(one, PRESETS[preset])
+    run_pipeline(one, PIPELINES[preset])
     expected = logits([one])
     np.testing.assert_allclose(logits(several), expected, rtol=0, atol=rtol * np.abs(expected).max())
 
@@ -108,7 +109,7 @@ def test_groups_that_do_not_fit_the_ranks() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_are_fused_into_the_norms_behind_them(name: str) -> None:
     one = MODELS[name]()
-    run_pipeline(one, PRESETS["int8"])
+    run_pipeline(one, PIPELINES["int8"])
     for model in parts_of(quantized(name, "int8"), preset="int8"):
         fused = [node for node in model.graph if node.op_type in ("AddNorm", "AddNormQuantize")]
         assert len(fused) == sum(count(one, op) for op in ("AddNorm", "AddNormQuantize"))

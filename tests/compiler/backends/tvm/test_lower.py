@@ -22,13 +22,14 @@ from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
 from belle_compile.passes.partition import channels
-from belle_compile.passes.pipeline import PRESETS, at_fusion, run_pipeline, run_ranks
+from belle_compile.passes.pipeline import at_fusion, run_pipeline, run_ranks
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.scheme import WeightScheme
 from belle_compile.runtime.program import AllReduce, program_from_json
 from tests.passes import helpers
 from tests.passes.helpers import HEAD_DIM, llama
+from tests.pipelines import PIPELINES
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_layers_with_activations_of_8_and_16_bits_in_one_program() -> None:
     """Only what the wide linear reads has two planes; the kernel before it writes them."""
     model = llama(layers=1)
     wide = QuantizeLinears(wide=("*.down",))
-    run_pipeline(model, [wide if isinstance(step, QuantizeLinears) else step for step in PRESETS["int8"]])
+    run_pipeline(model, [wide if isinstance(step, QuantizeLinears) else step for step in PIPELINES["int8"]])
     model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
     program, _, kernels, _ = lower(model, calls_before_fusion=0)
     by_name = {kernel.name: kernel for kernel in kernels}
@@ -69,7 +70,7 @@ def test_layers_with_activations_of_8_and_16_bits_in_one_program() -> None:
 
 def test_int4_weights_take_half_a_byte_and_a_scale_for_128() -> None:
     model = llama(layers=1)
-    run_pipeline(model, PRESETS["int4"])
+    run_pipeline(model, PIPELINES["int4"])
     model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
     program, weights, kernels, _ = lower(model, calls_before_fusion=0)
     assert program.kv.dtype == "bfloat16"
@@ -86,7 +87,7 @@ def ranks_of(count: int, monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> li
     """A small LLaMA's, with 32 channels in its feed-forward part for each of two ranks, or 32 and 16."""
     monkeypatch.setattr(helpers, "VOCABULARY", vocabulary)
     model = llama(layers=1)
-    before, fusions = at_fusion(PRESETS["int8-plain"])
+    before, fusions = at_fusion(PIPELINES["int8-plain"])
     run_pipeline(model, before)
     model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim=str(HEAD_DIM), max_position="64")
     return run_ranks(model, fusions, count)[0]
@@ -134,7 +135,7 @@ def test_heads_of_an_odd_size_have_a_float16_cache() -> None:
 
     def lowered(kv_cache: str) -> str:
         model = llama(layers=1)
-        run_pipeline(model, PRESETS["int8"])
+        run_pipeline(model, PIPELINES["int8"])
         model.metadata_props.update(num_layers="1", num_kv_heads="2", head_dim="5", max_position="64")
         return lower(model, calls_before_fusion=0, kv_cache=kv_cache).program.kv.dtype
 

@@ -18,9 +18,10 @@ from belle_compile.compiler.backends.tvm.tuning.search import search
 from belle_compile.compiler.backends.tvm.tuning.table import Shape
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.families import build_graph
-from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.runtime.executors import cpu
 from tests.parity.variants import VARIANTS
+from tests.pipelines import PIPELINES
 
 Cost = Callable[[LinearTiling, int], float]
 
@@ -102,7 +103,7 @@ def test_a_build_searches_the_model_for_this_host_when_asked_to(
 
     def compiled_graph(tune: Callable[[int, int], None] | None = None) -> Payload:
         model = build_graph(open_checkpoint(checkpoint))
-        run_pipeline(model, PRESETS["int8"])
+        run_pipeline(model, PIPELINES["int8"])
         target = targets.parse("cpu").carrying(("avx2",))
         (payload,) = TvmBackend().compile([model], target, CompileOptions(unfused_calls=1, tune=tune))
         return payload

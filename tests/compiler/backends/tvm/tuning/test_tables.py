@@ -20,10 +20,11 @@ from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, Tilin
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
-from belle_compile.passes.pipeline import PRESETS, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.runtime.host import PROCESSORS
 from tests.compiler.backends.tvm.test_linear import floating, quantized
 from tests.parity.variants import VARIANTS
+from tests.pipelines import PIPELINES
 
 SMALL = Entry(
     Shape(64, 128), LinearTiling(((1, Walk(1, 1, 256, temporal=False)), (None, Walk(1, 2, unroll=2)))), {1: (2.5, 3.0)}
@@ -78,7 +79,7 @@ def test_a_build_carries_a_library_for_a_processor_whose_table_differs(
     monkeypatch.setattr(tuning_table.read_table, "__defaults__", ("", tmp_path))
     monkeypatch.setattr(tuning_table.processors, "__defaults__", (tmp_path,))
     model = build_graph(open_checkpoint(checkpoint))
-    run_pipeline(model, PRESETS["int8"])
+    run_pipeline(model, PIPELINES["int8"])
     (payload,) = TvmBackend().compile([model], targets.parse("cpu").carrying(("avx2",)), CompileOptions())
     kernels = {name: content for name, content in payload.files.items() if name.endswith(".so")}
     assert sorted(kernels) == ["kernels-avx2-znver4.so", "kernels-avx2.so"], "znver5's is the common one"
