@@ -1,4 +1,4 @@
-"""`python -m belle_compile.compiler`: the same as `belle-compile`."""
+"""`python -m belle_compile.compiler` is `belle-compile`."""
 
 from belle_compile.compiler.cli import main
 

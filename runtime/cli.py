@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from belle_compile import __version__
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.launcher import Launcher
@@ -35,6 +36,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="belle-run")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--temperature", type=float, help="0 takes the most likely token.")

@@ -8,7 +8,7 @@ from typing import Any
 from belle_compile.compiler.report import figures
 from belle_compile.compiler.report.data import Arena, Damage, Drift, Effects, Memory, Report, Stage
 from belle_compile.compiler.report.figures import Bar, number, percent, phrase, words
-from belle_compile.compiler.terminal import tiling_rows
+from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.compiler.units import size
 from belle_compile.runtime.artifact import Manifest, PassRecord
 

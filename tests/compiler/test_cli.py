@@ -8,16 +8,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 
-from belle_compile.compiler import cli
+import belle_compile
+from belle_compile.compiler import cli, driver, requests
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.gate import Gate
+from belle_compile.compiler.requests import SelectOptions
+from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS
 from belle_compile.runtime import host
 from tests.compiler.engines import write_engine
 from tests.parity.variants import VARIANTS
-from tests.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +33,7 @@ def engine(tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of the command in this process."""
+    """Run the command in this process; return its exit status, stdout and stderr."""
     with pytest.raises(SystemExit) as end:
         cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
@@ -36,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one sentence a failing command says."""
+    """Run a command that fails; return the one sentence that it prints."""
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "")
     assert err.startswith("belle-compile: ") and err.endswith(".\n") and err.count("\n") == 1
@@ -52,7 +57,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version")[1].startswith("belle-compile, version 0.1")
+    assert run(capsys, "--version")[1] == f"belle-compile, version {belle_compile.__version__}\n"
 
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,10 +65,9 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0][:3] == ["device", "builds", "backends"] and lines[1][:3] == ["cpu", "now", "tvm"]
     assert ["t4", "not", "yet", "-", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:12] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
-    by_device = {device["name"]: device["backends"] for device in found["targets"] if device["builds"]}
-    assert by_device.pop("cpu")[0] == "tvm", "the default comes first"
-    assert set(by_device) == {"a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx4090"}
-    assert all(names[0] == "triton" for names in by_device.values())
+    assert {device["name"]: device["backends"] for device in found["targets"] if device["builds"]} == {
+        "cpu": ["tvm"], **dict.fromkeys(("a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx4090"), ["triton"]),
+    }  # fmt: skip
     assert found["aliases"] == {"a100": "a100-40g"}
 
 
@@ -217,10 +221,53 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == []
 
 
-def test_quantizations_are_the_presets() -> None:
-    quant = next(parameter for parameter in cli.cli.commands["build"].params if parameter.name == "quant")
+@pytest.mark.parametrize("command", ["build", "plan", "sensitivity"])
+def test_quantizations_are_the_presets(command: str) -> None:
+    quant = next(parameter for parameter in cli.cli.commands[command].params if parameter.name == "quantization")
     assert isinstance(quant.type, click.Choice)
-    assert tuple(quant.type.choices) == tuple(PIPELINES)
+    expected = [name for name, preset in PRESETS.items() if command != "sensitivity" or preset.recipe.quantizes]
+    assert list(quant.type.choices) == expected and quant.default == DEFAULT_PRESET
+
+
+def test_help_of_build_names_every_preset_and_method(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(run(capsys, "build", "--help")[1].replace("-\n", "-").split())
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.summary}." in text
+    for name, method in METHODS.items():
+        assert f"{name} ({method.summary})" in text
+
+
+def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[driver.BuildRequest] = []
+
+    def build(request: driver.BuildRequest) -> None:
+        seen.append(replace(request, on_progress=print))
+        raise CompileError("test", "seen")
+
+    monkeypatch.setattr(driver, "build", build)
+    fail(capsys, "build", "model", "-o", "engine")
+    assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print)
+    fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--isa", "avx2")
+    other = driver.BuildRequest(
+        Path("model"), Path("engine"), methods=("rotate", "gptq"), gate=Gate(min_top1=0.9), isas=("avx2",), on_progress=print
+    )
+    assert seen.pop() == other
+    fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
+    assert (seen[0].gate, seen[0].methods) == (None, ())
+
+
+def test_defaults_of_calibrate_set_are_those_of_its_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selections: list[SelectOptions] = []
+
+    def write_set(source: Path, output: Path, options: SelectOptions, **others: object) -> None:
+        selections.append(options)
+        raise CompileError("test", "seen")
+
+    monkeypatch.setattr(requests, "write_set", write_set)
+    fail(capsys, "calibrate-set", "file", "-o", "set")
+    assert selections == [SelectOptions()]
 
 
 OPTIONS = {

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
-from belle_compile.compiler import inspection, terminal
+from belle_compile.compiler import inspection
 from belle_compile.compiler.backends import CompileOptions, Payload
 from belle_compile.compiler.backends.tvm import TvmBackend
 from belle_compile.compiler.backends.tvm.isa import AVX2
 from belle_compile.compiler.backends.tvm.library import compile_library
+from belle_compile.compiler.cli.rows import engine_rows
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
@@ -169,7 +170,7 @@ def test_tuning_is_recorded_where_it_was_asked_for(llama: Path, tmp_path: Path) 
     assert record.options == TUNED.to_plain()
     assert manifest.toolchain["kernel tilings"] == "avx2: measured"
     assert ("tune", 1, 1) in heard
-    rows = dict(terminal.engine_rows(inspection.inspect(tmp_path / "tuned")))
+    rows = dict(engine_rows(inspection.inspect(tmp_path / "tuned")))
     assert rows["tuned 96x64, 1 row"] == "2x2, prefetch 2048: 1 row 9 us (-10%)"
     assert rows["tuned 96x64, 2 rows or more"] == "2x2"
 
@@ -207,7 +208,7 @@ def test_the_report_is_a_file_of_the_engine(llama: Path, tmp_path: Path) -> None
     assert "rank0/weights.safetensors" in page.text("built") and "config.json SHA-256" in page.text("built")
     assert "share an arena of" in page.text("memory") and "bfloat16" in page.text("memory")
     assert "built without --calibration" in page.text("accuracy")
-    assert dict(terminal.engine_rows(inspection.inspect(out)))["report"] == f"{out}/report.html"
+    assert dict(engine_rows(inspection.inspect(out)))["report"] == f"{out}/report.html"
 
 
 def test_drift_can_be_left_out(llama: Path, tmp_path: Path) -> None:

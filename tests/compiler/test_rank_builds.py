@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from belle_compile.compiler import inspection, terminal
+from belle_compile.compiler import inspection
+from belle_compile.compiler.cli.rows import engine_rows
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.passes.quantization import weights
@@ -66,7 +67,7 @@ def test_memory_is_that_of_the_rank_that_needs_most(checkpoint: Path, tmp_path: 
     out = build(BuildRequest(checkpoint, tmp_path / "two", quantization="none", target="cpux2"))
     two = inspection.inspect(out)
     assert 0 < two["target"]["requires"]["memory_bytes"] < one.target.requires.memory_bytes
-    rows = dict(terminal.engine_rows(two))
+    rows = dict(engine_rows(two))
     assert rows["needs"].endswith("for each of 2 ranks") and "weights of rank 1" in rows
 
 

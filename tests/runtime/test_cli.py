@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import belle_compile
 from belle_compile.runtime import Engine, EngineError
 from belle_compile.runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
@@ -46,6 +47,10 @@ def test_answer_on_stdout_and_speed_on_stderr() -> None:
     result = run("hello")
     assert result.exit_code == 0 and result.stdout == ANSWER + "\n"
     assert "tokens/s, first after" in result.stderr and "drafts" not in result.stderr
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"belle-run, version {belle_compile.__version__}\n"
 
 
 @pytest.mark.usefixtures("loads")

@@ -16,10 +16,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from belle_compile.compiler import terminal
 from belle_compile.compiler.backends.tvm.isa import ISAS
 from belle_compile.compiler.backends.tvm.tuning.search import search
 from belle_compile.compiler.backends.tvm.tuning.table import TABLES, Shape, TilingTable, read_table, table_path
+from belle_compile.compiler.tables import table as as_text
+from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.runtime import host
 from belle_compile.runtime.executors.cpu import choose_isa
 
@@ -64,7 +65,7 @@ def main() -> None:
     table = joined(found, read_table(isa, processor, arguments.out))
     arguments.out.mkdir(parents=True, exist_ok=True)
     table_path(isa, processor, arguments.out).write_text(table.to_json(), encoding="utf-8")
-    print(terminal.table(terminal.tiling_rows(found.to_plain()["entries"])))
+    print(as_text(tiling_rows(found.to_plain()["entries"])))
 
 
 def joined(found: TilingTable, before: TilingTable) -> TilingTable:

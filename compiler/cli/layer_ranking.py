@@ -1,4 +1,4 @@
-"""How `belle-compile sensitivity` shows layers: rows, JSON, a plot."""
+"""The ranking of `sensitivity` as rows of text, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 Layer = Mapping[str, Any]
 
-_PLOT = jinja2.Environment(autoescape=True).from_string(
-    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {{ 18 * layers|length + 40 }}"
+_PLOT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {{ 18 * layers|length + 40 }}"
  font-family="sans-serif" font-size="11">
 <rect width="100%" height="100%" fill="white"/>
 <text x="8" y="18" font-size="13">{{ title }}</text>
@@ -22,16 +19,15 @@ _PLOT = jinja2.Environment(autoescape=True).from_string(
 <text x="{{ "%.1f"|format(300 + layer.width) }}" y="{{ 18 * loop.index + 25 }}">{{ layer.value }}</text>
 {% endfor %}</svg>
 """
-)
 
 
 def to_plain(layer: Any) -> dict[str, Any]:
-    """A `LayerDamage` for JSON."""
+    """A `LayerDamage` as an object for JSON, with six significant digits."""
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in asdict(layer).items()}
 
 
 def rows(layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """A line for each."""
+    """A row for each layer: its name, and its damage in words."""
     return [(str(layer["name"]), ", ".join(_parts(layer))) for layer in layers]
 
 
@@ -41,23 +37,26 @@ def _parts(layer: Layer) -> list[str]:
 
 
 def write_json(layers: Sequence[Layer], path: Path) -> None:
-    """All layers, most damaging first."""
+    """Write the layers in their order."""
     path.write_text(json.dumps({"layers": list(layers)}, indent=1) + "\n", encoding="utf-8")
 
 
-def plot(layers: Sequence[Layer], path: Path, most: int = 60) -> None:
-    """Bars of the `most` damaging layers, as SVG."""
+def write_plot(layers: Sequence[Layer], path: Path, most: int = 60) -> None:
+    """Draw the damage of the first `most` layers as bars, in an SVG file."""
+    import jinja2
+
     measure = "kl" if layers and layers[0]["kl"] is not None else "output_error"
     greatest = max((layer[measure] for layer in layers), default=0) or 1
     bars = [
         {"name": layer["name"], "width": 340 * layer[measure] / greatest, "value": f"{layer[measure]:.2e}"}
         for layer in layers[:most]
     ]
-    said = (
+    title = (
         "KL divergence of the predictions, layer alone in INT8" if measure == "kl" else "relative error of the layer's outputs"
     )
-    shown = f", {most} of {len(layers)} layers" if len(layers) > most else ""
-    path.write_text(_PLOT.render(layers=bars, title=said + shown), encoding="utf-8")
+    title += f", {most} of {len(layers)} layers" if len(layers) > most else ""
+    svg = jinja2.Environment(autoescape=True).from_string(_PLOT).render(layers=bars, title=title)
+    path.write_text(svg, encoding="utf-8")
 
 
-WRITERS: Mapping[str, Callable[[Sequence[Layer], Path], None]] = {".json": write_json, ".svg": plot}
+WRITERS: Mapping[str, Callable[[Sequence[Layer], Path], None]] = {".json": write_json, ".svg": write_plot}

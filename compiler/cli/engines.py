@@ -1,0 +1,80 @@
+"""`inspect`, `verify` and `targets`: what there is, and what can be built for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from belle_compile.compiler.cli import options, terminal
+from belle_compile.compiler.cli.rows import device_rows, engine_rows, kernel_rows
+from belle_compile.compiler.units import size
+
+
+@click.command(short_help="Show what an engine is and what it needs.")
+@options.engine
+@click.option("--kernels", "only_kernels", is_flag=True, help="Show every kernel of an engine for GPUs, and nothing else.")
+@options.as_json
+def inspect(engine: Path, only_kernels: bool, as_json: bool) -> None:
+    """Show what ENGINE is and what it needs, from its manifest; no weights are read.
+
+    \b
+    Examples:
+      belle-compile inspect artifacts/belle-7b-cpu
+      belle-compile inspect artifacts/belle-7b-a100 --kernels
+      belle-compile inspect artifacts/belle-7b-cpu --json | jq .kernel_calls
+    """
+    from belle_compile.compiler import inspection
+
+    inspected = inspection.inspect(engine)
+    if only_kernels:
+        kernels = inspected.get("kernels", {})
+        rows = kernel_rows(kernels, each=True) or [("kernels", "one library, for CPUs")]
+        terminal.show({"kernels": kernels}, rows, as_json)
+    else:
+        terminal.show(inspected, engine_rows(inspected), as_json)
+
+
+@click.command(short_help="Check an engine's digests and this host.")
+@options.engine
+@options.as_json
+def verify(engine: Path, as_json: bool) -> None:
+    """Check every digest of ENGINE, and that this host can run it.
+
+    \b
+    Examples:
+      belle-compile verify artifacts/belle-7b-cpu
+      belle-compile verify artifacts/belle-7b-cpu --json
+    """
+    from belle_compile.compiler import inspection
+
+    with terminal.progress_bars() as progress:
+        verified = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
+    content = f"{verified['files']} files, {size(verified['bytes'])}: all digests match"
+    terminal.show(verified, [("engine", str(engine)), ("content", content), ("kernels here", verified["isa"])], as_json)
+
+
+@click.command(short_help="List the devices that engines are built for.")
+@options.as_json
+def targets(as_json: bool) -> None:
+    """List the devices that --target names, which of them can be built for, and the backends that do.
+
+    \b
+    DEVICE is one of the ranks of an engine; DEVICExN is N of them ("cpux2"). A file NAME.toml describes one of your own:
+      device = "cpu"
+      ranks = 2              # all keys but the device may be left out
+      memory_gib = 16.0      # of each rank; a build that needs more says how many ranks it takes
+      isas = ["avx512vnni"]  # others: max_ranks, memory_bandwidth_gb, link_bandwidth_gb (GB/s), link_latency_us
+
+    \b
+    Examples:
+      belle-compile targets
+      belle-compile targets --json
+      belle-compile build /models/BELLE-7B-2M --target cpux4 -o artifacts/belle-7b-cpux4
+      belle-compile build /models/BELLE-7B-2M --target server.toml -o artifacts/belle-7b
+    """
+    from belle_compile.compiler.devices import ALIASES
+    from belle_compile.compiler.targets import listing
+
+    devices = listing()
+    terminal.show({"targets": devices, "aliases": dict(ALIASES)}, device_rows(devices, ALIASES), as_json)

@@ -1,0 +1,132 @@
+"""Options that several commands have, and options whose values become one record."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
+from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.gate import Gate
+
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+PATH = click.Path(path_type=Path)
+
+checkpoint = click.argument("checkpoint", type=PATH)
+engine = click.argument("engine", type=PATH)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+raw_requests = click.option(
+    "--raw-requests", is_flag=True, help="Take the texts of the requests as they are, without the prompt template."
+)
+
+
+def together(*options: Decorator) -> Decorator:
+    """One decorator for several options, which the help shows in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
+    """Options whose values reach the command as one argument: `make`, called with them by the names of its parameters."""
+    names = tuple(inspect.signature(make).parameters)
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_record(**values: Any) -> None:
+            record = make(**{name: values.pop(name) for name in names})
+            command(**values, **{parameter: record})
+
+        return together(*options)(with_record)
+
+    return decorate
+
+
+def output(what: str) -> Decorator:
+    """Where a directory of this kind ("engine") is made, and whether one that exists is replaced."""
+    return together(
+        click.option("-o", "--output", required=True, type=PATH, help=f"The {what} directory to make."),
+        click.option("--force", is_flag=True, help=f"Replace the {what} at OUTPUT, once the new one is complete."),
+    )
+
+
+def target(*, required: bool = False) -> Decorator:
+    """The device and the number of ranks."""
+    default: dict[str, Any] = {"required": True} if required else {"default": "cpu", "show_default": True}
+    help = "The device and how many ranks of it: cpu, cpux2 for two ranks, or a .toml file; see `belle-compile targets`."
+    return click.option("--target", metavar="NAME|FILE", help=help, **default)
+
+
+def preset(presets: Iterable[Preset] = PRESETS.values(), *, help: str = "") -> Decorator:
+    """The name of a preset, passed as `quantization`; the help describes each preset where the command gives no sentence."""
+    known = {one.name: one.summary for one in presets}
+    return click.option(
+        "--quant", "quantization", type=click.Choice(list(known)), default=DEFAULT_PRESET, show_default=True,
+        help=help or _sentences(known),
+    )  # fmt: skip
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Split names at commas; "none" and "" are no names. The build checks that the methods exist."""
+    return None if value is None else tuple(name for name in value.split(",") if name not in ("", "none"))
+
+
+methods = click.option(
+    "--methods", callback=_names, metavar="NAMES",
+    help="Methods in place of the preset's own, with commas between them: "
+    + ", ".join(f"{method.name} ({method.summary})" for method in METHODS.values())
+    + "; or none.",
+)  # fmt: skip
+
+
+def kv_cache(*, help: str = "") -> Decorator:
+    """The type of the KV cache; the help describes the types where the command gives no sentence."""
+    summaries = {AUTO: AUTO_SUMMARY} | {kind.name: kind.summary for kind in KV_TYPES.values() if kind.summary}
+    return click.option(
+        "--kv-cache", type=click.Choice(KV_CHOICES), default=AUTO, show_default=True,
+        help=help or f"Type of the KV cache. {_sentences(summaries)}",
+    )  # fmt: skip
+
+
+def _sentences(summaries: dict[str, str]) -> str:
+    return " ".join(f"{name}: {summary}." for name, summary in summaries.items())
+
+
+def _gate(max_ppl_ratio: float, min_top1: float, min_accuracy_kept: float, no_gate: bool) -> Gate | None:
+    from belle_compile.compiler.gate import Gate
+
+    return None if no_gate else Gate(max_ppl_ratio, min_top1, min_accuracy_kept)
+
+
+gate = collected(
+    "gate",
+    _gate,
+    click.option(
+        "--max-ppl-ratio", type=click.FloatRange(min=0), default=1.01, show_default=True, metavar="RATIO",
+        help="The gate fails if the engine's perplexity on the held-out requests is more than this times the unquantized "
+        "model's.",
+    ),
+    click.option(
+        "--min-top1", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="SHARE",
+        help="The gate fails if both predict the same next token after less than this share of the tokens.",
+    ),
+    click.option(
+        "--min-accuracy-kept", type=click.FloatRange(min=0), default=0.98, show_default=True, metavar="SHARE",
+        help="The gate fails if the engine keeps less than this share of the accuracy on expected answers, where requests have "
+        "them.",
+    ),
+    click.option("--no-gate", is_flag=True, help="Do not run the engine on the held-out requests."),
+)  # fmt: skip

@@ -1,0 +1,153 @@
+"""The results of commands as rows of text: each function takes what a command prints with --json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from belle_compile.compiler.tables import columns
+from belle_compile.compiler.tilings import tiling_rows
+from belle_compile.compiler.units import size
+
+Rows = list[tuple[str, str]]
+
+
+def engine_rows(engine: dict[str, Any]) -> Rows:
+    """The rows of `inspect`, for the result of `compiler.inspection.inspect`."""
+    model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
+    each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
+    calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
+    host = f"{requires['arch'] or 'a GPU'} with one of {', '.join(requires['isa'])}"
+    rows = [
+        ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
+        ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
+        ("dimensions", ", ".join(f"{name} {value}" for name, value in model["dimensions"].items())),
+        ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
+        ("needs", f"{host}; {size(requires['memory_bytes'])} of memory{each}"),
+        ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
+        ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
+        ("prompt template", template["name"]),
+        ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
+        ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
+    ]
+    rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
+    rows += kernel_rows(engine.get("kernels", {}))
+    rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
+    if each:
+        weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]
+        rows += [(f"weights of rank {rank}", size(count)) for rank, count in enumerate(weights)]
+    for record in engine["passes"]:
+        rows += _pass_rows(record)
+    return rows + [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
+
+
+def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:
+    """What machine code needs of a GPU, for each kind of kernel or for `each` kernel.
+
+    Registers are those of a thread, shared memory that of a block; local memory is the bytes of registers that spilled and of
+    arrays of a thread.
+    """
+    groups: dict[str, list[Any]] = {}
+    for name, launch in kernels.items():
+        groups.setdefault(name if each else launch["kind"], []).append(launch)
+    rows = []
+    for name, launches in groups.items():
+        registers, local = [launch["registers"] for launch in launches], max(launch["local"] for launch in launches)
+        cores = sorted({core for launch in launches for core in launch["tensor_cores"]})
+        count = [] if each else [f"{len(launches)} kernels"]
+        used = f"{min(registers)}" if len(set(registers)) == 1 else f"{min(registers)} to {max(registers)}"
+        shared = max(launch["shared"] for launch in launches)
+        facts = [f"{used} registers", f"{size(shared)} shared", f"{size(local)} local"]
+        rows.append((f"kernel {name}", ", ".join([*count, *facts, *cores])))
+    return rows
+
+
+def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> Rows:
+    """The rows of `targets`: a table whose first column is the device's name. Of several backends the default is the first. A
+    dash stands for none, and for what depends on the host."""
+    lines = [("builds", "backends", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")]
+    for device in devices:
+        figures = (device["memory_bandwidth"] / 1e9, device["link_bandwidth"] / 1e9, device["link_latency"] * 1e6)
+        lines.append((
+            "now" if device["builds"] else "not yet", ", ".join(device["backends"]) or "-",
+            f"{device['memory'] / 2**30:.0f} GiB" if device["memory"] else "-",
+            *(f"{figure:.0f}" if figure else "-" for figure in figures), f"1-{device['max_ranks']}",
+            device["compute_capability"] or "-", device["description"],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rows = list(zip(["device", *(device["name"] for device in devices)], texts, strict=True))
+    return rows + [(alias, f"the same as {name}") for alias, name in aliases.items()]
+
+
+def set_rows(made: dict[str, Any]) -> Rows:
+    """The rows of `calibrate-set`, for the result of `compiler.requests.write_set` with the set's path."""
+    source, coverage = made["source"], made["coverage"]
+    requests, length, tokens = coverage["requests"], coverage["length"], coverage["tokens"]
+    kept, unit = length["calibration"], length["unit"]
+    rows = [
+        ("set", made["set"]),
+        ("from", f"{source['name']}: {requests['read']:,} requests, {size(source['bytes'])}"),
+        *((f"dropped: {reason}", f"{count:,}") for reason, count in made["dropped"].items() if count),
+        ("kept", f"{requests['kept']:,} in {coverage['strata']['kept']:,} strata of length and labels"),
+        ("calibration", f"{requests['calibration']:,} of {coverage['asked_for']['calibration']:,} asked for"),
+        ("held out", f"{requests['holdout']:,} of {coverage['asked_for']['holdout']:,} asked for"),
+        ("length", f"{kept['least']:,} to {kept['greatest']:,} {unit}, median {kept['median']:,}"),
+        (
+            "coverage",
+            f"{100 * tokens['calibration']['distinct_share']:.1f}% of {tokens['distinct']:,} {unit}, "
+            f"{100 * tokens['calibration']['occurrence_share']:.1f}% of their {tokens['occurrences']:,} occurrences",
+        ),
+    ]
+    if made["redacted"] is not None:
+        rows.append(("redacted", ", ".join(f"{count:,} {kind}" for kind, count in made["redacted"].items())))
+    return [*rows, ("digest", made["digest"]), ("report", f"{made['set']}/coverage.html")]
+
+
+_PLAN_HEADER = (
+    "ranks", "weights", "KV cache", "activations", "needed", "fits", "ms a token", "tokens/s", "memory", "arithmetic", "calls",
+    "sums", "first token, ms",
+)  # fmt: skip
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The text of `plan`, for the result of `compiler.plan.table.plan`: what is planned, a line for each number of ranks, and
+    why the model cannot have the others. A dash stands for a time that is not predicted."""
+    memory = plan["device"]["memory"]
+    device = plan["device"]["description"] + (f" with {size(memory)} of memory each" if memory else "")
+    head = [
+        f"{plan['model']}, {plan['quantization']}, on {device}",
+        f"batch {plan['batch']}, context {plan['context']} tokens; rates {plan['rates'] or 'not known'}",
+        "",
+    ]
+    lines = [_plan_line(line) for line in plan["plan"] if "refused" not in line]
+    notes = [f"{line['ranks']} ranks: {line['refused']}" for line in plan["plan"] if "refused" in line]
+    return "\n".join([*head, columns([_PLAN_HEADER, *lines]), *notes])
+
+
+def _plan_line(line: dict[str, Any]) -> tuple[str, ...]:
+    sizes = [size(line[f"{part}_bytes"]) for part in ("weight", "kv", "workspace", "needed")]
+    fits = {True: "yes", False: "no", None: "-"}[line["fits"]]
+    if line["token_s"] is None:
+        return (str(line["ranks"]), *sizes, fits, *["-"] * 7)
+    shares = [f"{100 * line[f'{part}_s'] / line['token_s']:.0f}%" for part in ("memory", "arithmetic", "calls", "sums")]
+    token, first = f"{1e3 * line['token_s']:.2f}", f"{1e3 * line['first_token_s']:,.0f}"
+    return (str(line["ranks"]), *sizes, fits, token, f"{line['tokens_per_second']:,.0f}", *shares, first)
+
+
+def _pass_rows(record: dict[str, Any]) -> Rows:
+    """What a pass did; the pass that tunes kernels has a row for each range that it measured."""
+    if record["name"] == "tune-kernels" and record["options"].get("entries"):
+        return tiling_rows(record["options"]["entries"])
+    options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items() if value not in ([], {}))
+    line = f"{record['changes']} changes" + (f" ({options})" if options else "")
+    first, count = next(iter(record["refusals"]), ""), len(record["refusals"])
+    line += f"; {count} {'notes, the first' if count > 1 else 'note'}: {first}" if count else ""
+    return [(f"pass {record['name']}", line)]
+
+
+def _phrase(value: Any) -> str:
+    """A JSON value in words."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_phrase(item)}" for name, item in value.items())
+    return ", ".join(map(_phrase, value)) if isinstance(value, list) else str(value)
