@@ -20,6 +20,7 @@ _WHAT = options.together(
     options.preset(),
     options.methods,
     options.kv_cache(),
+    options.backend("the first that `belle-compile targets` lists for the device"),
     click.option("--isa", "isas", multiple=True, metavar="NAME", help="Compile for this instruction set only; repeatable."),
     click.option(
         "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
@@ -72,6 +73,7 @@ def build(checkpoint: Path, gate: Gate | None, as_json: bool, **request: Any) ->
       belle-compile build model.gguf --target cpu -o artifacts/model --force
       belle-compile build /models/BELLE-7B-2M --calibration requests.jsonl.zst -o artifacts/belle-7b-cpu
       belle-compile build model.gguf --tune -o artifacts/model-tuned
+      belle-compile build /models/BELLE-7B-2M --target a100x4 --backend triton -o artifacts/belle-7b-a100x4
       belle-compile build /models/my-llama --template belle-llama -o artifacts/my-llama --dump-ir /tmp/ir
     """
     from belle_compile.compiler import driver, inspection
@@ -87,6 +89,7 @@ def build(checkpoint: Path, gate: Gate | None, as_json: bool, **request: Any) ->
 @click.command(short_help="Make an engine for another number of ranks.")
 @options.engine
 @options.target(required=True)
+@options.backend("the engine's, or the device's where that one does not serve it")
 @options.output("engine")
 @options.as_json
 def repartition(engine: Path, as_json: bool, **request: Any) -> None:

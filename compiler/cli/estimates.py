@@ -88,6 +88,7 @@ def _load(batch: int, context: int) -> Load:
 @options.target()
 @options.preset(help="The preset, as for build.")
 @options.kv_cache(help="Type of the KV cache, as for build.")
+@options.backend("the device's, as for build")
 @options.collected(
     "load",
     _load,
@@ -95,7 +96,9 @@ def _load(batch: int, context: int) -> Load:
     click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average."),
 )
 @options.as_json
-def plan(checkpoint: Path, target: str, quantization: str, kv_cache: str, load: Load, as_json: bool) -> None:
+def plan(
+    checkpoint: Path, target: str, quantization: str, kv_cache: str, backend: str | None, load: Load, as_json: bool
+) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
 
     CHECKPOINT is what build takes, or a config.json alone: no weight is read. A step is what has to be read, computed and
@@ -109,5 +112,5 @@ def plan(checkpoint: Path, target: str, quantization: str, kv_cache: str, load: 
     """
     from belle_compile.compiler.plan import table
 
-    predicted = table.plan(checkpoint, target, quantization, load, kv_cache)
+    predicted = table.plan(checkpoint, target, quantization, load, kv_cache, backend)
     click.echo(json.dumps(predicted, indent=2, sort_keys=True) if as_json else plan_text(predicted))

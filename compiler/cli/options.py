@@ -16,6 +16,10 @@ from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Prese
 if TYPE_CHECKING:
     from belle_compile.compiler.gate import Gate
 
+    _ParamType = click.ParamType[str]
+else:
+    _ParamType = click.ParamType  # generic in newer versions of click only
+
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
 
@@ -99,6 +103,29 @@ def kv_cache(*, help: str = "") -> Decorator:
         "--kv-cache", type=click.Choice(KV_CHOICES), default=AUTO, show_default=True,
         help=help or f"Type of the KV cache. {_sentences(summaries)}",
     )  # fmt: skip
+
+
+class _BackendName(_ParamType):
+    """The name of a backend. The registry is read when a name is given or `--help` shows the choices, not at every start."""
+
+    name = "backend"
+
+    @property
+    def _choice(self) -> Any:
+        from belle_compile.compiler.backends.base import registered
+
+        return click.Choice([backend.name for backend in registered()])
+
+    def get_metavar(self, *arguments: Any, **named: Any) -> Any:
+        return self._choice.get_metavar(*arguments, **named)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._choice.convert(value, param, ctx)
+
+
+def backend(default: str) -> Decorator:
+    """What compiles, or what is planned for; `default` says in words which backend that is where none is named."""
+    return click.option("--backend", type=_BackendName(), help=f"The backend that compiles.  [default: {default}]")
 
 
 def _sentences(summaries: dict[str, str]) -> str:

@@ -15,7 +15,8 @@ import click
 import pytest
 
 import belle_compile
-from belle_compile.compiler import cli, driver, requests
+from belle_compile.compiler import cli, driver, repartition, requests
+from belle_compile.compiler.backends.base import registered
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.requests import SelectOptions
@@ -66,7 +67,7 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["t4", "not", "yet", "-", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:12] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
     assert {device["name"]: device["backends"] for device in found["targets"] if device["builds"]} == {
-        "cpu": ["tvm"], **dict.fromkeys(("a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx4090"), ["triton"]),
+        "cpu": ["tvm"], **{name: ["triton"] for name in ("a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx4090")},
     }  # fmt: skip
     assert found["aliases"] == {"a100": "a100-40g"}
 
@@ -229,6 +230,31 @@ def test_quantizations_are_the_presets(command: str) -> None:
     assert list(quant.type.choices) == expected and quant.default == DEFAULT_PRESET
 
 
+def test_backends_are_those_of_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [backend.name for backend in registered()]
+    for command in ("build", "plan", "repartition"):
+        assert f"--backend [{'|'.join(names)}]" in run(capsys, command, "--help")[1]
+    status, _, err = run(capsys, "build", "x", "-o", "y", "--backend", "tpu")
+    assert status == 2 and "'tpu' is not one of 'tvm', 'triton'" in err
+    for arguments in (["build", "x", "-o", "y"], ["plan", "x"]):
+        assert "backend: backend for cpu: found triton, expected tvm" in fail(capsys, *arguments, "--backend", "triton")
+
+
+def test_what_repartition_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[repartition.RepartitionRequest] = []
+
+    def run_instead(request: repartition.RepartitionRequest) -> None:
+        seen.append(replace(request, on_progress=print))
+        raise CompileError("test", "seen")
+
+    monkeypatch.setattr(repartition, "repartition", run_instead)
+    command = ("repartition", "engine", "--target", "cpux2", "-o", "new")
+    fail(capsys, *command)
+    assert seen.pop() == repartition.RepartitionRequest(Path("engine"), Path("new"), "cpux2", on_progress=print)
+    fail(capsys, *command, "--backend", "tvm", "--force")
+    assert (seen[0].backend, seen[0].force) == ("tvm", True)
+
+
 def test_help_of_build_names_every_preset_and_method(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(run(capsys, "build", "--help")[1].replace("-\n", "-").split())
     for name, preset in PRESETS.items():
@@ -247,11 +273,9 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     monkeypatch.setattr(driver, "build", build)
     fail(capsys, "build", "model", "-o", "engine")
     assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print)
-    fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--isa", "avx2")
-    other = driver.BuildRequest(
-        Path("model"), Path("engine"), methods=("rotate", "gptq"), gate=Gate(min_top1=0.9), isas=("avx2",), on_progress=print
-    )
-    assert seen.pop() == other
+    fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--backend", "tvm")
+    given = {"methods": ("rotate", "gptq"), "gate": Gate(min_top1=0.9), "backend": "tvm"}
+    assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print, **given)
     fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
@@ -272,17 +296,17 @@ def test_defaults_of_calibrate_set_are_those_of_its_options(
 
 OPTIONS = {
     "build": {
-        "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--isa", "--template", "--dump-ir", "--calibration",
-        "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--tune",
-        "--drift", "--force",
+        "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
+        "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
+        "--tune", "--drift", "--force",
     },
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--batch", "--context"},
-    "repartition": {"--target", "-o", "--output", "--force"},
+    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context"},
+    "repartition": {"--target", "--backend", "-o", "--output", "--force"},
     "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
 }  # fmt: skip
 
