@@ -57,25 +57,13 @@ class EngineWriter:
             file.write(content)
         self.files[path] = file.entry()
 
-    def write_tensors(
-        self, path: str, tensors: Sequence[PackedTensor], on_progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> None:
-        """Write a safetensors file, packing one tensor at a time in the order given.
-
-        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels: the
-        header is padded with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes.
-        `on_progress` is called with the bytes written so far and in all."""
-        done, total = 0, sum(map(tensor_bytes, tensors))
-        with self.tensor_file(path, tensors) as write:
-            for tensor in tensors:
-                write(tensor)
-                done += tensor_bytes(tensor)
-                on_progress(done, total)
-
     @contextmanager
     def tensor_file(self, path: str, tensors: Sequence[PackedTensor]) -> Iterator[Callable[[PackedTensor], None]]:
         """Open a safetensors file that grows beside others; yields the function that packs and writes a tensor, to be called
-        for each in order."""
+        for each in order.
+
+        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels: the
+        header is padded with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes."""
         with _File(self._directory, path) as file:
             file.write(safetensors_header(tensors)[0])
 

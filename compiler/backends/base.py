@@ -266,14 +266,9 @@ def registered() -> tuple[Backend, ...]:
     return tuple(_BACKENDS.values())
 
 
-def find(name: str) -> Backend | None:
-    """The backend of a name, None where it is not installed."""
-    return _BACKENDS.get(name)
-
-
 def get(name: str) -> Backend:
     """The backend of a name; raises CompileError where there is none."""
-    backend = find(name)
+    backend = _BACKENDS.get(name)
     if backend is None:
         raise CompileError("backend", "unknown backend", found=repr(name), expected=_names(_BACKENDS.values()))
     return backend

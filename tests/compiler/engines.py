@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from belle_compile.compiler.writer import EngineWriter
+from belle_compile.compiler.backends import Footprint, Payload
+from belle_compile.compiler.backends.base import KVCache
+from belle_compile.compiler.writer import EngineWriter, write_ranks
 from belle_compile.runtime.artifact import (
     GenerationDefaults,
     KernelCalls,
@@ -66,6 +68,12 @@ def tensors() -> list[Tensor]:
     ]
 
 
+def payload(weights: Sequence[Tensor]) -> Payload:
+    footprint = Footprint(640, 0, 0, KVCache("float32", 64, 16, 64))
+    files = {"program.json": b"{}", "kernels-avx2.so": b"\x7fELF"}
+    return Payload(files, [weights], footprint, KernelCalls(70, 30))
+
+
 def nothing() -> None:
     pass
 
@@ -75,7 +83,5 @@ def write_engine(out: Path, *, force: bool = False, before: Callable[[], None] =
     first, last = tensors()
     with EngineWriter(out, force=force) as writer:
         writer.write("tokenizer.json", tokenizer)
-        writer.write("rank0/program.json", b"{}")
-        writer.write("rank0/kernels-avx2.so", b"\x7fELF")
-        writer.write_tensors("rank0/weights.safetensors", [first, Tensor(last.name, last.array, before)])
+        write_ranks(writer, [payload([first, Tensor(last.name, last.array, before)])])
         return writer.finish(MANIFEST)

@@ -26,10 +26,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.writer import EngineWriter
+from belle_compile.compiler.writer import EngineWriter, write_ranks
 from belle_compile.runtime.artifact import read_manifest, verify_files
 from belle_compile.runtime.errors import EngineError
-from tests.compiler.engines import MANIFEST, Tensor, tensors, write_engine
+from tests.compiler.engines import MANIFEST, Tensor, payload, tensors, write_engine
 
 ROOT = Path(__file__).parents[2]
 USAGE = namedtuple("USAGE", "total used free")
@@ -103,7 +103,7 @@ def test_tensors_are_packed_one_at_a_time_and_progress_is_told(tmp_path: Path) -
     events: list[str] = []
     both = [Tensor(t.name, t.array, partial(events.append, t.name)) for t in tensors()]
     with EngineWriter(tmp_path / "engine") as writer:
-        writer.write_tensors("w.safetensors", both, lambda done, total: events.append(f"{done}/{total}"))
+        write_ranks(writer, [payload(both)], lambda done, total: events.append(f"{done}/{total}"))
     assert events == ["layer.weight", "512/640", "layer.weight.scale", "640/640"]
 
 
@@ -115,7 +115,7 @@ def test_a_tensor_unlike_its_announcement_is_a_bug_and_leaves_nothing(tmp_path: 
 
     with pytest.raises(AssertionError, match=r"w was announced as int8\[2, 64\] and packed as int8\[64, 2\]"):
         with EngineWriter(tmp_path / "engine") as writer:
-            writer.write_tensors("w.safetensors", [Wrong("w", np.zeros((2, 64), np.int8))])
+            write_ranks(writer, [payload([Wrong("w", np.zeros((2, 64), np.int8))])])
     assert entries(tmp_path) == []
 
 
@@ -256,7 +256,7 @@ def test_disk_full_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CompileError, match=message):
         with EngineWriter(tmp_path / "engine", needed=640) as writer:
             monkeypatch.setattr(os, "write", full)
-            writer.write_tensors("w.safetensors", tensors())
+            write_ranks(writer, [payload(tensors())])
     assert entries(tmp_path) == []
 
 
