@@ -17,6 +17,7 @@ from belle_compile.compiler.backends.base import PackedTensor, Payload, tensor_b
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.ir.lazy import wholes_kept
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
+from belle_compile.runtime.executors import executor_of
 from belle_compile.runtime.program import ALIGNMENT
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -94,7 +95,7 @@ class EngineWriter:
         complete = self._complete(manifest)
         (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
-        read_manifest(self._directory.path)  # what the runtime would refuse is refused here
+        executor_of(read_manifest(self._directory.path))  # what the runtime would refuse is refused here
         self._directory.commit()
         return self._directory.out
 

@@ -56,7 +56,7 @@ def test_blocks_of_the_kv_cache_are_whole() -> None:
 
 
 def test_no_file_outside_of_backends_asks_what_kind_of_device_it_has() -> None:
-    allowed = {"compiler/devices.py", "compiler/cli/rows.py"}  # who describe devices
+    allowed = {"compiler/devices.py", "compiler/cli/rows.py"}  # which describe devices
     paths = [path.relative_to(ROOT) for package in ("compiler", "passes", "runtime") for path in (ROOT / package).rglob("*.py")]
     asking = [
         str(path)
