@@ -1,20 +1,28 @@
-"""What every backend's kernels are: frozen descriptions of shapes, with names and pointers."""
+"""What a kernel of any program backend is: a frozen description of shapes with a name, pointers and workspaces."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 ROW_ALIGNMENT = 64  # activation rows start at multiples of 64 elements
 
+Pointer = tuple[str, str]  # name and dtype of an argument
+Pointers = tuple[Pointer, ...]
+
 _Self = TypeVar("_Self", bound="Kernel")
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple not below `value`."""
+    """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def optional(present: object, name: str, dtype: str = "float32") -> Pointers:
+    """A pointer that a kernel has only if `present` is true."""
+    return ((name, dtype),) if present else ()
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class View:
 
     @classmethod
     def of_width(cls, width: int) -> View:
-        """A buffer of its own for rows of `width` elements."""
+        """The view of a buffer that holds nothing but rows of `width` elements."""
         return cls(round_up(width, ROW_ALIGNMENT))
 
     def row(self, row: Any) -> Any:
@@ -39,8 +47,8 @@ class View:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory that a kernel needs beside its operands. What is not `zeroed` holds anything before and after; what is holds zeros
-    before each call, and the kernel leaves it so."""
+    """Memory that a kernel needs beside its operands. If `zeroed`, it holds zeros before each call and the kernel leaves zeros
+    behind; otherwise its content is arbitrary before and after."""
 
     bytes: int
     zeroed: bool
@@ -48,10 +56,15 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """Kernels with equal fields are one function of the engine; its name spells the fields out, but for those marked
-    `named: False`, which say how to compute and differ from one instruction set to another."""
+    """The description of one function of an engine. Kernels with equal fields are the same function.
+
+    The name spells out the fields, except those marked `named: False`: these choose how the kernel computes, not what, and
+    may differ from one instruction set to another.
+    """
 
     kind: ClassVar[str]
+    initials: ClassVar[Mapping[str, str]] = {}  # of fields whose place in the name is not marked by their words' first letters
+    byte: ClassVar[str]  # dtype in which the backend stores 8-bit activations
 
     @property
     def name(self) -> str:
@@ -59,21 +72,21 @@ class Kernel(ABC):
         parts = [self.kind]
         for field in fields(self):
             value = getattr(self, field.name)
-            short = "".join(word[0] for word in field.name.split("_"))
+            short = self.initials.get(field.name) or "".join(word[0] for word in field.name.split("_"))
             if value is None or value is False or not field.metadata.get("named", True):
                 continue
             parts.append(short if value is True else f"{short}{value}")
         return "_".join(parts).replace(".", "p").replace("-", "m").replace("+", "")
 
     @abstractmethod
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        """(name, dtype) of every argument in order, workspaces last; all are pointers."""
+    def pointers(self) -> Pointers:
+        """Every argument in order, workspaces last; all are pointers."""
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        """Those of the last pointers."""
+        """The workspaces that the last pointers point to."""
         return ()
 
     def variants(self: _Self) -> Sequence[tuple[int | None, _Self]]:
-        """(largest number of rows or None for any, kernel), ascending: what computes this best for so many rows. All have the
-        same pointers."""
+        """(largest number of rows or None for any, kernel), ascending: the kernel that computes this best for so many rows. All
+        have the same pointers."""
         return ((None, self),)

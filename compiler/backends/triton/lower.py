@@ -26,7 +26,7 @@ from belle_compile.compiler.backends.triton.kernels.activation import (
     QuantizeTokens,
 )
 from belle_compile.compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
-from belle_compile.compiler.backends.triton.kernels.base import STEP
+from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
@@ -46,7 +46,7 @@ class TritonLowering(Lowering):
     """Weights are matrices whose rows are padded with zeros to 64 bytes; bytes of activations are int8."""
 
     backend = "triton"
-    byte = "int8"
+    byte = Kernel.byte
     sizes = STEP
     half = "float16"
     kernels = Kernels(

@@ -29,6 +29,5 @@ class Isa:
 AVX2 = Isa("avx2", "haswell", "maddubs")
 AVX512VNNI = Isa("avx512vnni", "cascadelake", "vnni")
 AMX = Isa("amx", "sapphirerapids", "vnni", amx=True)
-AMX_EMULATED = Isa("amx-emulated", "cascadelake", "vnni", amx=True, emulate_amx=True)
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (AVX2, AVX512VNNI, AMX)}

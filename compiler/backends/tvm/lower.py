@@ -19,7 +19,7 @@ from belle_compile.compiler.backends.tvm import packing
 from belle_compile.compiler.backends.tvm.kernels.activation import Activation
 from belle_compile.compiler.backends.tvm.kernels.append_kv import AppendKV
 from belle_compile.compiler.backends.tvm.kernels.attention import Attention
-from belle_compile.compiler.backends.tvm.kernels.base import rows_apart
+from belle_compile.compiler.backends.tvm.kernels.base import Kernel, rows_apart
 from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from belle_compile.compiler.backends.tvm.kernels.float_linear import FloatLinear
 from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
@@ -36,7 +36,7 @@ class TvmLowering(Lowering):
     """Weights in panels; bytes of activations are uint8 = int8 + 128."""
 
     backend = "tvm"
-    byte = "uint8"
+    byte = Kernel.byte
     sizes = StepSizes(tokens=512, rows=64, sequences=64)
     half = "bfloat16"
     kernels = Kernels(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import Pointers, View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import (
     begin,
@@ -116,23 +117,8 @@ def _constants(width: int, function: str, hadamard: int, planes: int, x: View, u
 
 
 @dataclass(frozen=True)
-class Activation(Kernel):
-    """out = gelu(x) (`activation` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
-
-    With `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale. With `hadamard`, blocks of so
-    many channels are transformed before.
-    """
-
-    kind: ClassVar[str] = "activation"
-    activation: str
-    width: int
-    quantize: bool
-    x: View
-    up: View | None
-    out: View
-    planes: int = 1
-    hadamard: int | None = None
-    step: bool = False
+class Activation(Kernel, kernels.Activation):
+    """A block of threads has a row; few wide rows with a scale each are split among several (`ActivateChunks`)."""
 
     function = activate_rows
 
@@ -140,12 +126,6 @@ class Activation(Kernel):
     def chunked(self) -> bool:
         """Whether few rows are worth two steps."""
         return self.quantize and not self.step and self.width > 2 * _CHUNK
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        up = (("up", "float32"),) if self.up else ()
-        out = (("xq", "int8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        step = (("step", "float32"),) if self.step else ()
-        return (("rows", "int32"), ("x", "float32"), *up, *step, *out)
 
     def start(self) -> Start:
         return _start(self.width)
@@ -184,7 +164,7 @@ class ActivateChunks(Kernel):
     def variants(self) -> Sequence[tuple[int | None, ActivateChunks]]:
         return [(_FEW, self), (None, replace(self, chunked=False))]
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
+    def pointers(self) -> Pointers:
         *most, xq, xs = self.whole.pointers()
         return (*most, ("maxima", "float32"), xq, xs)
 
@@ -217,7 +197,7 @@ class QuantizeChunks(Kernel):
     def variants(self) -> Sequence[tuple[int | None, QuantizeChunks]]:
         return [(_FEW, self), (None, replace(self, done=True))]
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
+    def pointers(self) -> Pointers:
         return (("rows", "int32"), ("x", "float32"), ("maxima", "float32"), ("xq", "int8"), ("xs", "float32"))
 
     def start(self) -> Start:
@@ -233,19 +213,10 @@ class QuantizeChunks(Kernel):
 
 
 @dataclass(frozen=True)
-class BlockHadamard(Kernel):
-    """Blocks of each row, transformed."""
-
-    kind: ClassVar[str] = "hadamard"
-    width: int
-    block: int
-    x: View
-    out: View
+class BlockHadamard(Kernel, kernels.BlockHadamard):
+    """A block of threads has a row."""
 
     function = activate_rows
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("x", "float32"), ("out", "float32"))
 
     def start(self) -> Start:
         return _start(self.width)
@@ -255,21 +226,10 @@ class BlockHadamard(Kernel):
 
 
 @dataclass(frozen=True)
-class QuantizeTokens(Kernel):
-    """Each row as integers with a scale of its own; with `step`, that is the scale."""
-
-    kind: ClassVar[str] = "quantize"
-    width: int
-    x: View
-    out: View
-    planes: int = 1
-    step: bool = False
+class QuantizeTokens(Kernel, kernels.QuantizeTokens):
+    """A block of threads has a row."""
 
     function = activate_rows
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        step = (("step", "float32"),) if self.step else ()
-        return (("rows", "int32"), ("x", "float32"), *step, ("xq", "int8"), ("xs", "float32"))
 
     def start(self) -> Start:
         return _start(self.width)

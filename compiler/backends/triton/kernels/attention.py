@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from belle_compile.compiler.backends.program.kernel import View, Workspace
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import Pointers, View, Workspace
 from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
 from belle_compile.compiler.backends.triton.kernels.cache import append, of_cache, read_tokens, tokens_of, turned
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
@@ -243,37 +244,13 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
 
 
 @dataclass(frozen=True)
-class _Attention(Kernel):
-    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    q: View
-    out: View
-    max_blocks: int
-    cache_dtype: str
-    rotary: bool
-    alibi: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.num_heads // self.num_kv_heads
+class _Attention(Kernel, kernels.Attention):
+    """What both kernels share: tiles of the context, and constants."""
 
     @property
     def tokens(self) -> int:
         """Of a tile of the context; more of another type than float16 spill registers."""
         return 64 if self.cache_dtype == "float16" else 32
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
-        slopes = (("slopes", "float32"),) if self.alibi else ()
-        return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, *slopes, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype),
-                ("out", "float32"))  # fmt: skip
 
     def constants(self) -> Mapping[str, Any]:
         half = self.head_dim // 2
@@ -335,7 +312,7 @@ class AttendAlone(_Attention):
         """Whether it computes without tensor cores."""
         return self.group == 1 and not self.products
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
+    def pointers(self) -> Pointers:
         rows, q, *others = super().pointers()
         return (rows, q, ("k", "float32"), ("v", "float32"), *others, ("parts", "float32"), ("tickets", "int32"))
 

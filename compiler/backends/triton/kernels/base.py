@@ -32,6 +32,7 @@ class Kernel(kernel.Kernel):
     """A kernel in Triton. The function's pointers are called as in `pointers`, in their order; all else is constant. The first
     thing it does is `device.begin`."""
 
+    byte = "int8"
     function: ClassVar[Any]  # what `triton.jit` made
 
     @abstractmethod

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import begin, rint
@@ -130,26 +131,10 @@ def of_cache(num_layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[
 
 
 @dataclass(frozen=True)
-class AppendKV(Kernel):
-    """k and v of every row to the slot of its position; keys are rotated first when `rotary`. In an int8 cache each head of a
-    token has a scale, absmax / 127."""
-
-    kind: ClassVar[str] = "append_kv"
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    k: View
-    v: View
-    max_blocks: int
-    cache_dtype: str
-    rotary: bool
+class AppendKV(Kernel, kernels.AppendKV):
+    """A block of threads has several heads of a token."""
 
     function = append_heads
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
-        return (("rows", "int32"), ("k", "float32"), ("v", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, ("kcache", self.cache_dtype), ("vcache", self.cache_dtype))  # fmt: skip
 
     @property
     def heads(self) -> int:

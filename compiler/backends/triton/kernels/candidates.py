@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import triton
 import triton.language as tl
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.kernel import Pointers, View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
@@ -109,7 +109,7 @@ class ChunkMaxima(_Rows):
     kind: ClassVar[str] = "chunk_maxima"
     function = chunk_maxima
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
+    def pointers(self) -> Pointers:
         return (("rows", "int32"), ("logits", "float32"), ("maxima", "float32"), ("counts", "int32"))
 
     def start(self) -> Start:
@@ -128,7 +128,7 @@ class Collect(_Rows):
     kind: ClassVar[str] = "collect"
     function = collect
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
+    def pointers(self) -> Pointers:
         found = (("counts", "int32"), ("places", "int32"), ("values", "float32"))
         return (("rows", "int32"), ("wanted", "int32"), ("logits", "float32"), ("maxima", "float32"), *found)
 

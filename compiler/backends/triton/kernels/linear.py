@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from belle_compile.compiler.backends.program.kernel import View, Workspace, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import Pointers, Workspace, round_up
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 from belle_compile.compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
@@ -279,20 +280,12 @@ _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class QuantizedLinear(Kernel):
-    """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum is exact.
-
-    Weights are int8 [outputs, inputs], rows padded with zeros. `native` dot products are an instruction; without, they are
+class QuantizedLinear(Kernel, kernels.QuantizedLinear):
+    """Weights are int8 [outputs, inputs], rows padded with zeros. `native` dot products are an instruction; without, they are
     spelled out, for where that instruction is not.
     """
 
-    kind: ClassVar[str] = "qlinear"
-    outputs: int
-    inputs: int
-    bias: bool
-    x: View
-    out: View
-    planes: int = 1
+    activations = "int8"
     tile: Tile = _TILES[-1][1][0]
     others: tuple[Tile, ...] = field(default=(), metadata={"named": False})  # that may be faster on some device
     native: bool = field(default=True, metadata={"named": False})
@@ -308,10 +301,8 @@ class QuantizedLinear(Kernel):
         """Whether a program has one row, or all inputs at once."""
         return self.tile.rows == 1 or self.tile.inputs >= self.inputs
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        bias = (("bias", "float32"),) if self.bias else ()
-        return (("rows", "int32"), ("xq", "int8"), ("xs", "float32"), ("weight", "int8"), ("scale", "float32"), *bias,
-                ("out", "float32"), ("sums", "int32"), ("tickets", "int32"))  # fmt: skip
+    def pointers(self) -> Pointers:
+        return (*super().pointers(), ("sums", "int32"), ("tickets", "int32"))
 
     def workspaces(self) -> tuple[Workspace, ...]:
         """Sums and tickets of the tiles whose contraction is split, enough for every variant. They are those of few rows: a
@@ -389,21 +380,10 @@ def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, OUTPUTS: tl.cons
 
 
 @dataclass(frozen=True)
-class FloatLinear(Kernel):
-    """out[t, n] = sum_k x[t, k] * w[n, k] + bias[n] in float32, for engines and layers that are not quantized."""
-
-    kind: ClassVar[str] = "linear"
-    outputs: int
-    inputs: int
-    bias: bool
-    x: View
-    out: View
+class FloatLinear(Kernel, kernels.FloatLinear):
+    """A program has a tile of 32 rows and 32 outputs."""
 
     function = float_tiles
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        bias = (("bias", "float32"),) if self.bias else ()
-        return (("rows", "int32"), ("x", "float32"), ("weight", "float32"), *bias, ("out", "float32"))
 
     def start(self) -> Start:
         return Start((-(-self.outputs // 32), 1, 1), 32, 4, 2)

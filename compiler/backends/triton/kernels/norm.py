@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, let_next_start, quantize_row
@@ -48,34 +49,10 @@ def norm_rows(rows_ptr, x_ptr, r_ptr, scale_ptr, bias_ptr, total_ptr, step_ptr, 
 
 
 @dataclass(frozen=True)
-class Norm(Kernel):
-    """out = norm(x + r) * scale + bias, and the sum itself to `total`; "layer" or "rms".
-
-    Without `r` it normalizes x. With `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale.
-    """
-
-    kind: ClassVar[str] = "norm"
-    norm: str
-    width: int
-    epsilon: float
-    bias: bool
-    quantize: bool
-    x: View
-    r: View | None
-    total: View | None
-    out: View
-    planes: int = 1
-    step: bool = False
+class Norm(Kernel, kernels.Norm):
+    """A block of threads has a row."""
 
     function = norm_rows
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        residual = (("r", "float32"),) if self.r else ()
-        bias = (("bias", "float32"),) if self.bias else ()
-        total = (("total", "float32"),) if self.total else ()
-        step = (("step", "float32"),) if self.step else ()
-        out = (("xq", "int8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *step, *out)
 
     def start(self) -> Start:
         return Start((1, 1, 1), 1, warps_for(self.width))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import begin
@@ -46,22 +47,10 @@ def rotary_rows(rows_ptr, positions_ptr, sequences_ptr, inv_freq_ptr, cos_sin_pt
 
 
 @dataclass(frozen=True)
-class RotaryTable(Kernel):
-    """cos_sin[t] = cos(positions[t] * inv_freq), then sin, both times `attention_scaling`; with `dynamic_factor` as in
-    meanings.rotary_table."""
-
-    kind: ClassVar[str] = "rotary"
-    head_dim: int
-    attention_scaling: float
-    dynamic_factor: float
-    original_max: int
-    base: float
+class RotaryTable(Kernel, kernels.RotaryTable):
+    """A warp has a token."""
 
     function = rotary_rows
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("positions", "int32"), ("sequences", "int32"), ("inv_freq", "float32"),
-                ("cos_sin", "float32"))  # fmt: skip
 
     def stack(self) -> int:
         return 32  # cosines of large angles, which are reduced by a product of many words

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
@@ -64,94 +65,64 @@ def embed_rows(rows_ptr, token_ids_ptr, table_ptr, scales_ptr, first_ptr, out_pt
         tl.store(out_ptr + row.to(tl.int64) * OUT_STRIDE + OUT_OFFSET + cols, value, mask=cols < WIDTH)
 
 
-@dataclass(frozen=True)
-class _Columns(Kernel):
-    """A block of threads for each row and `_COLUMNS` columns."""
+def _block(width: int) -> int:
+    """Columns of a program."""
+    return min(_COLUMNS, power_of_two(width))
 
-    width: int
 
-    def start(self) -> Start:
-        block = min(_COLUMNS, power_of_two(self.width))
-        return Start((1, -(-self.width // block), 1), 1, warps_for(block))
-
-    def constants(self) -> Mapping[str, Any]:
-        return {"WIDTH": self.width, "BLOCK": min(_COLUMNS, power_of_two(self.width))}
+def _start(width: int) -> Start:
+    """A program has `_block(width)` columns of a row."""
+    block = _block(width)
+    return Start((1, -(-width // block), 1), 1, warps_for(block))
 
 
 @dataclass(frozen=True)
-class GatherRows(_Columns):
-    """out[i] = x[indices[i]]: the rows whose logits are wanted."""
-
-    kind: ClassVar[str] = "gather"
-    x: View
-    out: View
+class GatherRows(Kernel, kernels.GatherRows):
+    """A program copies some columns of a row."""
 
     function = gather_rows
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("indices", "int32"), ("x", "float32"), ("out", "float32"))
+    def start(self) -> Start:
+        return _start(self.width)
 
     def constants(self) -> Mapping[str, Any]:
-        return {**super().constants(), **of_view("X", self.x), **of_view("OUT", self.out)}
+        return {"WIDTH": self.width, "BLOCK": _block(self.width), **of_view("X", self.x), **of_view("OUT", self.out)}
 
 
 @dataclass(frozen=True)
-class Add(_Columns):
-    """out = x + r"""
-
-    kind: ClassVar[str] = "add"
-    x: View
-    r: View
-    out: View
+class Add(Kernel, kernels.Add):
+    """A program adds some columns of a row."""
 
     function = add_rows
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("x", "float32"), ("r", "float32"), ("out", "float32"))
+    def start(self) -> Start:
+        return _start(self.width)
 
     def constants(self) -> Mapping[str, Any]:
-        return {**super().constants(), **of_view("X", self.x), **of_view("R", self.r), **of_view("OUT", self.out)}
+        views = {**of_view("X", self.x), **of_view("R", self.r), **of_view("OUT", self.out)}
+        return {"WIDTH": self.width, "BLOCK": _block(self.width), **views}
 
 
 @dataclass(frozen=True)
-class _Embedding(Kernel):
-    """out[t] = table[token_ids[t]]; partial: table[token_ids[t] - first], zeros for a token that the table does not have."""
-
-    vocab: int
-    width: int
-    out: View
-    partial: bool = False
+class _Embedding(Kernel, kernels.Embedding):
+    """A program looks up some columns of a token."""
 
     function = embed_rows
-    element: ClassVar[str]
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        scales = (("scales", "float32"),) if self.element == "int8" else ()
-        first = (("first", "int32"),) if self.partial else ()
-        return (("rows", "int32"), ("token_ids", "int32"), ("table", self.element), *scales, *first, ("out", "float32"))
 
     def start(self) -> Start:
-        block = min(_COLUMNS, power_of_two(self.width))
-        return Start((1, -(-self.width // block), 1), 1, warps_for(block))
+        return _start(self.width)
 
     def constants(self) -> Mapping[str, Any]:
-        size = {"int8": 1, "float32": 4}[self.element]
-        constants = {"VOCAB": self.vocab, "WIDTH": self.width, "DEPTH": round_up(self.width * size, DEPTH_ALIGNMENT) // size}
-        constants["BLOCK"] = min(_COLUMNS, power_of_two(self.width))
-        return {"scales_ptr": None, "first_ptr": None, **constants, **of_view("OUT", self.out)}
+        size = {"int8": 1, "float32": 4}[self.table]
+        sizes = {"VOCAB": self.vocab, "WIDTH": self.width, "DEPTH": round_up(self.width * size, DEPTH_ALIGNMENT) // size}
+        return {"scales_ptr": None, "first_ptr": None, **sizes, "BLOCK": _block(self.width), **of_view("OUT", self.out)}
 
 
 @dataclass(frozen=True)
-class FloatEmbedding(_Embedding):
-    """Of a float32 table."""
-
-    kind: ClassVar[str] = "embedding"
-    element: ClassVar[str] = "float32"
+class FloatEmbedding(_Embedding, kernels.FloatEmbedding):
+    """Rows of a float32 table."""
 
 
 @dataclass(frozen=True)
-class QuantizedEmbedding(_Embedding):
-    """Of an int8 table with a scale for each token."""
-
-    kind: ClassVar[str] = "qembedding"
-    element: ClassVar[str] = "int8"
+class QuantizedEmbedding(_Embedding, kernels.QuantizedEmbedding):
+    """Rows of an int8 table, times the scale of the token."""

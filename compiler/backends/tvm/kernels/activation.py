@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import pi, sqrt
 from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -16,33 +17,14 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)
-class Activation(Kernel):
-    """out = gelu(x) (`function` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
+class Activation(Kernel, kernels.Activation):
+    """Each row is activated, transformed and quantized in one pass, by one thread."""
 
-    With `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale. With `hadamard`, blocks of so
-    many channels are transformed before.
-    """
-
-    kind: ClassVar[str] = "activation"
-    function: str
-    width: int
-    quantize: bool
-    x: View
-    up: View | None
-    out: View
-    planes: int = 1
-    hadamard: int | None = None
-    step: bool = False
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        up = (("up", "float32"),) if self.up else ()
-        out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        step = (("step", "float32"),) if self.step else ()
-        return (("rows", "int32"), ("x", "float32"), *up, *step, *out)
+    initials: ClassVar[Mapping[str, str]] = {"activation": "f"}
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        assert (self.function, self.up is None) in (("gelu", True), ("swiglu", False)), self
-        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+        assert (self.activation, self.up is None) in (("gelu", True), ("swiglu", False)), self
+        named = self.named(buffers)
 
         def activate(row: Expr) -> None:
             starts = {"x": tir.bind(self.x.row(row))}

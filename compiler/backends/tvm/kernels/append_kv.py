@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
-from belle_compile.compiler.backends.tvm.kernels.cache_blocks import CacheBlocks, as_pairs, as_scales
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, CacheBlocks, as_pairs, as_scales
 from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
 from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
-BLOCK = 16  # tokens per block of the cache
 SERIAL_BELOW = 2048  # elements of k that one thread writes sooner than it wakes another
 
 
 @dataclass(frozen=True)
-class AppendKV(Kernel):
-    """k and v of every row to the slot of its position: k [block][kv head][head_dim][16], v [block][kv head][16][head_dim].
+class AppendKV(Kernel, kernels.AppendKV):
+    """Keys are stored [block][kv head][head_dim][16], values [block][kv head][16][head_dim].
 
-    Keys are stored transposed, so that attention multiplies one element of q with 16 tokens at a time. They are
-    rotated first when `rotary`. In an int8 cache each head of a token has a scale, absmax / 127; in a bfloat16 cache two
-    elements of a key, and two tokens' values, lie side by side. Where a step holds all tokens of a block, as when a prompt
+    Keys are stored transposed, so that attention multiplies one element of q with 16 tokens at a time. In a bfloat16 cache
+    two elements of a key, and two tokens' values, lie side by side. Where a step holds all tokens of a block, as when a prompt
     is read, its keys are transposed in registers.
     """
 
-    kind: ClassVar[str] = "append_kv"
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    k: View
-    v: View
-    max_blocks: int
-    cache_dtype: str
-    rotary: bool
-
     @property
     def cache(self) -> CacheBlocks:
-        """Where heads of blocks lie."""
-        return CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
-        return (("rows", "int32"), ("k", "float32"), ("v", "float32"), ("positions", "int32"), ("sequences", "int32"),
-                ("block_table", "int32"), *cos_sin, ("kcache", self.cache.element), ("vcache", self.cache.element))  # fmt: skip
+        return CacheBlocks.of(self)
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+        named = self.named(buffers)
         rows = tir.rows_of(named["rows"])
 
         def task(index: Expr) -> None:

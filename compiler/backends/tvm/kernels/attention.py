@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
-from belle_compile.compiler.backends.tvm.kernels.cache_blocks import CacheBlocks
 from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
 from belle_compile.compiler.backends.tvm.kernels.pair_attention import PairAttention
 from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAttention
@@ -23,53 +22,23 @@ PARALLEL_FROM = 1 << 15  # elements of K and V to read; below, one thread is don
 
 
 @dataclass(frozen=True)
-class Attention(Kernel):
-    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence.
-
-    Rows are taken one by one, unless neighbours are consecutive positions of one sequence (a prompt): those form
-    tiles that share every load of K and V.
+class Attention(Kernel, kernels.Attention):
+    """Rows are taken one by one, unless neighbours are consecutive positions of one sequence (a prompt): those form tiles that
+    share every load of K and V.
 
     A context is cut into parts that depend on its length alone and are added up in their order. So a token gets the same
     bits whether it is decoded alone, in a batch, with guesses that are verified, or read in a prompt.
     """
 
     kind: ClassVar[str] = "attention"
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    q: View
-    out: View
-    max_blocks: int
-    cache_dtype: str
-    rotary: bool
-    alibi: bool
-
-    @property
-    def cache(self) -> CacheBlocks:
-        """Where heads of blocks lie."""
-        return CacheBlocks(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.num_heads // self.num_kv_heads
 
     @property
     def tile_rows(self) -> int:
         """Rows of a full tile."""
         return max(4, TILE_QUERIES // self.group)
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        cos_sin = (("cos_sin", "float32"),) if self.rotary else ()
-        slopes = (("slopes", "float32"),) if self.alibi else ()
-        element = self.cache.element
-        return (("rows", "int32"), ("q", "float32"), ("positions", "int32"), ("sequences", "int32"), ("block_table", "int32"),
-                *cos_sin, *slopes, ("kcache", element), ("vcache", element), ("out", "float32"))  # fmt: skip
-
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+        named = self.named(buffers)
         rows = tir.rows_of(named["rows"])
         tir.either(rows <= FEW_ROWS, lambda: self._few_rows(isa, rows, named), lambda: self._many_rows(isa, rows, named))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -24,11 +25,17 @@ def rows_apart(width: int, itemsize: int = 4) -> View:
 
 @dataclass(frozen=True)
 class Kernel(kernel.Kernel):
-    """A kernel as TIR."""
+    """A kernel as TIR; bytes of activations are uint8 = int8 + 128."""
+
+    byte = "uint8"
 
     @abstractmethod
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        """Emit the statements of the kernel."""
+        """Emit the statements of the kernel; there is one buffer for each of `pointers`."""
+
+    def named(self, buffers: Sequence[Buffer]) -> dict[str, Buffer]:
+        """The buffers by the names of their pointers."""
+        return dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
 
     def build(self, isa: Isa, name: str | None = None) -> tvm.tirx.PrimFunc:
         """The kernel's TIR for one instruction set, under its own name or another."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
-from belle_compile.runtime.program import KV_DTYPES, KVLayout
+from belle_compile.runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
+
+BLOCK = BLOCK_SIZE  # tokens
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class CacheBlocks:
     kv_heads: int
     head_dim: int
     dtype: str
+
+    @classmethod
+    def of(cls, kernel: kernels.AppendKV | kernels.Attention) -> CacheBlocks:
+        """The cache that a kernel reads or writes."""
+        return cls(kernel.num_layers, kernel.num_kv_heads, kernel.head_dim, kernel.cache_dtype)
 
     @property
     def _layout(self) -> KVLayout:
@@ -32,11 +40,6 @@ class CacheBlocks:
     def paired(self) -> bool:
         """Whether two neighbours of bfloat16 make an int32."""
         return self.dtype == "bfloat16"
-
-    @property
-    def element(self) -> str:
-        """The type that kernels take the cache as."""
-        return "uint16" if self.paired else self.dtype
 
     @property
     def line(self) -> int:

@@ -1,23 +1,17 @@
-"""Embedding lookups in tables packed like the weights of a linear layer, so that a tied LM head shares them.
-
-A partial table has some tokens of the vocabulary, from a first one that is given when running: ranks whose tables are equally
-long have the same kernel.
-"""
+"""Embedding lookups in tables packed like the weights of a linear layer, so that a tied LM head shares them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
 from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
-
-_FIRST = (("first", "int32"),)
 
 
 def _token(token_ids: Buffer, row: Expr, vocab: int, first: Buffer | None) -> tuple[Expr, Expr]:
@@ -30,17 +24,8 @@ def _token(token_ids: Buffer, row: Expr, vocab: int, first: Buffer | None) -> tu
 
 
 @dataclass(frozen=True)
-class FloatEmbedding(Kernel):
-    """out[t] = table[token_ids[t]], table packed [vocab/16][width][16]; partial: table[token_ids[t] - first], else zeros"""
-
-    kind: ClassVar[str] = "embedding"
-    vocab: int
-    width: int
-    out: View
-    partial: bool = False
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("token_ids", "int32"), ("table", "float32"), *_FIRST[: self.partial], ("out", "float32"))
+class FloatEmbedding(Kernel, kernels.FloatEmbedding):
+    """The table is packed [vocab/16][width][16]."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, token_ids, table, *first, out = buffers
@@ -60,18 +45,8 @@ class FloatEmbedding(Kernel):
 
 
 @dataclass(frozen=True)
-class QuantizedEmbedding(Kernel):
-    """out[t] = table[token_ids[t]] * scales[token_ids[t]], table packed [vocab/16][width/4][16][4]; partial likewise"""
-
-    kind: ClassVar[str] = "qembedding"
-    vocab: int
-    width: int
-    out: View
-    partial: bool = False
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        tables = (("table", "int8"), ("scales", "float32"), *_FIRST[: self.partial])
-        return (("rows", "int32"), ("token_ids", "int32"), *tables, ("out", "float32"))
+class QuantizedEmbedding(Kernel, kernels.QuantizedEmbedding):
+    """The table is packed [vocab/16][width/4][16][4]."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, token_ids, table, scales, *first, out = buffers

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
-from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
-from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs, as_scales
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, CacheBlocks, as_pairs, as_scales
 from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
 from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
-
-if TYPE_CHECKING:
-    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 CHUNK = 128  # tokens between two corrections of the running maximum
 BLOCKS = CHUNK // BLOCK
@@ -40,11 +37,11 @@ class FlashAttention:
     query_type: ClassVar[str] = "float32"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
+    def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
         """Whether tasks of up to `rows` rows can be computed this way."""
         return True
 
-    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+    def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         """`heads_in_turn`: a thread takes a part of all heads before the next part."""
         self.heads_in_turn = heads_in_turn
         self.shape, self.rows, self.dim, self.group = shape, rows, shape.head_dim, shape.group
@@ -57,7 +54,7 @@ class FlashAttention:
         self.columns_at_once = max(1, accumulators // self.tall)
         self.layout = PartSums(self.dim)
         self.unit = 1.0  # of scores, in units of the natural logarithm's
-        self.cache = shape.cache
+        self.cache = CacheBlocks.of(shape)
         self.padded = round_up(self.dim, LANES)
 
     def allocate_queries(self, tasks: int = 1) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -15,19 +15,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)
-class FloatLinear(Kernel):
-    """out[t, n] = sum_k x[t, k] * w[n, k] + bias[n]"""
-
-    kind: ClassVar[str] = "linear"
-    outputs: int
-    inputs: int
-    bias: bool
-    x: View
-    out: View
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        bias = (("bias", "float32"),) if self.bias else ()
-        return (("rows", "int32"), ("x", "float32"), ("weight", "float32"), *bias, ("out", "float32"))
+class FloatLinear(Kernel, kernels.FloatLinear):
+    """Sums of a block of rows and panels stay in registers while the inputs pass."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, weight, *rest = buffers

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program.kernel import Pointers, View, optional, round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -50,10 +50,9 @@ class GroupLinear(Kernel):
     x: View
     out: View
 
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        bias = (("bias", "float32"),) if self.bias else ()
-        return (("rows", "int32"), ("xq", "int32"), ("xs", "float32"), ("weight", "int32"), ("scale", "float16"),
-                *bias, ("out", "float32"))  # fmt: skip
+    def pointers(self) -> Pointers:
+        weight = (("weight", "int32"), ("scale", "float16"), *optional(self.bias, "bias"))
+        return (("rows", "int32"), ("xq", "int32"), ("xs", "float32"), *weight, ("out", "float32"))
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows_pointer, xq, xs, weight, scale, *rest = buffers

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -16,17 +15,8 @@ _AT_ONCE = 4  # vectors in registers; 8 save 0.1 us in a row of 1,536 with AVX-5
 
 
 @dataclass(frozen=True)
-class BlockHadamard(Kernel):
-    """out = x with every `block` neighbours transformed: belle::BlockHadamard to the bit."""
-
-    kind: ClassVar[str] = "hadamard"
-    width: int
-    block: int
-    x: View
-    out: View
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("x", "float32"), ("out", "float32"))
+class BlockHadamard(Kernel, kernels.BlockHadamard):
+    """Bit for bit the meaning of belle::BlockHadamard."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, out = buffers

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -14,37 +13,11 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 
 @dataclass(frozen=True)
-class Norm(Kernel):
-    """out = norm(x + r) * scale + bias, and the sum itself to `total`.
-
-    `norm` is "layer" (mean, then centred variance, as torch computes it) or "rms" (no mean). Without `r` it
-    normalizes x. `total` may be None when nobody else reads the sum, or name the same memory as x or r. With
-    `quantize`, the result has 8 bits for each of `planes`, with `step` at that one scale.
-    """
-
-    kind: ClassVar[str] = "norm"
-    norm: str
-    width: int
-    epsilon: float
-    bias: bool
-    quantize: bool
-    x: View
-    r: View | None
-    total: View | None
-    out: View
-    planes: int = 1
-    step: bool = False
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        residual = (("r", "float32"),) if self.r else ()
-        bias = (("bias", "float32"),) if self.bias else ()
-        total = (("total", "float32"),) if self.total else ()
-        step = (("step", "float32"),) if self.step else ()
-        out = (("xq", "uint8"), ("xs", "float32")) if self.quantize else (("out", "float32"),)
-        return (("rows", "int32"), ("x", "float32"), *residual, ("scale", "float32"), *bias, *total, *step, *out)
+class Norm(Kernel, kernels.Norm):
+    """Each row is added, normalized and quantized in one pass, by one thread."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        named = dict(zip((name for name, _ in self.pointers()), buffers, strict=True))
+        named = self.named(buffers)
         tir.for_rows(tir.rows_of(named["rows"]), lambda row: self._row(row, named))
 
     def _row(self, row: Expr, named: dict[str, Buffer]) -> None:
@@ -78,7 +51,6 @@ class Norm(Kernel):
         width, scale, bias = self.width, named["scale"], named.get("bias")
         if self.norm == "layer":
             mean = tir.bind(row_sum(width, values) / T.float32(width))
-
         else:
             assert self.norm == "rms", self.norm
             mean = None

@@ -8,18 +8,14 @@ of the odd ones, each rounded once, then both to the sum so far; so a token gets
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
-from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
-from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, as_pairs
 from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK
 from belle_compile.compiler.backends.tvm.kernels.tile_attention import DEPTH, SCORES, TileAttention
 from belle_compile.compiler.backends.tvm.tir import LANES, Expr, T
-
-if TYPE_CHECKING:
-    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 MOST_QUERIES = 4
 PAIRS = DEPTH // 2  # of a product
@@ -32,10 +28,10 @@ class PairAttention(TileAttention):
     query_type = "float32"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
+    def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
         return rows == 1 and shape.group <= MOST_QUERIES and super().takes(shape, isa, rows)
 
-    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+    def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
         assert self.queries == self.group, "one row"
         self.columns_at_once = min(self.columns, REGISTERS // (2 * self.queries))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -14,20 +13,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)
-class QuantizeTokens(Kernel):
-    """xs[t] = absmax(x[t]) / limit, xq[t] = rint(x[t] * limit / absmax(x[t])), stored as `rowwise.quantize_row` says.
-    With `step`, xs is given."""
-
-    kind: ClassVar[str] = "quantize"
-    width: int
-    x: View
-    out: View
-    planes: int = 1
-    step: bool = False
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        step = (("step", "float32"),) if self.step else ()
-        return (("rows", "int32"), ("x", "float32"), *step, ("xq", "uint8"), ("xs", "float32"))
+class QuantizeTokens(Kernel, kernels.QuantizeTokens):
+    """Integers are stored as `rowwise.quantize_row` says."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, *step, xq, xs = buffers

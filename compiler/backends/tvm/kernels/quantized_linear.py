@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.amx import TileRows
@@ -31,22 +32,12 @@ INPUT_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class QuantizedLinear(Kernel):
-    """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum is exact."""
+class QuantizedLinear(Kernel, kernels.QuantizedLinear):
+    """Activations are read four at a time, as int32."""
 
-    kind: ClassVar[str] = "qlinear"
-    outputs: int
-    inputs: int
-    bias: bool
-    x: View
-    out: View
-    planes: int = 1
+    activations = "int32"
+    corrections = (("correction", "int32"),)
     tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        bias = (("bias", "float32"),) if self.bias else ()
-        return (("rows", "int32"), ("xq", "int32"), ("xs", "float32"), ("weight", "int8"), ("scale", "float32"),
-                ("correction", "int32"), *bias, ("out", "float32"))  # fmt: skip
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows_pointer, xq, xs, weight, scale, correction, *rest = buffers

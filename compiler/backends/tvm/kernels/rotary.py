@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels import float64
@@ -15,24 +15,11 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 
 @dataclass(frozen=True)
-class RotaryTable(Kernel):
-    """cos_sin[t] = cos(positions[t] * inv_freq), then sin, both times `attention_scaling`.
-
-    With `dynamic_factor` (dynamic NTK) a sequence longer than `original_max` in this step uses a larger base, computed
-    with the roundings of transformers.modeling_rope_utils._compute_dynamic_ntk_parameters.
-    Angles are float32 as in torch; their cosines are computed in float64, so that no libm is needed.
+class RotaryTable(Kernel, kernels.RotaryTable):
+    """The larger base of a long sequence is computed with the roundings of
+    transformers.modeling_rope_utils._compute_dynamic_ntk_parameters. Angles are float32 as in torch; their cosines are computed
+    in float64, so that no libm is needed.
     """
-
-    kind: ClassVar[str] = "rotary"
-    head_dim: int
-    attention_scaling: float
-    dynamic_factor: float
-    original_max: int
-    base: float
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("positions", "int32"), ("sequences", "int32"), ("inv_freq", "float32"),
-                ("cos_sin", "float32"))  # fmt: skip
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows_pointer, positions, sequences, inv_freq, cos_sin = buffers

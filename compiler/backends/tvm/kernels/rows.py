@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
@@ -14,16 +13,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
 @dataclass(frozen=True)
-class GatherRows(Kernel):
-    """out[i] = x[indices[i]]: the rows whose logits are wanted."""
-
-    kind: ClassVar[str] = "gather"
-    width: int
-    x: View
-    out: View
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("indices", "int32"), ("x", "float32"), ("out", "float32"))
+class GatherRows(Kernel, kernels.GatherRows):
+    """One thread copies a row."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, indices, x, out = buffers
@@ -37,17 +28,8 @@ class GatherRows(Kernel):
 
 
 @dataclass(frozen=True)
-class Add(Kernel):
-    """out = x + r"""
-
-    kind: ClassVar[str] = "add"
-    width: int
-    x: View
-    r: View
-    out: View
-
-    def pointers(self) -> tuple[tuple[str, str], ...]:
-        return (("rows", "int32"), ("x", "float32"), ("r", "float32"), ("out", "float32"))
+class Add(Kernel, kernels.Add):
+    """One thread adds a row."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, r, out = buffers

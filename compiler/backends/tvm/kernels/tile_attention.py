@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
-from belle_compile.compiler.backends.tvm.kernels.append_kv import BLOCK
-from belle_compile.compiler.backends.tvm.kernels.cache_blocks import as_pairs
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, as_pairs
 from belle_compile.compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, LOWEST, FlashAttention, PartSums
 from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
-
-if TYPE_CHECKING:
-    from belle_compile.compiler.backends.tvm.kernels.attention import Attention
 
 DEPTH = 32  # bfloat16 of a row of a tile: what a product sums over
 SUMS = 4  # tiles 0 to 3; then two of the left factor, and two of the right
@@ -39,10 +35,10 @@ class TileAttention(FlashAttention):
     query_type = "uint16"
 
     @classmethod
-    def takes(cls, shape: Attention, isa: Isa, rows: int) -> bool:
+    def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
         return isa.amx and shape.cache_dtype == "bfloat16" and shape.head_dim % DEPTH == 0
 
-    def __init__(self, shape: Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+    def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
         self.isa, self.unit, self.layout = isa, math.log2(math.e), PartSums(self.dim, tir.exp2)
         self.tall = min(rows * self.group, TILE)  # query vectors of a tile

@@ -9,9 +9,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from belle_compile.compiler.backends.tvm.isa import AMX, AMX_EMULATED, Isa
+from belle_compile.compiler.backends.tvm.isa import AMX, Isa
 from belle_compile.runtime.executors.cpu import allow_amx
 from belle_compile.runtime.host import host_isas
+
+AMX_EMULATED = Isa("amx-emulated", "cascadelake", "vnni", amx=True, emulate_amx=True)
 
 
 def _load() -> tuple[Isa, ...]:

@@ -84,7 +84,7 @@ ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 
             RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
 KERNELS: list[Kernel] = [
     *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES, *STATIC[0], *STATIC[1], activation("swiglu", 96),
-    *[activation(kernel.function, kernel.width) for kernel in ROTATED],
+    *[activation(kernel.activation, kernel.width) for kernel in ROTATED],
     *[block_hadamard(*shape) for shape in HADAMARDS],
     *[quantize_tokens(width, planes) for width in WIDTHS for planes in (1, 2)],
     *[GatherRows(width, part(width), own(width)) for width in WIDTHS],
@@ -146,7 +146,7 @@ def test_one_step_for_all_tokens(library: Library, planes: int, which: int) -> N
         buffers += [place(x, kernel.x)] if kernel.up else []
         if kernel.up:
             buffers[1] = buffers[2] = place(np.concatenate([x, r], axis=1), View(kernel.x.stride))
-        plain = activation(kernel.function, kernel.width)
+        plain = activation(kernel.activation, kernel.width)
     out = garbage((rows, own(kernel.width).stride))
     if not isinstance(kernel, QuantizeTokens):
         library.call(plain, *buffers, out)
@@ -221,7 +221,7 @@ def test_activation(library: Library, kernel: Activation, rows: int) -> None:
     expected = meanings.swiglu(x, up) if kernel.up else meanings.gelu(x)
     np.testing.assert_allclose(out[:, :width], expected, rtol=1e-6, atol=2e-6)
     for planes in PLANES[width]:
-        quantizing = activation(kernel.function, width, planes)
+        quantizing = activation(kernel.activation, width, planes)
         xq, xs = garbage((rows, quantizing.out.stride), np.uint8), garbage(rows)
         library.call(quantizing, ints(rows), *buffers, xq, xs)
         assert_quantized(xq, xs, out[:, :width], planes)
@@ -241,7 +241,7 @@ def test_block_hadamard_is_exact(library: Library, width: int, block: int, rows:
 @pytest.mark.parametrize("rows", ROWS)
 def test_activation_with_hadamard(library: Library, kernel: Activation, rows: int) -> None:
     """Exactly the meaning's, for the floats that the activation alone gives."""
-    plain, width = activation(kernel.function, kernel.width), kernel.width
+    plain, width = activation(kernel.activation, kernel.width), kernel.width
     buffers = [place(values(rows, 2 * width), View(kernel.x.stride))] * (2 if kernel.up else 1)
     out = garbage((rows, plain.out.stride))
     library.call(plain, ints(rows), *buffers, out)
