@@ -23,7 +23,7 @@ from belle_compile.compiler.backends.program.kernel import Pointers, View, optio
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
-from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, Block, BlockLoop
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, Walk
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
@@ -55,30 +55,27 @@ class GroupLinear(Kernel):
         return (("rows", "int32"), ("xq", "int32"), ("xs", "float32"), *weight, ("out", "float32"))
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        rows_pointer, xq, xs, weight, scale, *rest = buffers
-        bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
-        rows = tir.rows_of(rows_pointer)
-        kind = VnniGroups if isa.dot == "vnni" else MaddubsGroups
+        named = self.named(buffers)
         panels = round_up(self.outputs, PANEL) // PANEL
+        kind = VnniGroups if isa.dot == "vnni" else MaddubsGroups
+        BlockLoop(tir.rows_of(named["rows"]), panels, WALKS[isa.dot], lambda block: self._block(block, kind, named)).run()
+
+    def _block(self, block: Block, kind: type[GroupSums], named: dict[str, Buffer]) -> None:
         depth = round_up(self.inputs, INPUT_ALIGNMENT)
         panel_words, groups = depth // CHUNK * WORDS, -(-depth // GROUP)
+        starts = [tir.bind(((block.row + m) * self.x.stride + self.x.offset) // 4) for m in range(block.height)]
+        bases = [tir.bind((block.panel + p) * panel_words) for p in range(block.width)]
+        scale_bases = [tir.bind((block.panel + p) * (groups * PANEL)) for p in range(block.width)]
+        sums = kind(named["xq"], starts, named["weight"], bases, named["scale"], scale_bases)
+        sums.add(depth)
+        for (m, p, lane), slot in sums.slots.items():
+            row, column = block.row + m, (block.panel + p) * PANEL + lane
+            value = self._dequantized(sums.totals[slot], row, column, sums.lanes, named)
+            tir.store(named["out"], row * self.out.stride + self.out.offset + column, value, sums.lanes)
 
-        def finish(row: Expr, panel: Expr, lane: int, lanes: int, total: Expr) -> None:
-            column = panel * PANEL + lane
-            of_row = tir.splat(xs[row], lanes)
-            value = total * of_row if bias is None else tir.fma(total, of_row, tir.load(bias, column, lanes), lanes)
-            tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
-
-        def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
-            starts = [tir.bind(((row + m) * self.x.stride + self.x.offset) // 4) for m in range(height)]
-            bases = [tir.bind((panel + p) * panel_words) for p in range(width)]
-            scales = [tir.bind((panel + p) * (groups * PANEL)) for p in range(width)]
-            sums = kind(xq, starts, weight, bases, scale, scales)
-            sums.add(depth)
-            for (m, p, lane), slot in sums.slots.items():
-                finish(row + m, panel + p, lane, sums.lanes, sums.totals[slot])
-
-        for_blocks(rows, panels, WALKS[isa.dot], block)
+    def _dequantized(self, total: Expr, row: Expr, column: Expr, lanes: int, named: dict[str, Buffer]) -> Expr:
+        step = tir.splat(named["xs"][row], lanes)
+        return total * step if not self.bias else tir.fma(total, step, tir.load(named["bias"], column, lanes), lanes)
 
 
 class GroupSums:

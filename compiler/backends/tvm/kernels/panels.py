@@ -3,75 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
-from belle_compile.compiler.backends.tvm.tir import Expr
+from belle_compile.compiler.backends.tvm.tir import Expr, T
 
 PANEL = 16
-Block = Callable[[Expr, int, Expr, int, Expr], None]
 
 
-def for_blocks(rows: Expr, panels: int, walk: Walk, block: Block, counts: Collection[int] | None = None,
-               slices: int = 1) -> None:  # fmt: skip
-    """`block(first panel, number of panels, first row, number of rows, slice)` over `rows` x `panels` in the order of `walk`;
-    both numbers are static.
+@dataclass(frozen=True)
+class Block:
+    """What is summed up in registers at once: `height` rows from `row` by `width` panels from `panel`, for one slice of the
+    inputs. Height and width are static, the other numbers are expressions."""
+
+    panel: Expr
+    width: int
+    row: Expr
+    height: int
+    part: Expr  # number of the slice
+
+
+@dataclass(frozen=True)
+class BlockLoop:
+    """The loops that emit a block for all `rows` x `panels` in the order of `walk`.
 
     A group of panels stays in the core's cache while the rows pass it, `walk.tall` at a time; fewer rows (decode) are one
-    block of exactly that many, so each weight is read once. `rows` is known to be one of `counts`, if given: blocks of
-    heights that cannot occur are left out. The inputs come in `slices`, each of which passes all rows before the next.
+    block of exactly that many, so each weight is read once. If `counts` is given, `rows` is one of them, and blocks of heights
+    that cannot occur are left out. The inputs come in `slices`, each of which passes all rows before the next.
     """
-    full, rest = divmod(panels, walk.wide)
-    groups = full + bool(rest)
-    whole_blocks = counts is None or max(counts) >= walk.tall
-    every = counts is None or len(counts) >= walk.tall * 2
-    heights = range(1, walk.tall) if every else sorted({count % walk.tall for count in counts or ()} - {0})
 
-    def all_rows(first: Expr, width: int, start: Expr, count: Expr, part: Expr) -> None:
-        whole: Expr = tir.i64(0)
-        if whole_blocks:
-            whole = tir.bind(tir.T.floordiv(count, tir.i64(walk.tall)))
-            tir.for_range(whole, lambda b: block(first, width, tir.bind(start + b * walk.tall), walk.tall, part))
-        left = tir.bind(count - whole * walk.tall)
-        for height in heights:
-            with tir.when(left == tir.i64(height)):
-                block(first, width, tir.bind(start + whole * walk.tall), height, part)
+    rows: Expr
+    panels: int
+    walk: Walk
+    emit: Callable[[Block], None]
+    counts: Collection[int] | None = None
+    slices: int = 1
 
-    def group(index: Expr, start: Expr, count: Expr) -> None:
-        first = tir.bind(index * walk.wide)
+    @property
+    def _groups(self) -> int:
+        return -(-self.panels // self.walk.wide)
 
-        def panels_of(width: int) -> None:
-            if slices == 1:
-                all_rows(first, width, start, count, tir.i64(0))
-            else:
-                tir.for_range(slices, lambda part: all_rows(first, width, start, count, part))
-
-        if not rest:
-            panels_of(walk.wide)
-        elif not full:
-            panels_of(rest)
+    def run(self) -> None:
+        """Emit the loops."""
+        walk = self.walk
+        if walk.task_groups == 1 and not walk.row_blocks:
+            tir.parallel(self._groups, lambda index: self._group(index, tir.i64(0), self.rows), walk.interleave)
         else:
-            tir.either(index < tir.i64(full), lambda: panels_of(walk.wide), lambda: panels_of(rest))
+            tir.parallel(-(-self._groups // walk.task_groups), self._task, walk.interleave)
 
-    def task(index: Expr) -> None:
+    def _task(self, index: Expr) -> None:
+        """The groups of a parallel task, for all rows or for some row blocks after the other."""
+        walk = self.walk
         first = tir.bind(index * walk.task_groups)
-        last = tir.bind(tir.T.min(first + walk.task_groups, tir.i64(groups)))
+        last = tir.bind(T.min(first + walk.task_groups, tir.i64(self._groups)))
 
         def groups_for(start: Expr, count: Expr) -> None:
-            tir.for_range(last, lambda g: group(g, start, count), start=first)
+            tir.for_range(last, lambda group: self._group(group, start, count), start=first)
 
         if not walk.row_blocks:
-            groups_for(tir.i64(0), rows)
+            groups_for(tir.i64(0), self.rows)
             return
         at_once = walk.row_blocks * walk.tall
 
         def one_pass(index: Expr) -> None:
             start = tir.bind(index * at_once)
-            groups_for(start, tir.bind(tir.T.min(rows - start, tir.i64(at_once))))
+            groups_for(start, tir.bind(T.min(self.rows - start, tir.i64(at_once))))
 
-        tir.for_range(tir.T.floordiv(rows + (at_once - 1), tir.i64(at_once)), one_pass)
+        tir.for_range(T.floordiv(self.rows + (at_once - 1), tir.i64(at_once)), one_pass)
 
-    if walk.task_groups == 1 and not walk.row_blocks:
-        tir.parallel(groups, lambda index: group(index, tir.i64(0), rows), walk.interleave)
-    else:
-        tir.parallel(-(-groups // walk.task_groups), task, walk.interleave)
+    def _group(self, index: Expr, start: Expr, count: Expr) -> None:
+        """One group of panels for `count` rows from `start`; the last group may be narrower."""
+        panel = tir.bind(index * self.walk.wide)
+        full, rest = divmod(self.panels, self.walk.wide)
+
+        def of_width(width: int) -> None:
+            if self.slices == 1:
+                self._all_rows(panel, width, start, count, tir.i64(0))
+            else:
+                tir.for_range(self.slices, lambda part: self._all_rows(panel, width, start, count, part))
+
+        if not rest:
+            of_width(self.walk.wide)
+        elif not full:
+            of_width(rest)
+        else:
+            tir.either(index < tir.i64(full), lambda: of_width(self.walk.wide), lambda: of_width(rest))
+
+    def _all_rows(self, panel: Expr, width: int, start: Expr, count: Expr, part: Expr) -> None:
+        """Whole blocks, then one of the rows that are left."""
+        tall = self.walk.tall
+        whole: Expr = tir.i64(0)
+        if self.counts is None or max(self.counts) >= tall:
+            whole = tir.bind(T.floordiv(count, tir.i64(tall)))
+            tir.for_range(whole, lambda b: self.emit(Block(panel, width, tir.bind(start + b * tall), tall, part)))
+        left = tir.bind(count - whole * tall)
+        for height in self._heights_left():
+            with tir.when(left == tir.i64(height)):
+                self.emit(Block(panel, width, tir.bind(start + whole * tall), height, part))
+
+    def _heights_left(self) -> Collection[int]:
+        """Heights that the last block can have."""
+        tall = self.walk.tall
+        if self.counts is None or len(self.counts) >= tall * 2:
+            return range(1, tall)
+        return sorted({count % tall for count in self.counts} - {0})

@@ -24,7 +24,7 @@ from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.amx import TileRows
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
-from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, for_blocks
+from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, Block, BlockLoop
 from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
@@ -40,92 +40,114 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
     tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
-        rows_pointer, xq, xs, weight, scale, correction, *rest = buffers
-        bias, out = (rest[0], rest[1]) if self.bias else (None, rest[0])
-        rows = tir.rows_of(rows_pointer)
-        dot = VnniBlock if isa.dot == "vnni" else MaddubsBlock
-        tiling = self.tiling or built_in(isa, self.planes)
-        panels = round_up(self.outputs, PANEL) // PANEL
-        depth = round_up(self.inputs, INPUT_ALIGNMENT)
+        _Body(self, isa, self.named(buffers)).emit()
 
-        def finish(row: Expr, panel: Expr, lane: int, lanes: int, sums: list[Expr]) -> None:
-            """Write `lanes` outputs of a panel from `lane` on; `sums` has one for each plane."""
-            column = panel * PANEL + lane
-            value = _total(sums, lanes) * tir.load(scale, column, lanes) * tir.splat(xs[row], lanes)
-            if bias is not None:
-                value = value + tir.load(bias, column, lanes)
-            tir.store(out, row * self.out.stride + self.out.offset + column, value, lanes)
 
-        def walk_rows(walk: Walk, least: int, most: int | None) -> None:
-            counts = tiling.trial_rows or (range(least, most + 1) if most else None)
-            # The sums of slices wait in `out`, which has room for those of one plane.
-            slices = -(-depth // walk.depth) if walk.depth and self.planes == 1 else 1
-            stride = walk.wide * depth * PANEL  # from a panel to the same one of the next group
+class _Body:
+    """The statements of a `QuantizedLinear` for one instruction set."""
 
-            def block(panel: Expr, width: int, row: Expr, height: int, part: Expr) -> None:
-                plane_words = self.x.stride // self.planes // 4
-                starts = [
-                    [
-                        tir.bind(((row + m) * self.planes + plane) * plane_words + self.x.offset // 4)
-                        for plane in range(self.planes)
-                    ]
-                    for m in range(height)
-                ]
-                bases = [tir.bind((panel + p) * (depth * PANEL)) for p in range(width)]
+    def __init__(self, layer: QuantizedLinear, isa: Isa, named: dict[str, Buffer]) -> None:
+        self.layer, self.isa, self.named = layer, isa, named
+        self.sums_of = VnniBlock if isa.dot == "vnni" else MaddubsBlock
+        self.tiling = layer.tiling or built_in(isa, layer.planes)
+        self.panels = round_up(layer.outputs, PANEL) // PANEL
+        self.depth = round_up(layer.inputs, INPUT_ALIGNMENT)
+        self.rows = tir.rows_of(named["rows"])
 
-                def partial(m: int, p: int, lane: int, lanes: int) -> Expr:
-                    """Sums of the slices before wait where their result will be."""
-                    place = (row + m) * self.out.stride + self.out.offset + (panel + p) * PANEL + lane
-                    return T.ramp(tir.i64(place), tir.i64(1), lanes)
-
-                def initial(m: int, p: int, lane: int, lanes: int) -> Expr:
-                    return T.reinterpret(f"int32x{lanes}", out[partial(m, p, lane, lanes)])
-
-                def done(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
-                    if isa.dot == "vnni":
-                        sums = [total - tir.load(correction, (panel + p) * PANEL + lane, lanes) for total in sums]
-                    finish(row + m, panel + p, lane, lanes, sums)
-
-                def keep(m: int, p: int, lane: int, lanes: int, sums: list[Expr]) -> None:
-                    (total,) = sums
-                    T.buffer_store(out, T.reinterpret(f"float32x{lanes}", total), [partial(m, p, lane, lanes)])
-
-                sums = dot(xq, starts, weight, bases)
-                if slices == 1:
-                    _steps(sums, walk, stride, 0, depth // 4, depth // 4)
-                    sums.store(done)
-                    return
-                with tir.when(part > tir.i64(0)):
-                    sums.resume(initial)
-                begin = tir.bind(part * (walk.depth // 4))
-                end = tir.bind(T.min(begin + walk.depth // 4, tir.i64(depth // 4)))
-                _steps(sums, walk, stride, begin, end, depth // 4)
-                tir.either(part == tir.i64(slices - 1), lambda: sums.store(done), lambda: sums.store(keep))
-
-            for_blocks(rows, panels, walk, block, counts, slices)
-
-        def registers(index: int, least: int) -> None:
-            most, walk = tiling.walks[index]
-            if most is None or (isa.amx and most >= tiling.tiles_from - 1):
-                walk_rows(walk, least, tiling.tiles_from - 1 if isa.amx else None)
-            else:
-                tir.either(rows <= tir.i64(most), lambda: walk_rows(walk, least, most), lambda: registers(index + 1, most + 1))
-
-        if not isa.amx:
-            registers(0, 1)
-            return
-
-        def tiles() -> None:
-            def done(row: Expr, panel: Expr, sums: list[Expr]) -> None:
-                finish(row, panel, 0, PANEL, [total - tir.load(correction, panel * PANEL) for total in sums])
-
-            products = TileRows(isa, panels, depth, xq, self.x, self.planes, weight, done)
-            products.take(rows, tiling.tile_panels, tiling.tile_wide)
-
-        if tiling.tiles_from == 1:
-            tiles()
+    def emit(self) -> None:
+        """Sums are in vector registers; in tiles for many rows where there is AMX."""
+        if not self.isa.amx:
+            self._by_registers(0, 1)
+        elif self.tiling.tiles_from == 1:
+            self._by_tiles()
         else:
-            tir.either(rows < tir.i64(tiling.tiles_from), lambda: registers(0, 1), tiles)
+            few = self.rows < tir.i64(self.tiling.tiles_from)
+            tir.either(few, lambda: self._by_registers(0, 1), self._by_tiles)
+
+    def _by_registers(self, index: int, least: int) -> None:
+        """The walks of the tiling from number `index`, for `least` rows or more."""
+        most, walk = self.tiling.walks[index]
+        if most is None or (self.isa.amx and most >= self.tiling.tiles_from - 1):
+            self._walk(walk, least, self.tiling.tiles_from - 1 if self.isa.amx else None)
+        else:
+            tir.either(self.rows <= tir.i64(most), lambda: self._walk(walk, least, most),
+                       lambda: self._by_registers(index + 1, most + 1))  # fmt: skip
+
+    def _by_tiles(self) -> None:
+        def done(row: Expr, panel: Expr, sums: list[Expr]) -> None:
+            self._write(row, panel * PANEL, PANEL, self._corrected(sums, panel * PANEL, PANEL))
+
+        layer, named = self.layer, self.named
+        products = TileRows(self.isa, self.panels, self.depth, named["xq"], layer.x, layer.planes, named["weight"], done)
+        products.take(self.rows, self.tiling.tile_panels, self.tiling.tile_wide)
+
+    def _walk(self, walk: Walk, least: int, most: int | None) -> None:
+        """All outputs for `least` to `most` rows (None: any number)."""
+        counts = self.tiling.trial_rows or (range(least, most + 1) if most else None)
+        # The sums of slices wait in `out`, which has room for those of one plane.
+        slices = -(-self.depth // walk.depth) if walk.depth and self.layer.planes == 1 else 1
+        BlockLoop(self.rows, self.panels, walk, lambda block: self._block(block, walk, slices), counts, slices).run()
+
+    def _block(self, block: Block, walk: Walk, slices: int) -> None:
+        """One slice of the sums of a block; the last slice makes results of them."""
+        starts = [self._starts_of(block.row + m) for m in range(block.height)]
+        bases = [tir.bind((block.panel + p) * (self.depth * PANEL)) for p in range(block.width)]
+        sums = self.sums_of(self.named["xq"], starts, self.named["weight"], bases)
+        next_group = walk.wide * self.depth * PANEL  # bytes from a panel to the same one of the next group
+        steps = self.depth // 4
+
+        def place(m: int, p: int) -> tuple[Expr, Expr]:
+            """The row and the panel's first column."""
+            return block.row + m, (block.panel + p) * PANEL
+
+        def finish(m: int, p: int, lane: int, totals: list[Expr]) -> None:
+            row, column = place(m, p)
+            if self.isa.dot == "vnni":
+                totals = self._corrected(totals, column + lane, sums.lanes)
+            self._write(row, column + lane, sums.lanes, totals)
+
+        if slices == 1:
+            _steps(sums, walk, next_group, 0, steps, steps)
+            sums.store(finish)
+            return
+        # Between slices, the int32 sums wait where their results will be.
+        out = self.named["out"]
+
+        def resumed(m: int, p: int, lane: int) -> Expr:
+            waiting = tir.load(out, self._result_at(*place(m, p)) + lane, sums.lanes)
+            return T.reinterpret(tir.int_type(sums.lanes), waiting)
+
+        def keep(m: int, p: int, lane: int, totals: list[Expr]) -> None:
+            bits = T.reinterpret(tir.float_type(sums.lanes), totals[0])
+            tir.store(out, self._result_at(*place(m, p)) + lane, bits, sums.lanes)
+
+        with tir.when(block.part > tir.i64(0)):
+            sums.resume(resumed)
+        begin = tir.bind(block.part * (walk.depth // 4))
+        end = tir.bind(T.min(begin + walk.depth // 4, tir.i64(steps)))
+        _steps(sums, walk, next_group, begin, end, steps)
+        tir.either(block.part == tir.i64(slices - 1), lambda: sums.store(finish), lambda: sums.store(keep))
+
+    def _starts_of(self, row: Expr) -> list[Expr]:
+        """Where the planes of a row begin, counted in int32."""
+        x, planes = self.layer.x, self.layer.planes
+        plane_words = x.stride // planes // 4
+        return [tir.bind((row * planes + plane) * plane_words + x.offset // 4) for plane in range(planes)]
+
+    def _result_at(self, row: Expr, column: Expr) -> Expr:
+        return row * self.layer.out.stride + self.layer.out.offset + column
+
+    def _corrected(self, sums: list[Expr], column: Expr, lanes: int) -> list[Expr]:
+        """The sums without what unsigned activations added."""
+        return [total - tir.load(self.named["correction"], column, lanes) for total in sums]
+
+    def _write(self, row: Expr, column: Expr, lanes: int, sums: list[Expr]) -> None:
+        """Write `lanes` outputs of a row; `sums` has one vector for each plane."""
+        named = self.named
+        value = _total(sums, lanes) * tir.load(named["scale"], column, lanes) * tir.splat(named["xs"][row], lanes)
+        if self.layer.bias:
+            value = value + tir.load(named["bias"], column, lanes)
+        tir.store(named["out"], self._result_at(row, column), value, lanes)
 
 
 def _total(sums: list[Expr], lanes: int) -> Expr:
@@ -137,9 +159,9 @@ def _total(sums: list[Expr], lanes: int) -> Expr:
     return T.cast(high * tir.splat(T.float64(256.0), lanes) + low, single)
 
 
-def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, steps: int) -> None:
-    """The loop over the inputs begin*4..end*4 of `steps`*4, with the weights of `walk.prefetch` bytes later asked for."""
-
+def _steps(sums: SumBlock, walk: Walk, next_group: int, begin: Expr, end: Expr, steps: int) -> None:
+    """The loop over inputs 4 * begin to 4 * end of 4 * `steps`, with the weights prefetched that are read `walk.prefetch` bytes
+    later. `begin` and `end` are static unless the inputs come in slices."""
     span = steps // walk.places
 
     def loop(start: Expr, stop: Expr, ahead: int) -> None:
@@ -161,17 +183,17 @@ def _steps(sums: SumBlock, walk: Walk, stride: int, begin: Expr, end: Expr, step
     if walk.prefetch and walk.chain and isinstance(end, int):
         turn = max(0, span - walk.prefetch // LINE)  # from here on, what comes next belongs to the next group
         loop(begin, turn, walk.prefetch)
-        loop(turn, end, walk.prefetch + stride - span * LINE)
+        loop(turn, end, walk.prefetch + next_group - span * LINE)
     else:
         loop(begin, end, walk.prefetch)
 
 
-Place = Callable[[int, int, int, int], Expr]
-Finish = Callable[[int, int, int, int, list[Expr]], None]
+Resume = Callable[[int, int, int], Expr]  # (row of the block, panel of the block, first lane) -> sums of so many lanes
+Finish = Callable[[int, int, int, list[Expr]], None]  # the same place, and the sums of each plane
 
 
 class SumBlock:
-    """Rows x planes x panels of int32 sums in registers of `lanes`; the callbacks get (row, panel, first lane, lanes)."""
+    """Rows x planes x panels of int32 sums in registers of `lanes`."""
 
     lanes: ClassVar[int]
 
@@ -192,15 +214,15 @@ class SumBlock:
         """Add the products of inputs 4k..4k+3."""
         raise NotImplementedError
 
-    def resume(self, initial: Place) -> None:
+    def resume(self, initial: Resume) -> None:
         """Go on from sums of one plane that were stored."""
         for (m, p, lane), (slot,) in self.slots.items():
-            self.acc[slot] = initial(m, p, lane, self.lanes)
+            self.acc[slot] = initial(m, p, lane)
 
     def store(self, finish: Finish) -> None:
-        """Hand out the sums, one for each plane."""
+        """Hand out all sums."""
         for (m, p, lane), slots in self.slots.items():
-            finish(m, p, lane, self.lanes, [self.acc[slot] for slot in slots])
+            finish(m, p, lane, [self.acc[slot] for slot in slots])
 
 
 class VnniBlock(SumBlock):
