@@ -212,6 +212,15 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str
     return bind(values[0])
 
 
+def pairwise(values: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine values with their neighbours, then the results with theirs, until one is left."""
+    values = list(values)
+    while len(values) > 1:
+        odd = values[len(values) // 2 * 2 :]
+        values = [combine(a, b) for a, b in zip(values[::2], values[1::2], strict=False)] + odd
+    return values[0]
+
+
 def highest_lane(vector: Expr) -> Expr:
     """The largest of 16 lanes, in all of them."""
     for step in (8, 4, 2, 1):

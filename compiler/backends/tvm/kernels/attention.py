@@ -9,9 +9,11 @@ from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
-from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention, PartSums
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK, FlashAttention
 from belle_compile.compiler.backends.tvm.kernels.pair_attention import PairAttention
+from belle_compile.compiler.backends.tvm.kernels.part_sums import PartSums
 from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAttention
+from belle_compile.compiler.backends.tvm.kernels.vector_attention import VectorAttention
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
@@ -50,22 +52,14 @@ class Attention(Kernel, kernels.Attention):
 
     def _flash(self, isa: Isa, rows: int, heads_in_turn: bool = False) -> FlashAttention:
         """What computes a task of up to `rows` rows."""
-        kinds = (PairAttention, TileAttention, FlashAttention)
+        kinds: tuple[type[FlashAttention], ...] = (PairAttention, TileAttention, VectorAttention)
         return next(kind for kind in kinds if kind.takes(self, isa, rows))(self, isa, rows, heads_in_turn)
 
     def _few_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
-        """Decode: every part of a (row, kv head) is a task; then they are added up."""
-        most, tokens = tir.scalar(tir.i64(1), "int64"), tir.scalar(tir.i64(0), "int64")
-
-        def measure(row: Expr) -> None:
-            most[0] = T.max(most[0], self._extent(named, row).parts)
-            tokens[0] = tokens[0] + tir.i64(named["positions"][row]) + 1
-
-        tir.for_range(rows, measure)
-        parts = tir.opaque(most[0])
+        """Decode: every part of a (row, kv head) is a task; then the parts of each query are added up."""
+        parts, tokens = self._measure(rows, named)
         flash = self._flash(isa, 1, heads_in_turn=True)
-        layout = flash.layout
-        size = self.group * layout.size
+        size = self.group * flash.layout.size
         saved = tir.local(FEW_ROWS * self.num_kv_heads * self.most_parts * size)
         flash.allocate_queries(FEW_ROWS * self.num_kv_heads)
 
@@ -84,17 +78,8 @@ class Attention(Kernel, kernels.Attention):
                 flash.save_part(saved, index * size)
                 flash.end()
 
-        def merge_head(index: Expr) -> None:
-            """`index` counts query heads, row by row."""
-            row, head = tir.opaque(T.floordiv(index, self.num_heads)), tir.opaque(T.floormod(index, self.num_heads))
-            kv_head, member = tir.opaque(T.floordiv(head, self.group)), tir.opaque(T.floormod(head, self.group))
-            start = tir.opaque((row * parts * self.num_kv_heads + kv_head) * size + member * layout.size)
-            total = tir.local(layout.size)
-            layout.clear(total, tir.i64(0))
-            tir.for_range(self._extent(named, row).parts, lambda part: layout.add_saved(
-                total, tir.i64(0), saved, tir.opaque(start + part * (self.num_kv_heads * size))))  # fmt: skip
-            target = tir.opaque(self.out.row(row) + head * self.head_dim)
-            layout.write_mean(total, tir.i64(0), named["out"], target)
+        def merge(index: Expr) -> None:
+            self._merge_head(index, named, flash.layout, saved, parts)
 
         tir.for_range(rows * self.num_kv_heads, read)
         tasks, heads = tir.opaque(rows * self.num_kv_heads * parts), tir.opaque(rows * self.num_heads)
@@ -102,13 +87,37 @@ class Attention(Kernel, kernels.Attention):
 
         def alone() -> None:
             tir.for_range(tasks, task)
-            tir.for_range(heads, merge_head)
+            tir.for_range(heads, merge)
 
         def together() -> None:
             tir.parallel(tasks, task)
-            tir.parallel(heads, merge_head)
+            tir.parallel(heads, merge)
 
         tir.either(work < PARALLEL_FROM, alone, together)
+
+    def _measure(self, rows: Expr, named: dict[str, Buffer]) -> tuple[Expr, tir.Registers]:
+        """The most parts that a row's context is cut into, and the sum of the lengths of all contexts."""
+        most, tokens = tir.scalar(tir.i64(1), "int64"), tir.scalar(tir.i64(0), "int64")
+
+        def measure(row: Expr) -> None:
+            most[0] = T.max(most[0], self._extent(named, row).parts)
+            tokens[0] = tokens[0] + tir.i64(named["positions"][row]) + 1
+
+        tir.for_range(rows, measure)
+        return tir.opaque(most[0]), tokens
+
+    def _merge_head(self, index: Expr, named: dict[str, Buffer], layout: PartSums, saved: Buffer, parts: Expr) -> None:
+        """Write the mean over the saved parts of a query head; `index` counts query heads, row by row."""
+        size = self.group * layout.size
+        row, head = tir.opaque(T.floordiv(index, self.num_heads)), tir.opaque(T.floormod(index, self.num_heads))
+        kv_head, member = tir.opaque(T.floordiv(head, self.group)), tir.opaque(T.floormod(head, self.group))
+        start = tir.opaque((row * parts * self.num_kv_heads + kv_head) * size + member * layout.size)
+        total = tir.local(layout.size)
+        layout.clear(total, tir.i64(0))
+        tir.for_range(self._extent(named, row).parts, lambda part: layout.add_saved(
+            total, tir.i64(0), saved, tir.opaque(start + part * (self.num_kv_heads * size))))  # fmt: skip
+        target = tir.opaque(self.out.row(row) + head * self.head_dim)
+        layout.write_mean(total, tir.i64(0), named["out"], target)
 
     def _many_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
         """Heads outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts in turns."""

@@ -7,15 +7,13 @@ of the odd ones, each rounded once, then both to the sum so far; so a token gets
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, as_pairs
-from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import CHUNK, Chunk
 from belle_compile.compiler.backends.tvm.kernels.tile_attention import DEPTH, SCORES, TileAttention
-from belle_compile.compiler.backends.tvm.tir import LANES, Expr, T
+from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
 MOST_QUERIES = 4
 PAIRS = DEPTH // 2  # of a product
@@ -57,13 +55,13 @@ class PairAttention(TileAttention):
     def _place_of_powers(self, m: Expr, pair: int) -> Expr:
         return m * CHUNK + pair * 2 * LANES
 
-    def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        keys, wide = as_pairs(self.named["kcache"]), self.blocks_at_once
-        queries = tir.bind(self.first_query * self.dim)
+    def _score(self, chunk: Chunk) -> None:
+        keys, wide = as_pairs(self.task.named["kcache"]), self.blocks_at_once
+        queries = tir.bind(self.task.first_query * self.dim)
 
         def some_blocks(step: Expr) -> None:
-            starts = [tir.bind(T.shift_right(base(step * wide + i), tir.i64(1))) for i in range(wide)]
-            later = [tir.bind(T.shift_right(self.following(step * wide + i), tir.i64(1))) for i in range(wide)]
+            starts = [tir.bind(self._pairs_of(chunk.base, step * wide + i)) for i in range(wide)]
+            later = [tir.bind(self._pairs_of(chunk.following, step * wide + i)) for i in range(wide)]
             places = [(m, j) for m in range(self.queries) for j in range(wide)]
             totals = tir.Registers(len(places), tir.F16, tir.splat(0.0))
             for k in range(self.dim // DEPTH):
@@ -85,50 +83,56 @@ class PairAttention(TileAttention):
             for slot, (m, j) in enumerate(places):
                 tir.store(self.scores, m * SCORES + (step * wide + j) * BLOCK, totals[slot])
 
-        tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+        tir.for_range(T.floordiv(chunk.blocks + (wide - 1), wide), some_blocks)
 
-    def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
+    def _accumulate(self, chunk: Chunk) -> None:
         """Tokens never written are not read: their products would be zeros."""
-        values = as_pairs(self.named["vcache"])
+        values = as_pairs(self.task.named["vcache"])
         for first in range(0, self.columns, self.columns_at_once):
             columns = range(first, min(first + self.columns_at_once, self.columns))
-            places = [(m, j) for m in range(self.queries) for j in range(len(columns))]
+            with tir.when(chunk.fresh == 1):
+                for m in range(self.queries):
+                    for column in columns:
+                        tir.store(self.sums, tir.i64(m * self.dim + column * LANES), tir.splat(0.0))
 
-            def step(s: Expr, columns: range = columns, places: list[tuple[int, int]] = places) -> None:
-                even, odd = (tir.Registers(len(places), tir.F16, tir.splat(0.0)) for _ in range(2))
+            def step(index: Expr, columns: range = columns) -> None:
+                self._add_two_blocks(chunk, values, index, columns)
 
-                def block(half: int) -> None:
-                    number = tir.bind(s * 2 + half)
-                    start, later = (
-                        tir.bind(T.shift_right(of(number), tir.i64(1)) + columns[0] * LANES) for of in (base, self.following)
-                    )
-                    count = tir.opaque(T.min(tokens - number * BLOCK, tir.i64(BLOCK)))
+            tir.for_range(T.floordiv(chunk.blocks + 1, 2), step)
 
-                    def pair(i: Expr, both: bool = True) -> None:
-                        line, ahead = tir.bind(start + i * self.dim), tir.bind(later + i * self.dim)
-                        power = tir.bind(s * (2 * LANES) + half * (BLOCK // 2) + i)
-                        for j in range(len(columns)):
-                            low, high = tir.of_pair(tir.bind(tir.load(values, line + j * LANES)))
-                            self._fetch(values, ahead + j * LANES, LANES)
-                            for m in range(self.queries):
-                                slot = m * len(columns) + j
-                                even[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power]), low, even[slot])
-                                if both:
-                                    odd[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power + LANES]), high, odd[slot])
+    def _add_two_blocks(self, chunk: Chunk, values: Buffer, step: Expr, columns: range) -> None:
+        """Add what one product of tiles would: the weighted values of two blocks in some columns."""
+        places = [(m, column) for m in range(self.queries) for column in columns]
+        even, odd = (tir.Registers(len(places), tir.F16, tir.splat(0.0)) for _ in range(2))
+        self._add_block(chunk, values, (step, 0), columns, (even, odd))
+        with tir.when(step * 2 + 1 < chunk.blocks):
+            self._add_block(chunk, values, (step, 1), columns, (even, odd))
+        for slot, (m, column) in enumerate(places):
+            place = m * self.dim + column * LANES
+            total = tir.bind(even[slot] + odd[slot])
+            tir.store(self.sums, place, tir.load(self.sums, place) + total)
 
-                    tir.for_range(T.floordiv(count, 2), pair)
-                    with tir.when(T.floormod(count, 2) == 1):
-                        pair(tir.opaque(T.floordiv(count, 2)), both=False)
+    def _add_block(self, chunk: Chunk, values: Buffer, place: tuple[Expr, int], columns: range,
+                   sums: tuple[tir.Registers, tir.Registers]) -> None:  # fmt: skip
+        """Add the first or second block of a step to the sums of even tokens and of odd ones, which have a register for each
+        query and column."""
+        (step, half), (even, odd) = place, sums
+        number = tir.bind(step * 2 + half)
+        start, later = (tir.bind(self._pairs_of(of, number) + columns[0] * LANES) for of in (chunk.base, chunk.following))
+        count = tir.opaque(T.min(chunk.tokens - number * BLOCK, tir.i64(BLOCK)))
 
-                block(0)
-                with tir.when(s * 2 + 1 < blocks):
-                    block(1)
-                for slot, (m, j) in enumerate(places):
-                    place = m * self.dim + columns[j] * LANES
-                    total = tir.bind(even[slot] + odd[slot])
-                    tir.store(self.sums, place, tir.load(self.sums, place) + total)
+        def pair(i: Expr, both: bool = True) -> None:
+            line, ahead = tir.bind(start + i * self.dim), tir.bind(later + i * self.dim)
+            power = tir.bind(step * (2 * LANES) + half * (BLOCK // 2) + i)
+            for j in range(len(columns)):
+                low, high = tir.of_pair(tir.bind(tir.load(values, line + j * LANES)))
+                self._fetch(values, ahead + j * LANES, LANES)
+                for m in range(self.queries):
+                    slot = m * len(columns) + j
+                    even[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power]), low, even[slot])
+                    if both:
+                        odd[slot] = tir.fma(tir.splat(self.powers[m * CHUNK + power + LANES]), high, odd[slot])
 
-            with tir.when(self.fresh == 1):
-                for m, j in places:
-                    tir.store(self.sums, tir.i64(m * self.dim + columns[j] * LANES), tir.splat(0.0))
-            tir.for_range(T.floordiv(blocks + 1, 2), step)
+        tir.for_range(T.floordiv(count, 2), pair)
+        with tir.when(T.floormod(count, 2) == 1):
+            pair(tir.opaque(T.floordiv(count, 2)), both=False)

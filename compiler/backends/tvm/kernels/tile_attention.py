@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable
 
 from belle_compile.compiler.backends.program import kernels
-from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, as_pairs
-from belle_compile.compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, LOWEST, FlashAttention, PartSums
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, Chunk, FlashAttention
+from belle_compile.compiler.backends.tvm.kernels.part_sums import LOWEST, PartSums
 from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
@@ -33,6 +33,7 @@ class TileAttention(FlashAttention):
     summed by itself, in the same order."""
 
     query_type = "uint16"
+    unit = math.log2(math.e)
 
     @classmethod
     def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
@@ -40,12 +41,13 @@ class TileAttention(FlashAttention):
 
     def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
-        self.isa, self.unit, self.layout = isa, math.log2(math.e), PartSums(self.dim, tir.exp2)
-        self.tall = min(rows * self.group, TILE)  # query vectors of a tile
-        self.queries = round_up(rows * self.group, self.tall)
+        self.layout = PartSums(self.dim, tir.exp2)
         self.query_tiles = self.queries // self.tall
         self.columns = self.dim // LANES
         self.columns_at_once = SUMS // min(2, self.query_tiles)
+
+    def _at_once(self, queries: int) -> int:
+        return min(queries, TILE)
 
     def _allocate(self) -> None:
         configure(self.isa, self.tall)
@@ -77,7 +79,7 @@ class TileAttention(FlashAttention):
             if first == 0:
                 body(first, count)
             else:
-                with tir.when(self.used > first * self.tall):
+                with tir.when(self.task.used > first * self.tall):
                     body(first, count)
 
     def _load(self, tile: int, buffer: Buffer, start: Expr, stride: int) -> None:
@@ -92,43 +94,52 @@ class TileAttention(FlashAttention):
     def _multiply(self, sums: int, left: int, right: int) -> None:
         emit(self.isa, "tdpbf16ps", T.int8(sums), T.int8(SUMS + left), T.int8(WEIGHTS + right))
 
-    def _score(self, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        """scores[m][token] = q[m] . K[token], four tiles at a time."""
-        keys = as_pairs(self.named["kcache"])
+    def _store(self, tile: int, buffer: Buffer, start: Expr, stride: int) -> None:
+        emit(self.isa, "tilestored64", T.int8(tile), T.address_of(buffer[tir.i64(start)]), tir.i64(stride))
+
+    def _pairs_of(self, place: Callable[[Expr], Expr], block: Expr) -> Expr:
+        """`place` of a block, counted in pairs of bfloat16."""
+        return T.shift_right(place(block), tir.i64(1))
+
+    def _score(self, chunk: Chunk) -> None:
+        """Four tiles of scores at a time."""
+        keys = as_pairs(self.task.named["kcache"])
 
         def queries(first: int, count: int) -> None:
             wide = SUMS // count
-
-            def some_blocks(step: Expr) -> None:
-                starts = [tir.bind(T.shift_right(base(step * wide + i), tir.i64(1))) for i in range(wide)]
-                later = [tir.bind(T.shift_right(self.following(step * wide + i), tir.i64(1))) for i in range(wide)]
-                for tile in range(SUMS):
-                    emit(self.isa, "tilezero", T.int8(tile))
-                for k in range(self.dim // DEPTH):
-                    for i in range(count):
-                        at = (self.first_query + (first + i) * self.tall) * self.dim + k * DEPTH
-                        self._load(SUMS + i, self.q, tir.bind(at), 2 * self.dim)
-                    for j, start in enumerate(starts):
-                        self._load(WEIGHTS + j % 2, keys, start + k * TILE_PAIRS, 64)
-                        for i in range(count):
-                            self._multiply(i * wide + j, i, j % 2)
-                        self._fetch(keys, later[j] + k * TILE_PAIRS, TILE_PAIRS)
-                for i in range(count):
-                    for j in range(wide):
-                        target = (first + i) * self.tall * SCORES + (step * wide + j) * BLOCK
-                        emit(self.isa, "tilestored64", T.int8(i * wide + j), T.address_of(self.scores[tir.i64(target)]),
-                             tir.i64(4 * SCORES))  # fmt: skip
-
-            tir.for_range(T.floordiv(blocks + (wide - 1), wide), some_blocks)
+            steps = T.floordiv(chunk.blocks + (wide - 1), wide)
+            tir.for_range(steps, lambda step: self._score_blocks(chunk, keys, range(first, first + count), step))
 
         self._each_pair(queries)
 
-    def _soften_all(self, start: Expr) -> None:
-        pairs = tir.opaque(T.floordiv(self.blocks + 1, 2))
+    def _score_blocks(self, chunk: Chunk, keys: Buffer, queries: range, step: Expr) -> None:
+        """The scores of some tiles of queries for as many blocks as there are tiles of sums for."""
+        wide = SUMS // len(queries)
+        starts = [tir.bind(self._pairs_of(chunk.base, step * wide + i)) for i in range(wide)]
+        later = [tir.bind(self._pairs_of(chunk.following, step * wide + i)) for i in range(wide)]
+        for tile in range(SUMS):
+            emit(self.isa, "tilezero", T.int8(tile))
+        for k in range(self.dim // DEPTH):
+            for i, tile in enumerate(queries):
+                at = (self.task.first_query + tile * self.tall) * self.dim + k * DEPTH
+                self._load(SUMS + i, self.q, tir.bind(at), 2 * self.dim)
+            for j, start in enumerate(starts):
+                self._load(WEIGHTS + j % 2, keys, start + k * TILE_PAIRS, 64)
+                for i in range(len(queries)):
+                    self._multiply(i * wide + j, i, j % 2)
+                self._fetch(keys, later[j] + k * TILE_PAIRS, TILE_PAIRS)
+        for i, tile in enumerate(queries):
+            for j in range(wide):
+                target = tile * self.tall * SCORES + (step * wide + j) * BLOCK
+                self._store(i * wide + j, self.scores, target, 4 * SCORES)
+
+    def _soften(self, chunk: Chunk) -> None:
+        """One copy of the code for each number of pairs of blocks, since only those with tokens are worth the time."""
+        pairs = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
 
         def of(count: int) -> None:
             def soften() -> None:
-                tir.for_range(self.used, lambda m: self._soften_blocks(m, start, count))
+                tir.for_range(self.task.used, lambda m: self._soften_blocks(chunk, m, count))
 
             if count == BLOCKS // 2:
                 soften()
@@ -137,14 +148,13 @@ class TileAttention(FlashAttention):
 
         of(1)
 
-    def _soften_blocks(self, m: Expr, start: Expr, pairs: int) -> None:
+    def _soften_blocks(self, chunk: Chunk, m: Expr, pairs: int) -> None:
         """powers[m] becomes 2**(score - maximum) for the tokens of so many pairs of blocks, 0 for those that the query must not
         see."""
         scores = tir.bind(m * SCORES)
-        position = self.first_position + T.floordiv(m, self.group)
-        last = tir.opaque(T.cast(position - start, "int32"), "int32")  # the query's own token, counted from the chunk
+        last = self._position_in(chunk, m)
         if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
-            slope = tir.bind(tir.splat(self.slopes[self.first_query + m]))
+            slope = tir.bind(tir.splat(self.slopes[self.task.first_query + m]))
             distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
 
         def hide(v: Expr) -> None:
@@ -161,25 +171,25 @@ class TileAttention(FlashAttention):
         with tir.when(last < pairs * 2 * LANES - 1):
             tir.for_range(2 * pairs, hide, start=T.max(T.floordiv(tir.i64(last) + 1, LANES), tir.i64(0)))
         values = [score(v) for v in range(2 * pairs)]
-        maximum, shrink = self._raise(m, _pairwise(values, T.max))
+        maximum, shrink = self._raise(chunk, m, tir.pairwise(values, lambda a, b: tir.bind(T.max(a, b))))
         weights = [tir.bind(tir.exp2(value - maximum)) for value in values]
         for pair in range(pairs):
             self._store_powers(tir.bind(self._place_of_powers(m, pair)), weights[2 * pair], weights[2 * pair + 1])
-        self._weigh(m, shrink, _pairwise(weights, tir.add))
+        self._weigh(chunk, m, shrink, tir.pairwise(weights, lambda a, b: tir.bind(a + b)))
 
-    def _raise(self, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
+    def _raise(self, chunk: Chunk, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
         """The new maximum of a query, in all lanes, and what sums so far shrink by; scales those of the values down to it."""
         old = tir.bind(tir.splat(self.maxima[m]))
         maximum = tir.bind(T.max(tir.highest_lane(highest), old))
         shrink = tir.Registers(1, tir.F16, tir.splat(0.0))
-        with tir.when(self.fresh == 0):
+        with tir.when(chunk.fresh == 0):
             shrink[0] = tir.exp2(old - maximum)
             line = tir.bind(m * self.dim)
             each(self.dim, lambda c, lanes: tir.store(self.sums, line + c, tir.load(self.sums, line + c) * shrink[0]))
         tir.store(self.maxima, m, T.Shuffle([maximum], [T.int32(0)]), 1)
         return maximum, shrink[0]
 
-    def _weigh(self, m: Expr, shrink: Expr, total: Expr) -> None:
+    def _weigh(self, chunk: Chunk, m: Expr, shrink: Expr, total: Expr) -> None:
         """Add to the partial sums of a query's weights."""
 
         def first() -> None:
@@ -189,7 +199,7 @@ class TileAttention(FlashAttention):
             tir.store(self.weights, m * LANES, tir.fma(tir.load(self.weights, m * LANES), shrink, total))
 
         total = tir.bind(total)
-        tir.either(self.fresh == 1, first, further)
+        tir.either(chunk.fresh == 1, first, further)
 
     def _place_of_powers(self, m: Expr, pair: int) -> Expr:
         """Where the weights of 32 tokens are kept."""
@@ -209,49 +219,54 @@ class TileAttention(FlashAttention):
             tir.store(halves, i * LANES, self._rounded(value))
         return tir.bind(tir.load(tir.view_as(halves, "int32"), 0))
 
-    def _accumulate(self, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        """sums[m] += sum over tokens of powers[m][token] * V[token]; tokens never written count as zeros."""
-        steps = tir.opaque(T.floordiv(blocks + 1, 2))
+    def _accumulate(self, chunk: Chunk) -> None:
+        """Tokens never written count as zeros."""
+        steps = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
         for column in range(0, self.columns, self.columns_at_once):
             wide = min(self.columns_at_once, self.columns - column)
-            self._gather(column, wide, tokens, blocks, base)
+            self._gather(chunk, column, wide)
 
-            def queries(first: int, count: int, column: int = column, wide: int = wide) -> None:
-                places = [(i * wide + j, tir.i64((first + i) * self.tall * self.dim + (column + j) * LANES))
-                          for i in range(count) for j in range(wide)]  # fmt: skip
-
-                def fresh() -> None:
-                    for tile, _ in places:
-                        emit(self.isa, "tilezero", T.int8(tile))
-
-                def further() -> None:
-                    for tile, place in places:
-                        self._load(tile, self.sums, place, 4 * self.dim)
-
-                def step(s: Expr) -> None:
-                    for i in range(count):
-                        self._load(SUMS + i, self.powers, (first + i) * self.tall * POWERS + s * LANES, 4 * POWERS)
-                    for j in range(wide):
-                        self._load(WEIGHTS + j % 2, self.values, (s * wide + j) * TILE_PAIRS, 64)
-                        for i in range(count):
-                            self._multiply(i * wide + j, i, j % 2)
-
-                tir.either(self.fresh == 1, fresh, further)
-                tir.for_range(steps, step)
-                for tile, place in places:
-                    emit(self.isa, "tilestored64", T.int8(tile), T.address_of(self.sums[place]), tir.i64(4 * self.dim))
+            def queries(first: int, count: int, columns: range = range(column, column + wide)) -> None:
+                self._add_products(chunk, range(first, first + count), columns, steps)
 
             self._each_pair(queries)
 
-    def _gather(self, column: int, wide: int, tokens: Expr, blocks: Expr, base: Callable[[Expr], Expr]) -> None:
-        """Tiles of values of some columns of 16 elements: two blocks each, zeros where no token is."""
-        cached = as_pairs(self.named["vcache"])
-        half = TILE_PAIRS // 2
+    def _add_products(self, chunk: Chunk, queries: range, columns: range, steps: Expr) -> None:
+        """Add the products of the weights of some tiles of queries with the gathered values of some columns."""
+        wide = len(columns)
+        places = [(i * wide + j, tir.i64(tile * self.tall * self.dim + column * LANES))
+                  for i, tile in enumerate(queries) for j, column in enumerate(columns)]  # fmt: skip
+
+        def fresh() -> None:
+            for tile, _ in places:
+                emit(self.isa, "tilezero", T.int8(tile))
+
+        def further() -> None:
+            for tile, place in places:
+                self._load(tile, self.sums, place, 4 * self.dim)
+
+        def step(s: Expr) -> None:
+            for i, tile in enumerate(queries):
+                self._load(SUMS + i, self.powers, tile * self.tall * POWERS + s * LANES, 4 * POWERS)
+            for j in range(wide):
+                self._load(WEIGHTS + j % 2, self.values, (s * wide + j) * TILE_PAIRS, 64)
+                for i in range(len(queries)):
+                    self._multiply(i * wide + j, i, j % 2)
+
+        tir.either(chunk.fresh == 1, fresh, further)
+        tir.for_range(steps, step)
+        for tile, place in places:
+            self._store(tile, self.sums, place, 4 * self.dim)
+
+    def _gather(self, chunk: Chunk, column: int, wide: int) -> None:
+        """Copy the values of some columns of 16 elements to tiles: two blocks each, zeros where no token is."""
+        cached = as_pairs(self.task.named["vcache"])
+        tokens, blocks, half = chunk.tokens, chunk.blocks, TILE_PAIRS // 2
 
         def block(b: Expr, mask: Callable[[int], Expr] | None = None) -> None:
-            source = tir.bind(T.shift_right(base(b), tir.i64(1)) + column * LANES)
+            source = tir.bind(self._pairs_of(chunk.base, b) + column * LANES)
             target = tir.bind(T.floordiv(b, 2) * (wide * TILE_PAIRS) + T.floormod(b, 2) * half)
-            later = tir.bind(T.shift_right(self.following(b), tir.i64(1)) + column * half)
+            later = tir.bind(self._pairs_of(chunk.following, b) + column * half)
             self._fetch(cached, later, wide * half)
             for r in range(BLOCK // 2):
                 for j in range(wide):
@@ -272,11 +287,3 @@ class TileAttention(FlashAttention):
             block(whole, lambda r: T.Select(rest > 2 * r + 1, T.int32(-1), T.Select(rest > 2 * r, T.int32(0xFFFF), T.int32(0))))
         with tir.when(T.floormod(blocks, 2) == 1):
             zeros()
-
-
-def _pairwise(values: list[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All of them, neighbours first."""
-    while len(values) > 1:
-        odd = values[len(values) // 2 * 2 :]
-        values = [tir.bind(combine(a, b)) for a, b in zip(values[::2], values[1::2], strict=False)] + odd
-    return values[0]

@@ -1,0 +1,232 @@
+"""Attention by vectors: a chunk's keys and values meet a few queries in registers, as float32 whatever the cache holds."""
+
+from __future__ import annotations
+
+from belle_compile.compiler.backends.program import kernels
+from belle_compile.compiler.backends.tvm import tir
+from belle_compile.compiler.backends.tvm.isa import Isa
+from belle_compile.compiler.backends.tvm.kernels.cache_blocks import BLOCK, as_pairs
+from belle_compile.compiler.backends.tvm.kernels.flash_attention import BLOCKS, CHUNK, Chunk, FlashAttention
+from belle_compile.compiler.backends.tvm.kernels.part_sums import LOWEST
+from belle_compile.compiler.backends.tvm.kernels.rowwise import each
+from belle_compile.compiler.backends.tvm.tir import LANES, Expr, T
+
+Columns = list[tuple[int, int]]  # (first column, lanes) of vectors
+
+
+class VectorAttention(FlashAttention):
+    """`FlashAttention` for every instruction set and cache."""
+
+    query_type = "float32"
+
+    @classmethod
+    def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
+        return True
+
+    def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
+        super().__init__(shape, isa, rows, heads_in_turn)
+        accumulators = 24 if isa.dot == "vnni" else 6  # of 32 registers of 16 floats, else 16 of 8
+        self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
+        self.columns_at_once = max(1, accumulators // self.tall)
+
+    def _at_once(self, queries: int) -> int:
+        most = 8 if self.isa.dot == "vnni" else 6
+        return -(-queries // -(-queries // most))
+
+    def _allocate(self) -> None:
+        self.sums = tir.local(self.queries * self.padded)
+        self.scores = tir.local(self.queries * CHUNK)
+        self.maxima, self.shrink = tir.local(self.queries), tir.local(self.queries)
+        self.weights = tir.local(self.queries * LANES)
+
+    def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
+        tir.store(self.q, at, value, lanes)
+
+    def _clear(self, m: Expr) -> None:
+        tir.store(self.maxima, m, T.float32(LOWEST), 1)
+        tir.store(self.shrink, m, T.float32(1.0), 1)
+        tir.store(self.weights, m * LANES, tir.splat(0.0))
+        each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
+        return tir.bind(T.cast(tir.load(self.task.named[cache], index, lanes), tir.float_type(lanes)))
+
+    def _read_pair(self, cache: str, start: Expr, pair: Expr, lanes: int) -> tuple[Expr, Expr]:
+        """The two halves of pairs of bfloat16 of the head at `start`."""
+        place = T.shift_right(start, tir.i64(1)) + pair
+        return tir.of_pair(tir.load(as_pairs(self.task.named[cache]), place, lanes), lanes)
+
+    def _score(self, chunk: Chunk) -> None:
+        wide = self.blocks_at_once
+
+        def some_blocks(step: Expr) -> None:
+            starts = [chunk.base(step * wide + i) for i in range(wide)]
+            scales = [self.cache.scales_before(start) for start in starts] if self.cache.quantized else []
+            if self.rows == 1:
+                for scale in scales:
+                    tir.prefetch(self.value_scales, scale)
+            tir.for_range(self.task.tiles, lambda tile: self._score_tile(tile, step, starts, scales))
+
+        tir.for_range(T.floordiv(chunk.blocks + (wide - 1), wide), some_blocks)
+
+    def _score_tile(self, tile: Expr, step: Expr, starts: list[Expr], scales_at: list[Expr]) -> None:
+        """The scores of `tall` queries for the tokens of the blocks at `starts`, whose scales lie at `scales_at`."""
+        tall, wide = self.tall, self.blocks_at_once
+        unroll = self.cache.line // BLOCK
+        acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
+        queries = tir.bind((self.task.first_query + tile * tall) * self.dim)
+
+        def element(d: Expr, keys: list[Expr]) -> None:
+            for m in range(tall):
+                q = tir.bind(tir.splat(self.q[queries + m * self.dim + d]))
+                for i, key in enumerate(keys):
+                    acc[m * wide + i] = tir.fma(q, key, acc[m * wide + i])
+
+        def line(index: Expr) -> None:
+            """The elements in one cache line of keys; the values of the same tokens are fetched, which are read next."""
+            if self.cache.paired:
+                pairs = [self._read_pair("kcache", start, index * BLOCK, LANES) for start in starts]
+                for i in range(2):
+                    element(index * 2 + i, [pair[i] for pair in pairs])
+            else:
+                for d in (index * unroll + i for i in range(unroll)):
+                    element(d, [self._read("kcache", start + d * BLOCK, LANES) for start in starts])
+            if self.rows == 1:
+                for start in starts:
+                    tir.prefetch(self.task.named["vcache"], start + index * (unroll * BLOCK))
+
+        tir.for_range(self.dim // unroll, line)
+        for d in range(self.dim // unroll * unroll, self.dim):
+            element(tir.i64(d), [self._read("kcache", start + tir.i64(d) * BLOCK, LANES) for start in starts])
+        scales = [tir.bind(tir.load(self.key_scales, at)) for at in scales_at]
+        for m in range(tall):
+            for i in range(wide):
+                target = (tile * tall + m) * CHUNK + (step * wide + i) * BLOCK
+                score = acc[m * wide + i]
+                tir.store(self.scores, target, score * scales[i] if scales else score)
+
+    def _soften(self, chunk: Chunk) -> None:
+        def soften(m: Expr) -> None:
+            line = tir.bind(m * CHUNK)
+            last = self._position_in(chunk, m)
+            tir.either(last >= CHUNK - 1, lambda: self._soften_query(m, line, last, False),
+                       lambda: self._soften_query(m, line, last, True))  # fmt: skip
+
+        tir.for_range(self.task.used, soften)
+
+    def _soften_query(self, m: Expr, line: Expr, last: Expr, masked: bool) -> None:
+        """scores[m] becomes exp(score - maximum), 0 for tokens behind `last`; times the scale of the value, if any."""
+
+        def visible(v: int) -> Expr:
+            return tir.lane_numbers(v * LANES) <= tir.splat(last)
+
+        def score(v: int) -> Expr:
+            value = tir.load(self.scores, line + v * LANES)
+            if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
+                distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
+                value = value + tir.splat(self.slopes[self.task.first_query + m]) * distance
+            return tir.bind(T.Select(visible(v), value, tir.splat(LOWEST)) if masked else value)
+
+        scores = [score(v) for v in range(BLOCKS)]
+        old = tir.bind(self.maxima[m])
+        maximum = tir.bind(T.max(tir.reduce_lanes(tir.pairwise(scores, T.max), T.max), old))
+        shrink = tir.bind(tir.exp(old - maximum, 1))
+        powers = [tir.bind(tir.exp(value - tir.splat(maximum))) for value in scores]
+        if masked:
+            powers = [tir.bind(T.Select(visible(v), power, tir.splat(0.0))) for v, power in enumerate(powers)]
+        for v, power in enumerate(powers):
+            scale = tir.load(self.scales, v * LANES) if self.cache.quantized else None
+            tir.store(self.scores, line + v * LANES, power if scale is None else power * scale)
+        weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + tir.pairwise(powers, tir.add)
+        tir.store(self.weights, m * LANES, weights)
+        tir.store(self.maxima, m, maximum, 1)
+        tir.store(self.shrink, m, shrink, 1)
+
+    def _accumulate(self, chunk: Chunk) -> None:
+        """Tokens never written are not read."""
+        every = _columns(self.dim)
+        for first in range(0, len(every), self.columns_at_once):
+            columns = every[first : first + self.columns_at_once]
+
+            def tile(index: Expr, columns: Columns = columns) -> None:
+                sums = _TileSums(self, index, columns)
+                tir.for_range(chunk.blocks, lambda block: self._add_block(chunk, block, sums))
+                sums.store()
+
+            tir.for_range(self.task.tiles, tile)
+
+    def _add_block(self, chunk: Chunk, block: Expr, sums: _TileSums) -> None:
+        """Add a block's weighted values in some columns."""
+        start, columns = chunk.base(block), sums.columns
+        following = chunk.following(block) if self.rows == 1 else None
+        count = tir.opaque(T.min(chunk.tokens - block * BLOCK, tir.i64(BLOCK)))
+
+        def fetch(token: Expr, several: int) -> None:
+            """The keys that are read next, as many bytes as are read here."""
+            if following is not None:
+                end = columns[-1][0] + columns[-1][1]
+                for column in range(several * columns[0][0], several * end, self.cache.line):
+                    tir.prefetch(self.task.named["kcache"], following + token * self.dim + column)
+
+        def single(token: Expr) -> None:
+            values = [self._read("vcache", start + token * self.dim + column, lanes) for column, lanes in columns]
+            fetch(token, 1)
+            sums.add(block, token, values)
+
+        def pair(i: Expr, both: bool = True) -> None:
+            values = [self._read_pair("vcache", start, i * self.dim + column, lanes) for column, lanes in columns]
+            fetch(i * 2, 2)
+            sums.add(block, i * 2, [low for low, _ in values])
+            if both:
+                sums.add(block, i * 2 + 1, [high for _, high in values])
+
+        if self.cache.paired:
+            tir.for_range(T.floordiv(count, 2), pair)
+            with tir.when(T.floormod(count, 2) == 1):
+                pair(tir.opaque(T.floordiv(count, 2)), both=False)
+        else:
+            tir.for_range(count, single)
+
+
+class _TileSums:
+    """The sums of one tile of queries in some columns of the values, in registers; at first, those of the chunks before, scaled
+    to the new maximum."""
+
+    def __init__(self, attention: VectorAttention, tile: Expr, columns: Columns) -> None:
+        self.attention, self.columns = attention, columns
+        self.first = tir.opaque(tile * attention.tall)  # query
+        self.acc = [tir.Registers(attention.tall, tir.float_type(lanes)) for _, lanes in columns]
+        for m, c, place, lanes in self._places():
+            old = tir.load(attention.sums, place, lanes)
+            self.acc[c][m] = old * tir.splat(attention.shrink[self.first + m], lanes)
+
+    def _places(self) -> list[tuple[int, int, Expr, int]]:
+        """(query, number of the column, index in the attention's sums, lanes)"""
+        attention = self.attention
+        return [(m, c, (self.first + m) * attention.padded + column, lanes)
+                for m in range(attention.tall) for c, (column, lanes) in enumerate(self.columns)]  # fmt: skip
+
+    def add(self, block: Expr, token: Expr, values: list[Expr]) -> None:
+        """Add the values of one token, times its weight for each query."""
+        for m in range(self.attention.tall):
+            weight = tir.bind(self.attention.scores[(self.first + m) * CHUNK + block * BLOCK + token])
+            for c, (_, lanes) in enumerate(self.columns):
+                self.acc[c][m] = tir.fma(tir.splat(weight, lanes), values[c], self.acc[c][m], lanes)
+
+    def store(self) -> None:
+        """Write the sums back."""
+        for m, c, place, lanes in self._places():
+            tir.store(self.attention.sums, place, self.acc[c][m], lanes)
+
+
+def _columns(dim: int) -> Columns:
+    """Vectors that cover a row of V exactly: reading past it could leave the cache."""
+    columns, at = [], 0
+    for lanes in (16, 8, 4, 2, 1):
+        while dim - at >= lanes:
+            columns.append((at, lanes))
+            at += lanes
+    return columns
