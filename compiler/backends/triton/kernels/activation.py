@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from belle_compile.compiler.backends.program import kernels
-from belle_compile.compiler.backends.program.kernel import Pointers, View
-from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from belle_compile.compiler.backends.program.kernel import Pointers
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import (
     begin,
     block_hadamard,
@@ -27,111 +27,120 @@ _FEW = 64  # rows up to which there are several, or one multiprocessor would wor
 
 
 @triton.jit
-def _activated(x, up_ptr, up_place, cols, inside, SIZE: tl.constexpr, FUNCTION: tl.constexpr, HADAMARD: tl.constexpr,
-               LEVELS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+def _activated(x, at, up_ptr, cols, inside, SIZE: tl.constexpr, SHAPE: tl.constexpr):
     """SIZE channels of a row."""
-    if FUNCTION == "gelu":
+    if SHAPE.nonlinearity == "gelu":
         x = gelu(x)
-    elif FUNCTION == "swiglu":
-        x = scaled_sigmoid(x, x) * tl.load(up_ptr + up_place + cols, mask=inside, other=0.0)
-    if HADAMARD:
-        x = block_hadamard(x, cols, SIZE, HADAMARD, LEVELS, SCALE)
+    elif SHAPE.nonlinearity == "swiglu":
+        x = scaled_sigmoid(x, x) * tl.load(up_ptr + (at * SHAPE.up.stride + SHAPE.up.offset) + cols, mask=inside, other=0.0)
+    if SHAPE.transformed:
+        x = block_hadamard(x, cols, SIZE, SHAPE.transformed)
     return x
 
 
 @triton.jit
-def activate_rows(rows_ptr, x_ptr, up_ptr, step_ptr, maxima_ptr, xq_ptr, xs_ptr, out_ptr, WIDTH: tl.constexpr,
-                  BLOCK: tl.constexpr, FUNCTION: tl.constexpr, HADAMARD: tl.constexpr, LEVELS: tl.constexpr,
-                  SCALE: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr,
-                  UP_STRIDE: tl.constexpr, UP_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+def activate_rows(rows_ptr, x_ptr, up_ptr, step_ptr, maxima_ptr, xq_ptr, xs_ptr, out_ptr, SHAPE: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
-        cols = tl.arange(0, BLOCK)
-        inside = cols < WIDTH
+        cols = tl.arange(0, SHAPE.padded)
+        inside = cols < SHAPE.width
         at = row.to(tl.int64)
-        x = tl.load(x_ptr + at * X_STRIDE + X_OFFSET + cols, mask=inside, other=0.0)
-        x = _activated(x, up_ptr, at * UP_STRIDE + UP_OFFSET, cols, inside, BLOCK, FUNCTION, HADAMARD, LEVELS, SCALE)
+        x = tl.load(x_ptr + at * SHAPE.x.stride + SHAPE.x.offset + cols, mask=inside, other=0.0)
+        x = _activated(x, at, up_ptr, cols, inside, SHAPE.padded, SHAPE)
         if out_ptr is not None:
-            tl.store(out_ptr + at * OUT_STRIDE + OUT_OFFSET + cols, x, mask=inside)
+            tl.store(out_ptr + at * SHAPE.out.stride + SHAPE.out.offset + cols, x, mask=inside)
         else:
-            quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, WIDTH, OUT_STRIDE, OUT_OFFSET, PLANES)
+            quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, SHAPE)
 
 
 @triton.jit
-def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-                    CHUNKS: tl.constexpr, FUNCTION: tl.constexpr, HADAMARD: tl.constexpr, LEVELS: tl.constexpr,
-                    SCALE: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, UP_STRIDE: tl.constexpr,
-                    UP_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
     """A chunk of a row, in place, and its largest absolute value."""
     rows = begin(rows_ptr, OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     if row < rows:
-        cols = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside = cols < WIDTH
+        cols = chunk * SHAPE.chunk + tl.arange(0, SHAPE.chunk)
+        inside = cols < SHAPE.whole.width
         at = row.to(tl.int64)
-        place = x_ptr + at * X_STRIDE + X_OFFSET + cols
+        place = x_ptr + at * SHAPE.whole.x.stride + SHAPE.whole.x.offset + cols
         x = tl.load(place, mask=inside, other=0.0)
-        x = _activated(x, up_ptr, at * UP_STRIDE + UP_OFFSET, cols, inside, CHUNK, FUNCTION, HADAMARD, LEVELS, SCALE)
+        x = _activated(x, at, up_ptr, cols, inside, SHAPE.chunk, SHAPE.whole)
         tl.store(place, x, mask=inside)
-        tl.store(maxima_ptr + row * CHUNKS + chunk, largest(x))
+        tl.store(maxima_ptr + row * SHAPE.chunks + chunk, largest(x))
 
 
 @triton.jit
-def quantize_chunks(rows_ptr, x_ptr, maxima_ptr, xq_ptr, xs_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                    ALL_CHUNKS: tl.constexpr, PLANES: tl.constexpr, DONE: tl.constexpr, X_STRIDE: tl.constexpr,
-                    X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-                    OVERLAP: tl.constexpr):  # fmt: skip
-    """A part of a row whose chunks have been activated; nothing where it is DONE."""
+def quantize_chunks(rows_ptr, x_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    """A part of a row whose chunks have been activated; nothing where that was done with the whole row."""
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
-    if not DONE:
+    if not SHAPE.done:
+        whole: tl.constexpr = SHAPE.first.whole
         if row < rows:
-            chunks = tl.arange(0, ALL_CHUNKS)
-            absmax = largest(tl.load(maxima_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=0.0))
-            cols = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(x_ptr + row.to(tl.int64) * X_STRIDE + X_OFFSET + cols, mask=cols < WIDTH, other=0.0)
-            quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, WIDTH, OUT_STRIDE, OUT_OFFSET, PLANES)
+            chunks = tl.arange(0, SHAPE.padded_chunks)
+            found = tl.load(maxima_ptr + row * SHAPE.first.chunks + chunks, mask=chunks < SHAPE.first.chunks, other=0.0)
+            absmax = largest(found)
+            cols = tl.program_id(1) * SHAPE.columns + tl.arange(0, SHAPE.columns)
+            place = x_ptr + row.to(tl.int64) * whole.x.stride + whole.x.offset + cols
+            x = tl.load(place, mask=cols < whole.width, other=0.0)
+            quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, whole)
 
 
-def _start(width: int) -> Start:
-    """A block of threads has the whole row."""
-    return Start((1, 1, 1), 1, warps_for(width))
+class _WholeRow(Kernel):
+    """A program has a row: what `activate_rows` does with it."""
 
+    width: int
+    function = activate_rows
 
-def _constants(width: int, function: str, hadamard: int, planes: int, x: View, up: View | None, out: View) -> Mapping[str, Any]:
-    return {
-        **dict.fromkeys(("up_ptr", "step_ptr", "maxima_ptr", "xq_ptr", "xs_ptr", "out_ptr")),
-        "WIDTH": width,
-        "BLOCK": max(power_of_two(width), hadamard),
-        "FUNCTION": function,
-        "HADAMARD": hadamard,
-        "LEVELS": hadamard.bit_length() - 1 if hadamard else 0,
-        "SCALE": hadamard**-0.5 if hadamard else 1.0,
-        "PLANES": planes,
-        **of_view("X", x),
-        **of_view("UP", up or View(0)),
-        **of_view("OUT", out),
-    }
+    @property
+    def nonlinearity(self) -> str:
+        """What is computed first: "gelu", "swiglu" or "none"."""
+        return "none"
+
+    @property
+    def transformed(self) -> int:
+        """Channels of the blocks that are transformed next; 0: none are."""
+        return 0
+
+    @property
+    def padded(self) -> int:
+        """Channels that the program holds."""
+        return max(power_of_two(self.width), self.transformed)
+
+    def start(self) -> Start:
+        return Start((1, 1, 1), 1, warps_for(self.width))
 
 
 @dataclass(frozen=True)
-class Activation(Kernel, kernels.Activation):
-    """A block of threads has a row; few wide rows with a scale each are split among several (`ActivateChunks`)."""
+class Activation(_WholeRow, kernels.Activation):
+    """Few wide rows with a scale each are split among several programs (`ActivateChunks`)."""
 
-    function = activate_rows
+    @property
+    def nonlinearity(self) -> str:
+        return self.activation
+
+    @property
+    def transformed(self) -> int:
+        return self.hadamard or 0
 
     @property
     def chunked(self) -> bool:
         """Whether few rows are worth two steps."""
         return self.quantize and not self.step and self.width > 2 * _CHUNK
 
-    def start(self) -> Start:
-        return _start(self.width)
 
-    def constants(self) -> Mapping[str, Any]:
-        return _constants(self.width, self.activation, self.hadamard or 0, self.planes, self.x, self.up, self.out)
+@dataclass(frozen=True)
+class BlockHadamard(_WholeRow, kernels.BlockHadamard):
+    @property
+    def transformed(self) -> int:
+        return self.block
+
+
+@dataclass(frozen=True)
+class QuantizeTokens(_WholeRow, kernels.QuantizeTokens):
+    pass
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class ActivateChunks(Kernel):
 
     @property
     def chunks(self) -> int:
-        """Of a row."""
+        """Chunks of a row."""
         return -(-self.whole.width // self.chunk)
 
     def variants(self) -> Sequence[tuple[int | None, ActivateChunks]]:
@@ -171,13 +180,8 @@ class ActivateChunks(Kernel):
     def start(self) -> Start:
         return Start((1, self.chunks, 1), 1, warps_for(self.chunk, 4)) if self.chunked else self.whole.start()
 
-    def constants(self) -> Mapping[str, Any]:
-        if not self.chunked:
-            return {**self.whole.constants(), "maxima_ptr": None}
-        constants = dict(self.whole.constants())
-        for name in ("step_ptr", "out_ptr", "BLOCK", "PLANES", "OUT_STRIDE", "OUT_OFFSET"):
-            del constants[name]
-        return {**constants, "CHUNK": self.chunk, "CHUNKS": self.chunks}
+    def shape(self) -> Any:
+        return self if self.chunked else self.whole
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,16 @@ class QuantizeChunks(Kernel):
     done: bool = False
 
     function = quantize_chunks
+
+    @property
+    def columns(self) -> int:
+        """Channels of a program."""
+        return _CHUNK
+
+    @property
+    def padded_chunks(self) -> int:
+        """Chunks of a row that the program holds the largest values of."""
+        return power_of_two(self.first.chunks)
 
     @property
     def name(self) -> str:
@@ -204,35 +218,3 @@ class QuantizeChunks(Kernel):
         if self.done:
             return Start((1, 1, 1), 0, 1)
         return Start((1, -(-self.first.whole.width // _CHUNK), 1), 1, warps_for(_CHUNK, 4))
-
-    def constants(self) -> Mapping[str, Any]:
-        whole = self.first.whole
-        sizes = {"CHUNK": _CHUNK, "CHUNKS": self.first.chunks, "ALL_CHUNKS": power_of_two(self.first.chunks)}
-        views = {**of_view("X", whole.x), **of_view("OUT", whole.out)}
-        return {"WIDTH": whole.width, "PLANES": whole.planes, "DONE": self.done, **sizes, **views}
-
-
-@dataclass(frozen=True)
-class BlockHadamard(Kernel, kernels.BlockHadamard):
-    """A block of threads has a row."""
-
-    function = activate_rows
-
-    def start(self) -> Start:
-        return _start(self.width)
-
-    def constants(self) -> Mapping[str, Any]:
-        return _constants(self.width, "none", self.block, 1, self.x, None, self.out)
-
-
-@dataclass(frozen=True)
-class QuantizeTokens(Kernel, kernels.QuantizeTokens):
-    """A block of threads has a row."""
-
-    function = activate_rows
-
-    def start(self) -> Start:
-        return _start(self.width)
-
-    def constants(self) -> Mapping[str, Any]:
-        return _constants(self.width, "none", 0, self.planes, self.x, None, self.out)

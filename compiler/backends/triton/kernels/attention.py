@@ -7,17 +7,17 @@ sums where the cache is float16 or int8, and in float32 where it is float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import triton
 import triton.language as tl
 
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import Pointers, View, Workspace
-from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel, Start, of_view, power_of_two
-from belle_compile.compiler.backends.triton.kernels.cache import append, of_cache, read_tokens, tokens_of, turned
+from belle_compile.compiler.backends.triton.kernels.base import STEP, Start, power_of_two
+from belle_compile.compiler.backends.triton.kernels.cache import Cache, PagedKernel, append, read_tokens, tokens_of, turned
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
 _LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
@@ -36,58 +36,134 @@ def _is_alone(sequences_ptr, at, sequence, rows, inside):
     return (before != sequence) & (after != sequence)
 
 
-@triton.jit
-def _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, there, pairs, cols, HALF: tl.constexpr,
-          HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-          SCALES: tl.constexpr):  # fmt: skip
-    """A head of some tokens of a sequence: both halves of keys, and values."""
-    places, scales = tokens_of(block_table_ptr, sequence, tokens, there, head, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE,
-                               SCALES)  # fmt: skip
-    k_first = read_tokens(kcache_ptr, places, scales, pairs, there, pairs < HALF, SCALES)
-    k_second = read_tokens(kcache_ptr, places + HALF, scales, pairs, there, pairs < HALF, SCALES)
-    return k_first, k_second, read_tokens(vcache_ptr, places, scales, cols, there, cols < HEAD_DIM, SCALES)
+class Queries(NamedTuple):
+    """Query heads of some tokens: both halves [rows, pairs], rotated; which rows are to be attended for, the position of each
+    row's token, and the slope of its head or None."""
+
+    first: Any
+    second: Any
+    mine: Any
+    last: Any
+    slopes: Any
+
+
+class Tile(NamedTuple):
+    """A head of some tokens of the context: both halves of keys [tokens, pairs], and values [tokens, columns]."""
+
+    first: Any
+    second: Any
+    v: Any
+
+
+class Softmax(NamedTuple):
+    """The online softmax of each row: the highest score, and the sums of powers and of weighted values relative to it."""
+
+    peak: Any
+    total: Any
+    sums: Any
 
 
 @triton.jit
-def _attend(first, second, most, total, values, slopes, last, tokens, there, mine, k_first, k_second, v, SCALE: tl.constexpr,
-            ONE: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
-    """One tile of the context: online softmax of queries [rows, .] over tokens, in powers of two. `ONE` is for a single query:
-    products without tensor cores. With `ALL` every query attends to every token."""
-    if ONE:
-        scores = tl.sum(k_first * first, axis=1)[None, :] + tl.sum(k_second * second, axis=1)[None, :]
+def _read(cache, sequence, head, tokens, there, SHAPE: tl.constexpr):
+    """A tile of a sequence's tokens."""
+    pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
+    places, scales = tokens_of(cache.table, sequence, tokens, there, head, SHAPE)
+    first = read_tokens(cache.k, places, scales, pairs, there, pairs < SHAPE.half, SHAPE.scales)
+    second = read_tokens(cache.k, places + SHAPE.half, scales, pairs, there, pairs < SHAPE.half, SHAPE.scales)
+    v = read_tokens(cache.v, places, scales, cols, there, cols < SHAPE.head_dim, SHAPE.scales)
+    return Tile(first, second, v)
+
+
+@triton.jit
+def _nothing_seen(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    return Softmax(peak, total, tl.zeros((ROWS, COLUMNS), tl.float32))
+
+
+@triton.jit
+def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.constexpr):
+    """Adds a tile of the context to the softmax, in powers of two. With `ALL` every query attends to every token."""
+    if SHAPE.one:  # a single query: products without tensor cores
+        scores = tl.sum(tile.first * queries.first, axis=1)[None, :] + tl.sum(tile.second * queries.second, axis=1)[None, :]
     else:
-        kind = k_first.dtype
-        scores = tl.dot(first.to(kind), tl.trans(k_first), input_precision="ieee")
-        scores = tl.dot(second.to(kind), tl.trans(k_second), scores, input_precision="ieee")
-    scores = scores * (SCALE * _LOG2E)
-    if slopes is not None:
-        scores += (slopes * _LOG2E)[:, None] * tokens.to(tl.float32)[None, :]
+        kind = tile.first.dtype
+        scores = tl.dot(queries.first.to(kind), tl.trans(tile.first), input_precision="ieee")
+        scores = tl.dot(queries.second.to(kind), tl.trans(tile.second), scores, input_precision="ieee")
+    scores = scores * (SHAPE.scale * _LOG2E)
+    if queries.slopes is not None:
+        scores += (queries.slopes * _LOG2E)[:, None] * tokens.to(tl.float32)[None, :]
     if ALL:
-        peak = tl.maximum(most, tl.max(scores, axis=1))
+        peak = tl.maximum(softmax.peak, tl.max(scores, axis=1))
         safe = peak
     else:
-        scores = tl.where(mine[:, None] & there[None, :] & (tokens[None, :] <= last[:, None]), scores, float("-inf"))
-        peak = tl.maximum(most, tl.max(scores, axis=1))
+        seen = queries.mine[:, None] & there[None, :] & (tokens[None, :] <= queries.last[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        peak = tl.maximum(softmax.peak, tl.max(scores, axis=1))
         # A row that has seen nothing yet has no peak; its sums are zeros, and its powers become zeros too.
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-    factor = tl.exp2(most - safe)
+    factor = tl.exp2(softmax.peak - safe)
     powers = tl.exp2(scores - safe[:, None])
-    if ONE:
-        values = values * factor[:, None] + tl.sum(v.to(tl.float32) * tl.trans(powers), axis=0)[None, :]
+    if SHAPE.one:
+        sums = softmax.sums * factor[:, None] + tl.sum(tile.v.to(tl.float32) * tl.trans(powers), axis=0)[None, :]
     else:
-        values = tl.dot(powers.to(v.dtype), v, values * factor[:, None], input_precision="ieee")
-    return peak, total * factor + tl.sum(powers, axis=1), values
+        sums = tl.dot(powers.to(tile.v.dtype), tile.v, softmax.sums * factor[:, None], input_precision="ieee")
+    return Softmax(peak, softmax.total * factor + tl.sum(powers, axis=1), sums)
+
+
+@triton.jit
+def _write(out, written, mine, softmax, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The results of rows; sums of nothing are not divided by zero."""
+    divisor = tl.broadcast_to(tl.where(mine, softmax.total, 1.0)[:, None], (ROWS, COLUMNS))
+    tl.store(out, tl.div_rn(softmax.sums, divisor), mask=written)
+
+
+@triton.jit
+def _own_token(k_ptr, v_ptr, cos_sin_ptr, cache, queries, at, sequence, position, head, SHAPE: tl.constexpr):
+    """Appends the key and value of the token itself; returns the softmax over it alone."""
+    pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
+    own = head + tl.arange(0, 1)
+    place = at * SHAPE.table_stride + own * 0
+    k_own = at * SHAPE.k.stride + SHAPE.k.offset + own * SHAPE.head_dim
+    first, second = turned(k_ptr, cos_sin_ptr, k_own, place, own >= 0, pairs, SHAPE.half)
+    new = tl.load(v_ptr + at * SHAPE.v.stride + SHAPE.v.offset + own[:, None] * SHAPE.head_dim + cols[None, :],
+                  mask=(cols < SHAPE.head_dim)[None, :], other=0.0)  # fmt: skip
+    first, second, new = append(cache, first, second, new, sequence, position, own, own >= 0, SHAPE)
+    peak = tl.sum(queries.first * first + queries.second * second, axis=1) * (SHAPE.scale * _LOG2E)
+    if queries.slopes is not None:
+        peak += queries.slopes * _LOG2E * position.to(tl.float32)
+    total = tl.full((SHAPE.members,), 1.0, tl.float32)
+    return Softmax(peak, total, tl.broadcast_to(new, (SHAPE.members, SHAPE.columns)))
+
+
+@triton.jit
+def _save_part(part, softmax, mine, SHAPE: tl.constexpr):
+    """Sums [group, columns] of a token and head, then peaks and totals."""
+    members, cols = tl.arange(0, SHAPE.members), tl.arange(0, SHAPE.columns)
+    tl.store(part + members[:, None] * SHAPE.columns + cols[None, :], softmax.sums, mask=mine[:, None])
+    tl.store(part + SHAPE.group * SHAPE.columns + members, softmax.peak, mask=mine)
+    tl.store(part + SHAPE.group * SHAPE.columns + SHAPE.group + members, softmax.total, mask=mine)
+
+
+@triton.jit
+def _add_part(softmax, part, mine, SHAPE: tl.constexpr):
+    """The softmax over what it has seen and a part that another program saved."""
+    members, cols = tl.arange(0, SHAPE.members), tl.arange(0, SHAPE.columns)
+    peak = tl.load(part + SHAPE.group * SHAPE.columns + members, mask=mine, other=float("-inf"), cache_modifier=".cg")
+    larger = tl.maximum(softmax.peak, peak)
+    safe = tl.where(larger == float("-inf"), 0.0, larger)
+    old, new = tl.exp2(softmax.peak - safe), tl.exp2(peak - safe)
+    added = tl.load(part + SHAPE.group * SHAPE.columns + SHAPE.group + members, mask=mine, other=0.0, cache_modifier=".cg")
+    total = softmax.total * old + added * new
+    place = part + members[:, None] * SHAPE.columns + cols[None, :]
+    sums = tl.load(place, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+    return Softmax(larger, total, softmax.sums * old[:, None] + sums * new[:, None])
 
 
 @triton.jit
 def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr,
-                 kcache_ptr, vcache_ptr, out_ptr, parts_ptr, tickets_ptr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                 BG: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-                 SPLITS: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr,
-                 BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-                 Q_STRIDE: tl.constexpr, Q_OFFSET: tl.constexpr, K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr,
-                 V_STRIDE: tl.constexpr, V_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-                 ONE: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 kcache_ptr, vcache_ptr, out_ptr, parts_ptr, tickets_ptr, SHAPE: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
     """A program has the query heads of a key/value head of one token, and a part of its context; that of the last part has the
     token's own key and value, and appends them. The last one to be done puts the parts together."""
     let_next_start(OVERLAP)
@@ -98,105 +174,68 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     before = tl.load(sequences_ptr + tl.maximum(row - 1, 0))
     after = tl.load(sequences_ptr + tl.minimum(row + 1, tl.num_programs(0) - 1))
     position = tl.load(positions_ptr + row)
+    BT: tl.constexpr = SHAPE.tokens
+    SPLITS: tl.constexpr = SHAPE.splits
     tiles = tl.maximum((position + BT - 1) // BT, 1)
     each = (tiles + SPLITS - 1) // SPLITS
     parts = (tiles + each - 1) // each
     if (row >= rows) | ((row > 0) & (before == sequence)) | ((row + 1 < rows) & (after == sequence)) | (split >= parts):
         await_earlier(OVERLAP)
         return
-    members, pairs, cols = tl.arange(0, BG), tl.arange(0, BH), tl.arange(0, BD)
-    mine = members < GROUP
+    members, pairs, cols = tl.arange(0, SHAPE.members), tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
+    mine = members < SHAPE.group
     at = row.to(tl.int64)
-    heads = head * GROUP + members
+    heads = head * SHAPE.group + members
     slopes = None
     if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + heads, mask=mine, other=0.0)
     first_tile, last_tile = split * each, tl.minimum(split * each + each, tiles)
     tokens, end = first_tile * BT + tl.arange(0, BT), tl.minimum(position, last_tile * BT)
-    if ONE:  # earlier steps wrote the keys and values of tokens before, so the first tile can be on its way already
-        k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, tokens < end, pairs, cols,
-                                     HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
+    cache = Cache(kcache_ptr, vcache_ptr, block_table_ptr)
+    if SHAPE.one:  # earlier steps wrote the keys and values of tokens before, so the first tile can be on its way already
+        tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
     await_earlier(OVERLAP)
-    first, second = turned(q_ptr, cos_sin_ptr, at * Q_STRIDE + Q_OFFSET + heads * HEAD_DIM,
-                             at * TABLE_STRIDE + members * 0, mine, pairs, pairs < HALF, HALF)  # fmt: skip
-    most = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    values = tl.zeros((BG, BD), tl.float32)
+    first, second = turned(q_ptr, cos_sin_ptr, at * SHAPE.q.stride + SHAPE.q.offset + heads * SHAPE.head_dim,
+                           at * SHAPE.table_stride + members * 0, mine, pairs, SHAPE.half)  # fmt: skip
+    queries = Queries(first, second, mine, position + members * 0, slopes)
+    softmax = _nothing_seen(SHAPE.members, SHAPE.columns)
     if split == parts - 1:
-        own = head + tl.arange(0, 1)
-        place = at * TABLE_STRIDE + own * 0
-        k_own = at * K_STRIDE + K_OFFSET + own * HEAD_DIM
-        new_first, new_second = turned(k_ptr, cos_sin_ptr, k_own, place, own >= 0, pairs, pairs < HALF, HALF)
-        new = tl.load(v_ptr + at * V_STRIDE + V_OFFSET + own[:, None] * HEAD_DIM + cols[None, :],
-                      mask=(cols < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-        new_first, new_second, new = append(kcache_ptr, vcache_ptr, block_table_ptr, new_first, new_second, new, sequence,
-                                            position, own, pairs, cols, own >= 0, HEAD_DIM, HALF, MAX_BLOCKS, BLOCK_STRIDE,
-                                            HEAD_STRIDE, SCALES)  # fmt: skip
-        most = tl.sum(first * new_first + second * new_second, axis=1) * (SCALE * _LOG2E)
-        if slopes is not None:
-            most += slopes * _LOG2E * position.to(tl.float32)
-        total = tl.full((BG,), 1.0, tl.float32)
-        values = tl.broadcast_to(new, (BG, BD))
-    last = position + members * 0
+        softmax = _own_token(k_ptr, v_ptr, cos_sin_ptr, cache, queries, at, sequence, position, head, SHAPE)
     for _ in range(first_tile, last_tile):
-        if EARLY:
-            coming = tokens + BT
-            next_first, next_second, next_v = _read(
-                kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, coming, coming < end, pairs, cols, HALF, HEAD_DIM,
-                MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-        if not ONE:  # what is read for tensor cores is fetched some tiles ahead
-            k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, tokens < end, pairs,
-                                         cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-        most, total, values = _attend(first, second, most, total, values, slopes, last, tokens, tokens < end, mine, k_first,
-                                      k_second, v, SCALE, ONE, False)  # fmt: skip
+        if SHAPE.short:
+            coming = _read(cache, sequence, head, tokens + BT, tokens + BT < end, SHAPE)
+        if not SHAPE.one:  # what is read for tensor cores is fetched some tiles ahead
+            tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
+        softmax = _attend(softmax, queries, tile, tokens, tokens < end, SHAPE, False)
         tokens += BT
-        if EARLY:
-            k_first, k_second, v = next_first, next_second, next_v
-        elif ONE:
-            k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head, tokens, tokens < end, pairs,
-                                         cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-    out = out_ptr + at * OUT_STRIDE + OUT_OFFSET + heads[:, None] * HEAD_DIM + cols[None, :]
-    written = mine[:, None] & (cols < HEAD_DIM)[None, :]
+        if SHAPE.short:
+            tile = coming
+        elif SHAPE.one:
+            tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
+    out = out_ptr + at * SHAPE.out.stride + SHAPE.out.offset + heads[:, None] * SHAPE.head_dim + cols[None, :]
+    written = mine[:, None] & (cols < SHAPE.head_dim)[None, :]
     if parts == 1:
-        tl.store(out, tl.div_rn(values, tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BG, BD))), mask=written)
+        _write(out, written, mine, softmax, SHAPE.members, SHAPE.columns)
         return
-    # Parts: values [SPLITS, GROUP, BD] of a token and head, then peaks and totals.
-    size: tl.constexpr = GROUP * (BD + 2)
-    pair = row * KV_HEADS + head
-    part = parts_ptr + (pair * SPLITS + split).to(tl.int64) * size
-    tl.store(part + members[:, None] * BD + cols[None, :], values, mask=mine[:, None])
-    tl.store(part + GROUP * BD + members, most, mask=mine)
-    tl.store(part + GROUP * BD + GROUP + members, total, mask=mine)
+    size: tl.constexpr = SHAPE.group * (SHAPE.columns + 2)
+    pair = row * SHAPE.num_kv_heads + head
+    _save_part(parts_ptr + (pair * SPLITS + split).to(tl.int64) * size, softmax, mine, SHAPE)
     tl.debug_barrier()  # all threads have written before one of them says so
     ticket = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel")
     if ticket == parts - 1:
         tl.store(tickets_ptr + pair, 0)
-        most = tl.full((BG,), float("-inf"), tl.float32)
-        total = tl.zeros((BG,), tl.float32)
-        values = tl.zeros((BG, BD), tl.float32)
+        softmax = _nothing_seen(SHAPE.members, SHAPE.columns)
         for other in range(0, parts):
-            part = parts_ptr + (pair * SPLITS + other).to(tl.int64) * size
-            peak = tl.load(part + GROUP * BD + members, mask=mine, other=float("-inf"), cache_modifier=".cg")
-            larger = tl.maximum(most, peak)
-            safe = tl.where(larger == float("-inf"), 0.0, larger)
-            old, new = tl.exp2(most - safe), tl.exp2(peak - safe)
-            added = tl.load(part + GROUP * BD + GROUP + members, mask=mine, other=0.0, cache_modifier=".cg")
-            total = total * old + added * new
-            place = part + members[:, None] * BD + cols[None, :]
-            found = tl.load(place, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-            values = values * old[:, None] + found * new[:, None]
-            most = larger
-        tl.store(out, tl.div_rn(values, tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BG, BD))), mask=written)
+            softmax = _add_part(softmax, parts_ptr + (pair * SPLITS + other).to(tl.int64) * size, mine, SHAPE)
+        _write(out, written, mine, softmax, SHAPE.members, SHAPE.columns)
 
 
 @triton.jit
 def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr, kcache_ptr,
-                vcache_ptr, out_ptr, GROUP: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
-                BD: tl.constexpr, BT: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr,
-                BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-                Q_STRIDE: tl.constexpr, Q_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
-                OUT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has one query head of BM neighbouring tokens, and takes the sequences among them one after the other."""
+                vcache_ptr, out_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """A program has one query head of neighbouring tokens, and takes the sequences among them one after the other."""
+    BM: tl.constexpr = SHAPE.rows
+    BT: tl.constexpr = SHAPE.tokens
     rows = begin(rows_ptr, OVERLAP)
     start = tl.program_id(0) * BM
     if start >= rows:
@@ -207,44 +246,38 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
     sequences = tl.load(sequences_ptr + at, mask=inside, other=-1)
     positions = tl.load(positions_ptr + at, mask=inside, other=-1)
     todo = inside & (_is_alone(sequences_ptr, at, sequences, rows, inside) == 0)
-    pairs, cols = tl.arange(0, BH), tl.arange(0, BD)
-    place = at.to(tl.int64) * Q_STRIDE + Q_OFFSET + head * HEAD_DIM
-    first, second = turned(q_ptr, cos_sin_ptr, place, at.to(tl.int64) * TABLE_STRIDE, inside, pairs, pairs < HALF, HALF)
+    pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
+    place = at.to(tl.int64) * SHAPE.q.stride + SHAPE.q.offset + head * SHAPE.head_dim
+    first, second = turned(q_ptr, cos_sin_ptr, place, at.to(tl.int64) * SHAPE.table_stride, inside, pairs, SHAPE.half)
     slopes = None
     if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + head) + tl.zeros((BM,), tl.float32)
-    out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + head * HEAD_DIM + cols[None, :]
+    cache = Cache(kcache_ptr, vcache_ptr, block_table_ptr)
+    out = out_ptr + at.to(tl.int64)[:, None] * SHAPE.out.stride + SHAPE.out.offset + head * SHAPE.head_dim + cols[None, :]
     sequence = tl.min(tl.where(todo, sequences, _NONE), axis=0)
     while sequence < _NONE:
         mine = todo & (sequences == sequence)
+        queries = Queries(first, second, mine, positions, slopes)
         length = tl.max(tl.where(mine, positions, -1), axis=0) + 1
-        most = tl.full((BM,), float("-inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        values = tl.zeros((BM, BD), tl.float32)
+        softmax = _nothing_seen(BM, SHAPE.columns)
         # Tiles that all queries attend to as a whole come first, then those that have the queries' own tokens.
         first_own = tl.min(tl.where(mine, positions, -1), axis=0) + 1
         whole = first_own // BT * BT
         for at_token in range(0, whole, BT):
             tokens = at_token + tl.arange(0, BT)
-            k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head // GROUP, tokens, tokens >= 0,
-                                         pairs, cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE,
-                                         SCALES)  # fmt: skip
-            most, total, values = _attend(first, second, most, total, values, slopes, positions, tokens, tokens >= 0, mine,
-                                          k_first, k_second, v, SCALE, False, True)  # fmt: skip
+            tile = _read(cache, sequence, head // SHAPE.group, tokens, tokens >= 0, SHAPE)
+            softmax = _attend(softmax, queries, tile, tokens, tokens >= 0, SHAPE, True)
         for at_token in range(whole, length, BT):
             tokens = at_token + tl.arange(0, BT)
             there = tokens < length
-            k_first, k_second, v = _read(kcache_ptr, vcache_ptr, block_table_ptr, sequence, head // GROUP, tokens, there, pairs,
-                                         cols, HALF, HEAD_DIM, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-            most, total, values = _attend(first, second, most, total, values, slopes, positions, tokens, there, mine, k_first,
-                                          k_second, v, SCALE, False, False)  # fmt: skip
-        divisor = tl.broadcast_to(tl.where(mine, total, 1.0)[:, None], (BM, BD))
-        tl.store(out, tl.div_rn(values, divisor), mask=mine[:, None] & (cols < HEAD_DIM)[None, :])
+            tile = _read(cache, sequence, head // SHAPE.group, tokens, there, SHAPE)
+            softmax = _attend(softmax, queries, tile, tokens, there, SHAPE, False)
+        _write(out, mine[:, None] & (cols < SHAPE.head_dim)[None, :], mine, softmax, BM, SHAPE.columns)
         sequence = tl.min(tl.where(todo & (sequences > sequence), sequences, _NONE), axis=0)
 
 
 @dataclass(frozen=True)
-class _Attention(Kernel, kernels.Attention):
+class _Attention(PagedKernel, kernels.Attention):
     """What both kernels share: tiles of the context, and constants."""
 
     @property
@@ -252,15 +285,20 @@ class _Attention(Kernel, kernels.Attention):
         """Of a tile of the context; more of another type than float16 spill registers."""
         return 64 if self.cache_dtype == "float16" else 32
 
-    def constants(self) -> Mapping[str, Any]:
-        half = self.head_dim // 2
-        cache = of_cache(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
-        return {
-            "cos_sin_ptr": None, "slopes_ptr": None, **cache, "GROUP": self.group, "HALF": half,
-            "BH": max(power_of_two(half), _LEAST), "BD": max(power_of_two(self.head_dim), _LEAST), "BT": self.tokens,
-            "SCALE": self.scale, "MAX_BLOCKS": self.max_blocks, "TABLE_STRIDE": View.of_width(self.head_dim).stride,
-            **of_view("Q", self.q), **of_view("OUT", self.out),
-        }  # fmt: skip
+    @property
+    def one(self) -> bool:
+        """Whether a program has one query, and computes without tensor cores."""
+        return False
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a head that a program holds."""
+        return max(power_of_two(self.half), _LEAST)
+
+    @property
+    def columns(self) -> int:
+        """Elements of a value that a program holds."""
+        return max(power_of_two(self.head_dim), _LEAST)
 
 
 @dataclass(frozen=True)
@@ -317,7 +355,7 @@ class AttendAlone(_Attention):
         return (rows, q, ("k", "float32"), ("v", "float32"), *others, ("parts", "float32"), ("tickets", "int32"))
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        size = self.group * (max(power_of_two(self.head_dim), _LEAST) + 2)
+        size = self.group * (self.columns + 2)
         split = [kernel for _, kernel in self.variants() if kernel.splits > 1]
         parts = max((kernel.splits * kernel.most_rows for kernel in split), default=1)
         rows = max((kernel.most_rows for kernel in split), default=1)
@@ -325,10 +363,6 @@ class AttendAlone(_Attention):
 
     def start(self) -> Start:
         return Start((1, self.num_kv_heads, self.splits), 1, self.warps, 2)
-
-    def constants(self) -> Mapping[str, Any]:
-        own = {"KV_HEADS": self.num_kv_heads, "BG": self.members, "SPLITS": self.splits, "ONE": self.one, "EARLY": self.short}
-        return {**super().constants(), **own, **of_view("K", self.k), **of_view("V", self.v)}
 
 
 @dataclass(frozen=True)
@@ -354,6 +388,3 @@ class AttendRuns(_Attention):
     def start(self) -> Start:
         warps = 8 if self.tensor_cores() and self.head_dim >= 32 else 4 if self.head_dim >= 64 else 2  # others spill registers
         return Start((1, self.num_heads, 1), self.rows, warps, 2)
-
-    def constants(self) -> Mapping[str, Any]:
-        return {**super().constants(), "BM": self.rows}

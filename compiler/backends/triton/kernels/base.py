@@ -1,18 +1,18 @@
-"""What a GPU kernel is: a description that names a Triton function, its constants and how it is started."""
+"""What a GPU kernel is: a description that names a Triton function, which reads the sizes it needs from the description."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from belle_compile.compiler.backends.program import kernel
-from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.program.lowering import StepSizes
 
 Grid = tuple[int, int, int]
-OVERLAP = "OVERLAP"  # a constant of every function: it starts before the kernel before has ended, and waits for it
+# Constants of every function.
+SHAPE = "SHAPE"  # a description: fields and properties are read like any constant
+OVERLAP = "OVERLAP"  # whether it starts before the kernel before has ended, and waits for it
 STEP = StepSizes(tokens=2048, rows=256, sequences=256)
 
 
@@ -29,15 +29,24 @@ class Start:
 
 @dataclass(frozen=True)
 class Kernel(kernel.Kernel):
-    """A kernel in Triton. The function's pointers are called as in `pointers`, in their order; all else is constant. The first
-    thing it does is `device.begin`."""
+    """A kernel in Triton; bytes of activations are int8.
+
+    The function's pointers are called as in `pointers`, with "_ptr" behind, in their order; beside them it takes SHAPE and
+    OVERLAP. The first thing it does is `device.begin`.
+    """
 
     byte = "int8"
     function: ClassVar[Any]  # what `triton.jit` made
 
-    @abstractmethod
-    def constants(self) -> Mapping[str, Any]:
-        """Its constants; None for a pointer that this kernel does not have."""
+    def shape(self) -> Any:
+        """The description that the function reads."""
+        return self
+
+    def constants(self) -> dict[str, Any]:
+        """All constants but OVERLAP: the shape, and None for each pointer of the function that this kernel does not have."""
+        own = {f"{name}_ptr" for name, _ in self.pointers()}
+        absent = (name for name in self.function.arg_names if name.endswith("_ptr") and name not in own)
+        return {SHAPE: self.shape(), **dict.fromkeys(absent)}
 
     @abstractmethod
     def start(self) -> Start:
@@ -54,11 +63,6 @@ class Kernel(kernel.Kernel):
     def tensor_cores(self) -> bool:
         """Whether it must use them: a build refuses machine code that does not."""
         return False
-
-
-def of_view(name: str, view: View) -> dict[str, int]:
-    """The constants of a view: NAME_STRIDE and NAME_OFFSET."""
-    return {f"{name}_STRIDE": view.stride, f"{name}_OFFSET": view.offset}
 
 
 def power_of_two(value: int) -> int:

@@ -1,21 +1,20 @@
 """The paged KV cache of a GPU: where heads of blocks lie, reading them, and writing the keys and values of a step.
 
 A block of a layer has k[kv_heads][16][head_dim], then v likewise; with int8 each [16][head_dim] comes after its 16 float32
-scales. `CACHE` constants: BLOCK_STRIDE and HEAD_STRIDE count elements, SCALES those that the scales take.
+scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import View
-from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two, warps_for
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import begin, rint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
@@ -24,20 +23,66 @@ _SLOTS = tl.constexpr(BLOCK_SIZE)
 _HEADS = 16  # of a program that appends
 
 
-@triton.jit
-def _slot(block, slot, head, HEAD_DIM: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-          SCALES: tl.constexpr):  # fmt: skip
-    """The place of a token's first element of a head."""
-    return block.to(tl.int64) * BLOCK_STRIDE + head * HEAD_STRIDE + SCALES + slot * HEAD_DIM
+class PagedKernel(Kernel):
+    """What a function reads of a kernel that has the cache; places are counted in elements."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_blocks: int
+    cache_dtype: str
+
+    def shape(self) -> Any:
+        """Raises CompileError for heads that have no halves."""
+        if self.head_dim % 2:
+            raise CompileError("triton", "head dimension", found=str(self.head_dim), expected="an even number")
+        return super().shape()
+
+    @property
+    def _layout(self) -> KVLayout:
+        return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype, transposed_keys=False)
+
+    @property
+    def half(self) -> int:
+        """Pairs of elements of a head that are rotated together."""
+        return self.head_dim // 2
+
+    @property
+    def table_stride(self) -> int:
+        """From one token of the rotary table to the next."""
+        return View.of_width(self.head_dim).stride
+
+    @property
+    def block_stride(self) -> int:
+        """From one block of the cache to the next."""
+        return self._layout.block_bytes // KV_DTYPES[self.cache_dtype]
+
+    @property
+    def head_stride(self) -> int:
+        """From one head of a block to the next."""
+        return self._layout.head_block_bytes // KV_DTYPES[self.cache_dtype]
+
+    @property
+    def scales(self) -> int:
+        """What the scales of a head of a block take; 0: there are none."""
+        return self._layout.scales_bytes // KV_DTYPES[self.cache_dtype]
+
+
+class Cache(NamedTuple):
+    """The pointers of a layer's cache."""
+
+    k: Any
+    v: Any
+    table: Any  # of blocks
 
 
 @triton.jit
-def tokens_of(block_table_ptr, sequence, tokens, inside, head, HEAD_DIM: tl.constexpr, MAX_BLOCKS: tl.constexpr,
-              BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr):  # fmt: skip
-    """The places of a head of tokens of a sequence, and of their scales in float32."""
-    blocks = tl.load(block_table_ptr + sequence * MAX_BLOCKS + tokens // _SLOTS, mask=inside, other=0)
-    places = _slot(blocks, tokens % _SLOTS, head, HEAD_DIM, BLOCK_STRIDE, HEAD_STRIDE, SCALES)
-    scales = blocks.to(tl.int64) * (BLOCK_STRIDE // 4) + head * (HEAD_STRIDE // 4) + tokens % _SLOTS
+def tokens_of(block_table_ptr, sequence, tokens, inside, head, SHAPE: tl.constexpr):
+    """The places of the first elements of a head of tokens of a sequence, and of their scales in float32."""
+    blocks = tl.load(block_table_ptr + sequence * SHAPE.max_blocks + tokens // _SLOTS, mask=inside, other=0)
+    slot = tokens % _SLOTS
+    places = blocks.to(tl.int64) * SHAPE.block_stride + head * SHAPE.head_stride + SHAPE.scales + slot * SHAPE.head_dim
+    scales = blocks.to(tl.int64) * (SHAPE.block_stride // 4) + head * (SHAPE.head_stride // 4) + tokens % _SLOTS
     return places, scales
 
 
@@ -52,9 +97,9 @@ def read_tokens(cache_ptr, places, scales, cols, inside, wide, SCALES: tl.conste
 
 
 @triton.jit
-def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, wide, HALF: tl.constexpr):
+def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, HALF: tl.constexpr):
     """Both halves of query or key heads [rows, pairs], rotated, float32."""
-    mask = inside[:, None] & wide[None, :]
+    mask = inside[:, None] & (pairs < HALF)[None, :]
     first = tl.load(x_ptr + place[:, None] + pairs[None, :], mask=mask, other=0.0)
     second = tl.load(x_ptr + place[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
     if cos_sin_ptr is not None:
@@ -73,27 +118,25 @@ def _step(absmax):
 
 
 @triton.jit
-def append(kcache_ptr, vcache_ptr, block_table_ptr, first, second, v, sequence, position, heads, pairs, cols, inside,
-           HEAD_DIM: tl.constexpr, HALF: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-           HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr):  # fmt: skip
+def append(cache, first, second, v, sequence, position, heads, inside, SHAPE: tl.constexpr):
     """Keys, by halves, and values of heads of a token to their slots; returns them as they are read, in float32."""
-    places, scales = tokens_of(block_table_ptr, sequence, position + heads * 0, inside, heads, HEAD_DIM, MAX_BLOCKS,
-                               BLOCK_STRIDE, HEAD_STRIDE, SCALES)  # fmt: skip
-    if SCALES:
+    pairs, cols = tl.arange(0, first.shape[1]), tl.arange(0, v.shape[1])
+    places, scales = tokens_of(cache.table, sequence, position + heads * 0, inside, heads, SHAPE)
+    if SHAPE.scales:
         k_step, k_inverse = _step(tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)))
         v_step, v_inverse = _step(tl.max(tl.abs(v), axis=1))
-        tl.store(kcache_ptr.to(tl.pointer_type(tl.float32)) + scales, k_step, mask=inside)
-        tl.store(vcache_ptr.to(tl.pointer_type(tl.float32)) + scales, v_step, mask=inside)
+        tl.store(cache.k.to(tl.pointer_type(tl.float32)) + scales, k_step, mask=inside)
+        tl.store(cache.v.to(tl.pointer_type(tl.float32)) + scales, v_step, mask=inside)
         first, second = rint(first * k_inverse[:, None]).to(tl.int32), rint(second * k_inverse[:, None]).to(tl.int32)
         v = rint(v * v_inverse[:, None]).to(tl.int32)
-    kind: tl.constexpr = kcache_ptr.dtype.element_ty
+    kind: tl.constexpr = cache.k.dtype.element_ty
     first, second, v = first.to(kind), second.to(kind), v.to(kind)
-    wide = inside[:, None] & (pairs < HALF)[None, :]
-    tl.store(kcache_ptr + places[:, None] + pairs[None, :], first, mask=wide)
-    tl.store(kcache_ptr + places[:, None] + HALF + pairs[None, :], second, mask=wide)
-    tl.store(vcache_ptr + places[:, None] + cols[None, :], v, mask=inside[:, None] & (cols < HEAD_DIM)[None, :])
+    wide = inside[:, None] & (pairs < SHAPE.half)[None, :]
+    tl.store(cache.k + places[:, None] + pairs[None, :], first, mask=wide)
+    tl.store(cache.k + places[:, None] + SHAPE.half + pairs[None, :], second, mask=wide)
+    tl.store(cache.v + places[:, None] + cols[None, :], v, mask=inside[:, None] & (cols < SHAPE.head_dim)[None, :])
     first, second, v = first.to(tl.float32), second.to(tl.float32), v.to(tl.float32)
-    if SCALES:
+    if SHAPE.scales:
         first, second, v = first * k_step[:, None], second * k_step[:, None], v * v_step[:, None]
         first, second = first.to(tl.float16).to(tl.float32), second.to(tl.float16).to(tl.float32)
         v = v.to(tl.float16).to(tl.float32)
@@ -102,53 +145,36 @@ def append(kcache_ptr, vcache_ptr, block_table_ptr, first, second, v, sequence, 
 
 @triton.jit
 def append_heads(rows_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, kcache_ptr, vcache_ptr,
-                 KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-                 MAX_BLOCKS: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, SCALES: tl.constexpr,
-                 TABLE_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, K_OFFSET: tl.constexpr, V_STRIDE: tl.constexpr,
-                 V_OFFSET: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row < rows:
         at = row.to(tl.int64)
-        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        pairs, cols, inside = tl.arange(0, BLOCK), tl.arange(0, 2 * BLOCK), heads < KV_HEADS
-        first, second = turned(k_ptr, cos_sin_ptr, at * K_STRIDE + K_OFFSET + heads * HEAD_DIM, at * TABLE_STRIDE + heads * 0,
-                               inside, pairs, pairs < HALF, HALF)  # fmt: skip
-        v = tl.load(v_ptr + at * V_STRIDE + V_OFFSET + heads[:, None] * HEAD_DIM + cols[None, :],
-                    mask=inside[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-        append(kcache_ptr, vcache_ptr, block_table_ptr, first, second, v, tl.load(sequences_ptr + row),
-               tl.load(positions_ptr + row), heads, pairs, cols, inside, HEAD_DIM, HALF, MAX_BLOCKS, BLOCK_STRIDE, HEAD_STRIDE,
-               SCALES)  # fmt: skip
-
-
-def of_cache(num_layers: int, kv_heads: int, head_dim: int, dtype: str) -> dict[str, int]:
-    """The constants of where things lie. Raises CompileError for heads that have no halves."""
-    if head_dim % 2:
-        raise CompileError("triton", "head dimension", found=str(head_dim), expected="an even number")
-    layout, size = KVLayout(num_layers, kv_heads, head_dim, dtype, transposed_keys=False), KV_DTYPES[dtype]
-    places = {"BLOCK_STRIDE": layout.block_bytes // size, "HEAD_STRIDE": layout.head_block_bytes // size}
-    return {"HEAD_DIM": head_dim, **places, "SCALES": layout.scales_bytes // size}
+        heads = tl.program_id(1) * SHAPE.heads + tl.arange(0, SHAPE.heads)
+        pairs, cols, inside = tl.arange(0, SHAPE.padded), tl.arange(0, 2 * SHAPE.padded), heads < SHAPE.num_kv_heads
+        place = at * SHAPE.k.stride + SHAPE.k.offset + heads * SHAPE.head_dim
+        first, second = turned(k_ptr, cos_sin_ptr, place, at * SHAPE.table_stride + heads * 0, inside, pairs, SHAPE.half)
+        v = tl.load(v_ptr + at * SHAPE.v.stride + SHAPE.v.offset + heads[:, None] * SHAPE.head_dim + cols[None, :],
+                    mask=inside[:, None] & (cols < SHAPE.head_dim)[None, :], other=0.0)  # fmt: skip
+        append(Cache(kcache_ptr, vcache_ptr, block_table_ptr), first, second, v, tl.load(sequences_ptr + row),
+               tl.load(positions_ptr + row), heads, inside, SHAPE)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class AppendKV(Kernel, kernels.AppendKV):
-    """A block of threads has several heads of a token."""
+class AppendKV(PagedKernel, kernels.AppendKV):
+    """A program has several heads of a token."""
 
     function = append_heads
 
     @property
     def heads(self) -> int:
-        """Of a program."""
+        """Heads of a program."""
         return min(_HEADS, power_of_two(self.num_kv_heads))
 
-    def start(self) -> Start:
-        block = power_of_two(self.head_dim // 2)
-        return Start((1, -(-self.num_kv_heads // self.heads), 1), 1, warps_for(self.heads * block))
+    @property
+    def padded(self) -> int:
+        """Pairs of a head that a program holds."""
+        return power_of_two(self.half)
 
-    def constants(self) -> Mapping[str, Any]:
-        half = self.head_dim // 2
-        sizes = {"HALF": half, "BLOCK": power_of_two(half), "MAX_BLOCKS": self.max_blocks}
-        sizes |= {"KV_HEADS": self.num_kv_heads, "HEADS": self.heads}
-        sizes["TABLE_STRIDE"] = View.of_width(self.head_dim).stride
-        cache = of_cache(self.num_layers, self.num_kv_heads, self.head_dim, self.cache_dtype)
-        return {"cos_sin_ptr": None, **cache, **sizes, **of_view("K", self.k), **of_view("V", self.v)}
+    def start(self) -> Start:
+        return Start((1, -(-self.num_kv_heads // self.heads), 1), 1, warps_for(self.heads * self.padded))

@@ -7,9 +7,8 @@ collected in any order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -20,23 +19,24 @@ from belle_compile.compiler.backends.triton.kernels.device import begin
 
 CHUNK = 256  # logits that share a maximum
 CAPACITY = 4096  # places of a row; more candidates are counted only
-_PROGRAM = 2048  # logits of a program
-_PARTS = 8  # of so many, for a program that finds the threshold first
+_CHUNK, _CAPACITY = tl.constexpr(CHUNK), tl.constexpr(CAPACITY)
+_EACH = tl.constexpr(8)  # chunks of a program
+_PARTS = tl.constexpr(8)  # of so many chunks, for a program that finds the threshold first
 _BISECTIONS = tl.constexpr(32)
 
 
 @triton.jit
-def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, COUNT: tl.constexpr, STRIDE: tl.constexpr, CHUNKS: tl.constexpr,
-                 CHUNK: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
     rows = begin(rows_ptr, OVERLAP)
     row, program = tl.program_id(0), tl.program_id(1)
     if row < rows:
-        chunks = program * EACH + tl.arange(0, EACH)
-        cols = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
+        chunks = program * _EACH + tl.arange(0, _EACH)
+        cols = chunks[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
+        place = logits_ptr + row.to(tl.int64) * SHAPE.logits.stride + cols
+        logits = tl.load(place, mask=cols < SHAPE.count, other=float("-inf"))
         # Not a number is more than any: the host is to see it.
         maxima = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)
-        tl.store(maxima_ptr + row * CHUNKS + chunks, maxima, mask=chunks < CHUNKS)
+        tl.store(maxima_ptr + row * SHAPE.chunks + chunks, maxima, mask=chunks < SHAPE.chunks)
         if program == 0:
             tl.store(counts_ptr + row, 0)
 
@@ -49,20 +49,19 @@ def _ordered(x):
 
 
 @triton.jit
-def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, COUNT: tl.constexpr,
-            STRIDE: tl.constexpr, CHUNKS: tl.constexpr, ALL_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EACH: tl.constexpr,
-            PARTS: tl.constexpr, CAPACITY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Of PARTS times EACH chunks."""
+def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, SHAPE: tl.constexpr,
+            OVERLAP: tl.constexpr):  # fmt: skip
+    """A program has _PARTS times _EACH chunks."""
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row >= rows:
         return
     wanted = tl.load(wanted_ptr + row)
-    if (wanted == 0) | (wanted > CHUNKS):  # all of them
-        tl.store(counts_ptr + row, CAPACITY + 1)
+    if (wanted == 0) | (wanted > SHAPE.chunks):  # all of them
+        tl.store(counts_ptr + row, _CAPACITY + 1)
         return
-    chunks = tl.arange(0, ALL_CHUNKS)
-    maxima = tl.load(maxima_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=float("-inf"))
+    chunks = tl.arange(0, SHAPE.padded_chunks)
+    maxima = tl.load(maxima_ptr + row * SHAPE.chunks + chunks, mask=chunks < SHAPE.chunks, other=float("-inf"))
     order = _ordered(maxima).to(tl.int64)
     # The largest integer that at least `wanted` maxima reach, by bisection of all there are.
     low = tl.max(order, axis=0)
@@ -71,22 +70,23 @@ def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr
         low = tl.full((), -2147483648, tl.int64)
         for _ in range(_BISECTIONS):
             middle = (low + high) >> 1
-            reached = tl.sum(((order >= middle) & (chunks < CHUNKS)).to(tl.int32), axis=0)
+            reached = tl.sum(((order >= middle) & (chunks < SHAPE.chunks)).to(tl.int32), axis=0)
             low = tl.where(reached >= wanted, middle, low)
             high = tl.where(reached >= wanted, high, middle)
-    for part in range(tl.program_id(1) * PARTS, (tl.program_id(1) + 1) * PARTS):
-        own = part * EACH + tl.arange(0, EACH)
-        best = tl.load(maxima_ptr + row * CHUNKS + own, mask=own < CHUNKS, other=float("-inf"))
+    for part in range(tl.program_id(1) * _PARTS, (tl.program_id(1) + 1) * _PARTS):
+        own = part * _EACH + tl.arange(0, _EACH)
+        best = tl.load(maxima_ptr + row * SHAPE.chunks + own, mask=own < SHAPE.chunks, other=float("-inf"))
         if tl.max(_ordered(best).to(tl.int64), axis=0) >= low:  # in few parts
-            cols = part * EACH * CHUNK + tl.arange(0, EACH * CHUNK)
-            logits = tl.load(logits_ptr + row.to(tl.int64) * STRIDE + cols, mask=cols < COUNT, other=float("-inf"))
-            chosen = ((_ordered(logits).to(tl.int64) >= low) | (logits != logits)) & (cols < COUNT)
+            cols = part * _EACH * _CHUNK + tl.arange(0, _EACH * _CHUNK)
+            inside = cols < SHAPE.count
+            logits = tl.load(logits_ptr + row.to(tl.int64) * SHAPE.logits.stride + cols, mask=inside, other=float("-inf"))
+            chosen = ((_ordered(logits).to(tl.int64) >= low) | (logits != logits)) & inside
             number = tl.sum(chosen.to(tl.int32), axis=0)
             first = tl.atomic_add(counts_ptr + row, number, sem="relaxed")
             place = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            fits = chosen & (place < CAPACITY)
-            tl.store(places_ptr + row * CAPACITY + place, cols, mask=fits)
-            tl.store(values_ptr + row * CAPACITY + place, logits, mask=fits)
+            fits = chosen & (place < _CAPACITY)
+            tl.store(places_ptr + row * _CAPACITY + place, cols, mask=fits)
+            tl.store(values_ptr + row * _CAPACITY + place, logits, mask=fits)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,13 @@ class _Rows(Kernel):
 
     @property
     def chunks(self) -> int:
-        """Of a row."""
+        """Chunks of a row."""
         return -(-self.count // CHUNK)
+
+    @property
+    def padded_chunks(self) -> int:
+        """Chunks that a program holds the largest logits of."""
+        return power_of_two(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,7 @@ class ChunkMaxima(_Rows):
         return (("rows", "int32"), ("logits", "float32"), ("maxima", "float32"), ("counts", "int32"))
 
     def start(self) -> Start:
-        return Start((1, -(-self.count // _PROGRAM), 1), 1, 4)
-
-    def constants(self) -> Mapping[str, Any]:
-        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks}
-        return {**sizes, "CHUNK": CHUNK, "EACH": _PROGRAM // CHUNK}
+        return Start((1, -(-self.count // (_EACH.value * CHUNK)), 1), 1, 4)
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,4 @@ class Collect(_Rows):
         return (("rows", "int32"), ("wanted", "int32"), ("logits", "float32"), ("maxima", "float32"), *found)
 
     def start(self) -> Start:
-        return Start((1, -(-self.count // (_PARTS * _PROGRAM)), 1), 1, 4)
-
-    def constants(self) -> Mapping[str, Any]:
-        sizes = {"COUNT": self.count, "STRIDE": self.logits.stride, "CHUNKS": self.chunks, "CAPACITY": CAPACITY}
-        return {**sizes, "ALL_CHUNKS": power_of_two(self.chunks), "CHUNK": CHUNK, "EACH": _PROGRAM // CHUNK, "PARTS": _PARTS}
+        return Start((1, -(-self.count // (_PARTS.value * _EACH.value * CHUNK)), 1), 1, 4)

@@ -47,41 +47,38 @@ def largest(x):
 
 
 @triton.jit
-def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
-                 PLANES: tl.constexpr):  # fmt: skip
-    """x, zero beyond WIDTH, as 8 bits for each of PLANES planes and the row's scale: meanings.quantize_tokens."""
+def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, SHAPE: tl.constexpr):
+    """x, zero beyond its width, as 8 bits for each plane and the row's scale: meanings.quantize_tokens."""
     if step_ptr is not None:
-        LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
+        LIMIT: tl.constexpr = 127.0 if SHAPE.planes == 1 else 32639.0
         scale = tl.load(step_ptr)
         tl.store(xs_ptr + row, scale)
         rounded = rint(tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -LIMIT), LIMIT)).to(tl.int32)
-        write_planes(rounded, row, cols, xq_ptr, WIDTH, STRIDE, OFFSET, PLANES)
+        write_planes(rounded, row, cols, xq_ptr, SHAPE)
     else:
-        quantize_by(x, largest(x), row, cols, xq_ptr, xs_ptr, WIDTH, STRIDE, OFFSET, PLANES)
+        quantize_by(x, largest(x), row, cols, xq_ptr, xs_ptr, SHAPE)
 
 
 @triton.jit
-def quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
-                PLANES: tl.constexpr):  # fmt: skip
+def quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, SHAPE: tl.constexpr):
     """The same for some columns of a row whose largest absolute value is known."""
-    LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32639.0
+    LIMIT: tl.constexpr = 127.0 if SHAPE.planes == 1 else 32639.0
     tl.store(xs_ptr + row, tl.div_rn(absmax, LIMIT))
     inverse = tl.where(absmax > 0, tl.div_rn(LIMIT, tl.where(absmax > 0, absmax, 1.0)), 0.0)
-    write_planes(rint(x * inverse).to(tl.int32), row, cols, xq_ptr, WIDTH, STRIDE, OFFSET, PLANES)
+    write_planes(rint(x * inverse).to(tl.int32), row, cols, xq_ptr, SHAPE)
 
 
 @triton.jit
-def write_planes(rounded, row, cols, xq_ptr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
-                 PLANES: tl.constexpr):  # fmt: skip
+def write_planes(rounded, row, cols, xq_ptr, SHAPE: tl.constexpr):
     """Integers as bytes."""
-    out = xq_ptr + row.to(tl.int64) * STRIDE + OFFSET + cols
-    inside = cols < WIDTH
-    if PLANES == 1:
+    out = xq_ptr + row.to(tl.int64) * SHAPE.out.stride + SHAPE.out.offset + cols
+    inside = cols < SHAPE.width
+    if SHAPE.planes == 1:
         tl.store(out, rounded.to(tl.int8), mask=inside)
     else:
         high = (rounded + 128) >> 8
         tl.store(out, high.to(tl.int8), mask=inside)
-        tl.store(out + STRIDE // PLANES, (rounded - 256 * high).to(tl.int8), mask=inside)
+        tl.store(out + SHAPE.out.stride // SHAPE.planes, (rounded - 256 * high).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -109,11 +106,12 @@ def golay_signs(cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_hadamard(x, cols, SIZE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, SCALE: tl.constexpr):
+def block_hadamard(x, cols, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """meanings.block_hadamard of a row of SIZE elements, a power of two: signs, then butterflies of direct neighbours first."""
+    levels: tl.constexpr = BLOCK.bit_length() - 1
     x = x * golay_signs(cols, BLOCK)
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(levels):
         pairs = tl.permute(tl.reshape(x, [SIZE // 2 ** (level + 1), 2, 2**level]), [0, 2, 1])
         first, second = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(first + second, first - second), [0, 2, 1]), [SIZE])
-    return x * SCALE
+    return x * BLOCK**-0.5

@@ -3,7 +3,7 @@ for one row or a few, which weights stream through once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,120 +12,128 @@ import triton.language as tl
 
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import Pointers, Workspace, round_up
-from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, of_view, power_of_two
+from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 from belle_compile.compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
 _AHEAD = 8192  # bytes of weights that a program asks for before it may start
-_EARLY = 132 * 160 * 1024  # and those that all programs hold which a large device starts at the same time,
-_PIECES = tl.constexpr(4)  # of which they ask for this part at a time: enough to keep memory busy
+_EARLY = 132 * 160 * 1024  # bytes of weights that all programs hold which a large device starts at the same time
+_PIECES = tl.constexpr(4)  # in which they ask for them: enough to keep memory busy
 _PROGRAMS = 512  # of a kernel, from which on splitting the contraction gains nothing
 
 
 @triton.jit
 def _total(sums, low_sums, PLANES: tl.constexpr):
-    """Sums of the high plane count 256 times."""
+    """The sums of the planes as one float32; those of the high plane count 256 times."""
     if PLANES == 2:
         return (sums.to(tl.int64) * 256 + low_sums).to(tl.float32)
     return sums.to(tl.float32)
 
 
 @triton.jit
-def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS: tl.constexpr,
-            PLANES: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr):  # fmt: skip
+def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE: tl.constexpr):
     """Dequantize and write a tile."""
-    total = _total(sums, low_sums, PLANES)
-    there = columns < OUTPUTS
+    total = _total(sums, low_sums, SHAPE.planes)
+    there = columns < SHAPE.outputs
     scale = tl.load(scale_ptr + columns, mask=there, other=0.0)
     value = total * scale[None, :] * tl.load(xs_ptr + at, mask=at < rows, other=0.0)[:, None]
     if bias_ptr is not None:
         value += tl.load(bias_ptr + columns, mask=there, other=0.0)[None, :]
-    out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + columns[None, :]
+    out = out_ptr + at.to(tl.int64)[:, None] * SHAPE.out.stride + SHAPE.out.offset + columns[None, :]
     tl.store(out, value, mask=(at < rows)[:, None] & there[None, :])
 
 
 @triton.jit
-def _ask_for(weight_ptr, columns, start, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr,
-             OVERLAP: tl.constexpr):  # fmt: skip
-    """Has AHEAD bytes of each row of weights fetched to the second-level cache, while earlier kernels are still at work."""
-    if OVERLAP and AHEAD > 0:
-        places = tl.minimum(start + tl.arange(0, AHEAD // 128) * 128, DEPTH - 64)
-        lines = weight_ptr + tl.minimum(columns, OUTPUTS - 1).to(tl.int64)[:, None] * DEPTH + places[None, :]
+def _ask_for(weight_ptr, columns, start, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Has some bytes of each row of weights fetched to the second-level cache, while earlier kernels are still at work."""
+    if OVERLAP and SHAPE.ahead > 0:
+        places = tl.minimum(start + tl.arange(0, SHAPE.ahead // 128) * 128, SHAPE.depth - 64)
+        lines = weight_ptr + tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)[:, None] * SHAPE.depth + places[None, :]
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32,
                                   is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
+def _tile_products(xq_ptr, weight_ptr, at, columns, rows, first, last, SHAPE: tl.constexpr):
+    """The int32 sums of steps first..last-1 over the inputs for a tile, of the high or only plane and of the low one."""
+    BM: tl.constexpr = SHAPE.tile.rows
+    BN: tl.constexpr = SHAPE.tile.outputs
+    BK: tl.constexpr = SHAPE.tile.inputs
+    inputs = tl.arange(0, BK)
+    # Rows and outputs beyond the end read the last one, and are not written.
+    start = tl.minimum(at, rows - 1).to(tl.int64)[:, None] * SHAPE.x.stride
+    x = xq_ptr + start + SHAPE.x.offset + (first * BK + inputs)[None, :]
+    source = tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)
+    w = weight_ptr + source[None, :] * SHAPE.depth + (first * BK + inputs)[:, None]
+    sums = tl.zeros((BM, BN), tl.int32)
+    low_sums = tl.zeros((BM, BN), tl.int32)
+    for step in range(first, last):
+        if SHAPE.inputs % BK == 0:
+            weights = tl.load(w)
+            bytes = tl.load(x)
+        else:
+            there = step * BK + inputs < SHAPE.inputs
+            weights = tl.load(w, mask=there[:, None], other=0)
+            bytes = tl.load(x, mask=there[None, :], other=0)
+        sums = tl.dot(bytes, weights, sums, out_dtype=tl.int32)
+        if SHAPE.planes == 2:
+            if SHAPE.inputs % BK == 0:
+                low = tl.load(x + SHAPE.x.stride // 2)
+            else:
+                low = tl.load(x + SHAPE.x.stride // 2, mask=there[None, :], other=0)
+            low_sums = tl.dot(low, weights, low_sums, out_dtype=tl.int32)
+        x += BK
+        w += BK
+    return sums, low_sums
+
+
+@triton.jit
 def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
-                 OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
-                 X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
-                 OVERLAP: tl.constexpr):  # fmt: skip
-    """Tiles of BM rows and BN outputs; with SPLITS, as many programs add parts of the inputs up in `sums`, and the last of them
-    finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
+                 SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Tiles of rows and outputs on tensor cores. With splits, as many programs add parts of the inputs up in `sums`, and the
+    last of them finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
+    BM: tl.constexpr = SHAPE.tile.rows
+    BN: tl.constexpr = SHAPE.tile.outputs
+    BK: tl.constexpr = SHAPE.tile.inputs
+    SPLITS: tl.constexpr = SHAPE.tile.splits
     let_next_start(OVERLAP)  # before anything is fetched: it waits for that
     rows = tl.load(rows_ptr)  # an input of the step: there before its first kernel starts
-    across: tl.constexpr = (OUTPUTS + BN - 1) // BN
+    across: tl.constexpr = (SHAPE.outputs + BN - 1) // BN
     down = (rows + BM - 1) // BM
     tile = tl.program_id(0)
     # Neighbours share a tile of weights, which are the larger part.
     columns = (tile // down) * BN + tl.arange(0, BN)
-    steps: tl.constexpr = (INPUTS + BK - 1) // BK
+    steps: tl.constexpr = (SHAPE.inputs + BK - 1) // BK
     if SPLITS == 1:
         first = 0
         last = steps
     else:
         first = tl.program_id(1) * steps // SPLITS
         last = (tl.program_id(1) + 1) * steps // SPLITS
-    _ask_for(weight_ptr, columns, first * BK, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+    _ask_for(weight_ptr, columns, first * BK, SHAPE, OVERLAP)
     await_earlier(OVERLAP)
     if tile < down * across:
         at = (tile % down) * BM + tl.arange(0, BM)
-        inputs = tl.arange(0, BK)
-        # Rows and outputs beyond the end read the last one, and are not written.
-        x = xq_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * X_STRIDE + X_OFFSET + (first * BK + inputs)[None, :]
-        source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
-        w = weight_ptr + source[None, :] * DEPTH + (first * BK + inputs)[:, None]
-        sums = tl.zeros((BM, BN), tl.int32)
-        low_sums = tl.zeros((BM, BN), tl.int32)
-        for step in range(first, last):
-            if INPUTS % BK == 0:
-                weights = tl.load(w)
-                bytes = tl.load(x)
-            else:
-                there = step * BK + inputs < INPUTS
-                weights = tl.load(w, mask=there[:, None], other=0)
-                bytes = tl.load(x, mask=there[None, :], other=0)
-            sums = tl.dot(bytes, weights, sums, out_dtype=tl.int32)
-            if PLANES == 2:
-                if INPUTS % BK == 0:
-                    low = tl.load(x + X_STRIDE // 2)
-                else:
-                    low = tl.load(x + X_STRIDE // 2, mask=there[None, :], other=0)
-                low_sums = tl.dot(low, weights, low_sums, out_dtype=tl.int32)
-            x += BK
-            w += BK
+        sums, low_sums = _tile_products(xq_ptr, weight_ptr, at, columns, rows, first, last, SHAPE)
         if SPLITS == 1:
-            _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS, PLANES, OUT_STRIDE,
-                    OUT_OFFSET)  # fmt: skip
+            _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
         else:
-            place = sums_ptr + tile * (BM * BN * PLANES) + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            place = sums_ptr + tile * (BM * BN * SHAPE.planes) + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
             tl.atomic_add(place, sums, sem="relaxed")
-            if PLANES == 2:
+            if SHAPE.planes == 2:
                 tl.atomic_add(place + BM * BN, low_sums, sem="relaxed")
             tl.debug_barrier()  # all threads have added before one of them says so
             ticket = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel")
             if ticket == SPLITS - 1:
                 sums = tl.load(place, cache_modifier=".cg")
-                if PLANES == 2:
+                if SHAPE.planes == 2:
                     low_sums = tl.load(place + BM * BN, cache_modifier=".cg")
                 tl.debug_barrier()  # a thread may write what another one reads
                 tl.store(place, tl.zeros((BM, BN), tl.int32))
-                if PLANES == 2:
+                if SHAPE.planes == 2:
                     tl.store(place + BM * BN, tl.zeros((BM, BN), tl.int32))
                 tl.store(tickets_ptr + tile, 0)
-                _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS, PLANES, OUT_STRIDE,
-                        OUT_OFFSET)  # fmt: skip
+                _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
 
 
 @triton.jit
@@ -162,83 +170,83 @@ def _dot4(x, w, sums, NATIVE: tl.constexpr):
 
 @triton.jit
 def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
-               OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
-               X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               WORDS: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
-               OVERLAP: tl.constexpr):  # fmt: skip
-    """BN outputs of one row, or of up to BM where a program has all inputs: every thread reads 16 bytes of weights at once, and
-    has many such reads under way before it needs the first."""
+               SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Outputs of one row, or of a few where a program has all inputs: every thread reads 16 bytes of weights at once, and has
+    many such reads under way before it needs the first."""
+    BN: tl.constexpr = SHAPE.tile.outputs
+    WORDS: tl.constexpr = SHAPE.words
     let_next_start(OVERLAP)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     words = tl.arange(0, WORDS)
-    inside = columns < OUTPUTS
-    source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
-    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[:, None] + words[None, :]
-    STEPS: tl.constexpr = (INPUTS + 4 * WORDS - 1) // (4 * WORDS)
+    inside = columns < SHAPE.outputs
+    source = tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)
+    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (SHAPE.depth // 4))[:, None] + words[None, :]
+    STEPS: tl.constexpr = (SHAPE.inputs + 4 * WORDS - 1) // (4 * WORDS)
     if STEPS == 1:  # all of them are on their way while earlier kernels are still at work
-        weights = held(w, (words < (INPUTS + 3) // 4)[None, :], EARLY if OVERLAP else 0)
+        weights = held(w, (words < (SHAPE.inputs + 3) // 4)[None, :], SHAPE.early if OVERLAP else 0)
     else:
-        _ask_for(weight_ptr, columns, 0, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+        _ask_for(weight_ptr, columns, 0, SHAPE, OVERLAP)
     scale = tl.load(scale_ptr + columns, mask=inside, other=0.0)
     bias = tl.zeros((BN,), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
     rows = tl.load(rows_ptr)
     await_earlier(OVERLAP)
-    for row in tl.static_range(BM):
+    ROWS: tl.constexpr = SHAPE.tile.rows
+    for row in tl.static_range(ROWS):
         if row < rows:
-            x = xq_ptr.to(tl.pointer_type(tl.int32)) + row * (X_STRIDE // 4) + X_OFFSET // 4 + words
+            x = xq_ptr.to(tl.pointer_type(tl.int32)) + row * (SHAPE.x.stride // 4) + SHAPE.x.offset // 4 + words
             factor = scale * tl.load(xs_ptr + row)
             sums = tl.zeros((BN, WORDS), tl.int32)
             low_sums = tl.zeros((BN, WORDS), tl.int32)
-            for step in tl.range(0, STEPS, num_stages=STAGES):
+            for step in tl.range(0, STEPS, num_stages=SHAPE.tile.stages):
                 # Whole words: the inputs of a word beyond the last have weights of zero.
-                there = step * WORDS + words < (INPUTS + 3) // 4
+                there = step * WORDS + words < (SHAPE.inputs + 3) // 4
                 if STEPS > 1:
                     weights = tl.load(w, mask=there[None, :], other=0, eviction_policy="evict_first")
                 high = tl.load(x, mask=there, other=0)
-                sums = _dot4(tl.broadcast_to(high[None, :], (BN, WORDS)), weights, sums, NATIVE)
-                if PLANES == 2:
-                    low = tl.load(x + X_STRIDE // 8, mask=there, other=0)
-                    low_sums = _dot4(tl.broadcast_to(low[None, :], (BN, WORDS)), weights, low_sums, NATIVE)
+                sums = _dot4(tl.broadcast_to(high[None, :], (BN, WORDS)), weights, sums, SHAPE.native)
+                if SHAPE.planes == 2:
+                    low = tl.load(x + SHAPE.x.stride // 8, mask=there, other=0)
+                    low_sums = _dot4(tl.broadcast_to(low[None, :], (BN, WORDS)), weights, low_sums, SHAPE.native)
                 x += WORDS
                 w += WORDS
-            total = _total(tl.sum(sums, axis=1), tl.sum(low_sums, axis=1), PLANES)
-            tl.store(out_ptr + row * OUT_STRIDE + OUT_OFFSET + columns, total * factor + bias, mask=inside)
+            total = _total(tl.sum(sums, axis=1), tl.sum(low_sums, axis=1), SHAPE.planes)
+            tl.store(out_ptr + row * SHAPE.out.stride + SHAPE.out.offset + columns, total * factor + bias, mask=inside)
 
 
 @triton.jit
 def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
-                OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, X_STRIDE: tl.constexpr,
-                X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                WORDS: tl.constexpr, NATIVE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """BN outputs of up to BM rows: weights are read as words of four, once, and multiplied with every row."""
+                SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Outputs of a few rows: weights are read as words of four, once, and multiplied with every row."""
+    BM: tl.constexpr = SHAPE.tile.rows
+    BN: tl.constexpr = SHAPE.tile.outputs
+    WORDS: tl.constexpr = SHAPE.words
     let_next_start(OVERLAP)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    _ask_for(weight_ptr, columns, 0, OUTPUTS, DEPTH, AHEAD, OVERLAP)
+    _ask_for(weight_ptr, columns, 0, SHAPE, OVERLAP)
     await_earlier(OVERLAP)
     rows = tl.load(rows_ptr)
     at = tl.arange(0, BM)
     words = tl.arange(0, WORDS)
-    source = tl.minimum(columns, OUTPUTS - 1).to(tl.int64)
-    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (DEPTH // 4))[None, :, None] + words[None, None, :]
-    start = tl.minimum(at, rows - 1) * (X_STRIDE // 4) + X_OFFSET // 4
+    source = tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)
+    w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (SHAPE.depth // 4))[None, :, None] + words[None, None, :]
+    start = tl.minimum(at, rows - 1) * (SHAPE.x.stride // 4) + SHAPE.x.offset // 4
     x = xq_ptr.to(tl.pointer_type(tl.int32)) + start[:, None, None] + words[None, None, :]
     sums = tl.zeros((BM, BN, WORDS), tl.int32)
     low_sums = tl.zeros((BM, BN, WORDS), tl.int32)
-    for step in range(0, (INPUTS + 4 * WORDS - 1) // (4 * WORDS)):
+    for step in range(0, (SHAPE.inputs + 4 * WORDS - 1) // (4 * WORDS)):
         # Whole words: the inputs of a word beyond the last have weights of zero.
-        there = (step * WORDS + words < (INPUTS + 3) // 4)[None, None, :]
+        there = (step * WORDS + words < (SHAPE.inputs + 3) // 4)[None, None, :]
         weights = tl.broadcast_to(tl.load(w, mask=there, other=0), (BM, BN, WORDS))
         high = tl.broadcast_to(tl.load(x, mask=there, other=0), (BM, BN, WORDS))
-        sums = _dot4(high, weights, sums, NATIVE)
-        if PLANES == 2:
-            low = tl.broadcast_to(tl.load(x + X_STRIDE // 8, mask=there, other=0), (BM, BN, WORDS))
-            low_sums = _dot4(low, weights, low_sums, NATIVE)
+        sums = _dot4(high, weights, sums, SHAPE.native)
+        if SHAPE.planes == 2:
+            low = tl.broadcast_to(tl.load(x + SHAPE.x.stride // 8, mask=there, other=0), (BM, BN, WORDS))
+            low_sums = _dot4(low, weights, low_sums, SHAPE.native)
         x += WORDS
         w += WORDS
-    _finish(tl.sum(sums, axis=2), tl.sum(low_sums, axis=2), at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, OUTPUTS,
-            PLANES, OUT_STRIDE, OUT_OFFSET)  # fmt: skip
+    _finish(tl.sum(sums, axis=2), tl.sum(low_sums, axis=2), at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
 
 
 @dataclass(frozen=True)
@@ -336,46 +344,55 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
         rows = 0 if self.tile.dots else self.tile.rows
         return Start((across, self.tile.splits, 1), rows, self.tile.warps, self.tile.stages)
 
-    def constants(self) -> Mapping[str, Any]:
-        tile = self.tile
-        shape = {"OUTPUTS": self.outputs, "INPUTS": self.inputs, "DEPTH": round_up(self.inputs, DEPTH_ALIGNMENT)}
-        sizes: dict[str, Any] = {"BM": tile.rows, "BN": tile.outputs, "AHEAD": _AHEAD // tile.outputs // 128 * 128}
-        if tile.dots:
-            sizes |= {"WORDS": min(tile.inputs // 4, power_of_two(-(-self.inputs // 4))), "NATIVE": self.native}
-            if self._streams:
-                sizes |= {"STAGES": tile.stages, "EARLY": _EARLY // (4 * tile.outputs * sizes["WORDS"])}
-        else:
-            sizes |= {"BK": tile.inputs, "SPLITS": tile.splits}
-        return {"bias_ptr": None, **shape, "PLANES": self.planes, **of_view("X", self.x), **of_view("OUT", self.out), **sizes}
+    @property
+    def depth(self) -> int:
+        """Bytes from one row of weights to the next."""
+        return round_up(self.inputs, DEPTH_ALIGNMENT)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of a row of weights that a program asks for before it may start."""
+        return _AHEAD // self.tile.outputs // 128 * 128
+
+    @property
+    def words(self) -> int:
+        """Words of four inputs that a program takes at a time, by dot products."""
+        return min(self.tile.inputs // 4, power_of_two(-(-self.inputs // 4)))
+
+    @property
+    def early(self) -> int:
+        """Programs that start while earlier kernels are at work (`held`)."""
+        return _EARLY // (4 * self.tile.outputs * self.words)
+
+
+_FLOAT_TILE = tl.constexpr(32)  # rows, outputs and inputs
 
 
 @triton.jit
-def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-                DEPTH: tl.constexpr, X_STRIDE: tl.constexpr, X_OFFSET: tl.constexpr, OUT_STRIDE: tl.constexpr,
-                OUT_OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                OVERLAP: tl.constexpr):  # fmt: skip
+def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    SIZE: tl.constexpr = _FLOAT_TILE
     rows = begin(rows_ptr, OVERLAP)
-    across: tl.constexpr = (OUTPUTS + BN - 1) // BN
-    down = (rows + BM - 1) // BM
+    across: tl.constexpr = (SHAPE.outputs + SIZE - 1) // SIZE
+    down = (rows + SIZE - 1) // SIZE
     tile = tl.program_id(0)
     if tile < down * across:
-        at = (tile % down) * BM + tl.arange(0, BM)
-        columns = (tile // down) * BN + tl.arange(0, BN)
-        inputs = tl.arange(0, BK)
-        x = x_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * X_STRIDE + X_OFFSET + inputs[None, :]
-        w = weight_ptr + tl.minimum(columns, OUTPUTS - 1).to(tl.int64)[None, :] * DEPTH + inputs[:, None]
-        sums = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, INPUTS, BK):
-            there = start + inputs < INPUTS
+        at = (tile % down) * SIZE + tl.arange(0, SIZE)
+        columns = (tile // down) * SIZE + tl.arange(0, SIZE)
+        inputs = tl.arange(0, SIZE)
+        x = x_ptr + tl.minimum(at, rows - 1).to(tl.int64)[:, None] * SHAPE.x.stride + SHAPE.x.offset + inputs[None, :]
+        w = weight_ptr + tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)[None, :] * SHAPE.depth + inputs[:, None]
+        sums = tl.zeros((SIZE, SIZE), tl.float32)
+        for start in range(0, SHAPE.inputs, SIZE):
+            there = start + inputs < SHAPE.inputs
             left = tl.load(x, mask=there[None, :], other=0.0)
             right = tl.load(w, mask=there[:, None], other=0.0)
             sums = tl.dot(left, right, sums, input_precision="ieee")
-            x += BK
-            w += BK
-        there = columns < OUTPUTS
+            x += SIZE
+            w += SIZE
+        there = columns < SHAPE.outputs
         if bias_ptr is not None:
             sums += tl.load(bias_ptr + columns, mask=there, other=0.0)[None, :]
-        out = out_ptr + at.to(tl.int64)[:, None] * OUT_STRIDE + OUT_OFFSET + columns[None, :]
+        out = out_ptr + at.to(tl.int64)[:, None] * SHAPE.out.stride + SHAPE.out.offset + columns[None, :]
         tl.store(out, sums, mask=(at < rows)[:, None] & there[None, :])
 
 
@@ -385,10 +402,11 @@ class FloatLinear(Kernel, kernels.FloatLinear):
 
     function = float_tiles
 
-    def start(self) -> Start:
-        return Start((-(-self.outputs // 32), 1, 1), 32, 4, 2)
+    @property
+    def depth(self) -> int:
+        """Elements from one row of weights to the next."""
+        return round_up(self.inputs, DEPTH_ALIGNMENT // 4)
 
-    def constants(self) -> Mapping[str, Any]:
-        depth = round_up(self.inputs, DEPTH_ALIGNMENT // 4)
-        shape = {"OUTPUTS": self.outputs, "INPUTS": self.inputs, "DEPTH": depth, "BM": 32, "BN": 32, "BK": 32}
-        return {"bias_ptr": None, **shape, **of_view("X", self.x), **of_view("OUT", self.out)}
+    def start(self) -> Start:
+        size = _FLOAT_TILE.value
+        return Start((-(-self.outputs // size), 1, 1), size, 4, 2)
