@@ -86,9 +86,8 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
     start = kernel.start()
     names = [f"{name}_ptr" for name, _ in kernel.pointers()]
     signature = {name: _TYPES[dtype] for name, (_, dtype) in zip(names, kernel.pointers(), strict=True)}
-    # A constant of None is only for a pointer that the kernel does not have.
-    constants = {name: value for name, value in kernel.constants().items() if name not in signature}
-    constants[OVERLAP] = overlap = int(arch.removeprefix("sm_")) >= _OVERLAPPING
+    overlap = int(arch.removeprefix("sm_")) >= _OVERLAPPING
+    constants = {**kernel.constants(), OVERLAP: overlap}
     parameters = kernel.function.arg_names
     assert set(parameters) == signature.keys() | constants.keys(), f"{kernel.name}: {parameters}"
     assert [name for name in parameters if name in signature] == names, f"{kernel.name}: {names}"

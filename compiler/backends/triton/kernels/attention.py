@@ -17,7 +17,15 @@ import triton.language as tl
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.program.kernel import Pointers, View, Workspace
 from belle_compile.compiler.backends.triton.kernels.base import STEP, Start, power_of_two
-from belle_compile.compiler.backends.triton.kernels.cache import Cache, PagedKernel, append, read_tokens, tokens_of, turned
+from belle_compile.compiler.backends.triton.kernels.cache import (
+    Cache,
+    KeysValues,
+    PagedKernel,
+    append,
+    read_tokens,
+    tokens_of,
+    turned,
+)
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
 _LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
@@ -47,14 +55,6 @@ class Queries(NamedTuple):
     slopes: Any
 
 
-class Tile(NamedTuple):
-    """A head of some tokens of the context: both halves of keys [tokens, pairs], and values [tokens, columns]."""
-
-    first: Any
-    second: Any
-    v: Any
-
-
 class Softmax(NamedTuple):
     """The online softmax of each row: the highest score, and the sums of powers and of weighted values relative to it."""
 
@@ -71,7 +71,7 @@ def _read(cache, sequence, head, tokens, there, SHAPE: tl.constexpr):
     first = read_tokens(cache.k, places, scales, pairs, there, pairs < SHAPE.half, SHAPE.scales)
     second = read_tokens(cache.k, places + SHAPE.half, scales, pairs, there, pairs < SHAPE.half, SHAPE.scales)
     v = read_tokens(cache.v, places, scales, cols, there, cols < SHAPE.head_dim, SHAPE.scales)
-    return Tile(first, second, v)
+    return KeysValues(first, second, v)
 
 
 @triton.jit
@@ -112,28 +112,38 @@ def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.
 
 
 @triton.jit
-def _write(out, written, mine, softmax, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The results of rows; sums of nothing are not divided by zero."""
+def _write(out, mine, softmax, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """The results of those rows that are `mine`; sums of nothing are not divided by zero."""
+    COLUMNS: tl.constexpr = SHAPE.columns
+    written = mine[:, None] & (tl.arange(0, COLUMNS) < SHAPE.head_dim)[None, :]
     divisor = tl.broadcast_to(tl.where(mine, softmax.total, 1.0)[:, None], (ROWS, COLUMNS))
     tl.store(out, tl.div_rn(softmax.sums, divisor), mask=written)
 
 
+class Step(NamedTuple):
+    """Pointers to what a step has computed for its tokens: keys, values, and the rotary table or None."""
+
+    k: Any
+    v: Any
+    cos_sin: Any
+
+
 @triton.jit
-def _own_token(k_ptr, v_ptr, cos_sin_ptr, cache, queries, at, sequence, position, head, SHAPE: tl.constexpr):
+def _own_token(step, cache, queries, at, sequence, position, head, SHAPE: tl.constexpr):
     """Appends the key and value of the token itself; returns the softmax over it alone."""
     pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
     own = head + tl.arange(0, 1)
     place = at * SHAPE.table_stride + own * 0
     k_own = at * SHAPE.k.stride + SHAPE.k.offset + own * SHAPE.head_dim
-    first, second = turned(k_ptr, cos_sin_ptr, k_own, place, own >= 0, pairs, SHAPE.half)
-    new = tl.load(v_ptr + at * SHAPE.v.stride + SHAPE.v.offset + own[:, None] * SHAPE.head_dim + cols[None, :],
-                  mask=(cols < SHAPE.head_dim)[None, :], other=0.0)  # fmt: skip
-    first, second, new = append(cache, first, second, new, sequence, position, own, own >= 0, SHAPE)
-    peak = tl.sum(queries.first * first + queries.second * second, axis=1) * (SHAPE.scale * _LOG2E)
+    first, second = turned(step.k, step.cos_sin, k_own, place, own >= 0, pairs, SHAPE.half)
+    v = tl.load(step.v + at * SHAPE.v.stride + SHAPE.v.offset + own[:, None] * SHAPE.head_dim + cols[None, :],
+                mask=(cols < SHAPE.head_dim)[None, :], other=0.0)  # fmt: skip
+    stored = append(cache, KeysValues(first, second, v), sequence, position, own, own >= 0, SHAPE)
+    peak = tl.sum(queries.first * stored.first + queries.second * stored.second, axis=1) * (SHAPE.scale * _LOG2E)
     if queries.slopes is not None:
         peak += queries.slopes * _LOG2E * position.to(tl.float32)
     total = tl.full((SHAPE.members,), 1.0, tl.float32)
-    return Softmax(peak, total, tl.broadcast_to(new, (SHAPE.members, SHAPE.columns)))
+    return Softmax(peak, total, tl.broadcast_to(stored.v, (SHAPE.members, SHAPE.columns)))
 
 
 @triton.jit
@@ -158,6 +168,22 @@ def _add_part(softmax, part, mine, SHAPE: tl.constexpr):
     place = part + members[:, None] * SHAPE.columns + cols[None, :]
     sums = tl.load(place, mask=mine[:, None], other=0.0, cache_modifier=".cg")
     return Softmax(larger, total, softmax.sums * old[:, None] + sums * new[:, None])
+
+
+@triton.jit
+def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAPE: tl.constexpr):
+    """Saves a part; the program that is the last of `parts` to be done adds all of them up and writes the results."""
+    size: tl.constexpr = SHAPE.group * (SHAPE.columns + 2)
+    mine = tl.arange(0, SHAPE.members) < SHAPE.group
+    _save_part(parts_ptr + (pair * SHAPE.splits + split).to(tl.int64) * size, softmax, mine, SHAPE)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    ticket = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel")
+    if ticket == parts - 1:
+        tl.store(tickets_ptr + pair, 0)
+        softmax = _nothing_seen(SHAPE.members, SHAPE.columns)
+        for other in range(0, parts):
+            softmax = _add_part(softmax, parts_ptr + (pair * SHAPE.splits + other).to(tl.int64) * size, mine, SHAPE)
+        _write(out, mine, softmax, SHAPE.members, SHAPE)
 
 
 @triton.jit
@@ -199,8 +225,9 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
                            at * SHAPE.table_stride + members * 0, mine, pairs, SHAPE.half)  # fmt: skip
     queries = Queries(first, second, mine, position + members * 0, slopes)
     softmax = _nothing_seen(SHAPE.members, SHAPE.columns)
+    step = Step(k_ptr, v_ptr, cos_sin_ptr)
     if split == parts - 1:
-        softmax = _own_token(k_ptr, v_ptr, cos_sin_ptr, cache, queries, at, sequence, position, head, SHAPE)
+        softmax = _own_token(step, cache, queries, at, sequence, position, head, SHAPE)
     for _ in range(first_tile, last_tile):
         if SHAPE.short:
             coming = _read(cache, sequence, head, tokens + BT, tokens + BT < end, SHAPE)
@@ -213,21 +240,11 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
         elif SHAPE.one:
             tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
     out = out_ptr + at * SHAPE.out.stride + SHAPE.out.offset + heads[:, None] * SHAPE.head_dim + cols[None, :]
-    written = mine[:, None] & (cols < SHAPE.head_dim)[None, :]
     if parts == 1:
-        _write(out, written, mine, softmax, SHAPE.members, SHAPE.columns)
+        _write(out, mine, softmax, SHAPE.members, SHAPE)
         return
-    size: tl.constexpr = SHAPE.group * (SHAPE.columns + 2)
     pair = row * SHAPE.num_kv_heads + head
-    _save_part(parts_ptr + (pair * SPLITS + split).to(tl.int64) * size, softmax, mine, SHAPE)
-    tl.debug_barrier()  # all threads have written before one of them says so
-    ticket = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel")
-    if ticket == parts - 1:
-        tl.store(tickets_ptr + pair, 0)
-        softmax = _nothing_seen(SHAPE.members, SHAPE.columns)
-        for other in range(0, parts):
-            softmax = _add_part(softmax, parts_ptr + (pair * SPLITS + other).to(tl.int64) * size, mine, SHAPE)
-        _write(out, written, mine, softmax, SHAPE.members, SHAPE.columns)
+    _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAPE)
 
 
 @triton.jit
@@ -272,7 +289,7 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
             there = tokens < length
             tile = _read(cache, sequence, head // SHAPE.group, tokens, there, SHAPE)
             softmax = _attend(softmax, queries, tile, tokens, there, SHAPE, False)
-        _write(out, mine[:, None] & (cols < SHAPE.head_dim)[None, :], mine, softmax, BM, SHAPE.columns)
+        _write(out, mine, softmax, BM, SHAPE)
         sequence = tl.min(tl.where(todo & (sequences > sequence), sequences, _NONE), axis=0)
 
 

@@ -76,6 +76,14 @@ class Cache(NamedTuple):
     table: Any  # of blocks
 
 
+class KeysValues(NamedTuple):
+    """A head of some tokens, or some heads of a token: both halves of keys [rows, pairs], and values [rows, columns]."""
+
+    first: Any
+    second: Any
+    v: Any
+
+
 @triton.jit
 def tokens_of(block_table_ptr, sequence, tokens, inside, head, SHAPE: tl.constexpr):
     """The places of the first elements of a head of tokens of a sequence, and of their scales in float32."""
@@ -118,8 +126,9 @@ def _step(absmax):
 
 
 @triton.jit
-def append(cache, first, second, v, sequence, position, heads, inside, SHAPE: tl.constexpr):
-    """Keys, by halves, and values of heads of a token to their slots; returns them as they are read, in float32."""
+def append(cache, new, sequence, position, heads, inside, SHAPE: tl.constexpr):
+    """Keys and values of heads of a token to their slots; returns them as they are read, in float32."""
+    first, second, v = new
     pairs, cols = tl.arange(0, first.shape[1]), tl.arange(0, v.shape[1])
     places, scales = tokens_of(cache.table, sequence, position + heads * 0, inside, heads, SHAPE)
     if SHAPE.scales:
@@ -140,7 +149,7 @@ def append(cache, first, second, v, sequence, position, heads, inside, SHAPE: tl
         first, second, v = first * k_step[:, None], second * k_step[:, None], v * v_step[:, None]
         first, second = first.to(tl.float16).to(tl.float32), second.to(tl.float16).to(tl.float32)
         v = v.to(tl.float16).to(tl.float32)
-    return first, second, v
+    return KeysValues(first, second, v)
 
 
 @triton.jit
@@ -156,7 +165,7 @@ def append_heads(rows_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_tab
         first, second = turned(k_ptr, cos_sin_ptr, place, at * SHAPE.table_stride + heads * 0, inside, pairs, SHAPE.half)
         v = tl.load(v_ptr + at * SHAPE.v.stride + SHAPE.v.offset + heads[:, None] * SHAPE.head_dim + cols[None, :],
                     mask=inside[:, None] & (cols < SHAPE.head_dim)[None, :], other=0.0)  # fmt: skip
-        append(Cache(kcache_ptr, vcache_ptr, block_table_ptr), first, second, v, tl.load(sequences_ptr + row),
+        append(Cache(kcache_ptr, vcache_ptr, block_table_ptr), KeysValues(first, second, v), tl.load(sequences_ptr + row),
                tl.load(positions_ptr + row), heads, inside, SHAPE)  # fmt: skip
 
 

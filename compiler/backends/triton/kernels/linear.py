@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,16 +30,25 @@ def _total(sums, low_sums, PLANES: tl.constexpr):
     return sums.to(tl.float32)
 
 
+class Results(NamedTuple):
+    """Pointers to the scales of tokens and outputs, the bias or None, and the results."""
+
+    xs: Any
+    scale: Any
+    bias: Any
+    out: Any
+
+
 @triton.jit
-def _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE: tl.constexpr):
+def _finish(sums, low_sums, at, columns, rows, results, SHAPE: tl.constexpr):
     """Dequantize and write a tile."""
     total = _total(sums, low_sums, SHAPE.planes)
     there = columns < SHAPE.outputs
-    scale = tl.load(scale_ptr + columns, mask=there, other=0.0)
-    value = total * scale[None, :] * tl.load(xs_ptr + at, mask=at < rows, other=0.0)[:, None]
-    if bias_ptr is not None:
-        value += tl.load(bias_ptr + columns, mask=there, other=0.0)[None, :]
-    out = out_ptr + at.to(tl.int64)[:, None] * SHAPE.out.stride + SHAPE.out.offset + columns[None, :]
+    scale = tl.load(results.scale + columns, mask=there, other=0.0)
+    value = total * scale[None, :] * tl.load(results.xs + at, mask=at < rows, other=0.0)[:, None]
+    if results.bias is not None:
+        value += tl.load(results.bias + columns, mask=there, other=0.0)[None, :]
+    out = results.out + at.to(tl.int64)[:, None] * SHAPE.out.stride + SHAPE.out.offset + columns[None, :]
     tl.store(out, value, mask=(at < rows)[:, None] & there[None, :])
 
 
@@ -116,7 +125,7 @@ def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_
         at = (tile % down) * BM + tl.arange(0, BM)
         sums, low_sums = _tile_products(xq_ptr, weight_ptr, at, columns, rows, first, last, SHAPE)
         if SPLITS == 1:
-            _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
+            _finish(sums, low_sums, at, columns, rows, Results(xs_ptr, scale_ptr, bias_ptr, out_ptr), SHAPE)
         else:
             place = sums_ptr + tile * (BM * BN * SHAPE.planes) + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
             tl.atomic_add(place, sums, sem="relaxed")
@@ -133,7 +142,7 @@ def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_
                 if SHAPE.planes == 2:
                     tl.store(place + BM * BN, tl.zeros((BM, BN), tl.int32))
                 tl.store(tickets_ptr + tile, 0)
-                _finish(sums, low_sums, at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
+                _finish(sums, low_sums, at, columns, rows, Results(xs_ptr, scale_ptr, bias_ptr, out_ptr), SHAPE)
 
 
 @triton.jit
@@ -246,7 +255,8 @@ def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_p
             low_sums = _dot4(low, weights, low_sums, SHAPE.native)
         x += WORDS
         w += WORDS
-    _finish(tl.sum(sums, axis=2), tl.sum(low_sums, axis=2), at, columns, xs_ptr, scale_ptr, bias_ptr, out_ptr, rows, SHAPE)
+    results = Results(xs_ptr, scale_ptr, bias_ptr, out_ptr)
+    _finish(tl.sum(sums, axis=2), tl.sum(low_sums, axis=2), at, columns, rows, results, SHAPE)
 
 
 @dataclass(frozen=True)
