@@ -1,4 +1,4 @@
-"""Packs the activation buffers of a step into one arena: buffers that never live at the same time share bytes."""
+"""Packs the activation buffers of a step into one arena; buffers that are never alive at the same time share bytes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ class Lifetime:
 
 @dataclass(frozen=True)
 class PlannedBuffer:
-    """A buffer of `bytes` at `offset` of the arena, from call `first`, of graph node `node`, to call `last` inclusive.
-
-    That of the logits lives for one call more than there are.
-    """
+    """A buffer of `bytes` at `offset` of the arena, alive from call `first`, which belongs to graph node `node`, to call `last`
+    inclusive. `last` is the number of calls for a buffer that is read after the step, such as the logits."""
 
     node: str
     offset: int
@@ -43,14 +41,14 @@ class MemoryPlan:
 
 
 def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
-    """Greedy by size: the largest buffers first, each at the lowest offset where nothing alive at the same time lies."""
+    """Place the largest buffers first, each at the lowest offset where no buffer lies that is alive at the same time."""
     offsets: dict[int, int] = {}
     for index in sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].size, lifetimes[i].first, i)):
-        wanted = lifetimes[index]
-        taken = sorted((offsets[i], offsets[i] + lifetimes[i].size) for i in offsets if lifetimes[i].overlaps(wanted))
+        buffer = lifetimes[index]
+        taken = sorted((offsets[i], offsets[i] + lifetimes[i].size) for i in offsets if lifetimes[i].overlaps(buffer))
         offset = 0
         for start, end in taken:
-            if start - offset >= wanted.size:
+            if start - offset >= buffer.size:
                 break
             offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
         offsets[index] = offset

@@ -1,6 +1,6 @@
-"""Compiles Triton kernels to machine code for NVIDIA GPUs, where there is neither GPU nor driver, and reads what came out.
+"""Compiles Triton kernels to machine code for NVIDIA GPUs on hosts without GPU or driver, and checks the machine code.
 
-python -m belle_compile.compiler.backends.triton.compile ARCH    # a worker: kernels come pickled on stdin, code goes to stdout
+python -m belle_compile.compiler.backends.triton.compile ARCH    # a worker: pickled kernels on stdin, pickled code on stdout
 """
 
 from __future__ import annotations
@@ -33,52 +33,52 @@ _ALIGNED = [["tt.divisibility", 16]]
 _TENSOR_CORES = re.compile(r"^(?:[IH]MMA|[IHQ]GMMA|WGMMA)\b")
 _USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-# No paths of this host in the code, nothing from a cache of other versions, and sums of products in one rounding.
+# No paths of this host in the code, nothing from a cache of another version, and fused multiply-adds (one rounding).
 _SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-_OVERLAPPING = 90  # compute capability from which on a kernel may start before the one before has ended
-_FEW = 4  # kernels that are not worth another process
+_OVERLAPPING = 90  # compute capability from which on a kernel may start before the previous one has ended
+_FEW = 4  # kernels that are not worth a process of their own
 
 
 def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = ()) -> dict[str, Compiled]:
-    """The machine code of each for `arch` ("sm_80") by name, and how it is started; by as many processes as there are cores.
-    Of the `others`, those are left out that do not come out well.
+    """Compile kernels for `arch` ("sm_80") in as many processes as there are cores; returns machine code and launch by name.
 
-    Raises CompileError where registers spill, or where tensor cores are not used by a kernel that must.
+    Raises CompileError if a needed kernel spills registers, or does not use tensor cores though it must. Those of the `others`
+    that cannot be compiled, or have such a fault, are left out.
     """
-    toolchain()  # says what is missing
+    toolchain()  # raises an error that says what is missing
     named = {kernel.name: (kernel, False) for kernel in others} | {kernel.name: (kernel, True) for kernel in needed}
-    # Neighbours in this order are alike, and so take as long: each process gets some of all.
+    # Neighbours in this order are alike and take equally long to compile: each process gets every n-th.
     ordered = [named[name] for name in sorted(named)]
     workers = max(1, min(len(host.usable_cores()), -(-len(ordered) // _FEW)))
     with tempfile.TemporaryDirectory(prefix="belle-triton-") as folder, ThreadPoolExecutor(workers) as threads:
         compile_share = partial(_compile_share, arch=arch, folder=folder)
         results = list(threads.map(compile_share, (ordered[number::workers] for number in range(workers))))
-    found: dict[str, Compiled] = {}
+    compiled: dict[str, Compiled] = {}
     for result in results:
         if isinstance(result, CompileError):
             raise result
-        found |= result
-    return dict(sorted(found.items()))
+        compiled |= result
+    return dict(sorted(compiled.items()))
 
 
 def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -> dict[str, Compiled] | CompileError:
-    """By a process of its own."""
+    """Compile (kernel, whether it is needed) pairs in a process of its own; an error is returned, not raised."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    # Triton has a newer assembler for architectures from 9.0 on, whose code needs a newer driver; this one knows them too.
+    # Triton would take a newer assembler for architectures from 9.0 on, whose code needs a newer driver; this one suits all.
     assembler = {"TRITON_PTXAS_PATH": str(_tool("ptxas")), "TRITON_PTXAS_BLACKWELL_PATH": str(_tool("ptxas"))}
     environment |= _SETTINGS | assembler | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": path}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, arch]
     done = subprocess.run(command, env=environment, input=pickle.dumps(kernels), capture_output=True)
     if done.returncode:
-        found = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return CompileError("triton", "a process that compiles kernels ended", found=found[0])
+        last_line = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return CompileError("triton", "a process that compiles kernels ended", found=last_line[0])
     compiled, failure = pickle.loads(done.stdout)
     return CompileError(**failure) if failure else dict(compiled)
 
 
 def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
-    """The same for one kernel in this process, whose environment is as `_SETTINGS` says."""
+    """Compile one kernel in this process, whose environment must be as `_SETTINGS` says."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -119,16 +119,16 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
 
 
 def _usage(code: bytes, symbol: str) -> tuple[int, int, list[str]]:
-    """Registers, bytes of local memory and the instructions of a function, by NVIDIA's own tools."""
+    """Registers, bytes of local memory and instructions of a function, as NVIDIA's cuobjdump reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         text = _run("cuobjdump", "-sass", file.name)
-    found = next((match for match in _USAGE.finditer(usage) if match[1] == symbol), None)
-    if found is None:
+    line = next((match for match in _USAGE.finditer(usage) if match[1] == symbol), None)
+    if line is None:
         raise CompileError("triton", f"cuobjdump on {symbol}", found=usage.strip()[-200:], expected="its registers")
-    return int(found[2]), int(found[3]) + int(found[5]), _INSTRUCTION.findall(text)
+    return int(line[2]), int(line[3]) + int(line[5]), _INSTRUCTION.findall(text)
 
 
 def _tool(name: str) -> Path:
@@ -150,7 +150,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 @cache
 def toolchain() -> dict[str, str]:
-    """Versions that the machine code depends on."""
+    """The versions that the machine code depends on. Raises CompileError if Triton or its tools are missing."""
     from importlib.metadata import version
 
     ptxas = _run("ptxas", "--version").strip().splitlines()[-1]
@@ -158,7 +158,7 @@ def toolchain() -> dict[str, str]:
 
 
 def archive(modules: Mapping[str, bytes]) -> bytes:
-    """A zip file of modules, one for each kernel; equal modules give equal bytes."""
+    """A zip file of machine code, one member per kernel name; equal modules give equal bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as written:
         for name, code in sorted(modules.items()):

@@ -1,4 +1,4 @@
-"""The instruction sets a fat CPU engine carries, best last, and how LLVM is told about each."""
+"""The instruction sets that a CPU engine has kernels for, best last, and the LLVM target of each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Isa:
-    """One version of the kernels.
+    """An instruction set that kernels are compiled for.
 
-    `mcpu` is the oldest processor that must run it. `dot` names the int8 product: "maddubs" (AVX2, exact because both
-    operands stay within +-127), "vnni" (vpdpbusd, unsigned activations and a column correction). `amx` adds tile
-    products for many rows; `emulate_amx` replaces the tile instructions by calls to C functions, for tests on hosts
-    without them.
+    `mcpu` is the oldest processor that must run the kernels. `dot` names the int8 product: "maddubs" (AVX2, exact because both
+    operands stay within +-127) or "vnni" (vpdpbusd, unsigned activations and a correction per column). `amx` adds tile products
+    for many rows. `emulate_amx` replaces the tile instructions by calls to C functions, for tests on hosts without AMX.
     """
 
     name: str
@@ -22,7 +21,7 @@ class Isa:
     emulate_amx: bool = False
 
     def target(self) -> dict[str, str]:
-        """The LLVM target in TVM's form."""
+        """The LLVM target as TVM takes it."""
         return {"kind": "llvm", "mcpu": self.mcpu, "mtriple": "x86_64-linux-gnu"}
 
 

@@ -1,4 +1,4 @@
-"""Compiles kernels into one shared library per instruction set."""
+"""Compiles kernels into one shared library for each instruction set."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from belle_compile.compiler.backends.tvm.kernels.quantized_linear import Quantiz
 from belle_compile.compiler.backends.tvm.tuning.table import Shape, TilingTable
 from belle_compile.compiler.errors import CompileError
 
-NATIVE = Path(__file__).parent / "native"  # what walks the calls of a step; part of every library
+NATIVE = Path(__file__).parent / "native"  # C sources that run the calls of a step; part of every library
 _FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 
 def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | None = None) -> bytes:
     """The bytes of a .so that exports every kernel under its name; equal kernels and tilings give equal bytes.
 
-    Names are the same for every instruction set; what `tilings` has for a kernel's shape differs from one to the next.
+    Kernels take the tiling that `tilings` has for their shape. Names do not depend on the instruction set or the tiling.
     """
     if tilings is not None:
         kernels = [tiled(kernel, tilings) for kernel in kernels]
@@ -34,9 +34,12 @@ def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | 
 
 
 def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> bytes:
-    """The bytes of a .so that exports functions by name, and what runtime/executors/native.py runs them with."""
+    """The bytes of a .so that exports functions by name, and the C functions with which runtime/executors/native.py runs them.
+
+    Raises CompileError if there is no C compiler or it fails.
+    """
     compiler = _c_compiler()
-    # Without storage rewriting, scratch stays where `tir.local` puts it: on the stack of its task.
+    # Without TVM's storage rewriting, scratch memory stays where `tir.local` puts it: on the stack of its task.
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         executable = tvm.compile(tvm.IRModule(dict(functions)), target=tvm.target.Target(isa.target()))
     with tempfile.TemporaryDirectory(prefix="belle-kernels-") as folder:
@@ -45,7 +48,8 @@ def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> b
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             done = subprocess.run([compiler, *_FLAGS, "-c", source, "-o", objects[-1]], capture_output=True, text=True)
             if done.returncode:
-                found = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                found = errors[0] if errors else f"exit code {done.returncode}"
                 remedy = "name a recent gcc or clang in the environment variable CC"
                 raise CompileError("tvm", f"{compiler} does not compile {source.name}", found=found, remedy=remedy)
         executable.export_library(str(path), addons=objects)
@@ -53,22 +57,22 @@ def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> b
 
 
 def compiler_version() -> str:
-    """The C compiler's first line about itself."""
+    """The first line of what the C compiler prints for --version."""
     done = subprocess.run([_c_compiler(), "--version"], capture_output=True, text=True)
     return done.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _c_compiler() -> str:
-    found: str | None = cc.get_cc()
-    if found is None:
-        remedy = "install one, as with `apt install gcc`, or name it in the environment variable CC"
+    compiler: str | None = cc.get_cc()
+    if compiler is None:
+        remedy = "install one, for example with `apt install gcc`, or name it in the environment variable CC"
         raise CompileError("tvm", "no C compiler to link the kernels with", remedy=remedy)
-    return found
+    return compiler
 
 
 def tiled(kernel: Kernel, tilings: TilingTable) -> Kernel:
-    """The kernel with the measured tiling of its shape, or of one near it; one that has a tiling keeps it."""
+    """The kernel with the measured tiling of its shape or of a near one. A kernel that has a tiling keeps it."""
     if not isinstance(kernel, QuantizedLinear) or kernel.tiling is not None:
         return kernel
-    found = tilings.find(Shape.of(kernel))
-    return replace(kernel, tiling=found.tiling) if found else kernel
+    entry = tilings.find(Shape.of(kernel))
+    return replace(kernel, tiling=entry.tiling) if entry else kernel

@@ -1,4 +1,4 @@
-"""How weights lie in the engine: panels of 16 outputs, padded so that every kernel reads whole registers."""
+"""The layout of weights in an engine: panels of 16 outputs, padded so that kernels read whole registers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
 
 
 def pack_int8(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """[outputs, inputs] to panels; padding is zero. Panel groups are packed one after the other: beside the weight and the
-    result, which may be large, memory is small."""
+    """[outputs, inputs] to panels, padded with zeros. Some panels are packed at a time, so that little memory is needed beside
+    the weight and the result."""
     shape = panels, groups, _, _ = int8_panels_shape(*weight.shape)
     packed = np.empty(shape, np.int8)
     for start in range(0, panels, _PANELS):
@@ -40,20 +40,20 @@ def int4_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
 
 
 def pack_int4(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """[outputs, inputs] of -8..7 to the panels of int8, every two steps of 4 inputs in one: the first in the low halves of the
-    bytes, the second in the high ones. They hold 0..15, the weight + 8; padding is a weight of zero."""
+    """[outputs, inputs] of -8..7 to the panels of int8, where two steps of 4 inputs share their bytes: the first has the low
+    halves, the second the high ones. A half holds 0..15, the weight + 8; padding is a weight of zero."""
     steps = (pack_int8(weight) + 8).astype(np.uint8)
     packed: npt.NDArray[np.uint8] = steps[:, 0::2] | (steps[:, 1::2] << 4).astype(np.uint8)
     return packed
 
 
 def group_scales_shape(outputs: int, groups: int) -> tuple[int, int, int]:
-    """[outputs/16][groups][16], an even number of panels: a tensor has a multiple of 64 bytes"""
+    """[outputs/16][groups][16] with an even number of panels, so that a tensor has a multiple of 64 bytes"""
     return (round_up(outputs, 2 * PANEL) // PANEL, groups, PANEL)
 
 
 def pack_group_scales(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    """[outputs, groups] to panels; padding is zero."""
+    """[outputs, groups] to panels, padded with zeros."""
     panels, groups, _ = group_scales_shape(*scales.shape)
     padded = np.zeros((panels * PANEL, groups), np.float16)
     padded[: scales.shape[0]] = scales
@@ -66,7 +66,7 @@ def float_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
 
 
 def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """[outputs, inputs] to panels; padding is zero."""
+    """[outputs, inputs] to panels, padded with zeros."""
     panels, inputs, _ = float_panels_shape(*weight.shape)
     padded = np.zeros((panels * PANEL, inputs), np.float32)
     padded[: weight.shape[0]] = weight
@@ -74,13 +74,13 @@ def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """What unsigned activations add to each output: 128 times the sum of its weights."""
+    """What activations + 128 add to each output: 128 times the sum of its weights."""
     sums: npt.NDArray[np.int64] = weight.sum(axis=1, dtype=np.int64)
     return (128 * sums).astype(np.int32)
 
 
 def unpack(packed: npt.NDArray[Any], shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """What was packed, of its own shape: a vector, or a matrix of int8, of int4 (as int8), of float32, or of float16 scales."""
+    """The tensor of `shape` that was packed: a vector, or a matrix of int8, int4 (as int8), float32 or float16 scales."""
     if len(shape) == 1:
         return packed[: shape[0]]
     panels = len(packed)

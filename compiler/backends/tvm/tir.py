@@ -1,4 +1,4 @@
-"""A thin layer over TVM's TIR builder: pointer kernels, 16-lane vectors and the few intrinsics the kernels share.
+"""A thin layer over TVM's TIR builder: functions of pointers, vectors of 16 lanes, and intrinsics that kernels share.
 
 Every vector is written 16 lanes wide; LLVM splits it in two where the instruction set has 256-bit registers. All
 indices are int64: a 250,880 x 4096 table times four bytes does not fit in 31 bits.
@@ -23,7 +23,7 @@ T: Any = builder_ir  # TVM's names for statements and expressions
 
 
 def prim_func(name: str, pointers: Sequence[tuple[str, str]], body: Callable[..., None]) -> tvm.tirx.PrimFunc:
-    """An exported function of pointers only; `body` gets one flat buffer for each (name, dtype)."""
+    """An exported function of pointers; `body` is called with one flat buffer for each (name, dtype)."""
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_name(name)
@@ -34,17 +34,15 @@ def prim_func(name: str, pointers: Sequence[tuple[str, str]], body: Callable[...
 
 
 def with_lanes(dtype: str, lanes: int) -> str:
-    """The type of `lanes` values; one lane is a scalar."""
+    """The dtype of a vector; one lane is a scalar."""
     return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
 def float_type(lanes: int) -> str:
-    """float32 with this many lanes."""
     return with_lanes("float32", lanes)
 
 
 def int_type(lanes: int) -> str:
-    """int32 with this many lanes."""
     return with_lanes("int32", lanes)
 
 
@@ -54,7 +52,7 @@ def i64(value: Expr) -> Expr:
 
 
 def bind(value: Expr) -> Expr:
-    """Evaluate once, here.
+    """Evaluate an expression once, at this point of the program.
 
     Indices pass through a variable in memory, which LLVM removes: TVM's simplifier puts a bound index back into every use,
     and its bounds of nested min and floordiv take time exponential in the depth (attention: minutes instead of seconds).
@@ -72,17 +70,17 @@ def view_as(buffer: Buffer, dtype: str) -> Buffer:
 
 
 def load(buffer: Buffer, index: Expr, lanes: int = LANES) -> Expr:
-    """`lanes` neighbours from `index`."""
+    """`lanes` neighbouring elements from `index`."""
     return buffer[T.ramp(i64(index), i64(1), lanes)] if lanes > 1 else buffer[i64(index)]
 
 
 def store(buffer: Buffer, index: Expr, value: Expr, lanes: int = LANES) -> None:
-    """Write `lanes` neighbours from `index`."""
+    """Write `lanes` neighbouring elements from `index`."""
     T.buffer_store(buffer, value, [T.ramp(i64(index), i64(1), lanes) if lanes > 1 else i64(index)])
 
 
 def splat(value: Expr, lanes: int = LANES) -> Expr:
-    """The same float or scalar expression in every lane."""
+    """The same number or scalar expression in every lane; Python numbers become float32."""
     value = T.float32(value) if isinstance(value, (int, float)) else value
     return T.broadcast(value, lanes) if lanes > 1 else value
 
@@ -93,12 +91,12 @@ def splat_i32(value: int, lanes: int = LANES) -> Expr:
 
 
 def constants(values: Sequence[float]) -> Expr:
-    """One float32 constant for each lane."""
+    """A vector with one float32 constant per lane."""
     return T.Shuffle([T.float32(value) for value in values], [T.int32(lane) for lane in range(len(values))])
 
 
 def pure(dtype: str, intrinsic: str, *args: Expr) -> Expr:
-    """A call to an LLVM intrinsic without side effects."""
+    """Call an LLVM intrinsic that has no side effects."""
     return T.call_llvm_pure_intrin(dtype, intrinsic, *args)
 
 
@@ -132,20 +130,20 @@ def local(size: int, dtype: str = "float32") -> Buffer:
 
 
 def opaque(value: Expr, dtype: str = "int64") -> Expr:
-    """Evaluate once, here, and hide the formula from TVM, whose simplifier takes minutes over nested min, floordiv and
-    loads once they stand in the conditions of an if."""
+    """Evaluate an expression once, at this point, and hide its formula from TVM, whose simplifier takes minutes for nested min,
+    floordiv and loads in the condition of an if."""
     return scalar(value, dtype)[0]
 
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
-    """Statements that run only if `condition` holds."""
+    """A block of statements that run only if `condition` holds."""
     with T.If(condition), T.Then():
         yield
 
 
 def either(condition: Expr, yes: Callable[[], None], no: Callable[[], None]) -> None:
-    """If and else."""
+    """Emit `yes` for the case that `condition` holds, and `no` for the other."""
     with T.If(condition):
         with T.Then():
             yes()
@@ -160,26 +158,26 @@ def for_range(stop: Expr, body: Callable[[Expr], None], start: Expr = 0) -> None
 
 
 def parallel(extent: Expr, body: Callable[[Expr], None], interleave: bool = False) -> None:
-    """A loop shared out among the threads of the pool: in contiguous chunks, or every n-th index to each."""
-    one = isinstance(extent, int) and extent == 1  # TVM makes it no loop, and then misses it inside the pragmas
+    """A loop divided among the threads of the pool: into contiguous chunks, or every n-th index to each if `interleave`."""
+    one = isinstance(extent, int) and extent == 1  # TVM removes such a loop, and then misses it inside the pragmas
     with ExitStack() as stack:
         for pragma in ("launch_point", "stride_pattern") if interleave and not one else ():
             stack.enter_context(T.attr(T.int32(0), f"pragma_parallel_{pragma}", T.int32(1)))
         body(stack.enter_context(T.parallel(i64(0), i64(extent))))
 
 
-def for_rows(rows: Expr, body: Callable[[Expr], None], serial_below: int = 2) -> None:
-    """`body(row)` for every row; in the calling thread when waking the others would cost more than it saves."""
-    either(rows < i64(serial_below), lambda: for_range(rows, body), lambda: parallel(rows, body))
+def for_rows(rows: Expr, body: Callable[[Expr], None]) -> None:
+    """`body(row)` for every row; in the calling thread where waking the others would take longer."""
+    either(rows < i64(2), lambda: for_range(rows, body), lambda: parallel(rows, body))
 
 
 def rows_of(pointer: Buffer) -> Expr:
-    """The number of rows of this step."""
+    """The number of rows of the step, from its pointer."""
     return bind(i64(pointer[i64(0)]))
 
 
 def for_width(width: int, vector: Callable[[Expr], None], tail: Callable[[Expr], None], unroll: int = 1) -> None:
-    """`vector(column)` for every full vector of a row of `width` elements, `tail(column)` for each one left over."""
+    """`vector(column)` for every full vector in a row of `width` elements, `tail(column)` for each element left over."""
     whole = width // LANES
     bulk = whole // unroll
 
@@ -196,14 +194,14 @@ def for_width(width: int, vector: Callable[[Expr], None], tail: Callable[[Expr],
 
 
 def lane_numbers(first: Expr = 0, lanes: int = LANES) -> Expr:
-    """first, first + 1, ... as int32."""
+    """The int32 vector first, first + 1, ..."""
     first = T.int32(first) if isinstance(first, int) else T.cast(first, "int32")
     return T.ramp(first, T.int32(1), lanes) if lanes > 1 else first
 
 
-def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32") -> Expr:
-    """Combine the 16 lanes pairwise, always in the same order."""
-    lanes = local(LANES, dtype)
+def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """The 16 float32 lanes combined pairwise, always in the same order, as a scalar."""
+    lanes = local(LANES)
     store(lanes, 0, vector)
     values = [lanes[i64(i)] for i in range(LANES)]
     while len(values) > 1:
@@ -222,7 +220,7 @@ def pairwise(values: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> E
 
 
 def highest_lane(vector: Expr) -> Expr:
-    """The largest of 16 lanes, in all of them."""
+    """A vector whose 16 lanes all have the largest lane of `vector`."""
     for step in (8, 4, 2, 1):
         vector = bind(vector)
         turned = T.Shuffle([vector, vector], [T.int32(lane ^ step) for lane in range(LANES)])
@@ -247,13 +245,13 @@ def add(a: Expr, b: Expr) -> Expr:
 
 
 def prefetch(buffer: Buffer, index: Expr, level: int = 1) -> None:
-    """Ask for a cache line that will be read soon, in the cache of this level; 0: once only."""
+    """Prefetch a cache line into the cache of this level; 0: it will be read only once."""
     address, locality = T.address_of(buffer[i64(index)]), T.int32({0: 0, 1: 3, 2: 2}[level])
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), locality, T.int32(1)))
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
-    """a * b + c, rounded once. Where LLVM is left to fuse a sum of two products, it may choose either."""
+    """a * b + c, rounded once. In a sum of two products, LLVM could fuse either of them; this says which."""
     return pure(float_type(lanes), "llvm.fma", a, b, c)
 
 
@@ -263,7 +261,7 @@ def rint(value: Expr, lanes: int = LANES) -> Expr:
 
 
 def to_int8(value: Expr, lanes: int = LANES) -> Expr:
-    """Rounded to the nearest integer, halves to even; values lie within +-127."""
+    """Round to the nearest int8, halves to even; values must lie within +-127."""
     return T.cast(T.cast(rint(value, lanes), int_type(lanes)), with_lanes("int8", lanes))
 
 
@@ -289,8 +287,8 @@ def exp(x: Expr, lanes: int = LANES) -> Expr:
 
 
 def exp2(x: Expr) -> Expr:
-    """2**x for 16 lanes of x <= 0 to 3e-6 of it, exact for 0, 0 far below: enough for what is rounded to bfloat16 next. For
-    AVX-512."""
+    """2**x for 16 lanes of x <= 0, with a relative error of 3e-6, exact for 0, and 0 far below: enough for weights that are
+    rounded to bfloat16 next. Needs AVX-512."""
     n = opaque(rint(x), F16)
     r = opaque(x - n, F16)
     p = splat(9.5828525e-3)
@@ -300,12 +298,12 @@ def exp2(x: Expr) -> Expr:
 
 
 def bfloat16_bits(value: Expr, lanes: int = LANES) -> Expr:
-    """float32 as bfloat16 in the low half of int32, to nearest, halves to even; NaN stays NaN."""
+    """The bfloat16 nearest to a float32 (halves to even; NaN stays NaN) in the low half of an int32."""
     bits = bind(T.reinterpret(int_type(lanes), value))
     odd = T.bitwise_and(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(1, lanes))
     rounded = T.shift_right(bits + splat_i32(0x7FFF, lanes) + odd, splat_i32(16, lanes))
     nan = T.bitwise_or(T.shift_right(bits, splat_i32(16, lanes)), splat_i32(0x40, lanes))
-    # To TVM value == value is true.
+    # TVM folds value == value to true, so NaN is recognized by its bits.
     number = T.bitwise_and(bits, splat_i32(0x7FFFFFFF, lanes)) <= splat_i32(0x7F800000, lanes)
     return bind(T.bitwise_and(T.Select(number, rounded, nan), splat_i32(0xFFFF, lanes)))
 
@@ -316,7 +314,7 @@ def bfloat16_pair(low: Expr, high: Expr, lanes: int = LANES) -> Expr:
 
 
 def of_pair(pair: Expr, lanes: int = LANES) -> tuple[Expr, Expr]:
-    """The two float32 that were a pair of bfloat16."""
+    """The two bfloat16 of a pair as float32."""
     low = T.shift_left(pair, splat_i32(16, lanes))
     high = T.bitwise_and(pair, splat_i32(-65536, lanes))
     return tuple(bind(T.reinterpret(float_type(lanes), half)) for half in (low, high))

@@ -1,4 +1,4 @@
-"""The nonlinearities of the feed-forward layers, Hadamard transforms, and the quantization of what they give."""
+"""The nonlinearities of the feed-forward layers, Hadamard transforms, and the quantization of the results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from belle_compile.compiler.backends.triton.kernels.device import (
     scaled_sigmoid,
 )
 
-_CHUNK = 512  # channels of a program where a row has several
-_FEW = 64  # rows up to which there are several, or one multiprocessor would work for a token while the others wait
+_CHUNK = 512  # channels of a program where several share a row
+_FEW = 64  # most rows for which several programs share a row; with one program each, most multiprocessors would be idle
 
 
 @triton.jit
 def _activated(x, at, up_ptr, cols, inside, SIZE: tl.constexpr, SHAPE: tl.constexpr):
-    """SIZE channels of a row."""
+    """The nonlinearity and the transform of SIZE channels of a row."""
     if SHAPE.nonlinearity == "gelu":
         x = gelu(x)
     elif SHAPE.nonlinearity == "swiglu":
@@ -57,7 +57,7 @@ def activate_rows(rows_ptr, x_ptr, up_ptr, step_ptr, maxima_ptr, xq_ptr, xs_ptr,
 
 @triton.jit
 def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
-    """A chunk of a row, in place, and its largest absolute value."""
+    """Compute a chunk of a row in place, and its largest absolute value."""
     rows = begin(rows_ptr, OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     if row < rows:
@@ -73,7 +73,7 @@ def activate_chunks(rows_ptr, x_ptr, up_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: 
 
 @triton.jit
 def quantize_chunks(rows_ptr, x_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
-    """A part of a row whose chunks have been activated; nothing where that was done with the whole row."""
+    """Quantize a part of a row whose chunks have been activated; do nothing if the first step has quantized the whole row."""
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if not SHAPE.done:
@@ -127,7 +127,7 @@ class Activation(_WholeRow, kernels.Activation):
 
     @property
     def chunked(self) -> bool:
-        """Whether few rows are worth two steps."""
+        """Whether two steps are faster for few rows."""
         return self.quantize and not self.step and self.width > 2 * _CHUNK
 
 
@@ -145,8 +145,11 @@ class QuantizeTokens(_WholeRow, kernels.QuantizeTokens):
 
 @dataclass(frozen=True)
 class ActivateChunks(Kernel):
-    """What `Activation` does with one scale for each row, in two steps, of which this is the first. Few rows are left in the
-    buffer of x, with the largest value of each chunk in `maxima`; many are done at once, and `QuantizeChunks` does nothing."""
+    """The first of two steps that do what `Activation` does with one scale per row.
+
+    For few rows it leaves the result in the buffer of x and the largest value of each chunk in `maxima`. For many rows it does
+    all the work (`chunked` is false), and the second step, `QuantizeChunks`, does nothing.
+    """
 
     kind: ClassVar[str] = "activation"
     whole: Activation
@@ -186,7 +189,7 @@ class ActivateChunks(Kernel):
 
 @dataclass(frozen=True)
 class QuantizeChunks(Kernel):
-    """The second step: few rows as integers, with the scale that the largest value of all chunks gives."""
+    """The second step: few rows become integers, with the scale that the largest value of all chunks gives."""
 
     kind: ClassVar[str] = "quantize"
     first: ActivateChunks

@@ -1,8 +1,8 @@
-"""Causal attention over the paged cache: one kernel for tokens that are alone in their sequence's part of a step, as when
-decoding, whose context is split among programs; one for runs of tokens of one sequence, as of a prompt.
+"""Causal attention over the paged cache: one kernel for tokens that are the only one of their sequence in a step (decoding),
+whose context is split among programs, and one for runs of several tokens of one sequence (a prompt).
 
-Every step may hold both sorts of tokens; each kernel leaves the other's alone. Products are computed in float16 with float32
-sums where the cache is float16 or int8, and in float32 where it is float32.
+A step may hold tokens of both kinds; each kernel skips those of the other. Products are computed in float16 with float32 sums
+where the cache is float16 or int8, and in float32 where it is float32.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from belle_compile.compiler.backends.triton.kernels.cache import (
 )
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
-_LEAST = 16  # rows, columns and contraction of the smallest product that tensor cores compute
-_PROGRAMS = 1024  # that decoding is to be split into
-_MOST_SPLITS = 16  # of a context: the last program to be done reads all parts
+_LEAST = 16  # smallest number of rows, columns and summands of a product on tensor cores
+_PROGRAMS = 1024  # that decoding is split into, if contexts allow
+_MOST_SPLITS = 16  # of a context; not more, since the last program to finish reads all parts
 _ROWS = (1, 2, 4, 8, 16, 32, STEP.sequences)
-_NONE = tl.constexpr(2147483647)  # in place of a sequence
+_NONE = tl.constexpr(2147483647)  # stands for no sequence
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _is_alone(sequences_ptr, at, sequence, rows, inside):
-    """Whether the tokens before and after are of other sequences."""
+    """Whether the tokens before and after belong to other sequences."""
     before = tl.load(sequences_ptr + at - 1, mask=(at > 0) & inside, other=-1)
     after = tl.load(sequences_ptr + at + 1, mask=(at + 1 < rows) & inside, other=-1)
     return (before != sequence) & (after != sequence)
@@ -65,7 +65,7 @@ class Softmax(NamedTuple):
 
 @triton.jit
 def _read(cache, sequence, head, tokens, there, SHAPE: tl.constexpr):
-    """A tile of a sequence's tokens."""
+    """Read a tile of a sequence's tokens."""
     pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
     places, scales = tokens_of(cache.table, sequence, tokens, there, head, SHAPE)
     first = read_tokens(cache.k, places, scales, pairs, there, pairs < SHAPE.half, SHAPE.scales)
@@ -83,7 +83,7 @@ def _nothing_seen(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.constexpr):
-    """Adds a tile of the context to the softmax, in powers of two. With `ALL` every query attends to every token."""
+    """The softmax after a tile of the context, in powers of two. With `ALL`, every query attends to every token of the tile."""
     if SHAPE.one:  # a single query: products without tensor cores
         scores = tl.sum(tile.first * queries.first, axis=1)[None, :] + tl.sum(tile.second * queries.second, axis=1)[None, :]
     else:
@@ -113,7 +113,7 @@ def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.
 
 @triton.jit
 def _write(out, mine, softmax, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """The results of those rows that are `mine`; sums of nothing are not divided by zero."""
+    """Write the results of the rows that are `mine`; the others, which have seen nothing, are not divided by zero."""
     COLUMNS: tl.constexpr = SHAPE.columns
     written = mine[:, None] & (tl.arange(0, COLUMNS) < SHAPE.head_dim)[None, :]
     divisor = tl.broadcast_to(tl.where(mine, softmax.total, 1.0)[:, None], (ROWS, COLUMNS))
@@ -130,7 +130,7 @@ class Step(NamedTuple):
 
 @triton.jit
 def _own_token(step, cache, queries, at, sequence, position, head, SHAPE: tl.constexpr):
-    """Appends the key and value of the token itself; returns the softmax over it alone."""
+    """Append the key and value of the token itself; returns the softmax over this token alone."""
     pairs, cols = tl.arange(0, SHAPE.pairs), tl.arange(0, SHAPE.columns)
     own = head + tl.arange(0, 1)
     place = at * SHAPE.table_stride + own * 0
@@ -148,7 +148,7 @@ def _own_token(step, cache, queries, at, sequence, position, head, SHAPE: tl.con
 
 @triton.jit
 def _save_part(part, softmax, mine, SHAPE: tl.constexpr):
-    """Sums [group, columns] of a token and head, then peaks and totals."""
+    """Write a part of a token and head: sums [group, columns], then peaks and totals."""
     members, cols = tl.arange(0, SHAPE.members), tl.arange(0, SHAPE.columns)
     tl.store(part + members[:, None] * SHAPE.columns + cols[None, :], softmax.sums, mask=mine[:, None])
     tl.store(part + SHAPE.group * SHAPE.columns + members, softmax.peak, mask=mine)
@@ -157,7 +157,7 @@ def _save_part(part, softmax, mine, SHAPE: tl.constexpr):
 
 @triton.jit
 def _add_part(softmax, part, mine, SHAPE: tl.constexpr):
-    """The softmax over what it has seen and a part that another program saved."""
+    """The softmax after a part that another program saved."""
     members, cols = tl.arange(0, SHAPE.members), tl.arange(0, SHAPE.columns)
     peak = tl.load(part + SHAPE.group * SHAPE.columns + members, mask=mine, other=float("-inf"), cache_modifier=".cg")
     larger = tl.maximum(softmax.peak, peak)
@@ -172,7 +172,7 @@ def _add_part(softmax, part, mine, SHAPE: tl.constexpr):
 
 @triton.jit
 def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAPE: tl.constexpr):
-    """Saves a part; the program that is the last of `parts` to be done adds all of them up and writes the results."""
+    """Save a part; the last of the `parts` programs to finish adds all parts up and writes the results."""
     size: tl.constexpr = SHAPE.group * (SHAPE.columns + 2)
     mine = tl.arange(0, SHAPE.members) < SHAPE.group
     _save_part(parts_ptr + (pair * SHAPE.splits + split).to(tl.int64) * size, softmax, mine, SHAPE)
@@ -190,11 +190,11 @@ def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAP
 def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr,
                  kcache_ptr, vcache_ptr, out_ptr, parts_ptr, tickets_ptr, SHAPE: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has the query heads of a key/value head of one token, and a part of its context; that of the last part has the
-    token's own key and value, and appends them. The last one to be done puts the parts together."""
+    """A program has one token, the query heads of one key/value head, and a part of the context. The program of the last part
+    also has the token's own key and value, and appends them. The last program to finish puts the parts together."""
     let_next_start(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # At once, since each takes as long as the way to memory is; there is room for all rows that are started.
+    # All loads at once, since each takes a full memory latency; buffers have room for all rows that are started.
     rows = tl.load(rows_ptr)
     sequence = tl.load(sequences_ptr + row)
     before = tl.load(sequences_ptr + tl.maximum(row - 1, 0))
@@ -218,7 +218,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     first_tile, last_tile = split * each, tl.minimum(split * each + each, tiles)
     tokens, end = first_tile * BT + tl.arange(0, BT), tl.minimum(position, last_tile * BT)
     cache = Cache(kcache_ptr, vcache_ptr, block_table_ptr)
-    if SHAPE.one:  # earlier steps wrote the keys and values of tokens before, so the first tile can be on its way already
+    if SHAPE.one:  # earlier steps wrote the keys and values of earlier tokens, so the first tile may be read already
         tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
     await_earlier(OVERLAP)
     first, second = turned(q_ptr, cos_sin_ptr, at * SHAPE.q.stride + SHAPE.q.offset + heads * SHAPE.head_dim,
@@ -231,7 +231,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     for _ in range(first_tile, last_tile):
         if SHAPE.short:
             coming = _read(cache, sequence, head, tokens + BT, tokens + BT < end, SHAPE)
-        if not SHAPE.one:  # what is read for tensor cores is fetched some tiles ahead
+        if not SHAPE.one:  # Triton fetches what tensor cores need some tiles ahead
             tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
         softmax = _attend(softmax, queries, tile, tokens, tokens < end, SHAPE, False)
         tokens += BT
@@ -250,7 +250,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
 @triton.jit
 def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr, kcache_ptr,
                 vcache_ptr, out_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has one query head of neighbouring tokens, and takes the sequences among them one after the other."""
+    """A program has one query head of neighbouring tokens, and takes the sequences among them one after another."""
     BM: tl.constexpr = SHAPE.rows
     BT: tl.constexpr = SHAPE.tokens
     rows = begin(rows_ptr, OVERLAP)
@@ -277,7 +277,7 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
         queries = Queries(first, second, mine, positions, slopes)
         length = tl.max(tl.where(mine, positions, -1), axis=0) + 1
         softmax = _nothing_seen(BM, SHAPE.columns)
-        # Tiles that all queries attend to as a whole come first, then those that have the queries' own tokens.
+        # First come the tiles that all queries attend to as a whole, then those that contain the queries' own tokens.
         first_own = tl.min(tl.where(mine, positions, -1), axis=0) + 1
         whole = first_own // BT * BT
         for at_token in range(0, whole, BT):
@@ -295,16 +295,16 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
 
 @dataclass(frozen=True)
 class _Attention(PagedKernel, kernels.Attention):
-    """What both kernels share: tiles of the context, and constants."""
+    """What both kernels share: the sizes of what a program holds."""
 
     @property
     def tokens(self) -> int:
-        """Of a tile of the context; more of another type than float16 spill registers."""
+        """Tokens of a tile of the context; with more than 32 of another type than float16, registers spill."""
         return 64 if self.cache_dtype == "float16" else 32
 
     @property
     def one(self) -> bool:
-        """Whether a program has one query, and computes without tensor cores."""
+        """Whether a program has one query and computes without tensor cores."""
         return False
 
     @property
@@ -320,21 +320,21 @@ class _Attention(PagedKernel, kernels.Attention):
 
 @dataclass(frozen=True)
 class AttendAlone(_Attention):
-    """For tokens that are the only ones of their sequence in a step; their keys and values are appended too."""
+    """Attention for tokens that are the only ones of their sequence in a step; also appends their keys and values."""
 
     kind: ClassVar[str] = "attention_alone"
     k: View
     v: View
-    products: bool = False  # by tensor cores even where there is one query head
+    products: bool = False  # use tensor cores even for one query head
     warps: int = 4
-    short: bool = False  # tiles of half as many tokens, of which the next is on its way while one is worked on
-    most_rows: int = 1  # that it is for: with more of them, contexts are split in fewer parts
+    short: bool = False  # tiles of half as many tokens; the next is read while one is computed
+    most_rows: int = 1  # largest step that it is for: the more rows, the fewer parts of a context
 
     function = attend_alone
 
     @property
     def splits(self) -> int:
-        """Parts of the longest context."""
+        """Most parts of a context."""
         each = _PROGRAMS // (self.num_kv_heads * self.most_rows)
         return 1 if self.most_rows == STEP.sequences or not each else min(_MOST_SPLITS, 1 << each.bit_length() - 1)
 
@@ -352,19 +352,18 @@ class AttendAlone(_Attention):
         return super().tokens // (2 if self.short or spills else 1)
 
     def variants(self) -> Sequence[tuple[int | None, AttendAlone]]:
-        """One for each number of parts."""
+        """One variant for each number of parts."""
         kernels = {kernel.splits: kernel for kernel in (replace(self, most_rows=rows) for rows in _ROWS)}
         *bounded, last = sorted(kernels.values(), key=lambda kernel: kernel.most_rows)
         return [*((kernel.most_rows, kernel) for kernel in bounded), (None, last)]
 
     @property
     def members(self) -> int:
-        """Query heads of a program."""
+        """Query heads that a program holds."""
         return 1 if self.one else max(power_of_two(self.group), _LEAST)
 
     @property
     def one(self) -> bool:
-        """Whether it computes without tensor cores."""
         return self.group == 1 and not self.products
 
     def pointers(self) -> Pointers:
@@ -384,16 +383,16 @@ class AttendAlone(_Attention):
 
 @dataclass(frozen=True)
 class AttendRuns(_Attention):
-    """For tokens of which a step has several of one sequence."""
+    """Attention for tokens of which a step has several of one sequence."""
 
     kind: ClassVar[str] = "attention_runs"
     function = attend_runs
 
-    large: bool = False  # a tile of more queries, which some architectures have no registers for
+    large: bool = False  # twice as many queries, for which some architectures lack registers
 
     @property
     def rows(self) -> int:
-        """Of a tile of queries; more in float32 spill registers."""
+        """Rows of a tile of queries; more would spill registers in float32."""
         return (64 if self.cache_dtype != "float32" else 16) * (2 if self.large else 1)
 
     def alternatives(self) -> tuple[AttendRuns, ...]:

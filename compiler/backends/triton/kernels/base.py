@@ -18,8 +18,8 @@ STEP = StepSizes(tokens=2048, rows=256, sequences=256)
 
 @dataclass(frozen=True)
 class Start:
-    """How a kernel is started: `grid` blocks, times one for every `rows` rows along the first axis (0: rows do not matter), of
-    `warps` warps; loads of `stages` iterations are under way at once."""
+    """How a kernel is started: with `grid` programs, times one for every `rows` rows of the step along the first axis (0: the
+    number of rows does not matter). A program has `warps` warps; loads of `stages` iterations of a loop are in flight."""
 
     grid: Grid
     rows: int
@@ -50,26 +50,26 @@ class Kernel(kernel.Kernel):
 
     @abstractmethod
     def start(self) -> Start:
-        """How it is started."""
+        """The grid and the size of a program."""
 
     def alternatives(self) -> tuple[Kernel, ...]:
-        """Kernels that compute the same in another way: a host measures which is the fastest."""
+        """Kernels that compute the same result in another way. The host that serves measures which is fastest."""
         return ()
 
     def stack(self) -> int:
-        """Bytes of local memory that its arithmetic needs; what machine code takes beyond that are spilled registers."""
+        """Bytes of local memory that the arithmetic needs. More than that in machine code means spilled registers."""
         return 0
 
     def tensor_cores(self) -> bool:
-        """Whether it must use them: a build refuses machine code that does not."""
+        """Whether the machine code must use tensor cores; a build refuses it otherwise."""
         return False
 
 
 def power_of_two(value: int) -> int:
-    """The smallest not below `value`."""
+    """The smallest power of two that is not below `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
 
 def warps_for(elements: int, each: int = 8) -> int:
-    """Of a program that holds so many elements: about `each` a thread, 1 to 16 warps."""
+    """Warps of a program that holds so many elements: about `each` elements a thread, 1 to 16 warps."""
     return min(max(power_of_two(elements) // (32 * each), 1), 16)

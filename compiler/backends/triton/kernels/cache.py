@@ -20,11 +20,11 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
 
 _SLOTS = tl.constexpr(BLOCK_SIZE)
-_HEADS = 16  # of a program that appends
+_HEADS = 16  # that one program appends at most
 
 
 class PagedKernel(Kernel):
-    """What a function reads of a kernel that has the cache; places are counted in elements."""
+    """What the function of a kernel that reads or writes the cache needs to know; distances are counted in elements."""
 
     num_layers: int
     num_kv_heads: int
@@ -33,7 +33,7 @@ class PagedKernel(Kernel):
     cache_dtype: str
 
     def shape(self) -> Any:
-        """Raises CompileError for heads that have no halves."""
+        """The description; raises CompileError for heads of an odd size, which have no halves to rotate."""
         if self.head_dim % 2:
             raise CompileError("triton", "head dimension", found=str(self.head_dim), expected="an even number")
         return super().shape()
@@ -64,7 +64,7 @@ class PagedKernel(Kernel):
 
     @property
     def scales(self) -> int:
-        """What the scales of a head of a block take; 0: there are none."""
+        """Room for the scales of a head of a block; 0 if the cache has none."""
         return self._layout.scales_bytes // KV_DTYPES[self.cache_dtype]
 
 
@@ -86,7 +86,7 @@ class KeysValues(NamedTuple):
 
 @triton.jit
 def tokens_of(block_table_ptr, sequence, tokens, inside, head, SHAPE: tl.constexpr):
-    """The places of the first elements of a head of tokens of a sequence, and of their scales in float32."""
+    """Where a head of some tokens of a sequence starts in the cache, and where their scales are, counted in float32."""
     blocks = tl.load(block_table_ptr + sequence * SHAPE.max_blocks + tokens // _SLOTS, mask=inside, other=0)
     slot = tokens % _SLOTS
     places = blocks.to(tl.int64) * SHAPE.block_stride + head * SHAPE.head_stride + SHAPE.scales + slot * SHAPE.head_dim
@@ -96,17 +96,17 @@ def tokens_of(block_table_ptr, sequence, tokens, inside, head, SHAPE: tl.constex
 
 @triton.jit
 def read_tokens(cache_ptr, places, scales, cols, inside, wide, SCALES: tl.constexpr):
-    """[tokens, cols] in the type that products are computed in: float32 of a float32 cache, else float16."""
-    found = tl.load(cache_ptr + places[:, None] + cols[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+    """Read [tokens, cols] in the type that products are computed in: float32 from a float32 cache, else float16."""
+    values = tl.load(cache_ptr + places[:, None] + cols[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
     if SCALES:
         steps = tl.load(cache_ptr.to(tl.pointer_type(tl.float32)) + scales, mask=inside, other=0.0)
-        found = (found.to(tl.float32) * steps[:, None]).to(tl.float16)
-    return found
+        values = (values.to(tl.float32) * steps[:, None]).to(tl.float16)
+    return values
 
 
 @triton.jit
 def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, HALF: tl.constexpr):
-    """Both halves of query or key heads [rows, pairs], rotated, float32."""
+    """Read both halves of query or key heads [rows, pairs] as float32, and rotate them if there is a table."""
     mask = inside[:, None] & (pairs < HALF)[None, :]
     first = tl.load(x_ptr + place[:, None] + pairs[None, :], mask=mask, other=0.0)
     second = tl.load(x_ptr + place[:, None] + HALF + pairs[None, :], mask=mask, other=0.0)
@@ -121,13 +121,13 @@ def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, HALF: tl.constexpr):
 
 @triton.jit
 def _step(absmax):
-    """The scale of a head, and what it is multiplied with."""
+    """The scale of a head, and the factor that makes integers of its values."""
     return tl.div_rn(absmax, 127.0), tl.where(absmax > 0, tl.div_rn(127.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
 
 
 @triton.jit
 def append(cache, new, sequence, position, heads, inside, SHAPE: tl.constexpr):
-    """Keys and values of heads of a token to their slots; returns them as they are read, in float32."""
+    """Write keys and values of heads of a token to their slots; returns them as they will be read, in float32."""
     first, second, v = new
     pairs, cols = tl.arange(0, first.shape[1]), tl.arange(0, v.shape[1])
     places, scales = tokens_of(cache.table, sequence, position + heads * 0, inside, heads, SHAPE)

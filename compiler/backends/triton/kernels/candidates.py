@@ -1,8 +1,8 @@
-"""The best logits of each row, found on the device: what sampling needs, in place of the whole vocabulary.
+"""The best logits of each row, selected on the device, so that sampling need not read the whole vocabulary.
 
 The k-th largest of the maxima of chunks is not above the k-th largest logit, since k chunks have a maximum that reaches it. So
 every logit among the k largest, and those equal to the last of them, reaches that threshold; few others do. What reaches it is
-collected in any order.
+collected, in any order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, p
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
 CHUNK = 256  # logits that share a maximum
-CAPACITY = 4096  # places of a row; more candidates are counted only
+CAPACITY = 4096  # candidates of a row that are stored; beyond that they are only counted
 _CHUNK, _CAPACITY = tl.constexpr(CHUNK), tl.constexpr(CAPACITY)
 _EACH = tl.constexpr(8)  # chunks of a program
-_PARTS = tl.constexpr(8)  # of so many chunks, for a program that finds the threshold first
+_PARTS = tl.constexpr(8)  # of _EACH chunks, for a program of `collect`, which has to compute the threshold first
 _BISECTIONS = tl.constexpr(32)
 
 
@@ -34,7 +34,7 @@ def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, SHAPE: tl.constex
         cols = chunks[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
         place = logits_ptr + row.to(tl.int64) * SHAPE.logits.stride + cols
         logits = tl.load(place, mask=cols < SHAPE.count, other=float("-inf"))
-        # Not a number is more than any: the host is to see it.
+        # NaN counts as larger than any number: the host must see it.
         maxima = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)
         tl.store(maxima_ptr + row * SHAPE.chunks + chunks, maxima, mask=chunks < SHAPE.chunks)
         if program == 0:
@@ -43,7 +43,7 @@ def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, SHAPE: tl.constex
 
 @triton.jit
 def _ordered(x):
-    """A float32 as an integer of the same order; both zeros are the same."""
+    """An int32 that orders like the float32; both zeros map to the same."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -51,19 +51,19 @@ def _ordered(x):
 @triton.jit
 def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr, values_ptr, SHAPE: tl.constexpr,
             OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has _PARTS times _EACH chunks."""
+    """Collect the candidates among _PARTS times _EACH chunks of a row."""
     rows = begin(rows_ptr, OVERLAP)
     row = tl.program_id(0)
     if row >= rows:
         return
     wanted = tl.load(wanted_ptr + row)
-    if (wanted == 0) | (wanted > SHAPE.chunks):  # all of them
+    if (wanted == 0) | (wanted > SHAPE.chunks):  # all logits are needed
         tl.store(counts_ptr + row, _CAPACITY + 1)
         return
     chunks = tl.arange(0, SHAPE.padded_chunks)
     maxima = tl.load(maxima_ptr + row * SHAPE.chunks + chunks, mask=chunks < SHAPE.chunks, other=float("-inf"))
     order = _ordered(maxima).to(tl.int64)
-    # The largest integer that at least `wanted` maxima reach, by bisection of all there are.
+    # The largest integer that at least `wanted` maxima reach, by bisection over all of int32.
     low = tl.max(order, axis=0)
     if wanted > 1:
         high = low + 1
@@ -76,7 +76,7 @@ def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr
     for part in range(tl.program_id(1) * _PARTS, (tl.program_id(1) + 1) * _PARTS):
         own = part * _EACH + tl.arange(0, _EACH)
         best = tl.load(maxima_ptr + row * SHAPE.chunks + own, mask=own < SHAPE.chunks, other=float("-inf"))
-        if tl.max(_ordered(best).to(tl.int64), axis=0) >= low:  # in few parts
+        if tl.max(_ordered(best).to(tl.int64), axis=0) >= low:  # true for few parts
             cols = part * _EACH * _CHUNK + tl.arange(0, _EACH * _CHUNK)
             inside = cols < SHAPE.count
             logits = tl.load(logits_ptr + row.to(tl.int64) * SHAPE.logits.stride + cols, mask=inside, other=float("-inf"))
@@ -91,7 +91,7 @@ def collect(rows_ptr, wanted_ptr, logits_ptr, maxima_ptr, counts_ptr, places_ptr
 
 @dataclass(frozen=True)
 class _Rows(Kernel):
-    """Of `count` logits a row."""
+    """A kernel on rows of `count` logits."""
 
     count: int
     logits: View
@@ -109,7 +109,7 @@ class _Rows(Kernel):
 
 @dataclass(frozen=True)
 class ChunkMaxima(_Rows):
-    """The largest of every `CHUNK` logits; counts become 0."""
+    """Write the largest of every `CHUNK` logits to maxima, and 0 to counts."""
 
     kind: ClassVar[str] = "chunk_maxima"
     function = chunk_maxima
@@ -123,8 +123,8 @@ class ChunkMaxima(_Rows):
 
 @dataclass(frozen=True)
 class Collect(_Rows):
-    """Counts, places and values of the logits that may be among the `wanted` largest; a count above `CAPACITY` where they are
-    more than that, or all are wanted."""
+    """Write counts, places and values of the logits that may be among the `wanted` largest. A count above `CAPACITY` means that
+    there are too many, or that all are wanted."""
 
     kind: ClassVar[str] = "collect"
     function = collect

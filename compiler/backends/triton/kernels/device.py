@@ -12,22 +12,23 @@ _ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def let_next_start(OVERLAP: tl.constexpr):
-    """The first thing that a kernel does: the one behind may start once all blocks have come by here, and waits itself."""
+    """Called first in every kernel: the next kernel may start once all programs have called this. It waits by itself."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
 def await_earlier(OVERLAP: tl.constexpr):
-    """Until what earlier kernels of a step wrote is there. Before it only weights, the step's inputs and what earlier steps
-    wrote may be touched. All blocks come by here, or who waits for this kernel would not wait for those before it."""
+    """Wait until earlier kernels of the step have written their results. Before this call, only weights, inputs of the step and
+    results of earlier steps may be touched. Every program must call this: the next kernel waits for this one alone, and would
+    otherwise not wait for those before it."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def begin(rows_ptr, OVERLAP: tl.constexpr):
-    """Both, for a kernel that has nothing to fetch ahead; returns the step's number of rows."""
+    """Both of the above, for a kernel that fetches nothing ahead; returns the number of rows of the step."""
     let_next_start(OVERLAP)
     rows = tl.load(rows_ptr)
     await_earlier(OVERLAP)
@@ -36,19 +37,19 @@ def begin(rows_ptr, OVERLAP: tl.constexpr):
 
 @triton.jit
 def rint(x):
-    """The nearest integer, half to even."""
+    """The nearest integer as a float, halves to even."""
     return (x + _ROUND) - _ROUND
 
 
 @triton.jit
 def largest(x):
-    """Of absolute values. What is no number, and infinity, make it none: a maximum alone passes over it."""
+    """The largest absolute value; NaN if any element is NaN or infinite (tl.max alone would skip NaN)."""
     return tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
 
 
 @triton.jit
 def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, SHAPE: tl.constexpr):
-    """x, zero beyond its width, as 8 bits for each plane and the row's scale: meanings.quantize_tokens."""
+    """Write a row (zeros beyond its width) as 8 bits for each plane, and its scale: meanings.quantize_tokens."""
     if step_ptr is not None:
         LIMIT: tl.constexpr = 127.0 if SHAPE.planes == 1 else 32639.0
         scale = tl.load(step_ptr)
@@ -61,7 +62,7 @@ def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, SHAPE: tl.constexpr):
 
 @triton.jit
 def quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, SHAPE: tl.constexpr):
-    """The same for some columns of a row whose largest absolute value is known."""
+    """Like `quantize_row`, for some columns of a row whose largest absolute value is known."""
     LIMIT: tl.constexpr = 127.0 if SHAPE.planes == 1 else 32639.0
     tl.store(xs_ptr + row, tl.div_rn(absmax, LIMIT))
     inverse = tl.where(absmax > 0, tl.div_rn(LIMIT, tl.where(absmax > 0, absmax, 1.0)), 0.0)
@@ -70,7 +71,7 @@ def quantize_by(x, absmax, row, cols, xq_ptr, xs_ptr, SHAPE: tl.constexpr):
 
 @triton.jit
 def write_planes(rounded, row, cols, xq_ptr, SHAPE: tl.constexpr):
-    """Integers as bytes."""
+    """Write integers as bytes: one plane, or those of high and of low bits."""
     out = xq_ptr + row.to(tl.int64) * SHAPE.out.stride + SHAPE.out.offset + cols
     inside = cols < SHAPE.width
     if SHAPE.planes == 1:

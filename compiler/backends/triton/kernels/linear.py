@@ -1,5 +1,5 @@
-"""int8 linear layers: tiles on tensor cores, with the contraction split where there are few rows; and dot products of 4 bytes
-for one row or a few, which weights stream through once."""
+"""Linear layers. int8: tiles on tensor cores, whose contraction is split among programs where there are few rows, and dot
+products of 4 bytes for one row or a few, for which every weight is read once. float32: plain tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from belle_compile.compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 _AHEAD = 8192  # bytes of weights that a program asks for before it may start
 _EARLY = 132 * 160 * 1024  # bytes of weights that all programs hold which a large device starts at the same time
 _PIECES = tl.constexpr(4)  # in which they ask for them: enough to keep memory busy
-_PROGRAMS = 512  # of a kernel, from which on splitting the contraction gains nothing
+_PROGRAMS = 512  # of a kernel; with more of them, splitting the contraction gains nothing
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _finish(sums, low_sums, at, columns, rows, results, SHAPE: tl.constexpr):
 
 @triton.jit
 def _ask_for(weight_ptr, columns, start, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
-    """Has some bytes of each row of weights fetched to the second-level cache, while earlier kernels are still at work."""
+    """Prefetch the first bytes of each row of weights into the L2 cache, while earlier kernels are still running."""
     if OVERLAP and SHAPE.ahead > 0:
         places = tl.minimum(start + tl.arange(0, SHAPE.ahead // 128) * 128, SHAPE.depth - 64)
         lines = weight_ptr + tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)[:, None] * SHAPE.depth + places[None, :]
@@ -99,13 +99,13 @@ def _tile_products(xq_ptr, weight_ptr, at, columns, rows, first, last, SHAPE: tl
 @triton.jit
 def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                  SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Tiles of rows and outputs on tensor cores. With splits, as many programs add parts of the inputs up in `sums`, and the
-    last of them finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
+    """Compute tiles of rows and outputs on tensor cores. With splits, so many programs add their parts of the inputs to `sums`,
+    and the last of them finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
     BM: tl.constexpr = SHAPE.tile.rows
     BN: tl.constexpr = SHAPE.tile.outputs
     BK: tl.constexpr = SHAPE.tile.inputs
     SPLITS: tl.constexpr = SHAPE.tile.splits
-    let_next_start(OVERLAP)  # before anything is fetched: it waits for that
+    let_next_start(OVERLAP)  # before anything is fetched: it would wait for the fetches
     rows = tl.load(rows_ptr)  # an input of the step: there before its first kernel starts
     across: tl.constexpr = (SHAPE.outputs + BN - 1) // BN
     down = (rows + BM - 1) // BM
@@ -147,8 +147,11 @@ def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_
 
 @triton.jit
 def held(w, there, EARLY: tl.constexpr):
-    """Weights that a program has in registers. The first EARLY programs start while earlier kernels are at work, and ask for a
-    piece when the one before is there: what those kernels read and write would have to queue behind all that is asked for."""
+    """Load the weights that a program holds in registers.
+
+    The first EARLY programs start while earlier kernels are running; they request a piece only after the previous one has
+    arrived, so that the reads and writes of those kernels do not have to queue behind everything that is requested here.
+    """
     BN: tl.constexpr = w.shape[0]
     WORDS: tl.constexpr = w.shape[1]
     if tl.program_id(0) < EARLY:
@@ -157,7 +160,7 @@ def held(w, there, EARLY: tl.constexpr):
         none = 0
         for number in tl.static_range(_PIECES):
             weights = tl.load(w + none, mask=(piece == number) & there, other=weights, eviction_policy="evict_first")
-            # Zero, since there is one program along that axis; the compiler does not know, and so the next load waits.
+            # Zero, since there is one program along that axis; the compiler does not know that, so the next load waits.
             none = tl.multiple_of(tl.max(tl.max(weights, axis=1), axis=0) & tl.program_id(1), 4)
     else:
         weights = tl.load(w, mask=there, other=0, eviction_policy="evict_first")
@@ -180,8 +183,8 @@ def _dot4(x, w, sums, NATIVE: tl.constexpr):
 @triton.jit
 def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Outputs of one row, or of a few where a program has all inputs: every thread reads 16 bytes of weights at once, and has
-    many such reads under way before it needs the first."""
+    """Compute outputs of one row, or of a few if a program holds all inputs. Every thread reads 16 bytes of weights at once,
+    and has many such reads in flight before it needs the first."""
     BN: tl.constexpr = SHAPE.tile.outputs
     WORDS: tl.constexpr = SHAPE.words
     let_next_start(OVERLAP)
@@ -191,7 +194,7 @@ def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_pt
     source = tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)
     w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (SHAPE.depth // 4))[:, None] + words[None, :]
     STEPS: tl.constexpr = (SHAPE.inputs + 4 * WORDS - 1) // (4 * WORDS)
-    if STEPS == 1:  # all of them are on their way while earlier kernels are still at work
+    if STEPS == 1:  # all weights are on their way while earlier kernels are still running
         weights = held(w, (words < (SHAPE.inputs + 3) // 4)[None, :], SHAPE.early if OVERLAP else 0)
     else:
         _ask_for(weight_ptr, columns, 0, SHAPE, OVERLAP)
@@ -227,7 +230,7 @@ def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_pt
 @triton.jit
 def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                 SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Outputs of a few rows: weights are read as words of four, once, and multiplied with every row."""
+    """Compute outputs of a few rows: weights are read once, as words of four, and multiplied with every row."""
     BM: tl.constexpr = SHAPE.tile.rows
     BN: tl.constexpr = SHAPE.tile.outputs
     WORDS: tl.constexpr = SHAPE.words
@@ -261,8 +264,8 @@ def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_p
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program computes: `rows` x `outputs` of the result, `inputs` at a time, with the contraction split in `splits`
-    parts; by dot products of words where `dots`, else by tensor cores."""
+    """How a program computes: `rows` x `outputs` of the result, `inputs` at a time, with the contraction split among `splits`
+    programs; by dot products of words of four if `dots`, else by tensor cores."""
 
     rows: int
     outputs: int
@@ -277,9 +280,9 @@ class Tile:
         return f"{sort}{self.rows}x{self.outputs}x{self.inputs}s{self.splits}w{self.warps}n{self.stages}"
 
 
-# By rows of a step, the first being what is run before a host has measured. Of the others an engine has those that fit the
-# registers and shared memory of its architecture; they are what an H200 was fastest with for one shape or another. Few rows
-# need many bytes of weights under way in each program; with more rows tiles grow, and with them what is read only once.
+# Tiles by the largest number of rows of a step. The first of each is run until the host has measured; of the others, an engine
+# has those that fit the registers and shared memory of its architecture. Each was the fastest on an H200 for some shape. Few
+# rows need many bytes of weights in flight in each program; with more rows tiles grow, so that more is read only once.
 _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
     (1, (Tile(1, 4, 4096, warps=4, dots=True), Tile(1, 4, 4096, warps=2, dots=True), Tile(1, 2, 16384, warps=8, dots=True))),
     *((rows, (Tile(16, 32, 512, 4), Tile(rows, 4, 4096, warps=4, dots=True), Tile(rows, 2, 16384, warps=8, dots=True)))
@@ -299,13 +302,12 @@ _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
 
 @dataclass(frozen=True)
 class QuantizedLinear(Kernel, kernels.QuantizedLinear):
-    """Weights are int8 [outputs, inputs], rows padded with zeros. `native` dot products are an instruction; without, they are
-    spelled out, for where that instruction is not.
-    """
+    """Weights are int8 [outputs, inputs], rows padded with zeros. Dot products are one instruction if `native`; otherwise they
+    are spelled out, for the interpreter, which lacks it."""
 
     activations = "int8"
     tile: Tile = _TILES[-1][1][0]
-    others: tuple[Tile, ...] = field(default=(), metadata={"named": False})  # that may be faster on some device
+    others: tuple[Tile, ...] = field(default=(), metadata={"named": False})  # tiles that may be faster on some device
     native: bool = field(default=True, metadata={"named": False})
 
     @property
@@ -316,15 +318,15 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
 
     @property
     def _streams(self) -> bool:
-        """Whether a program has one row, or all inputs at once."""
+        """Whether a program has one row, or all inputs at once (`linear_row`)."""
         return self.tile.rows == 1 or self.tile.inputs >= self.inputs
 
     def pointers(self) -> Pointers:
         return (*super().pointers(), ("sums", "int32"), ("tickets", "int32"))
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        """Sums and tickets of the tiles whose contraction is split, enough for every variant. They are those of few rows: a
-        tile has all of them."""
+        """Sums and tickets of the tiles whose contraction is split, enough for every variant. Only variants for few rows split
+        it, whose tiles have all rows."""
         tiles = [(self._across(tile), tile) for _, tiles in self._choices() for tile in tiles if tile.splits > 1]
         sums = max((across * tile.rows * tile.outputs for across, tile in tiles), default=1)
         return Workspace(4 * sums * self.planes, True), Workspace(4 * max((across for across, _ in tiles), default=1), True)
@@ -336,7 +338,7 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
         return tuple(replace(self, tile=tile, others=()) for tile in self.others)
 
     def _choices(self) -> list[tuple[int | None, tuple[Tile, ...]]]:
-        """The tiles by rows, with no more splits than keep a large device busy, nor than there are steps."""
+        """The tiles by number of rows, with no more splits than keep a large device busy, and no more than there are steps."""
         return [(bound, tuple(dict.fromkeys(map(self._fitting, tiles)))) for bound, tiles in _TILES]
 
     def _fitting(self, tile: Tile) -> Tile:

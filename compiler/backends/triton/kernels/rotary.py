@@ -12,7 +12,7 @@ from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
-_TOKENS = tl.constexpr(128)  # looked at together for the length of a sequence
+_TOKENS = tl.constexpr(128)  # that are compared at once to determine the length of a sequence
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
-_COLUMNS = 1024  # of a block of threads; wider rows have several
-DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of so many bytes
+_COLUMNS = 1024  # of a program at most; wider rows have several programs
+DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of this many bytes
 
 
 class _Columns(Kernel):

@@ -1,8 +1,8 @@
-"""Tile products for many rows: 32 rows, or 16 rows of two planes, x 2 or 3 panels of outputs, 64 inputs a step.
+"""int8 products of AMX tiles for many rows: blocks of 32 rows, or 16 rows of two planes, x 2 or 3 panels, 64 inputs a step.
 
-A group of panels stays in the core's cache while the rows pass it. Tiles have no renaming, so sums that are read back at once
-would wait for the products before them: they wait in memory, and become results one row a step while the next block's products
-run.
+A group of panels stays in the core's cache while the rows pass it. Tile registers are not renamed, so reading sums back at once
+would stall until their products are done. Instead, the sums of a block are stored in memory and become results, one row a step,
+while the products of the next block run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Finish = Callable[[Expr, Expr, list[Expr]], None]
 class TileRows:
     """Emits `finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs.
 
-    Tokens are read, and results written, in whole blocks of rows: buffers hold a multiple of 32 rows. What the rows past the
-    last contain does not matter.
+    Tokens are read and results written in whole blocks of rows: buffers have room for a multiple of 32 rows, and the content
+    of rows past the last does not matter.
     """
 
     isa: Isa
@@ -48,7 +48,7 @@ class TileRows:
         self.tokens = [(half * TILE, plane) for half in range(2 // self.planes) for plane in range(self.planes)]
 
     def take(self, rows: Expr, group: int, wide: int) -> None:
-        """`group` panels to a parallel task, `wide` of them at a time."""
+        """Emit the loops: a parallel task has `group` panels and takes `wide` of them at a time."""
         blocks = tir.bind(T.floordiv(rows + (self.rows_of_block - 1), tir.i64(self.rows_of_block)))
 
         def task(index: Expr) -> None:
@@ -72,8 +72,8 @@ class TileRows:
         tir.parallel(-(-self.panels // group), task)
 
     def _block(self, row: Expr, panel: Expr, waiting: _Waiting) -> None:
-        """The products of a block of rows with `waiting.wide` panels; meanwhile, results of the block before. The first block
-        fetches the weights, those of the next panels after the last of its own."""
+        """The products of a block of rows with `waiting.wide` panels, while the previous block's sums become results. The first
+        block of rows prefetches the weights, towards its end those of the next panels."""
         steps, wide = self.depth // STEP, waiting.wide
         turn = max(0, steps - AHEAD)
         for tile in range(2 * wide):
@@ -104,14 +104,15 @@ class TileRows:
         waiting.store(row, panel)
 
     def _fetch(self, panel: Expr, k: Expr, wide: int, ahead: int) -> None:
-        """Ask for the weights of a later step."""
+        """Prefetch the weights of a later step."""
         for p in range(wide):
             start = tir.bind((panel + p) * (self.depth * PANEL) + k * TILE_BYTES + ahead)
             for line in range(0, TILE_BYTES, LINE):
                 tir.prefetch(self.weight, start + line)
 
     def _step(self, row: Expr, panel: Expr, k: Expr, wide: int) -> None:
-        """Sums in tiles 0 on, the two of tokens by turns, or one after the other where three panels leave one tile for them."""
+        """One product for each tile of tokens and panel. Sums are in the first tiles; two tiles hold tokens, or one where three
+        panels leave no more."""
         sums = 2 * wide
         loaded = -1
         for half, (below, plane) in enumerate(self.tokens):
@@ -130,7 +131,7 @@ class TileRows:
 
 
 class _Waiting:
-    """The sums of a block, in memory until they are made results."""
+    """The sums of a block, which wait in memory until they become results."""
 
     def __init__(self, work: TileRows, wide: int, at_once: bool = False) -> None:
         self.work, self.wide, self.at_once = work, wide, at_once
@@ -140,29 +141,29 @@ class _Waiting:
 
     @property
     def any(self) -> Expr:
-        """Whether there are some."""
+        """Whether sums are waiting."""
         return self._row[0] >= 0
 
     def rows_of_step(self, steps: int) -> int:
-        """Rows to finish in each of the first steps of the next block."""
+        """How many rows to finish in each of the first steps of the next block."""
         rows = 1
         while rows * steps < self.work.rows_of_block:
             rows *= 2
         return rows
 
     def finish_some(self, step: Expr) -> None:
-        """The rows that are due in a step."""
+        """Finish the rows that are due in a step."""
         count = self.rows_of_step(self.work.depth // STEP)
         for i in range(count):
             self._finish(step * count + i, self._row[0], self._panel[0])
 
     def flush(self) -> None:
-        """All that are left."""
+        """Finish all rows, if any are waiting."""
         with tir.when(self.any):
             tir.for_range(self.work.rows_of_block, lambda r: self._finish(r, self._row[0], self._panel[0]))
 
     def store(self, row: Expr, panel: Expr) -> None:
-        """Keep the sums in the tiles, or make them results."""
+        """Store the sums that are in tiles; if `at_once`, make results of them."""
         for tile in range(2 * self.wide):
             to = T.address_of(self.sums[tir.i64(tile * TILE_SUMS)])
             emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))
@@ -172,7 +173,7 @@ class _Waiting:
             self._row[0], self._panel[0] = row, panel
 
     def _finish(self, r: Expr, row: Expr, panel: Expr) -> None:
-        """Row `r` of a block. Tiles are those of the first 16 rows or the high plane, then the others."""
+        """Finish row `r` of a block. First come the tiles of the first 16 rows or of the high plane, then the others."""
         planes = self.work.planes
         tile = T.floordiv(r, tir.i64(TILE)) if planes == 1 else tir.i64(0)
         place = tir.bind(tile * (self.wide * TILE_SUMS) + T.floormod(r, tir.i64(TILE)) * PANEL)

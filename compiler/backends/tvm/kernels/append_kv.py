@@ -14,7 +14,7 @@ from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
 from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
-SERIAL_BELOW = 2048  # elements of k that one thread writes sooner than it wakes another
+SERIAL_BELOW = 2048  # elements of k; fewer are written faster by one thread than by waking others
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AppendKV(Kernel, kernels.AppendKV):
         rows = tir.rows_of(named["rows"])
 
         def task(index: Expr) -> None:
-            """Heads are outermost: a thread writes whole cache lines, and is the one that will read them."""
+            """Heads are outermost, so that a thread writes whole cache lines, and those that it will read."""
             self._append(tir.bind(T.floormod(index, rows)), tir.bind(T.floordiv(index, rows)), named)
 
         tasks = tir.bind(rows * self.num_kv_heads)
@@ -65,7 +65,7 @@ class AppendKV(Kernel, kernels.AppendKV):
             self._append_value(row, head, block, slot, named)
 
     def _whole_block(self, row: Expr, position: Expr, slot: Expr, named: dict[str, Buffer]) -> Expr:
-        """1 if the 16 tokens of a row's block are the 16 rows from `slot` rows before it on."""
+        """1 if the step has all 16 tokens of a row's block, in the 16 rows that start `slot` rows before it; else 0."""
         first, answer = tir.opaque(row - slot), tir.scalar(tir.i64(0), "int64")
         with tir.when(first >= 0), tir.when(first + BLOCK <= tir.rows_of(named["rows"])):
             sequences = T.bitwise_xor(tir.load(named["sequences"], first), tir.splat(named["sequences"][row]))
@@ -80,7 +80,7 @@ class AppendKV(Kernel, kernels.AppendKV):
                     lambda c, lanes, value: tir.store(target, start + c, value, lanes))  # fmt: skip
 
     def _append_keys(self, row: Expr, head: Expr, block: Expr, named: dict[str, Buffer]) -> None:
-        """The keys of the 16 rows from `row`, which fill a block."""
+        """Write the keys of the 16 rows from `row`, which fill a block."""
         dim, padded = self.head_dim, round_up(self.head_dim, tir.LANES)
         rotated, columns = tir.local(BLOCK * padded), tir.local(padded * BLOCK)
         tir.for_range(tir.i64(BLOCK), lambda i: self._rotate(row + i, head, rotated, tir.bind(i * padded), named))
@@ -137,7 +137,7 @@ class AppendKV(Kernel, kernels.AppendKV):
         each(dim, lambda c, lanes: tir.store(named["vcache"], target + c, stored(c, lanes), lanes))
 
     def _append_value_pairs(self, row: Expr, head: Expr, block: Expr, named: dict[str, Buffer]) -> None:
-        """The values of the 16 rows from `row`, which fill a block."""
+        """Write the values of the 16 rows from `row`, which fill a block."""
         source, pairs = tir.bind(self.v.row(row) + head * self.head_dim), as_pairs(named["vcache"])
 
         def two_tokens(i: Expr) -> None:
@@ -152,7 +152,7 @@ class AppendKV(Kernel, kernels.AppendKV):
         tir.for_range(BLOCK // 2, two_tokens)
 
     def _append_half_pairs(self, row: Expr, head: Expr, block: Expr, slot: Expr, named: dict[str, Buffer]) -> None:
-        """The values of one token, each beside its neighbour's, which another thread may be writing."""
+        """Write the values of one token as 16-bit halves of pairs; another thread may be writing the neighbour's halves."""
         source = tir.bind(self.v.row(row) + head * self.head_dim)
         target = tir.bind(block + T.floordiv(slot, 2) * (2 * self.head_dim) + T.floormod(slot, 2))
         line = tir.local(self.head_dim, "int32")
@@ -161,11 +161,11 @@ class AppendKV(Kernel, kernels.AppendKV):
         tir.for_range(self.head_dim, lambda d: tir.store(named["vcache"], target + d * 2, T.cast(line[d], "uint16"), 1))
 
     def _pairs(self, block: Expr) -> Expr:
-        """Where a head's pairs begin, counted in pairs."""
+        """Where a head of a block begins, counted in pairs."""
         return T.shift_right(block, tir.i64(1))
 
     def _stored(self, values: Values, cache: Buffer, block: Expr, slot: Expr) -> Values:
-        """The values of one head of one token as the cache holds them; writes their scale, if there is one."""
+        """The values of one head of one token as the cache holds them; also writes their scale if the cache has scales."""
         if not self.cache.quantized:
             return lambda c, lanes: T.cast(values(c, lanes), tir.with_lanes(self.cache_dtype, lanes))
         absmax = row_absmax(self.head_dim, values)

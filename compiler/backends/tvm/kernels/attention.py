@@ -1,4 +1,4 @@
-"""Causal attention over the paged cache: how the rows of a step become tasks of flash_attention.py."""
+"""Causal attention over the paged cache: how the rows of a step are divided into tasks of flash_attention.py."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAtten
 from belle_compile.compiler.backends.tvm.kernels.vector_attention import VectorAttention
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
-FEW_ROWS = 4  # up to here the parts of a context are tasks of their own, so that few heads still keep all threads busy
-PARTS = 32  # tasks of one row at most: enough for as many threads, and to even out unequal shares of fewer
-PARTS_BYTES = 1 << 20  # of the stack for their results
-TILE_QUERIES = 32  # query vectors that pass one load of K and V when a prompt is read
-PARALLEL_FROM = 1 << 15  # elements of K and V to read; below, one thread is done before the others wake
+FEW_ROWS = 4  # most rows for which each part of a context is a task, so that few heads still keep all threads busy
+PARTS = 32  # most tasks of one row: enough for as many threads, and to balance the load of fewer
+PARTS_BYTES = 1 << 20  # of stack for the results of parts
+TILE_QUERIES = 32  # query vectors that share a load of K and V when a prompt is read
+PARALLEL_FROM = 1 << 15  # elements of K and V; fewer are read by one thread before others would have woken
 
 
 @dataclass(frozen=True)
 class Attention(Kernel, kernels.Attention):
-    """Rows are taken one by one, unless neighbours are consecutive positions of one sequence (a prompt): those form tiles that
-    share every load of K and V.
+    """Rows are computed one by one, except neighbours that are consecutive positions of one sequence (a prompt): these form
+    tiles, which share every load of K and V.
 
-    A context is cut into parts that depend on its length alone and are added up in their order. So a token gets the same
-    bits whether it is decoded alone, in a batch, with guesses that are verified, or read in a prompt.
+    A context is cut into parts that depend on its length alone and are added up in their order. Therefore a token gets the
+    same bits whether it is decoded alone, in a batch, verified as a guess, or read in a prompt.
     """
 
     kind: ClassVar[str] = "attention"
@@ -46,12 +46,12 @@ class Attention(Kernel, kernels.Attention):
 
     @property
     def most_parts(self) -> int:
-        """Parts that a context is cut into at most."""
+        """The largest number of parts that a context is cut into."""
         bytes_of_one = 4 * FEW_ROWS * self.num_heads * PartSums(self.head_dim).size
         return max(1, min(PARTS // self.num_kv_heads, PARTS_BYTES // bytes_of_one))
 
     def _flash(self, isa: Isa, rows: int, heads_in_turn: bool = False) -> FlashAttention:
-        """What computes a task of up to `rows` rows."""
+        """The code of a task of up to `rows` rows, in the fastest way that can compute it."""
         kinds: tuple[type[FlashAttention], ...] = (PairAttention, TileAttention, VectorAttention)
         return next(kind for kind in kinds if kind.takes(self, isa, rows))(self, isa, rows, heads_in_turn)
 
@@ -68,7 +68,7 @@ class Attention(Kernel, kernels.Attention):
             flash.read_queries(named, row, tir.i64(1), kv_head, pair)
 
         def task(index: Expr) -> None:
-            """Heads innermost: they lie side by side in the cache."""
+            """Heads are innermost, since they lie side by side in the cache."""
             turn, kv_head = tir.opaque(T.floordiv(index, self.num_kv_heads)), tir.opaque(T.floormod(index, self.num_kv_heads))
             row, part = tir.opaque(T.floordiv(turn, parts)), tir.opaque(T.floormod(turn, parts))
             extent = self._extent(named, row)
@@ -120,7 +120,7 @@ class Attention(Kernel, kernels.Attention):
         layout.write_mean(total, tir.i64(0), named["out"], target)
 
     def _many_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
-        """Heads outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts in turns."""
+        """Heads are outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts alternating."""
         tile = self.tile_rows
         groups = tir.opaque(T.floordiv(rows + (tile - 1), tile))
         single, tiled = self._flash(isa, 1), self._flash(isa, tile)
@@ -139,7 +139,7 @@ class Attention(Kernel, kernels.Attention):
             flash.finish()
 
         def task(index: Expr) -> None:
-            """The tile that begins at a row, if one does."""
+            """Compute the tile that begins at a row, if one does."""
             kv_head = tir.opaque(T.floordiv(index, groups * tile))
             turn = tir.opaque(T.floordiv(T.floormod(index, groups * tile), tile))
             group = tir.opaque(T.if_then_else(T.floormod(turn, 2) == 0, T.floordiv(turn, 2), groups - 1 - T.floordiv(turn, 2)))
@@ -158,7 +158,7 @@ class Attention(Kernel, kernels.Attention):
         tir.parallel(groups * (tile * self.num_kv_heads), task)
 
     def _joins(self, named: dict[str, Buffer], row: Expr) -> Expr:
-        """1 if a row goes into the tile of the row before it, else 0. Rows of a tile have parts of the same length."""
+        """1 if a row belongs to the tile of the row before it, else 0. All rows of a tile have parts of the same length."""
         sequences, positions = named["sequences"], named["positions"]
         answer = tir.scalar(tir.i64(0), "int64")
         with tir.when(T.floormod(row, self.tile_rows) != 0), tir.when(sequences[row] == sequences[row - 1]):
@@ -173,14 +173,14 @@ class Attention(Kernel, kernels.Attention):
 
 @dataclass(frozen=True)
 class Extent:
-    """The context of a row: chunks, and how many of them make a part."""
+    """The context of a row: its number of chunks, and how many of them make a part."""
 
     chunks: Expr
     chunks_of_part: Expr
 
     @property
     def parts(self) -> Expr:
-        """The last one may be shorter."""
+        """The number of parts; the last may be shorter."""
         return tir.opaque(T.floordiv(self.chunks + (self.chunks_of_part - 1), self.chunks_of_part))
 
     def part(self, index: Expr) -> tuple[Expr, Expr]:

@@ -1,4 +1,4 @@
-"""What a CPU kernel is: a description that can write its TIR for one instruction set."""
+"""What a CPU kernel is: a description that emits its TIR for one instruction set."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, prim_func
 
 
 def rows_apart(width: int, itemsize: int = 4) -> View:
-    """A buffer of its own for rows of `width` elements: an odd number of cache lines from each to the next, because those that
-    are a power of two apart would share few places of a cache."""
+    """The view of a buffer for rows of `width` elements, which start an odd number of cache lines apart: rows a power of two
+    apart would compete for few sets of a cache."""
     stride = round_up(width, ROW_ALIGNMENT)
     lines = stride * itemsize // LINE
     return View(stride + (lines % 2 == 0) * (LINE // itemsize))

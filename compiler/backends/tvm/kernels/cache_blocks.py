@@ -1,4 +1,4 @@
-"""Where one head of one block lies in the key or value cache, and the scales of an int8 cache."""
+"""Addresses in the key and value cache: of one head of one block, and of the scales of an int8 cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BLOCK = BLOCK_SIZE  # tokens
 
 @dataclass(frozen=True)
 class CacheBlocks:
-    """The addresses of `runtime.program.KVLayout` for kernels, counted in elements from where a layer's keys or values lie in
-    block 0."""
+    """The addresses of `runtime.program.KVLayout` for kernels, counted in elements from where a layer's keys or values of block
+    0 begin."""
 
     layers: int
     kv_heads: int
@@ -33,12 +33,12 @@ class CacheBlocks:
 
     @property
     def quantized(self) -> bool:
-        """Whether there are scales."""
+        """Whether the cache has scales."""
         return self.dtype == "int8"
 
     @property
     def paired(self) -> bool:
-        """Whether two neighbours of bfloat16 make an int32."""
+        """Whether two neighbouring bfloat16 are stored as one int32."""
         return self.dtype == "bfloat16"
 
     @property
@@ -47,22 +47,22 @@ class CacheBlocks:
         return 64 // KV_DTYPES[self.dtype]
 
     def start(self, block: Expr, head: Expr) -> Expr:
-        """The first value of a head of a physical block."""
+        """Where the values of a head of a physical block begin."""
         layout, itemsize = self._layout, KV_DTYPES[self.dtype]
         sizes = (layout.block_bytes, layout.head_block_bytes, layout.scales_bytes)
         of_block, of_head, first = (size // itemsize for size in sizes)
         return tir.opaque(tir.i64(block) * of_block + (head * of_head + first))
 
     def scales_before(self, start: Expr) -> Expr:
-        """The first of the 16 scales of the values at `start`, counted in float32 from where `start` is counted from."""
+        """Where the 16 scales of the values at `start` begin, counted in float32 from the same place."""
         return tir.opaque(T.shift_right(start - self._layout.scales_bytes, tir.i64(2)))
 
 
 def as_pairs(cache: Buffer) -> Buffer:
-    """The cache as pairs of bfloat16."""
+    """The cache as int32, each a pair of bfloat16."""
     return tir.view_as(cache, "int32")
 
 
 def as_scales(cache: Buffer) -> Buffer:
-    """The cache as float32, to read and write its scales."""
+    """The cache as float32, for access to its scales."""
     return tir.view_as(cache, "float32")

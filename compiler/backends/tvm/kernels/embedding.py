@@ -15,8 +15,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 
 def _token(token_ids: Buffer, row: Expr, vocab: int, first: Buffer | None) -> tuple[Expr, Expr]:
-    """The table's row for a token, kept inside the table whatever the caller sent; and 1.0, or 0.0 for a token that a partial
-    table does not have."""
+    """The row of the table for a token, clamped to the table whatever the caller sent; for a partial table also 1.0, or 0.0 if
+    it does not have the token."""
     wanted = token_ids[row] if first is None else T.bind(token_ids[row] - first[0])
     inside = T.max(T.min(wanted, T.int32(vocab - 1)), T.int32(0))
     known = None if first is None else T.bind(T.Select(wanted == inside, T.float32(1), T.float32(0)))
@@ -59,7 +59,7 @@ class QuantizedEmbedding(Kernel, kernels.QuantizedEmbedding):
             scale = tir.bind(scales[token] if known is None else scales[token] * known)
 
             def group(start: Expr, lanes: int) -> None:
-                """`lanes` inputs of one group of four, which are neighbours."""
+                """Copy `lanes` elements of one group of four, which are neighbours in the table."""
                 values = tir.load(table, source + start * PANEL, lanes)
                 floats = T.cast(values, tir.float_type(lanes)) * tir.splat(scale, lanes)
                 tir.store(out, target + start, floats, lanes)

@@ -34,7 +34,8 @@ def _rint(x: Expr, lanes: int) -> Expr:
 
 
 def cos_sin(angle: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """(cos, sin) of float32 angles up to 1e6: pi/2 is subtracted in two parts, the rest is within +-pi/4 (Taylor)."""
+    """(cos, sin) of float32 angles up to 1e6: multiples of pi/2 are subtracted in two parts, the rest within +-pi/4 is Taylor's
+    series."""
     x = tir.bind(T.cast(angle, tir.with_lanes("float64", lanes)))
     quarter_turns = _opaque(_rint(x * _constant(2 / pi, lanes), lanes), lanes)
     high, low = pi / 2, 6.123233995736766e-17

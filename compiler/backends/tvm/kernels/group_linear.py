@@ -1,12 +1,12 @@
 """int4 linear layer: tokens quantized per row, weights with a scale per output and group of 128 inputs.
 
-Weights lie in panels of 16 outputs as in quantized_linear.py, two a byte: [outputs/16][inputs/8][16][4], the low halves of 64
-bytes are one step (16 outputs x 4 inputs) and the high halves the next. They are stored as weight + 8, so one `and` makes
-either half a register of unsigned bytes 0..15, and these are the unsigned side of the product; activations, stored as uint8 =
-int8 + 128, become the signed side by an `xor`. What is to be taken out again is then 8 * the sum of the row's activations in
-the group. It is the same for all outputs, so both are done for a group and a whole block of panels at once, and sums start from
-it. Signed weights would cost two more instructions for each register, and with unsigned activations a correction for each
-output and group, which is 6% more memory to read.
+Weights lie in panels of 16 outputs as in quantized_linear.py, two a byte: [outputs/16][inputs/8][16][4]. The low halves of 64
+bytes are one step (16 outputs x 4 inputs), the high halves the next. They are stored as weight + 8: an `and` (high halves are
+shifted first) gives bytes 0..15, the unsigned operand of the product; activations, stored as uint8 = int8 + 128, become the
+signed operand by an `xor`. The products are then too large by 8 * the sum of the row's activations in the group. That is the
+same for all outputs, so activations are converted and summed once per group for a whole block of panels, and sums start
+from minus that. Signed weights would cost two more instructions per register; unsigned activations would need a correction per
+output and group, 6% more memory to read.
 
 A group's sum is exact in int32. It is scaled and added to the row's float32 total in one fused step, group after group from the
 first input on, so a token's bits depend neither on the rows beside it nor on the instruction set.
@@ -30,11 +30,11 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 from belle_compile.compiler.ir.constants import GROUP
 
 CHUNK = 8  # inputs of a panel in one cache line: two steps
-WORDS = LINE // 4  # of one, counted in int32 as weights and tokens are
+WORDS = LINE // 4  # of a cache line, as int32, in which weights and tokens are counted
 
 
-# AVX512 has 32 registers, AVX2 has 16 half as wide; totals wait in memory while a group is summed up. Measured on Zen 4, where
-# software prefetch made decoding slower.
+# AVX512 has 32 registers, AVX2 has 16 of half the width; totals are in memory while a group is summed up. Measured on Zen 4,
+# where software prefetch made decoding slower.
 WALKS = {"vnni": Walk(4, 6), "maddubs": Walk(1, 4)}
 
 
@@ -79,7 +79,7 @@ class GroupLinear(Kernel):
 
 
 class GroupSums:
-    """Rows x panels of sums in registers of `lanes`: int32 within a group, float32 totals of the groups before."""
+    """Rows x panels of sums in registers of `lanes`: int32 within a group, float32 over the groups before."""
 
     lanes: ClassVar[int]
     together: ClassVar[int]  # chunks whose products are added up at once
@@ -100,7 +100,7 @@ class GroupSums:
         """All `depth` inputs, group by group."""
 
         def group(index: Expr) -> None:
-            # The last group may be half a one. Hidden from LLVM, which would unroll what follows for either length.
+            # The last group may be a half. The length is hidden from LLVM, which would unroll what follows for either one.
             chunks = tir.opaque(T.min(tir.i64(GROUP // CHUNK), depth // CHUNK - index * (GROUP // CHUNK)))
             self._group(index, chunks)
 
@@ -128,7 +128,7 @@ class GroupSums:
                 )
 
     def _take(self, m: int, start: Expr, chunks: Expr) -> Expr:
-        """Makes a row's activations of a group signed, whose upper bit turns from int8 + 128 to int8; returns 8 * their sum."""
+        """Store a row's activations of a group as int8 (the upper bit of int8 + 128 is flipped); returns 8 * their sum."""
         total = tir.scalar(tir.splat_i32(0, self.lanes), tir.int_type(self.lanes))
         at_once = INPUT_ALIGNMENT // 4
 
@@ -144,22 +144,22 @@ class GroupSums:
         return tir.bind(tir.pure("int32", "llvm.vector.reduce.add", total[0]))
 
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
-        """int32 sums of the products of four neighbours each."""
+        """The int32 sums of the products of four neighbours each."""
         raise NotImplementedError
 
     def _products(self, chunk: Expr, step: Expr) -> None:
-        """Add the products of `together` chunks, the first of which begins with that step of the group."""
+        """Add the products of `together` chunks from `chunk` of the weights and from `step` of the group's activations."""
         raise NotImplementedError
 
     def _bytes(self, words: Expr) -> Expr:
         return T.reinterpret(f"int8x{4 * self.lanes}", words)
 
     def _token(self, m: int, step: Expr) -> Expr:
-        """The four activations of a step of the group, for every output."""
+        """The four activations of a step of the group, repeated for every output."""
         return tir.bind(self._bytes(T.broadcast(self.signed[step + m * (GROUP // 4)], self.lanes)))
 
     def _weights(self, chunk: Expr, p: int, lane: int) -> tuple[Expr, Expr]:
-        """Both steps of a chunk: weights + 8."""
+        """The weights + 8 of both steps of a chunk."""
         mask = tir.splat_i32(0x0F0F0F0F, self.lanes)
         both = tir.bind(tir.load(self.weight, self.bases[p] + chunk * WORDS + lane, self.lanes))
         high = T.bitwise_and(T.shift_right(both, tir.splat_i32(4, self.lanes)), mask)
@@ -186,7 +186,7 @@ class VnniGroups(GroupSums):
 
 
 class MaddubsGroups(GroupSums):
-    """The same with 256-bit registers: a panel is two halves of 8 outputs, and sums of 8 steps stay in 16 bits."""
+    """Products with 256-bit registers: a panel is two halves of 8 outputs, and sums of 8 steps stay in 16 bits."""
 
     lanes = PANEL // 2
     together = 4
@@ -208,7 +208,7 @@ class MaddubsGroups(GroupSums):
             self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
 
     def _added(self, pairs: Expr) -> Expr:
-        """int32 sums of two neighbours each."""
+        """The int32 sums of two neighbours each."""
         ones = T.broadcast(T.int16(1), 2 * self.lanes)
         return tir.pure(tir.int_type(self.lanes), "llvm.x86.avx2.pmadd.wd", pairs, ones)
 

@@ -28,16 +28,16 @@ class BlockHadamard(Kernel, kernels.BlockHadamard):
 
 
 def transform_row(width: int, block: int, x: Buffer, start: Expr, out: Buffer, target: Expr) -> None:
-    """BlockHadamard of one row of x from `start` on, to `out` from `target` on, which may be the same place.
+    """BlockHadamard of one row of x from `start`, written to `out` from `target`, which may be the same place.
 
-    The butterflies are those of the op's meaning: how many stages are done between two visits to memory changes no bit.
+    The butterflies are those of the op's meaning; how many stages are done between two visits to memory changes no bit.
     """
     assert block >= LANES and not block & (block - 1) and not width % block, f"{width} in blocks of {block}"
     vectors = block // LANES  # of a block
     scale = tir.splat(block**-0.5)
 
     def store(values: list[Expr], first: Expr, stride: int) -> None:
-        """The stages across vectors that lie `stride` apart, and the scale after the last."""
+        """Do the stages across vectors that lie `stride` apart, scale after the last one, and store."""
         last = stride * len(values) == vectors
         for number, value in enumerate(_across(values)):
             tir.store(out, first + number * stride * LANES, value * scale if last else value)
@@ -67,8 +67,8 @@ def transform_row(width: int, block: int, x: Buffer, start: Expr, out: Buffer, t
 def _group_signs(group: Expr, groups: int, vectors: int) -> list[Expr]:
     """Golay's signs of the vectors in a group, one of `groups` (a power of two) in a block.
 
-    They are those of the first group, or those with the second half negated if the group's number is odd; and the other way
-    round where the sequence has -1 at that number.
+    They are those of the first group, with the second half negated if the group's number is odd, and all negated if the
+    sequence has -1 at that number.
     """
     first = [tir.constants(signs) for signs in golay_signs(vectors * LANES).reshape(-1, LANES).tolist()]
     if groups == 1:
@@ -83,7 +83,7 @@ def _group_signs(group: Expr, groups: int, vectors: int) -> list[Expr]:
 
 
 def _within(vector: Expr) -> Expr:
-    """The stages inside of a vector: to each lane its partner is added, or the lane is taken from it."""
+    """The stages inside of a vector: each lane becomes the sum of both partners, or the difference."""
     for half in (1, 2, 4, 8):
         vector = tir.bind(vector)
         partner = T.Shuffle([vector], [T.int32(lane ^ half) for lane in range(LANES)])

@@ -32,7 +32,7 @@ class Norm(Kernel, kernels.Norm):
                      self.planes, named.get("step"))  # fmt: skip
 
     def _input(self, row: Expr, named: dict[str, Buffer]) -> Values:
-        """x, or x + r, which is written to `total` first if that is wanted."""
+        """The row of x, or of x + r, which is first written to `total` if another kernel reads it."""
         x, start = named["x"], tir.bind(self.x.row(row))
         if self.r is None:
             return lambda c, lanes: tir.load(x, start + c, lanes)

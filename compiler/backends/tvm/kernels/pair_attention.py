@@ -1,8 +1,8 @@
-"""Attention of few query vectors where there is AMX: what tiles would sum, in the order in which they would, by vectors.
+"""Attention of few query vectors on processors with AMX: the sums of tile products, in the same order, by vectors.
 
-A tile with a row or three is mostly empty, and values would have to be gathered for it; a vector of keys or values meets its
-queries as it comes from the cache. A product of tiles adds 16 products of the even elements of its rows to each other, and 16
-of the odd ones, each rounded once, then both to the sum so far; so a token gets the same bits here as in a prompt.
+A tile with one to four rows is mostly empty, and values would have to be gathered for it; a vector of keys or values is used as
+it comes from the cache. A product of tiles adds up 16 products of the even elements of its rows, and 16 of the odd ones, each
+rounded once, then adds both to the sum so far. This does the same, so a token gets the same bits here as in a prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REGISTERS = 24  # for sums
 
 
 class PairAttention(TileAttention):
-    """`TileAttention` of one row with at most `MOST_QUERIES` heads a key/value head."""
+    """`TileAttention` for one row with at most `MOST_QUERIES` query heads per key/value head."""
 
     query_type = "float32"
 

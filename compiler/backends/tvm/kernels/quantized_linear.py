@@ -1,14 +1,14 @@
 """int8 linear layer: tokens quantized per row, weights per output, dequantized in the epilogue.
 
-Weights are panels of 16 outputs: [outputs/16][inputs/4][16][4] (inputs padded with zeros to 64), which is what vpdpbusd
-wants (16 outputs x 4 inputs in one register) and also the B tile of AMX. Activations are stored as uint8 = int8 + 128;
-`correction[n]` = 128 * sum of the weights of output n takes the 128 out again. AVX2 has no exact unsigned product, so it
-goes back to signed bytes and multiplies |a| by w with the sign of a: with |a| <= 128 and |w| <= 127 no pair sum
+Weights are panels of 16 outputs: [outputs/16][inputs/4][16][4] (inputs padded with zeros to 64). This is what vpdpbusd takes
+(16 outputs x 4 inputs in one register) and also the B tile of AMX. Activations are stored as uint8 = int8 + 128; subtracting
+`correction[n]` = 128 * sum of the weights of output n removes what the 128 adds. AVX2 has no exact unsigned product, so its
+kernels return to signed bytes and multiply |a| by w with the sign of a: with |a| <= 128 and |w| <= 127 no sum of a pair
 overflows 16 bits.
 
-Activations of 16 bits are two planes of such bytes, a = 256 * high + low: a row has those of `high` in its first half,
-those of `low` in its second. Each weight is loaded once and multiplied twice; the two sums, each exact in int32 for up
-to `meanings.MAX_INPUTS` inputs, are put together in float64, which is exact too, and rounded to float32 once.
+Activations of 16 bits are two planes of such bytes, a = 256 * high + low: a row has the bytes of `high` in its first half and
+those of `low` in its second. Each weight is loaded once and multiplied twice. The two sums, each exact in int32 for up to
+`meanings.MAX_INPUTS` inputs, are combined in float64, which is exact too, and rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
 
     activations = "int32"
     corrections = (("correction", "int32"),)
-    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: the built-in one
+    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: `built_in`
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         _Body(self, isa, self.named(buffers)).emit()
@@ -55,7 +55,7 @@ class _Body:
         self.rows = tir.rows_of(named["rows"])
 
     def emit(self) -> None:
-        """Sums are in vector registers; in tiles for many rows where there is AMX."""
+        """Emit sums in vector registers; with AMX, sums in tiles for many rows."""
         if not self.isa.amx:
             self._by_registers(0, 1)
         elif self.tiling.tiles_from == 1:
@@ -65,7 +65,7 @@ class _Body:
             tir.either(few, lambda: self._by_registers(0, 1), self._by_tiles)
 
     def _by_registers(self, index: int, least: int) -> None:
-        """The walks of the tiling from number `index`, for `least` rows or more."""
+        """Emit the walks of the tiling from number `index`, for `least` rows or more."""
         most, walk = self.tiling.walks[index]
         if most is None or (self.isa.amx and most >= self.tiling.tiles_from - 1):
             self._walk(walk, least, self.tiling.tiles_from - 1 if self.isa.amx else None)
@@ -82,14 +82,14 @@ class _Body:
         products.take(self.rows, self.tiling.tile_panels, self.tiling.tile_wide)
 
     def _walk(self, walk: Walk, least: int, most: int | None) -> None:
-        """All outputs for `least` to `most` rows (None: any number)."""
+        """Emit all outputs for `least` to `most` rows (None: any number)."""
         counts = self.tiling.trial_rows or (range(least, most + 1) if most else None)
         # The sums of slices wait in `out`, which has room for those of one plane.
         slices = -(-self.depth // walk.depth) if walk.depth and self.layer.planes == 1 else 1
         BlockLoop(self.rows, self.panels, walk, lambda block: self._block(block, walk, slices), counts, slices).run()
 
     def _block(self, block: Block, walk: Walk, slices: int) -> None:
-        """One slice of the sums of a block; the last slice makes results of them."""
+        """Emit the sums of a block over one slice of the inputs; the last slice makes results of them."""
         starts = [self._starts_of(block.row + m) for m in range(block.height)]
         bases = [tir.bind((block.panel + p) * (self.depth * PANEL)) for p in range(block.width)]
         sums = self.sums_of(self.named["xq"], starts, self.named["weight"], bases)
@@ -138,7 +138,7 @@ class _Body:
         return row * self.layer.out.stride + self.layer.out.offset + column
 
     def _corrected(self, sums: list[Expr], column: Expr, lanes: int) -> list[Expr]:
-        """The sums without what unsigned activations added."""
+        """The sums without what the 128 of activations adds."""
         return [total - tir.load(self.named["correction"], column, lanes) for total in sums]
 
     def _write(self, row: Expr, column: Expr, lanes: int, sums: list[Expr]) -> None:
@@ -151,7 +151,7 @@ class _Body:
 
 
 def _total(sums: list[Expr], lanes: int) -> Expr:
-    """The sums of one plane, or 256 times those of the high plane and those of the low one, as float32 rounded once."""
+    """The sums as float32, rounded once: those of one plane, or 256 times those of the high plane plus those of the low."""
     single = tir.float_type(lanes)
     if len(sums) == 1:
         return T.cast(sums[0], single)
@@ -215,12 +215,12 @@ class SumBlock:
         raise NotImplementedError
 
     def resume(self, initial: Resume) -> None:
-        """Go on from sums of one plane that were stored."""
+        """Continue from stored sums of one plane."""
         for (m, p, lane), (slot,) in self.slots.items():
             self.acc[slot] = initial(m, p, lane)
 
     def store(self, finish: Finish) -> None:
-        """Hand out all sums."""
+        """Call `finish` with all sums."""
         for (m, p, lane), slots in self.slots.items():
             finish(m, p, lane, [self.acc[slot] for slot in slots])
 
@@ -240,7 +240,7 @@ class VnniBlock(SumBlock):
 
 
 class MaddubsBlock(SumBlock):
-    """The same with 256-bit registers: a panel is two halves of 8 outputs."""
+    """Products with 256-bit registers: a panel is two halves of 8 outputs."""
 
     lanes = PANEL // 2
 

@@ -16,10 +16,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 @dataclass(frozen=True)
 class RotaryTable(Kernel, kernels.RotaryTable):
-    """The larger base of a long sequence is computed with the roundings of
-    transformers.modeling_rope_utils._compute_dynamic_ntk_parameters. Angles are float32 as in torch; their cosines are computed
-    in float64, so that no libm is needed.
-    """
+    """Angles are float32 as in torch; their cosines are computed in float64, so that no libm is needed. The larger base of a
+    long sequence has the roundings of transformers.modeling_rope_utils._compute_dynamic_ntk_parameters."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows_pointer, positions, sequences, inv_freq, cos_sin = buffers
@@ -78,7 +76,7 @@ Write = Callable[[Expr, int, Expr], None]  # first column, lanes, values
 
 
 def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, write: Write) -> None:
-    """`write(column, lanes, value)` for one head of q or k, rotated by halves as in HF LLaMA unless `table` is None."""
+    """Call `write(column, lanes, value)` for one head of q or k, rotated by halves as in HF LLaMA unless `table` is None."""
     if table is None:
         each(head_dim, lambda c, lanes: write(c, lanes, values(c, lanes)))
         return

@@ -1,4 +1,4 @@
-"""Kernels that move or add whole rows."""
+"""Kernels that copy or add whole rows."""
 
 from __future__ import annotations
 

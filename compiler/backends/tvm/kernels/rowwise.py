@@ -1,4 +1,4 @@
-"""What kernels that treat each row on its own share: loops over a row, reductions, and the quantization of a row."""
+"""What row-wise kernels share: loops over a row, reductions, and the quantization of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> that many value
 
 
 def each(width: int, body: Callable[[Expr, int], None]) -> None:
-    """`body(column, lanes)` over a row: 16 lanes at a time, then one by one."""
+    """Call `body(column, lanes)` over a row: 16 lanes at a time, then one by one."""
     tir.for_width(width, lambda c: body(c, tir.LANES), lambda c: body(c, 1))
 
 
@@ -25,7 +25,7 @@ def absolute(value: Expr, lanes: int = tir.LANES) -> Expr:
 
 
 def _reduce(width: int, values: Values, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """`combine` over a row, from 0; always in the same order."""
+    """Combine the values of a row, starting from 0, always in the same order."""
     acc = tir.Registers(CHAINS, tir.F16, tir.splat(0.0))
     rest = tir.scalar(0.0)
     chain = cycle(range(CHAINS))
@@ -43,7 +43,6 @@ def _reduce(width: int, values: Values, combine: Callable[[Expr, Expr], Expr]) -
 
 
 def row_sum(width: int, values: Values) -> Expr:
-    """The sum of a row."""
     return _reduce(width, values, tir.add)
 
 
@@ -53,7 +52,7 @@ def row_absmax(width: int, values: Values) -> Expr:
 
 
 def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
-    """What values are multiplied with to become integers: limit / absmax, 0 for a row of zeros."""
+    """The factor that makes integers of values: limit / absmax, or 0 for a row of zeros."""
     zero = tir.splat(0.0, lanes)
     return tir.bind(T.Select(absmax > zero, tir.splat(limit, lanes) / absmax, zero))
 
@@ -61,8 +60,8 @@ def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
 def quantize_row(
     width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1, step: Buffer | None = None
 ) -> None:
-    """belle::QuantizeTokens for one row: integers rint(value * limit / absmax), scale absmax / limit; with a `step`, integers
-    rint(value / step) within the limit, and that scale.
+    """belle::QuantizeTokens for one row: integers rint(value * limit / absmax) and the scale absmax / limit; with a `step`,
+    integers rint(value / step) clamped to the limit, and the step as scale.
 
     8 bits are stored as one byte, integer + 128. 16 bits are two: integer = 256 * high + low with both signed; the row has
     the bytes high + 128 in its first half and low + 128 in its second.

@@ -1,8 +1,8 @@
-"""Attention by AMX: a cache of bfloat16, and queries and weights of the softmax rounded to it; sums are float32.
+"""Attention by AMX tiles over a bfloat16 cache: queries and weights of the softmax are rounded to bfloat16, sums are float32.
 
-16 query vectors make a tile, or as many as there are. A tile of keys is one block and 32 elements of each key, as the cache
-holds it; a tile of values is two blocks and 16 elements, gathered first, since the blocks lie apart. Scores are in units of the
-logarithm to base 2.
+A tile of queries has 16 query vectors, or as many as there are. A tile of keys is one block and 32 elements of each key, as the
+cache holds it. A tile of values is two blocks and 16 elements, gathered first, since the blocks lie apart. Scores are in units
+of the logarithm to base 2.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
-DEPTH = 32  # bfloat16 of a row of a tile: what a product sums over
-SUMS = 4  # tiles 0 to 3; then two of the left factor, and two of the right
-SCORES = CHUNK + LANES  # floats from the scores of a query to the next, and
-POWERS = CHUNK // 2 + LANES  # pairs from its weights to the next: an odd number of cache lines
+DEPTH = 32  # bfloat16 in a row of a tile, over which a product sums
+SUMS = 4  # tiles 0 to 3 hold sums, the next two the left factors, the last two the right factors
+SCORES = CHUNK + LANES  # floats from the scores of one query to the next: an odd number of cache lines
+POWERS = CHUNK // 2 + LANES  # pairs from the weights of one query to the next, likewise
 HIDDEN = 2 * LOWEST  # the score of a token that a query must not see: its power is 0 beside any maximum
 TILE_PAIRS = TILE * DEPTH // 2
 
 
 class TileAttention(FlashAttention):
-    """`FlashAttention` with products of tiles. What a query gets depends on no other query here either: each row of a tile is
-    summed by itself, in the same order."""
+    """`FlashAttention` with products of tiles. Here too the result of a query does not depend on the others: each row of a tile
+    is summed by itself, in the same order."""
 
     query_type = "uint16"
     unit = math.log2(math.e)
@@ -61,7 +61,7 @@ class TileAttention(FlashAttention):
         tir.store(self.q, at, self._rounded(value))
 
     def _rounded(self, value: Expr) -> Expr:
-        """16 bfloat16 as uint16."""
+        """16 values rounded to bfloat16, as uint16."""
         if self.isa.emulate_amx:
             return T.cast(tir.bfloat16_bits(value), "uint16x16")
         return T.reinterpret("uint16x16", tir.pure("bfloat16x16", "llvm.x86.avx512bf16.cvtneps2bf16.512", value))
@@ -73,7 +73,7 @@ class TileAttention(FlashAttention):
         emit(self.isa, "tilerelease")
 
     def _each_pair(self, body: Callable[[int, int], None]) -> None:
-        """`body(first, count)` for two tiles of queries at a time, where any are used."""
+        """Call `body(first, count)` for two tiles of queries at a time; skip at run time those that are not used."""
         for first in range(0, self.query_tiles, 2):
             count = min(2, self.query_tiles - first)
             if first == 0:
@@ -86,7 +86,7 @@ class TileAttention(FlashAttention):
         emit(self.isa, "tileloadd64", T.int8(tile), T.address_of(buffer[tir.i64(start)]), tir.i64(stride))
 
     def _fetch(self, cached: Buffer, start: Expr, pairs: int) -> None:
-        """Ask for keys or values that are wanted next, where a task reads all it needs once."""
+        """Prefetch keys or values that are read next, if the task reads each of them once."""
         if self.rows == 1:
             for line in range(0, pairs, LANES):
                 tir.prefetch(cached, start + line, level=2)
@@ -134,7 +134,7 @@ class TileAttention(FlashAttention):
                 self._store(i * wide + j, self.scores, target, 4 * SCORES)
 
     def _soften(self, chunk: Chunk) -> None:
-        """One copy of the code for each number of pairs of blocks, since only those with tokens are worth the time."""
+        """There is one copy of the code for each number of pairs of blocks, so that empty ones take no time."""
         pairs = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
 
         def of(count: int) -> None:
@@ -178,7 +178,7 @@ class TileAttention(FlashAttention):
         self._weigh(chunk, m, shrink, tir.pairwise(weights, lambda a, b: tir.bind(a + b)))
 
     def _raise(self, chunk: Chunk, m: Expr, highest: Expr) -> tuple[Expr, Expr]:
-        """The new maximum of a query, in all lanes, and what sums so far shrink by; scales those of the values down to it."""
+        """The new maximum of a query, in all lanes, and the factor that scales earlier sums; scales the sums of values."""
         old = tir.bind(tir.splat(self.maxima[m]))
         maximum = tir.bind(T.max(tir.highest_lane(highest), old))
         shrink = tir.Registers(1, tir.F16, tir.splat(0.0))
@@ -190,7 +190,7 @@ class TileAttention(FlashAttention):
         return maximum, shrink[0]
 
     def _weigh(self, chunk: Chunk, m: Expr, shrink: Expr, total: Expr) -> None:
-        """Add to the partial sums of a query's weights."""
+        """Scale the partial sums of a query's weights, and add to them."""
 
         def first() -> None:
             tir.store(self.weights, m * LANES, total)
@@ -202,15 +202,15 @@ class TileAttention(FlashAttention):
         tir.either(chunk.fresh == 1, first, further)
 
     def _place_of_powers(self, m: Expr, pair: int) -> Expr:
-        """Where the weights of 32 tokens are kept."""
+        """Where the weights of 32 tokens are stored."""
         return m * POWERS + pair * LANES
 
     def _store_powers(self, at: Expr, low: Expr, high: Expr) -> None:
-        """Keep the weights of 32 tokens, rounded."""
+        """Store the weights of 32 tokens, rounded."""
         tir.store(self.powers, at, self._rounded_pairs(low, high))
 
     def _rounded_pairs(self, low: Expr, high: Expr) -> Expr:
-        """32 bfloat16 in their order as 16 int32."""
+        """32 values rounded to bfloat16, in their order, as 16 int32."""
         if not self.isa.emulate_amx:
             both = tir.pure("bfloat16x32", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", high, low)
             return T.reinterpret(tir.I16, both)

@@ -1,4 +1,4 @@
-"""AMX: eight tile registers of up to 16 rows of 64 bytes, and the instructions on them."""
+"""AMX instructions, and the configuration of the eight tile registers of up to 16 rows of 64 bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from belle_compile.compiler.backends.tvm.tir import Expr, T
 TILES = 8
 TILE = 16  # rows of a whole tile
 TILE_BYTES = TILE * 64
-WEIGHTS = 6  # this tile and the next are always whole: the right factors of products
+WEIGHTS = 6  # this tile and the next hold the right factors of products and always have all rows
 
 
 def emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
-    """One tile instruction, or the C function that stands in for it in tests (`tests/.../amx_emulation.c`)."""
+    """Emit one tile instruction, or a call of the C function that emulates it in tests (`tests/.../amx_emulation.c`)."""
     if isa.emulate_amx:
         T.evaluate(T.call_extern("int32", f"belle_emulated_{intrinsic}", *args))
     else:
@@ -21,7 +21,7 @@ def emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
 
 
 def configure(isa: Isa, rows: int = TILE) -> None:
-    """Tiles 0 to 5 have so many rows, 6 and 7 are whole; every thread of the pool has a configuration of its own."""
+    """Give tiles 0 to 5 so many rows, and 6 and 7 all 16. The configuration belongs to the thread that calls this."""
     config = tir.local(64, "uint8")
     counts = [rows] * WEIGHTS + [TILE] * (TILES - WEIGHTS)
     for i in range(64):

@@ -1,4 +1,4 @@
-"""How a linear kernel passes its weights and rows: the choices that measurement makes, apart from what is computed."""
+"""The order in which a linear kernel passes over weights and rows. Measurements choose it; it does not change results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
 class Walk:
     """One order of work for a range of row counts.
 
-    A group is `wide` panels of 16 outputs; a block is a group times `tall` rows, its sums in registers. Weights are
-    prefetched `prefetch` bytes ahead of the read (0: not), into every cache or, without `temporal`, with the hint that
-    they are read once; with `chain` what lies past a panel's end is taken from the same panel of the next group. The loop
-    over the inputs is unrolled `unroll` times, and goes on at `places` of each panel at once, since some memories give more
-    to more streams. A parallel task is `task_groups` groups; threads get contiguous runs of tasks or, with `interleave`,
-    every n-th one. Rows pass a task's groups `row_blocks` blocks at a time (0: all), inputs pass `depth` at a time (0: all,
-    as they always do in two planes), so that activations and weights stay in a cache.
+    A group is `wide` panels of 16 outputs; a block is a group times `tall` rows, whose sums are in registers. Weights are
+    prefetched `prefetch` bytes ahead (0: not), into every cache level or, without `temporal`, with the hint that they are read
+    once; with `chain`, a prefetch past a panel's end goes to the same panel of the next group. The loop over the inputs is
+    unrolled `unroll` times, and reads each panel at `places` places at once, since some memories are faster with more streams.
+    A parallel task is `task_groups` groups; threads get contiguous runs of tasks or, with `interleave`, every n-th one. Rows
+    pass a task's groups `row_blocks` blocks at a time (0: all); inputs pass `depth` at a time (0: all, as always in two
+    planes), so that activations and weights stay in a cache.
     """
 
     wide: int
@@ -46,13 +46,13 @@ class Walk:
             raise ValueError(f"{self}: depth is a multiple of {LINE}")
 
     def to_plain(self) -> dict[str, Any]:
-        """What JSON holds: `wide`, `tall` and whatever differs from its default."""
+        """The form in JSON: `wide`, `tall` and the fields that differ from their defaults."""
         defaults = Walk(self.wide, self.tall)
         return {k: v for k, v in asdict(self).items() if k in ("wide", "tall") or v != getattr(defaults, k)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Walk:
-        """The reverse; raises ValueError or TypeError for a field that is unknown or of another type."""
+        """The reverse of `to_plain`. Raises ValueError or TypeError for a field that is unknown or has the wrong type."""
         types = {field.name: bool if field.type == "bool" else int for field in fields(cls)}
         if wrong := [name for name, value in plain.items() if type(value) is not types.get(name)]:
             raise ValueError(f"walk field {wrong[0]} is unknown or has the wrong type")
@@ -61,11 +61,10 @@ class Walk:
 
 @dataclass(frozen=True)
 class LinearTiling:
-    """A walk for every row count: (largest row count or None for any, walk), ascending, the first whose bound holds is taken.
+    """A walk for every row count: (largest row count or None for any, walk), ascending; the first whose bound holds is taken.
 
-    Where there are tile products (AMX), they take over from `tiles_from` rows on, `tile_panels` panels a task, `tile_wide` of
-    them at a time. A trial that runs with certain row counts only names them in `trial_rows`, to leave out what others would
-    need.
+    With AMX, tile products take over from `tiles_from` rows on, `tile_panels` panels a task and `tile_wide` of them at a time.
+    A trial that will run with certain row counts only names them in `trial_rows`, so that no code is generated for others.
     """
 
     walks: tuple[tuple[int | None, Walk], ...]
@@ -83,13 +82,15 @@ class LinearTiling:
             raise ValueError(f"{found}: 1 or more rows, 2 or 3 at a time, a multiple of it a task")
 
     def walk_for(self, rows: int) -> Walk:
-        """The walk that takes `rows` rows."""
+        """The walk for `rows` rows."""
         return next(walk for bound, walk in self.walks if bound is None or bound >= rows)
 
 
 def built_in(isa: Isa, planes: int = 1) -> LinearTiling:
-    """The choice for shapes nobody has measured: AVX512 has 32 registers, AVX2 has 16 half as wide, and a row of two planes
-    takes twice as many. Rows that are fewer than a block wait for the memory, and so does each where a block is one row.
+    """The tiling of shapes that have not been measured.
+
+    AVX512 has 32 registers, AVX2 has 16 of half the width, and a row of two planes takes twice as many. Rows that do not fill a
+    block are limited by memory, so weights are prefetched for them, and always where a block is one row.
     """
     wide, tall = (4, 6 // planes) if isa.dot == "vnni" else (2, 2 // planes)
     few = Walk(wide, tall, prefetch=2048)

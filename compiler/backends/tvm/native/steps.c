@@ -1,9 +1,9 @@
-// Linked into every kernel library: walks the calls of a step and shares the loops in them out among threads.
+// Linked into every kernel library: runs the calls of a step and divides the loops in them among threads.
 //
-// Kernels are what TVM compiles: C functions over an array of tagged values. They call two functions of their host, one to
-// run a parallel loop and one to say what went wrong; both are here, so a library needs nothing but libc. Threads
-// belong to the caller, who lends them to a pool by calling belle_work on each (runtime/executors/native.py). A thread that
-// waits fetches what it will read of the next weights.
+// Kernels, as TVM compiles them, are C functions that take an array of tagged values. They call two functions of their host:
+// one that runs a parallel loop, and one that reports an error. Both are here, so a library needs nothing but libc. Threads
+// belong to the caller, which lends them to a pool by calling belle_work on each (runtime/executors/native.py). A thread that
+// waits prefetches its share of the weights that are read next.
 
 #define _GNU_SOURCE
 #include "steps.h"
@@ -18,10 +18,10 @@
 
 enum {
   MOST_THREADS = 256,
-  SHARES = 8,          // tasks a thread: those who finish early take what others have not begun
-  SPINS = 4000,        // looks at a value in a row before giving the core away between them
-  YIELDS = 3000,       // looks of a worker between loops, giving the core away, before it sleeps: about a millisecond
-  FETCHED = 8,         // cache lines of weights that are fetched between two looks
+  SHARES = 8,          // tasks per thread: threads that finish early take tasks that others have not begun
+  SPINS = 4000,        // polls of a value before the thread yields its core between polls
+  YIELDS = 3000,       // polls of a worker between loops, with yields, before it sleeps: about a millisecond
+  FETCHED = 8,         // cache lines of weights that are prefetched between two polls
   USUAL_CACHE = 512 * 1024,
 };
 
@@ -33,7 +33,7 @@ typedef struct {
   int64_t next_bytes;
 } Call;
 
-// A thread's tasks first..end-1 of a loop, and the loop's number, in one word: what is claimed belongs to that loop.
+// A thread's tasks first..end-1 of a loop and the number of the loop, in one word, so that a claimed task belongs to that loop.
 typedef struct { LINE _Atomic uint64_t word; } Share;
 
 typedef struct {
@@ -45,15 +45,15 @@ typedef struct {
   Environment environment;
   LINE _Atomic(const char *) next; // of the current call
   _Atomic int64_t next_bytes;
-  int64_t most_fetched;            // bytes that a thread's second-level cache holds beside what a loop needs
+  int64_t most_fetched;            // bytes for which a thread's L2 cache has room beside what a loop needs
   LINE _Atomic int32_t done;       // tasks of the current loop that have ended
   _Atomic int32_t failure;         // what a task returned, if not 0
   LINE _Atomic int32_t sleepers;
   Share shares[MOST_THREADS];
 } Pool;
 
-static __thread Pool *current;     // of the step that this thread walks
-static __thread struct { const char *next, *at, *end; } fetched;  // weights, and what this thread has still to fetch of them
+static __thread Pool *current;     // of the step whose calls this thread runs
+static __thread struct { const char *next, *at, *end; } fetched;  // weights, and which of them this thread has yet to prefetch
 static char message[512];
 
 static uint64_t pack(uint32_t loop, uint32_t first, uint32_t end) { return (uint64_t)loop << 32 | first << 16 | end; }
@@ -71,7 +71,7 @@ static int32_t claim(Share *share, uint32_t loop, int front) {
 }
 
 static void run_tasks(Pool *pool, int32_t me, uint32_t loop) {
-  // Read before a claim, and used only if it succeeds: then the loop was not over, and these are its own.
+  // Read before a claim and used only if the claim succeeds: then the loop had not ended, and these belong to it.
   Body body = atomic_load_explicit(&pool->body, memory_order_relaxed);
   void *closure = atomic_load_explicit(&pool->closure, memory_order_relaxed);
   int32_t ended = 0, failure = 0;
@@ -86,8 +86,8 @@ static void run_tasks(Pool *pool, int32_t me, uint32_t loop) {
   if (ended) atomic_fetch_add_explicit(&pool->done, ended, memory_order_release);
 }
 
-// What thread `me` does between two looks at what it waits for: it fetches the beginning of its share of the next weights. The
-// two words may be of different calls, and then this fetches something else, which does no harm.
+// Thread `me` calls this between two polls: it prefetches the beginning of its share of the next weights. The two words may
+// belong to different calls; then other memory is prefetched, which does no harm.
 static void idle(const Pool *pool, int32_t me) {
   const char *next = atomic_load_explicit(&pool->next, memory_order_relaxed);
   if (next != fetched.next) {
@@ -135,7 +135,7 @@ HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
   return atomic_load_explicit(&pool->failure, memory_order_relaxed);
 }
 
-// The names that TVM's code looks for; hidden, so that TVM's own loader leaves them alone.
+// The names that TVM's code refers to; hidden, so that TVM's own loader does not replace them.
 HIDDEN int32_t (*__TVMBackendParallelLaunch)(Body, void *, int32_t) = belle_parallel;
 
 HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
@@ -155,14 +155,14 @@ API size_t belle_pool_bytes(void) { return sizeof(Pool); }
 API int32_t belle_most_threads(void) { return MOST_THREADS; }
 API const char *belle_error(void) { return message; }
 
-// `memory` is belle_pool_bytes() zeros at a multiple of 64.
+// `memory` has belle_pool_bytes() zeros and starts at a multiple of 64.
 API void belle_pool_init(Pool *memory, int32_t threads) {
   int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
   memory->threads = threads;
   memory->most_fetched = (cache > 0 ? cache : USUAL_CACHE) / 2;
 }
 
-// The life of a pool's worker number `me`, 1..threads-1; returns after belle_stop.
+// The work of a pool's thread number `me`, 1..threads-1; returns after belle_stop.
 API void belle_work(Pool *pool, int32_t me) {
   uint32_t seen = 0;
   while (!atomic_load(&pool->stopped)) {
@@ -193,8 +193,8 @@ static int64_t now(void) {
   return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-// Runs calls in order; returns the number of the first that failed, or -1. With `times`, nanoseconds: when the first call
-// began, and when each ended.
+// Runs calls in order; returns the index of the first that failed, or -1. If `times` is not NULL, it gets nanoseconds: when the
+// first call began, and when each call ended.
 API int64_t belle_walk(Pool *pool, const Call *calls, int64_t count, int64_t *times) {
   int64_t failed = -1;
   current = pool;

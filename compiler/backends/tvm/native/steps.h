@@ -1,4 +1,4 @@
-// What steps.c and sums.c share.
+// Declarations that steps.c and sums.c share.
 
 #pragma once
 
@@ -15,10 +15,10 @@ typedef int32_t (*Kernel)(void *self, const Value *arguments, int32_t count, Val
 typedef struct { void *sync_handle; int32_t tasks; } Environment;  // TVMParallelGroupEnv
 typedef int32_t (*Body)(int32_t task, Environment *environment, void *closure);
 
-// What kernels call for a parallel loop. Tasks are contiguous pieces of it; the body divides by their number.
+// Runs a kernel's parallel loop. Tasks are contiguous pieces of the loop; the body divides its range by their number.
 HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks);
 
-// What to do between two looks at something that is waited for.
+// Called between two polls of a value that a thread waits for.
 HIDDEN void belle_idle(void);
 
 static inline void pause_once(void) { __builtin_ia32_pause(); }

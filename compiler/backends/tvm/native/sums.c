@@ -1,12 +1,12 @@
-// Sums over ranks of one host, through memory that all of them map (runtime/shared_sums.py makes it and says where it is).
+// Sums over the ranks of one host, through memory that all of them map (runtime/distributed/shared_sums.py creates it).
 //
-// Values that lie in the ranks' arenas stay where they are. When all ranks have said where that is, each adds up its share of
-// them, in the order of ranks, and writes that to all: so all have the same bits. They go on when all have said that they are
-// done. A rank's threads divide its share among them.
+// Values in the ranks' arenas are added up in place. When all ranks have published where their values are, each rank adds up
+// its share of them, in the order of ranks, and writes the result to all arenas: so all ranks have the same bits. They continue
+// when all have published that they are done. The threads of a rank divide its share among them.
 //
-// Others: every rank copies its values to its slot, raises its flag, waits for all flags, and adds all slots up in the order
-// of ranks. Slots are there twice: who is at sum n + 2 knows that all have raised the flag for n + 1, and so have read the
-// slots of n, which are written again only now.
+// For other values, every rank copies its values to its slot, raises its flag, waits for all flags, and adds all slots up in
+// the order of ranks. There are two slots per rank: a rank that reaches sum n + 2 knows that all have raised the flag for
+// n + 1, and so have read the slots of n, which are overwritten only now.
 
 #define _GNU_SOURCE
 #include "steps.h"
@@ -16,25 +16,25 @@
 #include <string.h>
 
 enum {
-  ALONE = 8 * 1024,  // floats of a share that a thread has added up before others would have begun
-  SPINS = 1000,      // looks at a flag in a row before giving the core away between them
-  WIDE = 16,         // floats that are added at a time
-  BLOCK = 512,       // floats that are held until all ranks' are added
+  ALONE = 8 * 1024,  // floats of a share; fewer are added by one thread before others would have begun
+  SPINS = 1000,      // polls of a flag before the thread yields its core between polls
+  WIDE = 16,         // floats that are added at once
+  BLOCK = 512,       // floats whose sum over ranks is kept on the stack
 };
 
-typedef struct {             // a rank's, in its own cache line
-  _Atomic int64_t ready;     // sums that it is ready for
-  _Atomic int64_t done;      // and done with
+typedef struct {             // flags of a rank, in a cache line of their own
+  _Atomic int64_t ready;     // number of the sum that its values are ready for
+  _Atomic int64_t done;      // number of the sum that it has done its share of
   _Atomic int64_t place;     // where its values are, in bytes from the beginning of its arena
 } Line;
 
-typedef struct {             // made by the runtime; `lines`, `slots` and `arenas` have an address for each rank
+typedef struct {             // made by the runtime; `lines`, `slots` and `arenas` have one address per rank
   int64_t rank, ranks;
   int64_t count;             // sums so far
   Line **lines;
   float **slots;             // 2 * slot_floats each
   int64_t slot_floats;
-  char **arenas;             // NULL: there are none
+  char **arenas;             // NULL: no arenas are shared
   int64_t arena_bytes;       // of this rank's own
 } Sums;
 
@@ -55,7 +55,7 @@ static void add(float *to, const float *a, const float *b, int64_t count) {
   for (; i < count; i++) to[i] = a[i] + b[i];
 }
 
-// Rows of at most slot_floats values together.
+// Adds up rows of at most slot_floats values altogether.
 static void add_slots(Sums *sums, float *values, int64_t rows, int64_t width, int64_t stride) {
   int64_t count = ++sums->count, half = (count & 1) * sums->slot_floats;
   float *own = sums->slots[sums->rank] + half;
@@ -106,8 +106,8 @@ static int32_t add_in_place(Sums *sums, int64_t place, int64_t rows, int64_t wid
   return failed;
 }
 
-// A call like that of a kernel: makes float32 rows, `width` values each and `stride` from one to the next, the sum of those
-// of all ranks. Arguments: Sums, the first value, the number of rows (int32), width, stride.
+// Called like a kernel: replaces float32 rows, of `width` values each and `stride` apart, by the sum of those of all ranks.
+// Arguments: Sums, the first value, the number of rows (int32), width, stride.
 API int32_t belle_sum(void *self, const Value *arguments, int32_t count, Value *result) {
   (void)self, (void)count, (void)result;
   Sums *sums = arguments[0].as.pointer;

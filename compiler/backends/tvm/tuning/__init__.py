@@ -1,1 +1,1 @@
-"""Kernel choices per shape by measurement: candidates as data, a search on this host, tables that ordinary builds read."""
+"""Tilings of linear kernels chosen by measurement: candidates as data, a search on this host, tables that builds read."""

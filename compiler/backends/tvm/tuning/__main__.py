@@ -1,12 +1,12 @@
 """Searches the tilings of the reference models' shapes on this host and writes the tables that builds read.
 
-    python -m belle_compile.compiler.backends.tvm.tuning                every shape below, for the best instruction set here
-    python -m belle_compile.compiler.backends.tvm.tuning --planes 2             only for activations of 16 bits
-    python -m belle_compile.compiler.backends.tvm.tuning --isa avx2             for another one that this host has
-    python -m belle_compile.compiler.backends.tvm.tuning --own                  for this processor alone
+    python -m belle_compile.compiler.backends.tvm.tuning                every shape below, for the host's best instruction set
+    python -m belle_compile.compiler.backends.tvm.tuning --planes 2     only for activations of 16 bits
+    python -m belle_compile.compiler.backends.tvm.tuning --isa avx2     for another instruction set that the host has
+    python -m belle_compile.compiler.backends.tvm.tuning --own          a table for this processor alone
     python -m belle_compile.compiler.backends.tvm.tuning --shape 2048x5632 --out /tmp/tables    one shape, into another folder
 
-Entries of shapes that are not searched again stay if they were measured on the same machine.
+Entries for shapes that are not searched stay in the table if they were measured on the same machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.runtime import host
 from belle_compile.runtime.executors.cpu import choose_isa
 
-MAX_TOKENS, MAX_ROWS = 512, 64  # of a step: of a layer, and of the head
-# Outputs, inputs and the most rows: query-key-value, attention output, gate and up (or up), down, head.
+MAX_TOKENS, MAX_ROWS = 512, 64  # most rows of a step, for a layer and for the head
+# (outputs, inputs, most rows) of query-key-value, attention output, gate and up (or up), down, head.
 MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "llama-1b": ((2560, 2048, MAX_TOKENS), (2048, 2048, MAX_TOKENS), (11264, 2048, MAX_TOKENS), (2048, 5632, MAX_TOKENS),
                  (32000, 2048, MAX_ROWS)),
@@ -38,12 +38,12 @@ MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", choices=ISAS, default=None, help="the best of this host by default")
+    parser.add_argument("--isa", choices=ISAS, default=None, help="default: the best of this host")
     parser.add_argument("--model", choices=MODELS, action="append", help="only this model's shapes; repeatable")
     parser.add_argument("--shape", action="append", metavar="OUTPUTSxINPUTS", help="only this shape; repeatable")
-    parser.add_argument("--planes", type=int, choices=(1, 2), action="append", help="1: int8; 2: int8-accurate; default both")
-    parser.add_argument("--threads", type=int, default=None, help="every usable core by default")
-    parser.add_argument("--own", action="store_true", help="write the table of this processor alone, not the one for all")
+    parser.add_argument("--planes", type=int, choices=(1, 2), action="append", help="1: int8; 2: int8-accurate; default: both")
+    parser.add_argument("--threads", type=int, default=None, help="default: one for each usable core")
+    parser.add_argument("--own", action="store_true", help="write a table for this processor alone, not the common one")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
     arguments = parser.parse_args()
     isa = choose_isa(tuple(ISAS), arguments.isa)
@@ -52,8 +52,8 @@ def main() -> None:
         parser.error("this processor has no name in runtime/host.py: add it to PROCESSORS")
     sizes = {(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
     if arguments.shape:
-        wanted = [(int(n), int(k)) for n, _, k in (text.partition("x") for text in arguments.shape)]
-        sizes = {size: sizes.get(size, MAX_TOKENS) for size in wanted}
+        asked = [(int(n), int(k)) for n, _, k in (text.partition("x") for text in arguments.shape)]
+        sizes = {size: sizes.get(size, MAX_TOKENS) for size in asked}
     shapes = {Shape(*size, planes): most for size, most in sizes.items() for planes in arguments.planes or (1, 2)}
 
     started = time.perf_counter()
@@ -61,20 +61,20 @@ def main() -> None:
     def progress(done: int, total: int) -> None:
         print(f"{isa}: {done} of {total} shapes after {time.perf_counter() - started:.0f} s", flush=True)
 
-    found = search(dict(sorted(shapes.items())), ISAS[isa], threads=arguments.threads, progress=progress)
-    table = joined(found, read_table(isa, processor, arguments.out))
+    measured = search(dict(sorted(shapes.items())), ISAS[isa], threads=arguments.threads, progress=progress)
+    table = joined(measured, read_table(isa, processor, arguments.out))
     arguments.out.mkdir(parents=True, exist_ok=True)
     table_path(isa, processor, arguments.out).write_text(table.to_json(), encoding="utf-8")
-    print(as_text(tiling_rows(found.to_plain()["entries"])))
+    print(as_text(tiling_rows(measured.to_plain()["entries"])))
 
 
-def joined(found: TilingTable, before: TilingTable) -> TilingTable:
-    """What was found now, and of before what another shape had on the same machine."""
-    if before.machine != found.machine:
-        return found
-    searched = {entry.shape for entry in found.entries}
+def joined(measured: TilingTable, before: TilingTable) -> TilingTable:
+    """The entries measured now and, if `before` was measured on the same machine, its entries for other shapes."""
+    if before.machine != measured.machine:
+        return measured
+    searched = {entry.shape for entry in measured.entries}
     kept = tuple(entry for entry in before.entries if entry.shape not in searched)
-    return replace(found, entries=tuple(sorted((*found.entries, *kept), key=lambda entry: entry.shape)))
+    return replace(measured, entries=tuple(sorted((*measured.entries, *kept), key=lambda entry: entry.shape)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What the search tries, as data: per range of row counts, blocks of panels x rows, then changes to the best of them.
+"""The candidates of the search, as data: for each range of row counts, blocks of panels x rows, then changes to the best one.
 
-A block's sums, one token and its weights must fit in the registers: panels * rows + panels + 1 <= 32 with AVX512, where
-a panel of 16 sums is a register (a single row takes its weights from memory); AVX2 has 16, a panel takes two, and a token
-takes three.
+The sums of a block, one token and its weights must fit in the registers. AVX512 has 32, and a panel of 16 sums takes one:
+panels * rows + panels + 1 <= 32 (a single row takes its weights from memory). AVX2 has 16; a panel takes two, a token three.
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
 
 Change = dict[str, Any]
-LEAST_TASKS = 16  # of a row count that waits for the memory: a host may have more threads than the one that measures
-PANELS_OF_TASK = 8  # that are tried whatever the number of tasks
-TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # of tile products: panels at a time, and of a parallel task
+LEAST_TASKS = 16  # where memory is the limit, since hosts may have more threads than the one that measures
+PANELS_OF_TASK = 8  # at most; such a walk is tried whatever the number of tasks
+TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # tile products: (panels at a time, panels of a parallel task)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Row counts up to `most` (None: any) that share a walk, judged by those in `rows`.
+    """A range of row counts up to `most` (None: any) that share a walk, which is measured at the counts in `rows`.
 
-    `blocks` are (panels, rows) tried with `prefetch` and without; each of `stages` is tried on the best walk so far.
+    `blocks` are (panels, rows), each tried with `prefetch` and without. Then the changes of each of `stages` are tried on the
+    best walk so far.
     """
 
     most: int | None
@@ -33,22 +33,22 @@ class Bucket:
     stages: tuple[tuple[Change, ...], ...]
 
     def first(self) -> tuple[Walk, ...]:
-        """The walks of the first stage: some processors fetch ahead better by themselves."""
+        """The walks that are tried first, also without prefetch: some processors prefetch better by themselves."""
         return tuple(dict.fromkeys(Walk(wide, tall, ahead) for ahead in (self.prefetch, 0) for wide, tall in self.blocks))
 
     def following(self, stage: int, best: Walk) -> tuple[Walk, ...]:
-        """The best walk with each of a stage's changes."""
+        """The best walk so far with each change of a stage."""
         return tuple(dict.fromkeys(replace(best, **change) for change in self.stages[stage]))
 
 
-# Streams for one row: some processors fetch ahead best by themselves, and more the more streams there are.
+# Streams for one row: some processors prefetch best by themselves, and more so with more streams.
 _STREAMS: tuple[Change, ...] = (
     {"places": 2, "prefetch": 0},
     {"places": 4, "prefetch": 0},
     {"places": 8, "prefetch": 0},
     {"places": 2},
 )
-# Prefetches for few rows, where the weights come from memory; "chain" matters where panels are short.
+# Prefetches for few rows, whose weights come from memory; "chain" matters if panels are short.
 _PREFETCH: tuple[Change, ...] = (
     {"prefetch": 0},
     {"prefetch": 512},
@@ -63,7 +63,7 @@ _PREFETCH: tuple[Change, ...] = (
 _FEW_PREFETCHES: tuple[Change, ...] = ({"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 1024, "chain": True})
 _LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"unroll": 4}, {"interleave": True}, {"task_groups": 4}, {"task_groups": 16})
 _FEW_LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"interleave": True})
-# For prefill: rows in passes that keep their activations in the L2 cache, inputs in passes that keep the weights in L1.
+# Passes for prefill: over rows, so that their activations stay in the L2 cache; over inputs, so that weights stay in L1.
 _PASSES: tuple[Change, ...] = (
     {"unroll": 2},
     {"task_groups": 8, "row_blocks": 8},
@@ -85,25 +85,28 @@ AVX512 = (
     Bucket(32, (16, 32), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _FEW_LOOPS)),
     Bucket(None, (128, 512), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _PASSES)),
 )
-# With AVX2 an unrolled loop over more than one row spills, and so does a row over four panels unrolled by four.
+# With AVX2, an unrolled loop over more than one row spills registers, and so does one row, unrolled by four, over four panels.
 AVX2 = (
     Bucket(1, (1,), ((1, 1), (2, 1), (3, 1), (4, 1)), 2048, (_PREFETCH, _without(_LOOPS, {"unroll": 4}))),
     Bucket(8, (2, 4, 8), ((1, 2), (1, 4), (2, 1), (2, 2)), 2048, (_PREFETCH, _without(_FEW_LOOPS, {"unroll": 2}))),
     Bucket(None, (16, 32, 128, 512), ((1, 2), (1, 3), (1, 4), (2, 2)), 0, (_FEW_PREFETCHES, _without(_PASSES, {"unroll": 2}))),
 )
-AMX = (*AVX512[:3], replace(AVX512[3], most=None, rows=(16,)))  # tile products take the larger counts
+AMX = (*AVX512[:3], replace(AVX512[3], most=None, rows=(16,)))  # tile products take larger row counts
 TILE_ROWS = (4, 8, 16, 32, 128, 512)
 
 
 def leaves_tasks(walk: Walk, panels: int) -> bool:
-    """Whether a walk shares out so many panels well enough among more threads than those that measure it."""
+    """Whether a walk divides so many panels into tasks enough for more threads than this host has."""
     at_once = walk.wide * walk.task_groups
     return bool(walk.row_blocks) or at_once <= PANELS_OF_TASK or -(-panels // at_once) >= LEAST_TASKS
 
 
 def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:
-    """The buckets for kernels that get at most `max_rows` rows. With two planes each row counts twice: blocks come with half
-    the rows too, those that have too many sums are left out, and inputs come in one pass."""
+    """The buckets for kernels that get at most `max_rows` rows.
+
+    With two planes each row counts twice: blocks with half the rows are added, those with too many sums are left out, and
+    inputs come in one pass.
+    """
     every = AMX if isa.amx else AVX512 if isa.dot == "vnni" else AVX2
     kept = [replace(b, rows=rows) for b in every if (rows := tuple(r for r in b.rows if r <= max_rows))]
     kept[-1] = replace(kept[-1], most=None)

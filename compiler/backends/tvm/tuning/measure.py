@@ -1,4 +1,4 @@
-"""Times linear kernels on this host: weights come from memory, candidates take turns, medians count."""
+"""Measures linear kernels on this host: weights are read from memory, variants take turns, and medians are compared."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from belle_compile.runtime.executors.native import CallList, KernelLibrary, Thre
 from belle_compile.runtime.memory import anonymous
 
 SAMPLE_SECONDS = 0.002
-ROUNDS = 25  # compiling takes longer, and the memory of a shared machine gives half as much now and then
-EARLY_ROUNDS = 5  # after these, only what is within EARLY_FACTOR of the best goes on
+ROUNDS = 25  # still faster than compiling; on a shared machine the memory has half its speed now and then
+EARLY_ROUNDS = 5  # after these, only variants within EARLY_FACTOR of the best are measured further
 EARLY_FACTOR = 1.15
 LEAST_ROTATED = 256 << 20
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -31,13 +31,13 @@ _KINDS = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first CPU; 32 MiB where the system does not tell."""
+    """Bytes of the largest cache of the first CPU; 32 MiB if the system does not say."""
     sizes = [path.read_text().strip() for path in CACHE.glob("index*/size")]
     return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 << 20)
 
 
 class Bench:
-    """Runs the variants of one kernel shape over weights that rotate through more memory than the caches hold."""
+    """Runs variants of one kernel over copies of its weights, by turns, that take more memory than the caches have."""
 
     def __init__(self, kernel: QuantizedLinear, max_rows: int) -> None:
         self.kernel = kernel
@@ -64,8 +64,8 @@ class Bench:
         self._next = 0
 
     def compare(self, functions: Sequence[Variant], rows: int, every: bool = False) -> list[float]:
-        """Median seconds a call of each variant at a row count; of fewer samples for those that fall behind early, unless
-        `every` one is wanted as precisely."""
+        """Median seconds per call of each variant at a row count. Unless `every`, variants that fall behind early get fewer
+        samples."""
         self._arrays["rows"][0] = rows
         for function in functions:
             self._sample(function, 1)
@@ -81,7 +81,7 @@ class Bench:
         return [statistics.median(taken) for taken in samples]
 
     def _sample(self, function: Variant, calls: int) -> float:
-        """Seconds a call, each with the next copy of the weights."""
+        """Seconds per call, where each call takes the next copy of the weights."""
         copies = len(self._arguments)
         arguments = [self._arguments[(self._next + i) % copies] for i in range(calls)]
         self._next = (self._next + calls) % copies
@@ -97,20 +97,20 @@ class Bench:
 
 
 def _rotated_bytes() -> int:
-    """Four times the last-level cache, since cores of a virtual machine may have several; a quarter of the memory at most."""
+    """Four times the last-level cache, since cores of a virtual machine may have several; at most a quarter of the memory."""
     return min(max(4 * last_level_cache(), LEAST_ROTATED), host.memory_bytes() // 4)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel in memory, and the threads it runs with."""
+    """A loaded kernel and the threads that run it."""
 
     pool: ThreadPool
     address: int
 
 
 def load_variants(kernels: Mapping[str, QuantizedLinear], isa: Isa, threads: int) -> dict[str, Variant]:
-    """Compiles and loads variants of a kernel under names of their own."""
+    """Compile and load variants of a kernel, each under its key as name."""
     code = compile_functions({name: kernel.build(isa, name) for name, kernel in kernels.items()}, isa)
     with tempfile.TemporaryDirectory(prefix="belle-tuning-") as folder:
         path = Path(folder) / "variants.so"

@@ -1,4 +1,4 @@
-"""Searches the best tiling of each shape on this host."""
+"""Searches for the best tiling of each shape on this host."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from belle_compile.compiler.backends.tvm.tuning.measure import Bench, Variant, l
 from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from belle_compile.runtime import host
 
-MARGIN = 0.01  # a change must gain more than this, or noise would decide
-NEVER = 1 << 20  # rows no kernel gets
-ROWS = (1, 2, 4, 8, 16, 32, 128, 512)  # what the result is measured at
+MARGIN = 0.01  # smallest relative gain for which a walk is changed; below it, noise would decide
+NEVER = 1 << 20  # more rows than any kernel gets
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512)  # row counts at which the result is measured
 
 Progress = Callable[[int, int], None]
 
 
 def shapes_of(kernels: Mapping[Kernel, int]) -> dict[Shape, int]:
-    """The shapes of the int8 linear layers among kernels, each with the most rows it gets."""
+    """The shapes of the int8 linear layers among kernels, each with its largest number of rows."""
     shapes: dict[Shape, int] = {}
     for kernel, max_rows in kernels.items():
         if isinstance(kernel, QuantizedLinear):
@@ -42,7 +42,7 @@ def shapes_of(kernels: Mapping[Kernel, int]) -> dict[Shape, int]:
 
 
 def kernel_of(shape: Shape) -> QuantizedLinear:
-    """A kernel of this shape with buffers of its own."""
+    """A kernel of this shape whose activations have buffers of their own."""
     x, out = View(shape.planes * rows_apart(shape.inputs, 1).stride), rows_apart(shape.outputs)
     return QuantizedLinear(shape.outputs, shape.inputs, False, x, out, shape.planes)
 
@@ -50,7 +50,7 @@ def kernel_of(shape: Shape) -> QuantizedLinear:
 def search(
     shapes: Mapping[Shape, int], isa: Isa, *, threads: int | None = None, progress: Progress | None = None
 ) -> TilingTable:
-    """Measures candidates for every shape (and the most rows it gets); `progress(done, total)` hears of each shape."""
+    """Measure candidates for every shape, given with its most rows; `progress(done, total)` is called for each shape."""
     threads = threads or len(host.usable_cores())
     entries = []
     for done, (shape, max_rows) in enumerate(shapes.items()):
@@ -64,7 +64,7 @@ def search(
 
 
 class _Search:
-    """One shape: the buckets of row counts are independent, and are only compiled together."""
+    """The search for one shape. The buckets of row counts are independent; they only share compilations."""
 
     def __init__(self, shape: Shape, max_rows: int, isa: Isa, threads: int) -> None:
         self.shape, self.isa, self.threads, self.max_rows = shape, isa, threads, max_rows
@@ -87,7 +87,7 @@ class _Search:
         return Entry(self.shape, tiling, pairs)
 
     def _improve(self, best: Sequence[Walk], tried: Sequence[Sequence[Walk]]) -> list[Walk]:
-        """The best of each bucket after trying more walks; the one before stays unless another gains more than MARGIN."""
+        """The best walk of each bucket after `tried`; the previous one stays unless another gains more than MARGIN."""
         panels = -(-self.shape.outputs // PANEL)
         trials = [
             list(dict.fromkeys((before, *(walk for walk in walks if leaves_tasks(walk, panels)))))
@@ -111,7 +111,7 @@ class _Search:
         return walks[fastest] if scores[fastest] < scores[0] * (1 - MARGIN) else walks[0]
 
     def _with_tiles(self, tiling: LinearTiling) -> LinearTiling:
-        """From which row count on tile products win at every count measured, and how many panels they take."""
+        """Set from which row count on tile products win at every measured count, and how many panels they take."""
         tilings = {"walks": tiling} | {
             f"tiles_{wide}_{panels}": replace(tiling, tiles_from=1, tile_wide=wide, tile_panels=panels)
             for wide, panels in TILES
@@ -128,7 +128,7 @@ class _Search:
         return replace(tiling, tiles_from=fewest, tile_wide=wide, tile_panels=panels)
 
     def _times(self, tilings: Mapping[str, LinearTiling], counts: Iterable[int]) -> dict[int, list[float]]:
-        """Seconds a call by row count, one for each tiling."""
+        """Seconds per call of each tiling, by row count."""
         kernels = {f"whole_{name}": self._tiled(tiling) for name, tiling in tilings.items()}
         functions = load_variants(kernels, self.isa, self.threads)
         return {rows: self.bench.compare(list(functions.values()), rows, every=True) for rows in counts}
@@ -138,7 +138,7 @@ class _Search:
 
 
 def _merge(every: Sequence[Bucket], best: Sequence[Walk]) -> tuple[tuple[int | None, Walk], ...]:
-    """Buckets next to each other that chose the same walk are one."""
+    """Join neighbouring buckets that chose the same walk."""
     pairs = list(zip(every, best, strict=True))
     return tuple((b.most, w) for i, (b, w) in enumerate(pairs) if i + 1 == len(pairs) or pairs[i + 1][1] != w)
 

@@ -1,7 +1,7 @@
 """Tables of measured tilings, looked up by shape; reading one measures nothing.
 
-ISA.json serves every processor, ISA-PROCESSOR.json the one that `runtime.host.processor` names, where what is best there is
-not best elsewhere.
+ISA.json serves every processor. ISA-PROCESSOR.json serves one that `runtime.host.processor` names, if its best tilings are not
+best elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_DISTANCE = 1.5
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What tilings depend on: outputs and inputs of a linear layer, and the planes its activations come in."""
+    """What tilings depend on: outputs and inputs of a linear layer, and the number of planes of its activations."""
 
     outputs: int
     inputs: int
@@ -31,12 +31,12 @@ class Shape:
 
     @classmethod
     def of(cls, kernel: QuantizedLinear) -> Shape:
-        """What a kernel is looked up by."""
+        """The shape of a kernel."""
         return cls(kernel.outputs, kernel.inputs, kernel.planes)
 
     def distance(self, other: Shape) -> float:
-        """How unlike two shapes are for the memory: 1 for a factor 2 in the inputs (length of a panel), 0.5 for a factor 2 in
-        the outputs (number of panels)."""
+        """How different the memory accesses of two shapes are: 1 for a factor 2 in the inputs (length of a panel), 0.5 for a
+        factor 2 in the outputs (number of panels)."""
         return abs(log2(self.inputs / other.inputs)) + abs(log2(self.outputs / other.outputs)) / 2
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """The best tiling found for a shape; `microseconds` are medians by row count, of it and of the built-in tiling."""
+    """The best measured tiling of a shape; `microseconds` has medians by row count, of it and of the built-in tiling."""
 
     shape: Shape
     tiling: LinearTiling
@@ -63,7 +63,7 @@ class Entry:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Entry:
-        """The reverse; ValueError, TypeError, KeyError or AttributeError for what is no entry."""
+        """The reverse of `to_plain`. Raises ValueError, TypeError, KeyError or AttributeError for anything that is no entry."""
         walks = [(None if bound == "any" else int(bound), Walk.from_plain(walk)) for bound, walk in plain["walks"].items()]
         walks.sort(key=lambda bound: (bound[0] is None, bound[0] or 0))
         tiles_from = int(plain.get("tiles_from", LinearTiling.tiles_from))
@@ -76,32 +76,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class TilingTable:
-    """Entries measured on one machine for one instruction set; without entries every shape gets the built-in tiling."""
+    """Entries measured on one machine for one instruction set. Shapes without an entry nearby get the built-in tiling."""
 
     isa: str
     entries: tuple[Entry, ...] = ()
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    processor: str = ""  # that it is kept for; empty: all
+    processor: str = ""  # the only one that it serves; empty: all
 
     def find(self, shape: Shape) -> Entry | None:
-        """The entry of this very shape, else the nearest by `Shape.distance` (of equally near ones the smallest shape) that is
-        not further than `MOST_DISTANCE` and has as many planes, else None: the built-in tiling."""
+        """The entry of this shape, else the nearest by `Shape.distance` (of equally near ones the smallest shape) with as many
+        planes and at most `MOST_DISTANCE` away, else None: the built-in tiling."""
         near = [
             (shape.distance(entry.shape), entry.shape, entry) for entry in self.entries if entry.shape.planes == shape.planes
         ]
-        distance, _, entry = min(near, key=lambda found: found[:2], default=(MOST_DISTANCE + 1, shape, None))
+        distance, _, entry = min(near, key=lambda candidate: candidate[:2], default=(MOST_DISTANCE + 1, shape, None))
         return entry if distance <= MOST_DISTANCE else None
 
     def describe(self) -> str:
-        """For the manifest: where the tilings come from."""
+        """Where the tilings come from, as the manifest says it."""
         name = f"{self.isa} on {self.processor}" if self.processor else self.isa
         return f"{name}: measured {self.date} on {self.machine.get('processor', '?')}" if self.entries else f"{name}: built-in"
 
     @property
     def library(self) -> str:
-        """The file of an engine that follows it."""
+        """The file name, in an engine, of the kernels with these tilings."""
         return f"kernels-{self.isa}-{self.processor}.so" if self.processor else f"kernels-{self.isa}.so"
 
     def to_plain(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class TilingTable:
         return head | {"entries": entries}
 
     def to_json(self) -> str:
-        """One line an entry, so that changes can be read in a diff."""
+        """JSON with one line per entry, so that diffs are readable."""
         plain = self.to_plain()
         entries = ",\n".join(f"  {json.dumps(entry)}" for entry in plain.pop("entries"))
         head = json.dumps(plain, indent=1, ensure_ascii=False).removesuffix("\n}")
@@ -118,18 +118,17 @@ class TilingTable:
 
 
 def processors(isa: str, folder: Path = TABLES) -> tuple[str, ...]:
-    """Those that have a table of their own for an instruction set."""
+    """The processors that have a table of their own for an instruction set."""
     return tuple(sorted(path.stem.removeprefix(f"{isa}-") for path in folder.glob(f"{isa}-*.json")))
 
 
 def table_path(isa: str, processor: str = "", folder: Path = TABLES) -> Path:
-    """Where a table lies; the one of no processor serves all that have none."""
+    """The path of a table. The table of processor "" serves all processors that have none of their own."""
     return folder / (f"{isa}-{processor}.json" if processor else f"{isa}.json")
 
 
 def read_table(isa: str, processor: str = "", folder: Path = TABLES) -> TilingTable:
-    """The table of an instruction set and processor; an empty one where there is no file. Raises CompileError for a damaged
-    file."""
+    """The table of an instruction set and processor, empty if there is no file. Raises CompileError for a damaged file."""
     path = table_path(isa, processor, folder)
     if not path.exists():
         return TilingTable(isa, processor=processor)
