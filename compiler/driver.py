@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler import backends, layers, targets
-from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload
+from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Payload
 from belle_compile.compiler.backends.base import FIXED_BYTES
 from belle_compile.compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
@@ -37,7 +37,7 @@ from belle_compile.compiler.report import (
     pass_effects,
     render,
 )
-from belle_compile.compiler.stages import Snapshots, carried, divided, numerics_of, unfused_calls
+from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
@@ -93,13 +93,14 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class _Job:
-    """A request whose words have been looked up and found to fit each other."""
+    """A request whose words have been looked up and found to fit each other. `applied` is the recipe with those of its methods
+    that the build applies."""
 
     request: BuildRequest
     target: Target
     backend: Backend
     recipe: Recipe
-    numerics: Numerics
+    applied: Recipe
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """What a stage calls with how much is done, and how much there is in all."""
@@ -189,21 +190,21 @@ def _resolve(request: BuildRequest) -> _Job:
     """Look up what the request names; raises CompileError for all that can be refused without the checkpoint."""
     target, backend = targets.choose(request.target, request.backend, request.isas)
     recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
-    numerics = numerics_of(recipe, calibrated=request.calibration is not None)
-    backends.check(backend, target, numerics)
+    applied = recipe.applied(calibrated=request.calibration is not None)
+    backends.check(backend, target, applied)
     backends.check_kv_cache(backend, request.kv_cache)
     if request.tune and (reason := backend.tuning_refusal(target)):
         raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
     if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
         found, remedy = "no requests to rank layers by", "give some with --calibration"
         raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
-    return _Job(request, target, backend, recipe, numerics)
+    return _Job(request, target, backend, recipe, applied)
 
 
 def _open(job: _Job, writer: EngineWriter) -> _Source:
     request = job.request
     checkpoint = open_checkpoint(request.checkpoint, template=request.template)
-    writer.check_space(_estimated_bytes(checkpoint, request.quantization))
+    writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
     if request.calibration is not None:
         calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
@@ -213,7 +214,7 @@ def _open(job: _Job, writer: EngineWriter) -> _Source:
 def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
     """Refuse what the target cannot hold or the ranks cannot share, before anything takes long: by the passes that need no
     requests. Returns the graph before its linears are quantized, where they are."""
-    before, fusions = carried(passes_of(job.recipe, ranks=job.target.ranks), job.backend, job.numerics)
+    before, fusions = carried(passes_of(job.recipe, ranks=job.target.ranks), job.backend, job.applied)
     stages = _Stages(before, job.recipe)
     whole = graph.clone()
     run_pipeline(whole, before, on_pass=stages.observer)
@@ -246,7 +247,7 @@ def _kept(job: _Job, planned: Unquantized | None, calibration: Calibration | Non
 
 def _optimize(job: _Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:
     ranks = job.target.ranks
-    before, fusions = carried(passes, job.backend, job.numerics)
+    before, fusions = carried(passes, job.backend, job.applied)
     stages = _Stages(before, job.recipe, effects.observe)
     graphs, records = run_for(graph.clone(), (*before, *fusions), ranks, job.request.dump_ir, stages.observer)
     whole = stages.observer.after(before[-1])
@@ -305,9 +306,9 @@ def _coverage(request: BuildRequest, calibration: Calibration | None, vocabulary
     return coverage | coverage_of_set(request.calibration)
 
 
-def _estimated_bytes(checkpoint: Checkpoint, quantization: str) -> int:
+def _estimated_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return values * (4 if quantization == "none" else 1) + FIXED_BYTES
+    return values * (1 if recipe.quantizes else 4) + FIXED_BYTES
 
 
 def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str]) -> ModelInfo:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler import backends, targets
-from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload, Repartitionable
+from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Passes, Payload, Repartitionable
 from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.errors import CompileError
@@ -22,6 +22,7 @@ from belle_compile.compiler.unpacking import WholeWeights
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import FUSION, run_for
+from belle_compile.passes.presets import UNQUANTIZED
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
@@ -114,14 +115,14 @@ def _resolve(request: RepartitionRequest) -> _Job:
     target, backend = targets.choose(request.target, name)
     if backend is reader:
         target = target.carrying([isa for isa in old.target.isas if isa in target.isas])
-    backends.check(backend, target, Numerics())
+    backends.check(backend, target, UNQUANTIZED)
     return _Job(old, reader, target, backend)
 
 
 def _fusions(manifest: Manifest, backend: Backend | None = None) -> list[Pass]:
     """The fusions of an engine, as its passes are named; with a backend, those of them that it carries."""
-    carried = None if backend is None else backend.passes(Numerics()).fusions
-    known = {step.name: step for step in FUSION if carried is None or step.name in carried}
+    passes = Passes() if backend is None else backend.passes(UNQUANTIZED)
+    known = {step.name: step for step in FUSION if passes.carries_fusion(step.name)}
     return [known[record.name] for record in manifest.passes if record.name in known]
 
 

@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from belle_compile.compiler.backends import Backend, Numerics
+from belle_compile.compiler.backends import Backend
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import at_fusion, run_for, run_pipeline
-from belle_compile.passes.presets import Recipe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from belle_compile.passes.base import Pass, PassResult
     from belle_compile.passes.pipeline import OnPass
+    from belle_compile.passes.presets import Recipe
 
 
-def numerics_of(recipe: Recipe, *, calibrated: bool = False) -> Numerics:
-    """What a recipe asks of a backend; without calibration requests, its methods that need some are not applied."""
-    return Numerics(recipe.weights.bits, recipe.activation_bits, recipe.methods_used(calibrated))
-
-
-def carried(passes: Sequence[Pass], backend: Backend, numerics: Numerics) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+def carried(passes: Sequence[Pass], backend: Backend, recipe: Recipe) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     """The passes that see the whole model, and those of the fusions behind them that a backend carries."""
     before, fusions = at_fusion(passes)
-    known = backend.passes(numerics).fusions
-    return before, tuple(step for step in fusions if step.name in known)
+    passes_of_backend = backend.passes(recipe)
+    return before, tuple(step for step in fusions if passes_of_backend.carries_fusion(step.name))
 
 
 def divided(whole: ir.Model, fusions: Sequence[Pass], ranks: int) -> list[ir.Model]:

@@ -49,6 +49,13 @@ class Recipe:
         """The methods that are applied: without requests (`calibrated` False), those that need none."""
         return tuple(name for name in self.methods if calibrated or not METHODS[name].needs_requests)
 
+    def applied(self, calibrated: bool) -> Recipe:
+        """The recipe with those of its methods only that are applied."""
+        return replace(self, methods=self.methods_used(calibrated))
+
+
+UNQUANTIZED = Recipe(FLOAT32, 32)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -133,7 +140,7 @@ PRESETS: Mapping[str, Preset] = {
             "none",
             "float32, for comparison",
             "For comparison: nothing is quantized.",
-            Recipe(FLOAT32, 32),
+            UNQUANTIZED,
         ),
     )
 }

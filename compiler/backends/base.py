@@ -25,6 +25,8 @@ from belle_compile.runtime.program import KV_DTYPES, Program
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from belle_compile.passes.presets import Recipe
+
 Array = npt.NDArray[Any]
 
 TUNING = "tune-kernels"  # the manifest's record of what was measured for an engine
@@ -36,21 +38,17 @@ _REMEDY = "see `belle-compile targets`"
 
 
 @dataclass(frozen=True)
-class Numerics:
-    """The numbers that a build asks for: bits of the layers' weights and of activations (32: float32), and the names of the
-    methods that make the integers more accurate."""
-
-    weight_bits: int = 32
-    activation_bits: int = 32
-    methods: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Passes:
-    """Names of the methods and of the fusing passes whose results a backend can compile."""
+    """Names of the methods and of the fusing passes whose results a backend can compile; None stands for all there are."""
 
-    methods: frozenset[str]
-    fusions: frozenset[str]
+    methods: frozenset[str] | None = None
+    fusions: frozenset[str] | None = None
+
+    def carries_method(self, name: str) -> bool:
+        return self.methods is None or name in self.methods
+
+    def carries_fusion(self, name: str) -> bool:
+        return self.fusions is None or name in self.fusions
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ class Backend(ABC):
         serve."""
 
     @abstractmethod
-    def passes(self, numerics: Numerics) -> Passes:
+    def passes(self, recipe: Recipe) -> Passes:
         """The methods and fusions whose results it can compile."""
 
     @abstractmethod
@@ -209,13 +207,15 @@ class Backend(ABC):
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
         """The payload of each rank's fused and verified graph. The same graphs and toolchain give the same bytes."""
 
-    def refusal(self, target: Target, numerics: Numerics) -> str:
+    def refusal(self, target: Target, recipe: Recipe) -> str:
         """Why it cannot build this for a target whose device it serves, as a phrase; empty if it can."""
-        carried = self.passes(numerics).methods
-        missing = [method for method in numerics.methods if method not in carried]
+        passes = self.passes(recipe)
+        missing = [method for method in recipe.methods if not passes.carries_method(method)]
         if not missing:
             return ""
-        return f"no support for the method {' or '.join(missing)} (supported: {', '.join(sorted(carried)) or 'none'})"
+        return (
+            f"no support for the method {' or '.join(missing)} (supported: {', '.join(sorted(passes.methods or ())) or 'none'})"
+        )
 
     def tuning_refusal(self, target: Target) -> str:
         """Why kernels cannot be measured during a build for the target, as a phrase; empty if they can."""
@@ -297,12 +297,12 @@ def _among(candidates: Sequence[Backend], device: Device, name: str | None) -> B
     return backend
 
 
-def check(backend: Backend, target: Target, numerics: Numerics) -> None:
+def check(backend: Backend, target: Target, recipe: Recipe) -> None:
     """Raise CompileError where a backend cannot build for a target, naming backends that can."""
-    reason = backend.refusal(target, numerics)
+    reason = backend.refusal(target, recipe)
     if not reason:
         return
-    others = [other for other in serving(target.device) if not other.refusal(target, numerics)]
+    others = [other for other in serving(target.device) if not other.refusal(target, recipe)]
     remedy = f"use --backend {_names(others)}" if others else "choose another --quant, --methods or --target"
     raise CompileError("backend", f"{backend.name} cannot build this for {target.name}", found=reason, remedy=remedy)
 

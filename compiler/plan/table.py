@@ -15,7 +15,6 @@ from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
 from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
 from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
-from belle_compile.compiler.stages import numerics_of
 from belle_compile.compiler.targets import resolve
 from belle_compile.passes.presets import find_preset
 
@@ -48,7 +47,7 @@ def plan(
             continue
         on_ranks = Target(device.name, isas or device.isas, 1, device).with_ranks(ranks)
         try:
-            backends.check(chosen, on_ranks, numerics_of(recipe))
+            backends.check(chosen, on_ranks, recipe.applied(calibrated=False))
             plans = plans_of(graph, recipe, chosen, on_ranks, kv_cache)
         except CompileError as error:
             lines.append({"ranks": ranks, "refused": str(error)})

@@ -14,7 +14,7 @@ from belle_compile.compiler.devices import Target
 from belle_compile.compiler.ir.ops import attributes_of, spec_of
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.kv_types import AUTO
-from belle_compile.compiler.stages import carried, numerics_of
+from belle_compile.compiler.stages import carried
 from belle_compile.passes.pipeline import passes_of, run_for
 from belle_compile.passes.presets import Recipe
 
@@ -54,7 +54,7 @@ class RankPlan:
 def plans_of(graph: ir.Model, recipe: Recipe, backend: Backend, target: Target, kv_cache: str = AUTO) -> list[RankPlan]:
     """The plan of each rank of a target, from the float32 graph, which stays as it is; no weight is read. Raises CompileError
     where the model cannot be divided so, and where the backend cannot compile it."""
-    passes = carried(passes_of(recipe, ranks=target.ranks), backend, numerics_of(recipe))
+    passes = carried(passes_of(recipe, ranks=target.ranks), backend, recipe.applied(calibrated=False))
     graphs, _ = run_for(graph.clone(), [step for part in passes for step in part], target.ranks)
     footprints = backend.footprint(graphs, target, kv_cache)
     return [RankPlan(footprint, _work(one, footprint)) for one, footprint in zip(graphs, footprints, strict=True)]

@@ -12,7 +12,6 @@ from belle_compile.compiler.backends.base import (
     Backend,
     Footprint,
     KVCache,
-    Numerics,
     PackedTensor,
     Passes,
     Payload,
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from belle_compile.compiler.backends.program.lowering import LoweredGraph
-
-_METHODS = frozenset({"smooth", "rotate", "rotate-online", "gptq", "static"})
-_FUSIONS = frozenset({"fuse-dequantize", "fuse-projections", "fuse-add-norm", "fuse-norm-quantize", "fuse-activation-quantize"})
+    from belle_compile.passes.presets import Recipe
 
 
 class ProgramBackend(Backend, Repartitionable):
@@ -44,8 +41,9 @@ class ProgramBackend(Backend, Repartitionable):
     def lower(self, graph: ir.Model, unfused_calls: int, kv_cache: str) -> LoweredGraph:
         """The program, weights and kernels of a rank's graph; raises CompileError for an op without a kernel."""
 
-    def passes(self, numerics: Numerics) -> Passes:
-        return Passes(_METHODS, _FUSIONS)
+    def passes(self, recipe: Recipe) -> Passes:
+        """All there are: lowering refuses an op that has no kernel, and names it."""
+        return Passes()
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         return [self.footprint_of(self.lower(graph, 0, kv_cache)) for graph in graphs]

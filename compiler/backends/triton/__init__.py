@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from belle_compile.compiler.backends.base import Array, CompileOptions, Numerics, Payload, Reached
+from belle_compile.compiler.backends.base import Array, CompileOptions, Payload, Reached
 from belle_compile.compiler.backends.program.backend import ProgramBackend
 from belle_compile.compiler.backends.triton.installed import require_triton
 from belle_compile.compiler.devices import Device, Target
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from belle_compile.compiler.backends.program.lowering import LoweredGraph
     from belle_compile.compiler.backends.triton.kernels.base import Kernel
+    from belle_compile.passes.presets import Recipe
 
 _INT8_BITS = 8  # the fewest bits of a weight that a kernel reads
 
@@ -44,10 +45,10 @@ class TritonBackend(ProgramBackend):
     def estimates(self, device: Device) -> bool:
         return bool(device.compute_capability)
 
-    def refusal(self, target: Target, numerics: Numerics) -> str:
-        if numerics.weight_bits < _INT8_BITS:
-            return f"int{numerics.weight_bits} weights, for which there is no kernel; build with --quant int8, or for a CPU"
-        return super().refusal(target, numerics)
+    def refusal(self, target: Target, recipe: Recipe) -> str:
+        if recipe.weights.bits < _INT8_BITS:
+            return f"int{recipe.weights.bits} weights, for which there is no kernel; build with --quant int8, or for a CPU"
+        return super().refusal(target, recipe)
 
     def tuning_refusal(self, target: Target) -> str:
         return "nothing to measure: the host that serves chooses among the engine's kernels when it first loads it"

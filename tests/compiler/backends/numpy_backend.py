@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler import backends
-from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Numerics, Payload
+from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Payload
 from belle_compile.compiler.backends.base import PROCESS_BYTES, KVCache, Passes, tensor_bytes
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
@@ -24,6 +24,7 @@ from belle_compile.compiler.ir.signature import dtype_name
 from belle_compile.compiler.ir.text import from_onnx, to_onnx
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.writer import WEIGHTS_NAME
+from belle_compile.passes.presets import Recipe
 from belle_compile.runtime.artifact import KernelCalls
 from belle_compile.runtime.executors import ExecutorFactory, LoadRequest, StepBatch, register_executor
 from belle_compile.runtime.memory import WeightsFile
@@ -55,11 +56,11 @@ class NumpyBackend(Backend):
     def isas(self, device: Device) -> tuple[str, ...]:
         return device.isas if device.arch else ()
 
-    def passes(self, numerics: Numerics) -> Passes:
+    def passes(self, recipe: Recipe) -> Passes:
         return Passes(frozenset({"rotate"}), frozenset({"fuse-projections"}))
 
-    def refusal(self, target: Target, numerics: Numerics) -> str:
-        return "several ranks, where it runs in one process" if target.ranks > 1 else super().refusal(target, numerics)
+    def refusal(self, target: Target, recipe: Recipe) -> str:
+        return "several ranks, where it runs in one process" if target.ranks > 1 else super().refusal(target, recipe)
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         return [self._footprint(graph, kv_cache) for graph in graphs]

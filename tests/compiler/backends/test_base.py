@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from belle_compile.compiler import backends
-from belle_compile.compiler.backends import Numerics
 from belle_compile.compiler.backends.base import KVCache, registered
 from belle_compile.compiler.devices import DEVICES
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.passes.pipeline import FUSION
-from belle_compile.passes.presets import METHODS
+from belle_compile.passes.presets import METHODS, Recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,8 +37,8 @@ def test_a_name_belongs_to_one_backend() -> None:
 def test_backends_name_methods_fusions_and_types_that_exist() -> None:
     fusions, types = {step.name for step in FUSION}, KV_TYPES.keys()
     for backend in registered():
-        passes = backend.passes(Numerics(8, 8))
-        assert passes.methods <= set(METHODS) and passes.fusions <= fusions
+        passes = backend.passes(Recipe())
+        assert (passes.methods or set()) <= set(METHODS) and (passes.fusions or set()) <= fusions
         assert set(backend.kv_types) <= types
     assert {dtype for backend in registered() for dtype in backend.kv_types} == types
 
@@ -53,14 +51,3 @@ def test_another_backend_takes_over_the_width_of_a_kv_cache() -> None:
 def test_blocks_of_the_kv_cache_are_whole() -> None:
     kv = KVCache("float16", 100, 16, 4096)
     assert [kv.bytes(tokens) for tokens in (0, 1, 16, 17)] == [0, 100, 100, 200]
-
-
-def test_no_file_outside_of_backends_asks_what_kind_of_device_it_has() -> None:
-    allowed = {"compiler/devices.py", "compiler/cli/rows.py"}  # which describe devices
-    paths = [path.relative_to(ROOT) for package in ("compiler", "passes", "runtime") for path in (ROOT / package).rglob("*.py")]
-    asking = [
-        str(path)
-        for path in paths
-        if "backends" not in path.parts and re.search(r"is_gpu|compute_capability", (ROOT / path).read_text(encoding="utf-8"))
-    ]
-    assert set(asking) <= allowed
