@@ -7,17 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
-def imports(folder: Path, package: str) -> dict[str, set[str]]:
-    """For each module of a folder, which is imported as `package`, those of its modules that it imports.
+def imports(folders: Mapping[str, Path]) -> dict[str, set[str]]:
+    """For each module of the packages (name -> folder), those of their modules that it imports.
 
-    Imports in functions count, those under TYPE_CHECKING do not. Importing a name from a package is importing the package, and
-    the module of that name where there is one; that Python runs the packages above a module first does not count.
+    Imports in functions count, those under TYPE_CHECKING do not. `from package import name` imports the module of that name
+    where there is one, else the package. That Python runs the packages above a module first does not count.
     """
-    paths = {_name(path.relative_to(folder), package): path for path in folder.rglob("*.py")}
+    paths = {
+        _name(path.relative_to(folder), package): path for package, folder in folders.items() for path in folder.rglob("*.py")
+    }
     found: dict[str, set[str]] = {}
     for module, path in paths.items():
-        names = set(_imported(ast.parse(path.read_text(encoding="utf-8"))))
-        found[module] = (names & paths.keys()) - {module}
+        names = _imported(ast.parse(path.read_text(encoding="utf-8")))
+        modules = {name if name in paths else package for package, name in names}
+        found[module] = (modules & paths.keys()) - {module}
     return found
 
 
@@ -40,15 +43,15 @@ def _name(path: Path, package: str) -> str:
     return ".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])
 
 
-def _imported(node: ast.AST) -> Iterator[str]:
+def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, full name) of each import; the name may be that of a module or of something inside the module."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
                 yield from _imported(other)
         elif isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
+            yield from ((alias.name, alias.name) for alias in child.names)
         elif isinstance(child, ast.ImportFrom) and child.module:
-            modules = [f"{child.module}.{alias.name}" for alias in child.names]
-            yield from (child.module, *modules)
+            yield from ((child.module, f"{child.module}.{alias.name}") for alias in child.names)
         else:
             yield from _imported(child)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.import_graph import circles, imports
-
 ROOT = Path(__file__).parents[2]
 FOREIGN = {
     "torch", "transformers", "onnx", "onnx_ir", "tvm", "pydantic", "rich", "safetensors", "tvm_ffi", "mpi4py",
@@ -48,29 +46,6 @@ def test_light_imports(statement: str) -> None:
 )
 def test_runtime_needs_no_compiler(statement: str) -> None:
     assert not modules_after(statement) & FOREIGN
-
-
-def test_the_runtime_has_no_import_circles() -> None:
-    graph = imports(ROOT / "runtime", "belle_compile.runtime")
-    assert "belle_compile.runtime.executors.cpu" in graph["belle_compile.runtime.executors.cpu_factory"], "in a function"
-    assert circles(graph) == []
-
-
-def test_circles_are_found(tmp_path: Path) -> None:
-    sources = {
-        "__init__": "",
-        "a": "from p import b\ndef f():\n    import p.c",
-        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import f",
-        "c": "from p.d.e import g",
-        "d/__init__": "",
-        "d/e": "def g():\n    from p.a import f",
-    }
-    for name, source in sources.items():
-        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.py").write_text(source)
-    graph = imports(tmp_path, "p")
-    assert graph["p.a"] == {"p", "p.b", "p.c"} and not graph["p.b"]
-    assert circles(graph) == [["p.a", "p.c", "p.d.e"]]
 
 
 def test_unknown_name() -> None:
