@@ -18,8 +18,9 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.families.llama import GGUF_MODULES
 from belle_compile.compiler.ir.lazy import describe, quantized_source
 from belle_compile.compiler.ir.quantized import QuantizedRows
-from belle_compile.passes.pipeline import ROTATION, run_pipeline
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, VOCAB, byte_tokenizer, llama_tensors
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -148,7 +149,7 @@ def test_a_graph_can_be_asked_for_the_integers_of_a_file(tmp_path: Path, kind: s
 def test_rotated_weights_are_not_quantized_any_more(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", kind="Q4_1")
     model = build_graph(open_checkpoint(tmp_path))
-    run_pipeline(model, ROTATION)
+    run_pipeline(model, [RotateResidual()])
     rotated = model.graph.initializers["model.layers.0.mlp.gate_proj.weight.rotated"]
     assert quantized_source(rotated) is None and rotated.const_value is not None
     assert describe(rotated.const_value) == ("model.layers.0.mlp.gate_proj.weight.rotated <- m.gguf: blk.0.ffn_gate.weight")
@@ -170,7 +171,7 @@ def test_blocks_against_llama_cpp_for_any_bytes(kind: str) -> None:
 def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", kind="Q8_0")
     model = build_graph(open_checkpoint(tmp_path))
-    run_pipeline(model, [*ROTATION, QuantizeLinears()])
+    run_pipeline(model, [RotateResidual(), QuantizeLinears()])
     (tmp_path / "m.gguf").write_bytes(b"")
     message = (
         r"weights .*m\.gguf: found a file that became shorter, expected the file the build began with; start the build again; "
