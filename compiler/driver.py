@@ -22,6 +22,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
+from belle_compile.compiler.ir.lazy import describe
 from belle_compile.compiler.ir.text import to_onnx
 from belle_compile.compiler.kv_types import AUTO, KV_TYPES
 from belle_compile.compiler.layers import Unquantized
@@ -68,7 +69,8 @@ class BuildRequest:
     calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
     out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
     most stay float32, until the INT8 weights have grown by that factor. `drift` says whether the report tells how far each pass
-    moves the logits (None: for small models, where it takes seconds).
+    moves the logits (None: for small models, where it takes seconds). `on_weight` is called with a line for each weight before
+    the weights are written, see `ir.lazy.describe`.
     """
 
     checkpoint: str | Path
@@ -89,6 +91,7 @@ class BuildRequest:
     gate: Gate | None = DEFAULT_GATE
     drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    on_weight: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def build(request: BuildRequest) -> Path:
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
         writer.write("tokenizer.json", source.checkpoint.tokenizer_json.encode())
         writer.write(GRAPH_NAME, to_onnx(optimized.whole))
+        if request.on_weight is not None:
+            _describe_weights(optimized.ranks, request.on_weight)
         write_ranks(writer, payloads, job.progress("weights"))
 
         manifest = _manifest(job, source.checkpoint, model, optimized.records, payloads)
@@ -171,6 +176,15 @@ def build(request: BuildRequest) -> Path:
         report = Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)
         writer.write(REPORT_NAME, render(report).encode())
         return writer.finish(manifest)
+
+
+def _describe_weights(ranks: Sequence[ir.Model], on_weight: Callable[[str], None]) -> None:
+    """Say of each weight that a rank reads by which steps it is computed."""
+    for rank, model in enumerate(ranks):
+        prefix = f"rank {rank}: " if len(ranks) > 1 else ""
+        for value in model.graph.initializers.values():
+            if value.uses() and value.const_value is not None:
+                on_weight(prefix + describe(value.const_value))
 
 
 @contextmanager

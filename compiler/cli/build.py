@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,10 @@ _HOW = options.together(
         help="Report how far each pass moves the logits. By default for models of up to 20 M parameters; at 135 M it takes a "
         "minute.",
     ),
+    click.option(
+        "--verbose", is_flag=True,
+        help="Print on stderr by which steps each weight is computed, back to the checkpoint's files.",
+    ),
 )  # fmt: skip
 
 
@@ -56,7 +61,7 @@ _HOW = options.together(
 @_CALIBRATION
 @_HOW
 @options.as_json
-def build(checkpoint: Path, gate: Gate | None, as_json: bool, **request: Any) -> None:
+def build(checkpoint: Path, gate: Gate | None, verbose: bool, as_json: bool, **request: Any) -> None:
     """Compile CHECKPOINT, a directory or a .gguf file, to an engine directory.
 
     The engine appears at OUTPUT complete or not at all, with a report.html that shows what was built and what each pass did.
@@ -79,8 +84,10 @@ def build(checkpoint: Path, gate: Gate | None, as_json: bool, **request: Any) ->
     from belle_compile.compiler import driver, inspection
 
     stopwatch = terminal.Stopwatch()
+    on_weight = partial(click.echo, err=True) if verbose else None
     with terminal.progress_bars() as progress:
-        path = driver.build(driver.BuildRequest(checkpoint=checkpoint, gate=gate, on_progress=progress, **request))
+        build_request = driver.BuildRequest(checkpoint, gate=gate, on_progress=progress, on_weight=on_weight, **request)
+        path = driver.build(build_request)
     engine = inspection.inspect(path)
     engine["build"], taken = stopwatch.read()
     terminal.show(engine, [*engine_rows(engine), ("built in", taken)], as_json)

@@ -300,7 +300,7 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force",
+        "--tune", "--drift", "--force", "--verbose",
     },
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from math import prod
 from pathlib import Path
 
@@ -148,6 +149,18 @@ def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
         assert done == sorted(done) and done[-1][0] == done[-1][1] > 0
     dumped = sorted(path.name for path in (tmp_path / "ir").glob("*.txt"))
     assert dumped == ["00-frontend.txt", *(f"{i:02d}-{step.name}.txt" for i, step in enumerate(PIPELINES["int8"], 1))]
+
+
+@pytest.mark.parametrize(("target", "ranks"), [("cpu", [""]), ("cpux2", ["rank 0: ", "rank 1: "])])
+def test_weights_are_described_back_to_the_checkpoint(llama: Path, tmp_path: Path, target: str, ranks: list[str]) -> None:
+    lines: list[str] = []
+    build(BuildRequest(llama, tmp_path / "engine", target, drift=False, on_weight=lines.append))
+    layer = "model.layers.0.mlp"
+    steps = {name: rf"int8 <- rotated <- model\.safetensors: {layer}\.{name}_proj\.weight" for name in ("gate", "up")}
+    for rank in ranks:
+        part = r"rows \d+:\d+ <- " if rank else ""
+        (line,) = [line for line in lines if line.startswith(f"{rank}{layer}.gate_proj+up_proj.weight.rotated.int8 <- ")]
+        assert re.fullmatch(rf"\S.*int8 <- \({part}{steps['gate']}; {part}{steps['up']}\)", line)
 
 
 def test_options_reach_the_manifest(llama: Path, tmp_path: Path) -> None:
