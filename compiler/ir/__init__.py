@@ -1,1 +1,1 @@
-"""The graph: ONNX through onnx_ir, with the ops, shapes and meanings of the `belle` domain."""
+"""The graph of a model: an onnx_ir.Model of ONNX ops and ops of the domain `belle`, with shape rules and NumPy meanings."""

@@ -1,4 +1,4 @@
-"""Making nodes and graphs: shapes are inferred, and scopes give names."""
+"""Makes nodes and graphs: output types follow from the shape rules of ops, and scopes prefix the names of nodes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def make_node(
     outputs: Sequence[str] = (),
     attributes: Mapping[str, int | float | str] | None = None,
 ) -> ir.Node:
-    """Make a node of a registered op, which belongs to no graph yet; the op's shape rule gives the types of its outputs.
+    """Make a node of a registered op. It belongs to no graph yet; the op's shape rule infers the types of its outputs.
 
-    `outputs` are names of its outputs. Without them, the output of the node has the node's name; several have that name with
-    ".<output>" behind it (".0", ".1" for Split). Optional inputs at the end may be left out. Raises CompileError where inputs
-    or attributes do not fit.
+    `outputs` are the names of its outputs. By default a single output has the node's name, and several have that name followed
+    by ".<output>" (".0", ".1" for Split). Optional inputs at the end may be left out. Raises CompileError for an op that is not
+    registered, and where inputs or attributes do not fit.
     """
     spec = ops.REGISTRY.get(op)
     if spec is None:
@@ -41,7 +41,7 @@ def make_node(
     try:
         specs = ops.infer_outputs(probe)
     finally:
-        probe.resize_inputs(0)  # no longer a user of its inputs
+        probe.resize_inputs(0)  # so that the probe is no longer a user of its inputs
     names = list(outputs) or ([name] if len(specs) == 1 else [f"{name}.{label}" for label in _labels(spec, len(specs))])
     assert len(names) == len(specs), f"{name}: {len(names)} names for {len(specs)} outputs"
     values = [
@@ -109,7 +109,10 @@ class GraphBuilder:
             self._scopes.pop()
 
     def weight(self, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
-        """The initializer of a full name, to which scopes do not apply; the first call makes it, and tied weights share it."""
+        """Return the initializer `name`, a full name to which scopes do not apply.
+
+        The first call makes it from `tensor`. Later calls return the same initializer, so that tied weights share it.
+        """
         known = self.graph.initializers.get(name)
         if known is not None:
             return known

@@ -1,15 +1,15 @@
-"""The paged KV cache as the evaluator keeps it: same blocks and roundings as the engine's, in NumPy."""
+"""The evaluator's paged KV cache in NumPy, with the block size and the roundings of an engine's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (NumPy knows "bfloat16" by it)
+import ml_dtypes  # noqa: F401 (registers "bfloat16" with NumPy)
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_SIZE = 16  # tokens of one block
+BLOCK_SIZE = 16  # tokens in a block
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
@@ -29,7 +29,7 @@ class PagedCache:
 
     k: [num_layers, num_blocks, num_kv_heads, head_dim, 16], v: [num_layers, num_blocks, num_kv_heads, 16, head_dim], of
     `dtype`: float32, bfloat16, float16 or int8. An int8 cache holds value = integer * scale, with a float32 scale per token and
-    head: k_scales and v_scales [num_layers, num_blocks, num_kv_heads, 16]. What is read back is float32, rounded to what
+    head: k_scales and v_scales [num_layers, num_blocks, num_kv_heads, 16]. `read` returns float32 values, rounded to those that
     the cache can hold. Fresh blocks hold NaN (int8: in their scales), so that reading a slot which was never written
     shows in the result.
     """
@@ -55,7 +55,7 @@ class PagedCache:
 
     @property
     def quantized(self) -> bool:
-        """Whether there are scales."""
+        """Whether the cache holds integers with scales."""
         return self.dtype == "int8"
 
     def write(self, layer: int, blocks: Integers, position: int, k: Floats, v: Floats) -> None:

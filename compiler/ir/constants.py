@@ -1,5 +1,5 @@
-"""Numbers of the ops' meanings that modules need which load neither NumPy nor onnx_ir."""
+"""Constants of the ops' meanings, for modules that must load neither NumPy nor onnx_ir."""
 
 from __future__ import annotations
 
-GROUP = 128  # neighbouring inputs of an output that share a scale, of INT4 weights; the last group may have fewer
+GROUP = 128  # neighbouring inputs that share a scale in a row of an INT4 weight; the last group of a row may have fewer

@@ -41,11 +41,15 @@ def evaluate(
 def evaluate_ranks(
     models: Sequence[ir.Model], inputs: Mapping[str, Array], caches: Sequence[PagedCache], *, also: Collection[str] = ()
 ) -> list[dict[str, Array]]:
-    """Run one step of the graphs of all ranks, side by side from one sum to the next; return the outputs of each rank."""
+    """Run one step of the graphs of all ranks; return the outputs of each rank.
+
+    Each graph runs up to its next AllReduce. Then the ranks' addends are summed, and all graphs go on. Raises CompileError
+    where the ranks do not reach the same sums in the same order.
+    """
     runs = [_run(model, inputs, cache, also) for model, cache in zip(models, caches, strict=True)]
     total: Array | None = None
     while True:
-        reached = [_to_sum(run, total) for run in runs]
+        reached = [_run_to_next_sum(run, total) for run in runs]
         outputs = [outcome for outcome in reached if isinstance(outcome, dict)]
         if len(outputs) == len(runs):
             return outputs
@@ -75,7 +79,7 @@ def stepwise(
 
 @dataclass(frozen=True)
 class _Addend:
-    """The addend of a rank that waits for a sum."""
+    """What a rank adds to a sum over ranks: the AllReduce `node`, and its input `array` on this rank."""
 
     node: ir.Node
     array: Array
@@ -87,9 +91,9 @@ _Run = Generator["ir.Node | _Addend", "Array | None", dict[str, Array]]
 def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str]) -> _Run:
     """Run one step, yielding each node after it has run, and the addend of each sum over ranks; the sum is sent back."""
     values = _checked(model, inputs)
-    wanted = {*also, *(str(output.name) for output in model.graph.outputs)}
+    requested = {*also, *(str(output.name) for output in model.graph.outputs)}
     uses = {value: len(value.uses()) for node in model.graph for value in node.outputs}
-    result: dict[str, Array] = {str(value.name): array for value, array in values.items() if value.name in wanted}
+    result: dict[str, Array] = {str(value.name): array for value, array in values.items() if value.name in requested}
     for node in model.graph:
         spec = spec_of(node)
         arrays = [None if value is None else _read(value, values) for value in node.inputs]
@@ -104,21 +108,21 @@ def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: 
             produced = spec.meaning(*arrays, **keywords)
         for value, array in zip(node.outputs, produced if isinstance(produced, tuple) else (produced,), strict=True):
             values[value] = array
-            if value.name in wanted:
+            if value.name in requested:
                 result[value.name] = array
         for value in {value for value in node.inputs if value in uses}:
-            uses[value] -= sum(other is value for other in node.inputs)
+            uses[value] -= sum(read is value for read in node.inputs)
             if not uses[value]:
                 del values[value]
         yield node
-    missing = wanted - result.keys()
+    missing = requested - result.keys()
     if missing:
         raise CompileError("evaluate", "values asked for", found=", ".join(sorted(missing)), expected="names of the graph")
     return result
 
 
-def _to_sum(run: _Run, total: Array | None) -> _Addend | dict[str, Array]:
-    """Sends the last sum, None at the start, and goes on to the next one, or to the outputs."""
+def _run_to_next_sum(run: _Run, total: Array | None) -> _Addend | dict[str, Array]:
+    """Resume a run with the last sum (None at the start); return its next addend, or its outputs where it has ended."""
     try:
         reached = run.send(total)
         while not isinstance(reached, _Addend):

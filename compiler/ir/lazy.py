@@ -1,4 +1,4 @@
-"""Weights that are computed when they are read, and not before; each knows the steps by which it came about."""
+"""Weights that are computed only when they are read; each records the steps by which it is computed."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from belle_compile.compiler.ir.read_cache import Kind, ReadCache
 
 Array = npt.NDArray[Any]
 Rows = Callable[[int, int], Array]
-_PIECES, _ROWS, _STEP, _QUANTIZED = "pieces", "rows", "step", "quantized"  # in the meta of a tensor
+_PIECES, _ROWS, _STEP, _QUANTIZED = "pieces", "rows", "step", "quantized"  # keys in a tensor's meta
 
-# The bound leaves room for the largest result of the models compiled here, the INT8 table of BLOOM-7B with 1.03 GB, and once
-# more for the view of it that ranks take their parts of.
+# The bound has room for the largest result of the models compiled here, the INT8 table of BLOOM-7B with 1.03 GB, twice: once as
+# a computed result, and once as the whole tensor that ranks take their parts of.
 _READS = ReadCache(bound=2 << 30)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """How a tensor is computed: the step's name ("" for reading as it is), and from what: tensors, or text about files."""
+    """How a tensor is computed: the step's `name` ("" where values are read unchanged), and its `sources`, which are tensors or
+    text that names a place in a file."""
 
     name: str
     sources: tuple[ir.TensorProtocol | str, ...]
 
 
 class WeightError(CompileError):
-    """An error while a lazy tensor was computed, which says by which steps: "w.int8 <- rotated <- model.safetensors: w"."""
+    """An error while a lazy tensor was computed. Its message ends with the steps: "w.int8 <- rotated <- w.safetensors: w"."""
 
     def __init__(self, error: CompileError, tensor: ir.TensorProtocol) -> None:
         super().__init__(
             error.stage, error.what, found=error.found, expected=error.expected, remedy=error.remedy, node=error.node
         )
         step = _step_of(tensor)
-        below: str = error.steps if isinstance(error, WeightError) else _steps_below(tensor)
-        self.steps: str = " <- ".join(filter(None, [step.name, below]))
-        self.chain = " <- ".join(filter(None, [str(tensor.name), below]))
+        earlier_steps: str = error.steps if isinstance(error, WeightError) else _steps_below(tensor)
+        self.steps: str = " <- ".join(filter(None, [step.name, earlier_steps]))
+        self.chain = " <- ".join(filter(None, [str(tensor.name), earlier_steps]))
         self.args = (f"{str(self).removesuffix('.')}; while computing {self.chain}.",)
 
 
@@ -57,11 +58,11 @@ def lazy(
     sources: Sequence[ir.TensorProtocol | str] = (),
     quantized: QuantizedTensor | None = None,
 ) -> ir.LazyTensor:
-    """A tensor whose values `compute` returns at every read; they are kept only inside of `keeping`.
+    """Make a tensor whose values `compute` returns at every read; they are kept in memory only inside of `keeping`.
 
-    With `rows(start, stop)` some rows can be read alone, see `read_rows`. `step` names what `compute` does to `sources`, which
-    are tensors, or text that says where in a file the values lie: `describe` and errors show it. `quantized` is given
-    where the values are exactly those of a checkpoint's integers.
+    `rows(start, stop)`, where it is given, computes these rows alone; see `read_rows`. `step` names what `compute` does to its
+    `sources`, which are tensors, or text that says where in a file the values lie: `describe` and errors show both. `quantized`
+    is given where the values are exactly those of a checkpoint's integers.
 
     A read raises CompileError where the result has another shape or dtype than announced. A CompileError of `compute` becomes a
     WeightError.
@@ -129,16 +130,16 @@ def errors_about(tensor: ir.TensorProtocol) -> Iterator[None]:
 def quantized_source(value: ir.Value) -> QuantizedTensor | None:
     """The integers that a checkpoint holds for an initializer, with scales, zero points and offsets.
 
-    None where there are none: the checkpoint holds floats, or a step (a rotation, a permutation) computed other values from the
-    integers. A part or a stack of tensors has none itself; ask for its pieces, see `pieces_of`.
+    None where the checkpoint holds floats, and where a step (a rotation, a permutation) computed other values from integers.
+    None also for a part or a stack of tensors, whose `pieces_of` may have integers.
     """
     tensor = value.const_value
-    found: QuantizedTensor | None = None if tensor is None else tensor.meta.get(_QUANTIZED)
-    return found
+    quantized: QuantizedTensor | None = None if tensor is None else tensor.meta.get(_QUANTIZED)
+    return quantized
 
 
 def has_rows(tensor: ir.TensorProtocol) -> bool:
-    """Whether some rows can be read without computing all of them."""
+    """Whether rows of a tensor can be read without computing all of it."""
     return _ROWS in tensor.meta
 
 
@@ -154,17 +155,17 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
 
 
 def keeping(most: int) -> AbstractContextManager[None]:
-    """Inside, the values of lazy tensors that were read last are kept, up to `most` bytes, and cannot be written to.
+    """Keep the values of the lazy tensors read last, up to `most` bytes and read-only, while a `with` block runs.
 
-    Tensors computed from the same ones are then read in one go without computing those again.
+    Tensors that are computed from the same sources then compute these once.
     """
     return _READS.keeping(Kind.TENSOR, most)
 
 
 def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: int, name: str) -> ir.LazyTensor:
-    """Some rows (axis 0) or columns (axis 1) of a tensor, range by range.
+    """Make the tensor that holds the rows (axis 0) or columns (axis 1) `ranges` of another one, range after range.
 
-    Inside of `wholes_kept` the tensor is read once for all of its parts.
+    Inside of `wholes_kept` the whole tensor is read once for all of its parts.
     """
     shape = list(whole.shape.numpy())
     shape[axis] = sum(stop - start for start, stop in ranges)
@@ -181,7 +182,7 @@ def part_of(whole: ir.TensorProtocol, ranges: Sequence[tuple[int, int]], axis: i
 
 
 class _Identity:
-    """A tensor as a key: equal to the same object only, which it keeps alive."""
+    """A cache key for a tensor: keys are equal where they hold the same object, which they keep alive."""
 
     def __init__(self, tensor: ir.TensorProtocol) -> None:
         self._tensor = tensor
@@ -195,7 +196,8 @@ class _Identity:
 
 @dataclass(frozen=True)
 class Piece:
-    """Values of one tensor that come from another: rows or columns `ranges` of that one, in turn, from row `at` on."""
+    """A part of a tensor that comes from another one: the rows (`axis` 0) or columns (1) `ranges` of `tensor`, in turn, which
+    begin at row `at` of the result."""
 
     tensor: ir.TensorProtocol
     ranges: tuple[tuple[int, int], ...]
@@ -204,7 +206,7 @@ class Piece:
 
 
 def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
-    """The tensor, with a record that it is `parts` stacked along axis 0."""
+    """Record that a tensor is `parts` stacked along axis 0; return the tensor."""
     pieces, at = [], 0
     for part in parts:
         rows = part.shape.numpy()[0]
@@ -215,25 +217,25 @@ def made_of(tensor: ir.LazyTensor, parts: Sequence[ir.TensorProtocol]) -> ir.Laz
 
 
 def pieces_of(tensor: ir.TensorProtocol) -> list[Piece]:
-    """What a tensor of `part_of` or `made_of` is made of; nothing for others."""
+    """The pieces of a tensor that `part_of` or `made_of` made; an empty list for any other tensor."""
     pieces: list[Piece] = tensor.meta.get(_PIECES, [])
     return pieces
 
 
 def wholes_kept() -> AbstractContextManager[None]:
-    """Inside, tensors that `part_of` takes parts of are kept once they are read.
+    """Keep the tensors that `part_of` takes parts of, once they are read, while a `with` block runs.
 
-    Ranks that read their parts of the same tensors in turn then compute these once. Meant for a few tensors at a time:
-    beyond the read cache's bound, those used least recently are computed again.
+    Ranks that read their parts of the same tensors in turn then compute these once. The read cache has room for few of them:
+    beyond its bound, those used least recently are computed again.
     """
     return _READS.keeping(Kind.WHOLE)
 
 
 class Shared:
-    """Several tensors computed at once from one source, such as a weight's integers and their scales.
+    """Arrays that one computation returns together, such as a weight's integers and their scales; `shared[i]` is the i-th.
 
-    Only the result of the source that was asked last is kept, whichever object that is: reading a model's weights in order
-    computes each source once and holds one result at a time.
+    Of all `Shared` objects, only the result of the one that was read last is kept: reading a model's weights in order computes
+    each result once and holds one at a time.
     """
 
     def __init__(self, compute: Callable[[], tuple[Array, ...]]) -> None:

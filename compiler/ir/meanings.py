@@ -16,13 +16,14 @@ from belle_compile.compiler.ir.constants import GROUP
 
 Bytes = npt.NDArray[np.int8]
 Quantized = npt.NDArray[np.int8] | npt.NDArray[np.int16]
-Nibbles = npt.NDArray[Any]  # of ml_dtypes' int4, which NumPy does not have
+Nibbles = npt.NDArray[Any]  # of ml_dtypes.int4, a type that NumPy does not have
 Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 # Integers of quantized activations lie within +- the limit. 16 bits end at 256*127 + 127, so that an integer is 256 * high +
 # low with a high byte within +-127 and a low one from -128 on, which is what the kernels multiply.
 LIMITS = {8: 127, 16: 32_639}
-# Products that an int32 accumulator holds whatever their values: of an activation's byte and a weight within +-127.
+# By the bits of activations, the largest number of inputs whose products an int32 accumulator sums without overflow, whatever
+# their values: a product is that of an activation's byte (within +-127, or from -128 on) and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
 
 
@@ -32,7 +33,7 @@ def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
 
 
 def identity(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The value itself."""
+    """x, unchanged."""
     return x
 
 
@@ -87,19 +88,19 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
 
 
 def golay_signs(size: int) -> Floats:
-    """The first `size`, a power of two, of the Golay-Rudin-Shapiro sequence of +1 and -1.
+    """float32 [size]: the first terms of the Golay-Rudin-Shapiro sequence of +1 and -1, for a `size` that is a power of two.
 
-    No Walsh function is near this sequence. Signs from it keep a row's mean, and any other such pattern, from gathering in one
-    channel of the Hadamard transform that follows.
+    No Walsh function is close to this sequence. Signs from it keep a row's mean, and any other such pattern, from gathering in
+    one channel of the Hadamard transform that follows.
     """
-    signs, other = np.ones(1, np.float32), np.ones(1, np.float32)
+    signs, complement = np.ones(1, np.float32), np.ones(1, np.float32)
     while len(signs) < size:
-        signs, other = np.concatenate([signs, other]), np.concatenate([signs, -other])
+        signs, complement = np.concatenate([signs, complement]), np.concatenate([signs, -complement])
     return signs
 
 
 def block_hadamard(x: Floats, *, block: int) -> Floats:
-    """Each `block` neighbours of a row times diag(signs) H: Golay's signs, then the normalized Walsh-Hadamard matrix.
+    """Multiply each block of `block` neighbours of a row by diag(signs) H: Golay's signs and the normalized Hadamard matrix.
 
     The sums are butterflies, direct neighbours first, and are scaled at the end. The matrix is orthogonal, so that
     block_hadamard(x) @ block_hadamard(weight).T is x @ weight.T except for rounding.
@@ -117,7 +118,7 @@ def block_hadamard(x: Floats, *, block: int) -> Floats:
 def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> tuple[Quantized, Floats]:
     """One scale per token (row): xs = absmax / limit, xq = x * (limit / absmax) rounded half to even; zeros for a zero row.
 
-    With a `step`, that is the scale of every token, and values beyond limit steps are clipped.
+    With a `step` [1], this is the scale of every token, and values beyond limit steps are clipped.
     """
     limit = np.float32(LIMITS[bits])
     if step is not None:
@@ -153,11 +154,11 @@ def group_linear(
     *,
     group: int = GROUP,
 ) -> Floats:
-    """total * xs[t] + bias[n], where the total adds up, group by group, (the sum of xq * (wq - zero_point[n, g])) * ws[n, g].
+    """total * xs[t] + bias[n], where total is the sum over groups g of ws[n, g] * sum(xq * (wq - zero_point[n, g])).
 
-    Sums of a group are exact. Groups are added in the order of the inputs, starting from a total of 0, each with one rounding
-    of product and sum (fused), and so is the bias. float64 stands in for the fused step: it represents the products exactly,
-    and the sums except for a bit far below float32's last.
+    The sum within a group is exact. Groups are added in the order of the inputs, starting from 0, each with one rounding of
+    product and sum (a fused multiply-add), and the bias likewise. float64 stands in for the fused step: it represents the
+    products exactly, and the sums except for a bit far below float32's last.
     """
     total: Floats = np.zeros((len(xq), len(wq)), np.float32)
     for index in range(ws.shape[1]):
@@ -172,7 +173,7 @@ def group_linear(
 
 
 def embedding(token_ids: Integers, table: Floats, first: Integers) -> Floats:
-    """Rows of a table whose first row belongs to the token `first`; zeros for tokens that it does not have."""
+    """Rows of a table whose first row belongs to the token `first`; zeros for tokens outside of the table."""
     rows, known = _rows_of(token_ids, len(table), first)
     return np.where(known[:, None], table[rows], np.float32(0))
 
@@ -186,7 +187,7 @@ def quantized_embedding(token_ids: Integers, wq: Bytes, ws: Floats, first: Integ
 
 
 def _rows_of(token_ids: Integers, size: int, first: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
-    """The row of each token in a table of `size` tokens from `first` on, 0 where it has none; and which tokens it has."""
+    """Each token's row in a table of `size` tokens from `first` on (0 if the table lacks it), and which tokens it has."""
     rows = token_ids - first[0]
     known = (rows >= 0) & (rows < size)
     return np.where(known, rows, 0), known
@@ -206,7 +207,7 @@ def quantized_linear(xq: Quantized, xs: Floats, wq: Bytes, ws: Floats, bias: Flo
 
 
 def add_norm(x: Floats, r: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> tuple[Floats, Floats]:
-    """The sum, and its norm."""
+    """x + r, and the norm of this sum."""
     total = x + r
     return total, norm(total, scale, bias, kind=kind, epsilon=epsilon)
 
@@ -229,7 +230,7 @@ def add_norm_quantize(
     epsilon: float,
     bits: int = 8,
 ) -> tuple[Floats, Quantized, Floats]:
-    """The sum, and its norm quantized."""
+    """x + r, and the norm of this sum, quantized."""
     total, normed = add_norm(x, r, scale, bias, kind=kind, epsilon=epsilon)
     return total, *quantize_tokens(normed, step, bits=bits)
 

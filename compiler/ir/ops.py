@@ -23,7 +23,7 @@ ShapeRule = Callable[[Sequence["TensorSpec | None"], ir.Node], list[TensorSpec]]
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute: its Python type, its default (None: it must be given) and the values allowed (none listed: all)."""
+    """An op's attribute: its Python `type`, its `default` (None: nodes must give it) and the values `allowed` (empty: all)."""
 
     type: type[int] | type[float] | type[str]
     default: int | float | str | None = None
@@ -36,8 +36,8 @@ class OpSpec:
 
     `takes` and `gives` are signatures (see signature.py), which are also the shape rule unless `rule` replaces it.
 
-    `meaning` is called with the inputs in order (None for one left out) and, by name, the attributes in `meaningful`. That of a
-    stateful op is also given `cache`, the PagedCache; that of a collective op its input on every rank, in their order.
+    `meaning` is called with the inputs in order (None for one left out) and, by name, the attributes in `meaningful`. For a
+    stateful op it also takes `cache`, the PagedCache; for a collective op it takes the list of inputs of all ranks in order.
     """
 
     domain: str
@@ -67,7 +67,7 @@ class OpSpec:
         )
 
     def operands(self, node: ir.Node) -> list[tuple[Operand, ir.Value | None]]:
-        """Each operand that the op takes with the input that a node of this op has for it; None for one left out."""
+        """Pair each input operand of the op with the value that a node of this op has for it; None for one left out."""
         given = [*node.inputs, *[None] * (len(self.inputs) - len(node.inputs))]
         return list(zip(self.inputs, given, strict=True))
 
@@ -93,12 +93,12 @@ class OpSpec:
 
     @cached_property
     def accumulates(self) -> bool:
-        """Whether the op gives sums of integer products that another op scales."""
+        """Whether the op's results are sums of integer products, which another op scales."""
         return any(operand.role is Role.ACCUMULATOR for operand in self.outputs)
 
     @cached_property
     def scales_sums(self) -> bool:
-        """Whether the op scales sums of integer products that another op gives."""
+        """Whether the op scales sums of integer products that another op has computed."""
         return self.index(Role.ACCUMULATOR) is not None
 
 
@@ -186,7 +186,7 @@ SPECS: tuple[OpSpec, ...] = (
     OpSpec("", "Gemm", "x:float32[T,K] weight:float32[N,K] bias?:float32[N]", "y:float32[T,N]", meanings.linear, _GEMM),
     OpSpec("", "Gelu", "x:float32[T,K]", "y:float32[T,K]", meanings.gelu,
            {"approximate": Attribute(str, "none", allowed=("tanh",))}),
-    # What ONNX lacks
+    # Ops that ONNX lacks.
     OpSpec(BELLE, "SwiGLU", "gate:float32[T,F] up:float32[T,F]", "y:float32[T,F]", meanings.swiglu),
     OpSpec(BELLE, "BlockHadamard", "x:float32[T,K]", "y:float32[T,K]", meanings.block_hadamard, {"block": Attribute(int)}),
     OpSpec(BELLE, "RotaryTable", "positions@index:int32[T] sequences@index:int32[T] inv_freq@frequency:float32[H]",
@@ -196,8 +196,8 @@ SPECS: tuple[OpSpec, ...] = (
            "v@value:float32[T,num_kv_heads*head_dim] positions@index:int32[T] sequences@index:int32[T] "
            "block_table@state:int32[B,MB] cos_sin?@rotary:float32[T,head_dim] slopes?@slope:float32[num_heads]",
            "y:float32[T,num_heads*head_dim]", meanings.attention, _ATTENTION, stateful=True),
-    # INT8 weights with a scale per output channel; activations of 8 or 16 bits with a scale per token, found while running, or
-    # with one `step` for all tokens
+    # INT8 weights have a scale per output channel. Activations of 8 or 16 bits have a scale per token, computed at run time, or
+    # one `step` for all tokens.
     OpSpec(BELLE, "QuantizeTokens", "x:float32[T,K] step?:float32[1]", _INTEGERS, meanings.quantize_tokens, _BITS),
     OpSpec(BELLE, "IntegerLinear", "xq:int8/int16[T,K] wq@weight:int8[N,K]", "acc@accumulator:int32/int64[T,N]",
            meanings.integer_linear),
@@ -207,17 +207,17 @@ SPECS: tuple[OpSpec, ...] = (
     OpSpec(BELLE, "QuantizedEmbedding",
            "token_ids@index:int32[T] wq@table:int8[V,K] ws@scale:float32[V] first?:int32[1]",
            "y:float32[T,K]", meanings.quantized_embedding),
-    # INT4 weights with a scale, and perhaps a zero point, per output and `group` of inputs. The product is summed group by
-    # group: there is no one integer product to scale.
+    # INT4 weights have a scale, and perhaps a zero point, per output and `group` of inputs. The product is summed group by
+    # group: there is no single integer product to scale.
     OpSpec(BELLE, "GroupQuantizedLinear",
            "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
            "zero_point?:int8[N,G]",
            "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP)}, rule=_group_linear),
-    # What one of several ranks does. An embedding with `first` has the tokens from that one on, and gives zeros for others.
+    # Ops of one of several ranks. An embedding with `first` has the tokens from that one on, and returns zeros for others.
     OpSpec(BELLE, "Embedding", "token_ids@index:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]",
            meanings.embedding),
     OpSpec(BELLE, "AllReduce", "x:float32[T,K]", "sum:float32[T,K]", meanings.all_reduce, collective=True),
-    # Fusions
+    # Fusions of the ops above.
     OpSpec(BELLE, "QuantizedLinear",
            "xq:int8/int16[T,K] xs@token_scale:float32[T] wq@weight:int8[N,K] ws@scale:float32[N] bias?:float32[N]",
            "y:float32[T,N]", meanings.quantized_linear),
@@ -275,7 +275,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 def infer_outputs(node: ir.Node) -> list[TensorSpec]:
-    """The specs of a node's outputs by the shape rule of its op; raises CompileError that names the node."""
+    """The specs of a node's outputs by the shape rule of its op; raises a CompileError that names the node."""
     spec = spec_of(node)
     attributes = attributes_of(node)
     if len(node.inputs) > len(spec.inputs):
@@ -286,9 +286,9 @@ def infer_outputs(node: ir.Node) -> list[TensorSpec]:
     given += [None] * (len(spec.inputs) - len(given))
     try:
         if spec.rule is not None:
-            for one, tensor in zip(spec.inputs, given, strict=True):
-                if tensor is None and not one.optional:
-                    raise CompileError("verify", f"input {one.name}", found="nothing", expected="a value")
+            for declared, tensor in zip(spec.inputs, given, strict=True):
+                if tensor is None and not declared.optional:
+                    raise CompileError("verify", f"input {declared.name}", found="nothing", expected="a value")
             return spec.rule(given, node)
         bias = spec.operand(node, Role.BIAS)
         if attributes.get("kind") == "rms" and bias is not None:

@@ -1,4 +1,4 @@
-"""Weights that their checkpoint holds as integers."""
+"""Weights that a checkpoint stores as integers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-BLOCK_ELEMENTS = 1 << 22  # dequantized at a time, so that temporaries stay small beside the result
+BLOCK_ELEMENTS = 1 << 22  # elements dequantized at a time, so that temporaries stay small beside the result
 
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows of a quantized weight: integers int8 [rows, inputs], and what each group of inputs has in [rows, groups].
+    """Rows of a quantized weight: `integers` int8 [rows, inputs], and `scales`, `zero_points` and `offsets` [rows, groups].
 
-    `scales` and `offsets` are of the checkpoint's float type, `zero_points` int8. A format of unsigned bytes subtracts 128
-    from both its integers and its zero points.
+    Scales and offsets have the checkpoint's float type, zero points are int8. The reader of a format with unsigned bytes
+    subtracts 128 from integers and zero points.
     """
 
     integers: npt.NDArray[np.int8]
@@ -42,10 +42,10 @@ class QuantizedRows:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight [outputs, inputs] as its checkpoint holds it: integers of `bits` bits, with a scale for `group` of them.
+    """A weight [outputs, inputs] as a checkpoint stores it: integers of `bits` bits, with a scale for every `group` of them.
 
-    Groups run along `axis`, the inputs, and divide them. Nothing is read before it is asked for, and nothing is kept:
-    `load(start, stop)` reads outputs start..stop.
+    Groups run along `axis`, the inputs, and `group` divides the number of inputs. `load(start, stop)` reads outputs start..stop
+    at every call; nothing is kept in memory.
     """
 
     axis: ClassVar[int] = 1

@@ -18,7 +18,7 @@ Arrays = tuple[Array, ...]
 
 
 class Kind(Enum):
-    """What is read, which says how long the cache holds it."""
+    """A kind of value, which determines how long the cache holds it."""
 
     RESULT = "several tensors computed at once"  # the latest one, until another is computed
     WHOLE = "a tensor of which parts are taken"  # inside of `keeping(Kind.WHOLE)`
@@ -47,7 +47,7 @@ Key = tuple[Kind, Hashable]
 
 
 class ReadCache:
-    """Arrays by what they were read from, never more than `bound` bytes of them; the least recently used ones go first.
+    """Arrays by kind and key, at most `bound` bytes of them; the least recently used ones are dropped first.
 
     Held arrays are read-only, since all readers see the same memory. Threads that ask for the same key at the same time wait
     for one of them to compute it; a `compute` may itself read other keys. Values larger than the bound are computed at every
@@ -70,7 +70,7 @@ class ReadCache:
 
     @contextmanager
     def keeping(self, kind: Kind, most: int | None = None) -> Iterator[None]:
-        """Hold values of a kind, at most `most` bytes of them (None: up to the cache's bound), until the block is left."""
+        """Hold values of a kind while a `with` block runs, at most `most` bytes of them (None: up to the cache's bound)."""
         shelf = _Shelf(self.bound if most is None else most)
         with self._changed:
             self._shelves[kind].append(shelf)
@@ -82,9 +82,9 @@ class ReadCache:
                 self._clear(shelf)
 
     def read(self, kind: Kind, key: Hashable, compute: Callable[[], Arrays]) -> Arrays:
-        """The arrays of a key: those that are held, else what `compute` returns, which is held where its kind is.
+        """Return the arrays held for a key, else those that `compute` returns, which are then held where their kind is.
 
-        `key` must stay alive as long as a reader may ask for it: keys are told apart by hash and equality.
+        Keys are compared by hash and equality, so `key` must stay alive as long as it may be read.
         """
         entry_key = kind, key
         with self._changed:
@@ -111,14 +111,14 @@ class ReadCache:
                 self._changed.notify_all()
 
     def _hold(self, key: Key, entry: _Entry) -> None:
-        """Add an entry where there is room for it, once others have gone; not where its block was left in the meantime."""
+        """Add an entry, and drop others to make room; do nothing for one that is too large, or whose `with` block has ended."""
         kind, size = key[0], entry.bytes
         if entry.shelf not in self._shelves[kind] or size > min(entry.shelf.most, self.bound):
             return
         if kind is Kind.RESULT:
             self._clear(entry.shelf)
         while entry.shelf.held + size > entry.shelf.most:
-            self._drop(next(key for key, other in self._entries.items() if other.shelf is entry.shelf))
+            self._drop(next(oldest for oldest, held in self._entries.items() if held.shelf is entry.shelf))
         while self._held + size > self.bound:
             self._drop(next(iter(self._entries)))
         self._entries[key] = entry

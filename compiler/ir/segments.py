@@ -11,9 +11,9 @@ from belle_compile.compiler.ir.ops import is_float_linear
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive nodes. `takes` are values of earlier segments that cross into it; `gives` are those that later ones read.
+    """Consecutive nodes of a graph. `takes` are the computed values that cross into them from earlier segments.
 
-    The last segment gives the graph's outputs.
+    `gives` are the computed values that cross into later segments; those of the last segment are the graph's outputs.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -30,8 +30,8 @@ class Segment:
 def cut(graph: ir.Graph) -> list[Segment]:
     """Cut a graph into segments of one or more linears each.
 
-    A cut is where no more values are alive than at the narrowest place between two attentions, which is the residual stream.
-    Values that do not depend on embeddings (rotary tables) are not counted. A transformer layer becomes two segments: its
+    A cut lies where no more values are alive than at the narrowest place between two attentions, where only the residual stream
+    is. Values that do not depend on embeddings (rotary tables) are not counted. A transformer layer becomes two segments: its
     attention and its feed-forward part.
     """
     nodes = list(graph)

@@ -1,6 +1,6 @@
-"""Operand signatures such as "xq:int8/int16[T,K] wq@weight:int8[N,K] bias?:float32[N]": what an op takes and gives, as data.
+"""Operand signatures such as "xq:int8/int16[T,K] wq@weight:int8[N,K] bias?:float32[N]": an op's inputs and outputs, as data.
 
-A signature says each operand's name, role, element type and dimensions, and is the shape rule of most ops.
+A signature states each operand's name, role, element type and dimensions, and is the shape rule of most ops.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ _OPERAND = re.compile(r"(?P<name>\w+)(?P<optional>\?)?(?:@(?P<role>\w+))?:(?P<dt
 
 
 class Role(Enum):
-    """What an operand is to its op. Each role occurs at most once among an op's inputs, except for ACTIVATION and INDEX."""
+    """The role of an operand in its op. Each role occurs at most once among an op's inputs, except for ACTIVATION and INDEX."""
 
     ACTIVATION = "activation"  # a row for every token
-    TOKEN_SCALE = "token_scale"  # of an activation's integers: one number a token
-    STEP = "step"  # of an activation's integers: one number for all tokens, known when compiling
+    TOKEN_SCALE = "token_scale"  # scale of an activation's integers: one number per token
+    STEP = "step"  # scale of an activation's integers: one number for all tokens, known at compile time
     ACCUMULATOR = "accumulator"  # sums of integer products that have not been scaled
-    WEIGHT = "weight"  # of a linear: outputs along axis 0, inputs along axis 1
-    SCALE = "scale"  # of a weight's integers, or of a table's: one number a row
-    GROUP_SCALE = "group_scale"  # one number a row and group of inputs
-    ZERO_POINT = "zero_point"  # the integer that stands for 0 in a row and group of inputs
-    BIAS = "bias"  # added to each output; of a norm, to each channel
-    GAIN = "gain"  # what a norm multiplies each channel by
-    TABLE = "table"  # rows that an index picks
+    WEIGHT = "weight"  # matrix of a linear: outputs along axis 0, inputs along axis 1
+    SCALE = "scale"  # scale of a weight's or a table's integers: one number per row
+    GROUP_SCALE = "group_scale"  # scale of a weight's integers: one number per row and group of inputs
+    ZERO_POINT = "zero_point"  # the integer that stands for 0: one per row and group of inputs
+    BIAS = "bias"  # added to each output of a linear, or to each channel of a norm
+    GAIN = "gain"  # factor of each channel of a norm
+    TABLE = "table"  # rows that an index selects
     FIRST = "first"  # the token whose embedding is the first row of a rank's part of the table
     INDEX = "index"  # numbers of tokens, positions, sequences or rows
-    SIZES = "sizes"  # of the parts that a value is split into
+    SIZES = "sizes"  # widths of the parts that a value is split into
     # Operands of attention
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
     STATE = "state"  # where the state lies that one step leaves for the next: the block table of the KV cache
-    FREQUENCY = "frequency"  # of the rotary embedding: one number for two channels of a head
+    FREQUENCY = "frequency"  # frequencies of the rotary embedding: one number for two channels of a head
     ROTARY = "rotary"  # cosines and sines of the rotary embedding, a row for every token
-    SLOPE = "slope"  # of ALiBi: one number a head
+    SLOPE = "slope"  # slopes of ALiBi: one number per head
 
 
-# Constants of a linear, all of which have outputs along axis 0; and those of them that have groups of inputs along axis 1.
+# Roles of a linear's constants, all of which have outputs along axis 0; and those that also have groups of inputs along axis 1.
 OF_OUTPUTS = frozenset({Role.WEIGHT, Role.SCALE, Role.GROUP_SCALE, Role.ZERO_POINT, Role.BIAS})
 OF_GROUPS = frozenset({Role.GROUP_SCALE, Role.ZERO_POINT})
 

@@ -1,4 +1,4 @@
-"""Runs many sequences through a graph segment by segment: one segment's weights are in memory, activations on disk."""
+"""Runs many sequences through a graph segment by segment, with one segment's weights in memory and activations on disk."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from belle_compile.compiler.ir.torch_meanings import MEANINGS, unsupported
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]
-OnLinear = Callable[[ir.Node, Tensor], Tensor]  # called with a float linear and its input; returns what it reads instead
-OnLogits = Callable[[int, Tensor], None]  # called with the number of a sequence and its logits [tokens, vocabulary]
+# Callback invoked before each float linear with (node, its input [tokens, inputs]); returns the input that the linear reads.
+OnLinear = Callable[[ir.Node, Tensor], Tensor]
+# Callback invoked with the number of a sequence and its logits, float32 [tokens, vocabulary].
+OnLogits = Callable[[int, Tensor], None]
 
 BATCH_TOKENS = 2048
 
@@ -54,7 +56,7 @@ class Batch:
 
 
 def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> tuple[Batch, ...]:
-    """Batches of sequences of similar length, each of at most `batch_tokens` tokens, or of one longer sequence."""
+    """Group sequences of similar length into batches of at most `batch_tokens` tokens; a longer sequence has its own batch."""
     order = sorted(range(len(sequences)), key=lambda number: (len(sequences[number]), number))
     groups: list[list[int]] = []
     room = 0
@@ -68,11 +70,11 @@ def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
 
 
 class ActivationStream:
-    """Sequences on their way through a graph. A seam is the values that cross from one segment to the next, files in `folder`.
+    """Runs sequences through a graph. Seam n is the values that cross from segment n - 1 into segment n, as files in `folder`.
 
-    `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1, with the weights of `load(n)`, which
-    the caller may change. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
-    with ops that `torch_meanings` does not have.
+    `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1, with the weights of `load(n)`, or with
+    others in their place. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
+    with ops that `torch_meanings` does not have, and for an empty sequence or none.
     """
 
     def __init__(
@@ -89,13 +91,13 @@ class ActivationStream:
         self._folder, self._base = folder, folder
 
     def branch(self, folder: Path) -> ActivationStream:
-        """The same stream with another folder for new seams; seams that are not there are read where this stream has them."""
-        other = copy(self)
-        other._folder = folder
-        return other
+        """Return a stream that writes seams to `folder`, and reads seams missing in it from the folder of this stream."""
+        branched = copy(self)
+        branched._folder = folder
+        return branched
 
     def load(self, number: int) -> dict[ir.Value, Tensor]:
-        """A segment's weights, which are read or computed by this call."""
+        """Read or compute the weights of a segment, as tensors on the stream's device."""
         return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
 
     def forward(
@@ -114,8 +116,8 @@ class ActivationStream:
             values = run(segment, weights, batch.inputs(self.device), self._read(number, index), on_linear)
             if last and on_logits is not None:
                 rows = torch.split(values[segment.gives[0]].cpu(), list(batch.lengths))
-                for which, logits in zip(batch.numbers, rows, strict=True):
-                    on_logits(which, logits)
+                for sequence, logits in zip(batch.numbers, rows, strict=True):
+                    on_logits(sequence, logits)
             elif keep and not last:
                 self._write(number + 1, index, values)
 
@@ -130,8 +132,8 @@ class ActivationStream:
         takes = self.segments[number].takes
         if not takes:
             return {}
-        own = self._seam(number) / f"{index:05d}.safetensors"
-        named = load_file(own if own.exists() else self._base / own.relative_to(self._folder))
+        path = self._seam(number) / f"{index:05d}.safetensors"
+        named = load_file(path if path.exists() else self._base / path.relative_to(self._folder))
         return {value: named[str(value.name)].to(self.device) for value in takes}
 
     def _write(self, number: int, index: int, values: Mapping[ir.Value, Tensor]) -> None:
@@ -179,7 +181,7 @@ def run(
 
 
 def quantized(x: Tensor, bits: int) -> Tensor:
-    """x after rounding to integers of `bits` with one scale for each row."""
+    """x [rows, width] after rounding to integers of `bits` bits with one scale per row, as float32."""
     limit = LIMITS[bits]
     absmax = x.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(absmax > 0, limit / absmax, 0.0)

@@ -12,8 +12,8 @@ from belle_compile.compiler.ir import ops
 from belle_compile.compiler.ir.signature import TensorSpec
 from belle_compile.compiler.ir.verify import verify
 
-_EXACT = "exact "  # prefix of an attribute's name in the metadata of its node, where the float of 64 bits is
-_INLINE = 16  # int64 initializers of up to so many elements are printed with their values
+_EXACT = "exact "  # prefix of the metadata key, followed by an attribute's name, that keeps a float with all of its 64 bits
+_INLINE = 16  # int64 initializers with at most this many elements are printed with their values
 
 
 def to_text(model: ir.Model) -> str:
@@ -50,14 +50,14 @@ def to_onnx(model: ir.Model) -> bytes:
         )
     for node in graph.graph:
         for name, attribute in node.attributes.items():
-            if isinstance(attribute.value, float):  # ONNX keeps 32 bits of it, and kernels are named by all of them
+            if isinstance(attribute.value, float):  # ONNX stores 32 bits, but names of kernels depend on all 64
                 node.metadata_props[_EXACT + name] = repr(attribute.value)
     content: bytes = ir.to_proto(graph).SerializeToString(deterministic=True)
     return content
 
 
 def from_onnx(content: bytes, weight: Callable[[str, Sequence[int], ir.DataType], ir.TensorProtocol]) -> ir.Model:
-    """The verified graph of a file that `to_onnx` made; `weight` makes a tensor of each name, shape and type."""
+    """Read and verify the graph of a file that `to_onnx` made; `weight(name, shape, dtype)` makes each initializer's tensor."""
     model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(content))
     for name, value in model.graph.initializers.items():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):

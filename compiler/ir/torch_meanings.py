@@ -59,7 +59,7 @@ def block_hadamard(x: Tensor, *, block: int) -> Tensor:
 
 
 def rotary_table(positions: Tensor, sequences: Tensor, inv_freq: Tensor, **options: float) -> Tensor:
-    """The table of the NumPy meaning, which is small."""
+    """The table that the NumPy meaning computes; it is small enough to be computed on the CPU."""
     arrays = (tensor.cpu().numpy() for tensor in (positions, sequences, inv_freq))
     return torch.from_numpy(meanings.rotary_table(*arrays, **options)).to(inv_freq.device)  # type: ignore[arg-type]
 
@@ -99,12 +99,12 @@ def attention(
         mask = None
         if slopes is not None:
             bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32, device=q.device)
-            hidden = torch.full((length, length), -torch.inf, device=q.device).triu(1)
-            mask = (bias + hidden)[None]
-        seen = torch.nn.functional.scaled_dot_product_attention(
+            causal = torch.full((length, length), -torch.inf, device=q.device).triu(1)
+            mask = (bias + causal)[None]
+        attended = torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
-        result[rows] = seen[0].transpose(0, 1)
+        result[rows] = attended[0].transpose(0, 1)
         start += length
     return result.reshape(-1, num_heads * head_dim)
 
@@ -126,5 +126,5 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
 
 
 def unsupported(ops: Sequence[str]) -> list[str]:
-    """The ops among `ops` that have no meaning here."""
+    """The ops among `ops` that have no meaning in torch, sorted."""
     return sorted(set(ops) - MEANINGS.keys())

@@ -1,4 +1,4 @@
-"""Whether a graph is one this compiler understands, checked after the frontend and after every pass."""
+"""Checks that a graph is valid for this compiler: after the frontend, and after every pass."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _INT32 = ir.DataType.INT32
 
 INTERFACE: Mapping[str, TensorSpec] = {
     "token_ids": TensorSpec(_INT32, ("T",)),
-    "positions": TensorSpec(_INT32, ("T",)),  # of the token in its sequence, from 0
+    "positions": TensorSpec(_INT32, ("T",)),  # the token's position in its sequence, from 0
     "sequences": TensorSpec(_INT32, ("T",)),  # the token's row of block_table
     "block_table": TensorSpec(_INT32, ("B", "MB")),  # physical block of each logical block of 16 tokens
-    "logit_rows": TensorSpec(_INT32, ("R",)),  # the tokens whose logits are wanted
+    "logit_rows": TensorSpec(_INT32, ("R",)),  # indices of the tokens whose logits are requested
 }
 
 
 def verify(model: ir.Model) -> None:
-    """Raise CompileError, naming the node, unless the graph is in order.
+    """Raise a CompileError that names the node, unless the graph is valid.
 
     Its inputs must be those of INTERFACE, its output float32 logits [R, V]. Every value must be defined once and before its
     use. Every op must be registered, and inputs, attributes, dtypes and shapes be as its spec says. Each layer of the cache
     must have one Attention, all of the same cache geometry, which the metadata must not contradict. Sums over ranks are allowed
     only where the metadata says that there are several ranks, and only of values that nothing else reads, because they are
-    taken in place.
+    computed in place.
     """
     _verify_interface(model)
     _verify_order(model.graph)
@@ -41,9 +41,9 @@ def verify(model: ir.Model) -> None:
 def _verify_interface(model: ir.Model) -> None:
     graph = model.graph
     found = {str(value.name): str(TensorSpec.of(value)) for value in graph.inputs}
-    wanted = {name: str(spec) for name, spec in INTERFACE.items()}
-    if list(found.items()) != list(wanted.items()):
-        raise CompileError("verify", "graph inputs", found=_listed(found), expected=_listed(wanted))
+    required = {name: str(spec) for name, spec in INTERFACE.items()}
+    if list(found.items()) != list(required.items()):
+        raise CompileError("verify", "graph inputs", found=_listed(found), expected=_listed(required))
     outputs = {str(value.name): TensorSpec.of(value) for value in graph.outputs}
     logits = outputs.get("logits")
     fits = logits is not None and len(outputs) == len(graph.outputs) == 1 and logits.dtype == ir.DataType.FLOAT
@@ -93,8 +93,8 @@ def _verify_order(graph: ir.Graph) -> None:
 def _verify_node(node: ir.Node) -> None:
     inferred = ops.infer_outputs(node)
     if len(inferred) != len(node.outputs):
-        found, wanted = str(len(node.outputs)), str(len(inferred))
-        raise CompileError("verify", f"outputs of {node.op_type}", node=str(node.name), found=found, expected=wanted)
+        what, found = f"outputs of {node.op_type}", str(len(node.outputs))
+        raise CompileError("verify", what, node=str(node.name), found=found, expected=str(len(inferred)))
     for value, expected in zip(node.outputs, inferred, strict=True):
         if TensorSpec.of(value) != expected:
             raise CompileError(
