@@ -18,16 +18,16 @@ Match = TypeVar("Match")
 class Phase(IntEnum):
     """What a pass does to a graph, in the order in which a pipeline does it."""
 
-    CLEANUP = 0  # remove what computes nothing new
+    CLEANUP = 0  # remove nodes and weights that compute nothing new
     OUTLIERS = 1  # spread outliers or move them into weights, while everything is float32
     QUANTIZATION = 2  # choose integers and scales, and use them
     PARTITION = 3  # make the graph of one rank
-    FUSION = 4  # make one op of several, of what a rank has
+    FUSION = 4  # make one op of several, in the graph of a rank
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """How many places a pass changed, and for each place that it refused one sentence with the reason."""
+    """The number of places that a pass changed, and one sentence with the reason for each place that it refused to change."""
 
     changes: int = 0
     refusals: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Pass(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields by name for the manifest's record: values of JSON, so that tuples are lists."""
+        """The fields by name, as JSON values (a tuple becomes a list), for the record of the pass in the manifest."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
@@ -69,18 +69,18 @@ class RewritePass(Pass, Generic[Match]):
 
     @abstractmethod
     def pattern(self, node: ir.Node) -> Match | None:
-        """The match that this node stands for, None where there is none. No other node stands for the same match."""
+        """Return the match that this node represents, None where there is none. One node alone represents a match."""
 
     @abstractmethod
     def check(self, match: Match) -> str:
-        """Why the match must stay as it is; empty where it may be rewritten."""
+        """Return why the match must stay unchanged; an empty text where it may be rewritten."""
 
     @abstractmethod
     def rewrite(self, match: Match, graph: ir.Graph) -> Replacement:
-        """The nodes that replace the match; their new weights have been registered in the graph."""
+        """Return the nodes that replace the match. Their new weights are registered in the graph here."""
 
     def run(self, model: ir.Model) -> PassResult:
-        """Rewrite what matches, drop weights that nothing reads any more, and keep the nodes in order."""
+        """Rewrite every match that `check` accepts, remove weights that nothing reads any more, and sort the nodes."""
         changes, refusals = 0, []
         for node in list(model.graph):
             if node.graph is None:  # replaced together with an earlier node
@@ -113,7 +113,7 @@ def apply(replacement: Replacement, graph: ir.Graph) -> None:
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer, that is known when compiling."""
+    """Whether a value is an initializer, so that its tensor is known at compile time."""
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 

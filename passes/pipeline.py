@@ -1,4 +1,4 @@
-"""Which passes run, in which order, and running them with the graph verified after each."""
+"""The order of all passes, those that a recipe uses, and functions that run them and verify the graph after each."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
-# What uses a pass, where that is no method: every recipe, those with integer weights, those with scales for groups of inputs
+# What uses a pass of no method: every recipe, recipes with integer weights, recipes with scales for groups of inputs
 ALWAYS, INTEGERS, GROUPS = "always", "integers", "groups"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What passes are made with, beside their own defaults. Passes take the fields that `PIPELINE` names.
+    """Arguments for the constructors of passes. `PIPELINE` names those that each pass takes; others keep their defaults.
 
-    `data` are the calibration requests, `keep` names of linears that stay float32, and `ranks` how many the model will be
-    divided among. `weights`, `activation_bits` and `group` (channels that stay together in a rank) are the recipe's.
+    `data` are the calibration requests, `keep` glob patterns of linears that stay float32, and `ranks` is the number of ranks
+    that the model will be divided among. `weights`, `activation_bits` and `group` (channels that stay together in a rank) come
+    from the recipe.
     """
 
     data: CalibrationData | None
@@ -64,14 +65,14 @@ class Options:
 @dataclass(frozen=True)
 class Step:
     """A place in the pipeline: the class of a pass, what uses it (a method of `passes.presets`, or `ALWAYS`, `INTEGERS` or
-    `GROUPS`), and the `Options` that it takes."""
+    `GROUPS`), and the fields of `Options` that its constructor takes."""
 
     pass_class: type[Pass]
     used_by: str = ALWAYS
     takes: tuple[str, ...] = ()
 
     def with_options(self, options: Options) -> Pass:
-        """Make the pass."""
+        """Construct the pass."""
         return self.pass_class(**{name: getattr(options, name) for name in self.takes})
 
 
@@ -82,22 +83,23 @@ PIPELINE: tuple[Step, ...] = (
     Step(RemoveUnused),
     # Smooth: move outliers of activations into weights, channel by channel.
     Step(SmoothActivations, "smooth", ("data",)),
-    # Rotate: spread outliers over all channels before there is anything to round. LayerNorm models become RMSNorm models first.
+    # Rotate: spread outliers over all channels before anything is rounded. LayerNorm models become RMSNorm models first.
     Step(FoldEmbeddingNorm, "rotate"),
     Step(FoldLayerNorms, "rotate"),
     Step(RotateResidual, "rotate"),
     Step(RotateValues, "rotate"),
-    # What no weight can absorb costs a little time in every step, and is worth it where activations have 8 bits.
+    # A rotation that no weight can absorb costs a little time in every step; 8-bit activations are worth it.
     Step(RotateActivations, "rotate-online", ("ranks", "group")),
     # Calibrate: choose integers of weights and scales of activations by requests, while everything is float32.
     Step(GptqRounding, "gptq", ("data", "keep", "weights")),
     Step(StaticActivations, "static", ("data", "activation_bits")),
-    # Quantize: groups first, which are some linears only; the embedding last, so that a tied head reads the same INT8 table.
+    # Quantize: first the linears that get scales for groups, then the others; the embedding comes last, so that a tied head
+    # reads the same INT8 table.
     Step(QuantizeGroups, GROUPS, ("keep", "weights")),
     Step(QuantizeLinears, INTEGERS, ("keep", "activation_bits")),
     Step(QuantizeEmbedding, INTEGERS),
     # Partition: where there are several ranks, `run_for` makes the graph of each here.
-    # Fuse: linears first, then what lies between them.
+    # Fuse: linears first, then the ops between them.
     Step(FuseDequantize, INTEGERS),
     Step(FuseProjections),
     Step(FuseAddNorm),
@@ -111,8 +113,8 @@ FUSION: tuple[Pass, ...] = tuple(step.pass_class() for step in PIPELINE if step.
 def passes_of(
     recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = (), ranks: int = 1
 ) -> tuple[Pass, ...]:
-    """The passes of a recipe, in order; without requests, those of methods that need some are left out. `keep` and `ranks` are
-    those of `Options`."""
+    """The passes of a recipe, in order. Without requests (`data` None), those of methods that need requests are left out.
+    `keep` and `ranks` are those of `Options`."""
     options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits)
     uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
     uses |= {INTEGERS} if recipe.quantizes else set()
@@ -121,9 +123,9 @@ def passes_of(
 
 
 def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """Split passes into those that see the whole model and the fusions behind them, which see the graph of a rank.
+    """Split passes into those that run on the whole model and the fusions after them, which run on the graph of each rank.
 
-    Weights get their scales once for all ranks, and a rank's linears are fused by what it has of them.
+    So weights are quantized once for all ranks, and each rank fuses the parts of linears that it has.
     """
     first = next((i for i, step in enumerate(passes) if step.phase is Phase.FUSION), len(passes))
     return tuple(passes[:first]), tuple(passes[first:])
@@ -135,7 +137,7 @@ OnPass = Callable[[Pass | None, ir.Model, PassResult | None], None]
 
 
 def ignore_pass(step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
-    """Do nothing: the callback of those who need none."""
+    """Do nothing: the default for `on_pass`."""
 
 
 def run_pipeline(
@@ -192,8 +194,8 @@ def run_ranks(
     for rank, graph in enumerate(graphs):
         folder = None if dump_dir is None else dump_dir / f"rank{rank}"
         passes = (PartitionTensors(rank, ranks), *fusions)
-        of_rank = run_pipeline(graph, passes, folder, ignore_pass if rank else partial(_after_passes, on_pass))
-        records = records or of_rank
+        rank_records = run_pipeline(graph, passes, folder, ignore_pass if rank else partial(_after_passes, on_pass))
+        records = records or rank_records
     return graphs, records
 
 
@@ -208,8 +210,8 @@ def run_for(
         return [model], run_pipeline(model, passes, dump_dir, on_pass)
     before, fusions = at_fusion(passes)
     records = run_pipeline(model, before, dump_dir, on_pass)
-    graphs, of_ranks = run_ranks(model, fusions, ranks, dump_dir, on_pass)
-    return graphs, records + of_ranks
+    graphs, rank_records = run_ranks(model, fusions, ranks, dump_dir, on_pass)
+    return graphs, records + rank_records
 
 
 def _after_passes(on_pass: OnPass, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:

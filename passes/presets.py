@@ -21,8 +21,8 @@ _STAGE = "quantization"
 class Method:
     """A way to make quantized models more accurate.
 
-    `summary` is for the command line's help, `description` for the documentation. `manifest` is the entry that engines get
-    which used the method. A method with `needs_requests` looks at calibration requests.
+    `summary` is for the command line's help, `description` for the documentation. `manifest` is the key and the text that the
+    manifests of engines with this method have. A method with `needs_requests` is applied in calibrated builds only.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Recipe:
         return tuple(name for name in self.methods if calibrated or not METHODS[name].needs_requests)
 
     def applied(self, calibrated: bool) -> Recipe:
-        """The recipe with those of its methods only that are applied."""
+        """The recipe with only those of its methods that are applied."""
         return replace(self, methods=self.methods_used(calibrated))
 
 
@@ -67,7 +67,7 @@ class Preset:
     recipe: Recipe
 
 
-# In the order in which engines name them.
+# In the order in which recipes list them.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -155,7 +155,7 @@ def find_preset(name: str) -> Preset:
 
 
 def recipe_of(preset: str, methods: Collection[str] | None, calibrated: bool) -> Recipe:
-    """The recipe of a preset with other `methods` than its own (None: its own).
+    """The recipe of a preset, with `methods` in place of the preset's own unless that is None.
 
     Raises CompileError for an unknown preset or method, for methods of a preset that quantizes nothing, and for methods that
     need requests where there are none.
@@ -175,7 +175,7 @@ def recipe_of(preset: str, methods: Collection[str] | None, calibrated: bool) ->
 
 
 def manifest_words(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
-    """What the manifest says of weights, activations and methods, beside the records of the passes."""
+    """The entries on weights, activations and methods in the manifest, apart from the records of the passes."""
     if not recipe.quantizes:
         return {"scheme": "none", "weights": str(recipe.weights), "activations": activation_words(recipe, ())}
     used = recipe.methods_used(calibrated)
@@ -187,7 +187,7 @@ def manifest_words(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
 
 
 def activation_words(recipe: Recipe, used: Sequence[str]) -> str:
-    """The type of the activations and where their scales come from, for a recipe of which these methods are used."""
+    """The type of the activations and the origin of their scales, for a recipe of which the methods `used` are applied."""
     if not recipe.quantizes:
         return "float32"
     integers = "16 bits as two int8 planes" if recipe.activation_bits == 16 else f"int{recipe.activation_bits}"

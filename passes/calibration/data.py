@@ -20,7 +20,7 @@ def _quiet(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token sequences, with the digests of the set that they come from and of the checkpoint that they run through.
+    """The token `sequences` of a calibration set, the `digest` of the set, and that of the `checkpoint` they run through.
 
     Passes store the results of finished segments in `folder`, so that a build that was killed continues from there.
     `on_progress(done, total)` is called with numbers of tokens, each counted once for every segment that it runs through.
@@ -38,7 +38,7 @@ class CalibrationData:
         return sum(map(len, self.sequences))
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest's records of passes say of the data."""
+        """The entries on the data in the manifest's records of passes."""
         return {"calibration": self.digest, "sequences": len(self.sequences), "tokens": self.tokens}
 
     def key(self, model: ir.Model, options: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How much quantization harms each linear layer: the error of its own outputs, and what it alone does to the predictions."""
+"""How much quantization harms each linear layer: the error of its outputs, and the change of the predictions by it alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KEPT_BYTES = 4 << 30  # float32 weights up to this size are kept from one layer
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """The harm that quantization does to a linear layer of so many `weights`.
+    """The harm that quantization does to a linear layer; `weights` is the number of its weights.
 
     `output_error` is the squared error of its outputs relative to their squares. `kl` is the KL divergence (nats per token) of
     the model's predictions when no other layer is quantized; None where that was not measured.
@@ -44,10 +44,10 @@ class LayerDamage:
 def output_errors(
     model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, scheme: WeightScheme = INT8
 ) -> list[LayerDamage]:
-    """The error of the outputs of every linear of a float32 graph, worst first.
+    """Measure the error of the outputs of every linear of a float32 graph, worst first.
 
-    Each linear's outputs with weights of the `scheme` and activations of `bits` are compared with those of the float32 ones;
-    the inputs of all are exact.
+    Each linear's outputs with weights of the `scheme` and activations of `bits` are compared with its float32 outputs. Every
+    linear reads exact inputs.
     """
     stream = ActivationStream(model, sequences, folder)
     layers: list[LayerDamage] = []
@@ -88,7 +88,7 @@ def alone(
     scheme: WeightScheme = INT8,
     on_progress: Progress = lambda done, total: None,
 ) -> list[LayerDamage]:
-    """The KL divergence that the quantization of each linear of a float32 graph causes alone, worst first.
+    """Measure the KL divergence that quantizing one linear of a float32 graph causes, for each linear, worst first.
 
     The activations between the segments of the exact run are kept, and the run of each layer starts at its own segment, so that
     it takes half the time of a whole run on average.
@@ -150,12 +150,12 @@ def _divergence(
         weights = load(number)
         if number == start:
             weights = {**weights, weight: _rounded(node, weights, scheme)}
-        stream.forward(number, weights, on_linear=lambda one, x: quantized(x, bits) if one is node else x, on_logits=compare)
+        stream.forward(number, weights, on_linear=lambda read, x: quantized(x, bits) if read is node else x, on_logits=compare)
     return total
 
 
 @contextmanager
 def _branch(stream: ActivationStream, folder: Path) -> Iterator[ActivationStream]:
-    """The same stream with a temporary folder for the seams that it writes; it reads the others where they are."""
+    """A branch of the stream that writes its seams to a temporary folder."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         yield stream.branch(Path(name))

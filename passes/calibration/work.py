@@ -14,7 +14,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 
 
 class Work:
-    """A folder of results that belong to one key; results of another key are removed. `done` segments need not run again."""
+    """A folder with the results of one key; those of another key are removed. The first `done` segments need not run again."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._state, self._folder, self._key = folder / "state.json", folder, key
@@ -41,7 +41,7 @@ class Work:
 def walk(
     data: CalibrationData, model: ir.Model, name: str, key: str
 ) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
-    """The work of the pass `name`, and a function that iterates over (stream, segment) for segments that are not done yet.
+    """The work of the pass `name`, and a function that iterates over (stream, number) of each segment that is not done yet.
 
     A segment is recorded as done, and the activations before it are removed, when the iteration goes on to the next one.
     """

@@ -1,1 +1,1 @@
-"""Passes that remove what computes nothing new."""
+"""Passes that remove nodes and weights which compute nothing new."""

@@ -1,4 +1,4 @@
-"""The same computation is done once (common subexpressions)."""
+"""Nodes that compute the same are merged (common subexpressions)."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ class MergeDuplicates(Pass):
 
 
 def _computation(node: ir.Node) -> Hashable:
-    """What two nodes have in common that compute the same."""
+    """A key that two nodes share where they compute the same: op, inputs and attributes."""
     return node.domain, node.op_type, tuple(node.inputs), tuple(sorted(attributes_of(node).items()))

@@ -33,8 +33,8 @@ class FuseProjections(RewritePass[list[ir.Node]]):
         spec = spec_of(node)
         if node.graph is None or not spec.is_linear or spec.accumulates:
             return None
-        shared = _shared(node)
-        group = [other for other in node.graph if other.op_type == node.op_type and _shared(other) == shared]
+        key = _shared(node)
+        group = [linear for linear in node.graph if linear.op_type == node.op_type and _shared(linear) == key]
         return group if group[0] is node and len(group) > 1 else None
 
     def check(self, match: list[ir.Node]) -> str:
@@ -67,7 +67,7 @@ class FuseProjections(RewritePass[list[ir.Node]]):
 
 
 def joined(names: Sequence[str]) -> str:
-    """One name of several: what differs between the dots is joined, h.0.q and h.0.k give h.0.q+k."""
+    """Join names into one: the words that differ between the dots are joined by "+", so that h.0.q and h.0.k give h.0.q+k."""
     words = [name.split(".") for name in names]
     longest = min(map(len, words)) - 1
     head = next((i for i in range(longest) if len({word[i] for word in words}) > 1), longest)
@@ -77,7 +77,7 @@ def joined(names: Sequence[str]) -> str:
 
 
 def _shared(linear: ir.Node) -> tuple[Any, ...]:
-    """What linears must have in common beside their op: inputs that are not constants of the weight, and attributes."""
+    """What linears must have in common apart from their op: attributes, and the inputs that are not the linear's constants."""
     values = (value for operand, value in spec_of(linear).operands(linear) if operand.role not in OF_OUTPUTS)
     return *values, attributes_of(linear)
 
@@ -88,9 +88,9 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
 
 
 def _stacked(linears: Sequence[ir.Node], rows: Sequence[int]) -> dict[int, ir.LazyTensor]:
-    """The stacked constants of linears that have so many outputs, by the index of the input.
+    """The stacked constants of linears, which have `rows` outputs each, by the index of the input.
 
-    The weights and what belongs to their integers are read together, biases alone.
+    Weights, scales and zero points are read together, biases by themselves.
     """
     spec = spec_of(linears[0])
     columns: dict[int, list[ir.TensorProtocol]] = {}
@@ -109,7 +109,7 @@ def _stacked(linears: Sequence[ir.Node], rows: Sequence[int]) -> dict[int, ir.La
 
 
 def _column(values: Sequence[ir.Value | None], names: Sequence[str], rows: Sequence[int]) -> list[ir.TensorProtocol]:
-    """The tensors of one operand, with zeros of so many rows for those left out."""
+    """The tensors of one operand of linears, which have `rows` outputs each; zeros where a linear leaves the operand out."""
     first = next(_tensor(value) for value in values if value is not None)
 
     def zeros(name: str, count: int) -> ir.TensorProtocol:
@@ -122,7 +122,7 @@ def _column(values: Sequence[ir.Value | None], names: Sequence[str], rows: Seque
 
 
 def _stack(columns: Sequence[Sequence[ir.TensorProtocol]]) -> list[ir.LazyTensor]:
-    """Each column's tensors along axis 0. All columns are read together, part by part: a part's integers and scales
+    """Stack each column's tensors along axis 0. All columns are read together, part by part: a part's integers and scales
     are computed at once, so that reading one column after the other would compute each part twice."""
     rows = [tensor.shape.numpy()[0] for tensor in columns[0]]
     shapes = [(sum(rows), *column[0].shape.numpy()[1:]) for column in columns]

@@ -14,20 +14,20 @@ from belle_compile.passes.partition.shares import CHANNELS, TOKENS, Range, heads
 
 Ranges = tuple[Range, ...]
 ACTIVATIONS = ("Gelu", "SwiGLU")
-KEEPS_CHANNELS = ("BlockHadamard", "QuantizeTokens")  # what they give has the channels that they get
+KEEPS_CHANNELS = ("BlockHadamard", "QuantizeTokens")  # ops whose output has the channels of their input
 
 
 def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
-    """The ranges of channels that a rank has of each value of which it has a part; it has all other values whole.
+    """The ranges of channels that a rank has of each value that ranks divide; all other values are whole on every rank.
 
-    It has parts of what attention and feed-forward activation read and give, of what lies between them and the linears around,
-    and of the logits. Raises CompileError where they cannot be divided.
+    Ranks divide the inputs and outputs of attentions and feed-forward activations, the values between these and the linears
+    around them, and the logits. Raises CompileError where such a value cannot be divided.
     """
     parts: dict[ir.Value, Ranges] = {}
     for node in graph:
         source = node.inputs[0]
         if node.op_type == "Attention":
-            parts.update(_of_attention(node, rank, ranks))
+            parts.update(_attention_channels(node, rank, ranks))
         elif node.op_type in ACTIVATIONS:
             unit, remedy = _unit(node, ranks)
             channels = (share(width_of(source), unit, rank, ranks, f"channels of {node.name}", remedy),)
@@ -41,21 +41,22 @@ def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, R
         if source is None or not any(value in parts for value in node.outputs):
             continue
         if node.op_type == "Split":
-            parts[source] = tuple(_of_fused(node, parts))
+            parts[source] = tuple(_fused_channels(node, parts))
         elif spec_of(node).scales_sums:
             parts[source] = parts[node.outputs[0]]
     return parts
 
 
 def width_of(value: ir.Value | None) -> int:
-    """How many channels a value has in the whole graph."""
+    """The number of channels of a value in the whole graph."""
     assert value is not None and value.shape is not None
     width = value.shape[-1]
     assert isinstance(width, int), "only rows are symbolic"
     return width
 
 
-def _of_attention(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
+def _attention_channels(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
+    """The channels of the rank's heads in the inputs and the output of an attention."""
     options = attributes_of(node)
     head_dim = options["head_dim"]
     group = _group_behind(node)
@@ -68,7 +69,7 @@ def _of_attention(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, Ranges
 
 
 def _unit(activation: ir.Node, ranks: int) -> tuple[int, str]:
-    """How many channels of a feed-forward activation stay together, and a remedy where those are too few units for the ranks.
+    """The number of channels of a feed-forward activation that stay together, and a remedy where ranks outnumber such units.
 
     Whole blocks of the activation's rotation stay together, and whole groups of the inputs of the linear behind it.
     """
@@ -81,7 +82,7 @@ def _unit(activation: ir.Node, ranks: int) -> tuple[int, str]:
 
 
 def _group_behind(node: ir.Node) -> int:
-    """How many inputs share a scale in the weights of the linears behind a node; 1 where outputs have one scale."""
+    """The number of inputs that share a scale in the weights of the linears after a node; 1 where each output has one scale."""
     groups = [1]
     for reader in node.outputs[0].consumers():
         if spec_of(reader).index(Role.GROUP_SCALE) is not None:
@@ -91,7 +92,7 @@ def _group_behind(node: ir.Node) -> int:
     return lcm(*groups)
 
 
-def _of_fused(split: ir.Node, parts: dict[ir.Value, Ranges]) -> Iterator[Range]:
+def _fused_channels(split: ir.Node, parts: dict[ir.Value, Ranges]) -> Iterator[Range]:
     """The channels that a rank has of a value that is split, given those of its parts."""
     start = 0
     for value in split.outputs:

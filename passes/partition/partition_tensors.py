@@ -22,8 +22,8 @@ class PartitionTensors(Pass):
     and likewise for the channels of the feed-forward part (Shoeybi et al., Megatron-LM, arXiv:1909.08053). The embedding gives
     zeros for tokens of other ranks, and an AllReduce follows it; the head gives the logits of the rank's tokens. Every rank has
     the norms and the residual stream. Weights are parts of the whole ones, so that all ranks together have the integers and
-    scales of a model on one rank; activations before a sum are quantized by the part that a rank has. Rank 0 adds the bias
-    before a sum and the others add zeros, so that ranks with equal shares have equal kernels. `shares.py` says which shares.
+    scales of a model on one rank; before a sum, each rank quantizes its part of the activations by itself. Rank 0 adds the bias
+    before a sum and the others add zeros, so that ranks with equal shares have equal kernels. `shares.py` defines the shares.
 
     Run it after quantization and before fusion. Raises CompileError where heads, channels or vocabulary cannot be divided, and
     at a node other than a linear, attention or activation where a rank has a part.
@@ -67,6 +67,6 @@ class PartitionTensors(Pass):
         return PassResult(rank_graph.changes)
 
     def _facts(self, model: ir.Model, tokens: Ranges) -> dict[str, int]:
-        """What the metadata says of the rank: its number, the whole vocabulary, and its first token of that."""
+        """The rank's entries in the metadata, among them the size of the whole vocabulary and the rank's first token in it."""
         vocabulary = width_of(model.graph.outputs[0])
         return {"rank": self.rank, "ranks": self.ranks, "vocab_size": vocabulary, "first_token": tokens[0][0]}

@@ -23,8 +23,8 @@ from belle_compile.passes.partition.shares import TOKENS, share
 class RankGraph:
     """The graph of rank `rank` of `ranks`: `rebuild` is called for each node of the whole graph, in order.
 
-    `parts` are the channels that the rank has of values; `new` maps values of the whole graph to the rank's own; `weights` are
-    parts of whole weights.
+    `parts` are the channels that the rank has of each divided value; `new` maps values of the whole graph to the rank's values;
+    `weights` are the rank's parts of weights, by the weight, the ranges and the axis that they are made from.
     """
 
     parts: Mapping[ir.Value, Ranges]
@@ -37,25 +37,25 @@ class RankGraph:
     _addends: set[ir.Value] = field(default_factory=set)  # integer sums that ranks have to add up once they are scaled
 
     def rebuild(self, node: ir.Node) -> None:
-        """Append what a node becomes; raises CompileError where a rank cannot have a part of it."""
+        """Append the rank's form of a node; raises CompileError where a rank cannot have a part of the node."""
         spec = spec_of(node)
-        given = [value for value in node.inputs if value in self.parts]
-        gives = [value for value in node.outputs if value in self.parts]
+        divided_inputs = [value for value in node.inputs if value in self.parts]
+        divided_outputs = [value for value in node.outputs if value in self.parts]
         if spec.is_linear or spec.scales_sums:
             self._linear(node)
         elif is_weight(spec.operand(node, Role.TABLE)):
             self._embedding(node)
         elif node.op_type == "Attention":
             self._attention(node)
-        elif node.op_type == "Split" and gives:
+        elif node.op_type == "Split" and divided_outputs:
             fused, old = node.inputs
             assert old is not None
             sizes = np.asarray([_width(self.parts[value]) for value in node.outputs], np.int64)
             self._append(node, [fused, self._weight(node, ir.Tensor(sizes, name=str(old.name)))])
-        elif (node.op_type in (*ACTIVATIONS, *KEEPS_CHANNELS) and gives) or not (given or gives):
+        elif (node.op_type in (*ACTIVATIONS, *KEEPS_CHANNELS) and divided_outputs) or not (divided_inputs or divided_outputs):
             self._append(node, node.inputs)
         else:
-            named = ", ".join(str(value.name) for value in gives or given if value is not None)
+            named = ", ".join(str(value.name) for value in divided_outputs or divided_inputs if value is not None)
             raise CompileError(
                 "partition", f"parts of {named}", node=str(node.name), found=node.op_type,
                 expected="linears, attention and activations where ranks have parts",
@@ -69,8 +69,8 @@ class RankGraph:
             self._by_inputs(node, source)
         elif output in self.parts:
             inputs = [
-                self._part(node, value, self.parts[output], axis=0) if one.role in OF_OUTPUTS and value is not None else value
-                for one, value in spec_of(node).operands(node)
+                self._part(node, value, self.parts[output], axis=0) if taken.role in OF_OUTPUTS and value is not None else value
+                for taken, value in spec_of(node).operands(node)
             ]
             self._append(node, inputs)
         else:
@@ -83,17 +83,17 @@ class RankGraph:
             expected = "the whole result of a linear of parts"
             raise CompileError("partition", f"parts of {output.name}", node=str(node.name), found="both", expected=expected)
         inputs: list[ir.Value | None] = []
-        for one, value in spec.operands(node):
+        for taken, value in spec.operands(node):
             if value is None:
                 inputs.append(None)
-            elif one.role is Role.WEIGHT:
+            elif taken.role is Role.WEIGHT:
                 inputs.append(self._part(node, value, self.parts[source], axis=1))
-            elif one.role in OF_GROUPS:
+            elif taken.role in OF_GROUPS:
                 size = attributes_of(node)["group"]
                 groups = tuple((start // size, -(-stop // size)) for start, stop in self.parts[source])
                 inputs.append(self._part(node, value, groups, axis=1))
             else:
-                inputs.append(self._zeros(value) if one.role is Role.BIAS and self.rank else value)
+                inputs.append(self._zeros(value) if taken.role is Role.BIAS and self.rank else value)
         self._append(node, inputs)
         if spec.accumulates:
             self._addends.add(output)
@@ -118,8 +118,8 @@ class RankGraph:
         heads, kv_heads = (tuple(channel // options["head_dim"] for channel in part) for part in (queries, keys))
         options |= {"num_heads": heads[1] - heads[0], "num_kv_heads": kv_heads[1] - kv_heads[0]}
         inputs = [
-            self._part(node, value, (heads,), axis=0) if one.role is Role.SLOPE and value is not None else value
-            for one, value in spec_of(node).operands(node)
+            self._part(node, value, (heads,), axis=0) if taken.role is Role.SLOPE and value is not None else value
+            for taken, value in spec_of(node).operands(node)
         ]
         self._append(node, inputs, attributes=options)
 
@@ -139,18 +139,18 @@ class RankGraph:
         attributes: Mapping[str, int | float | str] | None = None,
     ) -> None:
         """Append a node that has the names of the old one, and its op and attributes unless others are given."""
-        given = [None if value is None else self.new.get(value, value) for value in inputs]
+        rank_inputs = [None if value is None else self.new.get(value, value) for value in inputs]
         if attributes is None:
             attributes = {} if op else {key: attribute.value for key, attribute in node.attributes.items()}
-        made = make_node(
+        rank_node = make_node(
             op or node.op_type,
-            given,
+            rank_inputs,
             str(node.name),
             outputs=[str(value.name) for value in node.outputs],
             attributes=attributes,
         )
-        self.nodes.append(made)
-        self.new.update(zip(node.outputs, made.outputs, strict=True))
+        self.nodes.append(rank_node)
+        self.new.update(zip(node.outputs, rank_node.outputs, strict=True))
         self.changes += any(new is not old for new, old in zip(inputs, node.inputs, strict=False)) or op is not None
 
     def _part(self, node: ir.Node, weight: ir.Value | None, ranges: Ranges, axis: int) -> ir.Value:

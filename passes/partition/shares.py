@@ -1,4 +1,4 @@
-"""Which heads, channels and tokens a rank has: a contiguous range of whole units; the first ranks have one more if uneven."""
+"""Which heads, channels and tokens a rank has: a range of whole units; the first ranks have one more if units are left over."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from math import gcd
 
 from belle_compile.compiler.errors import CompileError
 
-Range = tuple[int, int]  # from the first to before the last
+Range = tuple[int, int]  # (start, stop), without stop
 
 CHANNELS = 16  # channels of a feed-forward part that stay together: a panel of the kernels
 TOKENS = 16  # tokens of the vocabulary that stay together
 
 
 def share(total: int, unit: int, rank: int, ranks: int, what: str, remedy: str = "") -> Range:
-    """The rank's part of `total`, in units of which the last may be short.
+    """The rank's part of `total`, which is divided in units of `unit`; the last unit may be shorter.
 
-    Raises CompileError where some rank would have no unit; its remedy is fewer ranks, or `remedy`.
+    Raises CompileError where a rank would have no unit; its remedy is fewer ranks, or `remedy`.
     """
     units = -(-total // unit)
     if units < ranks:
@@ -34,7 +34,7 @@ def heads(num_heads: int, num_kv_heads: int, together: int, rank: int, ranks: in
     """The query heads and the key/value heads of a rank, whose first query head is a multiple of `together`.
 
     A key/value head goes with all of its query heads. Where there are fewer key/value heads than ranks, each is on several
-    ranks, which divide its query heads. Raises CompileError where ranks and heads do not come out even.
+    ranks, which divide its query heads. Raises CompileError where the ranks cannot divide the heads in this way.
     """
     group = num_heads // num_kv_heads
     if num_kv_heads >= ranks:

@@ -1,4 +1,4 @@
-"""Quantizing activations, once for all linears that read them."""
+"""Quantizes an activation once for all linears that read it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quantizer_of(x: ir.Value) -> ir.Node | None:
 
 
 def quantize_tokens(x: ir.Value, bits: int, graph: ir.Graph) -> tuple[ir.Node, list[ir.Node]]:
-    """The QuantizeTokens that reads x, and the nodes that were made for it: none where x had one already."""
+    """Return the QuantizeTokens that reads x, and the nodes that this call made (none where x had a QuantizeTokens already)."""
     known = quantizer_of(x)
     if known is not None:
         return known, []

@@ -11,14 +11,15 @@ from belle_compile.passes.quantization import groups
 Tensor = torch.Tensor
 
 BLOCK = 128  # inputs whose errors are carried to the rest at once
-ROWS = 16_384  # outputs rounded at a time: a head of 250,880 rows is not held twice
+ROWS = 16_384  # outputs rounded at a time, so that a head of 250,880 rows is not in memory twice
 CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.90)  # scales tried, as fractions of absmax / 127
 
 
 def scales_of(weight: Tensor, importance: Tensor, clips: tuple[float, ...] = CLIPS) -> Tensor:
     """float32 [N]: for each row of a weight [N, K], absmax / 127 times one of `clips`.
 
-    It is the one with the least squared rounding error, where inputs are weighted by `importance` [K]; the first of equal ones.
+    The clip is the one with the least squared rounding error, where inputs are weighted by `importance` [K]; of clips with
+    equal errors it is the first.
     """
     widest = weight.abs().amax(dim=1) / 127
     best, least = widest, torch.full_like(widest, torch.inf)
@@ -48,10 +49,10 @@ def round_weight(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
-    Returns int8 integers [N, K] and float32 scales [N]; with `group`, INT4 integers and float16 scales [N, G] of so many inputs
-    each. Inputs are rounded in descending order of their second moment. The error of each is subtracted from the weights of
-    later ones, as far as these can compensate for it, before they are rounded. Scales are chosen before the first rounding:
-    groups are neighbours in the order in which inputs lie, not in the order in which they are rounded.
+    Returns int8 integers [N, K] and float32 scales [N]; with `group`, integers within INT4's range and float16 scales [N, G],
+    one for every `group` inputs. Inputs are rounded in descending order of their second moment. The error of each is subtracted
+    from the weights of later ones, as far as these can compensate for it, before they are rounded. Scales are chosen before the
+    first rounding: groups are neighbours in the order in which inputs lie, not in the order in which they are rounded.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)

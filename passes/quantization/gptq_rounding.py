@@ -55,11 +55,11 @@ class GptqRounding(Pass):
 
     @property
     def options(self) -> dict[str, Any]:
-        own = {"damping": self.damping, "keep": list(self.keep), "weight_bits": self.weights.bits}
-        return self.data.describe() | own | self.weights.unusual
+        settings = {"damping": self.damping, "keep": list(self.keep), "weight_bits": self.weights.bits}
+        return self.data.describe() | settings | self.weights.unusual
 
     def run(self, model: ir.Model) -> PassResult:
-        """Round the weights that have not been rounded; takes disk space for the integers and for some activations."""
+        """Round the weights that have not been rounded yet; writes integers and the activations between segments to disk."""
         todo = [node for node in model.graph if is_float_linear(node) and _rounds(node) and not self._kept(node)]
         reasons = {node: reason for node in todo if (reason := _refusal(node))}
         refusals = tuple(f"{node.name}: {reason}" for node, reason in reasons.items())
@@ -77,14 +77,14 @@ class GptqRounding(Pass):
         return any(fnmatchcase(str(node.name), glob) for glob in self.keep)
 
     def _group(self, node: ir.Node) -> int | None:
-        """How many inputs share a scale in the weight of a linear; None where its outputs have one scale each."""
+        """The number of inputs that share a scale in the weight of a linear; None where its outputs have one scale each."""
         return self.weights.group if in_groups(node) else None
 
     def _segment(self, stream: ActivationStream, number: int, files: dict[ir.Node, Path]) -> None:
         """Round a segment's linears, and write the activations that the next segment reads."""
         rounded = [node for node in linears(stream.segments[number]) if node in files]
         weights = stream.load(number)
-        first = {node.inputs[0]: node for node in reversed(rounded)}  # linears that read the same share its moments
+        first = {node.inputs[0]: node for node in reversed(rounded)}  # linears with the same input share its moments
         moments: dict[ir.Value | None, Tensor] = {}
 
         def observe(node: ir.Node, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class GptqRounding(Pass):
 
 
 def _rounds(node: ir.Node) -> bool:
-    """Whether a linear's weight is known, and nothing else than a float32 tensor so far."""
+    """Whether a linear's weight is an initializer that no pass has rounded yet."""
     weight = operand(node, Role.WEIGHT)
     return weight is not None and is_weight(weight) and not {INTEGERS, GROUPED} & weight.meta.keys()
 
@@ -129,14 +129,14 @@ def _check(weight: Tensor, node: ir.Node) -> None:
 
 
 def _replace(node: ir.Node, file: Path, graph: ir.Graph, group: int | None) -> None:
-    """Let the node read the product of a file's integers and scales, which the passes that quantize find in its meta."""
+    """Let the node read the product of a file's integers and scales; its meta holds both for the passes that quantize."""
     old, index = operand(node, Role.WEIGHT), spec_of(node).index(Role.WEIGHT)
     assert old is not None and old.shape is not None and old.const_value is not None and index is not None
-    both = Shared(partial(_read, file))
+    integers_and_scales = Shared(partial(_read, file))
     name, shape, sources = f"{old.name}.{_SUFFIX}", old.shape.numpy(), [old.const_value]
     tensor = lazy(name, partial(_product, file, group), shape, ir.DataType.FLOAT, step=_SUFFIX, sources=sources)
     value = make_initializer(tensor)
-    value.meta[INTEGERS if group is None else GROUPED] = both
+    value.meta[INTEGERS if group is None else GROUPED] = integers_and_scales
     graph.register_initializer(value)
     node.replace_input_with(index, value)
     if not old.uses():

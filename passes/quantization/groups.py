@@ -13,16 +13,16 @@ LARGEST = 65_504.0 * HIGHEST  # the largest weight that a float16 scale is enoug
 
 
 def in_groups(linear: ir.Node) -> bool:
-    """Whether a linear of a model with INT4 weights gets them: all linears but the head, which computes the graph's output."""
+    """Whether a linear gets INT4 weights where its model has some: all do but the head, which computes the graph's output."""
     return not linear.outputs[0].is_graph_output()
 
 
 def group_scales(weight: Tensor, importance: Tensor, group: int) -> Tensor:
     """float32 [N, G]: a scale for every `group` inputs of each output of a weight [N, K].
 
-    It is the one of `CANDIDATES` with the least squared rounding error, where inputs are weighted by `importance` [K]; the
-    first of equal ones. Values are those that float16 holds. As there are eight negative levels and seven positive ones, the
-    sign of a scale says which end of the weights gets the eighth.
+    The scale is the outermost weight / -8 times the one of `CANDIDATES` with the least squared rounding error, where inputs are
+    weighted by `importance` [K]; of equal errors the first counts. Scales are rounded to float16. As there are eight negative
+    levels and seven positive ones, the sign of a scale decides which end of the weights gets the eighth.
     """
     outputs, inputs = weight.shape
     padding = -inputs % group

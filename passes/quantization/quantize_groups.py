@@ -23,10 +23,10 @@ from belle_compile.passes.quantization.weights import grouped_weight
 class QuantizeGroups(RewritePass[ir.Node]):
     """y = Gemm(x, w, b)   becomes   xq, xs = QuantizeTokens(x); y = GroupQuantizedLinear(xq, xs, w.int4, w.scales, b)
 
-    Weights are INT4, and the inputs of an output share a float16 scale group by group, as `weights` says; activations are INT8
-    with one scale per token, found while running. Linears that read the same x share one QuantizeTokens; linears that read the
-    same w share its integers and scales. The head, whose few weights decide between all words, is left to QuantizeLinears, as
-    are linears whose names match a glob pattern of `keep`. Refuses a computed weight, and an input that has 16 bits already.
+    Weights are INT4, with a float16 scale for each output and group of `weights.group` inputs; activations are INT8 with one
+    scale per token, computed at run time. Linears that read the same x share one QuantizeTokens; linears that read the same w
+    share its integers and scales. The head, whose few weights decide between all words, is left to QuantizeLinears, as are
+    linears whose names match a glob pattern of `keep`. Refuses a computed weight, and an input that has 16 bits already.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION

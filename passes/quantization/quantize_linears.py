@@ -23,7 +23,7 @@ class QuantizeLinears(RewritePass[ir.Node]):
     """y = Gemm(x, w, b)   becomes   xq, xs = QuantizeTokens(x); y = Dequantize(IntegerLinear(xq, wq), xs, ws, b)
 
     Weights are INT8 with one scale per output channel. Activations have `activation_bits`, 8 or 16, and one scale per token,
-    found while running. Linears that read the same x share one QuantizeTokens; linears that read the same w share wq and ws.
+    computed at run time. Linears that read the same x share one QuantizeTokens; linears that read the same w share wq and ws.
     Linears whose names match a glob pattern of `keep` stay float32; the input of those that match one of `wide` gets 16 bits,
     for all linears that read it. Refuses a computed weight, one with too many inputs for an int32 accumulator, and a pattern of
     `wide` that matches no linear.
@@ -40,12 +40,12 @@ class QuantizeLinears(RewritePass[ir.Node]):
             raise CompileError("quantize", "option activation_bits", found=str(self.activation_bits), expected=expected)
 
     def run(self, model: ir.Model) -> PassResult:
-        """Rewrite what matches; a pattern of `wide` that matches no linear is a refusal."""
+        """Rewrite the matches, and report each pattern of `wide` that matches no linear as a refusal."""
         specs = ((spec_of(node), str(node.name)) for node in model.graph)
         names = [name for spec, name in specs if spec.is_float_linear or spec.scales_sums]
-        idle = [glob for glob in self.wide if not any(fnmatchcase(name, glob) for name in names)]
+        unused = [glob for glob in self.wide if not any(fnmatchcase(name, glob) for name in names)]
         result = super().run(model)
-        return PassResult(result.changes, (*result.refusals, *(f"wide={glob!r}: no linear has such a name" for glob in idle)))
+        return PassResult(result.changes, (*result.refusals, *(f"wide={glob!r}: no linear has such a name" for glob in unused)))
 
     def pattern(self, node: ir.Node) -> ir.Node | None:
         return node if is_float_linear(node) else None
@@ -80,5 +80,5 @@ class QuantizeLinears(RewritePass[ir.Node]):
 
 
 def _first(globs: tuple[str, ...], node: ir.Node) -> str:
-    """The first pattern that the node's name matches."""
+    """The first pattern that the node's name matches; empty where it matches none."""
     return next((glob for glob in globs if fnmatchcase(str(node.name), glob)), "")

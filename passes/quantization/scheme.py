@@ -1,4 +1,4 @@
-"""How weights are stored: what a preset chooses once, and passes carry out."""
+"""How weights are stored: a preset chooses a scheme once, and passes carry it out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WeightScheme:
 
     @property
     def unusual(self) -> dict[str, int]:
-        """What the record of a pass says of groups that are not of the usual size."""
+        """The entry on the size of groups in the record of a pass; empty for the default size."""
         return {"group": self.group} if self.group and self.group != INT4.group else {}
 
     @property

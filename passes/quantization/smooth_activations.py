@@ -24,19 +24,19 @@ from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
-_DONE = "smoothed"
+_DONE = "smoothed"  # metadata of a model that is smoothed already
 _SAMPLES = 256  # rows of a linear's input by which its alpha is chosen
 _ALPHAS = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # 0.3 to 0.9
-_LEAST = 1e-5
+_LEAST = 1e-5  # lower bound of maxima and factors, so that no division overflows
 
 
 @dataclass(frozen=True)
 class _Place:
     """An activation whose channels can be divided by factors.
 
-    `source` computes it: the rows or elements of its weights of these `roles` are divided, from row `start` on. `readers` are
-    the linears whose columns are multiplied in return. One factor serves `repeat` runs of `width` channels each (grouped-query
-    heads).
+    `source` computes it; the rows (of a vector: elements) of its weights with one of the `roles` are divided, from row `start`
+    on. `readers` are the linears whose columns are multiplied in return. One factor serves `repeat` runs of `width` channels
+    each (grouped-query heads).
     """
 
     value: ir.Value
@@ -52,10 +52,10 @@ class _Place:
 class SmoothActivations(Pass):
     """n = RMSNorm(x, g); y = Gemm(n, W)   becomes   n' = RMSNorm(x, g / s); y = Gemm(n', W diag(s))
 
-    s = max|n|^alpha / max|W|^(1 - alpha) for each channel, with the maxima over calibration requests, so that n and W share
-    what is hard to round in n. Likewise for LayerNorm (before BLOOM's fused projection and before the linear that feeds its
-    GELU), between the values and the attention's output projection, and between up and down of a SwiGLU; nothing can be moved
-    through a GELU. With alpha None, each place takes the one of 0.3 to 0.9 with the least INT8 error of its linears' outputs.
+    s = max|n|^alpha / max|W|^(1 - alpha) for each channel, with the maxima over calibration requests, so that a part of n's
+    outliers moves into W. Likewise for LayerNorm (before BLOOM's fused projection and before the linear that feeds its GELU),
+    between the values and the attention's output projection, and between up and down of a SwiGLU; nothing can be moved through
+    a GELU. With alpha None, each place takes the alpha from 0.3 to 0.9 with the least INT8 error of its linears' outputs.
     Refuses a place with other readers.
     """
 
@@ -118,8 +118,8 @@ class SmoothActivations(Pass):
         def error(factors: Tensor) -> float:
             rounded = quantized(x / factors, 8)
             return sum(
-                float((rounded @ quantized(matrix * factors, 8).T - right).square().sum())
-                for matrix, right in zip(matrices, exact, strict=True)
+                float((rounded @ quantized(matrix * factors, 8).T - outputs).square().sum())
+                for matrix, outputs in zip(matrices, exact, strict=True)
             )
 
         return min(candidates.values(), key=error)

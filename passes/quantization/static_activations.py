@@ -1,4 +1,4 @@
-"""Activations get one scale for all tokens by calibration, for executors that compute no scale for each token."""
+"""Activations get one scale for all tokens by calibration, for executors that cannot compute a scale per token."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _PERCENTILE = re.compile(r"p(?P<percent>\d+(?:\.\d+)?)")
 class StaticActivations(Pass):
     """xq, xs = QuantizeTokens(x)   will be   xq, xs = QuantizeTokens(x, step) with one step for all tokens
 
-    The calibration sequences run through the graph segment by segment. `clip` says which magnitude of a linear's input becomes
-    the largest integer: "max" the largest one, "p99.99" the one that so many percent stay below, "mse" the one with the least
-    squared error of rounding and clipping together at `activation_bits`. This is less accurate than a scale per token, because
-    one token with outliers sets the scale of all others. Results of finished segments are stored in the data's folder, so that
-    the next run continues where a killed one stopped. Needs a graph of float32 ops as it will be quantized.
+    The calibration sequences run through the graph segment by segment. `clip` chooses the magnitude of a linear's input that
+    becomes the largest integer: "max" the largest one, "p99.99" the one that 99.99% of all values stay below, "mse" the one
+    with the least squared error of rounding and clipping together at `activation_bits`. This is less accurate than a scale per
+    token, because one token with outliers sets the scale of all others. Results of finished segments are stored in the data's
+    folder, so that the next run continues where a killed one stopped. Needs a graph of float32 ops; run it last before these
+    become integers.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -55,7 +56,7 @@ class StaticActivations(Pass):
         return self.data.describe() | {"clip": self.clip, "activation_bits": self.activation_bits}
 
     def run(self, model: ir.Model) -> PassResult:
-        """Find the clip of each linear's input that has none."""
+        """Choose the clip of each linear's input that has none yet."""
         inputs = (operand(node, Role.ACTIVATION) for node in model.graph if is_float_linear(node))
         read = dict.fromkeys(x for x in inputs if x is not None and CLIP not in x.meta)
         if not read:
@@ -64,10 +65,10 @@ class StaticActivations(Pass):
         files = {x: work.file(f"{i:05d}") for i, x in enumerate(read)}
         for stream, number in segments():
             _segment(stream, number, files)
-        seen = [x for x, file in files.items() if file.is_file()]
-        for x in seen:
+        measured = [x for x, file in files.items() if file.is_file()]
+        for x in measured:
             x.meta[CLIP] = choose_clip(load_file(files[x])["counts"], self.clip, self.activation_bits)
-        return PassResult(len(seen))
+        return PassResult(len(measured))
 
 
 def _segment(stream: ActivationStream, number: int, files: dict[ir.Value, Path]) -> None:
@@ -78,8 +79,8 @@ def _segment(stream: ActivationStream, number: int, files: dict[ir.Value, Path])
     def observe(node: ir.Node, x: Tensor) -> Tensor:
         source = node.inputs[0]
         if source is not None and first.get(source) is node:
-            seen = histogram(x, str(node.name))
-            counts[source] = counts[source] + seen if source in counts else seen
+            batch_counts = histogram(x, str(node.name))
+            counts[source] = counts[source] + batch_counts if source in counts else batch_counts
         return x
 
     stream.forward(number, stream.load(number), on_linear=observe)
@@ -88,7 +89,10 @@ def _segment(stream: ActivationStream, number: int, files: dict[ir.Value, Path])
 
 
 def histogram(x: Tensor, name: str) -> Tensor:
-    """int64 [bins]: how many values of x have a magnitude in each bin; zeros count in the first."""
+    """int64 [bins]: the number of values of x with a magnitude in each bin; zeros are in the first.
+
+    Raises CompileError where x, the input of the linear `name`, holds NaN or infinity.
+    """
     if not torch.isfinite(x).all():
         raise CompileError("calibrate", f"what {name} reads", found="NaN or infinity", expected="finite activations")
     bins = (torch.log2(x.abs().flatten()) + _OCTAVES).mul_(_PER_OCTAVE).clamp_(0, _BINS - 1)
@@ -96,7 +100,7 @@ def histogram(x: Tensor, name: str) -> Tensor:
 
 
 def choose_clip(counts: Tensor, clip: str, bits: int) -> float:
-    """The magnitude that becomes the largest integer: the upper edge of a bin."""
+    """The magnitude that becomes the largest integer, for the histogram `counts`; it is the upper edge of a bin."""
     edges = torch.exp2(torch.arange(1, _BINS + 1, dtype=torch.float64) / _PER_OCTAVE - _OCTAVES)
     weights = counts.double()
     if clip == "mse":
@@ -109,7 +113,10 @@ def choose_clip(counts: Tensor, clip: str, bits: int) -> float:
 
 
 def squared_errors(weights: Tensor, edges: Tensor, clips: Tensor, limit: int) -> Tensor:
-    """For each clip, the squared error of all values: that of rounding to its steps below it, and that of clipping above it."""
+    """float64 [clips]: the squared error of rounding all values below a clip and of clipping those above it.
+
+    `weights` [bins] are the numbers of values, `edges` [bins] the upper edges of the bins, `limit` the largest integer.
+    """
     middles = edges * 2 ** (-0.5 / _PER_OCTAVE)
     step = (clips / limit)[:, None]
     rounding = torch.where(middles < step / 2, middles.square(), step.square() / 12)

@@ -14,7 +14,8 @@ from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import Shared, has_rows, lazy, read_rows
 from belle_compile.passes.quantization import groups
 
-# Keys in the meta of a float32 weight that is a product: Shared integers [N, K] and scales, float32 [N] or float16 [N, G]
+# Keys in the meta of a float32 weight that a pass has rounded. The value is a Shared of integers [N, K] and scales: float32
+# [N], or float16 [N, G] for groups.
 INTEGERS, GROUPED = "integers", "grouped integers"
 _ROWS = 1024  # rows quantized at a time, so that temporaries stay small beside the weight
 
@@ -58,7 +59,7 @@ def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Va
 
 
 def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Quantize a tensor as `quantize_rows` does; where rows can be read alone, only some are in memory as float32."""
+    """Quantize a tensor as `quantize_rows` does; where rows can be read alone, it is not in memory as a whole in float32."""
     if not has_rows(weight):
         return quantize_rows(weight.numpy(), name)
     count, inputs = weight.shape.numpy()
@@ -70,9 +71,10 @@ def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[A
 
 
 def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """int8 weight / scale, rounded half to even and within +-127, and scale = absmax / 127 of each row; zero rows give zeros.
+    """Return int8 weight / scale, rounded half to even and within +-127, and the scale of each row, float32 absmax / 127.
 
-    `first` is the number of the first row in the whole weight `name`. Raises CompileError where a row holds NaN or infinity.
+    Zero rows give zeros. `first` is the number of the first row in the whole weight `name`. Raises CompileError where a row
+    holds NaN or infinity.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty(len(weight), np.float32)
@@ -90,10 +92,10 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) ->
 
 
 def quantize_groups(weight: npt.NDArray[np.float32], name: str, group: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """int8 integers within INT4's range, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
+    """Return int8 integers in INT4's range, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
 
-    Scales are chosen for the least squared error. Raises CompileError where the weight holds NaN, infinity, or what no float16
-    scale is large enough for.
+    Scales are chosen for the least squared error. Raises CompileError where the weight holds NaN, infinity, or a value that is
+    too large for a float16 scale.
     """
     outputs, inputs = weight.shape
     integers = np.empty(weight.shape, np.int8)

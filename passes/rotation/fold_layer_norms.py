@@ -75,6 +75,7 @@ def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> Non
 
 
 def _shifted(weight: ir.TensorProtocol, shift: ir.TensorProtocol, bias: ir.TensorProtocol | None) -> Floats:
+    """float32 [outputs]: weight @ shift + bias, with the product in float64."""
     vector, count = shift.numpy().astype(np.float64), weight.shape.numpy()[0]
     matrix = None if has_rows(weight) else weight.numpy()
     chunks = []

@@ -32,9 +32,9 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
     and Gelu likewise. Q is the orthogonal matrix of BlockHadamard. The results of this activation have the largest outliers,
     and as it is not linear, no weight before it can rotate them away (QuaRot's online transform before down_proj,
     arXiv:2404.00456). The block is the largest power of two that divides the width, up to `block`: the larger it is, the
-    further it spreads an outlier, and the more the kernel has to add. As blocks are not divided among `ranks`, a smaller one is
-    taken where the largest share would be more than 3% above an even one and that helps; `group` channels are not divided in
-    any case. Refuses an activation with another reader, a computed weight, and a width that 16 does not divide.
+    further it spreads an outlier, and the more the kernel has to add. Each of the `ranks` gets whole blocks, so a smaller block
+    is taken where a rank's share would be more than 3% above an even one and a smaller block improves that. `group` channels
+    are never divided. Refuses an activation with another reader, a computed weight, and a width that 16 does not divide.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS

@@ -27,9 +27,9 @@ class RotateResidual(Pass):
     """x = Gather(E, ids); n = RMSNorm(x, g); y = Gemm(n, W); x2 = Add(x, Gemm(z, V, b))   becomes
     x' = Gather(E Q, ids); n' = RMSNorm(x', 1); y = Gemm(n', W diag(g) Q); x2' = Add(x', Gemm(z, Q.T V, b Q))
 
-    x' = x Q for a random Hadamard matrix Q (R1 of SpinQuant, arXiv:2405.16406): it keeps lengths and spreads outliers over all
-    channels. A head that is tied to the embedding gets a weight of its own. Refuses, and changes nothing, where anything but
-    RMS norms that feed linears reads the stream; FoldLayerNorms makes such norms of BLOOM's.
+    x' = x Q for a random Hadamard matrix Q (R1 of SpinQuant, arXiv:2405.16406), which keeps lengths and spreads outliers over
+    all channels. A head that is tied to the embedding gets a weight of its own. Refuses, and changes nothing, where anything
+    but RMS norms that feed linears reads the stream; FoldLayerNorms turns BLOOM's norms into RMS norms.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -48,7 +48,7 @@ class RotateResidual(Pass):
         for node in stream.tables:
             replace_weight(node, Role.TABLE, partial(_rotate_rows, rotation), graph, by_rows=True)
         for node in stream.readers:
-            replace_weight(node, Role.WEIGHT, partial(_read, rotation, _scale_before(node)), graph, by_rows=True)
+            replace_weight(node, Role.WEIGHT, partial(_absorb_gain, rotation, _gain_before(node)), graph, by_rows=True)
         for node in stream.writers:
             replace_weight(node, Role.WEIGHT, rotation.left, graph)
             replace_weight(node, Role.BIAS, partial(_rotate_vector, rotation), graph)
@@ -64,17 +64,18 @@ class RotateResidual(Pass):
         return PassResult(len(stream.tables) + len(stream.writers) + len(stream.readers))
 
 
-def _scale_before(reader: ir.Node) -> ir.TensorProtocol:
+def _gain_before(reader: ir.Node) -> ir.TensorProtocol:
     """The gain of the norm whose output a linear reads."""
     source = reader.inputs[0]
     norm = source.producer() if source is not None else None
-    scale = operand(norm, Role.GAIN) if norm is not None else None
-    assert scale is not None and scale.const_value is not None
-    return scale.const_value
+    gain = operand(norm, Role.GAIN) if norm is not None else None
+    assert gain is not None and gain.const_value is not None
+    return gain.const_value
 
 
-def _read(rotation: Rotation, scale: ir.TensorProtocol, weight: Floats) -> Floats:
-    return rotation.right(weight, scale=scale.numpy(), out=weight)
+def _absorb_gain(rotation: Rotation, gain: ir.TensorProtocol, weight: Floats) -> Floats:
+    """weight @ diag(gain) @ Q, in place."""
+    return rotation.right(weight, scale=gain.numpy(), out=weight)
 
 
 def _rotate_rows(rotation: Rotation, table: Floats) -> Floats:

@@ -18,16 +18,16 @@ from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 
 Floats = npt.NDArray[np.float32]
-_DONE = "rotated_values"
+_DONE = "rotated_values"  # metadata of a model whose values are rotated already
 
 
 @dataclass(frozen=True)
 class RotateValues(Pass):
     """a = Attention(q, k, Gemm(x, V)); y = Gemm(a, O)   becomes   a' = Attention(q, k, Gemm(x, Q.T V)); y = Gemm(a', O Q)
 
-    for each head, with one random Hadamard matrix Q of head_dim rows for all: attention averages values, and averages rotate
-    with them (R2 of SpinQuant, arXiv:2405.16406). V may be the last rows of a fused projection (BLOOM). Refuses an attention
-    whose values or output have another reader.
+    for each head, with one random Hadamard matrix Q of head_dim rows for all heads: attention averages values, and a rotation
+    of the values rotates their averages (R2 of SpinQuant, arXiv:2405.16406). V may be the last rows of a fused projection
+    (BLOOM). Refuses an attention whose values or output have another reader.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
@@ -46,7 +46,7 @@ class RotateValues(Pass):
         return PassResult(changes, tuple(refusals))
 
     def _rotate(self, attention: ir.Node, graph: ir.Graph) -> str:
-        """Rotate the values of one attention, or say why not."""
+        """Rotate the values of one attention; return why they cannot be rotated, an empty text where they were."""
         attributes = attributes_of(attention)
         rotation = Rotation(attributes["head_dim"], self.seed)
         values, after = operand(attention, Role.VALUE), list(attention.outputs[0].consumers())

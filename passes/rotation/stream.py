@@ -26,10 +26,10 @@ class Stream:
 
 
 def find_stream(graph: ir.Graph, norm: str) -> tuple[Stream, str]:
-    """The stream, and why the weights around it cannot absorb a change of it (empty where they can).
+    """Find the residual stream; return it, and why the weights around it cannot absorb a linear map of it (empty: they can).
 
-    They can where embedding tables start it, linears add to it, and nodes of the op `norm` read it whose outputs only linears
-    read.
+    They can where embedding tables start the stream, only linears add to it, and only nodes of the op `norm` read it, whose
+    outputs only linears read.
     """
     stream, values = Stream(), set[ir.Value]()
     for node in graph:
@@ -72,8 +72,8 @@ def has_float_weight(node: ir.Node) -> bool:
 def projection_of(value: ir.Value) -> tuple[ir.Node | None, int, str]:
     """The linear that computes a value, its first output that belongs to the value, and why its weight cannot be changed.
 
-    Behind a Split, the value is some of the outputs of a fused projection. The linear is None where no such linear with a known
-    weight computes the value; the reason is empty where its weight may be changed.
+    After a Split, the value has a part of the outputs of a fused projection. The linear is None where no linear with a known
+    weight computes the value; the reason is empty where the weight may be changed.
     """
     linear, start = value.producer(), 0
     if linear is not None and linear.op_type == "Split":

@@ -1,4 +1,4 @@
-"""Replacing weights by functions of them, which are computed when they are read."""
+"""Replaces weights by functions of them, which are computed when they are read."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def replace_weight(
 ) -> None:
     """Let a node read change(weight) in place of its weight of that role; does nothing where the node has none.
 
-    The new weight has the name of the old one with the suffix behind it, or the name of the node where that name is taken: two
-    readers of a tied table may change it differently. `by_rows` says that a row of the result depends only on the same row of
-    the weight. `change` may overwrite its argument, which nobody else holds: embedding tables are the largest tensors of a
-    model, and a chain of changes needs the memory of one.
+    The new weight is named after the old one, with the suffix at the end, or after the node where that name is taken: two
+    readers of a tied table may change it differently. With `by_rows`, a row of the result depends only on the same row of the
+    weight. `change` may overwrite its argument, an array that nothing else refers to: embedding tables are the largest tensors
+    of a model, and a chain of changes needs the memory of one.
     """
     index, weight = spec_of(node).index(role), operand(node, role)
     if index is None or weight is None:
@@ -51,7 +51,7 @@ def replace_weight(
 
 
 def own(source: ir.TensorProtocol) -> Floats:
-    """A tensor's values in an array that nobody else holds."""
+    """A tensor's float32 values in an array that the caller may overwrite: nothing else refers to it."""
     array: Floats = source.numpy()
     fresh = isinstance(source, ir.LazyTensor) and array.flags.writeable and array.flags.c_contiguous
     return array if fresh else np.array(array)
