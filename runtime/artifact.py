@@ -106,7 +106,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Sampling parameters that a request leaves open. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """Values of the sampling parameters that a request leaves open. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -164,7 +164,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     """Read and validate manifest.json.
 
     Raises `EngineError` when it is missing, malformed, of another version, or was changed after the build. Whether this runtime
-    knows the engine's backend is `executors.executor_of`'s to say.
+    knows the engine's backend is checked by `executors.executor_of`.
     """
     path = Path(directory) / MANIFEST_NAME
     if not path.is_file():
@@ -193,7 +193,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:
-    """Check what the fields' types do not: paths stay in the directory; digests, sizes and the number of ranks are possible."""
+    """Check what the fields' types do not ensure: paths stay in the directory; digests, sizes and number of ranks are valid."""
     refuse = refuse_from(f"{STAGE}: {path}", _REBUILD)
     for name, record in manifest.files.items():
         pure = PurePosixPath(name)
@@ -210,8 +210,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 def verify_files(
     directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None, rank: int | None = None
 ) -> None:
-    """Check that every file of the manifest is a regular file in the directory with its size and digest, and that there is no
-    code besides. With `rank`, only the files that this rank reads are checked.
+    """Check that every file of the manifest is a regular file in the directory with its size and digest, and that the directory
+    has no code that the manifest does not list. With `rank`, only the files that this rank reads are checked.
 
     Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so that loading reads no weights. Raises
     `EngineError` at the first file that does not fit.

@@ -103,10 +103,11 @@ class Engine:
         chats always.
         """
         batch: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(batch):
-            raise EngineError("request", "sampling parameters", found=str(len(each)), expected=f"{len(batch)}, one a prompt")
-        requests = [self.resolve(prompt, p, raw=raw) for prompt, p in zip(batch, each, strict=True)]
+        per_prompt = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(batch):
+            found, expected = str(len(per_prompt)), f"{len(batch)}, one a prompt"
+            raise EngineError("request", "sampling parameters", found=found, expected=expected)
+        requests = [self.resolve(prompt, p, raw=raw) for prompt, p in zip(batch, per_prompt, strict=True)]
         generations = [Generation(request, self.tokenizer) for request in requests]
         self._run(generations)
         return [generation.result() for generation in generations]
@@ -136,8 +137,8 @@ class Engine:
     def profile(self) -> Iterator[ProfileHandle]:
         """Time every kernel of the requests that are answered in the `with` block. The handle has its `result` afterwards.
 
-        Timing costs a fraction of a microsecond a kernel. Before and after the block, measuring how fast memory is read takes
-        half a second each. Outside of the block nothing is timed.
+        Timing costs a fraction of a microsecond per kernel call. Before and after the block, the speed at which memory is read
+        is measured, which takes half a second each time. Outside of the block nothing is timed.
 
             with engine.profile() as profile:
                 engine.generate("你好")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class BelleError(Exception):
-    """Something that the user gave, or the user's host, does not fit.
+    """The user's input or host does not fit; the message is one sentence.
 
-    `stage` is the part that noticed it, `what` is what does not fit. `found`, `expected` and `remedy` are phrases without a
-    full stop, which are left out of the sentence when empty. `node` names a graph node or a layer.
+    `stage` is the part of the program that found this, `what` is what does not fit. `found`, `expected` and `remedy` are
+    phrases without a full stop, which are left out of the sentence when empty. `node` names a graph node or a layer.
     """
 
     def __init__(self, stage: str, what: str, *, found: str = "", expected: str = "", remedy: str = "", node: str = "") -> None:

@@ -99,7 +99,7 @@ def usable_cores() -> list[int]:
 def memory_bytes() -> int:
     """The most memory that this process could get: the machine's, or the container's limit where that is smaller.
 
-    What is free at the moment says little: weights are mapped, so that their pages can be reclaimed.
+    The memory that is free now says little: weights are mapped, so that the system can reclaim their pages.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:

@@ -1,4 +1,4 @@
-"""From an engine directory to the parts of an engine, in one process or as one of several ranks."""
+"""Loads the parts of an engine from its directory, in one process or as one of several ranks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,12 @@ def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, 
     return manifest, *_load_rank(directory, manifest, options, None)
 
 
-def check_ranks(manifest: Manifest, wanted: int) -> None:
-    """Raise `EngineError` where an engine was built for another number of ranks."""
+def check_ranks(manifest: Manifest, requested: int) -> None:
+    """Raise `EngineError` where an engine was built for another number of ranks than `requested`."""
     count = manifest.target.ranks
-    if wanted != count:
-        raise _other_ranks(
-            str(wanted), count, f"run it with {count}, or make an engine for {wanted} with belle-compile repartition"
-        )
+    if requested != count:
+        remedy = f"run it with {count}, or make an engine for {requested} with belle-compile repartition"
+        raise _other_ranks(str(requested), count, remedy)
 
 
 def _other_ranks(found: str, count: int, remedy: str) -> EngineError:
@@ -72,7 +71,7 @@ def _load_rank(
 
 
 def _load_ranks(directory: Path, options: Options, collectives: Collectives) -> tuple[Manifest, Tokenizer, Executor]:
-    """Load this rank and agree with the others that they belong together; what does not fit is said once, by rank 0."""
+    """Load this rank, and check with the others that they belong to one engine. Only rank 0 raises the error if they do not."""
     timeout_s = ranks.timeout_s()
     try:
         manifest = read_manifest(directory)

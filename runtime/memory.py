@@ -33,8 +33,8 @@ def anonymous(size: int) -> NDArray[np.uint8]:
 
 
 def _request_huge_pages(mapped: mmap.mmap) -> None:
-    """Request huge pages for a large mapping. Of a file, Linux maps as huge pages only what its page cache holds in pieces of
-    that size: what was written that way, or is read from now on."""
+    """Request huge pages for a large mapping. Linux maps a file with huge pages only where its page cache holds pieces of that
+    size: where the file was written in such pieces, or is read after this call."""
     if len(mapped) >= 4 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -126,11 +126,11 @@ class Recorder:
         self._left_out_s += seconds
 
     def step(self, run: Callable[[], None], more: Callable[[], bool]) -> None:
-        """Run one step. The time until the next step counts too if `more()` says that there is more to do."""
+        """Run one step. The time until the next step counts too if `more()`, whether there is more work, returns True."""
         started = self._resumed or _clock()
         self._walk, self._left_out_s = None, 0.0
         run()
-        if self._walk is not None:  # else the step had nothing left to run
+        if self._walk is not None:  # None: the step had no kernel calls to run
             self._add(_clock() - started - self._left_out_s, *self._walk)
         self._resumed = _clock() if more() else 0.0
 

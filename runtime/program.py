@@ -177,10 +177,10 @@ class Candidates:
 @dataclass(frozen=True)
 class Launch:
     """How a GPU starts a kernel: the function's name in its module, the threads of a block, the bytes of dynamic shared memory,
-    and the grid: `grid` blocks, its first axis once for every `rows` rows, or once where `rows` is 0.
+    and the `grid` of blocks, whose first axis is multiplied by the number of groups of `rows` rows (by 1 where `rows` is 0).
 
-    A kernel that may `overlap` can be started while the kernels before it still run, and waits for them itself. The rest is for
-    reports: registers and bytes of local memory of a thread, and the tensor-core instructions in the machine code.
+    A kernel that may `overlap` can be started while the kernels before it still run, and waits for them itself. The other
+    fields are for reports: registers and bytes of local memory of a thread, and the tensor-core instructions of the code.
     """
 
     symbol: str
@@ -213,7 +213,7 @@ class Program:
 
     It is the part of rank `rank` of `ranks`, which run the step together. `vocab_size` is the model's; `kv` has the heads of
     this rank. On a GPU every kernel has an entry in `launches`, and may have `alternatives`, by the bound that a call gives it
-    ("any" for None): kernels that compute the same from the same arguments for so many rows. The host runs the fastest of them.
+    ("any" for None): kernels that compute the same from the same arguments up to this bound. The host runs the fastest of them.
     """
 
     max_tokens: int
@@ -360,7 +360,7 @@ def _call_from_plain(plain: Any, refuse: Refuse, where: str) -> Call:
 
 
 def _check(program: Program, refuse: Refuse) -> None:
-    """Check that sizes are possible, arguments lie where they may, and every call has a kernel for every row count."""
+    """Check that sizes are valid, arguments lie within their buffers, and every call has a kernel for every row count."""
     for name in ("max_tokens", "max_rows", "max_sequences", "max_blocks", "vocab_size"):
         if getattr(program, name) < 1:
             raise refuse(name, str(getattr(program, name)), "at least 1")
@@ -402,10 +402,10 @@ def _check_launches(program: Program, refuse: Refuse) -> None:
             raise refuse(
                 f"launches.{name}", f"grid {launch.grid}, {launch.threads} threads", "a grid of three, 1 to 1024 threads"
             )
-    if best := program.candidates:
-        size = 4 * best.capacity * program.max_rows
-        ends = best.counts + 4 * program.max_rows, best.places + size, best.values + size
-        if min(best.counts, best.places, best.values) < 0 or max(ends) > program.arena_bytes or best.capacity < 1:
+    if layout := program.candidates:
+        size = 4 * layout.capacity * program.max_rows
+        ends = layout.counts + 4 * program.max_rows, layout.places + size, layout.values + size
+        if min(layout.counts, layout.places, layout.values) < 0 or max(ends) > program.arena_bytes or layout.capacity < 1:
             raise refuse("candidates", f"bytes up to {max(ends)}", "rows in the arena")
 
 

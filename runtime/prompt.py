@@ -20,7 +20,7 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """A prompt template, compiled once. Builds render it as the runtime does, so that what one accepts the other does too."""
+    """A prompt template, compiled once. Builds and the runtime both use this class, and so accept the same templates."""
 
     def __init__(self, template: PromptTemplate) -> None:
         """Raises `EngineError` for a template that is not Jinja."""

@@ -11,7 +11,7 @@ from belle_compile.runtime.artifact import SpecialTokens
 from belle_compile.runtime.errors import EngineError
 
 _REPLACEMENT = "\ufffd"
-# A character has at most 4 bytes, and so at most 4 tokens. Bytes that are not text after more tokens than that never will be.
+# A character has at most 4 bytes, and so at most 4 tokens. Bytes that make no character after more tokens than that never will.
 _MOST_PENDING_TOKENS = 8
 
 
@@ -35,7 +35,7 @@ class Tokenizer:
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Return token ids. They begin with one BOS token if `add_bos` says so; None is the model's setting."""
+        """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = self.special.bos
         if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:

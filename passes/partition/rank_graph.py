@@ -24,7 +24,7 @@ class RankGraph:
     """The graph of rank `rank` of `ranks`: `rebuild` is called for each node of the whole graph, in order.
 
     `parts` are the channels that the rank has of each divided value; `new` maps values of the whole graph to the rank's values;
-    `weights` are the rank's parts of weights, by the weight, the ranges and the axis that they are made from.
+    `weights` are the rank's weights, by a key of what they are made from (a weight, ranges and an axis).
     """
 
     parts: Mapping[ir.Value, Ranges]

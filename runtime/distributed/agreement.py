@@ -1,7 +1,7 @@
-"""What ranks tell each other once they are loaded: that they are ranks of one engine, and what they have together.
+"""The check of loaded ranks that they belong to one engine, and their agreement on what they serve together.
 
-Each rank sends rank 0 a report, or the error that kept it from loading. Rank 0 judges them and sends all ranks its verdict, so
-that one error is shown and every rank knows of it.
+Each rank sends rank 0 a report, or the error that kept it from loading. Rank 0 judges the reports and sends its verdict to all
+ranks, so that one error is shown and every rank ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What ranks have together: the spans of all in the order of ranks, and as many blocks as the rank with the fewest."""
+    """What all ranks serve together: their `spans` in order, and as many KV `blocks` as the rank with the fewest has."""
 
     spans: tuple[tuple[int, int], ...]
     blocks: int
@@ -60,15 +60,16 @@ def refuse(error: BelleError, collectives: Collectives, timeout_s: float) -> NoR
     _end(_verdict({"error": error_fields(error)}, collectives, timeout_s), collectives)
 
 
-def _verdict(own: dict[str, Any], collectives: Collectives, timeout_s: float) -> dict[str, Any]:
+def _verdict(report: dict[str, Any], collectives: Collectives, timeout_s: float) -> dict[str, Any]:
+    """Send this rank's report, or its error, to rank 0; return rank 0's verdict on all."""
     verdict: dict[str, Any] = json.loads(
-        collectives.agree(json.dumps(own).encode(), judge(collectives.ranks, timeout_s), timeout_s)
+        collectives.agree(json.dumps(report).encode(), judge(collectives.ranks, timeout_s), timeout_s)
     )
     return verdict
 
 
 def _end(verdict: dict[str, Any], collectives: Collectives) -> NoReturn:
-    # If a rank is absent, rank 0 ends all of them once its error is shown. Of different exit codes Hydra returns any one.
+    # If a rank is absent, rank 0 ends all of them once its error is shown. Where exit codes differ, Hydra returns any of them.
     if collectives.rank or verdict["all"]:
         collectives.close()
     if collectives.rank:

@@ -20,7 +20,7 @@ from belle_compile.runtime.memory import anonymous
 _SPINS = 300  # polls in a row before yielding the core between polls
 _YIELDS = 20_000  # polls of an idle rank, yielding the core, before it sleeps between polls: about 10 ms
 _SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
-_LAST_OUTPUT_S = 0.3  # for mpiexec to pass on what ranks have printed
+_LAST_OUTPUT_S = 0.3  # time for mpiexec to pass on what ranks have printed
 _REPORT, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # MPI tags
 
 
@@ -31,7 +31,7 @@ class Collectives(Protocol):
     ranks: int
     ranks_here: int  # ranks on this host
     rank_here: int  # this rank's number among those
-    sharing: int  # how many of those may run on the cores of this rank, itself included
+    sharing: int  # how many ranks of this host may run on the cores of this rank, itself included
     shared: SharedSums | None  # where all ranks are on one host: the memory in which kernel libraries sum
 
     def memory(self, size: int) -> NDArray[np.uint8]:
@@ -89,10 +89,10 @@ class MpiCollectives:
         self._mpi = MPI
         self._comm: Any = MPI.COMM_WORLD.Dup()
         self.rank, self.ranks = int(self._comm.rank), int(self._comm.size)
-        here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.ranks_here, self.rank_here = int(here.size), int(here.rank)
+        host_comm = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.ranks_here, self.rank_here = int(host_comm.size), int(host_comm.rank)
         cores = os.sched_getaffinity(0)
-        self.sharing = sum(1 for others in here.allgather(cores) if others & cores)
+        self.sharing = sum(1 for rank_cores in host_comm.allgather(cores) if rank_cores & cores)
         shared = self.ranks_here == self.ranks if shared is None else shared
         self.shared = SharedSums(self._comm, MPI) if shared else None
         self._clean, self._abort = False, abort

@@ -22,7 +22,7 @@ _HEADER = 3
 
 
 class RankedExecutor:
-    """Rank 0: sends the other ranks each step, runs its own part of it, and puts the logits of all together.
+    """Rank 0: sends the other ranks each step, runs its own part of it, and joins the logits of all ranks.
 
     A step that fails here leaves the other ranks in the middle of it, so no step can follow it.
     """
@@ -40,18 +40,18 @@ class RankedExecutor:
         self._failed = False
 
     def step(self, batch: StepBatch) -> candidates.Rows:
-        """Run `batch` on all ranks; the logits that its `candidates` ask for."""
+        """Run `batch` on all ranks; return the logits that its `candidates` request."""
         if self._failed:
             remedy = "load the engine again in a new process"
             raise EngineError("ranks", "an earlier step failed, and the ranks are out of step since", remedy=remedy)
-        self._failed = True  # until the step is through
+        self._failed = True  # until the step has succeeded
         self._collectives.broadcast(self._message, _write(batch, self._sent_table, self._message))
         logits = self._local.step(batch)
         rows: list[candidates.Row] = []
         if batch.rows:
-            own = self._results[0]
-            length = candidates.pack(logits, self._spans[0][1], _requested(batch), own)
-            self._collectives.gather(own, length, self._results)
+            local_result = self._results[0]
+            length = candidates.pack(logits, self._spans[0][1], _requested(batch), local_result)
+            self._collectives.gather(local_result, length, self._results)
             rows = candidates.unpack(self._results, self._spans, batch.rows)
         self._failed = False
         return rows
@@ -67,11 +67,11 @@ class RankedExecutor:
 
 
 class ProfilableRankedExecutor(RankedExecutor):
-    """Rank 0 of an engine whose executors can be profiled. A profile shows this rank; sums count with their waiting."""
+    """Rank 0 of an engine whose executors can be profiled. A profile shows this rank; the time of a sum includes waiting."""
 
     def __init__(self, local: RankExecutor, collectives: Collectives, agreement: Agreement) -> None:
         super().__init__(local, collectives, agreement)
-        assert isinstance(local, ProfilableExecutor), "`ranked_executor` has seen to it"
+        assert isinstance(local, ProfilableExecutor), "checked by `ranked_executor`"
         self.program, self.isa, self.threads = local.program, local.isa, local.threads
         self._profilable = local
 
@@ -91,7 +91,7 @@ def ranked_executor(local: RankExecutor, collectives: Collectives, agreement: Ag
 
 
 def serve(local: RankExecutor, collectives: Collectives) -> None:
-    """Run the steps that rank 0 sends, on any other rank, until it says that there are no more."""
+    """Run the steps that rank 0 sends, on any other rank, until rank 0 sends that there are no more."""
     batch, count = _with_candidates(local.batch), local.span[1]
     message = np.empty(_message_size(batch), np.int32)
     result = np.empty(candidates.message_size(batch.max_rows, count), np.int32)
@@ -108,14 +108,15 @@ def serve(local: RankExecutor, collectives: Collectives) -> None:
 
 
 def _with_candidates(batch: StepBatch) -> StepBatch:
-    """The same buffers, with one for candidates in any case: it saves messages where it saves a rank nothing."""
+    """A batch over the same buffers that always has one for candidates: these shorten the messages between ranks even where the
+    executor computes whole rows."""
     requested = np.zeros(batch.max_rows, np.int32) if batch.candidates is None else batch.candidates
     return StepBatch(batch.token_ids, batch.positions, batch.sequences, batch.block_table, batch.logit_rows, requested)
 
 
 def _requested(batch: StepBatch) -> NDArray[np.int32]:
-    """The candidates of the rows of a step."""
-    assert batch.candidates is not None, "made with it"
+    """The numbers of candidates that a step requests, int32 [rows]."""
+    assert batch.candidates is not None, "made by `_with_candidates`"
     return batch.candidates[: batch.rows]
 
 
@@ -124,13 +125,13 @@ def _message_size(batch: StepBatch) -> int:
 
 
 def _inputs(batch: StepBatch) -> list[NDArray[np.int32]]:
-    """The inputs of a step besides the block table, as far as they count."""
-    of_tokens = [array[: batch.tokens] for array in (batch.token_ids, batch.positions, batch.sequences)]
-    return [*of_tokens, batch.logit_rows[: batch.rows], _requested(batch)]
+    """The used parts of a step's input buffers, without the block table."""
+    token_inputs = [array[: batch.tokens] for array in (batch.token_ids, batch.positions, batch.sequences)]
+    return [*token_inputs, batch.logit_rows[: batch.rows], _requested(batch)]
 
 
 def _write(batch: StepBatch, sent_table: NDArray[np.int32], message: NDArray[np.int32]) -> int:
-    """Write a step to `message`; returns its length. Rows of the block table that are as in `sent_table` are left out."""
+    """Write a step to `message`; returns its length. Rows of the block table that equal those of `sent_table` are left out."""
     changed = np.flatnonzero((batch.block_table != sent_table).any(axis=1))
     sent_table[changed] = rows = batch.block_table[changed]
     message[:_HEADER] = batch.tokens, batch.rows, len(changed)

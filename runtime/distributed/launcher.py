@@ -38,15 +38,15 @@ _NOISE = re.compile(
 
 
 class _Rank:
-    """What is known of a rank that has been started or has reported."""
+    """The state of a rank that has been started or has reported."""
 
     def __init__(self, number: int) -> None:
         self.number, self.process = number, 0
-        self.parent: socket.socket | None = None  # the connection of its parent, once it was started
-        self.line: socket.socket | None = None  # its own connection, once it has reported
-        self.silent_s = 0.0  # since its last message
+        self.parent: socket.socket | None = None  # the connection of its parent, once the rank was started
+        self.line: socket.socket | None = None  # the connection of the rank itself, once it has reported
+        self.silent_s = 0.0  # seconds since its last message
         self.exit: int | None = None  # the exit code that the rank announced
-        self.ended: int | None = None  # how it ended, by its parent: the exit code, or minus the signal that killed it
+        self.ended: int | None = None  # its exit code, or minus the signal that killed it, as its parent reported
         self.ended_s = float("inf")  # when it ended
         self.gone = False  # whether one of the two connections was closed
 
@@ -82,7 +82,7 @@ class Launcher:
         self._partial_line = b""
         self._signals: list[int] = []  # received and not yet handled
         self._interrupted_s = float("-inf")  # when the last interrupt went to rank 0
-        self._asked_s = 0.0  # since ranks were last asked whether they are alive
+        self._asked_s = 0.0  # seconds since ranks were last asked whether they are alive
         self._select = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -146,12 +146,12 @@ class Launcher:
         return 1
 
     def _read_messages(self, timeout: float) -> None:
-        """Handle what arrives on any connection; waits up to `timeout` seconds for something."""
+        """Handle the messages and the output that have arrived; waits up to `timeout` seconds for the first."""
         for key, _ in self._select.select(timeout):
             key.data(key.fileobj)
 
     def _wait(self, seconds: float, until: Callable[[], bool]) -> None:
-        """Read messages until a condition holds, for so many seconds at most."""
+        """Read messages until a condition holds, for at most `seconds` seconds."""
         end = time.monotonic() + seconds
         while not until() and time.monotonic() < end:
             self._read_messages(_TICK_S)
@@ -176,18 +176,18 @@ class Launcher:
             return
         *lines, pending[0] = (pending[0] + data).split(b"\n")
         for text in lines:
-            what, value = json.loads(text)
-            if what == "started":
+            kind, value = json.loads(text)
+            if kind == "started":
                 self._started(value[0], value[1], line)
-            elif what == "hello":
+            elif kind == "hello":
                 self._greet(value, line)
             elif rank := self._rank_of(line):  # which a message before this one may have introduced
                 rank.silent_s = 0.0
-                if what == "error":
+                if kind == "error":
                     self._error = self._error or str(value)
-                elif what == "exit":
+                elif kind == "exit":
                     rank.exit = int(value)
-                elif what == "ended":
+                elif kind == "ended":
                     rank.ended, rank.ended_s = value
 
     def _rank_of(self, line: socket.socket) -> _Rank | None:
@@ -202,12 +202,12 @@ class Launcher:
                 rank.process, rank.parent = process, line
 
     def _greet(self, number: int, line: socket.socket) -> None:
-        """Handle the first message of a rank. After that of the last one, let all go on, rank 0 with our input and outputs."""
+        """Handle the first message of a rank. Once all have sent one, let them continue, rank 0 with our input and outputs."""
         self._ranks.setdefault(number, _Rank(number)).line = line
         if self._absent():
             return
         for rank in self._ranks.values():
-            assert rank.line, "none is absent"
+            assert rank.line, "no rank is absent"
             rank.silent_s = 0.0
             with contextlib.suppress(OSError):  # the rank is gone; its closed connection shows that
                 socket.send_fds(rank.line, [b"!"], [] if rank.number else _standard_files())
@@ -245,19 +245,18 @@ class Launcher:
             self._error = str(EngineError("ranks", f"{rank.name} does not answer", found=state))
 
     def _late_error(self) -> str:
-        names = f"{_names(self._absent())} did not start"
+        what = f"{_names(self._absent())} did not start"
         remedy = "look at what holds it up, or give it more time with --rank-timeout"
-        found = (
-            self._last_output() or f"nothing within {self._timeout_s:g} s"
-        )  # mpiexec reports nothing of ranks that fail early
-        return str(EngineError("ranks", names, found=found, remedy=remedy))
+        # The last output is all that there is to show of a rank that failed early: mpiexec reports nothing about it.
+        found = self._last_output() or f"nothing within {self._timeout_s:g} s"
+        return str(EngineError("ranks", what, found=found, remedy=remedy))
 
     def _ranks_have_ended(self) -> bool:
         """Whether rank 0 has ended and, if it succeeded, the others too; if it failed, they may be waiting for it."""
         return all(rank.ended is not None for number, rank in self._ranks.items() if number == 0 or not self._ranks[0].exit)
 
     def _end_error(self) -> str:
-        """The error for the rank that ended first. It is known, since its parent keeps MPI from ending the others."""
+        """The error for the rank that ended first, which is known, since its parent keeps MPI from ending the others."""
         self._wait(_LAST_OUTPUT_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
         first = min((rank for rank in self._ranks.values() if rank.lost), key=lambda rank: rank.ended_s, default=None)
         absent = self._absent()
@@ -272,7 +271,7 @@ class Launcher:
         return str(EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it"))
 
     def _release_parents(self) -> None:
-        """Let the parents of ranks end; they kill the ranks that are left. Then mpiexec ends, and its last output is read."""
+        """Let the parents of ranks end, which kill the ranks that still run. Then mpiexec ends, and its last output is read."""
         for rank in self._ranks.values():
             if rank.parent:
                 with contextlib.suppress(OSError):
@@ -281,7 +280,7 @@ class Launcher:
         self._read_messages(0)
 
     def _last_output(self) -> str:
-        """The last line of mpiexec and ranks that is not about ranks that ended."""
+        """The last line that mpiexec or a rank printed, apart from MPI's lines about ranks that ended."""
         return next((line for line in reversed(self._output) if not _NOISE.match(line)), "")
 
     def _absent(self) -> list[int]:
@@ -301,7 +300,7 @@ class Launcher:
                 print(text, file=sys.stderr, flush=True)  # such as a traceback
 
     def _end_all(self) -> None:
-        """Kill what is left of the run: all processes that have its address in their environment."""
+        """Kill the remaining processes of the run: all that have its address in their environment."""
         end = time.monotonic() + _END_S
         while _kill_all(self._address) and time.monotonic() < end:
             time.sleep(0.02)

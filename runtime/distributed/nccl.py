@@ -27,14 +27,14 @@ class Nccl:
 
     def unique_id(self) -> bytes:
         """Make the identifier of a new communicator. One rank makes it and sends it to the others."""
-        made = _UniqueId()
-        self._call("ncclGetUniqueId", ctypes.byref(made))
-        return ctypes.string_at(ctypes.byref(made), ID_BYTES)
+        identifier = _UniqueId()
+        self._call("ncclGetUniqueId", ctypes.byref(identifier))
+        return ctypes.string_at(ctypes.byref(identifier), ID_BYTES)
 
     def join(self, identifier: bytes, ranks: int, rank: int) -> None:
         """Join the communicator; waits until all ranks have joined it."""
-        made = _UniqueId.from_buffer_copy(identifier)
-        self._call("ncclCommInitRank", ctypes.byref(self._comm), ctypes.c_int(ranks), made, ctypes.c_int(rank))
+        unique_id = _UniqueId.from_buffer_copy(identifier)
+        self._call("ncclCommInitRank", ctypes.byref(self._comm), ctypes.c_int(ranks), unique_id, ctypes.c_int(rank))
 
     def all_reduce(self, address: int, count: int, stream: int) -> None:
         """Enqueue on a stream the sum over ranks of `count` float32 at an address, in place."""

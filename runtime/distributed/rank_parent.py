@@ -1,7 +1,7 @@
-"""The parent of one rank: starts it, tells our launcher how it ended, and kills it when the launcher closes the connection.
+"""The parent of one rank: starts it, reports to our launcher how it ended, and kills it when the launcher disconnects.
 
-MPI's own launcher kills all ranks as soon as it sees one end, after which nobody can tell which one ended first. It sees this
-process instead, which stays until our launcher has been told. Each rank has one, run as a script without the package:
+MPI's own launcher kills all ranks as soon as it sees one end, after which it is unknown which one ended first. It sees this
+process instead, which stays until our launcher has its report. Each rank has one, run as a script without the package:
 
     python -I -S rank_parent.py SOCKET COMMAND...
 """
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         line.connect(address)
     except OSError:
-        return 1  # the launcher has ended, so nobody can be told
+        return 1  # the launcher has ended, so there is nothing to report to
     rank = subprocess.Popen(command, close_fds=False)  # the rank inherits its connection to MPI's launcher
     handle = os.pidfd_open(rank.pid)
     with contextlib.suppress(OSError):  # then the launcher is gone, and `select` returns at once

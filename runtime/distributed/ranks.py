@@ -36,7 +36,7 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of a process with this environment among ranks that mpiexec or srun started; None for a process on its own."""
+    """The place of a process with this environment among ranks that mpiexec or srun started; None where it is the only one."""
     for rank, ranks in PLACES:
         with contextlib.suppress(KeyError, ValueError):
             result = Place(int(environment[rank]), int(environment[ranks]))
@@ -64,17 +64,17 @@ class Line:
     A thread answers the launcher's questions whether the rank is alive, and ends the rank when the launcher is gone.
     """
 
-    def __init__(self, here: Place) -> None:
-        """Report to the launcher, and wait until all ranks have. Rank 0 then takes over the launcher's input and outputs."""
+    def __init__(self, own_place: Place) -> None:
+        """Report to the launcher, and wait until all ranks have done so. Rank 0 then takes over the standard files."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lock = threading.Lock()
         try:
             self._socket.connect(os.environ[LAUNCHER])
         except OSError:
-            sys.exit(1)  # the launcher has ended, so nobody can be told
-        if here.rank:
+            sys.exit(1)  # the launcher has ended, so there is nothing to report to
+        if own_place.rank:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
-        self.say("hello", here.rank)
+        self.say("hello", own_place.rank)
         started, handles, _, _ = socket.recv_fds(self._socket, 1, 3)
         if not started:
             os._exit(1)
@@ -91,9 +91,9 @@ class Line:
     def _answer(self) -> None:
         while True:
             try:
-                asked = self._socket.recv(1)
+                question = self._socket.recv(1)
             except OSError:
-                asked = b""
-            if not asked:
+                question = b""
+            if not question:
                 os._exit(1)  # the launcher is gone
             self.say("alive")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SLOT_FLOATS = 64 * 1024  # of one slot of a rank; longer sums are made in pieces, which stay in cache
+SLOT_FLOATS = 64 * 1024  # floats in each of a rank's two slots; longer sums are made in such pieces, which stay in cache
 _SHARED_FILES = "/dev/shm"
 _LINE = 64  # bytes of a cache line, which holds a rank's flags
 
@@ -30,11 +30,11 @@ class _Sums(ctypes.Structure):
 
 
 class SharedSums:
-    """A rank's view of that memory. All ranks make it together, and call `memory` together, once at most."""
+    """A rank's view of the memory for sums. All ranks create it together, and call `memory` together, at most once."""
 
     def __init__(self, comm: Any, mpi: Any) -> None:
-        own = 4 * 2 * SLOT_FLOATS + _LINE
-        self._windows = [mpi.Win.Allocate_shared(own, 1, comm=comm)]  # kept: they are the memory
+        rank_bytes = 4 * 2 * SLOT_FLOATS + _LINE
+        self._windows = [mpi.Win.Allocate_shared(rank_bytes, 1, comm=comm)]  # kept alive, since the windows own the memory
         maps = _maps(self._windows[0], int(comm.size))
         maps[comm.rank][:_LINE] = 0
         self._lines = _addresses(maps)
@@ -60,12 +60,12 @@ class SharedSums:
             return None
         self._windows.append(mpi.Win.Allocate_shared(size, 1, comm=comm))
         maps = _maps(self._windows[1], int(comm.size))
-        own: NDArray[np.uint8] = maps[comm.rank]
-        own[:] = 0
+        arena: NDArray[np.uint8] = maps[comm.rank]
+        arena[:] = 0
         self._arenas = _addresses(maps)
-        self._sums.arenas, self._sums.arena_bytes = self._arenas.ctypes.data, len(own)
+        self._sums.arenas, self._sums.arena_bytes = self._arenas.ctypes.data, len(arena)
         comm.Barrier()
-        return own
+        return arena
 
 
 def _maps(window: Any, ranks: int) -> list[NDArray[np.uint8]]:

@@ -1,6 +1,6 @@
 """The registry of executors: which one runs the engines of which backend.
 
-A further backend calls `register_executor` with a factory of its own; no other file of the runtime knows it.
+A further backend calls `register_executor` with a factory of its own; no other file of the runtime names it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "register_executor",
 ]
 
-# By `target.backend` of the manifest.
+# The factories, by `target.backend` of the manifest.
 EXECUTORS: dict[str, ExecutorFactory] = {"tvm": CpuFactory(), "triton": CudaFactory()}
 
 

@@ -1,4 +1,4 @@
-"""What an executor is: it runs the steps of an engine. Two further protocols are for profiles and for several ranks."""
+"""The protocol of an executor, which runs the steps of an engine, and two further ones: for profiles and for several ranks."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Executor(Protocol):
     def step(self, batch: StepBatch) -> Rows:
         """Compute the logits of `batch.rows` rows, valid until the next step.
 
-        `batch` is the executor's own, or another one over the same buffers with counts of its own.
+        `batch` is the executor's `batch`, or another one over the same buffers with other counts.
         """
         ...
 
@@ -109,10 +109,13 @@ class ProfilableExecutor(Executor, Protocol):
 
 @runtime_checkable
 class RankExecutor(Executor, Protocol):
-    """An executor that can be one of several ranks. Its logits are those of a part of the vocabulary."""
+    """An executor that can be one of several ranks. It computes the logits of a part of the vocabulary.
 
-    span: tuple[int, int]  # of its logits: the first token, and how many tokens
-    sums: Sequence[tuple[str, int]]  # over ranks, in the order of a step: rows ("T" or "R") and width; the same on all ranks
+    `sums` are the sums over ranks in the order of a step, the same on all ranks: their rows ("T" or "R") and width.
+    """
+
+    span: tuple[int, int]  # the part of the vocabulary: its first token, and the number of its tokens
+    sums: Sequence[tuple[str, int]]
 
     def join(self, collectives: Collectives) -> None:
         """Connect to the other ranks. All ranks call it before the first step, once all are ready."""

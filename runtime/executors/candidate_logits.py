@@ -13,8 +13,8 @@ COPIED = 512  # candidates of a row that are copied with every step
 
 
 class CandidateLogits:
-    """Fetches the candidates of a program (`Program.candidates`): the first of each row with every step, and the rest of a row
-    that has more."""
+    """Fetches the candidates of a program (`Program.candidates`): the first `COPIED` of each row with every step, and all of a
+    row that has more."""
 
     def __init__(self, program: Program, device: Device, arena: int) -> None:
         """`arena` is the arena's address on the device."""
@@ -27,14 +27,14 @@ class CandidateLogits:
         self._fetched = device.host_memory(4 * max(2 * self._layout.capacity * self._rows, self._logits.count))
 
     def download(self, rows: int) -> None:
-        """Enqueue the copies of the counts and the first candidates of so many rows."""
+        """Enqueue the copies of the counts and the first candidates of `rows` rows."""
         rows, layout = min(rows, self._rows), self._layout
         self._device.download(self._counts[: 4 * rows], self._arena + layout.counts)
         for copied, offset in ((self._places, layout.places), (self._values, layout.values)):
             self._device.download_rows(copied.reshape(self._rows, -1)[:rows], self._arena + offset, 4 * layout.capacity)
 
     def read(self, rows: int) -> list[Row]:
-        """The logits of so many rows, once the copies of `download` are through.
+        """The logits of `rows` rows, once the copies of `download` have completed.
 
         A row is its candidates in ascending order of tokens, or whole where it has more candidates than the program keeps.
         """

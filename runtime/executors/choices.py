@@ -14,7 +14,7 @@ from typing import Any
 from belle_compile.runtime.executors.device import Device
 from belle_compile.runtime.program import PROGRAM_NAME, Call, Program, When
 
-_CALLS = 16  # of one kernel, measured one after the other: each has its own weights, so that no cache holds them
+_CALLS = 16  # calls of a kernel measured one after the other: each has its own weights, so that no cache holds them
 _TRIES = 3
 ANY = "any"  # stands for the bound None
 
@@ -23,7 +23,7 @@ class Choices:
     """The kernel that runs in place of each kernel with alternatives, by its name and the bound of its rows."""
 
     def __init__(self, directory: Path, device: Device) -> None:
-        """Read what was measured earlier for this program on this kind of device, if anything."""
+        """Read the choices that an earlier load made for this program on this kind of device, if there are any."""
         slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
         self._path = directory / f"choices-{slug}.json"
         program = hashlib.sha256((directory / PROGRAM_NAME).read_bytes()).hexdigest()
@@ -35,7 +35,7 @@ class Choices:
                 self.chosen = dict(plain["choices"])
 
     def known(self, program: Program) -> bool:
-        """Whether nothing needs to be measured: for every kernel with alternatives one of them, or itself, is chosen."""
+        """Whether nothing needs to be measured: for every kernel with alternatives, itself or one of them is chosen."""
         chosen = self.chosen or {}
         return all(
             chosen.get(key(name, None if bound == ANY else int(bound))) in (name, *others)
@@ -44,7 +44,7 @@ class Choices:
         )
 
     def best(self, name: str, bound: int | None) -> str:
-        """The kernel to run in place of `name`, which a call has for up to `bound` rows."""
+        """The kernel to run in place of `name`, the kernel of a call for up to `bound` rows (None: any number)."""
         return (self.chosen or {}).get(key(name, bound), name)
 
     def keep(self, chosen: dict[str, str], seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
@@ -75,7 +75,7 @@ def measure(
     """Choose the fastest of the alternatives of every kernel among those `loaded`, unless they are chosen already.
 
     `launch(call, kernel, rows)` enqueues a kernel with a call's arguments; `pretend(when, rows)` fills the inputs of a step
-    with so many rows for calls of that sort.
+    with `rows` rows in which calls of the sort `when` run.
     """
     if choices.known(program):
         return

@@ -99,7 +99,7 @@ class CpuExecutor:
         self.threads = self._pool.threads
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Run `batch`; float32 logits [rows, vocab_size] in the arena, valid until the next step."""
+        """Run `batch`; return float32 logits [rows, tokens of `span`] in the arena, valid until the next step."""
         tokens, rows = batch.tokens, batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
         # Where no logits are requested, as in the first chunks of a long prompt, everything behind the last layer is left out.
@@ -149,14 +149,14 @@ class CpuExecutor:
         calls = [self.program.calls[number] for number in numbers]
         if self._collectives is None or self._collectives.shared:
             addresses = [self._addresses(call, counts[call.rows]) for call in calls]
-            bound: CallList | SummedLists = CallList(self._pool, addresses, self._prefetches(calls))
+            call_list: CallList | SummedLists = CallList(self._pool, addresses, self._prefetches(calls))
         else:
-            mixed = [
+            calls_and_sums = [
                 self._sum(call, call.all_reduce) if call.all_reduce else self._addresses(call, counts[call.rows])
                 for call in calls
             ]
-            bound = SummedLists(self._pool, mixed, self._collectives)
-        self._lists[key] = bound, np.array(numbers)
+            call_list = SummedLists(self._pool, calls_and_sums, self._collectives)
+        self._lists[key] = call_list, np.array(numbers)
         if self._recorder:
             self._recorder.leave_out(time.perf_counter() - started)
         return self._lists[key]
@@ -198,7 +198,7 @@ class CpuExecutor:
 
 def next_weights(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[str]:
     """For each call the tensor to fetch while it runs: the largest one read by the first of the later calls that reads at least
-    `_PREFETCH_BYTES`. The calls of the next step follow the last one. "" for all where no call reads so much."""
+    `_PREFETCH_BYTES`. The calls of the next step follow the last one. "" for every call where no call reads that much."""
     largest = ["" if call.bytes < _PREFETCH_BYTES else _largest(call, sizes) for call in calls]
     following, names = next(filter(None, largest), ""), []
     for name in reversed(largest):
@@ -239,14 +239,14 @@ def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
 
 
 def allow_amx() -> bool:
-    """Request the tile registers from Linux (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); whether it grants them. Threads that
-    are started later inherit the permission."""
+    """Request the tile registers from Linux (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); return whether it grants them. Threads
+    that are started later inherit the permission."""
     sys_arch_prctl, arch_req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0
 
 
 def kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_here: int) -> int:
-    """Blocks of the KV cache: for `kv_tokens`, by default what half of the memory beside the weights holds.
+    """The number of blocks of the KV cache: for `kv_tokens`, by default what half of the memory beside the weights holds.
 
     The `ranks_here` ranks of this host share its memory evenly. Raises `EngineError` where `kv_tokens` do not fit.
     """
@@ -263,7 +263,7 @@ def kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_
 
 
 def _check_rank(program: Program, directory: Path, collectives: Collectives | None) -> None:
-    """Raise `EngineError` where a program is another rank's than this process."""
+    """Raise `EngineError` where a program belongs to another rank than this process."""
     found, expected = (collectives.rank, collectives.ranks) if collectives else (0, 1), (program.rank, program.ranks)
     if found != expected:
         ranks = [f"rank {rank} of {count}" for rank, count in (found, expected)]

@@ -27,7 +27,7 @@ class CpuFactory(ExecutorFactory):
         check_memory(target, ranks_here)
 
     def usable_isas(self, target: TargetInfo) -> Sequence[str]:
-        """Those that processor and engine have in common."""
+        """The instruction sets that processor and engine have in common, best first."""
         return [isa for isa in host.host_isas() if isa in target.isas]
 
     def load(self, request: LoadRequest) -> Executor:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from belle_compile.runtime.profiling import Recorder
 
 _MEASURED_CONTEXT = 512  # tokens of a sequence that attention is measured with
-_MAX_RECORDED = 64  # steps
+_MAX_RECORDED = 64  # recorded steps that are kept
 
 # What a step is recorded for: tokens and logit rows, rounded up; whether some tokens are the only ones of their sequence, and
 # whether some are not.
@@ -58,7 +58,7 @@ class CudaExecutor:
     copied to the host that the batch's `candidates` ask for.
     """
 
-    threads = 1  # of the host, in a profile
+    threads = 1  # threads of the host, as a profile shows them
 
     def __init__(
         self,
@@ -103,10 +103,11 @@ class CudaExecutor:
         self._scratch = self._device.allocate(program.scratch_bytes, "activations")
         self._kv = self._device.allocate(self.num_blocks * program.kv.block_bytes, "the KV cache")
         self._inputs = _Inputs(program, self._device)
-        named = self._inputs.arrays
+        arrays = self._inputs.arrays
         self.batch = StepBatch(
-            named["token_ids"], named["positions"], named["sequences"],
-            named["block_table"].reshape(program.max_sequences, program.max_blocks), named["logit_rows"], named["candidates"],
+            arrays["token_ids"], arrays["positions"], arrays["sequences"],
+            arrays["block_table"].reshape(program.max_sequences, program.max_blocks),
+            arrays["logit_rows"], arrays["candidates"],
         )  # fmt: skip
         self._candidates = CandidateLogits(program, self._device, self._arena)
 
@@ -123,7 +124,7 @@ class CudaExecutor:
         self._device.join(collectives)
 
     def step(self, batch: StepBatch) -> list[Row]:
-        """Run `batch`; the logits that its `candidates` ask for."""
+        """Run `batch`; return the logits that its `candidates` request."""
         self._device.enter()  # engines run steps on a thread that did not load them
         tokens, rows = batch.tokens, batch.rows
         self._inputs.set_counts(tokens, rows)
@@ -212,8 +213,8 @@ class CudaExecutor:
         recorder.walked(np.array(numbers), ends.astype(np.int64))
 
     def _pretend(self, when: When, rows: int) -> None:
-        """Fill the inputs with `rows` tokens for kernels that are measured: those of one prompt, or for calls of tokens that
-        are "alone", one of each of many sequences. Keys and values are whatever the cache holds."""
+        """Fill the inputs with `rows` tokens for kernels that are measured: one token each of many sequences for calls with
+        when = "alone", else the tokens of one prompt. Keys and values are whatever the cache holds."""
         batch, tokens = self.batch, np.arange(rows, dtype=np.int32)
         alone = when == "alone"
         batch.positions[:rows] = min(_MEASURED_CONTEXT, batch.max_context) - 1 if alone else tokens % batch.max_context
@@ -297,24 +298,25 @@ def _token_sorts(sequences: NDArray[np.int32]) -> tuple[bool, bool]:
 
 
 def choose_arch(carried: tuple[str, ...], device: Device) -> str:
-    """The architecture among those `carried` whose code the device runs: its own, or an older one of the same major version."""
-    own = device.arch
-    fitting = [arch for arch in carried if arch in GPU_ARCHS and arch[:-1] == own[:-1] and arch[-1] <= own[-1]]
+    """The newest architecture among those `carried` whose code the device runs: its own, or an older one of the same major
+    version. Raises `EngineError` where there is none."""
+    needed = device.arch
+    fitting = [arch for arch in carried if arch in GPU_ARCHS and arch[:-1] == needed[:-1] and arch[-1] <= needed[-1]]
     if not fitting:
-        expected, remedy = f"code for {own}", f"rebuild the engine for this GPU ({device.name})"
+        expected, remedy = f"code for {needed}", f"rebuild the engine for this GPU ({device.name})"
         raise EngineError(STAGE, f"kernels for {device.name}", found=", ".join(carried), expected=expected, remedy=remedy)
     return max(fitting)
 
 
 def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, device: Device) -> int:
-    """Blocks of the KV cache: for `kv_tokens`, by default what is left of the device's memory.
+    """The number of blocks of the KV cache: for `kv_tokens`, by default for what is left of the device's memory.
 
     Raises `EngineError` where they do not fit.
     """
     left = device.memory_bytes - weight_bytes - program.arena_bytes - program.scratch_bytes - GPU_RESERVE_BYTES
     most = left // program.kv.block_bytes
-    wanted = blocks_for(kv_tokens) if kv_tokens is not None else min(most, program.max_sequences * program.max_blocks)
-    if (kv_tokens is not None and kv_tokens < 1) or wanted > most or most < 1:
+    blocks = blocks_for(kv_tokens) if kv_tokens is not None else min(most, program.max_sequences * program.max_blocks)
+    if (kv_tokens is not None and kv_tokens < 1) or blocks > most or most < 1:
         parts = {"weights": weight_bytes, "activations": program.arena_bytes + program.scratch_bytes}
         needed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
         found = f"{device.memory_bytes / 2**30:.2f} GiB free"
@@ -324,4 +326,4 @@ def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, devic
             STAGE, what, found=found, expected=f"{needed}, and {block:.2f} MiB for every 16 tokens",
             remedy="load with fewer kv_tokens, or use a larger GPU",
         )  # fmt: skip
-    return wanted
+    return blocks

@@ -1,4 +1,4 @@
-"""A GPU through NVIDIA's driver, with the package `cuda-bindings` alone."""
+"""A GPU, used through NVIDIA's driver with no other package than `cuda-bindings`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGE = "cuda"
 _OLDEST_DRIVER = 12_080  # as the driver reports its version: CUDA 12.8
 _START = "cuLaunchKernelEx"
 _UNASKED_SHARED = 48 << 10  # bytes of shared memory that a kernel may use without an attribute
-_COPIED, _COPIES = 512 << 20, 4  # bytes of a copy that measures the bandwidth, and copies at each distance
+_COPIED, _COPIES = 512 << 20, 4  # bytes of each copy that measures the bandwidth, and number of copies at each distance
 _DISTANCES = tuple(megabytes << 20 for megabytes in (0, 1, 2, 5, 16, 33))  # from the end of the source to the target
 _STAGING = 64 << 20  # bytes of each of the two pinned buffers through which weights are copied
 
@@ -87,7 +87,7 @@ class CudaDevice:
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int, what: str) -> int:
-        """Allocate zeroed memory of the device; `what` it is for is named where there is too little."""
+        """Allocate zeroed memory of the device; raises an `EngineError` that names its use `what` where there is too little."""
         error, address = self._driver.cuMemAlloc(max(size, 1))
         if error != self._driver.CUresult.CUDA_SUCCESS:
             free = self._call("cuMemGetInfo")[0]
@@ -127,7 +127,7 @@ class CudaDevice:
     def launch(self, function: Any, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
         """Enqueue a kernel. One that may overlap starts early if what comes before it on the stream is a kernel.
 
-        Triton's kernels take two more pointers behind their arguments, to scratch memory that ours do not use.
+        Triton's kernels take two more pointers after their arguments, to scratch memory that ours do not use.
         """
         values = (*pointers, 0, 0)
         arguments = (values, (ctypes.c_void_p,) * len(values))
@@ -178,7 +178,7 @@ class CudaDevice:
         try:
             run()
         except BaseException:
-            self._driver.cuStreamEndCapture(self._stream)  # whose own error would hide the one that is raised
+            self._driver.cuStreamEndCapture(self._stream)  # not by `_call`, whose error would hide the one that is raised
             raise
         graph = self._call("cuStreamEndCapture", self._stream)
         try:

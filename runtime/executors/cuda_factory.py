@@ -1,4 +1,4 @@
-"""Engines for NVIDIA GPUs, one for each rank of a host."""
+"""Loads engines for NVIDIA GPUs: each rank of a host runs on the GPU with the rank's number on that host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from belle_compile.runtime.schema import to_plain
 
 
 class CudaFactory(ExecutorFactory):
-    """Loads `CudaExecutor`s. `threads` of a request mean nothing to them."""
+    """Loads `CudaExecutor`s, which ignore the `threads` of a request."""
 
     isas = host.GPU_ARCHS
 
@@ -24,7 +24,7 @@ class CudaFactory(ExecutorFactory):
         check_machine(target)
 
     def kernels(self, directory: Path) -> dict[str, Any]:
-        """Each kernel's kind, and what its machine code says of itself (`program.Launch`)."""
+        """Each kernel's kind and `program.Launch`, which has registers, memory and tensor-core instructions of its code."""
         program = read_program(directory)
         kinds = {name: call.kind for call in program.calls for _, name in call.kernels()}
         for name, by_bound in program.alternatives.items():

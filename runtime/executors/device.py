@@ -24,14 +24,14 @@ class Device(Protocol):
     name: str
     arch: str  # "sm_80"
     memory_bytes: int  # free when the device was opened
-    shared_bytes: int  # of shared memory that a block of threads may have
+    shared_bytes: int  # bytes of shared memory that a block of threads may have
 
     def enter(self) -> None:
         """Make this the calling thread's device."""
         ...
 
     def allocate(self, size: int, what: str) -> int:
-        """Allocate zeroed memory and return its address; raises `EngineError` that names `what` where there is too little."""
+        """Allocate zeroed memory, return its address; raises an `EngineError` with its use `what` where there is no room."""
         ...
 
     def host_memory(self, size: int) -> Bytes:
@@ -43,7 +43,7 @@ class Device(Protocol):
         ...
 
     def launch(self, function: Function, launch: Launch, rows: int, pointers: Sequence[int]) -> None:
-        """Enqueue a kernel for so many rows."""
+        """Enqueue a kernel for `rows` rows, with the addresses of its arguments."""
         ...
 
     def upload(self, address: int, source: Bytes) -> None:
@@ -79,7 +79,7 @@ class Device(Protocol):
         ...
 
     def all_reduce(self, address: int, count: int) -> None:
-        """Enqueue the sum over ranks of `count` float32, in place."""
+        """Enqueue the sum over ranks of `count` float32 values, in place."""
         ...
 
     def copy_bandwidth(self) -> float:
@@ -87,9 +87,9 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait until all that was enqueued has run; raises `EngineError` where something failed."""
+        """Wait until all enqueued work has run; raises `EngineError` where a part of it failed."""
         ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all memory, kernels and recordings."""
         ...

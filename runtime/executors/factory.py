@@ -1,4 +1,4 @@
-"""How the engines of a backend come to run: what they need of a host, and the executor that runs them."""
+"""The base class of executor factories, which check whether a host can run an engine and load its executor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """One rank to load: its `directory` (`ENGINE/rank0`), and what `Engine.load` was asked for; None leaves it to the executor.
+    """One rank to load: its `directory` (`ENGINE/rank0`), and the options of `Engine.load`; None leaves one to the executor.
 
     `collectives` connect it to the other ranks of an engine that has several.
     """
@@ -40,7 +40,7 @@ class LoadRequest:
 class ExecutorFactory(ABC):
     """Makes the executors of one backend's engines. Importing it is cheap: kernels and drivers are loaded by `load`.
 
-    `isas` are the words that a manifest may use for instruction sets; None allows any.
+    `isas` are the names of instruction sets that a manifest may use; None allows any.
     """
 
     isas: Sequence[str] | None = None
@@ -55,7 +55,7 @@ class ExecutorFactory(ABC):
         return target.isas
 
     def kernels(self, directory: Path) -> dict[str, Any]:
-        """What the files of a rank's directory say of its kernels, by name, for reports; by default nothing."""
+        """Facts about the kernels in a rank's directory, by name, for reports; empty by default."""
         return {}
 
     @abstractmethod
@@ -78,7 +78,7 @@ def check_machine(target: TargetInfo) -> None:
 
 
 def check_memory(target: TargetInfo, ranks_here: int) -> None:
-    """Raise `EngineError` where the host's memory is too small for so many ranks."""
+    """Raise `EngineError` where the host's memory is too small for `ranks_here` ranks."""
     memory, needed = host.memory_bytes(), ranks_here * target.requires.memory_bytes
     if memory < needed:
         expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks_here} ranks" if ranks_here > 1 else "")

@@ -31,7 +31,7 @@ class Few(NamedTuple):
 Row = NDArray[np.float32] | Few  # the logits after one token: of the whole vocabulary, or of candidates
 Rows = NDArray[np.float32] | list[Row]
 _CHUNK = 64  # logits of which one maximum is taken, to find the chunks that hold candidates
-ALL = -1  # in place of a number of candidates: the whole row follows, without ids
+ALL = -1  # stands in a message for a number of candidates where the whole row follows, without ids
 
 
 def message_size(rows: int, count: int) -> int:
@@ -39,14 +39,14 @@ def message_size(rows: int, count: int) -> int:
     return rows * (1 + count)
 
 
-def pack(logits: Rows, count: int, wanted: NDArray[np.int32], message: NDArray[np.int32]) -> int:
+def pack(logits: Rows, count: int, requested: NDArray[np.int32], message: NDArray[np.int32]) -> int:
     """Write what rank 0 needs from a rank whose part of the vocabulary has `count` tokens; returns the message's length.
 
-    Of row i these are the `wanted[i]` largest logits and those equal to the smallest of them; 0 asks for the whole row. A row
-    is written as the number of candidates, their indices in the part, and their values; or as `ALL` and all values.
+    Of row i these are the `requested[i]` largest logits and those equal to the smallest of them; 0 requests the whole row. A
+    row is written as the number of candidates, their indices in the part, and their values; or as `ALL` and all values.
     """
     end = 0
-    for row, most in zip(logits, wanted.tolist(), strict=True):
+    for row, most in zip(logits, requested.tolist(), strict=True):
         if isinstance(row, Few) and 4 * len(row.tokens) > count:
             whole = np.full(count, -np.inf, np.float32)
             whole[row.tokens] = row.values
@@ -72,7 +72,7 @@ def pack(logits: Rows, count: int, wanted: NDArray[np.int32], message: NDArray[n
 
 
 def unpack(messages: Sequence[NDArray[np.int32]], spans: Sequence[tuple[int, int]], rows: int) -> list[Row]:
-    """Join the messages of all ranks to `rows` rows; `spans` are the (first token, number of tokens) of each rank's part."""
+    """Join the messages of all ranks into `rows` rows; `spans` are the (first token, number of tokens) of each rank's part."""
     vocabulary = spans[-1][0] + spans[-1][1]
     joined: list[Row] = []
     ends = [0] * len(messages)

@@ -104,7 +104,7 @@ class BlockTable:
 
     def free(self) -> None:
         """Release every block and cancel what is left of the reservation. The table is empty afterwards."""
-        for block in reversed(self.blocks):  # the first is taken next
+        for block in reversed(self.blocks):  # so that the pool takes the sequence's first block next
             self._pool.release(block)
         self._pool.cancel(self._reserved)
         self.blocks, self._reserved, self.capacity = [], 0, 0

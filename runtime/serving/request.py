@@ -13,7 +13,7 @@ from typing import Any
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 
-KEY_VERSION = 1  # of what `Request.key` digests and how
+KEY_VERSION = 1  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
 NOT_IN_KEY = frozenset({"prompt_lookup"})
 
@@ -40,9 +40,9 @@ class SamplingParams:
     prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `EngineError` for a value of another type, or one that no distribution has."""
-        several = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
-        object.__setattr__(self, "stop", tuple(self.stop) if several else (self.stop,))
+        """Raise `EngineError` for a value of another type or outside of its range; a single stop string becomes a tuple."""
+        is_list = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
+        object.__setattr__(self, "stop", tuple(self.stop) if is_list else (self.stop,))
         _check_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 or more")
         _check_whole("top_k", self.top_k, 0, "0 (off) or more")
         _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
@@ -122,7 +122,7 @@ class Request:
     def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
         """Fill in what `params` leaves open; raises `EngineError` when prompt and answer are too long.
 
-        A `max_new_tokens` that was asked for is kept or refused. The engine's default is cut to the room behind the prompt.
+        A `max_new_tokens` of `params` is kept or refused. The engine's default is cut to the room after the prompt.
         """
         generation, limits = defaults.generation, defaults.limits
         limits.check(len(prompt) + 1, "the prompt and one token are too long")
@@ -130,17 +130,17 @@ class Request:
         max_new_tokens = min(generation.max_new_tokens, room) if params.max_new_tokens is None else int(params.max_new_tokens)
         limits.check(len(prompt) + max_new_tokens, "prompt and max_new_tokens are too long")
 
-        def given(name: str) -> Any:
+        def resolved(name: str) -> Any:
             value = getattr(params, name)
             return getattr(generation, name) if value is None else value
 
         return cls(
             prompt=tuple(prompt),
             max_new_tokens=max_new_tokens,
-            temperature=float(given("temperature")),
-            top_k=int(given("top_k")),
-            top_p=float(given("top_p")),
-            repetition_penalty=float(given("repetition_penalty")),
+            temperature=float(resolved("temperature")),
+            top_k=int(resolved("top_k")),
+            top_p=float(resolved("top_p")),
+            repetition_penalty=float(resolved("repetition_penalty")),
             seed=None if params.seed is None else int(params.seed),
             stop=params.stop,
             eos_ids=() if params.ignore_eos else tuple(defaults.eos_ids),

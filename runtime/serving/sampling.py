@@ -30,7 +30,7 @@ class Sampler:
         self._seen_count = len(self._seen)
 
     def sample(self, logits: Row) -> int:
-        """Choose the token that follows the one which `logits` come after. The repetition penalty is written into `logits`."""
+        """Choose the next token from `logits`, into which the repetition penalty is written."""
         token = self._choose(logits)
         if self.repetition_penalty != 1 and token not in self._seen:
             self._seen.add(token)

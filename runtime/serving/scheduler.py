@@ -18,11 +18,11 @@ class Sequence:
     """The tokens of one request: those of `prompt`, followed by those generated.
 
     `length` tokens are known; the keys and values of the first `computed` are cached. The sequence needs the logits after its
-    tokens from number `logits_from` on: an answer those after its last token, for `append` to add the token chosen from them,
-    a prompt that is scored those after many of its tokens.
+    tokens from index `logits_from` on: an answer needs those after its last token, from which the token for `append` is chosen;
+    a prompt that is scored needs those after many of its tokens.
 
-    With `prompt_lookup`, a step may also hold up to that many `drafted` tokens: guesses, stored in `tokens` behind the known
-    ones. Each needs logits too, and `append` tells whether it confirms one. Keys and values that a step cached for wrong
+    With `prompt_lookup`, a step may also hold up to that many `drafted` tokens: guesses, stored in `tokens` after the known
+    ones. Each needs logits too, and `append` returns whether it confirms one. Keys and values that a step cached for wrong
     guesses stay in the cache until the step that reaches their positions overwrites them. No token reads them before, since
     a token attends only to its own position and lower ones.
     """
@@ -81,7 +81,7 @@ class Scheduler:
         self.limits = Limits(batch.max_context, num_blocks * BLOCK_SIZE)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.admitted: list[Sequence] = []  # in the last call of `schedule`
+        self.admitted: list[Sequence] = []  # sequences that the last call of `schedule` admitted
         self._draft_until = batch.max_context if draft_until is None else draft_until
         # Each step has room for one token of every running answer and for its logits; sequences beyond that wait.
         slots = min(batch.max_sequences, batch.max_rows, batch.max_tokens)
@@ -157,8 +157,8 @@ class Scheduler:
         sequence.drafted = lookup.draft(sequence.length, min(room, end - sequence.length))
 
     def _chunk(self, sequence: Sequence) -> int:
-        """Return how many tokens of a prompt this step takes: what is left of its tokens, and of the rows of logits one and
-        those that no other sequence may need."""
+        """Return how many tokens of a prompt this step takes: as many as fit into the batch, and need no more rows of logits
+        than one and those that no other sequence may need."""
         batch = self.batch
         count = min(sequence.length - sequence.computed, batch.max_tokens - batch.tokens)
         if sequence.logits_from == sequence.length - 1:

@@ -26,11 +26,11 @@ class Job(Protocol):
     done: threading.Event
 
     def start(self) -> None:
-        """The first step of the sequence is about to run."""
+        """Take notice that the first step of the sequence is about to run."""
         ...
 
     def candidates(self) -> int:
-        """How many of the largest logits of each row of the next step matter; 0 for all."""
+        """Return how many of the largest logits of each row of the next step matter; 0 for all."""
         ...
 
     def accept(self, logits: Rows) -> None:
@@ -70,19 +70,19 @@ class StepLoop:
     """Owns executor and scheduler, and runs steps on a thread of its own, which alone touches them.
 
     Other threads leave messages for it: jobs, withdrawals, tasks. The lock is held for that only, and the thread never takes
-    it, so nobody who submits waits for a step, for sampling or for detokenizing.
+    it, so that a thread which submits never waits for a step, for sampling or for detokenizing.
 
     A step that fails ends the jobs under way with its error, and the loop goes on with those that come after. A job that
     fails with its rows of a step ends alone.
     """
 
     def __init__(self, executor: Executor, draft_until: int | None = None) -> None:
-        """`draft_until` is that of the scheduler."""
+        """`draft_until` is passed to the scheduler."""
         self.executor = executor
         self.scheduler = Scheduler(executor.batch, executor.num_blocks, draft_until)
         self._jobs: dict[Sequence, Job] = {}
         self._messages: queue.SimpleQueue[_Submitted | _Withdrawn | _Task | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a collection may end another engine on a thread that holds it
+        self._lock = threading.RLock()  # reentrant: the garbage collector may call `stop` on a thread that holds a lock
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._run_step: Callable[[], None] = self._step
@@ -124,7 +124,7 @@ class StepLoop:
             self._messages.put(None)  # wakes the thread up
         if self._thread is None:
             self._end()
-        elif self._thread is not threading.current_thread():  # the collector may end us on our own thread
+        elif self._thread is not threading.current_thread():  # the garbage collector may call this on the loop's thread
             self._thread.join()
 
     def _send(self, message: _Submitted | _Task) -> None:
@@ -179,7 +179,7 @@ class StepLoop:
             start, stop = stop, stop + sequence.logit_rows
             try:
                 job.accept(logits[start:stop])
-            except Exception as error:  # this job's alone, such as logits that are not finite
+            except Exception as error:  # an error of this job alone, such as logits that are not finite
                 job.fail(error)
             if job.done.is_set():
                 self._drop(job)
