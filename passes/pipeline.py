@@ -146,7 +146,7 @@ def run_pipeline(
     """Run the passes on the model in place; return the manifest's record of each: name, options, changes, refusals.
 
     The graph is verified before the first pass and after each. With `dump_dir`, every stage is written there as text and as
-    an ONNX graph without weights: 00-frontend, 01-<pass>, ... Raises CompileError that names the pass which failed
+    an ONNX graph without weights: 00-frontend, 01-<pass>, ... Raises a CompileError that names the pass which failed
     and those that ran before it.
     """
     verify(model)

@@ -271,7 +271,7 @@ def read_program(directory: str | Path) -> Program:
 
 
 def program_from_json(text: str, where: str = PROGRAM_NAME) -> Program:
-    """Parse and validate a program. Raises `EngineError` that names `where` and the field."""
+    """Parse and validate a program. Raises an `EngineError` that names `where` and the field."""
     refuse = refuse_from(f"engine: {where}", _REBUILD)
     try:
         plain = json.loads(text)

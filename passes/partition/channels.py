@@ -71,7 +71,7 @@ def _attention_channels(node: ir.Node, rank: int, ranks: int) -> dict[ir.Value, 
 def _unit(activation: ir.Node, ranks: int) -> tuple[int, str]:
     """The number of channels of a feed-forward activation that stay together, and a remedy where ranks outnumber such units.
 
-    Whole blocks of the activation's rotation stay together, and whole groups of the inputs of the linear behind it.
+    Whole blocks of the activation's rotation stay together, and whole groups of the inputs of the linear after it.
     """
     rotation = [reader for reader in activation.outputs[0].consumers() if reader.op_type == "BlockHadamard"]
     block = attributes_of(rotation[0])["block"] if rotation else CHANNELS

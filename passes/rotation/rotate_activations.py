@@ -1,4 +1,4 @@
-"""R4: the result of the feed-forward activation is rotated in each step; the linear behind it absorbs the rotation."""
+"""R4: the result of the feed-forward activation is rotated in each step; the linear after it absorbs the rotation."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def agree(report: Report, collectives: Collectives, timeout_s: float) -> Agreeme
 
 
 def refuse(error: BelleError, collectives: Collectives, timeout_s: float) -> NoReturn:
-    """Take the place of `agree` on a rank that could not be loaded: all ranks end as `agree` says, with one of their errors."""
+    """Replace `agree` on a rank that could not be loaded: all ranks end as described there, with the error of one of them."""
     _end(_verdict({"error": error_fields(error)}, collectives, timeout_s), collectives)
 
 

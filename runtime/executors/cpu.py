@@ -102,7 +102,7 @@ class CpuExecutor:
         """Run `batch`; return float32 logits [rows, tokens of `span`] in the arena, valid until the next step."""
         tokens, rows = batch.tokens, batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
-        # Where no logits are requested, as in the first chunks of a long prompt, everything behind the last layer is left out.
+        # Where no logits are requested, as in the first chunks of a long prompt, everything after the last layer is left out.
         key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)
         calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
         try:
@@ -214,7 +214,7 @@ def _largest(call: Call, sizes: Mapping[str, int]) -> str:
 def choose_isa(carried: tuple[str, ...], wanted: str | None = None) -> str:
     """The best instruction set that engine and host share, or `wanted` (else the environment's BELLE_ISA) if both have it.
 
-    Raises `EngineError` that says which of the two lacks it. AMX also needs Linux's permission, which is requested here.
+    Raises an `EngineError` that says which of the two lacks it. AMX also needs Linux's permission, which is requested here.
     """
     wanted = wanted or os.environ.get("BELLE_ISA") or None
     offered = host.host_isas()

@@ -39,7 +39,7 @@ class PromptLookup:
         self._accepted_before = 0  # value of `accepted` when the last draft was made
 
     def draft(self, length: int, room: int) -> int:
-        """Write up to `room` guesses behind the first `length` tokens of the buffer; returns their number."""
+        """Write up to `room` guesses after the first `length` tokens of the buffer; returns their number."""
         if self._pending:
             self._pending = False
             self._pause = 0 if self.accepted > self._accepted_before else min(max(1, 2 * self._pause), LONGEST_PAUSE)
