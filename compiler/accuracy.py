@@ -18,7 +18,7 @@ from belle_compile.runtime.serving.request import SamplingParams
 
 Tensor = torch.Tensor
 
-GREEDY_TOKENS = 32  # of a continuation that is held against the model's own
+GREEDY_TOKENS = 32  # tokens of a greedy continuation, compared with what the model predicts
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,20 @@ class Sample:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Prompt and answer."""
+        """The prompt followed by the answer."""
         return self.prompt + self.answer
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How near an engine is to its model. `top1_agreement` and `kl` (nats, of the model's distribution to the engine's) are
-    means over every token; `perplexity_ratio` is the engine's over the model's on prompts and answers; `accuracy_kept` compares
-    the shares of expected answers' tokens that engine and model predict, None without answers; `greedy_prefix` is the mean part
-    of a greedy continuation up to the first token where the model would go on otherwise."""
+    """How near an engine is to its unquantized model.
+
+    `top1_agreement` (the share of tokens after which both predict the same next one) and `kl` (KL divergence of the engine's
+    distribution from the model's, in nats) are means over all tokens. `perplexity` is the engine's on prompts and answers, and
+    `perplexity_ratio` divides it by the model's. `greedy_prefix` is the mean share of a greedy continuation before the first
+    token that the model would not choose. `answer_accuracy` is the share of the expected answers' tokens that the engine
+    predicts, `accuracy_kept` divides it by the model's share; both are None without expected answers.
+    """
 
     requests: int
     tokens: int
@@ -53,13 +57,13 @@ class Accuracy:
     accuracy_kept: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """The numbers as manifest and report have them."""
+        """The fields as the manifest and the report hold them, floats rounded to six decimals."""
         return {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(self).items()}
 
 
 @dataclass
 class Comparison:
-    """Running sums over sequences that the model and the engine have read."""
+    """Running sums over sequences that both the model and the engine were run on."""
 
     tokens: int = 0
     agree: int = 0
@@ -73,12 +77,12 @@ class Comparison:
     matched: list[float] = field(default_factory=list)
 
     def add(self, reference: Tensor, other: Tensor, ids: Sequence[int], answer: int = 0) -> None:
-        """Add the logits [tokens, vocabulary] of model and engine after each of `ids`, the last `answer` of which are an
-        expected answer."""
+        """Add the logits [tokens, vocabulary] of the model (`reference`) and of the engine (`other`) after each of `ids`, the
+        last `answer` of which are an expected answer."""
         p, q = (torch.log_softmax(logits.double(), -1) for logits in (reference, other))
-        ours, theirs = q.argmax(-1), p.argmax(-1)
+        top, reference_top = q.argmax(-1), p.argmax(-1)
         self.tokens += len(ids)
-        self.agree += int((ours == theirs).sum())
+        self.agree += int((top == reference_top).sum())
         self.kl += float((p.exp() * (p - q)).sum())
         targets = torch.tensor(ids[1:], dtype=torch.int64)
         self.predicted += len(targets)
@@ -86,8 +90,8 @@ class Comparison:
         self.loss -= float(q[:-1].gather(1, targets[:, None]).sum())
         if answer:
             self.answer_tokens += answer
-            self.reference_right += int((theirs[:-1] == targets)[-answer:].sum())
-            self.right += int((ours[:-1] == targets)[-answer:].sum())
+            self.reference_right += int((reference_top[:-1] == targets)[-answer:].sum())
+            self.right += int((top[:-1] == targets)[-answer:].sum())
 
     def add_continuation(self, reference: Tensor, ids: Sequence[int], continued: int) -> None:
         """Add the model's logits over a prompt and the engine's greedy continuation of `continued` tokens."""
@@ -96,7 +100,7 @@ class Comparison:
         self.matched.append((same.index(False) if False in same else continued) / continued)
 
     def means(self) -> dict[str, float]:
-        """Means over every token that was added, and the perplexity over every token that was predicted."""
+        """Means over all tokens added, and the perplexity over all tokens that have a token before them."""
         predicted = max(self.predicted, 1)
         return {
             "tokens": self.tokens,
@@ -107,7 +111,7 @@ class Comparison:
         }
 
     def result(self, requests: int, answers: int) -> Accuracy:
-        """The accuracy over what was added, which are so many requests and so many expected answers."""
+        """The accuracy over all sequences added, which come from `requests` requests with `answers` expected answers."""
         accuracy = kept = None
         if self.answer_tokens:
             accuracy = self.right / self.answer_tokens
@@ -126,13 +130,16 @@ def measure(
     greedy: int = GREEDY_TOKENS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Run the samples through the engine as it will serve, and through the unquantized `model` in float32, one segment's
-    weights at a time; the activations between segments lie in `folder`. `on_progress` is called with segments done and in
-    all."""
-    room = engine.max_context
-    samples = [sample for sample in samples if len(sample.tokens) <= room]
+    """Compare the engine, run as it will serve, with the unquantized float32 `model` on the samples that fit its context.
+
+    The model is run segment by segment, so that the weights of only one segment are in memory; the activations between segments
+    are files in `folder`. Prompts are also continued by `greedy` tokens where the context has room for them. `on_progress` is
+    called with the number of segments done and of all segments.
+    """
+    max_context = engine.max_context
+    samples = [sample for sample in samples if len(sample.tokens) <= max_context]
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=greedy, ignore_eos=True)
-    continued = [sample.prompt for sample in samples if len(sample.prompt) + greedy <= room]
+    continued = [sample.prompt for sample in samples if len(sample.prompt) + greedy <= max_context]
     answers = engine.generate([list(prompt) for prompt in continued], params) if continued else []
     tails = [(*prompt, *result.token_ids) for prompt, result in zip(continued, answers, strict=True)]
     stream = ActivationStream(model, [*(sample.tokens for sample in samples), *tails], folder)
@@ -143,8 +150,8 @@ def measure(
             comparison.add_continuation(logits, tails[number - len(samples)], greedy)
             return
         ids = samples[number].tokens
-        ours = torch.from_numpy(engine.logits(ids))
-        comparison.add(logits, ours, ids, len(samples[number].answer))
+        engine_logits = torch.from_numpy(engine.logits(ids))
+        comparison.add(logits, engine_logits, ids, len(samples[number].answer))
 
     for number in range(len(stream.segments)):
         on_progress(number, len(stream.segments))

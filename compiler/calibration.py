@@ -1,4 +1,4 @@
-"""Turns requests into tokens with the template and the tokenizer that the engine will have."""
+"""Encode requests as tokens with the prompt template and the tokenizer that the engine will have."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from belle_compile.runtime.artifact import PromptTemplate, SpecialTokens
 from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.tokenizer import Tokenizer
 
-MOST_TOKENS = 512  # of a request: what comes later is cut off
+MOST_TOKENS = 512  # a request is cut off after this many tokens
 
 
 def prompt_template(checkpoint: Checkpoint) -> PromptTemplate:
-    """The template an engine of this checkpoint carries."""
+    """The prompt template that an engine of this checkpoint carries."""
     special = checkpoint.special
     return PromptTemplate(checkpoint.template.name, checkpoint.template.jinja, special["bos_token"], special["eos_token"])
 
 
 def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
-    """The special tokens an engine of this checkpoint carries."""
+    """The special tokens that an engine of this checkpoint carries."""
     special = checkpoint.special
     return SpecialTokens(special["bos_token_id"], tuple(special["eos_token_ids"]), special["pad_token_id"], special["add_bos"])
 
 
 class Encoder:
-    """Turns requests into samples of at most `most` tokens."""
+    """Encodes requests as a checkpoint's engine would."""
 
     def __init__(self, checkpoint: Checkpoint, vocabulary: int, *, raw: bool = False) -> None:
-        """`raw` takes texts as they are, without the prompt template."""
+        """With `raw`, texts are encoded as they are, without the prompt template. `vocabulary` bounds the token ids."""
         self._raw, self._vocabulary = raw, vocabulary
         self._template = ChatTemplate(prompt_template(checkpoint))
         self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint))
 
     def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
-        """A sample of each request that has two tokens or more. What exceeds `most` tokens is cut off, the answer first."""
+        """Encode the requests, each cut to `most` tokens (the answer first); those with prompts of one token are left out."""
         samples = []
         for request in requests:
             sample = self.sample(request)
@@ -51,7 +51,7 @@ class Encoder:
         return samples
 
     def sample(self, request: Request) -> Sample:
-        """The prompt and the expected answer of a request; raises CompileError for a token id that the model does not have."""
+        """Encode one request, uncut; raises CompileError for a token id outside the vocabulary."""
         if request.token_ids is not None:
             if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocabulary:
                 found = f"token id {max(request.token_ids, key=lambda t: t if t >= self._vocabulary else -t)}"
@@ -73,8 +73,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The requests of a build as tokens: those that weights are rounded by, those that the engine is judged by, and the digest
-    of the set they are from."""
+    """The requests of a build as tokens: `calibration` guides the rounding of weights, `holdout` is what the accuracy gate
+    runs. `digest` identifies the set that they come from."""
 
     digest: str
     calibration: tuple[Sample, ...]
@@ -82,8 +82,8 @@ class Calibration:
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -> Calibration:
-    """Open a set or a file of requests and encode it for a checkpoint; raises CompileError where no request is left to
-    calibrate with, or to hold out."""
+    """Open a set or a file of requests and encode it for a checkpoint; raises CompileError if no request is left to calibrate
+    with or none to hold out."""
     opened = open_set(path)
     encoder = Encoder(checkpoint, int(checkpoint.config["vocab_size"]), raw=raw)
     parts = [tuple(encoder.samples(requests, MOST_TOKENS)) for requests in (opened.calibration, opened.holdout)]

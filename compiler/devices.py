@@ -14,11 +14,13 @@ GB, GIB = 10**9, 1 << 30
 class Device:
     """A kind of device; each rank of an engine has one.
 
-    `isas` are the instruction sets that kernels for it can be written in, best first, and `arch` is the machine of its host as
-    `uname -m` prints it (empty: any). `memory` is in bytes, `memory_bandwidth` and `link_bandwidth` (from one device to the
-    others, one way) in bytes a second, `link_latency` (of a sum over ranks of a few kB) in seconds, `int8` and `half` in dense
-    operations a second on 8-bit integers and 16-bit floats; 0 where that depends on the host. Names without a size or form are
-    the smaller memory of the kind, as clouds call them, and the form with NVLink where there is one.
+    `isas` are the instruction sets that kernels for the device can be compiled for, best first, and `arch` is the machine of
+    its host as `uname -m` prints it (empty: any). Figures are 0 where they depend on the host: `memory` in bytes;
+    `memory_bandwidth`, and `link_bandwidth` from one device to the others, one way, in bytes a second; `link_latency` of a sum
+    of a few kB over ranks, in seconds; `int8` and `half` in dense operations a second on 8-bit integers and 16-bit floats.
+
+    As with cloud providers, a name without a size is the model with the smaller memory, and a name without a form factor is the
+    one with NVLink if it exists.
     """
 
     name: str
@@ -49,14 +51,16 @@ class Target:
     device: Device
 
     def carrying(self, isas: Sequence[str]) -> Target:
-        """The same target with only some of its instruction sets; all of them for none named."""
+        """This target restricted to the instruction sets `isas`, unchanged if that is empty; raises CompileError for an
+        instruction set that the target does not have."""
         if unknown := [isa for isa in isas if isa not in self.isas]:
             what, known = f"instruction set of {self.name}", ", ".join(self.isas)
             raise CompileError("target", what, found=", ".join(unknown), expected=known)
         return replace(self, isas=tuple(isa for isa in self.isas if not isas or isa in isas))
 
     def with_ranks(self, ranks: int) -> Target:
-        """The same kind of host for so many ranks: "cpux2" for two of "cpu"."""
+        """This target with another number of ranks: "cpux2" is "cpu" with two. Raises CompileError where the device does not
+        allow that many."""
         name, most = self.device.name, self.device.max_ranks
         if not 1 <= ranks <= most:
             raise CompileError("target", f"ranks of {name}", found=str(ranks), expected=f"1 to {most}")
@@ -67,20 +71,21 @@ def _gpu(
     name: str, description: str, compute_capability: str, memory: int, bandwidth: float, link: tuple[float, float], int8: float,
     half: float,
 ) -> Device:  # fmt: skip
-    """A GPU of NVIDIA's, whose instruction set is named by its compute capability: sm_80 for 8.0. `link` is bandwidth and
-    latency."""
+    """An NVIDIA GPU. Its instruction set is named after its compute capability: sm_80 for 8.0. `link` is the link's bandwidth
+    and latency."""
     isas = (f"sm_{compute_capability.replace('.', '')}",)
     return Device(name, description, compute_capability, memory, bandwidth, *link, int8, half, isas=isas)
 
 
-# Bytes a second of a device one way, and latencies that NCCL comes to on eight devices, roughly.
+# Links: bytes a second of one device one way, and the approximate latency in seconds of an NCCL all-reduce over eight devices.
 _NVLINK_3, _NVLINK_4, _PCIE_4, _PCIE_3 = (300 * GB, 15e-6), (450 * GB, 15e-6), (32 * GB, 30e-6), (16 * GB, 30e-6)
 
 CPU = Device(
     "cpu", "x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
     isas=("amx", "avx512vnni", "avx2"), arch="x86_64",
 )  # fmt: skip
-# Bandwidths are those of NVIDIA's data sheets, memory is what drivers show of it in whole GiB, which may be less.
+# Bandwidths are from NVIDIA's data sheets. Memory is what the driver reports, in whole GiB, which may be less than the data
+# sheet gives.
 _ALL = (
     CPU,
     _gpu("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, 624e12, 312e12),
@@ -93,7 +98,7 @@ _ALL = (
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
 ALIASES: Mapping[str, str] = {"a100": "a100-40g"}
-# Known by name only, so that a request for one is told from a typing error
+# Devices that are known by name only, so that the error for one of them differs from the error for a misspelt name
 OTHERS: Mapping[str, str] = {
     "v100": "NVIDIA V100 (sm_70)",
     "a30": "NVIDIA A30 (sm_80)",
@@ -103,7 +108,7 @@ OTHERS: Mapping[str, str] = {
 
 
 def known_as(name: str) -> str:
-    """What a device is called in messages, empty for one that is not known."""
+    """The description of a device for messages; empty if the name is unknown."""
     device = DEVICES.get(ALIASES.get(name, name))
     if device is None:
         return OTHERS.get(name, "")

@@ -23,7 +23,8 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class AtomicDirectory:
-    """Makes a directory: `with AtomicDirectory(out) as directory:` write below `directory.path`, then `directory.commit()`.
+    """A directory under construction: `with AtomicDirectory(out) as directory:` write below `directory.path`, then
+    `directory.commit()`.
 
     The content grows in the sibling `.NAME.building-<pid>`, which `commit` renames to `out`. Leaving the block without
     `commit`, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A lock on the sibling `.NAME.lock` keeps a second build
@@ -31,8 +32,8 @@ class AtomicDirectory:
     left.
 
     An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`.
-    `needed` is an estimate in bytes, checked against the free space before anything is written. In errors, `kind` is what the
-    directory is called and `marker` the file that such a directory has.
+    `needed` is an estimate in bytes, checked against the free space before anything is written. Errors call the directory by
+    its `kind`, and name `marker` as the file by which an existing one is recognized.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class AtomicDirectory:
             raise self._disk_full("not enough free space")
 
     def explain(self, error: OSError) -> CompileError:
-        """The error to raise where writing below `path` failed with `error`."""
+        """The CompileError for a write below `path` that failed with `error`."""
         if error.errno in _OUT_OF_SPACE:
             return self._disk_full(f"{error.strerror or 'out of space'} while writing")
         return CompileError(
@@ -97,7 +98,7 @@ class AtomicDirectory:
         )
 
     def commit(self) -> None:
-        """Put the content in place as `out`, in place of what is there, so that it lasts through a power cut."""
+        """Move the content to `out`, replacing an existing directory, synced so that it survives a power failure."""
         self._raise_if_stopped()
         self._check_output()
         try:
@@ -149,7 +150,7 @@ class AtomicDirectory:
             except BaseException:
                 os.close(lock)
                 raise
-            # The build before may have removed the file between our open and our flock: then we hold nobody's lock.
+            # The previous build may have removed the file between our open and our flock: our lock then excludes nobody.
             try:
                 if os.path.samestat(os.fstat(lock), os.stat(self._lock_path)):
                     self._lock = lock
@@ -160,14 +161,14 @@ class AtomicDirectory:
 
     def _remove_leftovers(self) -> None:
         if self._aside.exists() and not self.out.exists():
-            os.rename(self._aside, self.out)  # killed between the two renames of _exchange
+            os.rename(self._aside, self.out)  # a build was killed between the renames of _exchange
         building = re.compile(re.escape(f".{self.out.name}.building-") + r"\d+")
         for folder in self.out.parent.iterdir():
             if folder == self._aside or building.fullmatch(folder.name):
                 _remove(folder)
 
     def _exchange(self) -> None:
-        """Swap `path` and `out` in one step, or in renames where the file system cannot (NFS)."""
+        """Swap `path` and `out` in one step, or in three renames where the file system cannot do that (NFS)."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         names = _AT_FDCWD, os.fsencode(self.path), _AT_FDCWD, os.fsencode(self.out), _RENAME_EXCHANGE
         if renameat2 is None or renameat2(*names) != 0:
@@ -176,7 +177,7 @@ class AtomicDirectory:
             os.rename(self._aside, self.path)
 
     def _close(self) -> None:
-        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             if self._lock is not None:
                 _remove(self.path)
@@ -188,13 +189,13 @@ class AtomicDirectory:
             for folder in reversed(self._made_parents):
                 try:
                     folder.rmdir()
-                except OSError:  # someone else uses it now
+                except OSError:  # another process has put files there since
                     break
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             self._handlers.clear()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def _catch_signals(self) -> None:
         """Turn SIGINT, SIGTERM and SIGHUP into exceptions, which clean up, unless the program has handlers of its own."""

@@ -52,25 +52,28 @@ if TYPE_CHECKING:
     from belle_compile.passes.base import Pass
     from belle_compile.passes.pipeline import OnPass
 
-_WORST = 5  # layers to look at where an engine misses a limit
+_WORST = 5  # layers that the gate's error names
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for what, and where to.
+    """What to compile, for which target and to which directory.
 
-    `quantization` names a preset of passes. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else
-    16 bits). `backend` names what compiles (None: the target's default), and `isas` keeps some of its instruction sets (all by
-    default). `on_progress(stage, done, total)` is called as the build goes on, with total 0 for a stage of unknown length.
-    `tune` measures on this host which variants of its best kernels suit this model's shapes, which takes minutes and may differ
-    from one build to the next.
+    What is compiled: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
+    preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
+    the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
+    replaces the checkpoint's prompt template, by name or as a Jinja file. `tune` measures on this host which kernel variants
+    suit this model's shapes, which takes minutes and may differ from one build to the next.
 
-    `methods` replace the preset's own (of passes.presets.METHODS). `calibration` is a file of requests, or a set that
-    calibrate-set made: weights are rounded by it, and the engine must pass `gate` (None: it is not tried) on the requests held
-    out. `raw_requests` takes their texts without the prompt template. With a `size_budget` above 1, linears that INT8 hurts
-    most stay float32, until the INT8 weights have grown by that factor. `drift` says whether the report tells how far each pass
-    moves the logits (None: for small models, where it takes seconds). `on_weight` is called with a line for each weight before
-    the weights are written, see `ir.lazy.describe`.
+    Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
+    engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
+    without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
+    weights have grown by that factor.
+
+    Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
+    report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is
+    called with (stage, done, total) during the build, with total 0 for a stage of unknown length. `on_weight` is called with
+    one line for each weight before the weights are written, see `ir.lazy.describe`.
     """
 
     checkpoint: str | Path
@@ -96,8 +99,8 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class _Job:
-    """A request whose words have been looked up and found to fit each other. `applied` is the recipe with those of its methods
-    that the build applies."""
+    """A checked request, with the target, the backend and the recipe that its names stand for. `applied` is the recipe with
+    only those methods that this build applies."""
 
     request: BuildRequest
     target: Target
@@ -106,7 +109,7 @@ class _Job:
     applied: Recipe
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
-        """What a stage calls with how much is done, and how much there is in all."""
+        """The callback with which a stage reports (done, total)."""
         return lambda done, total: self.request.on_progress(stage, done, total)
 
     def begin(self, stage: str) -> None:
@@ -115,7 +118,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a build reads. `graph` is the float32 graph, which nothing changes: stages work on copies of it."""
+    """The input of a build. `graph` is the float32 graph; no stage changes it, they all work on copies."""
 
     checkpoint: Checkpoint
     calibration: Calibration | None
@@ -124,8 +127,9 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Optimized:
-    """What the passes made: the graph of each rank, the records of the passes and their effects; the quantized graph before it
-    was divided and fused, with a rank's kernel calls then; and the graph before its linears were quantized, where they were."""
+    """The results of the passes: the graph of each rank, the records of the passes and their effects. `whole` is the quantized
+    graph before it was divided and fused, `unfused_calls` the kernel calls of one rank's share of it, and `unquantized` the
+    graph before its linears were quantized (None if they were not)."""
 
     ranks: list[ir.Model]
     records: list[dict[str, Any]]
@@ -138,8 +142,8 @@ class _Optimized:
 def build(request: BuildRequest) -> Path:
     """Compile a checkpoint to an engine directory, whole or not at all; returns its path.
 
-    Raises CompileError when the checkpoint, the target or the output does not fit. The same request, checkpoint and toolchain
-    give the same bytes, but for what `tune` measures, and where calibration ran or the report's drift was measured on another
+    Raises CompileError for a checkpoint, target or output that cannot be built. The same request, checkpoint and toolchain give
+    the same bytes, except for the choices of `tune`, and for results of calibration and drift that were computed on another
     kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     job = _resolve(request)
@@ -179,7 +183,7 @@ def build(request: BuildRequest) -> Path:
 
 
 def _describe_weights(ranks: Sequence[ir.Model], on_weight: Callable[[str], None]) -> None:
-    """Say of each weight that a rank reads by which steps it is computed."""
+    """Call `on_weight` with the computation of each weight that a rank reads."""
     for rank, model in enumerate(ranks):
         prefix = f"rank {rank}: " if len(ranks) > 1 else ""
         for value in model.graph.initializers.values():
@@ -189,8 +193,8 @@ def _describe_weights(ranks: Sequence[ir.Model], on_weight: Callable[[str], None
 
 @contextmanager
 def work_folder(output: Path) -> Iterator[Path]:
-    """Where a build of `output` keeps what calibration found: removed in the end, but not after Ctrl-C or a kill, so that the
-    next build of it goes on from there."""
+    """The folder beside `output` that holds intermediate results of calibration. It is removed when the build ends or fails;
+    after Ctrl-C or a kill it stays, and the next build of `output` continues from it."""
     folder = output.parent / f".{output.name}.calibration"
     try:
         yield folder
@@ -201,7 +205,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 
 def _resolve(request: BuildRequest) -> _Job:
-    """Look up what the request names; raises CompileError for all that can be refused without the checkpoint."""
+    """Look up the names in the request; raises CompileError for everything that can be refused without the checkpoint."""
     target, backend = targets.choose(request.target, request.backend, request.isas)
     recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
     applied = recipe.applied(calibrated=request.calibration is not None)
@@ -226,8 +230,9 @@ def _open(job: _Job, writer: EngineWriter) -> _Source:
 
 
 def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
-    """Refuse what the target cannot hold or the ranks cannot share, before anything takes long: by the passes that need no
-    requests. Returns the graph before its linears are quantized, where they are."""
+    """Raise CompileError, before anything takes long, if the model exceeds the target's memory or cannot be divided among the
+    ranks. Only passes that need no requests are run for that. Returns the graph before its linears are quantized, None if they
+    are not."""
     before, fusions = carried(passes_of(job.recipe, ranks=job.target.ranks), job.backend, job.applied)
     stages = _Stages(before, job.recipe)
     whole = graph.clone()
@@ -243,7 +248,7 @@ def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
 def _calibration_data(
     job: _Job, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
 ) -> CalibrationData | None:
-    """The requests for the passes that look at some, with what identifies their results for a build that goes on."""
+    """The requests for the passes that calibrate, with the digests by which a continued build recognizes their results."""
     if calibration is None:
         return None
     source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
@@ -252,7 +257,7 @@ def _calibration_data(
 
 
 def _kept(job: _Job, planned: Unquantized | None, calibration: Calibration | None, folder: Path) -> tuple[str, ...]:
-    """The linears that stay float32 within the size budget."""
+    """The names of the linears that stay float32 within the size budget."""
     if job.request.size_budget <= 1:
         return ()
     assert planned is not None and calibration is not None, "_resolve refuses a size budget without them"
@@ -276,13 +281,13 @@ def _optimize(job: _Job, graph: ir.Model, passes: Sequence[Pass], effects: PassE
 
 
 class _Stages:
-    """The stages of a pipeline that a build looks at again: before linears are quantized, and after the last pass of `before`,
-    which see the whole model."""
+    """The stages of a pipeline whose graphs a build needs later: the one before linears are quantized, and the one after
+    `before`, the passes on the whole model."""
 
     def __init__(self, before: Sequence[Pass], recipe: Recipe, on_pass: OnPass | None = None) -> None:
         self._linears = layers.before_linears(before) if recipe.quantizes else None
-        wanted = [before[-1], *(self._linears.before[-1:] if self._linears else ())]
-        self.observer = Snapshots(*wanted, on_pass=on_pass)
+        last_passes = [before[-1], *(self._linears.before[-1:] if self._linears else ())]
+        self.observer = Snapshots(*last_passes, on_pass=on_pass)
 
     def unquantized(self) -> Unquantized | None:
         if self._linears is None:
@@ -291,7 +296,7 @@ class _Stages:
 
 
 def _damage(calibration: Calibration | None, unquantized: Unquantized | None, folder: Path) -> list[LayerDamage]:
-    """The linears by the damage that quantization does to their outputs; none where requests or integers are missing."""
+    """The linears by the error that quantization causes in their outputs; empty without requests or without quantization."""
     if calibration is None or unquantized is None:
         return []
     return layers.errors(unquantized, calibration, folder / "layers")
@@ -312,10 +317,10 @@ def _judged(
 
 
 def _coverage(request: BuildRequest, calibration: Calibration | None, vocabulary: int) -> dict[str, Any] | None:
-    """What the report says of the requests."""
+    """The coverage of the requests for the report; None without requests."""
     if calibration is None or request.calibration is None:
         return None
-    used, held_out = ([one.tokens for one in samples] for samples in (calibration.calibration, calibration.holdout))
+    used, held_out = ([sample.tokens for sample in samples] for samples in (calibration.calibration, calibration.holdout))
     coverage = {"digest": calibration.digest} | coverage_of(used, held_out, vocabulary)
     return coverage | coverage_of_set(request.calibration)
 
@@ -326,7 +331,7 @@ def _estimated_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 
 def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str]) -> ModelInfo:
-    """The model by its own graph: tensors that are tied are counted once."""
+    """Describe the model for the manifest; parameters are those of the graph, so that tied tensors count once."""
     path, checkpoint, graph = Path(request.checkpoint), source.checkpoint, source.graph
     return ModelInfo(
         family=checkpoint.family,

@@ -11,14 +11,14 @@ from belle_compile.compiler.units import size
 
 
 def required_bytes(ranks: Sequence[Footprint]) -> int:
-    """The memory that each rank's host or device must have: that of the rank which needs most, for one sequence."""
+    """Bytes of memory that each rank's host or device must have to serve one sequence: those of the rank that needs most."""
     return max(rank.memory().total for rank in ranks)
 
 
 def check_memory(target: Target, footprints: Callable[[int], Sequence[Footprint]]) -> None:
-    """Raise CompileError where a rank needs more than the target's devices have, with the smallest number of ranks that would
-    fit. `footprints` gives those of the ranks for a number of ranks, and raises CompileError where a model cannot have so
-    many."""
+    """Raise CompileError where a rank needs more memory than the target's devices have; the error names the smallest number of
+    ranks that would fit. `footprints` maps a number of ranks to the footprint of each, and raises CompileError where the model
+    cannot be divided among that many."""
     memory, most = target.device.memory, target.device.max_ranks
     ranks = footprints(target.ranks)
     if not memory or required_bytes(ranks) <= memory:
@@ -42,5 +42,5 @@ def check_memory(target: Target, footprints: Callable[[int], Sequence[Footprint]
 def _fits(ranks: int, memory: int, footprints: Callable[[int], Sequence[Footprint]]) -> bool:
     try:
         return required_bytes(footprints(ranks)) <= memory
-    except CompileError:  # heads or channels that cannot be divided so
+    except CompileError:  # heads or channels are not divisible by this number
         return False

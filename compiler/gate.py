@@ -1,4 +1,4 @@
-"""The accuracy an engine must keep, and what a build says when it does not."""
+"""The accuracy that an engine must keep, and the error of a build whose engine does not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gate:
     min_accuracy_kept: float = 0.98
 
     def misses(self, accuracy: Accuracy) -> list[tuple[str, str]]:
-        """What was found and what was expected, of each limit that is missed."""
+        """The measured value and the limit, as text, for each limit that is missed."""
         kept = accuracy.accuracy_kept
         judged = [
             (not accuracy.perplexity_ratio <= self.max_perplexity_ratio,  # NaN is a miss
@@ -47,9 +47,9 @@ class Gate:
         worst: list[str],
         on_progress: Callable[[int, int], None],
     ) -> Accuracy:
-        """Run the held-out requests through the engine in all its `ranks`, and through the unquantized model.
+        """Run the held-out requests through the engine on `ranks` ranks and through the unquantized model, and compare.
 
-        Raises CompileError where a limit is missed, naming the `worst` layers, and where the engine cannot run here."""
+        Raises CompileError if a limit is missed, naming the `worst` layers, or if the engine cannot run on this host."""
         try:
             engine = Engine.load(directory) if ranks == 1 else RankedEngine(directory, ranks)
         except EngineError as error:
@@ -74,7 +74,7 @@ class Gate:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """The limits as the manifest has them."""
+        """The limits as the manifest holds them."""
         return dict(vars(self))
 
 

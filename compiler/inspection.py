@@ -1,4 +1,4 @@
-"""What an engine directory is, as one plain object: for `belle-compile inspect`, `verify` and a build's summary."""
+"""Descriptions of engine directories as plain objects: for `belle-compile inspect`, `verify` and a build's summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from belle_compile.runtime import artifact
 from belle_compile.runtime.executors import executor_of
 from belle_compile.runtime.schema import to_plain
 
-# Parts of an engine that sizes are summed by: name and what its files end in, first match wins.
+# Parts of an engine over which file sizes are summed: a name and the ending of its files; the first match wins.
 _PARTS = (
     ("weights", ".safetensors"),
     ("kernels", ".so"),
@@ -23,8 +23,8 @@ _PARTS = (
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """The manifest of the engine in `directory`, with sizes by part and, of an engine for GPUs, its kernels; reads no weights.
-    Raises EngineError."""
+    """The manifest of the engine in `directory`, with the sizes of its parts and, for GPUs, its kernels; reads no weights.
+    Raises EngineError if the directory has no valid manifest."""
     manifest = artifact.read_manifest(directory)
     sizes: dict[str, int] = {}
     for path, record in manifest.files.items():
@@ -37,7 +37,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
 
 
 def verify(directory: str | Path, progress: artifact.Progress | None = None) -> dict[str, Any]:
-    """Checks all digests, then that this host can run the engine; raises EngineError at the first thing that is wrong."""
+    """Check all digests, then that this host can run the engine; raises EngineError for the first check that fails."""
     manifest = artifact.read_manifest(directory)
     artifact.verify_files(directory, manifest, full=True, progress=progress)
     executor = executor_of(manifest)

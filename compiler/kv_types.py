@@ -1,4 +1,4 @@
-"""Types of the KV cache: one record each, from which choices, help and the manifest's words are derived."""
+"""Types of the KV cache: one record each, from which choices, help and the manifest's descriptions are derived."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KVType:
-    """A type that keys and values are stored in. `manifest` is what engines say of it; `summary`, for the command line's help,
-    is empty where the name says all."""
+    """A type that keys and values are stored in. `manifest` describes it in manifests. `summary` describes it in the command
+    line's help, and is empty where the name is enough."""
 
     name: str
     manifest: str

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-_TRIED_PARAMETERS = 500_000_000  # of the largest model whose layers are tried one by one
-_RANKED_TOKENS = 1024  # of requests, to rank layers for a size budget
-_JUDGED_REQUESTS = 16  # held out, to measure the errors of layers for the report
+_TRIED_PARAMETERS = 500_000_000  # in models of up to this size, layers are tried one by one
+_RANKED_TOKENS = 1024  # tokens of requests by which layers are ranked for a size budget
+_JUDGED_REQUESTS = 16  # held-out requests on which the errors of layers are measured for the report
 
 
 def rank(
@@ -42,8 +42,10 @@ def rank(
     alone: bool = True,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> list[LayerDamage]:
-    """Rank the linears of a checkpoint as a preset quantizes them, the most damaging first: by what each alone does to the
-    predictions on up to `tokens` tokens of requests, or without `alone` by the errors of their own outputs."""
+    """Rank the linears of a checkpoint by the damage of quantizing them as a preset does, the most damaging first.
+
+    With `alone`, the damage of a linear is the KL divergence of the predictions on up to `tokens` tokens of requests when it
+    alone is quantized; without, it is the error of the linear's outputs."""
     on_progress("open", 0, 0)
     opened, recipe = open_checkpoint(checkpoint), find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
@@ -66,7 +68,7 @@ def rank(
 
 
 def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]]:
-    """Requests, those held out first, up to a number of tokens; the last one is cut there."""
+    """The first `tokens` tokens of the requests, held-out requests first; the last sequence is cut to fit."""
     sequences: list[tuple[int, ...]] = []
     for sample in (*calibration.holdout, *calibration.calibration):
         if tokens > 1:
@@ -76,7 +78,7 @@ def _first_tokens(calibration: Calibration, tokens: int) -> list[tuple[int, ...]
 
 
 class Linears(NamedTuple):
-    """The passes before linears are quantized, and then the bits of activations and the scheme of weights."""
+    """How a pipeline quantizes linears: the passes `before` that, the bits of activations and the scheme of weights."""
 
     before: Sequence[Pass]
     bits: int
@@ -84,17 +86,17 @@ class Linears(NamedTuple):
 
 
 def before_linears(passes: Sequence[Pass]) -> Linears:
-    """Where passes begin to quantize linears; raises CompileError for passes that quantize none."""
+    """Find where `passes` begin to quantize linears, and how they do it; raises CompileError if they quantize none."""
     at = next((i for i, step in enumerate(passes) if isinstance(step, (QuantizeGroups, QuantizeLinears))), None)
     step = next((step for step in passes if isinstance(step, QuantizeLinears)), None)
     if at is None or step is None:
         raise CompileError("sensitivity", "the preset", found="one that quantizes nothing", expected="an INT8 preset")
-    scheme = next((one.weights for one in passes if isinstance(one, QuantizeGroups)), INT8)
+    scheme = next((step.weights for step in passes if isinstance(step, QuantizeGroups)), INT8)
     return Linears(passes[:at], step.activation_bits, scheme)
 
 
 class Unquantized(NamedTuple):
-    """A graph as the passes before its linears are quantized leave it."""
+    """The graph before its linears are quantized, and how they will be."""
 
     graph: ir.Model
     linears: Linears
@@ -103,8 +105,8 @@ class Unquantized(NamedTuple):
 def kept(
     model: Unquantized, size_budget: float, calibration: Calibration, folder: Path, on_progress: Progress
 ) -> tuple[str, ...]:
-    """The linears that stay float32 within the size budget: those with the greatest damage a byte, by the predictions where the
-    model is small enough to try each, else by their outputs' errors."""
+    """The sorted names of the linears that stay float32 within the size budget: those with the greatest damage for each weight.
+    The damage is that to the predictions where the model is small enough to try each linear, else the error of its outputs."""
     graph, linears = model
     parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
     sequences = _first_tokens(calibration, _RANKED_TOKENS)
@@ -113,17 +115,17 @@ def kept(
                               on_progress=lambda done, total: on_progress("layers", done, total))  # fmt: skip
     else:
         layers = output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)
-    room = (size_budget - 1) * sum(layer.weights for layer in layers)
+    spare_bytes = (size_budget - 1) * sum(layer.weights for layer in layers)
     names = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
-        if 3 * layer.weights <= room:  # float32 instead of int8
+        if 3 * layer.weights <= spare_bytes:  # float32 takes three bytes more than int8
             names.append(layer.name)
-            room -= 3 * layer.weights
+            spare_bytes -= 3 * layer.weights
     return tuple(sorted(names))
 
 
 def errors(model: Unquantized, calibration: Calibration, folder: Path) -> list[LayerDamage]:
-    """The linears by the errors of their outputs over a few held-out requests, the largest first."""
+    """The linears sorted by the relative errors of their outputs over a few held-out requests, the largest first."""
     graph, linears = model
     sequences = [sample.tokens for sample in calibration.holdout[:_JUDGED_REQUESTS]]
     return output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)

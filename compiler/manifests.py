@@ -14,7 +14,7 @@ from belle_compile.runtime.artifact import PassRecord, Requirements, TargetInfo
 
 
 def target_info(target: Target, backend: Backend, payloads: Sequence[Payload]) -> TargetInfo:
-    """The target, the backend whose executor runs the engine, and what a host must have for a rank."""
+    """The manifest's description of the target, of the backend and of what a host must have for one rank."""
     memory = required_bytes([payload.footprint for payload in payloads])
     return TargetInfo(
         target.name, backend.name, target.isas, Requirements(target.device.arch, target.isas, memory), target.ranks
@@ -22,14 +22,14 @@ def target_info(target: Target, backend: Backend, payloads: Sequence[Payload]) -
 
 
 def pass_records(records: Sequence[Mapping[str, Any]]) -> tuple[PassRecord, ...]:
-    """The records of a pipeline as the manifest has them."""
+    """The records of a pipeline in the manifest's form."""
     return tuple(PassRecord(r["name"], r["options"], int(r["changes"]), tuple(r["refusals"])) for r in records)
 
 
 def toolchain(payload: Payload) -> dict[str, str]:
-    """The versions of what made an engine."""
-    own = {"belle-compile": __version__} | {name: _version(name) for name in ("numpy", "onnx-ir")}
-    return own | dict(payload.toolchain)
+    """The version of each package and tool that made an engine."""
+    packages = {"belle-compile": __version__} | {name: _version(name) for name in ("numpy", "onnx-ir")}
+    return packages | dict(payload.toolchain)
 
 
 def _version(package: str) -> str:

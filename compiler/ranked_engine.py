@@ -1,4 +1,4 @@
-"""An engine of several ranks for a process that is none of them: it starts the ranks and sends its questions to rank 0.
+"""An engine of several ranks for use from another process, which starts the ranks and sends its calls to rank 0.
 
 python -m belle_compile.compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
 """
@@ -25,14 +25,14 @@ from belle_compile.runtime.engine import Engine, Result
 from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.serving.request import SamplingParams
 
-_TIMEOUT_S = 60.0  # for a rank to start or to answer: a build may leave the host busy
+_TIMEOUT_S = 60.0  # for a rank to start, to give a sign of life and to end: a build may leave the host busy
 
 
 class RankedEngine:
-    """Answers and logits as `Engine` gives them, from ranks that run until `close`."""
+    """An engine with the methods of `Engine` that measurements need; its ranks run until `close`."""
 
     def __init__(self, directory: Path, count: int) -> None:
-        """Start the ranks; raises `EngineError` with their own sentence where they cannot run."""
+        """Start `count` ranks; raises EngineError with the message of a rank that cannot run."""
         self._errors = tempfile.TemporaryFile()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
@@ -47,19 +47,19 @@ class RankedEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Result]:
         """Answer prompts of token ids, as `Engine.generate` does."""
-        found: list[Result] = self._ask("generate", [list(ids) for ids in prompts], params)
-        return found
+        results: list[Result] = self._ask("generate", [list(ids) for ids in prompts], params)
+        return results
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The logits after each token, as `Engine.logits` gives them."""
-        found: npt.NDArray[np.float32] = self._ask("logits", list(token_ids))
-        return found
+        """The logits [tokens, vocabulary] after each token, as `Engine.logits` gives them."""
+        logits: npt.NDArray[np.float32] = self._ask("logits", list(token_ids))
+        return logits
 
     def close(self) -> None:
-        """End the ranks. A second time does nothing."""
+        """End the ranks; a second call does nothing."""
         assert self._process.stdin is not None and self._process.stdout is not None, "pipes"
         with suppress(OSError):
-            self._process.stdin.close()  # what rank 0 ends at, and the others with it
+            self._process.stdin.close()  # rank 0 ends when its input does, and the other ranks with it
         try:
             self._process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -82,8 +82,8 @@ class RankedEngine:
         except (EOFError, OSError, pickle.UnpicklingError):
             self._process.wait()
             self._errors.seek(0)
-            words = self._errors.read().decode(errors="replace").strip().splitlines()
-            found = words[-1].removesuffix(".") if words else f"exit code {self._process.returncode}"
+            messages = self._errors.read().decode(errors="replace").strip().splitlines()
+            found = messages[-1].removesuffix(".") if messages else f"exit code {self._process.returncode}"
             raise EngineError("ranks", "they do not run here", found=found) from None
         if not good:
             raise EngineError(**answer)
@@ -91,7 +91,7 @@ class RankedEngine:
 
 
 def _answer(engine: Engine) -> None:
-    """Read questions from the standard input until it ends, and write answers to the standard output."""
+    """Answer pickled calls (name, *arguments) from the standard input until it ends, on the standard output."""
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
         try:
@@ -99,8 +99,8 @@ def _answer(engine: Engine) -> None:
         except EOFError:
             return
         try:
-            found = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments)
-            answer = True, found
+            result = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments)
+            answer = True, result
         except BelleError as error:
             names = ("stage", "what", "found", "expected", "remedy", "node")
             answer = False, {name: getattr(error, name) for name in names}
@@ -109,7 +109,7 @@ def _answer(engine: Engine) -> None:
 
 
 def _rank(directory: Path, here: ranks.Place) -> int:
-    """Run one rank: only rank 0 gets to answer questions, the others run the steps that it sends; returns the exit code."""
+    """Run one rank and return its exit code: rank 0 answers calls, and loading the engine on another rank serves its steps."""
     line, code = ranks.Line(here), 0
     try:
         with Engine.load(directory) as engine:
@@ -117,7 +117,7 @@ def _rank(directory: Path, here: ranks.Place) -> int:
     except BelleError as error:
         line.say("error", str(error))
         code = 1
-    except SystemExit as ended:  # of a rank that served
+    except SystemExit as ended:  # raised by a rank that has served the steps of rank 0
         code = int(ended.code or 0)
     line.say("exit", code)
     return code

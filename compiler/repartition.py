@@ -1,4 +1,4 @@
-"""Makes an engine for another number of ranks from an engine: without its checkpoint, and nothing is quantized again."""
+"""Make an engine for another number of ranks from an existing one, without its checkpoint and without quantizing again."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _UNMEASURED = "not measured: made from an engine, without the model's own logits
 
 @dataclass(frozen=True)
 class RepartitionRequest:
-    """Which engine to make another one of, for what, and where to; the others as in a `BuildRequest`. The backend is by default
-    that of the engine, or the target's where that one does not serve it."""
+    """The engine to start from, the target and the directory of the new one; the other fields are those of `BuildRequest`.
+    `backend` defaults to the engine's own, or to the target's default where the engine's does not serve it."""
 
     engine: Path
     output: Path
@@ -49,7 +49,7 @@ class RepartitionRequest:
 
 @dataclass(frozen=True)
 class _Job:
-    """An engine, the backend that reads its weights back, and the target and the backend of the new one."""
+    """The manifest of the old engine, the backend that reads its weights, and the target and backend of the new engine."""
 
     old: Manifest
     reader: Repartitionable
@@ -58,19 +58,19 @@ class _Job:
 
 
 def repartition(request: RepartitionRequest) -> Path:
-    """Make an engine for the target of the weights in another; returns its path.
+    """Make an engine for another target from the weights of an engine; returns its path.
 
-    Weights, programs and kernels are those, byte for byte, that a build of the checkpoint for this target gives (but for
-    kernels built with `tune`: tilings are those of this repository here). The accuracy in the manifest is not taken over: where
-    ranks sum, activations are rounded by what each of them has.
+    Weights, programs and kernels are byte for byte those of a build of the checkpoint for this target; an engine built with
+    `tune` gets the built-in tilings instead of its measured ones. The manifest's accuracy is dropped, because it depends on the
+    number of ranks: each rank rounds the activations that it holds before ranks sum.
 
-    Raises CompileError where the engine has no graph, or does not fit the target, EngineError where it is damaged.
+    Raises CompileError if the engine has no graph or does not fit the target, EngineError if it is damaged.
     """
-    job, say = _resolve(request), request.on_progress
+    job, on_progress = _resolve(request), request.on_progress
     target, backend = job.target, job.backend
     with EngineWriter(request.output, force=request.force) as writer:
-        verify_files(request.engine, job.old, full=True, progress=lambda file, done, total: say("digest", done, total))
-        say("optimize", 0, 0)
+        verify_files(request.engine, job.old, full=True, progress=lambda file, done, total: on_progress("digest", done, total))
+        on_progress("optimize", 0, 0)
         weights = WholeWeights(request.engine, job.reader)
         graph_bytes = (request.engine / GRAPH_NAME).read_bytes()
         graph = from_onnx(graph_bytes, weights.tensor)
@@ -84,13 +84,13 @@ def repartition(request: RepartitionRequest) -> Path:
         check_memory(target, footprints)
         graphs, records = run_for(graph.clone(), fusions, target.ranks)
 
-        say("compile", 0, 0)
+        on_progress("compile", 0, 0)
         options = CompileOptions(kv_cache, unfused_calls(backend, graph, target.ranks))
         payloads = backend.compile(graphs, target, options)
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
         writer.write(_TOKENIZER, (request.engine / _TOKENIZER).read_bytes())
         writer.write(GRAPH_NAME, graph_bytes)
-        write_ranks(writer, payloads, lambda done, total: say("weights", done, total))
+        write_ranks(writer, payloads, lambda done, total: on_progress("weights", done, total))
         manifest = _manifest(job, records, payloads)
         memory, ranks = memory_of_ranks(payloads)
         files, effects = dict(writer.files), Effects(unmeasured=_UNMEASURED)
@@ -100,8 +100,8 @@ def repartition(request: RepartitionRequest) -> Path:
 
 
 def _resolve(request: RepartitionRequest) -> _Job:
-    """Read what the engine is and look up what the request names. Instruction sets that the engine was built for stay a choice
-    where the same backend knows them for the target."""
+    """Read the engine's manifest and look up the names in the request. If the backend stays the same, the new engine is for
+    those of the old one's instruction sets that the target has."""
     old = read_manifest(request.engine)
     reader = backends.get(old.target.backend)
     rebuild = "build it again from its checkpoint"
@@ -120,7 +120,7 @@ def _resolve(request: RepartitionRequest) -> _Job:
 
 
 def _fusions(manifest: Manifest, backend: Backend | None = None) -> list[Pass]:
-    """The fusions of an engine, as its passes are named; with a backend, those of them that it carries."""
+    """The fusing passes that the manifest records; with a backend, only those whose results it can compile."""
     passes = Passes() if backend is None else backend.passes(UNQUANTIZED)
     known = {step.name: step for step in FUSION if passes.carries_fusion(step.name)}
     return [known[record.name] for record in manifest.passes if record.name in known]

@@ -1,4 +1,4 @@
-"""How a build looks at its graphs: stages of the pipeline that are kept, shares of ranks, kernel calls before fusion."""
+"""Views of a build's graphs: copies after chosen passes, the shares of ranks, kernel calls before fusion."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def carried(passes: Sequence[Pass], backend: Backend, recipe: Recipe) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes that see the whole model, and those of the fusions behind them that a backend carries."""
+    """Split `passes` into those on the whole model and the fusing ones after them that the backend carries."""
     before, fusions = at_fusion(passes)
     passes_of_backend = backend.passes(recipe)
     return before, tuple(step for step in fusions if passes_of_backend.carries_fusion(step.name))
 
 
 def divided(whole: ir.Model, fusions: Sequence[Pass], ranks: int) -> list[ir.Model]:
-    """The fused graph of each rank; the whole one stays as it is. Raises CompileError where it cannot be divided so."""
+    """The fused graph of each rank; `whole` is not changed. Raises CompileError if it cannot be divided among `ranks` ranks."""
     return run_for(whole.clone(), fusions, ranks)[0]
 
 
 def unfused_calls(backend: Backend, whole: ir.Model, ranks: int) -> int:
-    """Kernel calls of a step of one rank, without fusion."""
+    """The number of kernel calls in a step of one rank, without fusion."""
     part = whole.clone()
     if ranks > 1:
         run_pipeline(part, (PartitionTensors(0, ranks),))
@@ -38,19 +38,19 @@ def unfused_calls(backend: Backend, whole: ir.Model, ranks: int) -> int:
 
 
 class Snapshots:
-    """An observer of a pipeline beside another one: it keeps copies of the graph as some passes leave it. Copies hold no values
-    of weights."""
+    """Observer of a pipeline that keeps a copy of the graph after each of some passes, without values of weights. It calls
+    `on_pass` after every pass."""
 
-    def __init__(self, *wanted: Pass, on_pass: OnPass | None = None) -> None:
-        self._wanted, self._on_pass = wanted, on_pass
+    def __init__(self, *passes: Pass, on_pass: OnPass | None = None) -> None:
+        self._passes, self._on_pass = passes, on_pass
         self._graphs: dict[int, ir.Model] = {}
 
     def __call__(self, step: Pass | None, model: ir.Model, result: PassResult | None) -> None:
         if self._on_pass is not None:
             self._on_pass(step, model, result)
-        if any(step is wanted for wanted in self._wanted):
+        if any(step is kept for kept in self._passes):
             self._graphs[id(step)] = model.clone()
 
     def after(self, step: Pass) -> ir.Model:
-        """A graph of one's own, as a pass left it."""
+        """A new copy of the graph after `step`, one of the passes given."""
         return self._graphs[id(step)].clone()

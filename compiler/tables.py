@@ -1,4 +1,4 @@
-"""Tables as aligned text, for what commands print."""
+"""Tables as aligned text, for the output of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --target accepts: names of devices with a number of ranks, and files that describe a device."""
+"""The values of --target: names of devices with a number of ranks, and files that describe a device."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def choose(text: str, backend: str | None = None, isas: Sequence[str] = ()) -> t
     """The target called `text`, and the backend that builds for it: the one called `backend`, or the device's default.
 
     A target is a device, with `xN` behind it for N ranks ("cpu", "a100x4"), upper or lower case; or the one that a file
-    NAME.toml describes. It carries kernels for the backend's instruction sets that file and `isas` name; by default for all.
+    NAME.toml describes. It has the instruction sets of the backend, restricted to those that the file and `isas` name, if any.
 
     Raises CompileError for a device, a number of ranks, an instruction set or a backend that this release does not build for.
     """
-    device, ranks, of_file = resolve(text)
+    device, ranks, file_isas = resolve(text)
     if not backends.serving(device):
         raise _not_yet(known_as(device.name), text)
     chosen = backends.choose(device, backend)
     target = Target(device.name, chosen.isas(device), 1, device)
-    return target.carrying(of_file).carrying(isas).with_ranks(ranks), chosen
+    return target.carrying(file_isas).carrying(isas).with_ranks(ranks), chosen
 
 
 def listing() -> list[dict[str, Any]]:
@@ -72,12 +72,12 @@ def listing() -> list[dict[str, Any]]:
 
 
 def resolve(text: str) -> tuple[Device, int, tuple[str, ...]]:
-    """The device, the number of ranks and the instruction sets (none: all) that the name or the file of a target stands for,
-    whether or not engines are built for it; raises CompileError for an unknown one."""
+    """The device, the number of ranks and the instruction sets (empty: all) of the target called `text`, whether or not engines
+    can be built for it; raises CompileError if it is unknown."""
     if text.strip().endswith(_SUFFIX):
         return _read(Path(text.strip()))
     name = text.strip().lower()
-    if name in DEVICES:  # such as rtx4090, which is not 4090 of something
+    if name in DEVICES:  # first, for names such as rtx4090, which is not 4090 ranks of "rt"
         return DEVICES[name], 1, ()
     match = _NAME.fullmatch(name)
     return _device(match["device"] if match else "", text), int(match["ranks"] or 1) if match else 1, ()
@@ -102,7 +102,7 @@ def _supported() -> str:
 
 
 def _read(path: Path) -> tuple[Device, int, tuple[str, ...]]:
-    """Read what a file describes, as `resolve` returns it."""
+    """Read a target's file; returns what `resolve` does."""
     plain = _toml(path)
     absent: dict[str, Any] = {field.name: None for field in fields(_TargetFile) if field.name != "device"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_UNBOUNDED = 1 << 30  # rows
-_NEVER = 1 << 20  # rows from which on there are tile products, where there are none
+_UNBOUNDED = 1 << 30  # the number of rows up to which the walk called "any" is used
+_NEVER = 1 << 20  # the least number of rows for tile products, in a table without tile products
 
 
 def tiling_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -19,7 +19,7 @@ def tiling_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _walk_rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """The ranges of row counts that walk over the weights."""
+    """A line for each range of row counts for which kernels walk over the weights."""
     rows, least = [], 1
     bounds = sorted(entry["walks"], key=lambda bound: _UNBOUNDED if bound == "any" else int(bound))
     for bound in bounds:
@@ -36,7 +36,7 @@ def _walk_rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tile_rows(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """The row counts from which on tiles are multiplied, where the instruction set has such instructions."""
+    """A line for the row counts from which kernels multiply tiles, if the instruction set has such instructions."""
     tiles_from = entry.get("tiles_from", _NEVER)
     if tiles_from >= _NEVER:
         return []

@@ -1,4 +1,4 @@
-"""The whole weights of an engine, put together from the packed tensors of its ranks when they are read."""
+"""The whole weights of an engine, assembled from the packed tensors of its ranks when they are read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ Array = npt.NDArray[Any]
 
 
 class WholeWeights:
-    """Makes the weights of a graph that has no values (`tensor`), and finds their values in the ranks made of that graph.
+    """Lazy tensors for the weights of an engine's graph, which is stored without values.
 
-    `find` gets the ranks' graphs. Their initializers are these tensors, parts of them, or parts stacked by fusion, as `part_of`
-    and `made_of` record.
+    `tensor` makes one for each weight of the graph. `find` then looks for their values in the graphs of the ranks, whose
+    initializers are these tensors, parts of them, or parts stacked by fusion, as `part_of` and `made_of` record.
     """
 
     def __init__(self, engine: Path, backend: Repartitionable) -> None:
-        """The weights of an engine that a backend made."""
+        """`engine` is the engine's directory, `backend` the one that packed its weights."""
         self._engine, self._backend = engine, backend
-        self._places: dict[int, list[tuple[int, str, ir.TensorProtocol]]] = {}  # by identity: rank, name there, tensor there
+        # The rank, the name and the tensor of the rank's graph, for each place of a weight; keys are identities of weights
+        self._places: dict[int, list[tuple[int, str, ir.TensorProtocol]]] = {}
         self._tensors: list[ir.TensorProtocol] = []
 
     def tensor(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.LazyTensor:
@@ -40,7 +41,7 @@ class WholeWeights:
         return made
 
     def find(self, ranks: Sequence[ir.Model]) -> None:
-        """Record where each weight lies; raises CompileError where the ranks do not hold all of them."""
+        """Record which tensors of the ranks' graphs hold each weight; raises CompileError if one of them is missing."""
         for rank, model in enumerate(ranks):
             for name, value in model.graph.initializers.items():
                 if value.const_value is not None:
@@ -65,7 +66,7 @@ class WholeWeights:
 
 
 def _wholes(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
-    """The tensors without pieces of their own that a tensor is made of."""
+    """The tensors that `tensor` is made of in the end: those which have no pieces themselves."""
     pieces = pieces_of(tensor)
     for piece in pieces:
         yield from _wholes(piece.tensor)
@@ -74,7 +75,8 @@ def _wholes(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 
 
 def _copy(array: Array, tensor: ir.TensorProtocol, whole: ir.TensorProtocol, result: Array) -> None:
-    """Copy to `result`, the values of `whole`, those that `array`, the values of `tensor`, has of them."""
+    """Copy from `array`, the values of `tensor`, the part of `whole` that it holds to its place in `result`, the values of
+    `whole`."""
     if tensor is whole:
         result[...] = array
     for piece in pieces_of(tensor):

@@ -1,4 +1,4 @@
-"""Writes an engine directory: files with their digests, weights one tensor at a time, the manifest last."""
+"""Write an engine directory: files with their digests, weights one tensor at a time, the manifest last."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from belle_compile.runtime.program import ALIGNMENT
 
 WEIGHTS_NAME = "weights.safetensors"
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
-# What one system call writes, at multiples of itself: pages the file cache then holds in one piece are mapped as huge pages.
+# Bytes that one system call writes, at multiples of this size: the file cache then holds them in contiguous pages, which are
+# mapped as huge pages.
 _CHUNK = 8 << 20
 _SAFETENSORS_NAMES = {
     "int8": "I8", "uint8": "U8", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "int64": "I64",
@@ -33,8 +34,8 @@ class EngineWriter:
     """Writes an engine: `with EngineWriter(out) as writer:` write files and tensors, then `writer.finish(manifest)`.
 
     Nothing appears at `out` before `finish`, and leaving the block without it leaves nothing (see `AtomicDirectory`).
-    An existing engine is replaced with `force`, and only by a finished one. The same calls give the same bytes and the same
-    permissions: 0644 for files, 0755 for directories.
+    With `force`, an existing engine is replaced, but not before the new one is complete. The same calls give the same bytes and
+    the same permissions: 0644 for files, 0755 for directories.
     """
 
     def __init__(self, out: str | Path, *, force: bool = False, needed: int = 0) -> None:
@@ -53,18 +54,18 @@ class EngineWriter:
         self._directory.check_space(needed)
 
     def write(self, path: str, content: bytes | memoryview) -> None:
-        """Write one file at `path`, relative to the engine and with "/" between its parts."""
+        """Write one file; `path` is relative to the engine, with "/" between its parts."""
         with _File(self._directory, path) as file:
             file.write(content)
         self.files[path] = file.entry()
 
     @contextmanager
     def tensor_file(self, path: str, tensors: Sequence[PackedTensor]) -> Iterator[Callable[[PackedTensor], None]]:
-        """Open a safetensors file that grows beside others; yields the function that packs and writes a tensor, to be called
-        for each in order.
+        """Open a safetensors file; several may be open at a time. Yields a function that packs and writes one tensor, to be
+        called for each of `tensors` in order.
 
-        Every tensor starts at a multiple of 64 bytes of the file, so that a mapped file can be handed to the kernels: the
-        header is padded with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes."""
+        Every tensor starts at a multiple of 64 bytes of the file, so that kernels can use a mapped file: the header is padded
+        with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes."""
         with _File(self._directory, path) as file:
             file.write(safetensors_header(tensors)[0])
 
@@ -84,8 +85,8 @@ class EngineWriter:
         self.files[path] = file.entry()
 
     def draft(self, manifest: Manifest) -> Path:
-        """Write a manifest that `finish` will replace, and return the directory under construction, which can be loaded
-        then."""
+        """Write a preliminary manifest, which `finish` replaces, and return the directory under construction, which the runtime
+        can then load."""
         draft = self._directory.path / MANIFEST_NAME
         draft.write_text(manifest_text(self._complete(manifest)), encoding="utf-8")
         return self._directory.path
@@ -95,7 +96,7 @@ class EngineWriter:
         complete = self._complete(manifest)
         (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
-        executor_of(read_manifest(self._directory.path))  # what the runtime would refuse is refused here
+        executor_of(read_manifest(self._directory.path))  # raises what the runtime would raise for a manifest that it refuses
         self._directory.commit()
         return self._directory.out
 
@@ -114,8 +115,8 @@ def write_ranks(
 
 
 def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: Callable[[int, int], None]) -> None:
-    """Write the weights of all ranks side by side, one group after the other: ranks whose tensors are parts of the same ones
-    compute these once, and hold no more of them than one rank alone does."""
+    """Write the weights of all ranks side by side, one group of tensors after the other. A tensor of which several ranks have a
+    part is then computed once, and no more memory is needed than for one rank."""
     done, total = 0, sum(tensor_bytes(tensor) for rank in ranks for tensor in rank.tensors)
     with ExitStack() as files:
         writes = [
@@ -123,9 +124,9 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: 
             for number, rank in enumerate(ranks)
             if rank.tensors
         ]
-        for of_ranks in zip(*(rank.weights for rank in ranks if rank.tensors), strict=True):
+        for groups in zip(*(rank.weights for rank in ranks if rank.tensors), strict=True):
             with wholes_kept() if len(ranks) > 1 else nullcontext():
-                for write, tensors in zip(writes, of_ranks, strict=True):
+                for write, tensors in zip(writes, groups, strict=True):
                     for tensor in tensors:
                         write(tensor)
                         done += tensor_bytes(tensor)
@@ -133,12 +134,12 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: 
 
 
 def is_engine(path: Path) -> bool:
-    """Whether `path` is a directory with a manifest, as builds make them."""
+    """Whether `path` is a directory with a manifest."""
     return (path / MANIFEST_NAME).is_file()
 
 
 def safetensors_header(tensors: Sequence[PackedTensor]) -> tuple[bytes, int]:
-    """The header of a safetensors file, a multiple of 64 bytes, and the size of the data behind it."""
+    """The header of a safetensors file, padded to a multiple of 64 bytes, and the bytes of data after it."""
     entries: dict[str, dict[str, object]] = {}
     offset = 0
     for tensor in tensors:

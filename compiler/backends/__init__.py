@@ -1,6 +1,7 @@
-"""Backends: from the graphs of all ranks to what the engine's directories hold.
+"""Backends: they compile the graphs of all ranks to the content of the engine's directories.
 
-TVM makes programs for processors, Triton makes them for NVIDIA GPUs. The order is that of the defaults, see `base.register`.
+TVM compiles programs for CPUs, Triton for NVIDIA GPUs. The order of registration decides which is the default, see
+`base.register`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a backend is, what it makes of the graph of a rank, and the registry of backends.
+"""The interface of backends, the payload that they compile a rank's graph to, and their registry.
 
-A new backend is a subclass of `Backend` and a call of `register`. No code outside of a backend asks what kind of device or of
-backend it works with: it asks the backend, or reads a fact that the payload may carry.
+A new backend is a subclass of `Backend` and a call of `register`. Code outside of a backend never branches on the kind of
+device or backend: it calls a method of the backend, or reads a field of the payload.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-TUNING = "tune-kernels"  # the manifest's record of what was measured for an engine
+TUNING = "tune-kernels"  # name of the manifest's record of the kernels measured for an engine
 ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
-SERVED_TOKENS = 2048  # of one sequence: the KV cache that a host must have room for at least
+SERVED_TOKENS = 2048  # a host must have memory for the KV cache of one sequence of at least this many tokens
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
-PROCESS_BYTES = 256 << 20  # what Python and the tokenizer take of a host
+PROCESS_BYTES = 256 << 20  # the host memory of Python and the tokenizer
 _REMEDY = "see `belle-compile targets`"
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Names of the methods and of the fusing passes whose results a backend can compile; None stands for all there are."""
+    """The names of the methods and of the fusing passes whose results a backend can compile; None stands for all of them."""
 
     methods: frozenset[str] | None = None
     fusions: frozenset[str] | None = None
@@ -62,7 +62,7 @@ class KVCache:
     max_context: int
 
     def bytes(self, tokens: int) -> int:
-        """Bytes of the blocks that so many tokens of one sequence take."""
+        """Bytes of the blocks that `tokens` tokens of one sequence occupy."""
         return -(-tokens // self.block_tokens) * self.block_bytes
 
 
@@ -76,8 +76,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of memory that one rank needs, by what they are for. The reserve is what the rank takes beside its model: kernels,
-    tokenizer, and the process or the driver."""
+    """Bytes of memory that one rank needs, by purpose. `reserve` is the memory beside the model: that of kernels, tokenizer,
+    and the process or the driver."""
 
     weights: int
     kv_cache: int
@@ -91,8 +91,8 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one rank takes of its host or device. It depends on the graph and not on what compilation adds, so that it is the
-    same before a build as after it. `step` is there where the backend makes a program."""
+    """The memory of one rank on its host or device, in bytes. It depends on the graph alone, not on results of compilation, so
+    that it is the same before and after a build. `step` is None for a backend that makes no program."""
 
     weights: int
     activations: int
@@ -101,14 +101,14 @@ class Footprint:
     step: StepPlan | None = None
 
     def memory(self, sequences: int = 1, tokens: int | None = None) -> MemoryNeed:
-        """The memory that serving so many sequences of so many tokens needs; by default one sequence of `SERVED_TOKENS`, or of
-        the longest context where that is shorter."""
+        """The memory needed to serve `sequences` sequences of `tokens` tokens each (None: `SERVED_TOKENS`, or the longest
+        context where that is shorter)."""
         tokens = min(SERVED_TOKENS, self.kv.max_context) if tokens is None else tokens
         return MemoryNeed(self.weights, sequences * self.kv.bytes(tokens), self.activations, self.reserve)
 
 
 class PackedTensor(Protocol):
-    """A tensor as the engine holds it; `pack` computes its values when its turn comes, and nobody keeps them."""
+    """A tensor in the layout that the engine stores. `pack` computes its values when it is written; they are not kept."""
 
     @property
     def name(self) -> str: ...
@@ -121,19 +121,19 @@ class PackedTensor(Protocol):
 
 
 def tensor_bytes(tensor: PackedTensor) -> int:
-    """The size of a tensor's data."""
+    """The size of a tensor's data in bytes."""
     return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What a backend makes of the graph of one rank.
+    """The compiled form of the graph of one rank.
 
-    `files` are written to the rank's directory by name. `weights` become its weights.safetensors, without any there is none;
-    they come in groups, of which all ranks have as many: the groups with the same number are packed together, so that tensors
-    which are parts of the same whole on several ranks are computed once. `kernel_calls` are those of one decoding step, before
-    and after fusion, `toolchain` says what made the files, and `tuning` is the manifest's record of what was measured for this
-    build.
+    `files` are written to the rank's directory by name. `weights` become its weights.safetensors, which is left out if there
+    are none. They come in groups, the same number for every rank: groups with the same index are packed together, so that a
+    tensor of which several ranks have a part is computed once. `kernel_calls` are those of one decoding step, before and after
+    fusion, `toolchain` maps the tools that made the files to their versions, and `tuning` is the manifest's record of the
+    kernels measured for this build.
     """
 
     files: Mapping[str, bytes | memoryview]
@@ -150,14 +150,14 @@ class Payload:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes that the rank takes on the disk."""
+        """Bytes of the rank's directory on disk."""
         return sum(map(tensor_bytes, self.tensors)) + sum(memoryview(content).nbytes for content in self.files.values())
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How graphs are compiled: the type of the KV cache, the kernel calls of a step before fusion (for the payload's facts),
-    and, where kernels are to be measured on this host, a callback that is told of each that is done."""
+    """How graphs are compiled: the type of the KV cache, and the kernel calls of a step before fusion, which the payload
+    records. `tune` is None, or the progress callback (done, total) of measuring kernels on this host, which it turns on."""
 
     kv_cache: str = AUTO
     unfused_calls: int = 0
@@ -166,9 +166,12 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Reached:
-    """Shares of a device's rates that a backend's kernels reach in whole steps, as they were measured: of the read bandwidth,
-    of that in products of several rows, of the operations on integers and on floats; and the seconds that a kernel call takes
-    by itself. `source` says where that was measured."""
+    """The shares of a device's rates that a backend's kernels reach in whole steps, as measured.
+
+    `read` is the share of the read bandwidth, `several` the further share of it in products of several rows, `integer` and
+    `floating` are those of the operations a second; `call_s` is the fixed cost of a kernel call in seconds. `source` names the
+    measurement.
+    """
 
     read: float
     several: float
@@ -182,7 +185,7 @@ class Backend(ABC):
     """Compiles the graphs of all ranks for the devices that it serves.
 
     `name` is recorded in the manifest, and the runtime chooses the executor by it. `kv_types` are the types that a KV cache can
-    have, the widest first. With `reached`, `plan` predicts the time of a step; without, it says the memory alone.
+    have, the widest first. With `reached`, `plan` predicts the time of a step; without, it predicts memory only.
     """
 
     name: str
@@ -191,24 +194,25 @@ class Backend(ABC):
 
     @abstractmethod
     def isas(self, device: Device) -> tuple[str, ...]:
-        """The instruction sets of a device that engines can be made for, best first; none for a device that it does not
+        """The instruction sets of a device that the backend compiles for, best first; empty for a device that it does not
         serve."""
 
     @abstractmethod
     def passes(self, recipe: Recipe) -> Passes:
-        """The methods and fusions whose results it can compile."""
+        """The methods and fusing passes whose results the backend can compile."""
 
     @abstractmethod
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
-        """What each rank's fused graph takes; reads no weights and takes no longer than lowering. Raises CompileError for an
-        op that cannot be compiled."""
+        """The footprint of each rank's fused graph; reads no weights and takes no longer than lowering. Raises CompileError for
+        an op that cannot be compiled."""
 
     @abstractmethod
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
         """The payload of each rank's fused and verified graph. The same graphs and toolchain give the same bytes."""
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
-        """Why it cannot build this for a target whose device it serves, as a phrase; empty if it can."""
+        """The reason, as a phrase, why the backend cannot build a recipe for a target whose device it serves; empty if it
+        can."""
         passes = self.passes(recipe)
         missing = [method for method in recipe.methods if not passes.carries_method(method)]
         if not missing:
@@ -218,45 +222,46 @@ class Backend(ABC):
         )
 
     def tuning_refusal(self, target: Target) -> str:
-        """Why kernels cannot be measured during a build for the target, as a phrase; empty if they can."""
+        """The reason, as a phrase, why kernels cannot be measured during a build for the target; empty if they can."""
         return "no kernels to measure"
 
     def estimates(self, device: Device) -> bool:
-        """Whether `footprint` holds for a device, also where no engine can be made for it yet."""
+        """Whether `footprint` is valid for a device, including devices that no engine can be made for yet."""
         return bool(self.isas(device))
 
     def kernel_calls(self, graph: ir.Model) -> int:
-        """Kernel calls of one step of a graph, as if every op of it could be run as it is."""
+        """The number of kernel calls in one step of a graph, assuming that each of its ops can be run unfused."""
         return sum(1 for _ in graph.graph)
 
     def has_kernels(self, graph: ir.Model) -> bool:
-        """Whether every op of a graph could be run as it is."""
+        """Whether every op of a graph can be run unfused."""
         return True
 
     def nearest_kv_type(self, dtype: str) -> str:
-        """The type of a KV cache that replaces another backend's: the same one, else one of as many bits."""
+        """The backend's type for a KV cache that had the type `dtype` in another backend: the same, else one of equal bits,
+        else AUTO."""
         if dtype in self.kv_types:
             return dtype
-        return next((own for own in self.kv_types if KV_DTYPES[own] == KV_DTYPES.get(dtype)), AUTO)
+        return next((kv_type for kv_type in self.kv_types if KV_DTYPES[kv_type] == KV_DTYPES.get(dtype)), AUTO)
 
 
 class Repartitionable(ABC):
-    """A backend whose engines can be made into engines for other ranks: their weights can be read back."""
+    """A backend whose engines can be repartitioned: their packed weights can be read back."""
 
     @abstractmethod
     def kv_type(self, rank: Path) -> str:
-        """The type of the KV cache of an engine, from a rank's directory."""
+        """The type of the KV cache of an engine; `rank` is the directory of one of its ranks."""
 
     @abstractmethod
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
-        """The values, of their own shape, of a tensor that the engine holds packed; int4 comes as int8."""
+        """The values, in the unpacked `shape` and `dtype` (int4 as int8), of a tensor that the engine holds packed."""
 
 
 _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Make a backend known under its name. Of several that serve a device, the first one registered is the default."""
+    """Add a backend under its name. The first one registered of those that serve a device is its default."""
     known = _BACKENDS.setdefault(backend.name, backend)
     assert type(known) is type(backend), f"there is another backend of the name {backend.name}"
 
@@ -267,7 +272,7 @@ def registered() -> tuple[Backend, ...]:
 
 
 def get(name: str) -> Backend:
-    """The backend of a name; raises CompileError where there is none."""
+    """The backend called `name`; raises CompileError if there is none."""
     backend = _BACKENDS.get(name)
     if backend is None:
         raise CompileError("backend", "unknown backend", found=repr(name), expected=_names(_BACKENDS.values()))
@@ -280,12 +285,13 @@ def serving(device: Device) -> tuple[Backend, ...]:
 
 
 def choose(device: Device, name: str | None = None) -> Backend:
-    """The backend of a name, or the device's default; raises CompileError where it does not serve the device."""
+    """The backend called `name`, or the device's default for None; raises CompileError if it does not serve the device."""
     return _among(serving(device), device, name)
 
 
 def estimator(device: Device, name: str | None = None) -> Backend:
-    """The backend that says what a model takes of a device, which may be one that no engine can be made for yet."""
+    """The backend that estimates a model's memory on a device, which may be one that no engine can be made for yet; arguments
+    and errors are those of `choose`."""
     return _among(tuple(backend for backend in registered() if backend.estimates(device)), device, name)
 
 
@@ -298,7 +304,7 @@ def _among(candidates: Sequence[Backend], device: Device, name: str | None) -> B
 
 
 def check(backend: Backend, target: Target, recipe: Recipe) -> None:
-    """Raise CompileError where a backend cannot build for a target, naming backends that can."""
+    """Raise CompileError if a backend cannot build a recipe for a target; the error names backends that can."""
     reason = backend.refusal(target, recipe)
     if not reason:
         return

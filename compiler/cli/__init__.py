@@ -1,4 +1,4 @@
-"""The command `belle-compile`: click commands, one file a group of commands.
+"""The command `belle-compile`: click commands, one file for each group of commands.
 
 A command turns options into one call of the compiler and prints the result. Modules that need more than click are imported
 when a command runs, so that `--help` and `--version` answer at once.

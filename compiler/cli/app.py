@@ -1,4 +1,4 @@
-"""The group of all commands, and how a command ends."""
+"""The group of all commands, its exit codes and its error messages."""
 
 from __future__ import annotations
 

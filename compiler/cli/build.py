@@ -14,7 +14,7 @@ from belle_compile.compiler.cli.rows import engine_rows
 if TYPE_CHECKING:
     from belle_compile.compiler.gate import Gate
 
-# Named as the fields of `BuildRequest`, which holds the defaults of what is left out.
+# Parameters are named after the fields of `BuildRequest`, which holds the defaults of options that are left out.
 _WHAT = options.together(
     options.target(),
     options.output("engine"),

@@ -1,4 +1,4 @@
-"""`inspect`, `verify` and `targets`: what there is, and what can be built for."""
+"""`inspect`, `verify` and `targets`: the commands that describe engines and devices."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def targets(as_json: bool) -> None:
     DEVICE is one of the ranks of an engine; DEVICExN is N of them ("cpux2"). A file NAME.toml describes one of your own:
       device = "cpu"
       ranks = 2              # all keys but the device may be left out
-      memory_gib = 16.0      # of each rank; a build that needs more says how many ranks it takes
+      memory_gib = 16.0      # of each rank; the error of a build that needs more names the ranks that would fit
       isas = ["avx512vnni"]  # others: max_ranks, memory_bandwidth_gb, link_bandwidth_gb (GB/s), link_latency_us
 
     \b

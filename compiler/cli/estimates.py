@@ -1,4 +1,4 @@
-"""`sensitivity` and `plan`: what a build would do to a model, and what its engine would take."""
+"""`sensitivity` and `plan`: the commands that predict a build's damage to a model, and its engine's memory and times."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from belle_compile.passes.presets import PRESETS
 if TYPE_CHECKING:
     from belle_compile.compiler.plan.table import Load
 
-_SHOWN = 20  # layers of the ranking
+_SHOWN = 20  # layers of the ranking that are printed
 
 
 def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Check before anything is computed that the name's ending says how to write the file."""
+    """Refuse a file name whose suffix has no writer, before anything is computed."""
     if path is not None and path.suffix not in layer_ranking.WRITERS:
         raise click.BadParameter(f"{path.name}: expected a name that ends in {' or '.join(layer_ranking.WRITERS)}")
     return path
@@ -101,8 +101,9 @@ def plan(
 ) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
 
-    CHECKPOINT is what build takes, or a config.json alone: no weight is read. A step is what has to be read, computed and
-    exchanged at the rates that kernels were measured to reach, which the first lines name. The target cpu is this host.
+    CHECKPOINT is a directory or a .gguf file, or a config.json alone: no weight is read. The time of a step follows from what
+    it reads, computes and exchanges, at rates that kernels were measured to reach; the output names their source. The target
+    cpu is this host.
 
     \b
     Examples:

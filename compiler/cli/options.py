@@ -45,7 +45,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
-    """Options whose values reach the command as one argument: `make`, called with them by the names of its parameters."""
+    """Options whose values reach the command as one argument, the result of `make`, whose parameters are the options' names."""
     names = tuple(inspect.signature(make).parameters)
 
     def decorate(command: Command) -> Command:
@@ -60,7 +60,7 @@ def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> 
 
 
 def output(what: str) -> Decorator:
-    """Where a directory of this kind ("engine") is made, and whether one that exists is replaced."""
+    """--output and --force for a directory of the kind `what` ("engine")."""
     return together(
         click.option("-o", "--output", required=True, type=PATH, help=f"The {what} directory to make."),
         click.option("--force", is_flag=True, help=f"Replace the {what} at OUTPUT, once the new one is complete."),
@@ -68,15 +68,15 @@ def output(what: str) -> Decorator:
 
 
 def target(*, required: bool = False) -> Decorator:
-    """The device and the number of ranks."""
+    """--target: the device and the number of ranks."""
     default: dict[str, Any] = {"required": True} if required else {"default": "cpu", "show_default": True}
     help = "The device and how many ranks of it: cpu, cpux2 for two ranks, or a .toml file; see `belle-compile targets`."
     return click.option("--target", metavar="NAME|FILE", help=help, **default)
 
 
 def preset(presets: Iterable[Preset] = PRESETS.values(), *, help: str = "") -> Decorator:
-    """The name of a preset, passed as `quantization`; the help describes each preset where the command gives no sentence."""
-    known = {one.name: one.summary for one in presets}
+    """--quant: the name of a preset, passed as `quantization`. Without a `help` of the command, the help describes each."""
+    known = {preset.name: preset.summary for preset in presets}
     return click.option(
         "--quant", "quantization", type=click.Choice(list(known)), default=DEFAULT_PRESET, show_default=True,
         help=help or _sentences(known),
@@ -84,7 +84,7 @@ def preset(presets: Iterable[Preset] = PRESETS.values(), *, help: str = "") -> D
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Split names at commas; "none" and "" are no names. The build checks that the methods exist."""
+    """Split names at commas; "none" and "" are left out. The build checks that the methods exist."""
     return None if value is None else tuple(name for name in value.split(",") if name not in ("", "none"))
 
 
@@ -97,7 +97,7 @@ methods = click.option(
 
 
 def kv_cache(*, help: str = "") -> Decorator:
-    """The type of the KV cache; the help describes the types where the command gives no sentence."""
+    """--kv-cache: the type of the KV cache. Without a `help` of the command, the help describes each type."""
     summaries = {AUTO: AUTO_SUMMARY} | {kind.name: kind.summary for kind in KV_TYPES.values() if kind.summary}
     return click.option(
         "--kv-cache", type=click.Choice(KV_CHOICES), default=AUTO, show_default=True,
@@ -124,7 +124,7 @@ class _BackendName(_ParamType):
 
 
 def backend(default: str) -> Decorator:
-    """What compiles, or what is planned for; `default` says in words which backend that is where none is named."""
+    """--backend: the backend that compiles or that a plan is for. `default` describes in the help the one used without it."""
     return click.option("--backend", type=_BackendName(), help=f"The backend that compiles.  [default: {default}]")
 
 

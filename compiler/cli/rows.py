@@ -42,10 +42,9 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
 
 
 def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:
-    """What machine code needs of a GPU, for each kind of kernel or for `each` kernel.
+    """The resources of a GPU that kernels use: a row for each kind of kernel, or with `each` for every kernel.
 
-    Registers are those of a thread, shared memory that of a block; local memory is the bytes of registers that spilled and of
-    arrays of a thread.
+    Registers and local memory (spilled registers and arrays, in bytes) are those of a thread, shared memory is that of a block.
     """
     groups: dict[str, list[Any]] = {}
     for name, launch in kernels.items():
@@ -63,8 +62,8 @@ def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:
 
 
 def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> Rows:
-    """The rows of `targets`: a table whose first column is the device's name. Of several backends the default is the first. A
-    dash stands for none, and for what depends on the host."""
+    """The rows of `targets`: a table whose first column is the device's name. The first of several backends is the default. A
+    dash stands for a missing figure, or for one that depends on the host."""
     lines = [("builds", "backends", "memory", "GB/s", "link GB/s", "link us", "ranks", "compute", "what it is")]
     for device in devices:
         figures = (device["memory_bandwidth"] / 1e9, device["link_bandwidth"] / 1e9, device["link_latency"] * 1e6)
@@ -111,8 +110,8 @@ _PLAN_HEADER = (
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The text of `plan`, for the result of `compiler.plan.table.plan`: what is planned, a line for each number of ranks, and
-    why the model cannot have the others. A dash stands for a time that is not predicted."""
+    """The text of `plan`, for the result of `compiler.plan.table.plan`: a head, a line for each number of ranks, and the
+    reasons against numbers of ranks that the model cannot be divided among. A dash stands for a time that is not predicted."""
     memory = plan["device"]["memory"]
     device = plan["device"]["description"] + (f" with {size(memory)} of memory each" if memory else "")
     head = [
@@ -136,7 +135,7 @@ def _plan_line(line: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _pass_rows(record: dict[str, Any]) -> Rows:
-    """What a pass did; the pass that tunes kernels has a row for each range that it measured."""
+    """One row for a pass, with its changes, options and refusals; for the tuning of kernels, a row for each measured range."""
     if record["name"] == "tune-kernels" and record["options"].get("entries"):
         return tiling_rows(record["options"]["entries"])
     options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items() if value not in ([], {}))

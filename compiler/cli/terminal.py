@@ -1,4 +1,4 @@
-"""What the commands print: JSON or aligned text on stdout, and progress bars on stderr where that is a terminal."""
+"""The output of commands: JSON or aligned text on stdout, and progress bars on stderr if that is a terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def progress_bars() -> Iterator[Progress]:
 
         def draw(stage: str, done: int = 0, total: int = 0) -> None:
             if stage not in tasks:
-                for task in tasks.values():  # a new stage begins when the last one is over
+                for task in tasks.values():  # a new stage begins when the previous one has ended
                     length = bars.tasks[task].total or 1
                     bars.update(task, total=length, completed=length)
                 tasks[stage] = bars.add_task(stage, total=None)
@@ -58,7 +58,7 @@ def progress_bars() -> Iterator[Progress]:
 
 
 class Stopwatch:
-    """The time since it was made, and the peak memory of this process."""
+    """Measures the time since it was made, and the peak memory of this process."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Predicts what a model takes on a target before anything is built: memory of each rank, time of a step."""
+"""Predictions of a model's memory on each rank and of the time of a step on a target, before anything is built."""

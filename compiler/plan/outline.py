@@ -15,7 +15,7 @@ from belle_compile.compiler.families.layers import HEAD
 
 
 class Outline(Checkpoint):
-    """A checkpoint that has every tensor that its family's graph asks for, in the shape that it asks for."""
+    """A checkpoint without values: it has every tensor that the family's graph asks for, in the shape asked for."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """A tensor of this name and shape; reading its values raises CompileError."""
@@ -23,7 +23,7 @@ class Outline(Checkpoint):
 
 
 def outline(path: str | Path) -> Checkpoint:
-    """Open a checkpoint, of which `path` may be the config.json alone. A plan renders no prompts, so any template will do."""
+    """Open a checkpoint for a plan; `path` may be its config.json alone. A plan renders no prompts, so the template is RAW."""
     path = Path(path)
     if path.suffix != ".json":
         return open_checkpoint(path, template=RAW)

@@ -1,4 +1,4 @@
-"""The time of a step from what it reads, computes and exchanges, and the rates of a machine."""
+"""The time of a step, from the bytes it reads, its operations and its messages, and from the rates of a device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from math import hypot, log2
 
 from belle_compile.compiler.plan.work import RankWork
 
-_CHANNEL_BYTES = 4  # of a sum over ranks: float32
-_SEVERAL = 8  # rows
+_CHANNEL_BYTES = 4  # bytes of one channel in a sum over ranks: float32
+_SEVERAL = 8  # the least number of rows for which `Rates.several` holds in full
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The rates of one rank: bytes a second from memory, and the share of them in products of `_SEVERAL` rows and more;
-    operations a second on integers and on floats, as kernels reach them; seconds that a kernel call takes by itself; latency in
-    seconds and bytes a second of a message between two ranks."""
+    """The rates that kernels reach on one rank.
+
+    `read` is in bytes a second from memory, and `several` the share of it that products of 8 rows and more reach; `integer` and
+    `floating` are in operations a second; `call_s` is the fixed cost of a kernel call in seconds; `latency_s` (seconds) and
+    `link` (bytes a second) are those of a message between two ranks.
+    """
 
     read: float
     several: float
@@ -28,8 +31,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step by where they go: products and attention by what limits each (memory or arithmetic), kernel calls by
-    themselves, sums over ranks."""
+    """The seconds of one step: products and attention, each under what limits it (memory or arithmetic), the fixed costs of
+    kernel calls, and sums over ranks."""
 
     memory_s: float
     arithmetic_s: float
@@ -42,13 +45,13 @@ class Step:
 
 
 def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens: int, context: int) -> Step:
-    """The time of a step of `tokens` new tokens for each of `sequences` sequences, which have `context` tokens behind them on
-    average; logits are computed for the last token of each."""
+    """The time of a step of `tokens` new tokens for each of `sequences` sequences, which have `context` earlier tokens on
+    average; logits are computed for the last token of each sequence."""
     memory = arithmetic = 0.0
 
     def add(read: float, compute: float) -> None:
-        """Add a part of the step to what limits it. Where reading and computing take as long, neither hides behind the
-        other."""
+        """Add a part of the step to what limits it. `hypot` models that reading and computing overlap less the closer their
+        times are."""
         nonlocal memory, arithmetic
         if read >= compute:
             memory += hypot(read, compute)
@@ -67,7 +70,7 @@ def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens:
 
 
 def _share(rows: int, several: float) -> float:
-    """The share of the read rate that products of so many rows reach."""
+    """The share of the read rate that products of `rows` rows reach."""
     return float(several ** min(log2(rows) / log2(_SEVERAL), 1.0))
 
 

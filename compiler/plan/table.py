@@ -19,13 +19,13 @@ from belle_compile.compiler.targets import resolve
 from belle_compile.passes.presets import find_preset
 
 RANKS = (1, 2, 4, 8)
-# Of a line of the plan, beside its memory
+# Keys of the predicted times in a line of the plan
 _TIMES = ("token_s", "tokens_per_second", "memory_s", "arithmetic_s", "calls_s", "sums_s", "first_token_s")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is served: `batch` sequences at a time, of `context` tokens on average."""
+    """The load to serve: `batch` sequences at a time, of `context` tokens on average."""
 
     batch: int
     context: int
@@ -34,15 +34,17 @@ class Load:
 def plan(
     path: str | Path, target: str, quantization: str, load: Load, kv_cache: str = AUTO, backend: str | None = None
 ) -> dict[str, Any]:
-    """Memory and times of a checkpoint, or of the dimensions in a config.json, on 1, 2, 4 and 8 devices of a target and on as
-    many as its name says, by a backend (None: the device's default). A number of ranks that the model cannot have says why;
-    times are None where the backend predicts none. Raises CompileError for wrong arguments."""
-    device, asked, isas = resolve(target)
+    """Predict memory and times of a checkpoint, or of the dimensions in a config.json, on a target's device.
+
+    The plan has one line for 1, 2, 4 and 8 ranks each and for the number in the target's name. A line holds bytes and seconds,
+    or the reason why the model cannot be divided among that many ranks. Times are None where the backend (None: the device's
+    default) predicts none. Raises CompileError for wrong arguments."""
+    device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
     graph, recipe = build_graph(outline(path)), find_preset(quantization).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
-    for ranks in sorted({*RANKS, asked}):
+    for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:
             continue
         on_ranks = Target(device.name, isas or device.isas, 1, device).with_ranks(ranks)
@@ -53,7 +55,7 @@ def plan(
             lines.append({"ranks": ranks, "refused": str(error)})
             continue
         line = {"ranks": ranks, **_memory(plans, device, load)}
-        works = [one.work for one in plans if one.work]
+        works = [rank.work for rank in plans if rank.work]
         if chosen.reached and works:
             rates, source = rates_of(chosen.reached, device, ranks, isas, bandwidth)
             line |= _times(works, rates, load)
@@ -73,7 +75,7 @@ def plan(
 
 def _memory(plans: list[RankPlan], device: Device, load: Load) -> dict[str, Any]:
     """The memory of the rank that needs most."""
-    need = max((one.footprint.memory(load.batch, load.context) for one in plans), key=lambda need: need.total)
+    need = max((rank.footprint.memory(load.batch, load.context) for rank in plans), key=lambda need: need.total)
     return {
         "weight_bytes": need.weights,
         "kv_bytes": need.kv_cache,
@@ -86,7 +88,7 @@ def _memory(plans: list[RankPlan], device: Device, load: Load) -> dict[str, Any]
 
 
 def _times(works: list[RankWork], rates: Rates, load: Load) -> dict[str, float]:
-    """Times of the rank that takes longest: the others wait for it at every sum."""
+    """The times of the slowest rank: the others wait for it at every sum."""
     step, first = (max((_time(work, rates, len(works), load, prompt) for work in works), key=lambda step: step.seconds)
                    for prompt in (False, True))  # fmt: skip
     times = (
@@ -102,7 +104,7 @@ def _times(works: list[RankWork], rates: Rates, load: Load) -> dict[str, float]:
 
 
 def _time(work: RankWork, rates: Rates, ranks: int, load: Load, prompt: bool) -> Step:
-    """The time of a token of every sequence, or of one sequence's prompt of `context` tokens."""
+    """The time of one token for every sequence, or with `prompt` that of one sequence's prompt of `context` tokens."""
     if not prompt:
         return predict(work, rates, ranks, sequences=load.batch, tokens=1, context=load.context)
     chunks = range(0, load.context, work.max_tokens)

@@ -1,4 +1,4 @@
-"""What each rank has to hold, read and compute, from the graphs that a build would compile."""
+"""The work of each rank: what it holds, reads and computes, from the graphs that a build would compile."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from belle_compile.passes.presets import Recipe
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product: bytes of its weight, operations for each row, whether these are on integers, and whether its rows are
-    the tokens of a step or those that logits are wanted of."""
+    """A matrix product: the bytes of its weight, the operations for each row, and whether these are on integers. Its rows are
+    all tokens of a step (`of_tokens`), or only those whose logits are computed."""
 
     weight_bytes: int
     operations: int
@@ -32,8 +32,11 @@ class Product:
 
 @dataclass(frozen=True)
 class RankWork:
-    """What a step of one rank is made of, at most `max_tokens` tokens: products, attention (of each layer, operations for a
-    token and a token of context), kernel calls, and the channels of each sum over ranks. `kv` is the rank's KV cache."""
+    """The parts of a step of one rank, of at most `max_tokens` tokens.
+
+    `attention` holds for each layer the operations for a pair of a token and a token of its context, `calls` is the number of
+    kernel calls, and `sums` holds the channels of each sum over ranks. `kv` is the rank's KV cache.
+    """
 
     max_tokens: int
     kv: KVCache
@@ -45,19 +48,19 @@ class RankWork:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank holds, and what a step of it does where the backend tells of it by a program."""
+    """What one rank holds, and the work of its step (None if the backend makes no program to derive it from)."""
 
     footprint: Footprint
     work: RankWork | None
 
 
 def plans_of(graph: ir.Model, recipe: Recipe, backend: Backend, target: Target, kv_cache: str = AUTO) -> list[RankPlan]:
-    """The plan of each rank of a target, from the float32 graph, which stays as it is; no weight is read. Raises CompileError
-    where the model cannot be divided so, and where the backend cannot compile it."""
+    """The plan of each rank of a target, from the float32 graph, which is not changed; no weight is read. Raises CompileError
+    if the model cannot be divided among the ranks or the backend cannot compile it."""
     passes = carried(passes_of(recipe, ranks=target.ranks), backend, recipe.applied(calibrated=False))
     graphs, _ = run_for(graph.clone(), [step for part in passes for step in part], target.ranks)
     footprints = backend.footprint(graphs, target, kv_cache)
-    return [RankPlan(footprint, _work(one, footprint)) for one, footprint in zip(graphs, footprints, strict=True)]
+    return [RankPlan(footprint, _work(rank, footprint)) for rank, footprint in zip(graphs, footprints, strict=True)]
 
 
 def _work(graph: ir.Model, footprint: Footprint) -> RankWork | None:
@@ -76,7 +79,7 @@ def _work(graph: ir.Model, footprint: Footprint) -> RankWork | None:
 
 
 def _attention_operations(options: dict[str, Any]) -> int:
-    """Operations of scores and weighted values: a multiplication and an addition each."""
+    """Operations of scores and of weighted values, counting a multiplication and an addition each."""
     return 4 * int(options["num_heads"]) * int(options["head_dim"])
 
 
