@@ -1,1 +1,1 @@
-"""What backends that emit programs share: lowering to kernel calls, and the memory plan."""
+"""The shared part of backends that emit programs: lowering to kernel calls, and the memory plan."""

@@ -1,4 +1,4 @@
-"""What the backends that make programs share: the footprint and the payload of a lowered graph."""
+"""Base class of the backends that make programs: it derives footprint and payload from a lowered graph."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 class ProgramBackend(Backend, Repartitionable):
-    """A backend whose payload is a program of kernel calls over planned memory. `process_bytes` are what a process takes of the
-    device beside kernels, program and tokenizer."""
+    """A backend whose payload is a program of kernel calls over planned memory. `process_bytes` is the device memory of a
+    process beside kernels, program and tokenizer."""
 
     process_bytes: int
 
@@ -42,14 +42,14 @@ class ProgramBackend(Backend, Repartitionable):
         """The program, weights and kernels of a rank's graph; raises CompileError for an op without a kernel."""
 
     def passes(self, recipe: Recipe) -> Passes:
-        """All there are: lowering refuses an op that has no kernel, and names it."""
+        """All methods and fusions: lowering refuses an op that has no kernel, and names it."""
         return Passes()
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         return [self.footprint_of(self.lower(graph, 0, kv_cache)) for graph in graphs]
 
     def footprint_of(self, lowered: LoweredGraph) -> Footprint:
-        """What a rank takes that runs a lowered graph."""
+        """The footprint of a rank that runs a lowered graph."""
         program = lowered.program
         return Footprint(
             weights=sum(map(tensor_bytes, lowered.weights)),
@@ -67,7 +67,8 @@ class ProgramBackend(Backend, Repartitionable):
         toolchain: Mapping[str, str],
         tuning: PassRecord | None = None,
     ) -> Payload:
-        """The payload of a lowered graph whose program was completed to `program`, with its compiled kernels by file name."""
+        """The payload of a lowered graph. `program` is its program, completed with facts from compilation; `kernels` maps file
+        names to compiled kernels."""
         calls = program.kernel_calls
         return Payload(
             files={PROGRAM_NAME: program.to_json().encode(), **kernels},

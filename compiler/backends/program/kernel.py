@@ -1,4 +1,4 @@
-"""What a kernel of any program backend is: a frozen description of shapes with a name, pointers and workspaces."""
+"""The interface of the kernels of all program backends: a frozen description with a name, pointers and workspaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class View:
 
     @classmethod
     def of_width(cls, width: int) -> View:
-        """The view of a buffer that holds nothing but rows of `width` elements."""
+        """The view of rows of `width` elements that fill a buffer."""
         return cls(round_up(width, ROW_ALIGNMENT))
 
     def row(self, row: Any) -> Any:
@@ -63,7 +63,7 @@ class Kernel(ABC):
     """
 
     kind: ClassVar[str]
-    initials: ClassVar[Mapping[str, str]] = {}  # of fields whose place in the name is not marked by their words' first letters
+    initials: ClassVar[Mapping[str, str]] = {}  # by field: its mark in the name, where that is not its words' first letters
     byte: ClassVar[str]  # dtype in which the backend stores 8-bit activations
 
     @property
@@ -87,6 +87,6 @@ class Kernel(ABC):
         return ()
 
     def variants(self: _Self) -> Sequence[tuple[int | None, _Self]]:
-        """(largest number of rows or None for any, kernel), ascending: the kernel that computes this best for so many rows. All
-        have the same pointers."""
+        """Pairs (largest number of rows or None for any, kernel), ascending: the kernel that is fastest up to that number of
+        rows. All have the same pointers."""
         return ((None, self),)

@@ -13,7 +13,8 @@ from belle_compile.compiler.backends.program.kernel import Kernel, Pointers, Vie
 _ROWS = ("rows", "int32")
 _X = ("x", "float32")
 _OUT = ("out", "float32")
-_STEP = (("positions", "int32"), ("sequences", "int32"), ("block_table", "int32"))  # where each token of a step belongs
+# The position and the sequence of each token of a step, and the cache blocks of each sequence
+_STEP = (("positions", "int32"), ("sequences", "int32"), ("block_table", "int32"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Norm(Kernel):
 class Activation(Kernel):
     """out = gelu(x) (`activation` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
 
-    With `hadamard`, blocks of so many channels are transformed next. `quantize`, `planes` and `step` as in `Norm`.
+    With `hadamard`, blocks of that many channels are transformed next. `quantize`, `planes` and `step` are as in `Norm`.
     """
 
     kind: ClassVar[str] = "activation"
@@ -69,7 +70,7 @@ class Activation(Kernel):
 
 @dataclass(frozen=True)
 class BlockHadamard(Kernel):
-    """out = x with every `block` neighbours transformed: belle::BlockHadamard."""
+    """out = x with each block of `block` neighbouring channels transformed: the op belle::BlockHadamard."""
 
     kind: ClassVar[str] = "hadamard"
     width: int
@@ -118,7 +119,7 @@ class RotaryTable(Kernel):
 
 @dataclass(frozen=True)
 class GatherRows(Kernel):
-    """out[i] = x[indices[i]]: the rows whose logits are needed."""
+    """out[i] = x[indices[i]]: selects the rows whose logits are needed."""
 
     kind: ClassVar[str] = "gather"
     width: int
@@ -147,11 +148,11 @@ class Add(Kernel):
 class Embedding(Kernel):
     """out[t] = table[token_ids[t]].
 
-    A partial table holds a range of the vocabulary, whose first token is given when running, so that ranks with tables of the
-    same length have the same kernel: out[t] = table[token_ids[t] - first], zeros for a token that the table does not have.
+    A `partial` table holds a range of the vocabulary: out[t] = table[token_ids[t] - first], or zeros for a token outside of it.
+    `first` is an operand, so that ranks with tables of the same length share a kernel.
     """
 
-    table: ClassVar[str]  # dtype
+    table: ClassVar[str]  # dtype of the table
     vocab: int
     width: int
     out: View
@@ -197,12 +198,12 @@ class FloatLinear(Kernel):
 class QuantizedLinear(Kernel):
     """out[t, n] = (sum_k a[t, k] * w[n, k]) * ws[n] * xs[t] + bias[n]; the sum over int8 products is exact.
 
-    Activations have one or two `planes` of 8 bits; weights have one scale per output, tokens one each.
+    Activations have one or two `planes` of 8 bits; `ws` has one scale per output, `xs` one per token.
     """
 
     kind: ClassVar[str] = "qlinear"
-    activations: ClassVar[str]  # dtype in which the kernel reads them
-    corrections: ClassVar[Pointers] = ()  # what a backend stores with the weights, beside their scales
+    activations: ClassVar[str]  # dtype in which the kernel reads activations
+    corrections: ClassVar[Pointers] = ()  # further operands that a backend stores with the weights and their scales
     outputs: int
     inputs: int
     bias: bool
@@ -217,9 +218,9 @@ class QuantizedLinear(Kernel):
 
 @dataclass(frozen=True)
 class AppendKV(Kernel):
-    """k and v of every row are written to the slot of its position in the paged cache.
+    """Write k and v of every row to the slot of its position in the paged cache.
 
-    Keys are rotated first when `rotary`. In an int8 cache each head of a token has a float32 scale, absmax / 127.
+    With `rotary`, keys are rotated first. In an int8 cache each head of a token has a float32 scale, absmax / 127.
     """
 
     kind: ClassVar[str] = "append_kv"
@@ -255,7 +256,7 @@ class Attention(Kernel):
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """The number of query heads that share a key/value head."""
         return self.num_heads // self.num_kv_heads
 
     def pointers(self) -> Pointers:
@@ -264,6 +265,6 @@ class Attention(Kernel):
 
 
 def _caches(dtype: str) -> Pointers:
-    """Keys and values of a layer. Kernels take bfloat16 as 16 bits: no array library has the type."""
+    """The pointers to keys and values of a layer. bfloat16 is passed as uint16, since NumPy does not have the type."""
     element = "uint16" if dtype == "bfloat16" else dtype
     return (("kcache", element), ("vcache", element))

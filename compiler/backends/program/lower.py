@@ -1,4 +1,4 @@
-"""Lowers a graph: rules make kernel calls over buffers of it, and the memory plan gives the buffers addresses."""
+"""Lower a graph to a program: rules turn nodes into kernel calls over buffers, and the memory plan places the buffers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def lower_graph(
 ) -> LoweredGraph:
     """Lower a verified graph with a backend's kernels.
 
-    `kv_cache` is the type of the KV cache; "auto" is 16 bits where the graph has quantized linear layers, else float32.
-    `transposed_keys` as in `KVLayout`. Raises CompileError for an op that no rule lowers.
+    `calls_before_fusion` is the number of kernel calls without fusion, which the program records. `kv_cache` is the type of the
+    KV cache; "auto" is 16 bits where the graph has quantized linear layers, else float32. `transposed_keys` is as in
+    `KVLayout`. Raises CompileError for an op that no rule lowers.
     """
     lowering = _lowering(backend, model, kv_cache)
     for node in model.graph:
@@ -65,7 +66,7 @@ def lower_graph(
         logits=Logits(offsets[logits.buffer], logits.buffer.stride, facts["first_token"], logits.width),
         kv=_kv_layout(lowering, model, transposed_keys),
         calls=calls,
-        # The calls of a step that decodes: a step with prompts makes others
+        # The calls of a decoding step: calls with when="runs" are for steps with prompts
         kernel_calls=FusionCalls(calls_before_fusion + calls_behind, sum(call.when != "runs" for call in calls)),
         rank=facts["rank"],
         ranks=ranks,
@@ -86,7 +87,7 @@ def _lowering(backend: type[Lowering], model: ir.Model, kv_cache: str) -> Loweri
 
 
 def _kv_dtype(backend: type[Lowering], kv_cache: str, quantized: bool, head_dim: int) -> str:
-    """The type of the KV cache. Elements of bfloat16 lie in pairs, so that heads must have an even size."""
+    """The type of the KV cache. Elements of bfloat16 are stored in pairs, so heads must have an even size."""
     if kv_cache == "bfloat16" and (backend.half != "bfloat16" or head_dim % 2):
         raise CompileError(
             "kv cache", "bfloat16 cannot be had here", found=f"heads of {head_dim} for the backend {backend.backend}",
@@ -127,7 +128,7 @@ def _buffers(call: PendingCall) -> Iterable[Buffer]:
 
 
 def _place_buffers(calls: Sequence[PendingCall], read_after: Iterable[Buffer]) -> tuple[dict[Buffer, PlannedBuffer], int]:
-    """The place of every buffer in the arena, and the bytes of the arena."""
+    """Place every buffer in the arena; returns the places and the bytes of the arena."""
     spans: dict[Buffer, tuple[int, int]] = {}
     for index, call in enumerate(calls):
         for buffer in _buffers(call):
@@ -144,17 +145,17 @@ def _place_buffers(calls: Sequence[PendingCall], read_after: Iterable[Buffer]) -
 
 
 def _finish(call: PendingCall, offsets: Mapping[Buffer, int], weights: Mapping[str, PackedWeight]) -> Call:
-    """The call of a program, with addresses and the bytes of weights that it reads."""
+    """Turn a pending call into one of the program, with addresses and the bytes of weights that it reads."""
     args = tuple(Arena(offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
     if call.kernel is None:
         (place,) = (operand for operand in call.operands if isinstance(operand, Place))
-        summed = AllReduce(place.width, place.buffer.stride)
-        return Call(kind="all_reduce", node=call.node, rows=call.rows, args=args, all_reduce=summed)
+        all_reduce = AllReduce(place.width, place.buffer.stride)
+        return Call(kind="all_reduce", node=call.node, rows=call.rows, args=args, all_reduce=all_reduce)
     read = sum(weights[arg.name].bytes for arg in args if isinstance(arg, Weight))
     if "embedding" in call.kernel.kind:
-        read = 0  # one row per token, not the table
-    made = Call(kind=call.kernel.kind, node=call.node, rows=call.rows, args=args, bytes=read, when=call.when)
+        read = 0  # an embedding reads one row per token, not the table
+    finished = Call(kind=call.kernel.kind, node=call.node, rows=call.rows, args=args, bytes=read, when=call.when)
     variants = call.kernel.variants()
     if len(variants) == 1:
-        return replace(made, kernel=variants[0][1].name)
-    return replace(made, variants=tuple((bound, kernel.name) for bound, kernel in variants))
+        return replace(finished, kernel=variants[0][1].name)
+    return replace(finished, variants=tuple((bound, kernel.name) for bound, kernel in variants))

@@ -1,4 +1,4 @@
-"""What lowering a graph works with: places of values, packed weights, pending calls, and the class that collects them."""
+"""The data of lowering: places of values, packed weights, pending calls, and the class that collects them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from belle_compile.runtime.program import KV, Arg, Input, Program, Scratch, Weig
 
 Rows = Literal["T", "R"]
 VECTOR_ALIGNMENT = 16  # 64 bytes of float32 or int32
-_PLANES = {ir.DataType.INT8: 1, ir.DataType.INT16: 2}  # planes of bytes that a quantized activation takes
+_PLANES = {ir.DataType.INT8: 1, ir.DataType.INT16: 2}  # number of byte planes of a quantized activation
 _SCRATCH_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A tensor of the engine; each call of `pack` reads its source and lays it out anew."""
+    """A tensor of the engine in the backend's layout; each call of `pack` reads its source and packs it again."""
 
     name: str
     dtype: str
@@ -45,13 +45,13 @@ class StepSizes:
     sequences: int
 
     def most(self, rows: Rows) -> int:
-        """The most rows of activations: one for each token ("T") or for each row of logits ("R")."""
+        """The largest number of rows of activations: one for each token ("T") or for each row of logits ("R")."""
         return self.tokens if rows == "T" else self.rows
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Room for `most` rows of activations, or for the workspace of one call; the memory plan places it in the arena."""
+    """Memory for up to `most` rows of activations, or for the workspace of one call; the memory plan places it in the arena."""
 
     rows: Rows
     most: int
@@ -67,7 +67,7 @@ class Buffer:
 class Place:
     """Where a value lies: in a buffer, `width` elements of each row from element `offset` on.
 
-    The bytes of 16-bit activations are two `planes`, of which one follows the other in a row.
+    16-bit activations are stored as two `planes` of bytes, one after the other in each row.
     """
 
     buffer: Buffer
@@ -85,7 +85,7 @@ Operand = Place | Arg
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A call whose buffers have no addresses yet; without a kernel, it sums the rows of its one operand over all ranks."""
+    """A call whose buffers have no addresses yet. Without a kernel, it sums its one operand over all ranks in place."""
 
     kernel: Kernel | None
     node: str
@@ -96,7 +96,7 @@ class PendingCall:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernel classes of a backend, which rules.py instantiates: a kernel has the same fields in every backend."""
+    """The kernel classes of a backend, which rules.py instantiates. A kernel has the same fields in every backend."""
 
     FloatLinear: Callable[..., Kernel]
     QuantizedLinear: Callable[..., Kernel]
@@ -110,14 +110,15 @@ class Kernels:
     Add: Callable[..., Kernel]
     GatherRows: Callable[..., Kernel]
     AppendKV: Callable[..., Kernel]
-    # Kernels that attend, each with the tokens that it is called for
+    # Attention kernels, each with the steps or tokens that it is called for
     Attention: Sequence[tuple[When, Callable[..., Kernel]]]
     GroupLinear: Callable[..., Kernel] | None = None
 
 
 @dataclass(frozen=True)
 class CandidatePlaces:
-    """Where a program leaves candidates for the next token: for each row their count, tokens and logits, at most `capacity`."""
+    """The places of a program's candidates for the next token: for each row their count, tokens and logits, at most `capacity`
+    of them."""
 
     counts: Place
     tokens: Place
@@ -145,7 +146,7 @@ class Lowering(ABC):
     scratch_bytes: int = 0
 
     def place(self, value: ir.Value | None) -> Place:
-        """Where an activation lies; raises CompileError where nothing has computed it."""
+        """The place of an activation; raises CompileError if no earlier node computes it."""
         assert value is not None
         if value not in self.places:
             what = f"value {value.name}"
@@ -172,7 +173,7 @@ class Lowering(ABC):
         return place
 
     def row_stride(self, width: int, dtype: str) -> int:
-        """How many elements lie between the starts of two neighbouring rows, or planes of a row."""
+        """The distance in elements from the start of a row, or of a plane of a row, to that of the next."""
         return round_up(width, ROW_ALIGNMENT)
 
     def buffer(self, rows: Rows, stride: int, dtype: str) -> Buffer:
@@ -192,7 +193,7 @@ class Lowering(ABC):
         self.calls.append(PendingCall(kernel, str(node.name), rows, given, when))
 
     def _workspaces(self, kernel: Kernel) -> Iterator[Operand]:
-        """The workspaces of a call. Zeroed ones are the same memory for all calls, because these run one after the other."""
+        """The workspaces of a call. Zeroed ones share the same scratch memory in all calls, which run one after the other."""
         end = 0
         for workspace in kernel.workspaces():
             if workspace.zeroed:
@@ -203,15 +204,17 @@ class Lowering(ABC):
         self.scratch_bytes = max(self.scratch_bytes, end)
 
     def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces | None:
-        """Append the calls that find candidates among the logits, which `node` computes; None where the backend has none."""
+        """Append the calls that select candidates for the next token from the logits of `node`; None for a backend without
+        them."""
         return None
 
     def all_reduce(self, node: ir.Node, place: Place) -> None:
-        """Append a sum over ranks, which is taken in place."""
+        """Append a sum over ranks, in place."""
         assert not place.offset, "rows of a part are not summed"
         self.calls.append(PendingCall(None, str(node.name), place.buffer.rows, (place,)))
 
-    # Weights by initializer. A second call for the same one returns the same tensor, so that tied weights are stored once.
+    # The methods below return the weight of an initializer. A second call for the same initializer returns the same weight, so
+    # that tied weights are stored once.
 
     @abstractmethod
     def float_matrix(self, value: ir.Value | None) -> Weight:
@@ -230,7 +233,7 @@ class Lowering(ABC):
         """The operands of the int4 linear kernel for a weight and the scales of its groups."""
 
     def vector(self, value: ir.Value | None) -> Weight:
-        """A float32 vector, padded to whole registers."""
+        """A float32 vector, padded with zeros to 64 bytes."""
         tensor, name = self.tensor(value)
         size = round_up(tensor.shape.numpy()[0], VECTOR_ALIGNMENT)
         return self.weight(name, "float32", (size,), lambda: pack_vector(tensor.numpy()))
@@ -241,7 +244,7 @@ class Lowering(ABC):
         return self.weight(name, "int32", (VECTOR_ALIGNMENT,), lambda: pack_vector(tensor.numpy()))
 
     def weight(self, name: str, dtype: str, shape: tuple[int, ...], pack: Callable[[], npt.NDArray[Any]]) -> Weight:
-        """Register a tensor of the engine; raises CompileError where it is needed in two layouts."""
+        """Register a tensor of the engine; raises CompileError if it was registered with another dtype or shape."""
         known = self.weights.setdefault(name, PackedWeight(name, dtype, shape, pack))
         if (known.dtype, known.shape) != (dtype, shape):
             found = f"two layouts, {known.shape} and {shape}"
@@ -249,7 +252,7 @@ class Lowering(ABC):
         return Weight(name)
 
     def tensor(self, value: ir.Value | None) -> tuple[ir.TensorProtocol, str]:
-        """The tensor and the name of an initializer."""
+        """The tensor and the name of an initializer; raises CompileError for any other value."""
         if value is None or value.const_value is None:
             what = f"weight {value.name if value else ''}"
             raise CompileError(self.backend, what, found="a computed value", expected="an initializer")
@@ -269,10 +272,8 @@ def _rows(dimension: ir.SymbolicDim | int) -> Rows | None:
 
 
 class LoweredGraph(NamedTuple):
-    """A graph as a program.
-
-    Weights are in the order of their first use, kernels of the backend's own class and without variants.
-    """
+    """A lowered graph: the program, its weights in the order of their first use, its kernels (of the backend's class `Kernel`,
+    their variants not listed), and its activation buffers."""
 
     program: Program
     weights: list[PackedWeight]

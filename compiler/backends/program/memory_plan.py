@@ -1,4 +1,4 @@
-"""Packs the activation buffers of a step into one arena; buffers that are never alive at the same time share bytes."""
+"""Pack the activation buffers of a step into one arena; buffers that are never alive at the same time may share bytes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class MemoryPlan:
 
 
 def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
-    """Place the largest buffers first, each at the lowest offset where no buffer lies that is alive at the same time."""
+    """Place the largest buffers first, each at the lowest offset at which it overlaps no buffer that is alive at the same
+    time."""
     offsets: dict[int, int] = {}
     for index in sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].size, lifetimes[i].first, i)):
         buffer = lifetimes[index]

@@ -1,4 +1,4 @@
-"""One rule per op: which kernel runs it and with which operands."""
+"""The lowering rules, one per op: each chooses the kernel for a node and its operands."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Rule = Callable[[Lowering, ir.Node, Attributes], None]
 
 
 def _graph_input(value: ir.Value | None) -> Input:
-    """The argument for a value that a step gives to the program."""
+    """The argument for a value that is an input of the graph."""
     assert value is not None and value.name is not None and value.is_graph_input()
     return Input(value.name)
 
 
 def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """No call: the parts are columns of the buffer of the value that is split."""
+    """Place the parts as columns in the buffer of the value that is split; no kernel is called."""
     source = low.place(node.inputs[0])
     offset = source.offset
     for output in node.outputs:
@@ -37,7 +37,7 @@ def split(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def gather(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """An embedding where the table is a weight, else a copy of the rows whose logits are asked for."""
+    """Call an embedding if the table is a weight, else copy the rows whose logits are needed."""
     table, indices = node.inputs
     assert table is not None and indices is not None
     out = low.allocate(node.outputs[0])
@@ -70,7 +70,7 @@ def quantized_embedding(low: Lowering, node: ir.Node, attributes: Attributes) ->
 
 
 def all_reduce(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """A sum in place: in a verified graph nothing else reads the addend."""
+    """Sum over ranks in place: in a verified graph no other node reads the addend."""
     place = low.place(node.inputs[0])
     low.places[node.outputs[0]] = place
     low.all_reduce(node, place)
@@ -113,7 +113,7 @@ def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def _optional_vector(low: Lowering, value: ir.Value | None) -> list[Operand]:
-    """A vector that a kernel takes only where the node has it."""
+    """The operands for an optional vector of a node: one, or none if the node does not have it."""
     return [] if value is None else [low.vector(value)]
 
 
@@ -126,7 +126,7 @@ def quantize_tokens(low: Lowering, node: ir.Node, attributes: Attributes) -> Non
 
 
 def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
-    """A rule for a norm. All are one kernel, with or without a residual sum before it and a quantization after it."""
+    """The rule for a norm with or without a residual sum before it and a quantization after it; all call the kernel `Norm`."""
 
     def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         x = low.place(node.inputs[0])
@@ -148,7 +148,7 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
 
 
 def _activation_rule(kind: str, quantizes: bool) -> Rule:
-    """A rule for a feed-forward activation, with or without a quantization after it."""
+    """The rule for a feed-forward activation with or without a quantization after it."""
 
     def rule(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         x = low.place(node.inputs[0])
@@ -177,10 +177,10 @@ def rotary_table(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """Keys and values go into the cache, which the queries then read.
+    """Append keys and values to the cache, then attend to it.
 
-    A backend attends with one kernel for all tokens, or with several, each for the tokens of its `when`. The one for tokens
-    that are alone in their sequence ("alone") also appends their keys and values.
+    A backend has one attention kernel for all tokens, or several, each for the tokens that its `when` selects. The kernel for
+    tokens that are alone in their sequence ("alone") also appends their keys and values.
     """
     q, k, v = (low.place(value) for value in node.inputs[:3])
     where = [_graph_input(value) for value in node.inputs[3:6]]
@@ -228,12 +228,12 @@ RULES: dict[str, Rule] = {
     "Attention": attention,
 }
 
-# Kernel calls of an op in a step, where these are not one: a view; nothing; one call that appends and one that attends
+# Kernel calls of ops that do not take exactly one: Split is a view, Identity vanishes, Attention appends and then attends
 _CALLS = {"Split": 0, "Identity": 0, "Attention": 2}
 
 
 def count_kernel_calls(graph: ir.Graph) -> int:
-    """Kernel calls of one step of a graph, as if every op had a kernel."""
+    """The number of kernel calls in one step of a graph, assuming that every op has a kernel."""
     return sum(_CALLS.get(node.op_type, 1) for node in graph)
 
 

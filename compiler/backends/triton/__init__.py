@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels as machine code for one architecture, and a Program that starts them."""
+"""The GPU backend: Triton kernels compiled to machine code for one architecture, and a Program that launches them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 _INT8_BITS = 8  # the fewest bits of a weight that a kernel reads
 
-# BLOOM-7B's shape on an H200 (benchmarks/results/gpu-check.json): the head's weights come at 0.95 of the maker's bandwidth, a
-# token is 0.33 ms longer than all weights take, of 307 calls; batches of 8; a prompt of 2,048 tokens, with its norms and
-# activations in what products are said to reach, and attention by itself.
+# Fitted to BLOOM-7B's shape on an H200 (benchmarks/results/gpu-check.json). `read`: the head's weights are read at 0.95 of the
+# data sheet's bandwidth. `call_s`: a token takes 0.33 ms more than reading all weights, in 307 calls. `several`: batches of 8.
+# `integer` and `floating`: a prompt of 2,048 tokens, the former with the time of norms and activations, the latter for
+# attention alone.
 _REACHED = Reached(
     read=0.93, several=0.58, integer=0.4, floating=0.16, call_s=1.1e-6,
     source="measured on an H200; other GPUs are taken to reach the same shares of their figures",
@@ -31,8 +32,9 @@ _REACHED = Reached(
 
 
 class TritonBackend(ProgramBackend):
-    """Makes engines for NVIDIA GPUs on hosts that need none. Matrices are rows padded with zeros; each kernel has variants and
-    alternatives, of which the host that serves measures the best when it first loads the engine."""
+    """Makes engines for NVIDIA GPUs; the host of the build needs no GPU. The rows of weights are padded with zeros. A kernel
+    may have variants for numbers of rows and alternatives, among which the serving host chooses by measurement when it first
+    loads the engine."""
 
     name = "triton"
     kv_types = ("float32", "float16", "int8")
@@ -60,18 +62,19 @@ class TritonBackend(ProgramBackend):
         return lower(graph, unfused_calls, kv_cache)
 
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
-        """Ranks with the same kernels share their code."""
+        """Compile each rank; a kernel that several ranks have is compiled once."""
         from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
 
         (arch,) = target.isas
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
         choices = [variants for rank in ranks for kernel in rank.kernels for _, variants in _choices(kernel)]
-        compiled = compile_kernels([first for first, *_ in choices], arch, [one for _, *others in choices for one in others])
+        needed, alternatives = [first for first, *_ in choices], [kernel for _, *others in choices for kernel in others]
+        compiled = compile_kernels(needed, arch, alternatives)
         payloads = []
         for rank in ranks:
-            names, alternatives = _named(rank.kernels, compiled.keys())
+            names, alternative_names = _compiled_names(rank.kernels, compiled.keys())
             launches = {name: compiled[name][1] for name in sorted(names)}
-            program = replace(rank.program, launches=launches, alternatives=alternatives)
+            program = replace(rank.program, launches=launches, alternatives=alternative_names)
             file = archive({name: compiled[name][0] for name in names})
             payloads.append(self.payload(rank, program, {f"kernels-{arch}.zip": file}, toolchain()))
         return payloads
@@ -87,13 +90,16 @@ def _choices(kernel: Kernel) -> list[tuple[int | None, tuple[Kernel, ...]]]:
     return [(bound, (variant, *variant.alternatives())) for bound, variant in kernel.variants()]
 
 
-def _named(kernels: Sequence[Kernel], compiled: Collection[str]) -> tuple[set[str], dict[str, dict[str, tuple[str, ...]]]]:
-    """The names of all that was compiled of some kernels, and their alternatives as a program holds them."""
+def _compiled_names(
+    kernels: Sequence[Kernel], compiled: Collection[str]
+) -> tuple[set[str], dict[str, dict[str, tuple[str, ...]]]]:
+    """The names of all variants and alternatives of `kernels` that were compiled, and the alternatives as a program holds
+    them."""
     names: set[str] = set()
     alternatives: dict[str, dict[str, tuple[str, ...]]] = {}
     for kernel in kernels:
         for bound, (variant, *others) in _choices(kernel):
-            compiled_others = tuple(one.name for one in others if one.name in compiled)
+            compiled_others = tuple(other.name for other in others if other.name in compiled)
             names |= {variant.name, *compiled_others}
             if compiled_others:
                 alternatives.setdefault(variant.name, {})["any" if bound is None else str(bound)] = compiled_others

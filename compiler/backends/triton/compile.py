@@ -1,4 +1,4 @@
-"""Compiles Triton kernels to machine code for NVIDIA GPUs on hosts without GPU or driver, and checks the machine code.
+"""Compile Triton kernels to machine code for NVIDIA GPUs on hosts without GPU or driver, and check the machine code.
 
 python -m belle_compile.compiler.backends.triton.compile ARCH    # a worker: pickled kernels on stdin, pickled code on stdout
 """
@@ -33,21 +33,21 @@ _ALIGNED = [["tt.divisibility", 16]]
 _TENSOR_CORES = re.compile(r"^(?:[IH]MMA|[IHQ]GMMA|WGMMA)\b")
 _USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-# No paths of this host in the code, nothing from a cache of another version, and fused multiply-adds (one rounding).
+# The code contains no paths of this host and nothing from a cache of another version; multiply-adds are fused (one rounding).
 _SETTINGS = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 _OVERLAPPING = 90  # compute capability from which on a kernel may start before the previous one has ended
-_FEW = 4  # kernels that are not worth a process of their own
+_FEW = 4  # the least number of kernels for which a further process is started
 
 
 def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = ()) -> dict[str, Compiled]:
     """Compile kernels for `arch` ("sm_80") in as many processes as there are cores; returns machine code and launch by name.
 
-    Raises CompileError if a needed kernel spills registers, or does not use tensor cores though it must. Those of the `others`
-    that cannot be compiled, or have such a fault, are left out.
+    Raises CompileError if a needed kernel spills registers, or does not use tensor cores though it must. Kernels of `others`
+    that do not compile or have such a fault are left out.
     """
-    toolchain()  # raises an error that says what is missing
+    toolchain()  # raises CompileError if a tool is missing
     named = {kernel.name: (kernel, False) for kernel in others} | {kernel.name: (kernel, True) for kernel in needed}
-    # Neighbours in this order are alike and take equally long to compile: each process gets every n-th.
+    # Neighbours in this order are alike and take equally long to compile, so each process gets every n-th kernel.
     ordered = [named[name] for name in sorted(named)]
     workers = max(1, min(len(host.usable_cores()), -(-len(ordered) // _FEW)))
     with tempfile.TemporaryDirectory(prefix="belle-triton-") as folder, ThreadPoolExecutor(workers) as threads:
@@ -62,10 +62,10 @@ def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel
 
 
 def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -> dict[str, Compiled] | CompileError:
-    """Compile (kernel, whether it is needed) pairs in a process of its own; an error is returned, not raised."""
+    """Compile pairs (kernel, whether it is needed) in a new process; an error is returned, not raised."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    # Triton would take a newer assembler for architectures from 9.0 on, whose code needs a newer driver; this one suits all.
+    # For architectures from 9.0 on, Triton would use a newer assembler, whose code needs a newer driver; this one suits all.
     assembler = {"TRITON_PTXAS_PATH": str(_tool("ptxas")), "TRITON_PTXAS_BLACKWELL_PATH": str(_tool("ptxas"))}
     environment |= _SETTINGS | assembler | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": path}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, arch]
@@ -78,7 +78,7 @@ def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -
 
 
 def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
-    """Compile one kernel in this process, whose environment must be as `_SETTINGS` says."""
+    """Compile one kernel in this process, whose environment must contain `_SETTINGS`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -179,7 +179,7 @@ def _work(arch: str) -> None:
                 failure = {name: getattr(error, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
                 break
         except Exception as error:
-            if needed:  # a fault of ours or of Triton's
+            if needed:  # a bug of this module or of Triton
                 raise RuntimeError(f"kernel {kernel.name}: {type(error).__name__}: {error}") from error
     pickle.dump((compiled, failure), output)
 

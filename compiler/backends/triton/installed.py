@@ -1,4 +1,4 @@
-"""Whether Triton can be used here: it is an extra of its own."""
+"""The check that Triton, an optional dependency, is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from belle_compile.compiler.errors import CompileError
 
 
 def require_triton() -> None:
-    """Raise CompileError where Triton is not installed."""
+    """Raise CompileError if Triton is not installed."""
     if find_spec("triton") is None:
         remedy = "pip install 'belle-compile[gpu]' on Linux"
         raise CompileError("triton", "the Python package triton is not installed", remedy=remedy)

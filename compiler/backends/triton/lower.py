@@ -1,4 +1,4 @@
-"""A graph as kernel calls of the GPU backend."""
+"""Lowering to kernel calls of the GPU backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from belle_compile.runtime.program import Input, Weight, When
 
 
 class TritonLowering(Lowering):
-    """Weights are matrices whose rows are padded with zeros to 64 bytes; bytes of activations are int8."""
+    """Lowering for GPUs. Rows of weights are padded with zeros to 64 bytes; quantized activations are int8."""
 
     backend = "triton"
     byte = Kernel.byte
@@ -55,7 +55,7 @@ class TritonLowering(Lowering):
     )  # fmt: skip
 
     def call(self, kernel: kernel.Kernel, node: ir.Node, rows: Rows, *operands: Operand, when: When = "always") -> None:
-        """The activation of a wide row, with a scale of its own, takes two calls."""
+        """Append a call of a kernel, or two calls for an activation that is computed in chunks of a row."""
         if isinstance(kernel, Activation) and kernel.chunked:
             first = ActivateChunks(kernel)
             maxima = Place(self.buffer(rows, first.chunks, "float32"), 0, first.chunks)
@@ -78,14 +78,14 @@ class TritonLowering(Lowering):
         raise AssertionError("there is no kernel to take them")
 
     def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces:
-        """The best logits of each row are found here, so that few numbers leave the device."""
+        """Append the calls that select the best logits of each row, so that few numbers are copied from the device."""
         view = View(logits.buffer.stride)
         maxima = ChunkMaxima(logits.width, view)
-        kept = Place(self.buffer("R", maxima.chunks, "float32"), 0, maxima.chunks)
+        chunk_maxima = Place(self.buffer("R", maxima.chunks, "float32"), 0, maxima.chunks)
         counts = Place(self.buffer("R", 1, "int32"), 0, 1)
         tokens, values = (Place(self.buffer("R", CAPACITY, dtype), 0, CAPACITY) for dtype in ("int32", "float32"))
-        self.call(maxima, node, "R", logits, kept, counts)
-        self.call(Collect(logits.width, view), node, "R", Input("candidates"), logits, kept, counts, tokens, values)
+        self.call(maxima, node, "R", logits, chunk_maxima, counts)
+        self.call(Collect(logits.width, view), node, "R", Input("candidates"), logits, chunk_maxima, counts, tokens, values)
         return CandidatePlaces(counts, tokens, values, CAPACITY)
 
     def _matrix(self, value: ir.Value | None, dtype: str) -> Weight:
@@ -96,7 +96,7 @@ class TritonLowering(Lowering):
 
 
 def pad_rows(matrix: npt.NDArray[np.generic], depth: int) -> npt.NDArray[np.generic]:
-    """Rows of `depth` elements, zeros at their ends."""
+    """The matrix with its rows padded with zeros to `depth` elements."""
     if matrix.shape[1] == depth:
         return matrix
     padded = np.zeros((len(matrix), depth), matrix.dtype)

@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
     from belle_compile.runtime.program import Program
 
-# Two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md) and of a Xeon with AMX (ranks.json), all shapes as near as
-# these few numbers get (PLAN.md): LLaMA-1.1B decodes at 0.94 of the read bandwidth, and of a step of SmolLM2 0.75 ms are left
-# for 306 calls.
+# Fitted to measurements on two cores of a Zen 4 (benchmarks/results/README.md, SCALING.md) and of a Xeon with AMX (ranks.json);
+# PLAN.md compares predictions and measurements. LLaMA-1.1B decodes at 0.94 of the read bandwidth, and a step of SmolLM2 takes
+# 0.75 ms beyond its reads, in 306 calls.
 _REACHED = Reached(
     read=0.94, several=0.92, integer=0.85, floating=0.5, call_s=2.4e-6, source="measured on hosts with Zen 4 and with AMX"
 )
 
 
 class TvmBackend(ProgramBackend):
-    """Makes engines for x86-64 processors, with kernels for several instruction sets of which the runtime takes the best.
-    Matrices lie in panels of 16 outputs.
+    """Makes engines for x86-64 processors, with kernels for several instruction sets, of which the runtime uses the best that
+    its host has. Weights are stored in panels of 16 outputs.
 
-    The kernels' tilings are those of the tables in this repository, and nothing is measured, unless the options ask to tune:
-    then those of the best instruction set that this host has are searched here.
+    Kernels get the tilings of the tables in this repository. With `CompileOptions.tune`, the tilings for the best instruction
+    set of this host are measured during the build instead.
     """
 
     name = "tvm"
@@ -60,7 +60,7 @@ class TvmBackend(ProgramBackend):
         return lower(graph, unfused_calls, kv_cache)
 
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
-        """Ranks with the same kernels share their libraries."""
+        """Compile each rank; ranks with the same kernels share their libraries."""
         from belle_compile.compiler.backends.tvm.library import compile_library
 
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
@@ -69,11 +69,11 @@ class TvmBackend(ProgramBackend):
         compiled: dict[frozenset[Kernel], Mapping[str, bytes]] = {}
         payloads = []
         for rank in ranks:
-            tables, same = _tables(rank.kernels, target.isas, tuned), frozenset(rank.kernels)
-            if same not in compiled:
-                compiled[same] = {table.library: compile_library(rank.kernels, ISAS[table.isa], table) for table in tables}
+            tables, kernels = _tables(rank.kernels, target.isas, tuned), frozenset(rank.kernels)
+            if kernels not in compiled:
+                compiled[kernels] = {table.library: compile_library(rank.kernels, ISAS[table.isa], table) for table in tables}
             toolchain = _versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
-            payloads.append(self.payload(rank, rank.program, compiled[same], toolchain, record))
+            payloads.append(self.payload(rank, rank.program, compiled[kernels], toolchain, record))
         return payloads
 
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -83,21 +83,21 @@ class TvmBackend(ProgramBackend):
 
 
 def tuning_record(tuned: TilingTable) -> PassRecord:
-    """The manifest's record of a table that was measured for a build, as a pass that changed so many shapes."""
+    """The manifest's record of a table measured for a build; its `changes` are the number of shapes measured."""
     notes = () if tuned.entries else ("the model has no int8 linear layer to tune",)
     return PassRecord(TUNING, tuned.to_plain(), len(tuned.entries), notes)
 
 
 def _versions() -> dict[str, str]:
-    """The tools that the libraries were compiled with."""
+    """The versions of the tools that compile the libraries."""
     from belle_compile.compiler.backends.tvm.library import compiler_version
 
     return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"C compiler": compiler_version()}
 
 
 def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable | None) -> list[TilingTable]:
-    """The tilings of each library: those measured for this build, else those of this repository, followed by those of single
-    processors that differ for some kernel."""
+    """The tilings of each library. For an instruction set these are the table measured for this build, else the repository's
+    common table and those tables of single processors that compile a kernel differently."""
     from belle_compile.compiler.backends.tvm.tuning.table import processors, read_table
 
     tables = []
@@ -106,16 +106,16 @@ def _tables(kernels: Sequence[Kernel], isas: Sequence[str], tuned: TilingTable |
             tables.append(tuned)
             continue
         common = read_table(isa)
-        of_processors = (read_table(isa, processor) for processor in processors(isa))
-        tables += [common, *(table for table in of_processors if _differ(kernels, table, common))]
+        processor_tables = (read_table(isa, processor) for processor in processors(isa))
+        tables += [common, *(table for table in processor_tables if _differ(kernels, table, common))]
     return tables
 
 
-def _differ(kernels: Sequence[Kernel], one: TilingTable, other: TilingTable) -> bool:
-    """Whether some kernel is to be compiled differently by two tables."""
+def _differ(kernels: Sequence[Kernel], first: TilingTable, second: TilingTable) -> bool:
+    """Whether the two tables give any of the kernels different tilings."""
     from belle_compile.compiler.backends.tvm.library import tiled
 
-    return any(tiled(kernel, one) != tiled(kernel, other) for kernel in kernels)
+    return any(tiled(kernel, first) != tiled(kernel, second) for kernel in kernels)
 
 
 def _tune(
@@ -128,6 +128,6 @@ def _tune(
     rows: dict[Kernel, int] = {}
     for program, kernels in ranks:
         limits = {"T": program.max_tokens, "R": program.max_rows}
-        named = {call.kernel: limits[call.rows] for call in program.calls}
-        rows |= {kernel: named[kernel.name] for kernel in kernels}
+        rows_by_name = {call.kernel: limits[call.rows] for call in program.calls}
+        rows |= {kernel: rows_by_name[kernel.name] for kernel in kernels}
     return search.search(search.shapes_of(rows), ISAS[choose_isa(tuple(isas))], progress=progress)

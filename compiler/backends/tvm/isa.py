@@ -1,4 +1,4 @@
-"""The instruction sets that a CPU engine has kernels for, best last, and the LLVM target of each."""
+"""The instruction sets that a CPU engine can have kernels for, best last, and the LLVM target of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Isa:
     emulate_amx: bool = False
 
     def target(self) -> dict[str, str]:
-        """The LLVM target as TVM takes it."""
+        """The LLVM target in the form that `tvm.target.Target` accepts."""
         return {"kind": "llvm", "mcpu": self.mcpu, "mtriple": "x86_64-linux-gnu"}
 
 

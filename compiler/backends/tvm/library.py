@@ -1,4 +1,4 @@
-"""Compiles kernels into one shared library for each instruction set."""
+"""Compile kernels into one shared library for each instruction set."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from belle_compile.compiler.backends.tvm.kernels.quantized_linear import Quantiz
 from belle_compile.compiler.backends.tvm.tuning.table import Shape, TilingTable
 from belle_compile.compiler.errors import CompileError
 
-NATIVE = Path(__file__).parent / "native"  # C sources that run the calls of a step; part of every library
+NATIVE = Path(__file__).parent / "native"  # C sources that run the calls of a step, compiled into every library
 _FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 
 def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | None = None) -> bytes:
     """The bytes of a .so that exports every kernel under its name; equal kernels and tilings give equal bytes.
 
-    Kernels take the tiling that `tilings` has for their shape. Names do not depend on the instruction set or the tiling.
+    Kernels get the tiling that `tilings` has for their shape. Names do not depend on the instruction set or the tiling.
     """
     if tilings is not None:
         kernels = [tiled(kernel, tilings) for kernel in kernels]
@@ -34,7 +34,7 @@ def compile_library(kernels: Iterable[Kernel], isa: Isa, tilings: TilingTable | 
 
 
 def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> bytes:
-    """The bytes of a .so that exports functions by name, and the C functions with which runtime/executors/native.py runs them.
+    """The bytes of a .so that exports functions by name, and the C functions by which runtime/executors/native.py calls them.
 
     Raises CompileError if there is no C compiler or it fails.
     """
@@ -57,7 +57,7 @@ def compile_functions(functions: Mapping[str, tvm.tirx.PrimFunc], isa: Isa) -> b
 
 
 def compiler_version() -> str:
-    """The first line of what the C compiler prints for --version."""
+    """The first line that the C compiler prints for --version, or "unknown"."""
     done = subprocess.run([_c_compiler(), "--version"], capture_output=True, text=True)
     return done.stdout.partition("\n")[0].strip() or "unknown"
 
@@ -71,7 +71,7 @@ def _c_compiler() -> str:
 
 
 def tiled(kernel: Kernel, tilings: TilingTable) -> Kernel:
-    """The kernel with the measured tiling of its shape or of a near one. A kernel that has a tiling keeps it."""
+    """The kernel with the measured tiling of its shape or of the nearest one. A kernel that already has a tiling keeps it."""
     if not isinstance(kernel, QuantizedLinear) or kernel.tiling is not None:
         return kernel
     entry = tilings.find(Shape.of(kernel))

@@ -1,4 +1,4 @@
-"""A graph as kernel calls of the CPU backend."""
+"""Lowering to kernel calls of the CPU backend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from belle_compile.runtime.program import Weight
 
 
 class TvmLowering(Lowering):
-    """Weights in panels; bytes of activations are uint8 = int8 + 128."""
+    """Lowering for CPUs. Weights are packed in panels; quantized activations are stored as uint8, int8 + 128."""
 
     backend = "tvm"
     byte = Kernel.byte
@@ -58,7 +58,7 @@ class TvmLowering(Lowering):
         return self.weight(name, "int8", shape, lambda: packing.pack_int8(tensor.numpy()))
 
     def int8_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """With the int32 [outputs] that int8 + 128 activations add to the sums."""
+        """The weight, its scales, and the int32 [outputs] that activations of int8 + 128 add to the sums."""
         tensor, name, outputs, _ = self.matrix(weight)
         correction = self.weight(
             f"{name}.correction", "int32", (round_up(outputs, VECTOR_ALIGNMENT),),
@@ -67,13 +67,13 @@ class TvmLowering(Lowering):
         return [self.int8_matrix(weight), self.vector(scale), correction]
 
     def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """int4 in panels, two weights a byte, and float16 [outputs, groups] in panels."""
+        """The int4 weight in panels, two weights in each byte, and its float16 scales [outputs, groups] in panels."""
         tensor, name, outputs, inputs = self.matrix(weight)
         shape = packing.int4_panels_shape(outputs, inputs)
         packed = self.weight(name, "uint8", shape, lambda: packing.pack_int4(tensor.numpy().astype("int8")))
-        scales, of_scales, rows, groups = self.matrix(scale)
+        scales, scales_name, rows, groups = self.matrix(scale)
         panels = packing.group_scales_shape(rows, groups)
-        return [packed, self.weight(of_scales, "float16", panels, lambda: packing.pack_group_scales(scales.numpy()))]
+        return [packed, self.weight(scales_name, "float16", panels, lambda: packing.pack_group_scales(scales.numpy()))]
 
 
 def lower(model: ir.Model, calls_before_fusion: int, kv_cache: str = "auto") -> LoweredGraph:

@@ -11,7 +11,7 @@ from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import INPUT_ALIGNMENT
 
-_PANELS = 64  # packed at a time
+_PANELS = 64  # number of panels packed at a time
 
 
 def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
@@ -20,8 +20,8 @@ def int8_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
 
 
 def pack_int8(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """[outputs, inputs] to panels, padded with zeros. Some panels are packed at a time, so that little memory is needed beside
-    the weight and the result."""
+    """Pack int8 [outputs, inputs] in panels, padded with zeros. Only 64 panels are packed at a time, so that little memory is
+    needed beside the weight and the result."""
     shape = panels, groups, _, _ = int8_panels_shape(*weight.shape)
     packed = np.empty(shape, np.int8)
     for start in range(0, panels, _PANELS):
@@ -40,20 +40,20 @@ def int4_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int, int]:
 
 
 def pack_int4(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """[outputs, inputs] of -8..7 to the panels of int8, where two steps of 4 inputs share their bytes: the first has the low
-    halves, the second the high ones. A half holds 0..15, the weight + 8; padding is a weight of zero."""
+    """Pack [outputs, inputs] of -8..7 in the panels of int8, of which two steps of 4 inputs share their bytes: the first step
+    is in the low halves, the second in the high ones. A half holds 0..15, the weight + 8; padding is a weight of zero."""
     steps = (pack_int8(weight) + 8).astype(np.uint8)
     packed: npt.NDArray[np.uint8] = steps[:, 0::2] | (steps[:, 1::2] << 4).astype(np.uint8)
     return packed
 
 
 def group_scales_shape(outputs: int, groups: int) -> tuple[int, int, int]:
-    """[outputs/16][groups][16] with an even number of panels, so that a tensor has a multiple of 64 bytes"""
+    """[outputs/16][groups][16] with an even number of panels, so that a tensor has a multiple of 64 bytes."""
     return (round_up(outputs, 2 * PANEL) // PANEL, groups, PANEL)
 
 
 def pack_group_scales(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    """[outputs, groups] to panels, padded with zeros."""
+    """Pack float16 [outputs, groups] in panels, padded with zeros."""
     panels, groups, _ = group_scales_shape(*scales.shape)
     padded = np.zeros((panels * PANEL, groups), np.float16)
     padded[: scales.shape[0]] = scales
@@ -66,7 +66,7 @@ def float_panels_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
 
 
 def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """[outputs, inputs] to panels, padded with zeros."""
+    """Pack float32 [outputs, inputs] in panels, padded with zeros."""
     panels, inputs, _ = float_panels_shape(*weight.shape)
     padded = np.zeros((panels * PANEL, inputs), np.float32)
     padded[: weight.shape[0]] = weight
@@ -74,18 +74,18 @@ def pack_float(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def correction(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """What activations + 128 add to each output: 128 times the sum of its weights."""
+    """The int32 [outputs] that activations of int8 + 128 add to the sums: 128 times the sum of an output's weights."""
     sums: npt.NDArray[np.int64] = weight.sum(axis=1, dtype=np.int64)
     return (128 * sums).astype(np.int32)
 
 
 def unpack(packed: npt.NDArray[Any], shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """The tensor of `shape` that was packed: a vector, or a matrix of int8, int4 (as int8), float32 or float16 scales."""
+    """Undo the packing of a tensor of `shape`: a vector, or a matrix of int8, int4 (as int8), float32 or float16 scales."""
     if len(shape) == 1:
         return packed[: shape[0]]
     panels = len(packed)
     if dtype == "int4":
         packed = np.stack([packed & 15, packed >> 4], axis=2).astype(np.int8) - np.int8(8)
-    together = 4 if dtype in ("int8", "int4") else 1  # inputs of an output that are neighbours
-    rows: npt.NDArray[Any] = packed.reshape(panels, -1, PANEL, together).transpose(0, 2, 1, 3).reshape(panels * PANEL, -1)
+    step = 4 if dtype in ("int8", "int4") else 1  # neighbouring inputs of an output
+    rows: npt.NDArray[Any] = packed.reshape(panels, -1, PANEL, step).transpose(0, 2, 1, 3).reshape(panels * PANEL, -1)
     return rows[: shape[0], : shape[1]]

@@ -91,7 +91,7 @@ def splat_i32(value: int, lanes: int = LANES) -> Expr:
 
 
 def constants(values: Sequence[float]) -> Expr:
-    """A vector with one float32 constant per lane."""
+    """A vector with one float32 constant for each lane."""
     return T.Shuffle([T.float32(value) for value in values], [T.int32(lane) for lane in range(len(values))])
 
 
@@ -123,8 +123,8 @@ def scalar(value: Expr, dtype: str = "float32") -> Registers:
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:
-    """Scratch memory of one task, on its stack whatever its size (TVM would take workspace from 1 KiB on), in whole cache
-    lines: TVM aligns to 16 bytes at most, unless the type itself asks for more."""
+    """Scratch memory of one task, on its stack whatever its size (TVM would allocate 1 KiB and more as workspace), in whole
+    cache lines: TVM aligns to at most 16 bytes unless the type requires more."""
     lines = -(-size * (tvm.DataType(dtype).bits // 8) // 64)
     return view_as(T.alloc_buffer((lines,), F16, annotations={"disable_lower_builtin": True}), dtype)
 
@@ -159,15 +159,15 @@ def for_range(stop: Expr, body: Callable[[Expr], None], start: Expr = 0) -> None
 
 def parallel(extent: Expr, body: Callable[[Expr], None], interleave: bool = False) -> None:
     """A loop divided among the threads of the pool: into contiguous chunks, or every n-th index to each if `interleave`."""
-    one = isinstance(extent, int) and extent == 1  # TVM removes such a loop, and then misses it inside the pragmas
+    single = isinstance(extent, int) and extent == 1  # TVM removes such a loop, and then misses it inside the pragmas
     with ExitStack() as stack:
-        for pragma in ("launch_point", "stride_pattern") if interleave and not one else ():
+        for pragma in ("launch_point", "stride_pattern") if interleave and not single else ():
             stack.enter_context(T.attr(T.int32(0), f"pragma_parallel_{pragma}", T.int32(1)))
         body(stack.enter_context(T.parallel(i64(0), i64(extent))))
 
 
 def for_rows(rows: Expr, body: Callable[[Expr], None]) -> None:
-    """`body(row)` for every row; in the calling thread where waking the others would take longer."""
+    """Emit `body(row)` for every row; a single row runs in the calling thread, since waking the others would take longer."""
     either(rows < i64(2), lambda: for_range(rows, body), lambda: parallel(rows, body))
 
 
@@ -177,7 +177,7 @@ def rows_of(pointer: Buffer) -> Expr:
 
 
 def for_width(width: int, vector: Callable[[Expr], None], tail: Callable[[Expr], None], unroll: int = 1) -> None:
-    """`vector(column)` for every full vector in a row of `width` elements, `tail(column)` for each element left over."""
+    """Emit `vector(column)` for every full vector in a row of `width` elements and `tail(column)` for each element left."""
     whole = width // LANES
     bulk = whole // unroll
 
@@ -245,13 +245,13 @@ def add(a: Expr, b: Expr) -> Expr:
 
 
 def prefetch(buffer: Buffer, index: Expr, level: int = 1) -> None:
-    """Prefetch a cache line into the cache of this level; 0: it will be read only once."""
+    """Prefetch a cache line into the cache of `level`, 1 or 2; 0 is for data that is read only once."""
     address, locality = T.address_of(buffer[i64(index)]), T.int32({0: 0, 1: 3, 2: 2}[level])
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), locality, T.int32(1)))
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
-    """a * b + c, rounded once. In a sum of two products, LLVM could fuse either of them; this says which."""
+    """a * b + c, rounded once. In a sum of two products, LLVM could fuse either of them; this fixes which one."""
     return pure(float_type(lanes), "llvm.fma", a, b, c)
 
 
@@ -287,8 +287,8 @@ def exp(x: Expr, lanes: int = LANES) -> Expr:
 
 
 def exp2(x: Expr) -> Expr:
-    """2**x for 16 lanes of x <= 0, with a relative error of 3e-6, exact for 0, and 0 far below: enough for weights that are
-    rounded to bfloat16 next. Needs AVX-512."""
+    """2**x for 16 lanes of x <= 0 with a relative error of 3e-6; exact for x = 0, and 0 for x far below. That is enough for
+    attention weights that are rounded to bfloat16 next. Needs AVX-512."""
     n = opaque(rint(x), F16)
     r = opaque(x - n, F16)
     p = splat(9.5828525e-3)

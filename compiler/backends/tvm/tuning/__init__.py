@@ -1,1 +1,1 @@
-"""Tilings of linear kernels chosen by measurement: candidates as data, a search on this host, tables that builds read."""
+"""Measured tilings of linear kernels: candidates as data, a search on this host, and tables that builds read."""

@@ -1,4 +1,4 @@
-"""Searches the tilings of the reference models' shapes on this host and writes the tables that builds read.
+"""Search the best tilings for the reference models' shapes on this host and write the tables that builds read.
 
     python -m belle_compile.compiler.backends.tvm.tuning                every shape below, for the host's best instruction set
     python -m belle_compile.compiler.backends.tvm.tuning --planes 2     only for activations of 16 bits
@@ -24,8 +24,8 @@ from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.runtime import host
 from belle_compile.runtime.executors.cpu import choose_isa
 
-MAX_TOKENS, MAX_ROWS = 512, 64  # most rows of a step, for a layer and for the head
-# (outputs, inputs, most rows) of query-key-value, attention output, gate and up (or up), down, head.
+MAX_TOKENS, MAX_ROWS = 512, 64  # the most rows of a step, for a layer and for the head
+# (outputs, inputs, most rows) of query-key-value, attention output, gate and up (or up), down, and head.
 MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "llama-1b": ((2560, 2048, MAX_TOKENS), (2048, 2048, MAX_TOKENS), (11264, 2048, MAX_TOKENS), (2048, 5632, MAX_TOKENS),
                  (32000, 2048, MAX_ROWS)),
@@ -52,8 +52,8 @@ def main() -> None:
         parser.error("this processor has no name in runtime/host.py: add it to PROCESSORS")
     sizes = {(n, k): most for name in arguments.model or MODELS for n, k, most in MODELS[name]}
     if arguments.shape:
-        asked = [(int(n), int(k)) for n, _, k in (text.partition("x") for text in arguments.shape)]
-        sizes = {size: sizes.get(size, MAX_TOKENS) for size in asked}
+        chosen = [(int(n), int(k)) for n, _, k in (text.partition("x") for text in arguments.shape)]
+        sizes = {size: sizes.get(size, MAX_TOKENS) for size in chosen}
     shapes = {Shape(*size, planes): most for size, most in sizes.items() for planes in arguments.planes or (1, 2)}
 
     started = time.perf_counter()

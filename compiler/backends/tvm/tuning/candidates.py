@@ -1,4 +1,4 @@
-"""The candidates of the search, as data: for each range of row counts, blocks of panels x rows, then changes to the best one.
+"""The candidates of the search as data: for each range of row counts, blocks of panels x rows, then changes to the best one.
 
 The sums of a block, one token and its weights must fit in the registers. AVX512 has 32, and a panel of 16 sums takes one:
 panels * rows + panels + 1 <= 32 (a single row takes its weights from memory). AVX2 has 16; a panel takes two, a token three.
@@ -13,8 +13,8 @@ from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
 
 Change = dict[str, Any]
-LEAST_TASKS = 16  # where memory is the limit, since hosts may have more threads than the one that measures
-PANELS_OF_TASK = 8  # at most; such a walk is tried whatever the number of tasks
+LEAST_TASKS = 16  # a walk must leave this many tasks, since other hosts may have more threads than the one that measures
+PANELS_OF_TASK = 8  # a walk with at most this many panels a task is tried whatever the number of tasks
 TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # tile products: (panels at a time, panels of a parallel task)
 
 
@@ -22,8 +22,8 @@ TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # tile products: (panels at a
 class Bucket:
     """A range of row counts up to `most` (None: any) that share a walk, which is measured at the counts in `rows`.
 
-    `blocks` are (panels, rows), each tried with `prefetch` and without. Then the changes of each of `stages` are tried on the
-    best walk so far.
+    `blocks` are (panels, rows), each tried with the prefetch distance `prefetch` and without. Then the changes of each of
+    `stages` are tried on the best walk so far.
     """
 
     most: int | None
@@ -33,7 +33,7 @@ class Bucket:
     stages: tuple[tuple[Change, ...], ...]
 
     def first(self) -> tuple[Walk, ...]:
-        """The walks that are tried first, also without prefetch: some processors prefetch better by themselves."""
+        """The walks that are tried first, with and without prefetch: some processors prefetch better by themselves."""
         return tuple(dict.fromkeys(Walk(wide, tall, ahead) for ahead in (self.prefetch, 0) for wide, tall in self.blocks))
 
     def following(self, stage: int, best: Walk) -> tuple[Walk, ...]:
@@ -96,7 +96,7 @@ TILE_ROWS = (4, 8, 16, 32, 128, 512)
 
 
 def leaves_tasks(walk: Walk, panels: int) -> bool:
-    """Whether a walk divides so many panels into tasks enough for more threads than this host has."""
+    """Whether a walk divides `panels` panels into enough tasks for hosts with more threads than this one."""
     at_once = walk.wide * walk.task_groups
     return bool(walk.row_blocks) or at_once <= PANELS_OF_TASK or -(-panels // at_once) >= LEAST_TASKS
 
@@ -105,7 +105,7 @@ def buckets(isa: Isa, planes: int, max_rows: int) -> tuple[Bucket, ...]:
     """The buckets for kernels that get at most `max_rows` rows.
 
     With two planes each row counts twice: blocks with half the rows are added, those with too many sums are left out, and
-    inputs come in one pass.
+    changes of `depth` are not tried.
     """
     every = AMX if isa.amx else AVX512 if isa.dot == "vnni" else AVX2
     kept = [replace(b, rows=rows) for b in every if (rows := tuple(r for r in b.rows if r <= max_rows))]

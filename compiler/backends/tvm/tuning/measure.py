@@ -1,4 +1,4 @@
-"""Measures linear kernels on this host: weights are read from memory, variants take turns, and medians are compared."""
+"""Measure linear kernels on this host: weights are read from memory, variants take turns, and medians are compared."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from belle_compile.runtime.executors.native import CallList, KernelLibrary, Thre
 from belle_compile.runtime.memory import anonymous
 
 SAMPLE_SECONDS = 0.002
-ROUNDS = 25  # still faster than compiling; on a shared machine the memory has half its speed now and then
+ROUNDS = 25  # samples of a variant; many, because memory of a shared host sometimes has half its speed, and still cheap
 EARLY_ROUNDS = 5  # after these, only variants within EARLY_FACTOR of the best are measured further
 EARLY_FACTOR = 1.15
-LEAST_ROTATED = 256 << 20
+LEAST_ROTATED = 256 << 20  # bytes of weights that calls rotate through, at least
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _KINDS = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first CPU; 32 MiB if the system does not say."""
+    """Bytes of the largest cache of the first CPU; 32 MiB if the system does not report its caches."""
     sizes = [path.read_text().strip() for path in CACHE.glob("index*/size")]
     return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 << 20)
 
 
 class Bench:
-    """Runs variants of one kernel over copies of its weights, by turns, that take more memory than the caches have."""
+    """Measures variants of one kernel by turns. Each call reads the next of several copies of the weights, which together are
+    larger than the caches."""
 
     def __init__(self, kernel: QuantizedLinear, max_rows: int) -> None:
         self.kernel = kernel
@@ -81,7 +82,7 @@ class Bench:
         return [statistics.median(taken) for taken in samples]
 
     def _sample(self, function: Variant, calls: int) -> float:
-        """Seconds per call, where each call takes the next copy of the weights."""
+        """Seconds per call, where each call reads the next copy of the weights."""
         copies = len(self._arguments)
         arguments = [self._arguments[(self._next + i) % copies] for i in range(calls)]
         self._next = (self._next + calls) % copies
@@ -97,7 +98,8 @@ class Bench:
 
 
 def _rotated_bytes() -> int:
-    """Four times the last-level cache, since cores of a virtual machine may have several; at most a quarter of the memory."""
+    """Bytes of all copies of the weights: four times the last-level cache, since the cores of a virtual machine may have
+    several such caches; at most a quarter of the memory."""
     return min(max(4 * last_level_cache(), LEAST_ROTATED), host.memory_bytes() // 4)
 
 

@@ -1,4 +1,4 @@
-"""Searches for the best tiling of each shape on this host."""
+"""Search for the best tiling of each shape on this host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from belle_compile.compiler.backends.tvm.tuning.measure import Bench, Variant, l
 from belle_compile.compiler.backends.tvm.tuning.table import Entry, Shape, TilingTable
 from belle_compile.runtime import host
 
-MARGIN = 0.01  # smallest relative gain for which a walk is changed; below it, noise would decide
+MARGIN = 0.01  # the smallest relative gain for which a walk is replaced; below it, noise would decide
 NEVER = 1 << 20  # more rows than any kernel gets
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)  # row counts at which the result is measured
 
@@ -42,7 +42,7 @@ def shapes_of(kernels: Mapping[Kernel, int]) -> dict[Shape, int]:
 
 
 def kernel_of(shape: Shape) -> QuantizedLinear:
-    """A kernel of this shape whose activations have buffers of their own."""
+    """A kernel of this shape whose activations fill their buffers."""
     x, out = View(shape.planes * rows_apart(shape.inputs, 1).stride), rows_apart(shape.outputs)
     return QuantizedLinear(shape.outputs, shape.inputs, False, x, out, shape.planes)
 
@@ -50,7 +50,8 @@ def kernel_of(shape: Shape) -> QuantizedLinear:
 def search(
     shapes: Mapping[Shape, int], isa: Isa, *, threads: int | None = None, progress: Progress | None = None
 ) -> TilingTable:
-    """Measure candidates for every shape, given with its most rows; `progress(done, total)` is called for each shape."""
+    """Measure candidates for every shape; `shapes` maps each to its largest number of rows. `progress` is called with (done,
+    total) for each shape."""
     threads = threads or len(host.usable_cores())
     entries = []
     for done, (shape, max_rows) in enumerate(shapes.items()):
@@ -87,7 +88,8 @@ class _Search:
         return Entry(self.shape, tiling, pairs)
 
     def _improve(self, best: Sequence[Walk], tried: Sequence[Sequence[Walk]]) -> list[Walk]:
-        """The best walk of each bucket after `tried`; the previous one stays unless another gains more than MARGIN."""
+        """The best walk of each bucket among `best` and `tried`; the previous one stays unless another gains more than
+        MARGIN."""
         panels = -(-self.shape.outputs // PANEL)
         trials = [
             list(dict.fromkeys((before, *(walk for walk in walks if leaves_tasks(walk, panels)))))
@@ -111,7 +113,8 @@ class _Search:
         return walks[fastest] if scores[fastest] < scores[0] * (1 - MARGIN) else walks[0]
 
     def _with_tiles(self, tiling: LinearTiling) -> LinearTiling:
-        """Set from which row count on tile products win at every measured count, and how many panels they take."""
+        """Set the row count from which tile products win at every measured count, and the panels that they multiply at a time
+        and in a task."""
         tilings = {"walks": tiling} | {
             f"tiles_{wide}_{panels}": replace(tiling, tiles_from=1, tile_wide=wide, tile_panels=panels)
             for wide, panels in TILES

@@ -1,7 +1,7 @@
 """Tables of measured tilings, looked up by shape; reading one measures nothing.
 
-ISA.json serves every processor. ISA-PROCESSOR.json serves one that `runtime.host.processor` names, if its best tilings are not
-best elsewhere.
+ISA.json is for every processor. ISA-PROCESSOR.json is for one that `runtime.host.processor` names, if its best tilings are not
+the best elsewhere.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from belle_compile.compiler.errors import CompileError
 
 FORMAT = 1
 TABLES = Path(__file__).parent / "tables"
-MOST_DISTANCE = 1.5
+MOST_DISTANCE = 1.5  # the largest `Shape.distance` over which a tiling is reused
 
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What tilings depend on: outputs and inputs of a linear layer, and the number of planes of its activations."""
+    """The key of a tiling: outputs and inputs of a linear layer, and the number of planes of its activations."""
 
     outputs: int
     inputs: int
@@ -31,7 +31,6 @@ class Shape:
 
     @classmethod
     def of(cls, kernel: QuantizedLinear) -> Shape:
-        """The shape of a kernel."""
         return cls(kernel.outputs, kernel.inputs, kernel.planes)
 
     def distance(self, other: Shape) -> float:
@@ -45,7 +44,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """The best measured tiling of a shape; `microseconds` has medians by row count, of it and of the built-in tiling."""
+    """The best measured tiling of a shape. `microseconds` maps row counts to the median times of this and of the built-in
+    tiling."""
 
     shape: Shape
     tiling: LinearTiling
@@ -69,7 +69,7 @@ class Entry:
         tiles_from = int(plain.get("tiles_from", LinearTiling.tiles_from))
         tile_wide = int(plain.get("tile_wide", LinearTiling.tile_wide))
         tile_panels = int(plain.get("tile_panels", LinearTiling.tile_panels))
-        times = {int(rows): (float(ours), float(built_in)) for rows, (ours, built_in) in plain["microseconds"].items()}
+        times = {int(rows): (float(tuned), float(built_in)) for rows, (tuned, built_in) in plain["microseconds"].items()}
         shape = Shape(int(plain["outputs"]), int(plain["inputs"]), int(plain.get("planes", 1)))
         return cls(shape, LinearTiling(tuple(walks), tiles_from, tile_wide, tile_panels), times)
 
@@ -83,11 +83,11 @@ class TilingTable:
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    processor: str = ""  # the only one that it serves; empty: all
+    processor: str = ""  # the only processor that the table is for; empty: all
 
     def find(self, shape: Shape) -> Entry | None:
-        """The entry of this shape, else the nearest by `Shape.distance` (of equally near ones the smallest shape) with as many
-        planes and at most `MOST_DISTANCE` away, else None: the built-in tiling."""
+        """The entry of this shape, else the nearest one by `Shape.distance` with the same number of planes and at most
+        `MOST_DISTANCE` away (the smallest shape of equally near ones), else None, which stands for the built-in tiling."""
         near = [
             (shape.distance(entry.shape), entry.shape, entry) for entry in self.entries if entry.shape.planes == shape.planes
         ]
@@ -95,7 +95,7 @@ class TilingTable:
         return entry if distance <= MOST_DISTANCE else None
 
     def describe(self) -> str:
-        """Where the tilings come from, as the manifest says it."""
+        """The origin of the tilings, as the manifest's toolchain records it."""
         name = f"{self.isa} on {self.processor}" if self.processor else self.isa
         return f"{name}: measured {self.date} on {self.machine.get('processor', '?')}" if self.entries else f"{name}: built-in"
 
@@ -123,7 +123,7 @@ def processors(isa: str, folder: Path = TABLES) -> tuple[str, ...]:
 
 
 def table_path(isa: str, processor: str = "", folder: Path = TABLES) -> Path:
-    """The path of a table. The table of processor "" serves all processors that have none of their own."""
+    """The path of a table. The table of processor "" is for all processors that have no table of their own."""
     return folder / (f"{isa}-{processor}.json" if processor else f"{isa}.json")
 
 
