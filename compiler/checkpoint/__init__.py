@@ -1,4 +1,4 @@
-"""Opens BELLE checkpoints: lazy tensors, config, tokenizer, prompt template and generation defaults."""
+"""Open BELLE checkpoints: lazy tensors, config, tokenizer, prompt template and generation defaults."""
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
 from belle_compile.compiler.checkpoint.open import open_checkpoint

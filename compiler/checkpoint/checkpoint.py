@@ -1,4 +1,4 @@
-"""An opened checkpoint, as the rest of the compiler sees it."""
+"""The opened checkpoint that the rest of the compiler works with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """The tensor of this name; raises CompileError where there is none, or one of another shape."""
+        """The tensor called `name`; raises CompileError if it is missing or has another shape."""
         tensor = self.tensors.get(name)
         if tensor is None:
             near = get_close_matches(name, self.tensors, n=3)
@@ -59,5 +59,5 @@ class Checkpoint:
         return tensor
 
     def digests(self, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
-        """File name -> SHA-256 of every file this checkpoint was read from; see `sources.base.digests`."""
+        """The SHA-256 by name of every file that this checkpoint was read from; see `sources.base.digests`."""
         return digests(self.files, self.path, progress)

@@ -19,10 +19,10 @@ GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.
 def generation_defaults(stated: dict[str, Any]) -> dict[str, Any]:
     """Return max_new_tokens, temperature (0 = greedy), top_k (0 = off), top_p and repetition_penalty.
 
-    `stated` is the content of generation_config.json. Without any sampling setting, as in BELLE's releases, which hold token
-    ids only, the values are the model card's. With do_sample false they are greedy. With some settings stated, the author tuned
-    these for Transformers, and the others are Transformers' defaults instead of the card's. Raises CompileError for a value
-    that a request may not have either.
+    `stated` is the content of generation_config.json. If it has no sampling setting, as in BELLE's releases, which hold token
+    ids only, the values are the model card's. If do_sample is false, they are greedy. If it has some settings, their author
+    tuned them for Transformers, so the missing ones are Transformers' defaults instead of the card's. Raises CompileError for a
+    value that `SamplingParams` refuses.
     """
     given = {key: _checked(key, value) for key in BELLE if (value := stated.get(key)) is not None}
     if stated.get("do_sample") is False:

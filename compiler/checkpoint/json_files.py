@@ -11,7 +11,7 @@ from belle_compile.compiler.errors import CompileError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises CompileError where there is none."""
+    """The JSON object in a file; raises CompileError if the file cannot be read or holds anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -1,4 +1,4 @@
-"""Opens a checkpoint: from its source through its format and overlays to one shape for all of them."""
+"""Open a checkpoint: fetch its files, read their format, apply overlays, and return one record for all kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. `overlays` change tensors in the order given. Raises CompileError with what to do about it.
+    `choose_template`. `overlays` change tensors in the order given. Raises CompileError for everything that cannot be read.
     """
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
@@ -54,7 +54,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
 
 
 def _vocabulary_note(config: dict[str, Any], tokenizer_json: str) -> list[str]:
-    """A sentence where the tokenizer knows ids that the embedding lacks, such as a [PAD] that fine-tuning added."""
+    """A note if the tokenizer has ids that the embedding lacks, such as a [PAD] that fine-tuning added; else none."""
     ids = max(Tokenizer.from_str(tokenizer_json).get_vocab().values(), default=-1) + 1
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or ids <= vocab_size:

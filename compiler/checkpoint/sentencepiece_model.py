@@ -1,4 +1,4 @@
-"""Converts a sentencepiece `tokenizer.model` to a tokenizer.json that encodes to the same ids."""
+"""Convert a sentencepiece `tokenizer.model` to a tokenizer.json that encodes to the same ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
 
-# Texts that both tokenizers encode after the conversion. A difference means that the model has a feature not converted here.
+# Texts that both tokenizers encode after the conversion. A difference means that the model has a feature that is not converted.
 SAMPLES = (
     "Hello, world! The quick brown fox jumps over 13 lazy dogs.",
     "Human: \n写一首关于春天的诗，题目是《北京的春天》。\n\nAssistant: \n",
@@ -80,7 +80,7 @@ def spm_tokenizer(
 ) -> Tokenizer:
     """Make a BPE tokenizer of pieces (text, score, type) in id order, whose merges follow the scores as in sentencepiece.
 
-    `charsmap` is the precompiled normalization, and `squeeze` whether runs of spaces become one.
+    `charsmap` is the precompiled normalization. With `squeeze`, each run of spaces becomes one.
     """
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
     tokenizer = Tokenizer(
@@ -109,7 +109,7 @@ def spm_tokenizer(
 
 
 def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make another piece, those of the best score first.
+    """All pairs of pieces that merge to another piece, those with the best score first.
 
     Merges of equal scores are ordered by the piece's id; sentencepiece orders them by their position in the text.
     """
@@ -126,7 +126,7 @@ def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list
 
 
 def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenizer, reference: Any) -> list[str]:
-    """Say what may be encoded differently; raises CompileError where samples are, and no tied scores explain it."""
+    """Notes on texts that may be encoded differently; raises CompileError if a sample is, and tied scores do not explain it."""
     scores = Counter(score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1)
     tied = sum(count for count in scores.values() if count > 1)
     notes = []

@@ -19,9 +19,9 @@ def special_tokens(
 ) -> dict[str, Any]:
     """Return bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw; see `Checkpoint`.
 
-    The tokenizer's words outrank numbers: LLaMA conversions of early 2023 state bos 0 and eos 1 in config.json although their
-    tokenizer has <s> = 1 and </s> = 2. The EOS tokens are those of generation_config.json (else config.json) together with
-    the tokenizer's. Ids outside of the vocabulary, such as pad -1, count as absent.
+    Tokens that the tokenizer's files name outrank ids in the configs: LLaMA conversions of early 2023 state bos 0 and eos 1 in
+    config.json although their tokenizer has <s> = 1 and </s> = 2. The EOS tokens are those of generation_config.json (else
+    config.json) together with the tokenizer's. Ids outside of the vocabulary, such as pad -1, count as absent.
     """
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = config.get("vocab_size", tokenizer.get_vocab_size())
@@ -50,14 +50,14 @@ def special_tokens(
         "pad_token_id": pad,
         "bos_token": (tokenizer.id_to_token(bos) or "") if bos is not None else "",
         "eos_token": (tokenizer.id_to_token(first_eos) or "") if first_eos is not None else "",
-        # A chat template writes BOS itself where its model wants one, and BELLE's models were trained without.
+        # A chat template contains BOS if its model needs one, and BELLE's models were trained without BOS.
         "add_bos": add_bos_raw and raw_template,
         "add_bos_raw": add_bos_raw,
     }
 
 
 def _word(token: Any) -> str:
-    """The text of a token that a file states as a string or as {"content": string, ...}; empty where it states none."""
+    """The text of a token that a file states as a string or as {"content": string, ...}; empty if it states none."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""

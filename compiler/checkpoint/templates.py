@@ -1,4 +1,4 @@
-"""Prompt templates: those that have a name, as data, and the choice of the one that a build uses."""
+"""Prompt templates: the built-in ones as data, and the choice of the one that a build uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGE = "template"
 class PromptTemplate:
     """A Jinja chat template over `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
 
-    It is written for Transformers' environment, which is runtime/prompt.py's `chat_environment`.
+    It is written for Transformers' Jinja environment, which `chat_environment` of runtime/prompt.py reproduces.
     """
 
     name: str
@@ -47,8 +47,8 @@ def _turns(human: str, assistant: str) -> str:
 
 RAW = "raw"
 # A human turn ends with the words that start the answer, so add_generation_prompt adds nothing. An earlier answer ends as it
-# did in training: with EOS in models that were trained on conversations (BELLE-LLaMA, sample_generator.py). The model cards of
-# the others tell users to concatenate the turns, which leaves an empty line between them.
+# did in training: with EOS in models that were trained on conversations (BELLE-LLaMA, sample_generator.py). For the others, the
+# model cards instruct users to concatenate the turns, which leaves an empty line between them.
 TEMPLATES = {
     "belle-bloom": _turns("'Human: ' + text + '\\n\\nAssistant:'", "message['content'] + '\\n\\n'"),
     "belle-llama": _turns("'Human: \\n' + text + '\\n\\nAssistant: \\n'", "message['content'] + eos_token"),
@@ -58,7 +58,7 @@ TEMPLATES = {
 
 
 def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:
-    """The template of a family's checkpoints that have none of their own; raises CompileError if the family has none either."""
+    """The family's template for checkpoints without a template; raises CompileError if the family has none either."""
     size = config.get("vocab_size")
     stated = next((text for known, text in family.template_by_vocabulary.items() if known == size), family.template)
     if not stated:
@@ -79,15 +79,15 @@ def choose_template(
 ) -> PromptTemplate:
     """Choose the argument's template, else the checkpoint's `own`, else the family's.
 
-    Raises CompileError where there is none, or where it fails or leaves out the message that it is tried with. `argument` is a
-    name in `TEMPLATES`, the path of a .jinja file, Jinja text (it contains `{{` or `{%`), or a format for one message with {x}
-    in the place of the user's words, such as "Human: {x}\\n\\nAssistant:".
+    `argument` is a name in `TEMPLATES`, the path of a .jinja file, Jinja text (it contains `{{` or `{%`), or a format for one
+    message with {x} in the place of the user's words, such as "Human: {x}\\n\\nAssistant:". Raises CompileError if there is no
+    template, and if rendering a test message fails or leaves its text out.
     """
     template = _from_argument(argument) if argument is not None else own or family_template(family, config)
-    words = "the words of the user"
+    message = "the words of the user"
     try:
-        prompt = render(template, [{"role": "user", "content": words}], bos_token="", eos_token="")
-        problem = "" if words in prompt else f"that it leaves out the user's message: {prompt[:80]!r}"
+        prompt = render(template, [{"role": "user", "content": message}], bos_token="", eos_token="")
+        problem = "" if message in prompt else f"that it leaves out the user's message: {prompt[:80]!r}"
     except EngineError as e:
         problem = f"Jinja that fails ({e.found})"
     if problem:
@@ -102,7 +102,7 @@ def choose_template(
 
 
 def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_token: str, eos_token: str) -> str:
-    """The prompt for these messages, up to where the answer begins."""
+    """Render messages as a prompt, which ends where the answer begins."""
     return ChatTemplate(artifact.PromptTemplate(template.name, template.jinja, bos_token, eos_token)).render(messages)
 
 
@@ -136,7 +136,7 @@ def _from_argument(argument: str) -> PromptTemplate:
 
 
 def _from_text(text: str) -> PromptTemplate | None:
-    """The template of a name, of Jinja text or of a format; None for other text."""
+    """The template for a name, Jinja text or a format; None for other text."""
     if text in TEMPLATES:
         return PromptTemplate(text, TEMPLATES[text])
     if "{{" in text or "{%" in text:
@@ -145,6 +145,6 @@ def _from_text(text: str) -> PromptTemplate | None:
 
 
 def _from_format(text: str) -> str:
-    """Make Jinja of a format such as `Human: {x}\\n\\nAssistant:`, in which \\n and \\t are a line feed and a tab."""
+    """Convert a format such as `Human: {x}\\n\\nAssistant:` to Jinja; \\n and \\t in it are a line feed and a tab."""
     before, after = text.replace("\\n", "\n").replace("\\t", "\t").split("{x}", 1)
     return _turns(f"{before!r} + text + {after!r}", "message['content'] + eos_token")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STAGE = "checkpoint"
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
-# Recomputed from config.json by everybody; old LLaMA conversions still store them.
+# Tensors that old LLaMA conversions store although they are computed from config.json
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 
@@ -29,11 +29,11 @@ Load = Callable[[int, int], npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Name, shape and stored dtype of one tensor; `read` and `rows` fetch float32 values and keep nothing.
+    """Name, shape and stored dtype of one tensor; `read` and `rows` fetch float32 values and keep none.
 
-    `load(start, stop)` gives rows start..stop of axis 0 (the whole tensor when it is a scalar) in any float dtype. `steps` say
-    where the values come from: the latest change first, the file and the name stored there last (by default `file` and `name`).
-    `quantized` is what a file holds in place of floats, where these are integers with scales; `load` then dequantizes it.
+    `load(start, stop)` returns rows start..stop of axis 0 (the whole tensor if it is a scalar) in any float dtype. `steps`
+    describe the origin of the values: the latest change first, the file and the name stored in it last (by default `file` and
+    `name`). `quantized` is set if the file holds integers with scales in place of floats; `load` then dequantizes them.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LazyTensor:
             object.__setattr__(self, "steps", (f"{self.file.name}: {self.name}",))
 
     def read(self) -> FloatArray:
-        """The whole tensor: float32, C-contiguous."""
+        """The whole tensor as C-contiguous float32."""
         return self._float32(0, self.shape[0] if self.shape else 1, self.shape)
 
     def rows(self, start: int, stop: int) -> FloatArray:
@@ -59,7 +59,7 @@ class LazyTensor:
         return self._float32(start, stop, (stop - start, *self.shape[1:]))
 
     def describe(self) -> str:
-        """Where the values come from, such as "adapter <- model-00001-of-00002.safetensors: lm_head.weight"."""
+        """The origin of the values, such as "adapter <- model-00001-of-00002.safetensors: lm_head.weight"."""
         return " <- ".join(self.steps)
 
     def changed(self, step: str, load: Load) -> LazyTensor:
@@ -76,7 +76,7 @@ class LazyTensor:
 
 
 def changed(file: Path, found: str) -> CompileError:
-    """The error for a file that is not any more what it was when the checkpoint was opened."""
+    """The error for a file that changed after the checkpoint was opened."""
     return CompileError(
         STAGE,
         f"weights {file}",
@@ -109,7 +109,8 @@ def require_float(tensor: LazyTensor) -> None:
 
 
 def canonical(tensors: Iterable[LazyTensor], family: Family[Any]) -> dict[str, LazyTensor]:
-    """Tensors under the names that the family's graph asks for, without derived buffers."""
+    """Tensors by the names that the family's graph asks for, without derived buffers; raises CompileError for a name that
+    occurs twice."""
     named: dict[str, LazyTensor] = {}
     for tensor in tensors:
         if tensor.name.endswith(DERIVED_BUFFERS):

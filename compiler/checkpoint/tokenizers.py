@@ -18,7 +18,7 @@ from belle_compile.compiler.errors import CompileError
 def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
     """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
 
-    Where there is only a tokenizer.model, it is converted.
+    A tokenizer.model is converted if there is no tokenizer.json. Raises CompileError if there is neither.
     """
     file = directory / "tokenizer.json"
     if file.is_file():
@@ -58,15 +58,15 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
                 expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
                 remedy="put a tokenizer.json beside it",
             )
-    # What the slow LlamaTokenizer of these releases does by default, and sentencepiece's words for BOS and EOS.
+    # The default of these releases' slow LlamaTokenizer, and the names of BOS and EOS in sentencepiece
     implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     return str(tokenizer.to_str()), files, notes, implied
 
 
 def check_tokenizer(text: str, source: str) -> str:
-    """Return the text without truncation and padding, which would alter prompts.
+    """Return the text of a tokenizer.json without truncation and padding, which would alter prompts.
 
-    Raises CompileError where the tokenizers library cannot read it.
+    Raises CompileError, which names `source`, if the tokenizers library cannot read it.
     """
     try:
         model = json.loads(text).get("model") or {}
@@ -88,7 +88,7 @@ def check_tokenizer(text: str, source: str) -> str:
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:
-    """Raise ValueError for a merge outside of the vocabulary, on which the tokenizers library may end the process."""
+    """Raise ValueError for a merge outside of the vocabulary, which may make the tokenizers library end the process."""
     for left, right in merges:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ValueError(f"the merge of {left!r} and {right!r} is not in the vocabulary")

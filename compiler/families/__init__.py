@@ -1,4 +1,4 @@
-"""Families: from a checkpoint's config and tensors to the graph. An architecture is one module and one line here."""
+"""Families: they build the graph from a checkpoint's config and tensors. An architecture is one module and one line here."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ KEYS = Keys(
 class BloomConfig(ModelConfig):
     """What config.json states about a BLOOM model."""
 
-    residual_after_norm: bool  # the residual connections start behind the norms, not before them
+    residual_after_norm: bool  # residual connections start after the norms, not before them
 
 
 def read_config(config: Mapping[str, Any]) -> BloomConfig:
@@ -71,7 +71,7 @@ def read_config(config: Mapping[str, Any]) -> BloomConfig:
 
 
 def build(layers: Layers, config: BloomConfig) -> ir.Value:
-    """Append the model; returns its logits."""
+    """Append the whole model to the graph; returns the logits [R, vocabulary]."""
     b, hidden, epsilon = layers.builder, config.hidden_size, config.epsilon
     table, head = layers.embedding_and_head("word_embeddings", (config.vocab_size, hidden), tied=config.tied_head)
     slopes = b.weight("alibi_slopes", alibi_slopes(config.num_heads))
@@ -123,7 +123,7 @@ def _block(layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, l
 
 
 def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[np.float32]:
-    """Read query_key_value with its rows as [all q; all k; all v]; in the file they are q, k, v of one head after another.
+    """Read query_key_value with its rows in the order [all q; all k; all v]; the file has q, k and v of one head after another.
 
     Rows are [num_heads, 3, head_dim] in the file and [3, num_heads, head_dim] in the result. They are read head by head, so
     that only the result is ever whole in memory.
@@ -138,8 +138,8 @@ def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[
 def alibi_slopes(num_heads: int) -> npt.NDArray[np.float32]:
     """Slopes of ALiBi (https://arxiv.org/abs/2108.12409), float32 [num_heads], as `_get_alibi_slopes` of modeling_bloom.py.
 
-    For n heads, n a power of two, they are the powers 1 to n of 2^(-8/n). Another number of heads takes the slopes of the next
-    lower power of two, and then every second slope of the next higher one.
+    For n heads, n a power of two, they are the powers 1 to n of 2^(-8/n). For another number of heads, they are the slopes of
+    the next lower power of two, followed by every second slope of the next higher one.
     """
     lower = 2 ** int(math.log2(num_heads))
     slopes = _geometric(lower, np.arange(1, lower + 1))
@@ -148,7 +148,7 @@ def alibi_slopes(num_heads: int) -> npt.NDArray[np.float32]:
 
 
 def _geometric(power_of_two: int, exponents: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    base = np.float32(2.0 ** -(8.0 / power_of_two))  # Transformers rounds it too
+    base = np.float32(2.0 ** -(8.0 / power_of_two))  # rounded as in Transformers
     slopes: npt.NDArray[np.float64] = np.power(np.float64(base), exponents)
     return slopes
 
@@ -157,7 +157,7 @@ FAMILY = Family(
     name="bloom",
     title="BLOOM",
     architectures=("BloomForCausalLM", "BloomModel"),
-    renames=((r"^transformer\.", ""),),  # BloomForCausalLM has it, BloomModel and some releases do not
+    renames=((r"^transformer\.", ""),),  # BloomForCausalLM has this prefix, BloomModel and some releases do not
     read_config=read_config,
     build=build,
     template="belle-bloom",

@@ -64,10 +64,10 @@ REMEDIES = {"quantization_config": "quantised checkpoints are not supported: giv
 
 @dataclass(frozen=True)
 class Keys:
-    """What a family does with each key of config.json; a key that is in none of the three is refused unless it is null.
+    """How a family treats each key of config.json; a key that is in none of the three fields is refused unless it is null.
 
-    The family reads the `used` keys. Those in `harmless` do not change results. Those in `fixed` would, so they must be null or
-    have one of the values listed (of a list, every item must). HARMLESS and FIXED are added to the last two.
+    The family reads the `used` keys. Those in `harmless` do not change results. Those in `fixed` could, so their value must be
+    null or one of those listed (for a list, each of its items must). HARMLESS and FIXED are added to the last two.
     """
 
     used: frozenset[str]
@@ -75,7 +75,7 @@ class Keys:
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Raise CompileError for a key that asks for something that the family's graph does not compute."""
+        """Raise CompileError for a key whose value requires something that the family's graph does not compute."""
         fixed = {**FIXED, **self.fixed}
         for key, value in config.items():
             if value is None or key in self.used or key in self.harmless or key in HARMLESS:
@@ -105,7 +105,7 @@ class Reader:
     where: str = "config.json"
 
     def get(self, *names: str) -> Any:
-        """The value under any of the names; None if it has none of them."""
+        """The value under any of the names; None if none of them is present."""
         present = {name: self.values[name] for name in names if self.values.get(name) is not None}
         first = next(iter(present.values()), None)
         if any(value != first for value in present.values()):
@@ -114,7 +114,7 @@ class Reader:
         return first
 
     def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """The whole number under any of the names; it must not be below `least`."""
+        """The whole number under any of the names; raises CompileError if it is missing without a default or below `least`."""
         value = self._or_default(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -123,7 +123,7 @@ class Reader:
         return value
 
     def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
-        """The number under any of the names; it must be greater than `above`."""
+        """The number under any of the names; raises CompileError if it is missing without a default or not above `above`."""
         value = self._or_default(names, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < float("inf"):
             raise self.error(names[0], _short(value), f"a number > {above:g}")

@@ -1,4 +1,4 @@
-"""What the compiler knows about an architecture: one record for each, and the facts that all their configs share."""
+"""The record that describes an architecture to the compiler, and the dimensions that all configs share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from belle_compile.compiler.families.gguf import GgufLayout
     from belle_compile.compiler.families.layers import Layers
 
-STAGE = "family"  # of errors
+STAGE = "family"  # the stage of errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ModelConfig:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the graph's metadata_props say besides the family's name."""
+        """The graph's metadata_props, without the family's name."""
         keys = "num_layers num_heads num_kv_heads head_dim max_position vocab_size hidden_size intermediate_size".split()
         return {key: str(getattr(self, key)) for key in keys}
 
@@ -45,9 +45,9 @@ C = TypeVar("C", bound=ModelConfig)
 class Family(Generic[C]):
     """An architecture: how its checkpoints are recognised and read, and how its graph is built.
 
-    `name` is its model_type in config.json, the family in the engine's manifest, and the name of its graph; `title` is how
-    people write it. `architectures` are class names in Transformers, by which old releases without a model_type are
-    recognised; `aliases` are other model_types. Letter case does not matter in any of them.
+    `name` is its model_type in config.json, the family in the engine's manifest, and the name of its graph; `title` is its name
+    in messages. `architectures` are class names in Transformers, by which old releases without a model_type are recognised;
+    `aliases` are other model_types. Letter case does not matter in any of them.
 
     `read_config` reads config.json and raises CompileError for what the graph would not compute. `build(layers, config)`
     appends the model to the graph that `layers` adds to, from the step's inputs to the logits, which it returns.
@@ -55,9 +55,9 @@ class Family(Generic[C]):
     `renames` make a stored tensor name canonical, which is the name that `build` asks for: each is a regular expression and
     the replacement of its first match, applied one after the other. They must leave canonical names as they are.
 
-    `template` is the prompt template of a checkpoint that has none of its own, in the form that --template takes: a name, Jinja
-    text, or a format with {x}. Without one, such a checkpoint is refused. `template_by_vocabulary` has those of releases that
-    only the size of the vocabulary tells apart.
+    `template` is the prompt template for checkpoints without one, in a form that --template accepts: a name, Jinja text, or a
+    format with {x}. If it is empty, such a checkpoint is refused. `template_by_vocabulary` holds the templates of releases that
+    differ from others only in the size of their vocabulary.
 
     `gguf` describes the family's GGUF files; None if they are not supported.
     """
@@ -75,7 +75,7 @@ class Family(Generic[C]):
 
     @property
     def names(self) -> frozenset[str]:
-        """All names by which a config.json may state this family, in lower case."""
+        """All names by which a config.json may identify this family, in lower case."""
         return frozenset(name.lower() for name in (self.name, *self.aliases, *self.architectures))
 
     def canonical_name(self, stored: str) -> str:

@@ -1,4 +1,4 @@
-"""How llama.cpp's convert_hf_to_gguf.py stores a family: names of tensors, and metadata in the place of config.json."""
+"""The layout in which llama.cpp's convert_hf_to_gguf.py stores a family: tensor names, and metadata instead of config.json."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>wei
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file states before the values of its tensors.
+    """The header of a GGUF file: its metadata and the shapes of its tensors.
 
     `get(key, default)` reads a value of the metadata. Keys of the architecture start with its name, which `value` and `number`
-    add. `shapes` are those of the tensors, under their names in the file; `title` names the family in errors.
+    add. `shapes` are the tensors' shapes by their names in the file; `title` names the family in errors.
     """
 
     file: Path
@@ -31,11 +31,11 @@ class GgufHeader:
     shapes: Mapping[str, tuple[int, ...]]
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture."""
+        """The value of a key of the architecture."""
         return self.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A number of the architecture; raises CompileError where it is missing or one for each layer."""
+        """The number of a key of the architecture; raises CompileError if it is missing or a list with one number per layer."""
         value = self.value(key, default)
         if isinstance(value, list) or value is None:
             raise CompileError(
@@ -50,12 +50,12 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """How the GGUF files of a family map to its Hugging Face checkpoints.
+    """The mapping from the GGUF files of a family to its Hugging Face checkpoints.
 
-    `architectures` are the values of general.architecture. `read_config(header)` gives config.json without model_type and
-    architectures, which the family has. The tensor `blk.0.PART.weight` is the weight of the module `modules[PART]` in the
-    layer `layers`.0; outside of layers the prefixes are left out. `interleaved_heads` names the parts whose rows are stored
-    with the two halves of every head interleaved, each with the key of config.json that holds its number of heads.
+    `architectures` are the values of general.architecture. `read_config(header)` returns config.json without model_type and
+    architectures, which the family adds. The tensor `blk.0.PART.weight` is the weight of the module `modules[PART]` in the
+    layer `layers`.0; tensors outside of layers have neither prefix. `interleaved_heads` maps the parts whose rows are stored
+    with the two halves of every head interleaved to the key of config.json that holds their number of heads.
     """
 
     architectures: tuple[str, ...]
@@ -65,7 +65,7 @@ class GgufLayout:
     interleaved_heads: Mapping[str, str] = field(default_factory=dict)
 
     def canonical_name(self, stored: str) -> str | None:
-        """The canonical name of a tensor; None for one that the family does not have."""
+        """The canonical name of a stored tensor; None if the family has no such tensor."""
         match = TENSOR_NAME.fullmatch(stored)
         if match is None or match["part"] not in self.modules:
             return None
@@ -73,7 +73,7 @@ class GgufLayout:
         return f"{layer}{self.modules[match['part']]}.{match['kind']}"
 
     def interleaved(self, stored: str, config: Mapping[str, Any]) -> int:
-        """The number of heads whose halves are interleaved in a tensor's rows; 0 where the rows are in order."""
+        """The number of heads of a stored tensor whose halves are interleaved; 0 if its rows are in order."""
         match = TENSOR_NAME.fullmatch(stored)
         key = self.interleaved_heads.get(match["part"]) if match else None
         return int(config[key]) if key else 0

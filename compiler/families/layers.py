@@ -1,4 +1,4 @@
-"""Layers that families share: graph nodes, and the tensors of the checkpoint that they take."""
+"""Layers that families share: each adds graph nodes and reads its tensors of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from belle_compile.compiler.checkpoint import Checkpoint, LazyTensor
 
 HEAD = "lm_head.weight"
-COMPARED_BYTES = 1 << 25  # read at a time from each of two tables that are compared
-# Causal masks, which old releases store as buffers; opening a checkpoint has dropped their rotary frequencies already.
+COMPARED_BYTES = 1 << 25  # bytes read at a time from each of two tables that are compared
+# Causal masks, which old releases store as buffers; their rotary frequencies are dropped when a checkpoint is opened.
 MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 
 Reorder = Callable[["LazyTensor"], npt.NDArray[np.float32]]
 
 
 class Layers:
-    """Appends layers to the graph of `builder` and records which tensors of the checkpoint they take.
+    """Appends layers to the graph of `builder` and records which tensors of the checkpoint they use.
 
-    A layer is named as its module in Transformers, and its tensors as in the checkpoint: the layer `h.0.mlp.dense_h_to_4h`
-    takes the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
+    A layer is named after its module in Transformers, and its tensors as in the checkpoint: the layer `h.0.mlp.dense_h_to_4h`
+    uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
     """
 
     def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder) -> None:
@@ -67,8 +67,8 @@ class Layers:
     def embedding_and_head(self, name: str, shape: tuple[int, int], *, tied: bool) -> tuple[ir.Value, ir.Value]:
         """Add the embedding table and the head's weight, both of `shape` [vocabulary, hidden]; a tied head is the table.
 
-        The file may have a tied head beside the table (pickles, some converters) or in its place. If it has both, they are read
-        and compared: Transformers 4 would tie two that differ and Transformers 5 would not, so these are refused.
+        A file may store a tied head beside the table (pickles, some converters) or in its place. If it has both, they are read
+        and compared; two that differ are refused, because Transformers 4 would tie them and Transformers 5 would not.
         """
         table, tensors = f"{name}.weight", self.checkpoint.tensors
         if not tied:

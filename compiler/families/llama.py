@@ -40,7 +40,8 @@ class LlamaConfig(ModelConfig):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """That of every family and, with dynamic RoPE scaling, `dynamic_rope_from`: the length from which the base grows."""
+        """The metadata of every family and, with dynamic RoPE scaling, `dynamic_rope_from`: the length beyond which the base
+        grows."""
         dynamic = {"dynamic_rope_from": str(self.rope.original_max)} if self.rope.dynamic_factor else {}
         return super().metadata | dynamic
 
@@ -54,7 +55,8 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def config_with_biases(config: Mapping[str, Any], *, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> LlamaConfig:
-    """Read the keys of config.json that LLaMA's relatives share; a family checks the other keys and knows its biases."""
+    """Read the keys of config.json that LLaMA and its relatives share; the caller checks the other keys and passes the
+    biases."""
     read = Reader(config)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     kv_heads = read.integer("num_key_value_heads", default=heads)
@@ -83,7 +85,7 @@ def config_with_biases(config: Mapping[str, Any], *, qkv_bias: bool, o_bias: boo
 
 
 def build(layers: Layers, config: LlamaConfig) -> ir.Value:
-    """Append the model; returns its logits."""
+    """Append the whole model to the graph; returns the logits [R, vocabulary]."""
     b = layers.builder
     vocabulary = config.vocab_size, config.hidden_size
     table, head = layers.embedding_and_head("model.embed_tokens", vocabulary, tied=config.tied_head)
@@ -147,7 +149,8 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
 
 
 def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
-    """The keys of config.json that LLaMA's relatives share."""
+    """The keys of config.json that LLaMA and its relatives share, from the metadata of a GGUF file; raises CompileError for a
+    variant that is not supported."""
     number = header.number
     heads, hidden = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", hidden // heads)
@@ -189,7 +192,7 @@ def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
 
 
 def _gguf_rope_scaling(header: GgufHeader) -> dict[str, Any] | None:
-    linear = header.value("rope.scale_linear")  # in files before August 2023
+    linear = header.value("rope.scale_linear")  # the only key of files from before August 2023
     kind = header.value("rope.scaling.type", "linear" if linear else "none")
     if kind == "none":
         return None
@@ -217,7 +220,7 @@ FAMILY = Family(
     name="llama",
     title="LLaMA",
     architectures=("LlamaForCausalLM", "LlamaModel"),
-    renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # saved from LlamaModel, not from LlamaForCausalLM
+    renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # files saved from LlamaModel lack the prefix
     read_config=read_config,
     build=build,
     template="belle-llama",

@@ -1,4 +1,4 @@
-"""The families that are registered, found by name, by config.json, or by a GGUF file's architecture."""
+"""The registry of families, which are found by name, by config.json, or by a GGUF file's architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REGISTRY: dict[str, Family[Any]] = {}
 
 
 def register(family: Family[Any]) -> None:
-    """Add a family; its names and GGUF architectures must not be those of another."""
+    """Add a family; raises ValueError if one of its names or GGUF architectures belongs to another."""
     for other in REGISTRY.values():
         taken = family.names & other.names | set(_gguf_architectures(family)) & set(_gguf_architectures(other))
         if taken:
@@ -23,14 +23,15 @@ def register(family: Family[Any]) -> None:
 
 
 def by_name(name: str, path: Path) -> Family[Any]:
-    """The family of an opened checkpoint; `path` names that in errors."""
+    """The family called `name`; raises CompileError, which names the checkpoint at `path`, if there is none."""
     if name not in REGISTRY:
         raise CompileError(STAGE, f"architecture of {path}", found=repr(name), expected=f"one of {', '.join(REGISTRY)}")
     return REGISTRY[name]
 
 
 def by_config(config: Mapping[str, Any], path: Path) -> Family[Any]:
-    """The family that a config.json states as its model_type or, in old releases, as its architecture."""
+    """The family that a config.json states as its model_type or, in old releases, as its architecture; raises CompileError if
+    there is none."""
     stated = config.get("model_type") or (config.get("architectures") or [""])[0]
     for family in REGISTRY.values():
         if str(stated).lower() in family.names:
@@ -46,7 +47,8 @@ def by_config(config: Mapping[str, Any], path: Path) -> Family[Any]:
 
 
 def by_gguf(architecture: Any, file: Path) -> tuple[Family[Any], GgufLayout]:
-    """The family of a GGUF file, by its general.architecture, and how its files are laid out."""
+    """The family with a GGUF file's general.architecture, and its layout of GGUF files; raises CompileError if there is
+    none."""
     for family in REGISTRY.values():
         if family.gguf is not None and architecture in family.gguf.architectures:
             return family, family.gguf

@@ -14,7 +14,7 @@ from belle_compile.compiler.families.config import Reader
 
 Floats = npt.NDArray[np.float32]
 
-# Rope type -> the parameters it needs. Every type may also have those in GENERAL.
+# The parameters that each RoPE type requires. Every type may also have those in GENERAL.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -31,9 +31,10 @@ KEYS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """`inv_freq` is float32 [head_dim / 2]; `max_position` is the longest sequence that the scaling is meant for.
+    """Rotary frequencies: `inv_freq` is float32 [head_dim / 2], and `max_position` the longest sequence they are scaled for.
 
-    `dynamic_factor` is 0 unless the frequencies depend on the length of the sequence; `original_max` and `base` are for that.
+    `dynamic_factor` is 0 unless the frequencies depend on the length of the sequence; only then are `original_max` and `base`
+    used.
     """
 
     inv_freq: Floats
@@ -47,7 +48,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     """Read the RoPE of a config.json of Transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
     With linear and dynamic scaling, max_position_embeddings is the length before scaling (Transformers' documentation of
-    `rope_scaling`), so `max_position` is `factor` times that. With llama3 it is the length after scaling.
+    `rope_scaling`), so `max_position` is `factor` times that. With llama3 it is the length after scaling. Raises CompileError
+    for parameters that the graph would not compute.
     """
     outer = Reader(config)
     scaling = outer.get("rope_scaling", "rope_parameters") or {}
@@ -84,7 +86,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def inverse_frequencies(base: float, head_dim: int) -> Floats:
-    """Float32 [head_dim / 2]: base ** -(2i / head_dim), rounded to float32 once."""
+    """The float32 [head_dim / 2] of base ** -(2i / head_dim), rounded to float32 once."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq: npt.NDArray[np.float64] = 1.0 / np.power(base, exponents.astype(np.float64))
     return inv_freq.astype(np.float32)
@@ -101,15 +103,15 @@ def _check_keys(outer: Reader, inner: Reader, kind: str) -> None:
 
 
 def _theta(outer: Reader, inner: Reader) -> float:
-    of_parameters, of_config = inner.get("rope_theta"), outer.get("rope_theta")
-    if None not in (of_parameters, of_config) and of_parameters != of_config:  # Transformers 5 reads the first, 4 the second
-        both = f"{of_config!r}, and {of_parameters!r} in {inner.where}"
+    inner_theta, outer_theta = inner.get("rope_theta"), outer.get("rope_theta")
+    if None not in (inner_theta, outer_theta) and inner_theta != outer_theta:  # Transformers 5 reads the first, 4 the second
+        both = f"{outer_theta!r}, and {inner_theta!r} in {inner.where}"
         raise outer.error("rope_theta", both, "one value", "remove the wrong one")
-    return (outer if of_parameters is None else inner).number("rope_theta", default=10000.0)
+    return (outer if inner_theta is None else inner).number("rope_theta", default=10000.0)
 
 
 def _llama3(inv_freq: Floats, factor: float, low: float, high: float, length: int) -> Floats:
-    """Scale as Llama 3.1: long wavelengths grow by `factor`, short ones stay, those between are interpolated."""
+    """Scale as Llama 3.1 does: long wavelengths grow by `factor`, short ones stay, those between are interpolated."""
     wavelengths = np.float32(2 * math.pi) / inv_freq
     smooth = (np.float32(length) / wavelengths - np.float32(low)) / np.float32(high - low)
     smoothed = (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq

@@ -1,1 +1,1 @@
-"""What the files of a checkpoint hold."""
+"""Formats: they read the files of a checkpoint."""

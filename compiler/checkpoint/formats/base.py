@@ -1,4 +1,4 @@
-"""What a format is: which files it recognises, and what it finds in them."""
+"""The interface of formats: a format recognises files and reads their contents."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
 @dataclass
 class Contents:
-    """Everything found in the files of a checkpoint.
+    """The contents of a checkpoint's files.
 
     `config` has the keys of Transformers' config.json; tensors have the names stored in the files. `tokenizer_config`,
-    `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty where
-    there are none. `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are
-    sentences for the manifest and the report: what was ignored or approximated.
+    `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty if a file
+    is missing. `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences
+    for the manifest and the report about what was ignored or approximated.
     """
 
     config: dict[str, Any]
@@ -33,22 +33,22 @@ class Contents:
 
 
 class Format(Protocol):
-    """One way of holding a model in files. `FORMATS` lists all of them, the preferred one first."""
+    """One way of storing a model in files. `FORMATS` lists all of them, the preferred one first."""
 
     @property
     def name(self) -> str:
-        """What notes call it."""
+        """The name of the format in notes."""
 
     @property
     def weights(self) -> str:
         """A glob pattern of the files that hold its weights, for downloads."""
 
     def recognises(self, files: Files) -> bool:
-        """Whether these files hold weights of this format; looks at names, or at a small file."""
+        """Whether these files hold weights of this format, judged by names or by a small file."""
 
     def read(self, files: Files) -> Contents:
-        """What recognised files hold, by their headers: values of tensors are read later.
+        """Read recognised files: their headers now, values of tensors later.
 
-        A format that holds weights only takes the rest from the files beside them: see `huggingface.read_release`. Raises
-        CompileError where files are damaged, missing or of a kind that is not supported.
+        A format whose files hold weights only reads the rest from the files beside them, see `huggingface.read_release`. Raises
+        CompileError for files that are damaged, missing or not supported.
         """

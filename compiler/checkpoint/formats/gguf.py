@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Files of other formats beside a .gguf file: the directory is then one of those.
+# Weights of other formats: a directory that has some of these beside a .gguf file is read in their format.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -54,7 +54,7 @@ class Gguf:
 def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
     """The contents of a .gguf file; a tokenizer.json in `directory` outranks the tokenizer in the metadata.
 
-    Raises CompileError where the file is damaged, one of several parts, or of a model that is not supported.
+    Raises CompileError if the file is damaged, one of several parts, or of a model that is not supported.
     """
     reader = _reader(file)
     meta = {key: field for key, field in reader.fields.items()}
@@ -119,7 +119,7 @@ def _reader(file: Path) -> GGUFReader:
 
 
 def _tensor(header: GgufHeader, layout: GgufLayout, tensor: Any, config: dict[str, Any]) -> LazyTensor:
-    """One tensor of the reader as a LazyTensor that knows where its bytes are."""
+    """Make a LazyTensor of a tensor of the reader; raises CompileError for a type that cannot be dequantized."""
     file, name = header.file, _canonical_name(header, layout, tensor.name)
     kind = tensor.tensor_type
     shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -163,8 +163,9 @@ def _canonical_name(header: GgufHeader, layout: GgufLayout, name: str) -> str:
 class _StoredRows:
     """Reads rows of a tensor as they are stored: uint8 [rows, row_bytes].
 
-    `head_rows` is not 0 where llama.cpp interleaves the two halves of every head (its RoPE pairs neighbours), as in Q and K of
-    a LLaMA: stored row 2*j + i of a head is Hugging Face's row i*head_dim/2 + j (convert_hf_to_gguf.py, LlamaModel.permute).
+    `head_rows` is the number of rows of a head if llama.cpp interleaves the two halves of every head (its RoPE pairs
+    neighbours), as in Q and K of a LLaMA, else 0. Stored row 2*j + i of a head is then Hugging Face's row i*head_dim/2 + j
+    (convert_hf_to_gguf.py, LlamaModel.permute).
     """
 
     file: Path

@@ -1,7 +1,7 @@
-"""GGUF's block formats that are integers with one scale, and perhaps one offset, for every 32 of them.
+"""GGUF's block formats of 32 integers with one scale and, in some formats, one offset.
 
-Layouts of a block (ggml-common.h): the scale d and the offset m are float16, qs holds the low four bits of all integers (the
-first half of the block in the low halves of the bytes), qh one more bit of each::
+Layouts of a block (ggml-common.h): the scale d and the offset m are float16, qs holds the low four bits of all integers (those
+of the first half of the block in the low halves of the bytes), and qh one more bit of each::
 
     Q4_0  d qs        Q4_1  d m qs
     Q5_0  d qh qs     Q5_1  d m qh qs
@@ -28,18 +28,18 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How the integers of a block lie: `bits` of each, in a format with or without an offset `m`."""
+    """The layout of a block: integers of `bits` bits, with or without an offset `m`."""
 
     bits: int
     has_offset: bool
 
     @property
     def bytes(self) -> int:
-        """The size of a block."""
+        """The size of a block in bytes."""
         return 2 + 2 * self.has_offset + GROUP * self.bits // 8
 
     def decoded(self, stored: Bytes) -> QuantizedRows:
-        """The integers, scales and offsets of stored rows, uint8 [rows, bytes of a row]."""
+        """Decode stored rows, uint8 [rows, bytes of a row], to integers, scales and offsets."""
         blocks = stored.reshape(len(stored), -1, self.bytes)
         rows, groups, _ = blocks.shape
         scales = _float16(blocks[..., :2])
@@ -49,7 +49,7 @@ class BlockFormat:
         return QuantizedRows(integers, scales, offsets=offsets)
 
     def _integers(self, packed: Bytes) -> npt.NDArray[np.int8]:
-        """int8 [rows, groups, 32]; formats without an offset are centred on zero."""
+        """The integers as int8 [rows, groups, 32], centred on zero in formats without an offset."""
         if self.bits == 8:
             return np.ascontiguousarray(packed).view(np.int8)
         integers = np.empty((*packed.shape[:2], GROUP), np.int8)
@@ -73,5 +73,5 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {  # by the name of the GGML type
 
 
 def _float16(stored: Bytes) -> npt.NDArray[Any]:
-    """float16 [rows, groups] of the two bytes [rows, groups, 2]."""
+    """The float16 [rows, groups] that are stored as bytes [rows, groups, 2]."""
     return np.ascontiguousarray(stored).view(np.float16)[..., 0]

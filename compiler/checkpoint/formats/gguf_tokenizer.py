@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata as a tokenizer.json."""
+"""Convert the tokenizer in a GGUF file's metadata to a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
 
 SENTENCEPIECE = "llama"  # tokenizer.ggml.model of sentencepiece vocabularies, whatever the architecture
-# Names of tokenizer.ggml.pre, grouped by what llama.cpp does for them (src/llama-vocab.cpp).
+# Values of tokenizer.ggml.pre, grouped by how llama.cpp splits texts for them (src/llama-vocab.cpp).
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
 DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 LLAMA3 = {"llama3", "llama-v3", "llama-bpe"}
@@ -24,7 +24,8 @@ LLAMA3_SPLIT = (
 
 
 def gguf_tokenizer(file: Path, get: Any) -> str:
-    """Return the text of a tokenizer.json made of the metadata, which `get(key, default)` reads."""
+    """Return the text of a tokenizer.json for the metadata, which `get(key, default)` reads; raises CompileError for a
+    tokenizer that is not supported."""
     tokens, kind = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.model")
     if not tokens:
         raise _unsupported(file, "no tokenizer.ggml.tokens in its metadata", "a tokenizer")

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a Hugging Face directory: config, tokenizer, templates, generation defaults."""
+"""Read the files beside the weights in a Hugging Face directory: config, tokenizer, templates, generation defaults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Weights:
 
 
 def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Contents:
-    """The contents of a directory that `save_pretrained` or a release made, with its weights from `open_weights(directory)`."""
+    """The contents of a directory in the layout of `save_pretrained`, with the weights that `open_weights(directory)` returns.
+    Raises CompileError for a quantized checkpoint and for missing or damaged files."""
     config_file = require_config(directory)
     config = read_json(config_file)
     if quantization := config.get("quantization_config"):
@@ -58,7 +59,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
 
 
 def require_config(directory: Path) -> Path:
-    """The config.json of a directory; raises CompileError where there is none."""
+    """The path of a directory's config.json; raises CompileError if there is none."""
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise CompileError(
@@ -82,7 +83,7 @@ def _own_template(
         ("chat_template.json", chat_template.get("chat_template")),
         ("tokenizer_config.json", tokenizer_config.get("chat_template")),
     ):
-        if isinstance(stored, list):  # several named templates; "default" is the one for chat
+        if isinstance(stored, list):  # several named templates, of which "default" is the one for chat
             named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
             stored = named.get("default")
         if isinstance(stored, str) and stored:

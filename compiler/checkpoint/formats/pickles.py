@@ -34,20 +34,20 @@ class Pickles:
         return read_release(files.path, self._weights)
 
     def _weights(self, directory: Path) -> Weights:
-        found = open_weights(directory, "pytorch_model", "bin", partial(open_pickle, legacy=LegacyFile()))
-        legacy = [file.name for file in found.files if file.suffix == ".bin" and is_legacy(file)]
+        weights = open_weights(directory, "pytorch_model", "bin", partial(open_pickle, legacy=LegacyFile()))
+        legacy = [file.name for file in weights.files if file.suffix == ".bin" and is_legacy(file)]
         if legacy:
-            found.notes.append(
+            weights.notes.append(
                 f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build "
                 "holds one such file in memory"
             )
-        return found
+        return weights
 
 
 def open_pickle(file: Path, legacy: LegacyFile) -> list[LazyTensor]:
-    """The tensors of one file, under the names stored in it; `legacy` is shared by all files of a checkpoint.
+    """The tensors of one file, under the names stored in it; all files of a checkpoint share one `legacy`.
 
-    Raises CompileError where the file is damaged, or holds anything but tensors.
+    Raises CompileError if the file is damaged or holds anything but tensors.
     """
     state = _state_dict(file)
     tensors = []
@@ -64,9 +64,10 @@ def is_legacy(file: Path) -> bool:
 
 
 class LegacyFile:
-    """The file in the legacy format that was read last.
+    """Cache of the legacy-format file that was read last.
 
-    Such a file is read whole; reading it anew for every tensor would take a day. Every checkpoint holds one at most.
+    Such a file can only be read whole, and reading it again for every tensor would take a day. Each opened checkpoint keeps at
+    most one file in memory.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class LegacyFile:
 
 
 class _Loader:
-    """Maps the file for one read and lets go of it again; unpickling the table of tensors takes milliseconds."""
+    """Reads rows of one tensor. It maps the file for each read only; unpickling the table of tensors takes milliseconds."""
 
     def __init__(self, file: Path, name: str, legacy: LegacyFile) -> None:
         self.file, self.name, self.legacy = file, name, legacy
@@ -97,7 +98,7 @@ class _Loader:
             raise changed(self.file, f"no tensor {self.name}")
         tensor = state[self.name]
         part = tensor[start:stop] if tensor.ndim else tensor
-        values: npt.NDArray[Any] = part.detach().to(torch.float32, copy=True).numpy()  # the original lies in the mapping
+        values: npt.NDArray[Any] = part.detach().to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
         return values
 
 
@@ -109,7 +110,7 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
         with file.open("rb") as f:
             state = torch.load(f if is_legacy(file) else file, map_location="cpu", weights_only=True, mmap=not is_legacy(file))
     except pickle.UnpicklingError as e:
-        if "Unsupported operand" not in str(e):  # an operand the format does not have: not a pickle at all
+        if "Unsupported operand" not in str(e):  # an unsupported operand means that the file is not a pickle at all
             raise CompileError(
                 STAGE,
                 f"weights {file}",
@@ -143,7 +144,7 @@ def _damaged(file: Path, error: Exception) -> CompileError:
 
 
 def _reason(error: Exception) -> str:
-    """The line of PyTorch's advice that says what happened."""
+    """The line of PyTorch's error message that gives the reason, without its advice."""
     lines = [line.strip() for line in io.StringIO(str(error)) if line.strip()]
     first = lines[0] if lines else type(error).__name__
     line = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), first)

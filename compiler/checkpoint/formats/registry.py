@@ -1,4 +1,4 @@
-"""All formats, and choosing the one that files hold."""
+"""The list of all formats, and the choice of the one that reads a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
-# The first that recognises the files reads them; a note says where another one would have, too.
+# The first format that recognises the files reads them; a note names others that recognise them too.
 FORMATS: tuple[Format, ...] = (
     Safetensors(),
     Pickles(),
     Gguf(),
 )
 _HUGGING_FACE = "model.safetensors or pytorch_model.bin, single or sharded"
-# What else is found in releases of these families, and what to do with it.
+# Files in releases of these families that cannot be read: pattern, description and remedy.
 NOT_YET = (
     ("adapter_model.*", "a LoRA adapter", "merge it into its base model (PEFT's merge_and_unload) and give the result"),
     ("*.enc", "an XOR-encrypted release", "decrypt it first with models/decrypt.py of the BELLE repository"),
@@ -35,7 +35,7 @@ def weight_patterns() -> list[str]:
 
 
 def read_contents(files: Files) -> Contents:
-    """What the files hold, read by the format that recognises them."""
+    """Read the files with the first format that recognises them; raises CompileError if none does."""
     recognised = [format for format in FORMATS if format.recognises(files)]
     if not recognised:
         raise _unrecognised(files)

@@ -1,4 +1,4 @@
-"""Safetensors files: headers are verified when they are opened, values are read through the safetensors library."""
+"""Safetensors files: headers are verified when a file is opened, values are read through the safetensors library."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Safetensors:
 
 
 def open_safetensors(file: Path) -> list[LazyTensor]:
-    """The tensors of one file, under the names stored in it; raises CompileError where its header does not fit the file."""
+    """The tensors of one file, under the names stored in it; raises CompileError if the header does not match the file."""
     header, data_bytes = _header(file)
     tensors = []
     end = 0
@@ -73,7 +73,7 @@ def open_safetensors(file: Path) -> list[LazyTensor]:
 
 
 class _Loader:
-    """Opens the file for one read and closes it, so that no page of it stays mapped."""
+    """Reads rows of one tensor. It opens the file for each read only, so that no page of it stays mapped."""
 
     def __init__(self, file: Path, name: str) -> None:
         self.file, self.name = file, name
@@ -86,7 +86,7 @@ class _Loader:
             with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
                 part = f.get_slice(self.name)
                 tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
-                values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # the original lies in the mapping
+                values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
                 return values
         except SafetensorError as e:
             raise changed(self.file, f"a file that changed or cannot be read ({e})") from e

@@ -21,9 +21,9 @@ def has_weights(directory: Path, stem: str, suffix: str) -> bool:
 
 
 def open_weights(directory: Path, stem: str, suffix: str, open_file: OpenFile) -> Weights:
-    """All tensors, which must hold floats; `open_file` gives those of one file.
+    """All tensors of a directory, which must hold floats; `open_file` returns those of one file.
 
-    Raises CompileError where the index and its shards do not belong together.
+    Raises CompileError if the index and its shards do not belong together, or if a tensor holds anything but floats.
     """
     index = _index(directory, stem, suffix)
     if index.is_file():
@@ -72,7 +72,7 @@ def _open_indexed(directory: Path, index: Path, open_file: OpenFile) -> Weights:
 
 
 def _listed_files(directory: Path, index: Path, names: Sequence[str]) -> dict[str, Path]:
-    """The files that an index names, by name; raises CompileError for one that is missing or outside of the directory."""
+    """The files that an index lists, by name; raises CompileError for one that is missing or outside of the directory."""
     files = {}
     for name in names:
         plain = PurePosixPath(name)
@@ -97,7 +97,7 @@ def _listed_files(directory: Path, index: Path, names: Sequence[str]) -> dict[st
 
 
 def _unindexed(directory: Path, stem: str, suffix: str) -> list[Path]:
-    """The one file, or all numbered shards of a directory whose index was lost."""
+    """The single file of weights, or all numbered shards if their index is missing."""
     single = directory / f"{stem}.{suffix}"
     if single.is_file():
         return [single]

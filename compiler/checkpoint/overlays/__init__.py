@@ -1,1 +1,1 @@
-"""What changes the tensors of a checkpoint on their way into a build."""
+"""Overlays: they change the tensors of a checkpoint before a build uses them."""

@@ -1,4 +1,4 @@
-"""What an overlay is: it takes the lazy tensors of a checkpoint and returns lazy tensors."""
+"""The interface of overlays: an overlay maps the lazy tensors of a checkpoint to lazy tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
 @dataclass(frozen=True)
 class Overlaid:
-    """Tensors by their canonical names after an overlay, sentences for the manifest and the report, and the files it read."""
+    """The result of an overlay: tensors by their canonical names, sentences for the manifest and the report, and the files that
+    it read."""
 
     tensors: Mapping[str, LazyTensor]
     notes: tuple[str, ...] = ()
@@ -20,13 +21,14 @@ class Overlaid:
 
 
 class Overlay(Protocol):
-    """Something that is laid over a checkpoint, such as an adapter that fine-tuning made."""
+    """A change to the tensors of a checkpoint, such as an adapter from fine-tuning."""
 
     def apply(self, tensors: Mapping[str, LazyTensor]) -> Overlaid:
-        """All tensors of the checkpoint, those that change replaced by `LazyTensor.changed`, so that they name the overlay.
+        """Return all tensors of the checkpoint; `LazyTensor.changed` makes those that change, so that their steps name the
+        overlay.
 
-        Reads headers only; values are read when the tensors are. Raises CompileError where the overlay is not for these
-        tensors: one that would change nothing is an error.
+        Only headers are read; values are read when a tensor's values are. Raises CompileError if the overlay does not belong to
+        these tensors, also if it would change none.
         """
 
 

@@ -1,1 +1,1 @@
-"""Where the files of a checkpoint come from."""
+"""Sources: they provide the files of a checkpoint."""

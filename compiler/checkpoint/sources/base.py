@@ -1,4 +1,4 @@
-"""What a source is: it finds the files of a checkpoint and puts them on this host."""
+"""The interface of sources: a source finds the files of a checkpoint and puts them on this host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIGEST_CHUNK_BYTES = 1 << 22
 class Files:
     """The files of a checkpoint on this host: those of a directory, or one file alone.
 
-    `path` is that directory or that file. `notes` are sentences for the manifest and the report about how the files were had.
+    `path` is that directory or file. `notes` are sentences for the manifest and the report about how the files were obtained.
     """
 
     path: Path
@@ -23,7 +23,7 @@ class Files:
 
     @property
     def directory(self) -> Path | None:
-        """The directory, or None for a file alone: what lies beside that does not belong to it."""
+        """The directory, or None for a file alone, since the files beside it do not belong to the checkpoint."""
         return self.path if self.path.is_dir() else None
 
     def matching(self, pattern: str) -> list[Path]:
@@ -34,24 +34,24 @@ class Files:
 
 
 class Source(Protocol):
-    """One kind of place that checkpoints come from. `SOURCES` lists all of them in the order in which they are asked."""
+    """One kind of place that checkpoints come from. `SOURCES` lists all of them in the order in which they are tried."""
 
     def recognises(self, name: str) -> bool:
         """Whether `name`, which the user gave, is a checkpoint of this source."""
 
     def fetch(self, name: str, weights: Sequence[str]) -> Files:
-        """The files of that checkpoint, once they are on this host.
+        """Put the files of that checkpoint on this host and return them.
 
-        `weights` are glob patterns of the files that hold weights, one a format, the preferred format first: a source that
-        moves many bytes needs those of one format only. Raises CompileError where the files cannot be had.
+        `weights` are glob patterns of the files that hold weights, one for each format, the preferred format first; a download
+        needs those of one format only. Raises CompileError if the files cannot be obtained.
         """
 
 
 def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
-    """Name -> SHA-256 of every file, by streaming.
+    """The SHA-256 of every file by name, computed by streaming.
 
-    The name of a file below `root` is relative to that. Another's is its own, behind its directory's where that is taken.
-    `progress(file, done_bytes, total_bytes)` is called after every chunk, with the bytes of all files.
+    The name of a file below `root` is relative to `root`. For other files it is the file name, prefixed by the directory's name
+    if the file name alone is taken. `progress` is called after every chunk with (file, bytes done, bytes of all files).
     """
     files = list(files)
     total = sum(file.stat().st_size for file in files)

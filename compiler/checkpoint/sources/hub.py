@@ -13,17 +13,17 @@ from belle_compile.compiler.errors import CompileError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-INDEX_FILES = "*.index.json"  # of a release without weights: opening it says what is missing
+INDEX_FILES = "*.index.json"  # fetched from a repository without weights, so that the error names the missing shards
 
 
 class Hub:
-    """A model by its owner and name, such as BelleGroup/BELLE-7B-2M."""
+    """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M."""
 
     def recognises(self, name: str) -> bool:
         return NAME.fullmatch(name) is not None
 
     def fetch(self, name: str, weights: Sequence[str]) -> Files:
-        """Download the weights of one format and all small files. Without a network, take what an earlier download left."""
+        """Download the weights of one format and all small files. Without a network, use the files of an earlier download."""
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -1,4 +1,4 @@
-"""All sources, and choosing the one that a name belongs to."""
+"""The list of all sources, and the choice of the one that a name belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from belle_compile.compiler.checkpoint.sources.local import LocalDirectory, Loca
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
-# The first that recognises a name has it: what is on this host outranks what would be downloaded.
+# The first source that recognises a name is used, so files on this host outrank a download.
 SOURCES: tuple[Source, ...] = (
     LocalDirectory(),
     LocalFile(),
@@ -20,7 +20,8 @@ SOURCES: tuple[Source, ...] = (
 
 
 def fetch(name: str | Path, weights: Sequence[str]) -> Files:
-    """The files of the checkpoint that the user named; `weights` as in `Source.fetch`."""
+    """The files of the checkpoint that the user named; `weights` is as in `Source.fetch`. Raises CompileError if no source
+    recognises the name."""
     for source in SOURCES:
         if source.recognises(str(name)):
             return source.fetch(str(name), weights)
