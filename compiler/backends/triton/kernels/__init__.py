@@ -1,1 +1,1 @@
-"""Triton kernels of the GPU backend, one file for each sort."""
+"""The Triton kernels of the GPU backend, one file for each kind."""

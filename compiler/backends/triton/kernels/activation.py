@@ -22,8 +22,8 @@ from belle_compile.compiler.backends.triton.kernels.device import (
     scaled_sigmoid,
 )
 
-_CHUNK = 512  # channels of a program where several share a row
-_FEW = 64  # most rows for which several programs share a row; with one program each, most multiprocessors would be idle
+_CHUNK = 512  # channels of a program if several programs share a row
+_FEW = 64  # for up to this many rows programs share a row; with one program each, most multiprocessors would be idle
 
 
 @triton.jit
@@ -89,24 +89,24 @@ def quantize_chunks(rows_ptr, x_ptr, maxima_ptr, xq_ptr, xs_ptr, SHAPE: tl.const
 
 
 class _WholeRow(Kernel):
-    """A program has a row: what `activate_rows` does with it."""
+    """A kernel of `activate_rows`, in which each program computes one row."""
 
     width: int
     function = activate_rows
 
     @property
     def nonlinearity(self) -> str:
-        """What is computed first: "gelu", "swiglu" or "none"."""
+        """The nonlinearity that is computed first: "gelu", "swiglu" or "none"."""
         return "none"
 
     @property
     def transformed(self) -> int:
-        """Channels of the blocks that are transformed next; 0: none are."""
+        """Channels of the Hadamard blocks that are transformed next; 0 for no transform."""
         return 0
 
     @property
     def padded(self) -> int:
-        """Channels that the program holds."""
+        """Channels that a program holds, a power of two."""
         return max(power_of_two(self.width), self.transformed)
 
     def start(self) -> Start:
@@ -127,7 +127,7 @@ class Activation(_WholeRow, kernels.Activation):
 
     @property
     def chunked(self) -> bool:
-        """Whether two steps are faster for few rows."""
+        """Whether `ActivateChunks` and `QuantizeChunks` compute this kernel in two steps, which is faster for few rows."""
         return self.quantize and not self.step and self.width > 2 * _CHUNK
 
 
@@ -145,10 +145,10 @@ class QuantizeTokens(_WholeRow, kernels.QuantizeTokens):
 
 @dataclass(frozen=True)
 class ActivateChunks(Kernel):
-    """The first of two steps that do what `Activation` does with one scale per row.
+    """The first of two steps that compute an `Activation` with one scale per row.
 
-    For few rows it leaves the result in the buffer of x and the largest value of each chunk in `maxima`. For many rows it does
-    all the work (`chunked` is false), and the second step, `QuantizeChunks`, does nothing.
+    For few rows it writes the result to the buffer of x and the largest absolute value of each chunk to `maxima`. For many rows
+    (`chunked` is false) it computes everything, and the second step, `QuantizeChunks`, does nothing.
     """
 
     kind: ClassVar[str] = "activation"
@@ -170,7 +170,7 @@ class ActivateChunks(Kernel):
 
     @property
     def chunks(self) -> int:
-        """Chunks of a row."""
+        """Number of chunks of a row."""
         return -(-self.whole.width // self.chunk)
 
     def variants(self) -> Sequence[tuple[int | None, ActivateChunks]]:
@@ -189,7 +189,7 @@ class ActivateChunks(Kernel):
 
 @dataclass(frozen=True)
 class QuantizeChunks(Kernel):
-    """The second step: few rows become integers, with the scale that the largest value of all chunks gives."""
+    """The second step: it quantizes a few rows, with the scale that follows from the largest absolute value of all chunks."""
 
     kind: ClassVar[str] = "quantize"
     first: ActivateChunks
@@ -204,7 +204,7 @@ class QuantizeChunks(Kernel):
 
     @property
     def padded_chunks(self) -> int:
-        """Chunks of a row that the program holds the largest values of."""
+        """Number of chunks whose largest values a program holds, a power of two."""
         return power_of_two(self.first.chunks)
 
     @property

@@ -28,9 +28,9 @@ from belle_compile.compiler.backends.triton.kernels.cache import (
 )
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 
-_LEAST = 16  # smallest number of rows, columns and summands of a product on tensor cores
-_PROGRAMS = 1024  # that decoding is split into, if contexts allow
-_MOST_SPLITS = 16  # of a context; not more, since the last program to finish reads all parts
+_LEAST = 16  # the smallest number of rows, columns and summands of a product on tensor cores
+_PROGRAMS = 1024  # programs that decoding is split into, if contexts allow
+_MOST_SPLITS = 16  # the most parts of a context, since the last program to finish reads all of them
 _ROWS = (1, 2, 4, 8, 16, 32, STEP.sequences)
 _NONE = tl.constexpr(2147483647)  # stands for no sequence
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -45,8 +45,8 @@ def _is_alone(sequences_ptr, at, sequence, rows, inside):
 
 
 class Queries(NamedTuple):
-    """Query heads of some tokens: both halves [rows, pairs], rotated; which rows are to be attended for, the position of each
-    row's token, and the slope of its head or None."""
+    """Query heads of some tokens: both rotated halves [rows, pairs] (`first`, `second`), the mask of the rows to compute
+    (`mine`), the position of each row's token (`last`), and the ALiBi slope of its head or None."""
 
     first: Any
     second: Any
@@ -100,7 +100,7 @@ def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.
         seen = queries.mine[:, None] & there[None, :] & (tokens[None, :] <= queries.last[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         peak = tl.maximum(softmax.peak, tl.max(scores, axis=1))
-        # A row that has seen nothing yet has no peak; its sums are zeros, and its powers become zeros too.
+        # A row that has not attended to any token yet has no peak; its sums are zeros, and its powers become zeros too.
         safe = tl.where(peak == float("-inf"), 0.0, peak)
     factor = tl.exp2(softmax.peak - safe)
     powers = tl.exp2(scores - safe[:, None])
@@ -113,7 +113,7 @@ def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.
 
 @triton.jit
 def _write(out, mine, softmax, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """Write the results of the rows that are `mine`; the others, which have seen nothing, are not divided by zero."""
+    """Write the results of the rows in the mask `mine`; the other rows, whose totals are zero, are divided by one."""
     COLUMNS: tl.constexpr = SHAPE.columns
     written = mine[:, None] & (tl.arange(0, COLUMNS) < SHAPE.head_dim)[None, :]
     divisor = tl.broadcast_to(tl.where(mine, softmax.total, 1.0)[:, None], (ROWS, COLUMNS))
@@ -121,7 +121,7 @@ def _write(out, mine, softmax, ROWS: tl.constexpr, SHAPE: tl.constexpr):
 
 
 class Step(NamedTuple):
-    """Pointers to what a step has computed for its tokens: keys, values, and the rotary table or None."""
+    """Pointers to the values that a step has computed for its tokens: keys, values, and the rotary table or None."""
 
     k: Any
     v: Any
@@ -176,7 +176,7 @@ def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAP
     size: tl.constexpr = SHAPE.group * (SHAPE.columns + 2)
     mine = tl.arange(0, SHAPE.members) < SHAPE.group
     _save_part(parts_ptr + (pair * SHAPE.splits + split).to(tl.int64) * size, softmax, mine, SHAPE)
-    tl.debug_barrier()  # all threads have written before one of them says so
+    tl.debug_barrier()  # all threads must have written before one of them takes the ticket
     ticket = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel")
     if ticket == parts - 1:
         tl.store(tickets_ptr + pair, 0)
@@ -190,11 +190,11 @@ def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAP
 def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr,
                  kcache_ptr, vcache_ptr, out_ptr, parts_ptr, tickets_ptr, SHAPE: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has one token, the query heads of one key/value head, and a part of the context. The program of the last part
-    also has the token's own key and value, and appends them. The last program to finish puts the parts together."""
+    """Each program computes one token, the query heads of one key/value head, and one part of the context. The program of the
+    last part also appends the token's own key and value and attends to them. The last program to finish combines the parts."""
     let_next_start(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # All loads at once, since each takes a full memory latency; buffers have room for all rows that are started.
+    # All loads are issued at once, since each takes a full memory latency; buffers have room for all rows that are started.
     rows = tl.load(rows_ptr)
     sequence = tl.load(sequences_ptr + row)
     before = tl.load(sequences_ptr + tl.maximum(row - 1, 0))
@@ -231,7 +231,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     for _ in range(first_tile, last_tile):
         if SHAPE.short:
             coming = _read(cache, sequence, head, tokens + BT, tokens + BT < end, SHAPE)
-        if not SHAPE.one:  # Triton fetches what tensor cores need some tiles ahead
+        if not SHAPE.one:  # Triton prefetches the operands of tensor cores some tiles ahead
             tile = _read(cache, sequence, head, tokens, tokens < end, SHAPE)
         softmax = _attend(softmax, queries, tile, tokens, tokens < end, SHAPE, False)
         tokens += BT
@@ -250,7 +250,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
 @triton.jit
 def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr, kcache_ptr,
                 vcache_ptr, out_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """A program has one query head of neighbouring tokens, and takes the sequences among them one after another."""
+    """Each program computes one query head of a tile of neighbouring tokens, one sequence among them after another."""
     BM: tl.constexpr = SHAPE.rows
     BT: tl.constexpr = SHAPE.tokens
     rows = begin(rows_ptr, OVERLAP)
@@ -295,11 +295,11 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
 
 @dataclass(frozen=True)
 class _Attention(PagedKernel, kernels.Attention):
-    """What both kernels share: the sizes of what a program holds."""
+    """The sizes that both kernels share."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of a tile of the context; with more than 32 of another type than float16, registers spill."""
+        """Tokens of a tile of the context; with more than 32 of a type other than float16, registers would spill."""
         return 64 if self.cache_dtype == "float16" else 32
 
     @property
@@ -325,16 +325,16 @@ class AttendAlone(_Attention):
     kind: ClassVar[str] = "attention_alone"
     k: View
     v: View
-    products: bool = False  # use tensor cores even for one query head
+    products: bool = False  # uses tensor cores even for one query head
     warps: int = 4
     short: bool = False  # tiles of half as many tokens; the next is read while one is computed
-    most_rows: int = 1  # largest step that it is for: the more rows, the fewer parts of a context
+    most_rows: int = 1  # the most rows of a step that the variant is for: the more rows, the fewer parts of a context
 
     function = attend_alone
 
     @property
     def splits(self) -> int:
-        """Most parts of a context."""
+        """The most parts of a context."""
         each = _PROGRAMS // (self.num_kv_heads * self.most_rows)
         return 1 if self.most_rows == STEP.sequences or not each else min(_MOST_SPLITS, 1 << each.bit_length() - 1)
 
@@ -383,7 +383,7 @@ class AttendAlone(_Attention):
 
 @dataclass(frozen=True)
 class AttendRuns(_Attention):
-    """Attention for tokens of which a step has several of one sequence."""
+    """Attention for tokens of sequences that have several tokens in a step."""
 
     kind: ClassVar[str] = "attention_runs"
     function = attend_runs
@@ -392,7 +392,7 @@ class AttendRuns(_Attention):
 
     @property
     def rows(self) -> int:
-        """Rows of a tile of queries; more would spill registers in float32."""
+        """Rows of a tile of queries; in float32, more would spill registers."""
         return (64 if self.cache_dtype != "float32" else 16) * (2 if self.large else 1)
 
     def alternatives(self) -> tuple[AttendRuns, ...]:

@@ -1,4 +1,4 @@
-"""What a GPU kernel is: a description that names a Triton function, which reads the sizes it needs from the description."""
+"""The base of GPU kernels: a description that names a Triton function, which reads its sizes from the description."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from belle_compile.compiler.backends.program import kernel
 from belle_compile.compiler.backends.program.lowering import StepSizes
 
 Grid = tuple[int, int, int]
-# Constants of every function.
-SHAPE = "SHAPE"  # a description: fields and properties are read like any constant
-OVERLAP = "OVERLAP"  # whether it starts before the kernel before has ended, and waits for it
+# The constants that every function takes
+SHAPE = "SHAPE"  # the description, whose fields and properties the function reads as constants
+OVERLAP = "OVERLAP"  # whether the kernel starts before the previous one has ended, and waits for it
 STEP = StepSizes(tokens=2048, rows=256, sequences=256)
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a kernel is started: with `grid` programs, times one for every `rows` rows of the step along the first axis (0: the
-    number of rows does not matter). A program has `warps` warps; loads of `stages` iterations of a loop are in flight."""
+    """The launch of a kernel: `grid` programs, the first axis multiplied by one for every `rows` rows of the step (0: not
+    multiplied). A program has `warps` warps; loads of `stages` iterations of a loop are in flight."""
 
     grid: Grid
     rows: int
@@ -29,21 +29,21 @@ class Start:
 
 @dataclass(frozen=True)
 class Kernel(kernel.Kernel):
-    """A kernel in Triton; bytes of activations are int8.
+    """A kernel in Triton; quantized activations are int8.
 
-    The function's pointers are called as in `pointers`, with "_ptr" behind, in their order; beside them it takes SHAPE and
-    OVERLAP. The first thing it does is `device.begin`.
+    The function's parameters are the names of `pointers` with "_ptr" appended, in their order, and SHAPE and OVERLAP. It begins
+    with `device.begin`, or with the two calls that this consists of.
     """
 
     byte = "int8"
-    function: ClassVar[Any]  # what `triton.jit` made
+    function: ClassVar[Any]  # the result of `triton.jit`
 
     def shape(self) -> Any:
         """The description that the function reads."""
         return self
 
     def constants(self) -> dict[str, Any]:
-        """All constants but OVERLAP: the shape, and None for each pointer of the function that this kernel does not have."""
+        """All constants except OVERLAP: SHAPE, and None for each pointer of the function that this kernel does not have."""
         own = {f"{name}_ptr" for name, _ in self.pointers()}
         absent = (name for name in self.function.arg_names if name.endswith("_ptr") and name not in own)
         return {SHAPE: self.shape(), **dict.fromkeys(absent)}
@@ -53,15 +53,15 @@ class Kernel(kernel.Kernel):
         """The grid and the size of a program."""
 
     def alternatives(self) -> tuple[Kernel, ...]:
-        """Kernels that compute the same result in another way. The host that serves measures which is fastest."""
+        """Kernels that compute the same result in another way. The serving host measures which is the fastest."""
         return ()
 
     def stack(self) -> int:
-        """Bytes of local memory that the arithmetic needs. More than that in machine code means spilled registers."""
+        """Bytes of local memory that the arithmetic needs; if the machine code uses more, registers spill."""
         return 0
 
     def tensor_cores(self) -> bool:
-        """Whether the machine code must use tensor cores; a build refuses it otherwise."""
+        """Whether the machine code must use tensor cores; a build refuses code that does not."""
         return False
 
 
@@ -71,5 +71,5 @@ def power_of_two(value: int) -> int:
 
 
 def warps_for(elements: int, each: int = 8) -> int:
-    """Warps of a program that holds so many elements: about `each` elements a thread, 1 to 16 warps."""
+    """Warps of a program that holds `elements` elements, about `each` of them in a thread; 1 to 16 warps."""
     return min(max(power_of_two(elements) // (32 * each), 1), 16)

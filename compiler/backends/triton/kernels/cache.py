@@ -1,4 +1,4 @@
-"""The paged KV cache of a GPU: where heads of blocks lie, reading them, and writing the keys and values of a step.
+"""The paged KV cache of a GPU: addresses of the heads of blocks, reading them, and writing the keys and values of a step.
 
 A block of a layer has k[kv_heads][16][head_dim], then v likewise; with int8 each [16][head_dim] comes after its 16 float32
 scales.
@@ -20,11 +20,11 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime.program import BLOCK_SIZE, KV_DTYPES, KVLayout
 
 _SLOTS = tl.constexpr(BLOCK_SIZE)
-_HEADS = 16  # that one program appends at most
+_HEADS = 16  # the most heads that one program appends
 
 
 class PagedKernel(Kernel):
-    """What the function of a kernel that reads or writes the cache needs to know; distances are counted in elements."""
+    """The sizes and strides for kernels that read or write the cache; strides are counted in elements."""
 
     num_layers: int
     num_kv_heads: int
@@ -44,27 +44,27 @@ class PagedKernel(Kernel):
 
     @property
     def half(self) -> int:
-        """Pairs of elements of a head that are rotated together."""
+        """The number of pairs of elements of a head that are rotated together."""
         return self.head_dim // 2
 
     @property
     def table_stride(self) -> int:
-        """From one token of the rotary table to the next."""
+        """The distance from one token of the rotary table to the next."""
         return View.of_width(self.head_dim).stride
 
     @property
     def block_stride(self) -> int:
-        """From one block of the cache to the next."""
+        """The distance from one block of the cache to the next."""
         return self._layout.block_bytes // KV_DTYPES[self.cache_dtype]
 
     @property
     def head_stride(self) -> int:
-        """From one head of a block to the next."""
+        """The distance from one head of a block to the next."""
         return self._layout.head_block_bytes // KV_DTYPES[self.cache_dtype]
 
     @property
     def scales(self) -> int:
-        """Room for the scales of a head of a block; 0 if the cache has none."""
+        """The elements that the scales of a head of a block take; 0 if the cache has no scales."""
         return self._layout.scales_bytes // KV_DTYPES[self.cache_dtype]
 
 
@@ -73,7 +73,7 @@ class Cache(NamedTuple):
 
     k: Any
     v: Any
-    table: Any  # of blocks
+    table: Any  # the block table
 
 
 class KeysValues(NamedTuple):
@@ -86,7 +86,8 @@ class KeysValues(NamedTuple):
 
 @triton.jit
 def tokens_of(block_table_ptr, sequence, tokens, inside, head, SHAPE: tl.constexpr):
-    """Where a head of some tokens of a sequence starts in the cache, and where their scales are, counted in float32."""
+    """The index at which a head of each of some tokens of a sequence starts in the cache, and the index of its scale in
+    float32."""
     blocks = tl.load(block_table_ptr + sequence * SHAPE.max_blocks + tokens // _SLOTS, mask=inside, other=0)
     slot = tokens % _SLOTS
     places = blocks.to(tl.int64) * SHAPE.block_stride + head * SHAPE.head_stride + SHAPE.scales + slot * SHAPE.head_dim
@@ -121,13 +122,13 @@ def turned(x_ptr, cos_sin_ptr, place, table, inside, pairs, HALF: tl.constexpr):
 
 @triton.jit
 def _step(absmax):
-    """The scale of a head, and the factor that makes integers of its values."""
+    """The scale of a head, and the factor that converts its values to integers."""
     return tl.div_rn(absmax, 127.0), tl.where(absmax > 0, tl.div_rn(127.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
 
 
 @triton.jit
 def append(cache, new, sequence, position, heads, inside, SHAPE: tl.constexpr):
-    """Write keys and values of heads of a token to their slots; returns them as they will be read, in float32."""
+    """Write keys and values of heads of a token to their slots; returns them as the cache holds them, in float32."""
     first, second, v = new
     pairs, cols = tl.arange(0, first.shape[1]), tl.arange(0, v.shape[1])
     places, scales = tokens_of(cache.table, sequence, position + heads * 0, inside, heads, SHAPE)
@@ -171,7 +172,7 @@ def append_heads(rows_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_tab
 
 @dataclass(frozen=True)
 class AppendKV(PagedKernel, kernels.AppendKV):
-    """A program has several heads of a token."""
+    """Each program appends several heads of one token."""
 
     function = append_heads
 

@@ -1,8 +1,8 @@
 """The best logits of each row, selected on the device, so that sampling need not read the whole vocabulary.
 
 The k-th largest of the maxima of chunks is not above the k-th largest logit, since k chunks have a maximum that reaches it. So
-every logit among the k largest, and those equal to the last of them, reaches that threshold; few others do. What reaches it is
-collected, in any order.
+every logit among the k largest, and those equal to the last of them, reaches that threshold; few others do. All logits that
+reach it are collected, in any order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 256  # logits that share a maximum
 CAPACITY = 4096  # candidates of a row that are stored; beyond that they are only counted
 _CHUNK, _CAPACITY = tl.constexpr(CHUNK), tl.constexpr(CAPACITY)
 _EACH = tl.constexpr(8)  # chunks of a program
-_PARTS = tl.constexpr(8)  # of _EACH chunks, for a program of `collect`, which has to compute the threshold first
+_PARTS = tl.constexpr(8)  # parts of _EACH chunks of a program of `collect`; several, since each has to compute the threshold
 _BISECTIONS = tl.constexpr(32)
 
 
@@ -34,7 +34,7 @@ def chunk_maxima(rows_ptr, logits_ptr, maxima_ptr, counts_ptr, SHAPE: tl.constex
         cols = chunks[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
         place = logits_ptr + row.to(tl.int64) * SHAPE.logits.stride + cols
         logits = tl.load(place, mask=cols < SHAPE.count, other=float("-inf"))
-        # NaN counts as larger than any number: the host must see it.
+        # NaN counts as larger than any number, so that it reaches the host.
         maxima = tl.max(tl.where(logits == logits, logits, float("inf")), axis=1)
         tl.store(maxima_ptr + row * SHAPE.chunks + chunks, maxima, mask=chunks < SHAPE.chunks)
         if program == 0:
@@ -103,7 +103,7 @@ class _Rows(Kernel):
 
     @property
     def padded_chunks(self) -> int:
-        """Chunks that a program holds the largest logits of."""
+        """Number of chunks whose largest logits a program holds, a power of two."""
         return power_of_two(self.chunks)
 
 
@@ -123,8 +123,8 @@ class ChunkMaxima(_Rows):
 
 @dataclass(frozen=True)
 class Collect(_Rows):
-    """Write counts, places and values of the logits that may be among the `wanted` largest. A count above `CAPACITY` means that
-    there are too many, or that all are wanted."""
+    """Write counts, indices and values of the logits that may be among the `wanted` largest. A count above `CAPACITY` means
+    that there are too many candidates, or that all logits are requested."""
 
     kind: ClassVar[str] = "collect"
     function = collect

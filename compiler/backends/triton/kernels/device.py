@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Added and taken away again, this rounds a float32 below 2^22 to an integer, half to even.
+# Adding and then subtracting this number rounds a float32 below 2^22 to an integer, half to even.
 _ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def let_next_start(OVERLAP: tl.constexpr):
-    """Called first in every kernel: the next kernel may start once all programs have called this. It waits by itself."""
+    """Allow the next kernel to start; called first in every kernel. The next kernel starts once all programs have called this,
+    and waits for their results by itself."""
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -28,7 +29,8 @@ def await_earlier(OVERLAP: tl.constexpr):
 
 @triton.jit
 def begin(rows_ptr, OVERLAP: tl.constexpr):
-    """Both of the above, for a kernel that fetches nothing ahead; returns the number of rows of the step."""
+    """Call `let_next_start` and `await_earlier`, for a kernel that prefetches nothing; returns the number of rows of the
+    step."""
     let_next_start(OVERLAP)
     rows = tl.load(rows_ptr)
     await_earlier(OVERLAP)
@@ -49,7 +51,7 @@ def largest(x):
 
 @triton.jit
 def quantize_row(x, row, cols, xq_ptr, xs_ptr, step_ptr, SHAPE: tl.constexpr):
-    """Write a row (zeros beyond its width) as 8 bits for each plane, and its scale: meanings.quantize_tokens."""
+    """Write a row (zeros beyond its width) as 8 bits for each plane, and its scale, as `meanings.quantize_tokens` defines."""
     if step_ptr is not None:
         LIMIT: tl.constexpr = 127.0 if SHAPE.planes == 1 else 32639.0
         scale = tl.load(step_ptr)
@@ -96,7 +98,8 @@ def gelu(x):
 
 @triton.jit
 def golay_signs(cols, BLOCK: tl.constexpr):
-    """+1 and -1 of meanings.golay_signs, in blocks: the parity of neighbouring pairs of ones among the bits of the place."""
+    """The signs +1 and -1 of `meanings.golay_signs`, in blocks: the parity of the pairs of neighbouring ones among the bits of
+    an element's index."""
     place = cols % BLOCK
     pairs = place & (place >> 1)
     pairs ^= pairs >> 8
@@ -108,7 +111,8 @@ def golay_signs(cols, BLOCK: tl.constexpr):
 
 @triton.jit
 def block_hadamard(x, cols, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """meanings.block_hadamard of a row of SIZE elements, a power of two: signs, then butterflies of direct neighbours first."""
+    """Transform a row of SIZE elements, a power of two, as `meanings.block_hadamard` defines: signs first, then butterflies,
+    beginning with those of direct neighbours."""
     levels: tl.constexpr = BLOCK.bit_length() - 1
     x = x * golay_signs(cols, BLOCK)
     for level in tl.static_range(levels):

@@ -1,5 +1,5 @@
-"""Linear layers. int8: tiles on tensor cores, whose contraction is split among programs where there are few rows, and dot
-products of 4 bytes for one row or a few, for which every weight is read once. float32: plain tiles."""
+"""Linear layers. In int8 they are tiles on tensor cores, whose contraction is split among programs if there are few rows, and
+dot products of 4 bytes for one row or a few, for which every weight is read once. In float32 they are plain tiles."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, p
 from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start
 from belle_compile.compiler.backends.triton.kernels.rows import DEPTH_ALIGNMENT
 
-_AHEAD = 8192  # bytes of weights that a program asks for before it may start
-_EARLY = 132 * 160 * 1024  # bytes of weights that all programs hold which a large device starts at the same time
-_PIECES = tl.constexpr(4)  # in which they ask for them: enough to keep memory busy
-_PROGRAMS = 512  # of a kernel; with more of them, splitting the contraction gains nothing
+_AHEAD = 8192  # bytes of weights that a program prefetches while it waits for earlier kernels
+_EARLY = 132 * 160 * 1024  # bytes of weights held by all programs together that a large device starts at the same time
+_PIECES = tl.constexpr(4)  # the pieces in which such programs request their weights: enough to keep memory busy
+_PROGRAMS = 512  # with this many programs of a kernel, splitting the contraction further gains nothing
 
 
 @triton.jit
@@ -99,18 +99,18 @@ def _tile_products(xq_ptr, weight_ptr, at, columns, rows, first, last, SHAPE: tl
 @triton.jit
 def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, sums_ptr, tickets_ptr,
                  SHAPE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Compute tiles of rows and outputs on tensor cores. With splits, so many programs add their parts of the inputs to `sums`,
-    and the last of them finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
+    """Compute tiles of rows and outputs on tensor cores. If the contraction is split, programs add the products of their inputs
+    to `sums`, and the last one finishes the tile and leaves zeros. int32 sums are exact, so their order does not matter."""
     BM: tl.constexpr = SHAPE.tile.rows
     BN: tl.constexpr = SHAPE.tile.outputs
     BK: tl.constexpr = SHAPE.tile.inputs
     SPLITS: tl.constexpr = SHAPE.tile.splits
-    let_next_start(OVERLAP)  # before anything is fetched: it would wait for the fetches
-    rows = tl.load(rows_ptr)  # an input of the step: there before its first kernel starts
+    let_next_start(OVERLAP)  # called before anything is fetched, because it would wait for the fetches
+    rows = tl.load(rows_ptr)  # an input of the step, which is written before the step's first kernel starts
     across: tl.constexpr = (SHAPE.outputs + BN - 1) // BN
     down = (rows + BM - 1) // BM
     tile = tl.program_id(0)
-    # Neighbours share a tile of weights, which are the larger part.
+    # Neighbouring programs share a tile of weights, because weights are larger than activations.
     columns = (tile // down) * BN + tl.arange(0, BN)
     steps: tl.constexpr = (SHAPE.inputs + BK - 1) // BK
     if SPLITS == 1:
@@ -131,13 +131,13 @@ def linear_tiles(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_
             tl.atomic_add(place, sums, sem="relaxed")
             if SHAPE.planes == 2:
                 tl.atomic_add(place + BM * BN, low_sums, sem="relaxed")
-            tl.debug_barrier()  # all threads have added before one of them says so
+            tl.debug_barrier()  # all threads must have added before one of them takes the ticket
             ticket = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel")
             if ticket == SPLITS - 1:
                 sums = tl.load(place, cache_modifier=".cg")
                 if SHAPE.planes == 2:
                     low_sums = tl.load(place + BM * BN, cache_modifier=".cg")
-                tl.debug_barrier()  # a thread may write what another one reads
+                tl.debug_barrier()  # a thread may write values that another thread reads
                 tl.store(place, tl.zeros((BM, BN), tl.int32))
                 if SHAPE.planes == 2:
                     tl.store(place + BM * BN, tl.zeros((BM, BN), tl.int32))
@@ -160,7 +160,7 @@ def held(w, there, EARLY: tl.constexpr):
         none = 0
         for number in tl.static_range(_PIECES):
             weights = tl.load(w + none, mask=(piece == number) & there, other=weights, eviction_policy="evict_first")
-            # Zero, since there is one program along that axis; the compiler does not know that, so the next load waits.
+            # This is zero, since that axis has one program; the compiler does not know this, so the next load waits.
             none = tl.multiple_of(tl.max(tl.max(weights, axis=1), axis=0) & tl.program_id(1), 4)
     else:
         weights = tl.load(w, mask=there, other=0, eviction_policy="evict_first")
@@ -169,7 +169,7 @@ def held(w, there, EARLY: tl.constexpr):
 
 @triton.jit
 def _dot4(x, w, sums, NATIVE: tl.constexpr):
-    """sums + the products of the four signed bytes of x and w."""
+    """Add the products of the four signed bytes of x and w to `sums`."""
     if NATIVE:
         sums = tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [x, w, sums], dtype=tl.int32, is_pure=True, pack=1
@@ -194,7 +194,7 @@ def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_pt
     source = tl.minimum(columns, SHAPE.outputs - 1).to(tl.int64)
     w = weight_ptr.to(tl.pointer_type(tl.int32)) + (source * (SHAPE.depth // 4))[:, None] + words[None, :]
     STEPS: tl.constexpr = (SHAPE.inputs + 4 * WORDS - 1) // (4 * WORDS)
-    if STEPS == 1:  # all weights are on their way while earlier kernels are still running
+    if STEPS == 1:  # all weights are requested while earlier kernels are still running
         weights = held(w, (words < (SHAPE.inputs + 3) // 4)[None, :], SHAPE.early if OVERLAP else 0)
     else:
         _ask_for(weight_ptr, columns, 0, SHAPE, OVERLAP)
@@ -212,7 +212,7 @@ def linear_row(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_pt
             sums = tl.zeros((BN, WORDS), tl.int32)
             low_sums = tl.zeros((BN, WORDS), tl.int32)
             for step in tl.range(0, STEPS, num_stages=SHAPE.tile.stages):
-                # Whole words: the inputs of a word beyond the last have weights of zero.
+                # Words are read whole: the inputs of the last word beyond the row have weights of zero.
                 there = step * WORDS + words < (SHAPE.inputs + 3) // 4
                 if STEPS > 1:
                     weights = tl.load(w, mask=there[None, :], other=0, eviction_policy="evict_first")
@@ -248,7 +248,7 @@ def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_p
     sums = tl.zeros((BM, BN, WORDS), tl.int32)
     low_sums = tl.zeros((BM, BN, WORDS), tl.int32)
     for step in range(0, (SHAPE.inputs + 4 * WORDS - 1) // (4 * WORDS)):
-        # Whole words: the inputs of a word beyond the last have weights of zero.
+        # Words are read whole: the inputs of the last word beyond the row have weights of zero.
         there = (step * WORDS + words < (SHAPE.inputs + 3) // 4)[None, None, :]
         weights = tl.broadcast_to(tl.load(w, mask=there, other=0), (BM, BN, WORDS))
         high = tl.broadcast_to(tl.load(x, mask=there, other=0), (BM, BN, WORDS))
@@ -264,8 +264,8 @@ def linear_rows(rows_ptr, xq_ptr, xs_ptr, weight_ptr, scale_ptr, bias_ptr, out_p
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program computes: `rows` x `outputs` of the result, `inputs` at a time, with the contraction split among `splits`
-    programs; by dot products of words of four if `dots`, else by tensor cores."""
+    """The work of a program: `rows` x `outputs` of the result, `inputs` at a time, with the contraction split among `splits`
+    programs; computed by dot products of words of four bytes if `dots`, else by tensor cores."""
 
     rows: int
     outputs: int
@@ -280,9 +280,9 @@ class Tile:
         return f"{sort}{self.rows}x{self.outputs}x{self.inputs}s{self.splits}w{self.warps}n{self.stages}"
 
 
-# Tiles by the largest number of rows of a step. The first of each is run until the host has measured; of the others, an engine
-# has those that fit the registers and shared memory of its architecture. Each was the fastest on an H200 for some shape. Few
-# rows need many bytes of weights in flight in each program; with more rows tiles grow, so that more is read only once.
+# Tiles by the largest number of rows of a step. The first tile is used until the host has measured them; of the others, an
+# engine has those that fit the registers and shared memory of its architecture. Each was the fastest on an H200 for some shape.
+# For few rows, each program needs many bytes of weights in flight; for more rows tiles grow, so that more is read only once.
 _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
     (1, (Tile(1, 4, 4096, warps=4, dots=True), Tile(1, 4, 4096, warps=2, dots=True), Tile(1, 2, 16384, warps=8, dots=True))),
     *((rows, (Tile(16, 32, 512, 4), Tile(rows, 4, 4096, warps=4, dots=True), Tile(rows, 2, 16384, warps=8, dots=True)))
@@ -302,8 +302,8 @@ _TILES: tuple[tuple[int | None, tuple[Tile, ...]], ...] = (
 
 @dataclass(frozen=True)
 class QuantizedLinear(Kernel, kernels.QuantizedLinear):
-    """Weights are int8 [outputs, inputs], rows padded with zeros. Dot products are one instruction if `native`; otherwise they
-    are spelled out, for the interpreter, which lacks it."""
+    """Weights are int8 [outputs, inputs], rows padded with zeros. Dot products are one instruction if `native`; for Triton's
+    interpreter, which lacks the instruction, they are written out."""
 
     activations = "int8"
     tile: Tile = _TILES[-1][1][0]
@@ -325,8 +325,8 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
         return (*super().pointers(), ("sums", "int32"), ("tickets", "int32"))
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        """Sums and tickets of the tiles whose contraction is split, enough for every variant. Only variants for few rows split
-        it, whose tiles have all rows."""
+        """Sums and tickets of the tiles whose contraction is split, enough for every variant. Only variants for few rows, whose
+        tiles have all rows, split the contraction."""
         tiles = [(self._across(tile), tile) for _, tiles in self._choices() for tile in tiles if tile.splits > 1]
         sums = max((across * tile.rows * tile.outputs for across, tile in tiles), default=1)
         return Workspace(4 * sums * self.planes, True), Workspace(4 * max((across for across, _ in tiles), default=1), True)
@@ -338,7 +338,7 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
         return tuple(replace(self, tile=tile, others=()) for tile in self.others)
 
     def _choices(self) -> list[tuple[int | None, tuple[Tile, ...]]]:
-        """The tiles by number of rows, with no more splits than keep a large device busy, and no more than there are steps."""
+        """The tiles by number of rows, with at most as many splits as keep a large device busy and as there are steps."""
         return [(bound, tuple(dict.fromkeys(map(self._fitting, tiles)))) for bound, tiles in _TILES]
 
     def _fitting(self, tile: Tile) -> Tile:
@@ -358,26 +358,26 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
 
     @property
     def depth(self) -> int:
-        """Bytes from one row of weights to the next."""
+        """The distance in bytes from one row of weights to the next."""
         return round_up(self.inputs, DEPTH_ALIGNMENT)
 
     @property
     def ahead(self) -> int:
-        """Bytes of a row of weights that a program asks for before it may start."""
+        """Bytes of each row of weights that a program prefetches while it waits for earlier kernels."""
         return _AHEAD // self.tile.outputs // 128 * 128
 
     @property
     def words(self) -> int:
-        """Words of four inputs that a program takes at a time, by dot products."""
+        """The words of four inputs that a program with dot products reads at a time."""
         return min(self.tile.inputs // 4, power_of_two(-(-self.inputs // 4)))
 
     @property
     def early(self) -> int:
-        """Programs that start while earlier kernels are at work (`held`)."""
+        """The number of programs that start while earlier kernels are running (`held`)."""
         return _EARLY // (4 * self.tile.outputs * self.words)
 
 
-_FLOAT_TILE = tl.constexpr(32)  # rows, outputs and inputs
+_FLOAT_TILE = tl.constexpr(32)  # rows, outputs and inputs of a tile
 
 
 @triton.jit
@@ -410,13 +410,13 @@ def float_tiles(rows_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr, SHAPE: tl.conste
 
 @dataclass(frozen=True)
 class FloatLinear(Kernel, kernels.FloatLinear):
-    """A program has a tile of 32 rows and 32 outputs."""
+    """Each program computes a tile of 32 rows and 32 outputs."""
 
     function = float_tiles
 
     @property
     def depth(self) -> int:
-        """Elements from one row of weights to the next."""
+        """The distance in elements from one row of weights to the next."""
         return round_up(self.inputs, DEPTH_ALIGNMENT // 4)
 
     def start(self) -> Start:

@@ -44,13 +44,13 @@ def norm_rows(rows_ptr, x_ptr, r_ptr, scale_ptr, bias_ptr, total_ptr, step_ptr, 
 
 @dataclass(frozen=True)
 class Norm(Kernel, kernels.Norm):
-    """A program has a row."""
+    """Each program computes one row."""
 
     function = norm_rows
 
     @property
     def padded(self) -> int:
-        """Columns that the program holds."""
+        """Columns that a program holds, a power of two."""
         return power_of_two(self.width)
 
     def start(self) -> Start:

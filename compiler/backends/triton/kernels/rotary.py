@@ -12,7 +12,7 @@ from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
-_TOKENS = tl.constexpr(128)  # that are compared at once to determine the length of a sequence
+_TOKENS = tl.constexpr(128)  # tokens that are compared at once to determine the length of a sequence
 
 
 @triton.jit
@@ -46,22 +46,22 @@ def rotary_rows(rows_ptr, positions_ptr, sequences_ptr, inv_freq_ptr, cos_sin_pt
 
 @dataclass(frozen=True)
 class RotaryTable(Kernel, kernels.RotaryTable):
-    """A warp has a token."""
+    """Each warp computes one token."""
 
     function = rotary_rows
 
     @property
     def padded(self) -> int:
-        """Pairs that the program holds."""
+        """Pairs that a program holds, a power of two."""
         return power_of_two(self.head_dim // 2)
 
     @property
     def stride(self) -> int:
-        """Elements from one token of the table to the next."""
+        """The distance in elements from one token of the table to the next."""
         return View.of_width(self.head_dim).stride
 
     def stack(self) -> int:
-        return 32  # cosines of large angles, which are reduced by a product of many words
+        return 32  # for cosines of large angles, whose reduction multiplies many words
 
     def start(self) -> Start:
         return Start((1, 1, 1), 1, 1)

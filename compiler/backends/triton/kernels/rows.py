@@ -12,12 +12,12 @@ from belle_compile.compiler.backends.program.kernel import round_up
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two, warps_for
 from belle_compile.compiler.backends.triton.kernels.device import begin
 
-_COLUMNS = 1024  # of a program at most; wider rows have several programs
+_COLUMNS = 1024  # the most columns of a program; wider rows have several programs
 DEPTH_ALIGNMENT = 64  # rows of matrices start at multiples of this many bytes
 
 
 class _Columns(Kernel):
-    """A program has some columns of a row."""
+    """Each program computes some columns of one row."""
 
     width: int
 
@@ -72,7 +72,7 @@ def embed_rows(rows_ptr, token_ids_ptr, table_ptr, scales_ptr, first_ptr, out_pt
         wanted = tl.load(token_ids_ptr + row)
         if first_ptr is not None:
             wanted -= tl.load(first_ptr)
-        # Kept inside the table whatever the caller sent; a token that a partial table does not have is zeros.
+        # The index is kept inside the table for any input; a token that a partial table does not have gets zeros.
         token = tl.minimum(tl.maximum(wanted, 0), SHAPE.vocab - 1)
         value = tl.load(table_ptr + token.to(tl.int64) * SHAPE.depth + cols, mask=cols < SHAPE.width).to(tl.float32)
         if scales_ptr is not None:
@@ -90,7 +90,7 @@ class _Embedding(_Columns, kernels.Embedding):
 
     @property
     def depth(self) -> int:
-        """Elements from one token of the table to the next."""
+        """The distance in elements from one token of the table to the next."""
         size = {"int8": 1, "float32": 4}[self.table]
         return round_up(self.width * size, DEPTH_ALIGNMENT) // size
 

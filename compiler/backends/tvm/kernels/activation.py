@@ -18,7 +18,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 @dataclass(frozen=True)
 class Activation(Kernel, kernels.Activation):
-    """Each row is activated, transformed and quantized in one pass, by one thread."""
+    """One thread activates, transforms and quantizes a row in one pass."""
 
     initials: ClassVar[Mapping[str, str]] = {"activation": "f"}
 

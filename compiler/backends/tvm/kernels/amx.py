@@ -21,7 +21,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 TILE_SUMS = TILE * PANEL
 STEP = 64  # inputs of a product
-AHEAD = 2  # steps that weights are fetched before they are used
+AHEAD = 2  # weights are prefetched this many steps before they are used
 Finish = Callable[[Expr, Expr, list[Expr]], None]
 
 
@@ -44,7 +44,7 @@ class TileRows:
 
     def __post_init__(self) -> None:
         self.rows_of_block = 2 // self.planes * TILE
-        # The two tiles of tokens of a block: rows below its first, plane.
+        # The two tiles of tokens of a block: (offset from its first row, plane)
         self.tokens = [(half * TILE, plane) for half in range(2 // self.planes) for plane in range(self.planes)]
 
     def take(self, rows: Expr, group: int, wide: int) -> None:
@@ -145,7 +145,7 @@ class _Waiting:
         return self._row[0] >= 0
 
     def rows_of_step(self, steps: int) -> int:
-        """How many rows to finish in each of the first steps of the next block."""
+        """The number of rows to finish in each of the first steps of the next block."""
         rows = 1
         while rows * steps < self.work.rows_of_block:
             rows *= 2
@@ -163,7 +163,7 @@ class _Waiting:
             tir.for_range(self.work.rows_of_block, lambda r: self._finish(r, self._row[0], self._panel[0]))
 
     def store(self, row: Expr, panel: Expr) -> None:
-        """Store the sums that are in tiles; if `at_once`, make results of them."""
+        """Store the sums of the tile registers; with `at_once`, convert them to results."""
         for tile in range(2 * self.wide):
             to = T.address_of(self.sums[tir.i64(tile * TILE_SUMS)])
             emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))

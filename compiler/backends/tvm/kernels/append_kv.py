@@ -1,4 +1,4 @@
-"""Writes the keys and values of a step into the paged cache."""
+"""Write the keys and values of a step to the paged cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from belle_compile.compiler.backends.tvm.kernels.rotary import rotate_head
 from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, absolute, each, inverse_scale, row_absmax
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
-SERIAL_BELOW = 2048  # elements of k; fewer are written faster by one thread than by waking others
+SERIAL_BELOW = 2048  # fewer elements of k are written faster by one thread than by waking others
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class AppendKV(Kernel, kernels.AppendKV):
         rows = tir.rows_of(named["rows"])
 
         def task(index: Expr) -> None:
-            """Heads are outermost, so that a thread writes whole cache lines, and those that it will read."""
+            """Emit the task of one head; heads are outermost, so that a thread writes whole cache lines that it will read
+            itself."""
             self._append(tir.bind(T.floormod(index, rows)), tir.bind(T.floordiv(index, rows)), named)
 
         tasks = tir.bind(rows * self.num_kv_heads)
@@ -161,7 +162,7 @@ class AppendKV(Kernel, kernels.AppendKV):
         tir.for_range(self.head_dim, lambda d: tir.store(named["vcache"], target + d * 2, T.cast(line[d], "uint16"), 1))
 
     def _pairs(self, block: Expr) -> Expr:
-        """Where a head of a block begins, counted in pairs."""
+        """The index at which a head of a block begins, counted in pairs."""
         return T.shift_right(block, tir.i64(1))
 
     def _stored(self, values: Values, cache: Buffer, block: Expr, slot: Expr) -> Values:

@@ -16,11 +16,11 @@ from belle_compile.compiler.backends.tvm.kernels.tile_attention import TileAtten
 from belle_compile.compiler.backends.tvm.kernels.vector_attention import VectorAttention
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
-FEW_ROWS = 4  # most rows for which each part of a context is a task, so that few heads still keep all threads busy
-PARTS = 32  # most tasks of one row: enough for as many threads, and to balance the load of fewer
-PARTS_BYTES = 1 << 20  # of stack for the results of parts
+FEW_ROWS = 4  # for up to this many rows, each part of a context is a task, so that few heads still keep all threads busy
+PARTS = 32  # the most tasks of one row: enough for as many threads, and to balance the load of fewer
+PARTS_BYTES = 1 << 20  # bytes of stack for the results of parts
 TILE_QUERIES = 32  # query vectors that share a load of K and V when a prompt is read
-PARALLEL_FROM = 1 << 15  # elements of K and V; fewer are read by one thread before others would have woken
+PARALLEL_FROM = 1 << 15  # one thread reads fewer elements of K and V than these before others would have woken
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Attention(Kernel, kernels.Attention):
     """Rows are computed one by one, except neighbours that are consecutive positions of one sequence (a prompt): these form
     tiles, which share every load of K and V.
 
-    A context is cut into parts that depend on its length alone and are added up in their order. Therefore a token gets the
-    same bits whether it is decoded alone, in a batch, verified as a guess, or read in a prompt.
+    A context is cut into parts that depend on its length alone, and these are added up in their order. Therefore a token gets
+    the same bits whether it is decoded alone or in a batch, verified as a draft, or read in a prompt.
     """
 
     kind: ClassVar[str] = "attention"
@@ -68,7 +68,7 @@ class Attention(Kernel, kernels.Attention):
             flash.read_queries(named, row, tir.i64(1), kv_head, pair)
 
         def task(index: Expr) -> None:
-            """Heads are innermost, since they lie side by side in the cache."""
+            """Emit the task of one part; heads are innermost, since they are neighbours in the cache."""
             turn, kv_head = tir.opaque(T.floordiv(index, self.num_kv_heads)), tir.opaque(T.floormod(index, self.num_kv_heads))
             row, part = tir.opaque(T.floordiv(turn, parts)), tir.opaque(T.floormod(turn, parts))
             extent = self._extent(named, row)
@@ -120,7 +120,8 @@ class Attention(Kernel, kernels.Attention):
         layout.write_mean(total, tir.i64(0), named["out"], target)
 
     def _many_rows(self, isa: Isa, rows: Expr, named: dict[str, Buffer]) -> None:
-        """Heads are outermost, so that a thread keeps its K and V in cache; then rows, short and long contexts alternating."""
+        """Emit the tasks for many rows. Heads are outermost, so that a thread keeps its K and V in cache; then come rows, short
+        and long contexts alternating."""
         tile = self.tile_rows
         groups = tir.opaque(T.floordiv(rows + (tile - 1), tile))
         single, tiled = self._flash(isa, 1), self._flash(isa, tile)
@@ -158,7 +159,7 @@ class Attention(Kernel, kernels.Attention):
         tir.parallel(groups * (tile * self.num_kv_heads), task)
 
     def _joins(self, named: dict[str, Buffer], row: Expr) -> Expr:
-        """1 if a row belongs to the tile of the row before it, else 0. All rows of a tile have parts of the same length."""
+        """1 if a row belongs to the tile of the previous row, else 0. All rows of a tile have parts of the same length."""
         sequences, positions = named["sequences"], named["positions"]
         answer = tir.scalar(tir.i64(0), "int64")
         with tir.when(T.floormod(row, self.tile_rows) != 0), tir.when(sequences[row] == sequences[row - 1]):
@@ -184,6 +185,6 @@ class Extent:
         return tir.opaque(T.floordiv(self.chunks + (self.chunks_of_part - 1), self.chunks_of_part))
 
     def part(self, index: Expr) -> tuple[Expr, Expr]:
-        """The first chunk of a part and the one after its last."""
+        """The first chunk of a part, and the chunk after its last."""
         first = tir.opaque(index * self.chunks_of_part)
         return first, tir.opaque(T.min(first + self.chunks_of_part, self.chunks))

@@ -1,4 +1,4 @@
-"""What a CPU kernel is: a description that emits its TIR for one instruction set."""
+"""The base of CPU kernels: a description that emits its TIR for one instruction set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_apart(width: int, itemsize: int = 4) -> View:
 
 @dataclass(frozen=True)
 class Kernel(kernel.Kernel):
-    """A kernel as TIR; bytes of activations are uint8 = int8 + 128."""
+    """A kernel in TIR; quantized activations are uint8, int8 + 128."""
 
     byte = "uint8"
 

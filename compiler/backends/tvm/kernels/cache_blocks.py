@@ -1,4 +1,4 @@
-"""Addresses in the key and value cache: of one head of one block, and of the scales of an int8 cache."""
+"""Addresses in the key and value cache: those of one head of one block, and those of the scales of an int8 cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CacheBlocks:
 
     @classmethod
     def of(cls, kernel: kernels.AppendKV | kernels.Attention) -> CacheBlocks:
-        """The cache that a kernel reads or writes."""
+        """The layout of the cache that a kernel reads or writes."""
         return cls(kernel.num_layers, kernel.num_kv_heads, kernel.head_dim, kernel.cache_dtype)
 
     @property
@@ -47,14 +47,14 @@ class CacheBlocks:
         return 64 // KV_DTYPES[self.dtype]
 
     def start(self, block: Expr, head: Expr) -> Expr:
-        """Where the values of a head of a physical block begin."""
+        """The index at which the values of a head of a physical block begin."""
         layout, itemsize = self._layout, KV_DTYPES[self.dtype]
         sizes = (layout.block_bytes, layout.head_block_bytes, layout.scales_bytes)
         of_block, of_head, first = (size // itemsize for size in sizes)
         return tir.opaque(tir.i64(block) * of_block + (head * of_head + first))
 
     def scales_before(self, start: Expr) -> Expr:
-        """Where the 16 scales of the values at `start` begin, counted in float32 from the same place."""
+        """The index, counted in float32, at which the 16 scales of the values at `start` begin."""
         return tir.opaque(T.shift_right(start - self._layout.scales_bytes, tir.i64(2)))
 
 

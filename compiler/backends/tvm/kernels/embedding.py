@@ -15,8 +15,8 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 
 def _token(token_ids: Buffer, row: Expr, vocab: int, first: Buffer | None) -> tuple[Expr, Expr]:
-    """The row of the table for a token, clamped to the table whatever the caller sent; for a partial table also 1.0, or 0.0 if
-    it does not have the token."""
+    """The row of the table for a token, clamped to the table for any input; for a partial table also 1.0 if it has the token,
+    else 0.0."""
     wanted = token_ids[row] if first is None else T.bind(token_ids[row] - first[0])
     inside = T.max(T.min(wanted, T.int32(vocab - 1)), T.int32(0))
     known = None if first is None else T.bind(T.Select(wanted == inside, T.float32(1), T.float32(0)))

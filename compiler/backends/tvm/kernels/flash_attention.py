@@ -34,15 +34,15 @@ class Task:
     Indices and counts are int64."""
 
     named: dict[str, Buffer]
-    row: Expr  # the first one
+    row: Expr  # the first row
     kv_head: Expr
-    first_query: Expr  # query vectors of the tasks before
-    first_position: Expr  # of the first row
+    first_query: Expr  # number of query vectors of the tasks before
+    first_position: Expr  # position of the first row
     table: Expr  # first entry of the sequence in the block table
-    used: Expr  # query vectors
+    used: Expr  # number of query vectors
     final: Expr  # entry of the last block that the task reads
-    tiles: Expr  # groups of query vectors that are computed at once
-    length: Expr  # tokens that the last row sees
+    tiles: Expr  # number of groups of query vectors that are computed at once
+    length: Expr  # number of tokens that the last row attends to
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Chunk:
     tokens: Expr
     blocks: Expr
     fresh: Expr  # 1 for the first chunk of a part, else 0
-    base: Callable[[Expr], Expr]  # where a block starts in either cache, counted from the chunk
-    following: Callable[[Expr], Expr]  # the same for the blocks that this thread takes next
+    base: Callable[[Expr], Expr]  # number of a block of the chunk -> the index at which it starts in either cache
+    following: Callable[[Expr], Expr]  # the same for the blocks that this thread reads next
 
 
 class FlashAttention(ABC):
     """Emits the code of one task: up to `rows` neighbouring rows, with all query heads of one key/value head.
 
-    All state is on the stack of the task, but for the queries, which several tasks may have read before. Subclasses say how
-    scores and sums of values are computed; `sums`, `weights` (16 partial sums each) and `maxima` hold the softmax of each query
-    over the chunks so far.
+    All state is on the stack of the task, except for the queries, which may have been read for several tasks at once.
+    Subclasses define how scores and sums of values are computed; `sums`, `weights` (16 partial sums each) and `maxima` hold the
+    softmax of each query over the chunks so far.
     """
 
     query_type: ClassVar[str]
-    unit: ClassVar[float] = 1.0  # of scores, in units of the natural logarithm's
+    unit: ClassVar[float] = 1.0  # the factor from scores in units of the natural logarithm to the scores of the class
 
     sums: Buffer
     weights: Buffer
@@ -88,11 +88,11 @@ class FlashAttention(ABC):
 
     @abstractmethod
     def _at_once(self, queries: int) -> int:
-        """How many of so many query vectors are computed at once."""
+        """The number of query vectors that are computed at once."""
 
     @abstractmethod
     def _allocate(self) -> None:
-        """Make room for the state of the task: `sums`, `weights`, `maxima` and whatever else."""
+        """Allocate the state of the task: `sums`, `weights`, `maxima` and what the subclass needs."""
 
     @abstractmethod
     def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
@@ -100,7 +100,7 @@ class FlashAttention(ABC):
 
     @abstractmethod
     def _clear(self, m: Expr) -> None:
-        """Set the state of a query to that of no token seen, as far as a fresh chunk relies on it."""
+        """Reset the state of a query to that before the first token, as far as a fresh chunk relies on it."""
 
     @abstractmethod
     def _score(self, chunk: Chunk) -> None:
@@ -108,18 +108,18 @@ class FlashAttention(ABC):
 
     @abstractmethod
     def _soften(self, chunk: Chunk) -> None:
-        """Scores become weights of the softmax, with the new maximum of each query."""
+        """Convert scores to weights of the softmax, with the new maximum of each query."""
 
     @abstractmethod
     def _accumulate(self, chunk: Chunk) -> None:
-        """sums[m] += sum over tokens of weight[m][token] * V[token], after what was there is scaled to the new maximum."""
+        """Scale sums[m] to the new maximum, then add the sum over tokens of weight[m][token] * V[token]."""
 
     @abstractmethod
     def end(self) -> None:
-        """Emit what a task ends with."""
+        """Emit the statements at the end of a task."""
 
     def allocate_queries(self, tasks: int = 1) -> None:
-        """Make room for the query vectors of so many tasks."""
+        """Allocate the query vectors of several tasks."""
         self.q = tir.local(tasks * self.queries * self.dim, self.query_type)
         if self.shape.alibi:
             self.slopes = tir.local(tasks * self.queries)
@@ -163,7 +163,7 @@ class FlashAttention(ABC):
         self._allocate()
         if self.cache.quantized:
             self.key_scales, self.value_scales = as_scales(named["kcache"]), as_scales(named["vcache"])
-            self.scales = tir.local(CHUNK)  # of the values of a chunk
+            self.scales = tir.local(CHUNK)  # the scales of the values of a chunk
         self.totals = tir.local(self.queries * self.layout.size)
 
     def part(self, first: Expr, last: Expr) -> None:
@@ -192,11 +192,12 @@ class FlashAttention(ABC):
         self._accumulate(chunk)
 
     def _start_of(self, entry: Expr, head: Expr) -> Expr:
-        """Where the block of an entry of the table starts in either cache; past the last one, the last again (masked)."""
+        """The index at which the block of a table entry starts in either cache; entries after the last one repeat it, and their
+        tokens are masked."""
         return self.cache.start(self.task.named["block_table"][T.min(entry, self.task.final)], head)
 
     def _following(self, index: Expr, first: Expr, last: Expr) -> Callable[[Expr], Expr]:
-        """Where the blocks start that this thread takes next: those of the next chunk, or of the next head."""
+        """The starts of the blocks that this thread reads next: those of the next chunk, or of the next head."""
         table, kv_head = self.task.table, self.task.kv_head
         if not self.heads_in_turn:
             return lambda block: self._start_of(table + (index + 1) * BLOCKS + block, kv_head)
@@ -225,7 +226,7 @@ class FlashAttention(ABC):
         tir.for_range(self.task.used, save)
 
     def keep_part(self) -> None:
-        """The part just computed is the first of the totals."""
+        """Set the totals to the part just computed, the first one."""
         self.save_part(self.totals, tir.i64(0))
 
     def add_part(self) -> None:

@@ -1,7 +1,8 @@
 """Elementary functions in float64, for the few values that need them.
 
-Written out rather than called from libm: the same bits on every host, vectors instead of scalar calls, and kernels that
-link against nothing. Accurate to about 1e-15 over the ranges named, far beyond the float32 results made from them.
+They are written out rather than called from libm, for the same bits on every host, vectors instead of scalar calls, and kernels
+that link against nothing. They are accurate to about 1e-15 over the ranges named, far beyond the float32 results made from
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def _constant(value: float, lanes: int) -> Expr:
 
 
 def _polynomial(x: Expr, coefficients: list[float], lanes: int) -> Expr:
-    """Horner's rule, lowest power first."""
+    """Evaluate a polynomial by Horner's rule; coefficients begin with that of the lowest power."""
     total = _constant(coefficients[-1], lanes)
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + _constant(coefficient, lanes)
@@ -34,8 +35,8 @@ def _rint(x: Expr, lanes: int) -> Expr:
 
 
 def cos_sin(angle: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """(cos, sin) of float32 angles up to 1e6: multiples of pi/2 are subtracted in two parts, the rest within +-pi/4 is Taylor's
-    series."""
+    """(cos, sin) of float32 angles up to 1e6: a multiple of pi/2 is subtracted in two parts, and the rest within +-pi/4 goes
+    through Taylor's series."""
     x = tir.bind(T.cast(angle, tir.with_lanes("float64", lanes)))
     quarter_turns = _opaque(_rint(x * _constant(2 / pi, lanes), lanes), lanes)
     high, low = pi / 2, 6.123233995736766e-17

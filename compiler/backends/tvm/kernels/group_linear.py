@@ -30,7 +30,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 from belle_compile.compiler.ir.constants import GROUP
 
 CHUNK = 8  # inputs of a panel in one cache line: two steps
-WORDS = LINE // 4  # of a cache line, as int32, in which weights and tokens are counted
+WORDS = LINE // 4  # int32 words of a cache line; weights and tokens are counted in such words
 
 
 # AVX512 has 32 registers, AVX2 has 16 of half the width; totals are in memory while a group is summed up. Measured on Zen 4,
@@ -97,10 +97,10 @@ class GroupSums:
         self.totals = tir.Registers(len(self.slots), tir.float_type(self.lanes), tir.splat(0.0, self.lanes))
 
     def add(self, depth: int) -> None:
-        """All `depth` inputs, group by group."""
+        """Add the products of all `depth` inputs, group by group."""
 
         def group(index: Expr) -> None:
-            # The last group may be a half. The length is hidden from LLVM, which would unroll what follows for either one.
+            # The last group may be a half one. Its length is hidden from LLVM, which would unroll the loop for each length.
             chunks = tir.opaque(T.min(tir.i64(GROUP // CHUNK), depth // CHUNK - index * (GROUP // CHUNK)))
             self._group(index, chunks)
 
@@ -144,7 +144,7 @@ class GroupSums:
         return tir.bind(tir.pure("int32", "llvm.vector.reduce.add", total[0]))
 
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
-        """The int32 sums of the products of four neighbours each."""
+        """The int32 sums of the products of each four neighbours."""
         raise NotImplementedError
 
     def _products(self, chunk: Expr, step: Expr) -> None:
@@ -208,7 +208,7 @@ class MaddubsGroups(GroupSums):
             self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
 
     def _added(self, pairs: Expr) -> Expr:
-        """The int32 sums of two neighbours each."""
+        """The int32 sums of each two neighbours."""
         ones = T.broadcast(T.int16(1), 2 * self.lanes)
         return tir.pure(tir.int_type(self.lanes), "llvm.x86.avx2.pmadd.wd", pairs, ones)
 

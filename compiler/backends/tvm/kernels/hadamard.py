@@ -16,7 +16,7 @@ _AT_ONCE = 4  # vectors in registers; 8 save 0.1 us in a row of 1,536 with AVX-5
 
 @dataclass(frozen=True)
 class BlockHadamard(Kernel, kernels.BlockHadamard):
-    """Bit for bit the meaning of belle::BlockHadamard."""
+    """Computes belle::BlockHadamard bit for bit as its meaning does."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, out = buffers
@@ -28,12 +28,12 @@ class BlockHadamard(Kernel, kernels.BlockHadamard):
 
 
 def transform_row(width: int, block: int, x: Buffer, start: Expr, out: Buffer, target: Expr) -> None:
-    """BlockHadamard of one row of x from `start`, written to `out` from `target`, which may be the same place.
+    """Transform one row of x from `start` and write it to `out` from `target`, which may be the same memory.
 
     The butterflies are those of the op's meaning; how many stages are done between two visits to memory changes no bit.
     """
     assert block >= LANES and not block & (block - 1) and not width % block, f"{width} in blocks of {block}"
-    vectors = block // LANES  # of a block
+    vectors = block // LANES  # number of vectors of a block
     scale = tir.splat(block**-0.5)
 
     def store(values: list[Expr], first: Expr, stride: int) -> None:
@@ -83,7 +83,7 @@ def _group_signs(group: Expr, groups: int, vectors: int) -> list[Expr]:
 
 
 def _within(vector: Expr) -> Expr:
-    """The stages inside of a vector: each lane becomes the sum of both partners, or the difference."""
+    """The stages inside of a vector: each lane becomes the sum or the difference of both partners."""
     for half in (1, 2, 4, 8):
         vector = tir.bind(vector)
         partner = T.Shuffle([vector], [T.int32(lane ^ half) for lane in range(LANES)])

@@ -14,7 +14,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
 @dataclass(frozen=True)
 class Norm(Kernel, kernels.Norm):
-    """Each row is added, normalized and quantized in one pass, by one thread."""
+    """One thread adds, normalizes and quantizes a row in one pass."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         named = self.named(buffers)

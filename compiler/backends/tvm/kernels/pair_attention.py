@@ -1,8 +1,8 @@
-"""Attention of few query vectors on processors with AMX: the sums of tile products, in the same order, by vectors.
+"""Attention of few query vectors on processors with AMX: vectors compute the sums of tile products, in the same order.
 
-A tile with one to four rows is mostly empty, and values would have to be gathered for it; a vector of keys or values is used as
-it comes from the cache. A product of tiles adds up 16 products of the even elements of its rows, and 16 of the odd ones, each
-rounded once, then adds both to the sum so far. This does the same, so a token gets the same bits here as in a prompt.
+A tile with one to four rows is mostly empty, and values would have to be gathered for it; vectors use keys and values as they
+are in the cache. A product of tiles adds up 16 products of the even elements of its rows, and 16 of the odd ones, each rounded
+once, then adds both to the sum so far. This module does the same, so a token gets the same bits here as in a prompt.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from belle_compile.compiler.backends.tvm.kernels.tile_attention import DEPTH, SC
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
 MOST_QUERIES = 4
-PAIRS = DEPTH // 2  # of a product
-REGISTERS = 24  # for sums
+PAIRS = DEPTH // 2  # pairs of elements in a product
+REGISTERS = 24  # registers that hold sums
 
 
 class PairAttention(TileAttention):
@@ -37,11 +37,11 @@ class PairAttention(TileAttention):
 
     def _allocate(self) -> None:
         self.sums, self.scores = tir.local(self.queries * self.dim), tir.local(self.queries * SCORES)
-        self.powers = tir.local(self.queries * CHUNK)  # of 32 tokens those of the even ones, then those of the odd ones
+        self.powers = tir.local(self.queries * CHUNK)  # for each 32 tokens, those of the even ones, then those of the odd ones
         self.maxima, self.weights = tir.local(self.queries), tir.local(self.queries * LANES)
 
     def end(self) -> None:
-        """No tile was used."""
+        """Emit nothing, since no tile was used."""
 
     def _keep_query(self, at: Expr, value: Expr, lanes: int) -> None:
         bits = T.shift_left(T.cast(self._rounded(value), tir.I16), tir.splat_i32(16))
@@ -86,7 +86,7 @@ class PairAttention(TileAttention):
         tir.for_range(T.floordiv(chunk.blocks + (wide - 1), wide), some_blocks)
 
     def _accumulate(self, chunk: Chunk) -> None:
-        """Tokens never written are not read: their products would be zeros."""
+        """Add the weighted values; tokens that were never written are not read, since their products would be zeros."""
         values = as_pairs(self.task.named["vcache"])
         for first in range(0, self.columns, self.columns_at_once):
             columns = range(first, min(first + self.columns_at_once, self.columns))
@@ -101,7 +101,7 @@ class PairAttention(TileAttention):
             tir.for_range(T.floordiv(chunk.blocks + 1, 2), step)
 
     def _add_two_blocks(self, chunk: Chunk, values: Buffer, step: Expr, columns: range) -> None:
-        """Add what one product of tiles would: the weighted values of two blocks in some columns."""
+        """Add the weighted values of two blocks in some columns, as one product of tiles would."""
         places = [(m, column) for m in range(self.queries) for column in columns]
         even, odd = (tir.Registers(len(places), tir.F16, tir.splat(0.0)) for _ in range(2))
         self._add_block(chunk, values, (step, 0), columns, (even, odd))

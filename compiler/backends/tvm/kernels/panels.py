@@ -1,4 +1,4 @@
-"""How the linear kernels walk weights stored in panels of 16 outputs: groups of panels in parallel, blocks of rows inside."""
+"""The walk of the linear kernels over weights in panels of 16 outputs: groups of panels in parallel, blocks of rows inside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PANEL = 16
 
 @dataclass(frozen=True)
 class Block:
-    """What is summed up in registers at once: `height` rows from `row` by `width` panels from `panel`, for one slice of the
+    """The sums that are in registers at once: `height` rows from `row` by `width` panels from `panel`, for one slice of the
     inputs. Height and width are static, the other numbers are expressions."""
 
     panel: Expr
@@ -53,7 +53,7 @@ class BlockLoop:
             tir.parallel(-(-self._groups // walk.task_groups), self._task, walk.interleave)
 
     def _task(self, index: Expr) -> None:
-        """The groups of a parallel task, for all rows or for some row blocks after the other."""
+        """Emit the groups of a parallel task, for all rows or for some blocks of rows after the other."""
         walk = self.walk
         first = tir.bind(index * walk.task_groups)
         last = tir.bind(T.min(first + walk.task_groups, tir.i64(self._groups)))
@@ -91,7 +91,7 @@ class BlockLoop:
             tir.either(index < tir.i64(full), lambda: of_width(self.walk.wide), lambda: of_width(rest))
 
     def _all_rows(self, panel: Expr, width: int, start: Expr, count: Expr, part: Expr) -> None:
-        """Whole blocks, then one of the rows that are left."""
+        """Emit whole blocks, then one block of the rows that are left."""
         tall = self.walk.tall
         whole: Expr = tir.i64(0)
         if self.counts is None or max(self.counts) >= tall:

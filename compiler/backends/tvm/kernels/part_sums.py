@@ -10,7 +10,7 @@ from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
-LOWEST = -1.0e30  # stands for minus infinity, but differences of it are numbers
+LOWEST = -1.0e30  # stands for minus infinity; unlike those of infinities, its differences are numbers
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class PartSums:
 
     @property
     def weights(self) -> int:
-        """Where the weights begin."""
+        """The index at which the weights begin."""
         return round_up(self.dim, LANES)
 
     @property
     def maximum(self) -> int:
-        """Where the maximum begins."""
+        """The index at which the maximum begins."""
         return self.weights + LANES
 
     @property
     def size(self) -> int:
-        """Floats of one query."""
+        """The number of floats of one query."""
         return self.maximum + LANES
 
     def clear(self, total: Buffer, at: Expr) -> None:

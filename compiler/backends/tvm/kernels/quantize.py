@@ -14,7 +14,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 @dataclass(frozen=True)
 class QuantizeTokens(Kernel, kernels.QuantizeTokens):
-    """Integers are stored as `rowwise.quantize_row` says."""
+    """One thread quantizes a row; integers are stored as `rowwise.quantize_row` describes."""
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         rows, x, *step, xq, xs = buffers

@@ -37,7 +37,7 @@ class QuantizedLinear(Kernel, kernels.QuantizedLinear):
 
     activations = "int32"
     corrections = (("correction", "int32"),)
-    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None: `built_in`
+    tiling: LinearTiling | None = field(default=None, metadata={"named": False})  # None stands for `built_in`
 
     def body(self, isa: Isa, *buffers: Buffer) -> None:
         _Body(self, isa, self.named(buffers)).emit()
@@ -84,12 +84,12 @@ class _Body:
     def _walk(self, walk: Walk, least: int, most: int | None) -> None:
         """Emit all outputs for `least` to `most` rows (None: any number)."""
         counts = self.tiling.trial_rows or (range(least, most + 1) if most else None)
-        # The sums of slices wait in `out`, which has room for those of one plane.
+        # Between slices, sums are kept in `out`, which has room for those of one plane.
         slices = -(-self.depth // walk.depth) if walk.depth and self.layer.planes == 1 else 1
         BlockLoop(self.rows, self.panels, walk, lambda block: self._block(block, walk, slices), counts, slices).run()
 
     def _block(self, block: Block, walk: Walk, slices: int) -> None:
-        """Emit the sums of a block over one slice of the inputs; the last slice makes results of them."""
+        """Emit the sums of a block over one slice of the inputs; the last slice converts them to results."""
         starts = [self._starts_of(block.row + m) for m in range(block.height)]
         bases = [tir.bind((block.panel + p) * (self.depth * PANEL)) for p in range(block.width)]
         sums = self.sums_of(self.named["xq"], starts, self.named["weight"], bases)
@@ -110,7 +110,7 @@ class _Body:
             _steps(sums, walk, next_group, 0, steps, steps)
             sums.store(finish)
             return
-        # Between slices, the int32 sums wait where their results will be.
+        # Between slices, the int32 sums are kept in the place of their results.
         out = self.named["out"]
 
         def resumed(m: int, p: int, lane: int) -> Expr:
@@ -129,7 +129,7 @@ class _Body:
         tir.either(block.part == tir.i64(slices - 1), lambda: sums.store(finish), lambda: sums.store(keep))
 
     def _starts_of(self, row: Expr) -> list[Expr]:
-        """Where the planes of a row begin, counted in int32."""
+        """The indices, counted in int32, at which the planes of a row begin."""
         x, planes = self.layer.x, self.layer.planes
         plane_words = x.stride // planes // 4
         return [tir.bind((row * planes + plane) * plane_words + x.offset // 4) for plane in range(planes)]
@@ -138,7 +138,7 @@ class _Body:
         return row * self.layer.out.stride + self.layer.out.offset + column
 
     def _corrected(self, sums: list[Expr], column: Expr, lanes: int) -> list[Expr]:
-        """The sums without what the 128 of activations adds."""
+        """The sums without the part that the 128 in activations adds."""
         return [total - tir.load(self.named["correction"], column, lanes) for total in sums]
 
     def _write(self, row: Expr, column: Expr, lanes: int, sums: list[Expr]) -> None:
@@ -181,15 +181,15 @@ def _steps(sums: SumBlock, walk: Walk, next_group: int, begin: Expr, end: Expr, 
     if walk.places > 1:
         end = span  # the inputs come in one slice
     if walk.prefetch and walk.chain and isinstance(end, int):
-        turn = max(0, span - walk.prefetch // LINE)  # from here on, what comes next belongs to the next group
+        turn = max(0, span - walk.prefetch // LINE)  # from this step on, prefetches are for the next group
         loop(begin, turn, walk.prefetch)
         loop(turn, end, walk.prefetch + next_group - span * LINE)
     else:
         loop(begin, end, walk.prefetch)
 
 
-Resume = Callable[[int, int, int], Expr]  # (row of the block, panel of the block, first lane) -> sums of so many lanes
-Finish = Callable[[int, int, int, list[Expr]], None]  # the same place, and the sums of each plane
+Resume = Callable[[int, int, int], Expr]  # (row of the block, panel of the block, first lane) -> sums of a register's lanes
+Finish = Callable[[int, int, int, list[Expr]], None]  # the same three, and the sums of each plane
 
 
 class SumBlock:
@@ -202,7 +202,7 @@ class SumBlock:
         self.xq, self.starts, self.weight, self.bases = xq, list(chain(*starts)), weight, bases
         parts = [(p, lane) for p in range(len(bases)) for lane in range(0, PANEL, self.lanes)]
         planes = len(starts[0])
-        self.slots = {  # of the sums of each plane
+        self.slots = {  # registers of the sums of each plane
             (m, p, lane): [(m * planes + plane) * len(parts) + part for plane in range(planes)]
             for m in range(len(starts))
             for part, (p, lane) in enumerate(parts)

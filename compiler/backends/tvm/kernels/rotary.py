@@ -72,7 +72,7 @@ class RotaryTable(Kernel, kernels.RotaryTable):
         return frequencies
 
 
-Write = Callable[[Expr, int, Expr], None]  # first column, lanes, values
+Write = Callable[[Expr, int, Expr], None]  # called with (first column, lanes, values)
 
 
 def rotate_head(head_dim: int, values: Values, table: Buffer | None, row: Expr, write: Write) -> None:

@@ -1,4 +1,4 @@
-"""What row-wise kernels share: loops over a row, reductions, and the quantization of a row."""
+"""Helpers of row-wise kernels: loops over a row, reductions, and the quantization of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 from belle_compile.compiler.ir.meanings import LIMITS
 
 CHAINS = 4  # independent accumulators of a reduction, enough to hide the latency of an addition
-Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> that many values of the row
+Values = Callable[[Expr, int], Expr]  # (first column, lanes) -> as many values of the row
 
 
 def each(width: int, body: Callable[[Expr, int], None]) -> None:
@@ -52,7 +52,7 @@ def row_absmax(width: int, values: Values) -> Expr:
 
 
 def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
-    """The factor that makes integers of values: limit / absmax, or 0 for a row of zeros."""
+    """The factor that converts values to integers: limit / absmax, or 0 for a row of zeros."""
     zero = tir.splat(0.0, lanes)
     return tir.bind(T.Select(absmax > zero, tir.splat(limit, lanes) / absmax, zero))
 

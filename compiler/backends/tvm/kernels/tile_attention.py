@@ -1,8 +1,8 @@
 """Attention by AMX tiles over a bfloat16 cache: queries and weights of the softmax are rounded to bfloat16, sums are float32.
 
-A tile of queries has 16 query vectors, or as many as there are. A tile of keys is one block and 32 elements of each key, as the
-cache holds it. A tile of values is two blocks and 16 elements, gathered first, since the blocks lie apart. Scores are in units
-of the logarithm to base 2.
+A tile of queries has 16 query vectors, or fewer if there are not as many. A tile of keys is one block and 32 elements of each
+key, as the cache holds it. A tile of values is two blocks and 16 elements, gathered first, since the blocks are not neighbours.
+Scores are in units of the logarithm to base 2.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, WEIGHTS, configure, emit
 from belle_compile.compiler.backends.tvm.tir import LANES, Buffer, Expr, T
 
-DEPTH = 32  # bfloat16 in a row of a tile, over which a product sums
+DEPTH = 32  # bfloat16 elements in a row of a tile, over which a product sums
 SUMS = 4  # tiles 0 to 3 hold sums, the next two the left factors, the last two the right factors
 SCORES = CHUNK + LANES  # floats from the scores of one query to the next: an odd number of cache lines
-POWERS = CHUNK // 2 + LANES  # pairs from the weights of one query to the next, likewise
-HIDDEN = 2 * LOWEST  # the score of a token that a query must not see: its power is 0 beside any maximum
+POWERS = CHUNK // 2 + LANES  # pairs from the weights of one query to the next: also an odd number of cache lines
+HIDDEN = 2 * LOWEST  # the score of a token that a query must not attend to: its power is 0 beside any maximum
 TILE_PAIRS = TILE * DEPTH // 2
 
 
@@ -102,7 +102,7 @@ class TileAttention(FlashAttention):
         return T.shift_right(place(block), tir.i64(1))
 
     def _score(self, chunk: Chunk) -> None:
-        """Four tiles of scores at a time."""
+        """Compute scores, four tiles at a time."""
         keys = as_pairs(self.task.named["kcache"])
 
         def queries(first: int, count: int) -> None:
@@ -113,7 +113,7 @@ class TileAttention(FlashAttention):
         self._each_pair(queries)
 
     def _score_blocks(self, chunk: Chunk, keys: Buffer, queries: range, step: Expr) -> None:
-        """The scores of some tiles of queries for as many blocks as there are tiles of sums for."""
+        """Compute the scores of some tiles of queries for as many blocks as there are tiles of sums."""
         wide = SUMS // len(queries)
         starts = [tir.bind(self._pairs_of(chunk.base, step * wide + i)) for i in range(wide)]
         later = [tir.bind(self._pairs_of(chunk.following, step * wide + i)) for i in range(wide)]
@@ -134,7 +134,7 @@ class TileAttention(FlashAttention):
                 self._store(i * wide + j, self.scores, target, 4 * SCORES)
 
     def _soften(self, chunk: Chunk) -> None:
-        """There is one copy of the code for each number of pairs of blocks, so that empty ones take no time."""
+        """Emit one copy of the code for each number of pairs of blocks, so that empty ones take no time."""
         pairs = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
 
         def of(count: int) -> None:
@@ -153,7 +153,7 @@ class TileAttention(FlashAttention):
         see."""
         scores = tir.bind(m * SCORES)
         last = self._position_in(chunk, m)
-        if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
+        if self.shape.alibi:  # distances instead of positions: the softmax is the same, and no number grows large
             slope = tir.bind(tir.splat(self.slopes[self.task.first_query + m]))
             distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
 
@@ -202,7 +202,7 @@ class TileAttention(FlashAttention):
         tir.either(chunk.fresh == 1, first, further)
 
     def _place_of_powers(self, m: Expr, pair: int) -> Expr:
-        """Where the weights of 32 tokens are stored."""
+        """The index at which the weights of 32 tokens are stored."""
         return m * POWERS + pair * LANES
 
     def _store_powers(self, at: Expr, low: Expr, high: Expr) -> None:
@@ -220,7 +220,7 @@ class TileAttention(FlashAttention):
         return tir.bind(tir.load(tir.view_as(halves, "int32"), 0))
 
     def _accumulate(self, chunk: Chunk) -> None:
-        """Tokens never written count as zeros."""
+        """Add the weighted values; tokens that were never written count as zeros."""
         steps = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
         for column in range(0, self.columns, self.columns_at_once):
             wide = min(self.columns_at_once, self.columns - column)
@@ -259,7 +259,7 @@ class TileAttention(FlashAttention):
             self._store(tile, self.sums, place, 4 * self.dim)
 
     def _gather(self, chunk: Chunk, column: int, wide: int) -> None:
-        """Copy the values of some columns of 16 elements to tiles: two blocks each, zeros where no token is."""
+        """Copy the values of some columns of 16 elements to tiles of two blocks each, with zeros for missing tokens."""
         cached = as_pairs(self.task.named["vcache"])
         tokens, blocks, half = chunk.tokens, chunk.blocks, TILE_PAIRS // 2
 

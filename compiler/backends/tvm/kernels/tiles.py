@@ -7,7 +7,7 @@ from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.tir import Expr, T
 
 TILES = 8
-TILE = 16  # rows of a whole tile
+TILE = 16  # rows of a full tile
 TILE_BYTES = TILE * 64
 WEIGHTS = 6  # this tile and the next hold the right factors of products and always have all rows
 
@@ -21,7 +21,7 @@ def emit(isa: Isa, intrinsic: str, *args: Expr) -> None:
 
 
 def configure(isa: Isa, rows: int = TILE) -> None:
-    """Give tiles 0 to 5 so many rows, and 6 and 7 all 16. The configuration belongs to the thread that calls this."""
+    """Configure tiles 0 to 5 with `rows` rows, and 6 and 7 with all 16. The configuration is that of the calling thread."""
     config = tir.local(64, "uint8")
     counts = [rows] * WEIGHTS + [TILE] * (TILES - WEIGHTS)
     for i in range(64):

@@ -12,15 +12,15 @@ LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
 
 @dataclass(frozen=True)
 class Walk:
-    """One order of work for a range of row counts.
+    """The order of work for a range of row counts.
 
     A group is `wide` panels of 16 outputs; a block is a group times `tall` rows, whose sums are in registers. Weights are
     prefetched `prefetch` bytes ahead (0: not), into every cache level or, without `temporal`, with the hint that they are read
     once; with `chain`, a prefetch past a panel's end goes to the same panel of the next group. The loop over the inputs is
     unrolled `unroll` times, and reads each panel at `places` places at once, since some memories are faster with more streams.
-    A parallel task is `task_groups` groups; threads get contiguous runs of tasks or, with `interleave`, every n-th one. Rows
-    pass a task's groups `row_blocks` blocks at a time (0: all); inputs pass `depth` at a time (0: all, as always in two
-    planes), so that activations and weights stay in a cache.
+    A parallel task is `task_groups` groups; threads get contiguous runs of tasks or, with `interleave`, every n-th one. A task
+    passes over its groups for `row_blocks` blocks of rows at a time (0: all) and over `depth` inputs at a time (0: all, always
+    so for two planes), so that activations and weights stay in a cache.
     """
 
     wide: int
@@ -46,7 +46,7 @@ class Walk:
             raise ValueError(f"{self}: depth is a multiple of {LINE}")
 
     def to_plain(self) -> dict[str, Any]:
-        """The form in JSON: `wide`, `tall` and the fields that differ from their defaults."""
+        """The walk as JSON values: `wide`, `tall` and the fields that differ from their defaults."""
         defaults = Walk(self.wide, self.tall)
         return {k: v for k, v in asdict(self).items() if k in ("wide", "tall") or v != getattr(defaults, k)}
 

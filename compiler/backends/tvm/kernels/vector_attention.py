@@ -1,4 +1,5 @@
-"""Attention by vectors: a chunk's keys and values meet a few queries in registers, as float32 whatever the cache holds."""
+"""Attention by vectors: keys and values of a chunk are multiplied with a few queries in registers, in float32 for every type of
+cache."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class VectorAttention(FlashAttention):
 
     def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
-        accumulators = 24 if isa.dot == "vnni" else 6  # of 32 registers of 16 floats, else 16 of 8
+        accumulators = 24 if isa.dot == "vnni" else 6  # of 32 registers of 16 floats, or of 16 registers of 8
         self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
         self.columns_at_once = max(1, accumulators // self.tall)
 
@@ -49,7 +50,7 @@ class VectorAttention(FlashAttention):
         each(self.padded, lambda c, lanes: tir.store(self.sums, m * self.padded + c, tir.splat(0.0, lanes), lanes))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Emit nothing."""
 
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
         return tir.bind(T.cast(tir.load(self.task.named[cache], index, lanes), tir.float_type(lanes)))
@@ -125,7 +126,7 @@ class VectorAttention(FlashAttention):
 
         def score(v: int) -> Expr:
             value = tir.load(self.scores, line + v * LANES)
-            if self.shape.alibi:  # by distance instead of position: softmax does not mind, and nothing grows large
+            if self.shape.alibi:  # distances instead of positions: the softmax is the same, and no number grows large
                 distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
                 value = value + tir.splat(self.slopes[self.task.first_query + m]) * distance
             return tir.bind(T.Select(visible(v), value, tir.splat(LOWEST)) if masked else value)
@@ -146,7 +147,7 @@ class VectorAttention(FlashAttention):
         tir.store(self.shrink, m, shrink, 1)
 
     def _accumulate(self, chunk: Chunk) -> None:
-        """Tokens never written are not read."""
+        """Add the weighted values; tokens that were never written are not read."""
         every = _columns(self.dim)
         for first in range(0, len(every), self.columns_at_once):
             columns = every[first : first + self.columns_at_once]
@@ -192,12 +193,12 @@ class VectorAttention(FlashAttention):
 
 
 class _TileSums:
-    """The sums of one tile of queries in some columns of the values, in registers; at first, those of the chunks before, scaled
-    to the new maximum."""
+    """The sums of one tile of queries in some columns of the values, in registers. They begin with those of earlier chunks,
+    scaled to the new maximum."""
 
     def __init__(self, attention: VectorAttention, tile: Expr, columns: Columns) -> None:
         self.attention, self.columns = attention, columns
-        self.first = tir.opaque(tile * attention.tall)  # query
+        self.first = tir.opaque(tile * attention.tall)  # the first query
         self.acc = [tir.Registers(attention.tall, tir.float_type(lanes)) for _, lanes in columns]
         for m, c, place, lanes in self._places():
             old = tir.load(attention.sums, place, lanes)
