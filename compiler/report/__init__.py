@@ -1,4 +1,4 @@
-"""report.html: what was built, what each pass did, how accurate the engine is, what it needs; it loads no other file."""
+"""report.html, a page about a build: its input, the effects of each pass, the engine's accuracy and its memory."""
 
 from __future__ import annotations
 

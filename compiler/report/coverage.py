@@ -13,7 +13,8 @@ Sequences = Sequence[Sequence[int]]
 
 
 def coverage_of(calibration: Sequences, holdout: Sequences, vocabulary: int) -> dict[str, Any]:
-    """Number of requests and tokens of both parts, lengths of requests, and how much of the vocabulary occurs in them."""
+    """Requests and tokens of both parts, lengths of requests in tokens, and the share of the vocabulary that occurs in the
+    calibration part."""
     lengths = [len(sequence) for sequence in (*calibration, *holdout)]
     seen = {token for sequence in calibration for token in sequence}
     return {
@@ -29,14 +30,14 @@ def coverage_of(calibration: Sequences, holdout: Sequences, vocabulary: int) -> 
 def coverage_of_set(path: Path) -> dict[str, Any]:
     """The description of a calibration set's directory under "set"; empty for a file, or if it cannot be read."""
     try:
-        found = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
+        description = json.loads((path / "coverage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {"set": found}
+    return {"set": description}
 
 
 def _histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """Number of lengths in each of the ranges from the shortest to the longest."""
+    """The number of lengths in each range, from the range of the shortest length to that of the longest."""
     ranges = [(low + 1, high) for low, high in zip((0, *_BOUNDS), _BOUNDS, strict=False)]
     counts = [(f"{low} to {high}", sum(low <= length <= high for length in lengths)) for low, high in ranges]
     counts.append((f"over {_BOUNDS[-1]}", sum(length > _BOUNDS[-1] for length in lengths)))

@@ -26,9 +26,9 @@ class Drift:
 class Stage:
     """The graph after a pass, or before the first pass, where `changes` is None.
 
-    `weight_bytes` is the size of the weights that the graph reads. `kernel_calls` counts the ops of a step, also where some of
-    them have no kernel (`lowers` is False). If `whole` is False, the graph is that of rank 0 of several, which gives no logits
-    without the others."""
+    `weight_bytes` is the size of the weights that the graph reads. `kernel_calls` counts the kernel calls of a step; if
+    `lowers` is False, some ops have no kernel and are counted as if they had. If `whole` is False, the graph is that of rank 0
+    of several, which computes no logits without the others."""
 
     name: str
     changes: int | None
@@ -75,8 +75,8 @@ class Arena:
 class Memory:
     """The memory that a rank needs with `kv_tokens` tokens of one sequence in its KV cache.
 
-    `weights` are the bytes of `need.weights` by purpose, in one entry where the backend makes no program to tell by; `arena` is
-    None there too."""
+    `weights` are the bytes of `need.weights` by purpose. For a backend that makes no program, the purposes are unknown:
+    `weights` has one entry, and `arena` is None."""
 
     need: MemoryNeed
     kv: KVCache
@@ -94,9 +94,10 @@ class Memory:
 class Report:
     """Everything that the page shows.
 
-    `files` are the other files of the engine. `memory` is that of the rank that needs most; `ranks` has one entry per rank
-    where there are several. `coverage` describes the calibration requests as a mapping of numbers, texts, and mappings or
-    lists of these; it is None, and `layers` is empty, for a build without requests or for the reason in `uncalibrated`."""
+    `files` are the files of the engine other than manifest and report. `memory` is that of the rank that needs most; `ranks`
+    has one entry per rank if there are several, else none. `coverage` describes the calibration requests as a mapping of
+    numbers, texts, and mappings or lists of these. Without requests it is None and `layers` is empty; `uncalibrated` may give
+    the reason."""
 
     manifest: Manifest
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -108,6 +109,6 @@ class Report:
     uncalibrated: str = ""
 
     def to_plain(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The fields as JSON values."""
         plain: dict[str, Any] = to_plain(self)
         return plain

@@ -1,4 +1,4 @@
-"""Measures what each pass does to a graph: bytes of weights, kernel calls, and drift of the logits."""
+"""Measure the effects of each pass on a graph: bytes of weights, kernel calls, and drift of the logits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 FRONTEND = "frontend"
-TOKENS = 48  # of the sequence that drift is measured on
-MOST_PARAMETERS = 20_000_000  # of a model whose drift is measured without being asked for
-_KEPT_BYTES = 256 << 20  # of weights that others are computed from
+TOKENS = 48  # length of the sequence that drift is measured on
+MOST_PARAMETERS = 20_000_000  # drift is measured by default in models of up to this size
+_KEPT_BYTES = 256 << 20  # bytes of cached weights from which other weights are computed
 _TEXT = (
     "写一首关于春天的诗。The capital of France is Paris, and the capital of Japan is Tokyo. 一加一等于二，二加二等于四。"
     "def double(x): return 2 * x. 今天天气很好，我们一起去公园散步吧。"
@@ -68,10 +68,11 @@ class PassEffects:
         self._backend = backend
         self._wanted, self._unmeasured = tuple(tokens), unmeasured
         self._stages: list[Stage] = []
-        self._graphs: dict[int, ir.Model] = {}  # by number of the stage, of those that changed something
+        self._graphs: dict[int, ir.Model] = {}  # by stage number, for the stages that changed something
 
     def observe(self, step: Step | None, model: ir.Model, result: Result | None) -> None:
-        """Record the graph after `step` (`on_pass` of a pipeline); `step` and `result` are None before the first."""
+        """Record the graph after `step`; `step` and `result` are None before the first pass. This is the `on_pass` of a
+        pipeline."""
         name, changes = (FRONTEND, None) if step is None or result is None else (step.name, result.changes)
         if changes == 0:
             self._stages.append(replace(self._stages[-1], name=name, changes=0))
@@ -83,7 +84,7 @@ class PassEffects:
         self._stages.append(Stage(name, changes, weight_bytes(model), calls, lowers, whole=whole))
 
     def result(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Effects:
-        """Measure drift and return the stages; `on_progress(done, total)` is called with elements of weights that were read."""
+        """Measure drift and return the stages; `on_progress` is called with the elements of weights (read so far, in all)."""
         graphs, self._graphs = self._graphs, {}
         if not graphs:
             return Effects(tuple(self._stages), 0, self._unmeasured)
@@ -101,21 +102,21 @@ class PassEffects:
 def _drifts(
     graphs: Mapping[int, ir.Model], tokens: Sequence[int], on_progress: Callable[[int, int], None]
 ) -> dict[int, Drift] | None:
-    """Drift of each graph relative to the first, by its number; None where the first graph's logits are not finite."""
-    found: dict[int, Drift] = {}
+    """The drift of each graph relative to the first, by its number; None if the first graph's logits are not finite."""
+    drifts: dict[int, Drift] = {}
     first: Array = np.empty(0)
     p: Floats = np.empty(0)
     for number, logits in logits_of(graphs, tokens, on_progress):
         if not number:
             if not np.isfinite(logits).all():
                 return None
-            first, p, found[0] = logits, _log_softmax(logits), Drift(0.0, 1.0, 0.0)
+            first, p, drifts[0] = logits, _log_softmax(logits), Drift(0.0, 1.0, 0.0)
             continue
         q = _log_softmax(logits)
         kl = float((np.exp(p) * (p - q)).sum()) / len(tokens)
         same = float((p.argmax(-1) == q.argmax(-1)).mean())
-        found[number] = Drift(max(kl, 0.0), same, float(np.abs(logits - first).max() / np.abs(first).max()))
-    return found
+        drifts[number] = Drift(max(kl, 0.0), same, float(np.abs(logits - first).max() / np.abs(first).max()))
+    return drifts
 
 
 def logits_of(
@@ -123,7 +124,8 @@ def logits_of(
 ) -> Iterator[tuple[int, Array]]:
     """Iterate over (number, logits [tokens, vocabulary]) of the graphs for one sequence, beginning with the first graph.
 
-    The graphs run side by side, because a weight of one graph is mostly computed from a weight of another, cached then.
+    The graphs run side by side, because most weights of a graph are computed from a weight of an earlier one, which is then
+    still cached.
     """
     waiting = [_Run(number, stepwise(graph, *_step(graph, tokens)), _elements(graph.graph)) for number, graph in graphs.items()]
     total = sum(run.total for run in waiting)
@@ -140,7 +142,7 @@ def logits_of(
 
 @dataclass
 class _Run:
-    """A graph that is being run, with the number of weight elements that were read and that there are."""
+    """A graph that is being run, with the number of its weight elements (`total`) and of those read so far (`done`)."""
 
     number: int
     nodes: Generator[ir.Node, None, dict[str, Array]]
@@ -149,7 +151,7 @@ class _Run:
 
 
 def _elements(nodes: Iterable[ir.Node]) -> int:
-    """Elements of the matrices that nodes read; vectors, which differ more between graphs, are not counted."""
+    """The number of elements of the matrices that nodes read; vectors, which differ more between graphs, are not counted."""
     read = (value.const_value for node in nodes for value in node.inputs if value is not None)
     return sum(tensor.size for tensor in read if tensor is not None and len(tensor.shape) > 1)
 
@@ -174,11 +176,13 @@ def _step(model: ir.Model, tokens: Sequence[int]) -> tuple[dict[str, Array], Pag
         "block_table": np.arange(blocks, dtype=np.int32)[None],
         "logit_rows": places,
     }
-    return inputs, PagedCache(1 + max((each["layer"] for each in cached), default=0), kv_heads, head_dim, blocks)
+    layers = 1 + max((attributes["layer"] for attributes in cached), default=0)
+    return inputs, PagedCache(layers, kv_heads, head_dim, blocks)
 
 
 def _usable(tokens: Sequence[int], model: ir.Model) -> tuple[int, ...]:
-    """The first tokens that lie in the vocabulary and fit the context; if there are next to none, other valid tokens."""
+    """The first of the tokens that are in the vocabulary, as many as fit the context; if fewer than two are, other valid
+    tokens."""
     shape = model.graph.outputs[0].shape
     assert shape is not None and isinstance(shape[1], int)
     vocabulary, most = shape[1], min(TOKENS, int(model.metadata_props.get("max_position", TOKENS)))

@@ -1,4 +1,4 @@
-"""Formats numbers for people, and lays out the rectangles of plots; the template draws them."""
+"""Format numbers for people, and lay out the rectangles of plots, which the template draws."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Rect:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Rectangles on `width` x 100 units, stretched to the page; `ends` are the labels below the left and the right end."""
+    """Rectangles on `width` x 100 units, stretched to the page; `ends` are the labels below the left and the right end, and
+    `about` is the caption."""
 
     width: float
     rects: tuple[Rect, ...]
@@ -42,7 +43,7 @@ class Drawing:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Format a number with so many significant digits, as "1,234", "0.0127" or "3.1e-6"; integers in full."""
+    """Format a number with `digits` significant digits, as "1,234", "0.0127" or "3.1e-6"; integers in full."""
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value) or value == 0:
@@ -77,9 +78,9 @@ def words(name: str) -> str:
 
 def bars(rows: Iterable[tuple[str, float, str]]) -> list[Bar]:
     """One bar per (label, value, value as text); the bar of the greatest value is as wide as the page."""
-    found = list(rows)
-    greatest = max((value for _, value, _ in found if math.isfinite(value)), default=0) or 1
-    return [Bar(label, text, _round(100 * max(min(value / greatest, 1), 0))) for label, value, text in found]
+    entries = list(rows)
+    greatest = max((value for _, value, _ in entries if math.isfinite(value)), default=0) or 1
+    return [Bar(label, text, _round(100 * max(min(value / greatest, 1), 0))) for label, value, text in entries]
 
 
 def columns(values: Sequence[tuple[str, float]], ends: tuple[str, str], about: str) -> Drawing:
@@ -94,7 +95,8 @@ def columns(values: Sequence[tuple[str, float]], ends: tuple[str, str], about: s
 
 
 def lifetimes(buffers: Sequence[PlannedBuffer], arena: int, calls: int, about: str) -> Drawing:
-    """Lifetimes of the buffers in the first calls: calls run from left to right, offsets in the arena from top to bottom."""
+    """The lifetimes of buffers over the first `calls` calls, which run from left to right; offsets in the arena run from top to
+    bottom."""
     shown = [buffer for buffer in buffers if buffer.first < calls]
     rects = tuple(
         Rect(

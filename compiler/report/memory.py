@@ -1,4 +1,4 @@
-"""Breaks down an engine's memory by purpose."""
+"""Break down an engine's memory by purpose."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from belle_compile.compiler.report.data import Arena, Memory
 from belle_compile.runtime.program import Call, Program, Weight
 
 EMBEDDING, HEAD, ATTENTION, FEED_FORWARD, OTHER = "embedding", "head", "attention", "feed-forward", "norms and tables"
-ALL = "all weights"  # of a backend that does not tell what they are for
+ALL = "all weights"  # the only part for a backend that makes no program
 _PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, HEAD, f"{EMBEDDING} and {HEAD}, shared", OTHER)
 _WORDS = {"self_attn": ATTENTION, "self_attention": ATTENTION, "attn": ATTENTION, "mlp": FEED_FORWARD}
 
 
 def memory_of(payload: Payload) -> Memory:
-    """The memory of a rank."""
+    """The memory of a rank from its payload."""
     need, kv, step = payload.footprint.memory(), payload.footprint.kv, payload.footprint.step
     tokens = min(SERVED_TOKENS, kv.max_context)
     if step is None:
@@ -26,7 +26,7 @@ def memory_of(payload: Payload) -> Memory:
 
 
 def memory_of_ranks(payloads: Sequence[Payload]) -> tuple[Memory, Sequence[Memory]]:
-    """The memory of the rank that needs most, and that of each rank where there are several."""
+    """The memory of the rank that needs most, and that of each rank if there are several."""
     ranks = [memory_of(payload) for payload in payloads]
     return max(ranks, key=lambda rank: rank.need.total), ranks if len(ranks) > 1 else ()
 
@@ -38,12 +38,12 @@ def weight_parts(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
         for arg in call.args:
             if isinstance(arg, Weight):
                 readers.setdefault(arg.name, set()).add(_part(call))
-    found = dict.fromkeys(_PARTS, 0)
+    part_bytes = dict.fromkeys(_PARTS, 0)
     for name, size in sizes.items():
         parts = readers.get(name, {OTHER})
         part = f"{EMBEDDING} and {HEAD}, shared" if parts >= {EMBEDDING, HEAD} else min(parts)
-        found[part] += size
-    return {part: size for part, size in found.items() if size}
+        part_bytes[part] += size
+    return {part: size for part, size in part_bytes.items() if size}
 
 
 def _part(call: Call) -> str:

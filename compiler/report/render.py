@@ -1,4 +1,4 @@
-"""Renders the page; equal reports give equal bytes."""
+"""Render the page; equal reports give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEMPLATE = "report.html.jinja"
 
 
 def render(report: Report) -> str:
-    """Render one HTML page with its style and plots in it; it has no scripts and loads no other file."""
+    """Render the report as one HTML page that contains its style and plots, has no scripts and loads no other file."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

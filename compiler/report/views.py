@@ -1,4 +1,4 @@
-"""Turns the sections of a report into rows, bars and sentences, in the order of the page."""
+"""Convert the sections of a report to rows, bars and sentences, in the order of the page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from belle_compile.runtime.artifact import Manifest, PassRecord
 View = dict[str, Any]
 
 MOST_LAYERS = 40
-_LEAST_KL = 1e-6  # what is below is rounding of float32
-_FIRST_CALLS = 40  # of a step, drawn by themselves where there are more: two or three layers, which look like all others
+_LEAST_KL = 1e-6  # a smaller divergence is rounding of float32
+_FIRST_CALLS = 40  # of a longer step, so many calls are also drawn alone: two or three layers, which look like all others
 _MOST_BARS = 60
-_MOST_IN_A_ROW = 4  # numbers that stand beside each other; of more there is a plot, as of what is called ...
-_PLOTTED = ("histogram", "shares", "dropped")
+_MOST_IN_A_ROW = 4  # up to this many numbers are one row of text; more are a plot
+_PLOTTED = ("histogram", "shares", "dropped")  # titles with these endings are plots whatever the number of values
 
 
 def summary(report: Report) -> list[tuple[str, str, str]]:
@@ -72,25 +72,25 @@ def _pass(record: PassRecord) -> View:
     return {"name": record.name, "changes": number(record.changes), "options": phrase(shown), "notes": notes}
 
 
-def effects(found: Effects) -> View | None:
+def effects(measured: Effects) -> View | None:
     """One row per stage, and a plot of each number over the passes that changed something."""
-    if not found.stages:
+    if not measured.stages:
         return None
-    changed = [stage for stage in found.stages if stage.changes != 0]
+    changed = [stage for stage in measured.stages if stage.changes != 0]
     plots: list[tuple[str, list[tuple[str, float, str]]]] = [
         ("weights read", [(stage.name, stage.weight_bytes, size(stage.weight_bytes)) for stage in changed]),
         ("kernel calls a step", [(stage.name, stage.kernel_calls, _calls(stage)) for stage in changed]),
     ]
-    if found.tokens:
+    if measured.tokens:
         drifts = [(stage.name, stage.drift) for stage in changed if stage.drift]
         plots.insert(0, ("drift: KL, nats a token", [(name, drift.kl, _kl(drift)) for name, drift in drifts]))
     return {
-        "rows": [_stage(stage) for stage in found.stages],
+        "rows": [_stage(stage) for stage in measured.stages],
         "plots": [(title, figures.bars(rows)) for title, rows in plots],
-        "tokens": found.tokens,
-        "unmeasured": found.unmeasured,
-        "unlowered": any(not stage.lowers for stage in found.stages),
-        "parts": any(not stage.whole for stage in found.stages),
+        "tokens": measured.tokens,
+        "unmeasured": measured.unmeasured,
+        "unlowered": any(not stage.lowers for stage in measured.stages),
+        "parts": any(not stage.whole for stage in measured.stages),
     }
 
 
@@ -115,10 +115,9 @@ def _kl(drift: Drift) -> str:
 
 def accuracy(manifest: Manifest) -> View | None:
     """The engine's accuracy beside the unquantized model, with the limits of the build."""
-    found = manifest.accuracy
-    if not found:
+    if not manifest.accuracy:
         return None
-    rest = dict(found)
+    rest = dict(manifest.accuracy)
     limits = dict(rest.pop("limits", None) or {})
     ratio, kept, answered = (rest.get(key) for key in ("perplexity_ratio", "accuracy_kept", "answer_accuracy"))
     perplexity = rest.get("perplexity")
@@ -172,52 +171,52 @@ def _verdict(value: Any, bound: Any, limit: tuple[str, bool] | None, text: Any) 
     return {"limit": f"at {'most' if at_most else 'least'} {text(float(bound))}", "passed": passed}
 
 
-def layers(found: Sequence[Damage]) -> View | None:
+def layers(ranking: Sequence[Damage]) -> View | None:
     """The linear layers that INT8 damages most, and a plot of the damage over the depth of the model."""
-    if not found:
+    if not ranking:
         return None
-    by_kl = all(layer.kl is not None for layer in found)
+    by_kl = all(layer.kl is not None for layer in ranking)
 
     def damage(layer: Damage) -> float:
         return float(layer.kl or 0.0) if by_kl else layer.output_error
 
-    worst = sorted(found, key=lambda layer: (-damage(layer), layer.name))
-    deepest: dict[int, Damage] = {}
+    worst = sorted(ranking, key=lambda layer: (-damage(layer), layer.name))
+    worst_of: dict[int, Damage] = {}  # by index of the layer
     for layer in worst:
         index = next((int(word) for word in layer.name.split(".") if word.isdecimal()), None)
         if index is not None:
-            deepest.setdefault(index, layer)
+            worst_of.setdefault(index, layer)
     about = "the greatest damage in each layer, first to last"
-    names = [(f"{deepest[i].name}: {number(damage(deepest[i]))}", damage(deepest[i])) for i in sorted(deepest)]
-    ends = (f"layer {min(deepest)}", f"layer {max(deepest)}") if deepest else ("", "")
+    names = [(f"{worst_of[i].name}: {number(damage(worst_of[i]))}", damage(worst_of[i])) for i in sorted(worst_of)]
+    ends = (f"layer {min(worst_of)}", f"layer {max(worst_of)}") if worst_of else ("", "")
     shown = [(layer.name, damage(layer), number(damage(layer))) for layer in worst[:MOST_LAYERS]]
     return {
         "by_kl": by_kl,
-        "total": len(found),
+        "total": len(ranking),
         "bars": figures.bars(shown),
         "profile": figures.columns(names, ends, about) if len(names) > 1 else None,
     }
 
 
-def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) -> View | None:
+def memory(largest: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) -> View | None:
     """Rows about the memory that a host needs, and a drawing of how activations share the arena."""
-    if found is None:
+    if largest is None:
         return None
-    need, kv, arena = found.need, found.kv, found.arena
+    need, kv, arena = largest.need, largest.kv, largest.arena
     activations = "activations" if arena is None else "activations (arena)"
     parts = [("weights", need.weights), (activations, need.activations),
-             (f"KV cache for {number(found.kv_tokens)} tokens", need.kv_cache),
+             (f"KV cache for {number(largest.kv_tokens)} tokens", need.kv_cache),
              ("kernels, program, tokenizer, process", need.reserve)]  # fmt: skip
     return {
         "required": size(need.total),
         "ranks": [
-            [size(count) for count in (one.weights, one.activations, one.kv_cache, one.reserve, one.total)]
-            for one in (rank.need for rank in ranks)
+            [size(count) for count in (part.weights, part.activations, part.kv_cache, part.reserve, part.total)]
+            for part in (rank.need for rank in ranks)
         ],
         "parts": _sized(parts),
-        "weights": _sized(list(found.weights.items())),
+        "weights": _sized(list(largest.weights.items())),
         "kv_cache": kv_cache,
-        "kv_token": size(round(found.kv_token)),
+        "kv_token": size(round(largest.kv_token)),
         "kv_block": size(kv.block_bytes),
         "kv_block_tokens": kv.block_tokens,
         "kv_whole": size(kv.bytes(kv.max_context)),
@@ -228,7 +227,7 @@ def memory(found: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) ->
 
 
 def _arena(arena: Arena) -> View:
-    """Drawings of a step's buffers in the arena, the first calls by themselves where there are many."""
+    """Drawings of a step's buffers in the arena: all calls, and of a long step also the first calls alone."""
     drawings = [figures.lifetimes(arena.buffers, arena.bytes, arena.calls, f"all {number(arena.calls)} calls of a step")]
     if arena.calls > _FIRST_CALLS:
         about = f"the first {_FIRST_CALLS} calls of a step"
@@ -241,12 +240,12 @@ def _arena(arena: Arena) -> View:
     }
 
 
-def coverage(found: Mapping[str, Any] | None) -> View | None:
+def coverage(statistics: Mapping[str, Any] | None) -> View | None:
     """Every entry of the coverage: numbers and texts as rows, long series of numbers as bars, other lists as tables."""
-    if not found:
+    if not statistics:
         return None
     view: View = {"rows": [], "plots": [], "tables": []}
-    for key, value in found.items():
+    for key, value in statistics.items():
         _cover(words(str(key)), value, view)
     return view
 
@@ -275,7 +274,8 @@ def _cover(title: str, value: Any, view: View) -> None:
 
 
 def _cover_rows(title: str, rows: Sequence[Mapping[str, Any]], view: View) -> None:
-    """A list of mappings: for ranges and for values of a label, bars of calibration requests beside all; else a table."""
+    """Add a list of mappings: ranges and values of a label as bars, which compare calibration requests with all requests;
+    anything else as a table."""
     labels = [f"{row['from']} to {row['to']}" if row.keys() >= {"from", "to"} else row.get("value") for row in rows]
     key = next((key for key in ("calibration_share", "calibration") if all(_real(row.get(key)) for row in rows)), "")
     if not key or None in labels:

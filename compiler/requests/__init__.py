@@ -1,4 +1,4 @@
-"""Selects a calibration set from production requests, without duplicates and personal data."""
+"""Select a calibration set from production requests, without duplicates and personal data."""
 
 from belle_compile.compiler.requests.calibration_set import CalibrationSet, open_set, write_set
 from belle_compile.compiler.requests.reader import Fields, RequestFile, read_requests

@@ -1,4 +1,4 @@
-"""Writes the directory of a calibration set, whole or not at all, and opens one with its digests checked."""
+"""Write the directory of a calibration set, whole or not at all, and open one with its digests checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 class CalibrationSet:
     """Requests to calibrate with (`calibration`), and requests that the accuracy gate runs (`holdout`).
 
-    `digest` is the SHA-256 of what `sha256sum calibration.jsonl holdout.jsonl` prints. It identifies the requests of both
+    `digest` is the SHA-256 of the output of `sha256sum calibration.jsonl holdout.jsonl`. It identifies the requests of both
     parts, whether they were read from a set or selected from a file in this process. `description` is the content of set.json.
     """
 
@@ -56,7 +56,8 @@ def write_set(
 ) -> dict[str, Any]:
     """Select requests from the file `source` and write the directory `output`; returns the content of set.json with `coverage`.
 
-    The same source, options and version give the same bytes. A call that raises CompileError leaves nothing behind.
+    The same source, options and version give the same bytes. Raises CompileError for a file whose content is not requests and
+    for an output that cannot be written; nothing is left behind then.
     """
     with AtomicDirectory(Path(output), replace=force, replaceable=is_set, kind="calibration set", marker=SET_NAME) as directory:
         made = _Made.from_file(source, options or SelectOptions(), field, answer, tokenizer, on_progress)

@@ -1,4 +1,4 @@
-"""Reports how well a selection covers its source: lengths, labels, tokens, and which requests were dropped and why."""
+"""Report how well a selection covers its source: lengths, labels, tokens, and numbers of dropped requests by reason."""
 
 from __future__ import annotations
 
@@ -111,20 +111,20 @@ def _share(part: int, whole: int) -> float:
 
 def notes(report: Mapping[str, Any]) -> list[str]:
     """Sentences that qualify the numbers of the report."""
-    requests, asked, found = report["requests"], report["asked_for"], []
+    requests, asked, sentences = report["requests"], report["asked_for"], []
     short = [f"{requests[name]} of {asked[name]} for {name}" for name in asked if requests[name] < asked[name]]
     if short:
-        found.append(f"Fewer requests than asked for were left: {' and '.join(short)}.")
+        sentences.append(f"Fewer requests than asked for were left: {' and '.join(short)}.")
     if report["tokens"]["tokenizer"] is None:
-        found.append("No tokenizer was given: lengths and coverage are in characters, and requests of token ids in those.")
+        sentences.append("No tokenizer was given: lengths and coverage are in characters, and requests of token ids in those.")
     if report["shared_beginning"]:
-        found.append(
+        sentences.append(
             f"Most requests begin with the same {report['shared_beginning']} characters, which were left out when near "
             "duplicates were looked for."
         )
     without = report["strata"]["without_calibration_request"]
     if without:
-        found.append(
+        sentences.append(
             f"{without} of {report['strata']['kept']} strata (length by label) have no calibration request: take a larger size."
         )
-    return found
+    return sentences

@@ -1,4 +1,4 @@
-"""Finds exact duplicates of earlier requests by digest, and near duplicates by MinHash and LSH."""
+"""Find exact duplicates of earlier requests by digest, and near duplicates by MinHash and LSH."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from belle_compile.compiler.requests.request import Request
 
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
-SHINGLE = 4  # characters, or token ids
+SHINGLE = 4  # characters or token ids of a shingle
 # 20 bands of 12 rows compare 76% of the pairs with a similarity of 0.8, 95% at 0.85 and 99.9% at 0.9, but only 4% at 0.6, a
 # similarity that requests made from one template often have. The standard deviation of the estimate is 0.02 at 0.9.
 _PERMUTATIONS, _BANDS, _SEED = 240, 20, 1
-_SHORTEST_SHARED, _FEWEST_SHARING = 32, 64  # characters; different texts to look at
+_SHORTEST_SHARED = 32  # characters of a beginning that is left out of comparisons, at least
+_FEWEST_SHARING = 64  # different texts that are needed to find such a beginning, at least
 
 
 class Duplicates:
@@ -25,8 +26,8 @@ class Duplicates:
 
     Two requests are exact duplicates if their texts are equal up to width, case and white space (`normalized`), whatever
     their labels and answers. They are near duplicates if MinHash estimates the Jaccard similarity of their character 4-grams
-    at `similarity` or more; 1 turns this off. System messages are not compared, nor is a common beginning of at least 32
-    characters that most requests of the first batch share: a preamble that all prompts have does not make them duplicates.
+    at `similarity` or more; 1 turns this off. Near duplicates are compared without system messages, and without a beginning of
+    at least 32 characters that most requests of the first batch share: a common preamble does not make prompts duplicates.
     """
 
     def __init__(self, similarity: float) -> None:
@@ -36,7 +37,7 @@ class Duplicates:
         self.shared_beginning: str | None = None
 
     def judge(self, requests: Sequence[Request]) -> list[str | None]:
-        """EXACT, NEAR or None (to keep) for each request of the next batch."""
+        """Judge each request of the next batch: EXACT, NEAR, or None for one to keep."""
         if self.shared_beginning is None and requests:
             self.shared_beginning = shared_beginning({_compared(request) for request in requests if request.token_ids is None})
         verdicts: list[str | None] = []
@@ -62,7 +63,7 @@ class Duplicates:
 
 
 def content_digest(request: Request) -> bytes:
-    """A digest of 16 bytes that is equal for exact duplicates."""
+    """The digest of a request's content, 16 bytes, which is equal for exact duplicates."""
     if request.token_ids is not None:
         return hashlib.blake2b(array("I", request.token_ids).tobytes(), digest_size=16, person=b"token ids").digest()
     return hashlib.blake2b(normalized(request.written()).encode(), digest_size=16).digest()
@@ -79,7 +80,8 @@ def shingles(text: str) -> list[str]:
 
 
 def shared_beginning(texts: set[str]) -> str:
-    """The longest prefix that more than half of the texts share; empty if it is short or there are few texts."""
+    """The longest prefix that more than half of the texts share; empty if it has fewer than 32 characters or there are fewer
+    than 64 texts."""
     ordered = sorted(texts)
     if len(ordered) < _FEWEST_SHARING:
         return ""
@@ -96,8 +98,8 @@ def shared_beginning(texts: set[str]) -> str:
 
 
 def _compared(request: Request) -> str:
-    """The normalized text of which near duplicates are found."""
+    """The normalized text that near duplicates are compared by."""
     if request.messages is None:
         return normalized(request.text or "")
-    told = [message["content"] for message in request.messages if message["role"] != "system"]
-    return normalized("\n".join(told) if told else request.written())
+    contents = [message["content"] for message in request.messages if message["role"] != "system"]
+    return normalized("\n".join(contents) if contents else request.written())

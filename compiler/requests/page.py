@@ -1,4 +1,4 @@
-"""Renders coverage.html: the coverage report as one page with plots that loads no other file."""
+"""Render coverage.html: the coverage report as one page with plots, which loads no other file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jinja2
 
 from belle_compile.compiler.requests.coverage import notes
 
-_SHOWN = 30  # values of a label
+_SHOWN = 30  # values of a label that are shown
 _SERIES = (("read", "all requests"), ("calibration", "calibration"), ("holdout", "held out"))
 
 

@@ -1,4 +1,4 @@
-"""Reads requests from JSON Lines, in the shapes that logs and data sets use, or from plain text."""
+"""Read requests from JSON Lines, in the shapes that logs and data sets use, or from plain text."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ class RequestFile:
         record = _record(text, where)
         self._first_record = self._first_record or record
         self._missing.difference_update(record)
-        shape, found_answer = _shape(record, self._fields, where)
+        shape, chat_answer = _shape(record, self._fields, where)
         labels = {name: _label(record.get(name), name, where) for name in self._fields.labels}
-        request = Request(**shape, answer=_answer(record, self._fields, where) or found_answer, labels=labels, line=number)
+        request = Request(**shape, answer=_answer(record, self._fields, where) or chat_answer, labels=labels, line=number)
         if "\\ud" in text or "\\uD" in text:
             _check_unicode(request, where)
         return request

@@ -1,7 +1,7 @@
-"""Replaces e-mail addresses, ID numbers and phone numbers in requests before anything is stored.
+"""Replace e-mail addresses, ID numbers and phone numbers in requests before anything is stored.
 
-Patterns cannot know what a number means, so they redact too much rather than too little: whatever looks like a phone number
-is replaced, even if it was the operand of a sum. Names and postal addresses are not replaced.
+Patterns cannot know what a number means, so they redact too much rather than too little: every number in the form of a phone
+number is replaced, even if it was the operand of a sum. Names and postal addresses are not replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PHONES = (
     r"(?<![A-Za-z)+])\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,4}\)?){2,5}",  # international
 )
 _PHONE = re.compile(rf"(?<![0-9])(?<![0-9][.,])(?:{'|'.join(_PHONES)})(?![0-9])", re.A)
-_FEWEST_INTERNATIONAL, _MOST_INTERNATIONAL = 8, 15  # digits, E.164
+_FEWEST_INTERNATIONAL, _MOST_INTERNATIONAL = 8, 15  # digits of an international number (E.164)
 
 
 def redact(request: Request) -> tuple[Request, Counter[str]]:
@@ -64,9 +64,9 @@ def redact_text(text: str, counts: Counter[str]) -> str:
     """Replace personal data by [EMAIL], [ID] and [PHONE]; adds the number of replacements to `counts`."""
     for kind, pattern, valid in (("email", _EMAIL, None), ("id", _ID, _is_id), ("phone", _PHONE, _is_phone)):
         plain = text.translate(_HALF_WIDTH) if not text.isascii() else text
-        found = [match for match in pattern.finditer(plain) if valid is None or valid(match)]
-        counts[kind] += len(found)
-        for match in reversed(found):
+        matches = [match for match in pattern.finditer(plain) if valid is None or valid(match)]
+        counts[kind] += len(matches)
+        for match in reversed(matches):
             text = f"{text[: match.start()]}[{kind.upper()}]{text[match.end() :]}"
     return text
 

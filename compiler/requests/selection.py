@@ -1,4 +1,4 @@
-"""Selects calibration and held-out requests from a stream: redacted, without duplicates, stratified, determined by a seed."""
+"""Select calibration and held-out requests from a stream: redacted, without duplicates, stratified, determined by a seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from belle_compile.compiler.requests.strata import Sample, Stratum, apportion, b
 from belle_compile.compiler.requests.units import Unit, Units
 
 EMPTY, SHORT, LONG = "empty", "too short", "too long"
-REASONS = (EMPTY, SHORT, LONG, EXACT, NEAR)  # why a request is dropped, in the order they are looked for
+REASONS = (EMPTY, SHORT, LONG, EXACT, NEAR)  # the reasons to drop a request, in the order in which they are checked
 
-_SHORTEST = 2  # characters of normalized text, or token ids
-_BATCH = 2048
-_MOST_VALUES = 1000  # of a label
+_SHORTEST = 2  # the fewest characters of normalized text, or token ids, of a request that is kept
+_BATCH = 2048  # requests
+_MOST_VALUES = 1000  # the most different values of a label
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def _unfit(request: Request, length: int, options: SelectOptions) -> str | None:
     """The reason why a request's length excludes it, or None."""
     if length > options.max_length:
         return LONG
-    own = len(normalized(request.written())) if request.token_ids is None else len(request.token_ids)
-    return None if own >= _SHORTEST else SHORT if own else EMPTY
+    content = len(normalized(request.written())) if request.token_ids is None else len(request.token_ids)
+    return None if content >= _SHORTEST else SHORT if content else EMPTY
 
 
 def _check_labels(read: Census) -> None:
@@ -179,7 +179,7 @@ def _priority(request: Request, seed: int) -> int:
 def _choose(
     samples: dict[Stratum, Sample], options: SelectOptions, kept: int
 ) -> tuple[tuple[Request, ...], tuple[Request, ...], int]:
-    """Divide requests into calibration and holdout, each by line; also count the strata without a calibration request."""
+    """Divide requests into calibration and holdout, each sorted by line, and count the strata without a calibration request."""
     places = options.size + options.holdout
     holdout_size = options.holdout
     if kept < places:

@@ -1,4 +1,4 @@
-"""Streams the lines of a file, plain, gzip or zstd, and digests the file while it is read."""
+"""Stream the lines of a file, plain, gzip or zstd, and digest the file while it is read."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Source:
             except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
                 found = f"damaged {kind} data after line {number} ({error})"
                 raise self._refuse(str(self.path), found, f"an intact {kind} file", "copy it again") from error
-            while buffered.read(_BUFFER):  # padding that the decompressor left
+            while buffered.read(_BUFFER):  # padding that the decompressor has not read
                 pass
             self.bytes, self.sha256 = raw.bytes, raw.digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Stratifies requests by length and labels, and apportions the places of a selection among the strata."""
+"""Stratify requests by length and labels, and apportion the places of a selection among the strata."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from belle_compile.compiler.requests.request import Request
 
-Stratum = tuple[int, tuple[str, ...]]  # bucket of the length, values of the labels
+Stratum = tuple[int, tuple[str, ...]]  # (bucket of the length, values of the labels)
 
 
 def bucket(length: int) -> int:
@@ -49,9 +49,8 @@ class Sample:
     def __init__(self, most: int) -> None:
         self.offered = 0
         self._most = most
-        self._heap: list[
-            tuple[int, int, Request]
-        ] = []  # highest priority first; line numbers differ, so that requests are never compared
+        # The highest priority is first; line numbers differ, so that requests are never compared.
+        self._heap: list[tuple[int, int, Request]] = []
 
     def offer(self, priority: int, request: Request) -> None:
         self.offered += 1

@@ -1,4 +1,4 @@
-"""The units in which requests are measured: tokens, or characters where no tokenizer is given."""
+"""The units in which requests are measured: tokens, or characters if no tokenizer is given."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Units(Protocol):
         """The units of each request, in order."""
 
     def spelled(self, unit: Unit) -> str:
-        """A unit as it is shown in reports."""
+        """The text of a unit in reports."""
 
 
 class Characters:
-    """Characters of texts and messages; the units of a request of token ids are its ids."""
+    """Units that are the characters of texts and messages, or the ids of a request of token ids."""
 
     name = "characters"
     source: dict[str, str] | None = None
@@ -42,7 +42,7 @@ class Characters:
 
 
 class Tokens:
-    """Tokens of texts and of message contents, without special tokens and prompt template."""
+    """Units that are the tokens of texts and of message contents, without special tokens and prompt template."""
 
     name = "tokens"
 
@@ -75,7 +75,7 @@ class Tokens:
 
 
 def open_units(tokenizer: str | Path | None) -> Units:
-    """Return the tokens of the tokenizer at a path (a tokenizer.json, a checkpoint or an engine), or characters for None."""
+    """Open the tokenizer at a path (a tokenizer.json, a checkpoint or an engine) for `Tokens`; return `Characters` for None."""
     if tokenizer is None:
         return Characters()
     path = Path(tokenizer).expanduser()
