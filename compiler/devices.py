@@ -1,4 +1,4 @@
-"""What engines are built for: devices with their instruction sets, memory and links, and targets of several of them."""
+"""The devices that engines are built for, with their instruction sets, memory and links, and targets of several devices."""
 
 from __future__ import annotations
 

@@ -57,9 +57,9 @@ _WORST = 5  # layers that the gate's error names
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for which target and to which directory.
+    """The arguments of a build: what to compile, for which target, and to which directory.
 
-    What is compiled: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
+    Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
     the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
     replaces the checkpoint's prompt template, by name or as a Jinja file. `tune` measures on this host which kernel variants

@@ -84,7 +84,7 @@ class RankedEngine:
             self._errors.seek(0)
             messages = self._errors.read().decode(errors="replace").strip().splitlines()
             found = messages[-1].removesuffix(".") if messages else f"exit code {self._process.returncode}"
-            raise EngineError("ranks", "they do not run here", found=found) from None
+            raise EngineError("ranks", "they cannot run on this host", found=found) from None
         if not good:
             raise EngineError(**answer)
         return answer

@@ -38,8 +38,8 @@ def unfused_calls(backend: Backend, whole: ir.Model, ranks: int) -> int:
 
 
 class Snapshots:
-    """Observer of a pipeline that keeps a copy of the graph after each of some passes, without values of weights. It calls
-    `on_pass` after every pass."""
+    """Observer of a pipeline that keeps a copy of the graph after each of the given passes; the copies hold no values of
+    weights. It calls `on_pass` after every pass."""
 
     def __init__(self, *passes: Pass, on_pass: OnPass | None = None) -> None:
         self._passes, self._on_pass = passes, on_pass

@@ -56,7 +56,7 @@ def sensitivity(
     """Rank the linear layers of CHECKPOINT by the damage that INT8 does to each alone.
 
     Each layer in turn is quantized in an otherwise unquantized model; its damage is the KL divergence of the predictions, in
-    nats a token. A run for each layer takes half the time of a whole one: minutes at 135 M parameters, hours at 7 B, where
+    nats a token. This takes half a run of the model for each layer: minutes at 135 M parameters, hours at 7 B, where
     --output-errors is the quick way.
 
     \b

@@ -37,7 +37,7 @@ KEYS = Keys(
 
 @dataclass(frozen=True, kw_only=True)
 class BloomConfig(ModelConfig):
-    """What config.json states about a BLOOM model."""
+    """The configuration of a BLOOM model, from config.json."""
 
     residual_after_norm: bool  # residual connections start after the norms, not before them
 

@@ -28,7 +28,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position: int
-    epsilon: float  # of the norms
+    epsilon: float  # the epsilon of the norms
     tied_head: bool  # the head's weight is the embedding table
 
     @property

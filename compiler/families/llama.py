@@ -31,7 +31,7 @@ KEYS = Keys(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """What config.json states about a LLaMA model, and which linear layers have biases."""
+    """The configuration of a LLaMA model, from config.json, and which of its linear layers have biases."""
 
     qkv_bias: bool
     o_bias: bool

@@ -16,7 +16,7 @@ View = dict[str, Any]
 
 MOST_LAYERS = 40
 _LEAST_KL = 1e-6  # a smaller divergence is rounding of float32
-_FIRST_CALLS = 40  # of a longer step, so many calls are also drawn alone: two or three layers, which look like all others
+_FIRST_CALLS = 40  # the first calls of a longer step are drawn alone, too: two or three layers, which look like all others
 _MOST_BARS = 60
 _MOST_IN_A_ROW = 4  # up to this many numbers are one row of text; more are a plot
 _PLOTTED = ("histogram", "shares", "dropped")  # titles with these endings are plots whatever the number of values
@@ -66,7 +66,7 @@ def built(report: Report) -> View:
 
 def _pass(record: PassRecord) -> View:
     options, notes = dict(record.options), list(record.refusals)
-    if isinstance(entries := options.pop("entries", None), list):  # of tune-kernels
+    if isinstance(entries := options.pop("entries", None), list):  # only tune-kernels has entries
         notes = [f"{name}: {line}" for name, line in tiling_rows(entries)] + notes
     shown = {words(name): value for name, value in options.items() if value not in ([], {}, "")}
     return {"name": record.name, "changes": number(record.changes), "options": phrase(shown), "notes": notes}

@@ -140,8 +140,8 @@ def _record(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "JSON out of bounds"
-        found = f"something else ({reason})"
+        reason = f"{error.msg} at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "out of bounds"
+        found = f"invalid JSON ({reason})"
     else:
         if isinstance(record, dict):
             return record

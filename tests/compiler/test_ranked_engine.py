@@ -46,10 +46,10 @@ def test_answers_and_logits_are_those_of_one_rank(checkpoint: Path, engine: Path
 
 
 def test_ranks_that_cannot_load_say_why(engine: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"ranks: they do not run here: found engine: .* is not an engine"):
+    with pytest.raises(EngineError, match=r"ranks: they cannot run on this host: found engine: .* is not an engine"):
         RankedEngine(tmp_path, 2)
     (tmp_path / "engine").symlink_to(engine)
-    with pytest.raises(EngineError, match="they do not run here: found engine: ranks: found 3, expected 2"):
+    with pytest.raises(EngineError, match="they cannot run on this host: found engine: ranks: found 3, expected 2"):
         RankedEngine(tmp_path / "engine", 3)
 
 
@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_ends_the_question(checkpoint: Path, engine: Path)
         ranked.logits([1, 2, 3])
         workers = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and _runs(int(entry), str(engine))]
         os.kill(max(workers), signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"they do not run here: found ranks: rank \d .* was killed by signal 9"):
+        with pytest.raises(EngineError, match=r"they cannot run on this host: found ranks: rank \d .* was killed by signal 9"):
             for _ in range(100):
                 ranked.logits([1, 2, 3])
     assert json.loads((engine / "manifest.json").read_text())["target"]["ranks"] == 2

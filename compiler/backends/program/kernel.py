@@ -27,7 +27,7 @@ def optional(present: object, name: str, dtype: str = "float32") -> Pointers:
 
 @dataclass(frozen=True)
 class View:
-    """Where row i of an activation starts: element i * stride + offset of its buffer."""
+    """The placement of an activation in its buffer: row i starts at element i * stride + offset."""
 
     stride: int
     offset: int = 0

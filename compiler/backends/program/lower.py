@@ -90,7 +90,7 @@ def _kv_dtype(backend: type[Lowering], kv_cache: str, quantized: bool, head_dim:
     """The type of the KV cache. Elements of bfloat16 are stored in pairs, so heads must have an even size."""
     if kv_cache == "bfloat16" and (backend.half != "bfloat16" or head_dim % 2):
         raise CompileError(
-            "kv cache", "bfloat16 cannot be had here", found=f"heads of {head_dim} for the backend {backend.backend}",
+            "kv cache", "bfloat16 is not available", found=f"heads of {head_dim} for the backend {backend.backend}",
             expected="heads of an even size on a CPU", remedy="use float16",
         )  # fmt: skip
     half = "float16" if head_dim % 2 else backend.half

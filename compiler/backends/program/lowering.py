@@ -65,7 +65,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value lies: in a buffer, `width` elements of each row from element `offset` on.
+    """The place of a value in a buffer: `width` elements of each row from element `offset` on.
 
     16-bit activations are stored as two `planes` of bytes, one after the other in each row.
     """

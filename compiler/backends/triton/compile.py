@@ -102,7 +102,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
     code: bytes = compiled.asm["cubin"]
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise CompileError("triton", f"kernel {kernel.name}", found="memory that Triton wants of its own", expected="none")
+        raise CompileError("triton", f"kernel {kernel.name}", found="scratch memory of Triton", expected="none")
     if metadata.shared > SHARED_BYTES[arch]:
         found, expected = f"{metadata.shared} bytes of shared memory on {arch}", f"at most {SHARED_BYTES[arch]}"
         raise CompileError("triton", f"kernel {kernel.name}", found=found, expected=expected, remedy="make its tile smaller")

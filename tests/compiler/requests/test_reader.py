@@ -125,9 +125,9 @@ def test_a_request_is_stored_and_read_again() -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ("{'text': 'a'}", "found something else (Expecting property name enclosed in double quotes at position 2), exp"),
+        ("{'text': 'a'}", "found invalid JSON (Expecting property name enclosed in double quotes at position 2), exp"),
         ('["secret"]', "found a list, expected a JSON object; write one object a line, with jq -c '.[]' for example"),
-        ("[" * 100_000, "found something else (JSON out of bounds)"),
+        ("[" * 100_000, "found invalid JSON (out of bounds)"),
         ("3", "found a single value, expected a JSON object"),
         ('{"query": "secret"}', "found the fields query, expected one of text, prompt, question, instruction, input, me"),
         ("{}", "found no fields, expected one of text"),

@@ -165,7 +165,7 @@ class ActivateChunks(Kernel):
 
     @property
     def chunk(self) -> int:
-        """Channels of a program."""
+        """Channels that a program computes."""
         return max(_CHUNK, self.whole.hadamard or 0)
 
     @property
@@ -199,7 +199,7 @@ class QuantizeChunks(Kernel):
 
     @property
     def columns(self) -> int:
-        """Channels of a program."""
+        """Channels that a program quantizes."""
         return _CHUNK
 
     @property

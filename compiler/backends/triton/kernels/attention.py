@@ -309,12 +309,12 @@ class _Attention(PagedKernel, kernels.Attention):
 
     @property
     def pairs(self) -> int:
-        """Pairs of a head that a program holds."""
+        """Pairs of a head that a program holds, padded to a size that its products allow."""
         return max(power_of_two(self.half), _LEAST)
 
     @property
     def columns(self) -> int:
-        """Elements of a value that a program holds."""
+        """Elements of a value that a program holds, padded likewise."""
         return max(power_of_two(self.head_dim), _LEAST)
 
 

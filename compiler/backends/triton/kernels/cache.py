@@ -178,12 +178,12 @@ class AppendKV(PagedKernel, kernels.AppendKV):
 
     @property
     def heads(self) -> int:
-        """Heads of a program."""
+        """Heads that a program appends, at most `_HEADS`."""
         return min(_HEADS, power_of_two(self.num_kv_heads))
 
     @property
     def padded(self) -> int:
-        """Pairs of a head that a program holds."""
+        """Pairs of a head that a program holds, a power of two."""
         return power_of_two(self.half)
 
     def start(self) -> Start:

@@ -23,7 +23,7 @@ class _Columns(Kernel):
 
     @property
     def columns(self) -> int:
-        """Columns of a program."""
+        """Columns that a program computes."""
         return min(_COLUMNS, power_of_two(self.width))
 
     def start(self) -> Start:

@@ -48,7 +48,7 @@ class TileRows:
         self.tokens = [(half * TILE, plane) for half in range(2 // self.planes) for plane in range(self.planes)]
 
     def take(self, rows: Expr, group: int, wide: int) -> None:
-        """Emit the loops: a parallel task has `group` panels and takes `wide` of them at a time."""
+        """Emit the loops: a parallel task has `group` panels and multiplies `wide` of them at a time."""
         blocks = tir.bind(T.floordiv(rows + (self.rows_of_block - 1), tir.i64(self.rows_of_block)))
 
         def task(index: Expr) -> None:

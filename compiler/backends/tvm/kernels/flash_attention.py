@@ -75,10 +75,10 @@ class FlashAttention(ABC):
     @classmethod
     @abstractmethod
     def takes(cls, shape: kernels.Attention, isa: Isa, rows: int) -> bool:
-        """Whether tasks of up to `rows` rows can be computed this way."""
+        """Whether the class can compute tasks of up to `rows` rows."""
 
     def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
-        """`heads_in_turn`: a thread takes a part of all heads before the next part."""
+        """With `heads_in_turn`, a thread computes a part for all heads before the next part."""
         self.shape, self.isa, self.rows, self.heads_in_turn = shape, isa, rows, heads_in_turn
         self.dim, self.group, self.cache = shape.head_dim, shape.group, CacheBlocks.of(shape)
         self.padded = round_up(self.dim, LANES)

@@ -167,7 +167,7 @@ class GroupSums:
 
 
 class VnniGroups(GroupSums):
-    """One vpdpbusd takes 4 inputs of 16 outputs."""
+    """Products by vpdpbusd, which multiplies 4 inputs of 16 outputs at once."""
 
     lanes = PANEL
     together = 1

@@ -226,7 +226,7 @@ class SumBlock:
 
 
 class VnniBlock(SumBlock):
-    """One vpdpbusd takes 4 inputs of 16 outputs."""
+    """Products by vpdpbusd, which multiplies 4 inputs of 16 outputs at once."""
 
     lanes = PANEL
 

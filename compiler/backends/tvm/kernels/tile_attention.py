@@ -149,7 +149,7 @@ class TileAttention(FlashAttention):
         of(1)
 
     def _soften_blocks(self, chunk: Chunk, m: Expr, pairs: int) -> None:
-        """powers[m] becomes 2**(score - maximum) for the tokens of so many pairs of blocks, 0 for those that the query must not
+        """Set powers[m] to 2**(score - maximum) for the tokens of `pairs` pairs of blocks, 0 for those that the query must not
         see."""
         scores = tir.bind(m * SCORES)
         last = self._position_in(chunk, m)

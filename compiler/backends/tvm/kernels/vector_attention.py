@@ -119,7 +119,7 @@ class VectorAttention(FlashAttention):
         tir.for_range(self.task.used, soften)
 
     def _soften_query(self, m: Expr, line: Expr, last: Expr, masked: bool) -> None:
-        """scores[m] becomes exp(score - maximum), 0 for tokens behind `last`; times the scale of the value, if any."""
+        """Set scores[m] to exp(score - maximum) times the scale of the value, if any; 0 for tokens after `last`."""
 
         def visible(v: int) -> Expr:
             return tir.lane_numbers(v * LANES) <= tir.splat(last)

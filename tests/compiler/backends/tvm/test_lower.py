@@ -140,5 +140,5 @@ def test_heads_of_an_odd_size_have_a_float16_cache() -> None:
         return lower(model, calls_before_fusion=0, kv_cache=kv_cache).program.kv.dtype
 
     assert lowered("auto") == "float16"
-    with pytest.raises(CompileError, match=r"^kv cache: bfloat16 cannot be had here: found heads of 5 for the backend tvm"):
+    with pytest.raises(CompileError, match=r"^kv cache: bfloat16 is not available: found heads of 5 for the backend tvm"):
         lowered("bfloat16")
