@@ -102,7 +102,8 @@ def build(checkpoint: Path, gate: Gate | None, verbose: bool, as_json: bool, **r
 def repartition(engine: Path, as_json: bool, **request: Any) -> None:
     """Make an engine for another number of ranks from ENGINE, without its checkpoint; nothing is quantized again.
 
-    Weights, programs and kernels are those of a build for this target, byte for byte.
+    Weights, programs and kernels are those of a build for this target, byte for byte, if that build would choose the same
+    block size for the online rotation (see docs/ranks.md).
 
     \b
     Examples:

@@ -49,7 +49,7 @@ class TritonBackend(ProgramBackend):
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if recipe.weights.bits < _INT8_BITS:
-            return f"int{recipe.weights.bits} weights, for which there is no kernel; build with --quant int8, or for a CPU"
+            return f"int{recipe.weights.bits} weights, for which it has no kernel"
         return super().refusal(target, recipe)
 
     def tuning_refusal(self, target: Target) -> str:
