@@ -43,11 +43,16 @@ Examples:
 @click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0 is off.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens of this mass; 1 is off.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes tokens of prompt and answer less likely.")
+@click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the best one's probability; 0 is off.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Above 0 makes tokens that the answer has less likely.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="The same, as many times as the answer has the token.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--max-new-tokens", type=int, help="End the answer after this many tokens.")
+@click.option("--min-tokens", type=int, default=0, help="Do not choose an end-of-sequence token before this many tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--prompt-lookup", type=int, default=0, metavar="N", help="Guess up to N tokens a step from earlier text.")
+@click.option("--logprobs", type=int, metavar="N", help="With --json: log probabilities, and N alternatives a token.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
@@ -65,6 +70,8 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
 
     What is not set here comes from the engine's generation defaults.
     """
+    if options["logprobs"] is not None and not options["as_json"]:
+        raise click.UsageError("--logprobs needs --json")
     os.environ[ranks.TIMEOUT] = str(options["rank_timeout"])  # read by `Engine.load`
     place = ranks.place()
     line = ranks.Line(place) if place and ranks.supervised() else None

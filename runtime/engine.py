@@ -7,9 +7,10 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,17 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
-from belle_compile.runtime.serving.generation import Generation, Result, Timings
+from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result, Timings
 from belle_compile.runtime.serving.request import Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.scoring import Scoring
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Prompt", "Result", "Stream", "Timings"]
+__all__ = ["Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
 
-# A question, a chat of {"role", "content"} messages, or token ids, to which neither template nor BOS is added.
-Prompt = str | Sequence[Message] | Sequence[int]
+# A question, a chat of {"role", "content"} messages, token ids, to which neither template nor BOS is added, or a request that
+# `Engine.resolve` returned, which has its sampling parameters.
+Prompt = str | Sequence[Message] | Sequence[int] | Request
 
 
 class Engine:
@@ -52,7 +54,7 @@ class Engine:
         # guesses included.
         self._loop = StepLoop(executor, draft_until=manifest.model.dimensions.get("dynamic_rope_from"))
         self._limits = self._loop.scheduler.limits
-        self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits)
+        self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
         self._stop = weakref.finalize(self, self._loop.stop)
 
     @classmethod
@@ -97,27 +99,53 @@ class Engine:
         *,
         raw: bool = False,
     ) -> list[Result]:
-        """Answer prompts together; returns results in the order of the prompts.
+        """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
         chats always.
         """
-        batch: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        per_prompt = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(per_prompt) != len(batch):
-            found, expected = str(len(per_prompt)), f"{len(batch)}, one a prompt"
-            raise EngineError("request", "sampling parameters", found=found, expected=expected)
-        requests = [self.resolve(prompt, p, raw=raw) for prompt, p in zip(batch, per_prompt, strict=True)]
-        generations = [Generation(request, self.tokenizer) for request in requests]
+        generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, raw=raw)]
         self._run(generations)
         return [generation.result() for generation in generations]
 
+    def resolve_all(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        raw: bool = False,
+    ) -> list[Request]:
+        """Return the requests that `generate` serves, one for each answer."""
+        batch: list[Any] = [prompts] if _is_one_prompt(prompts) else [*cast(Sequence[Prompt], prompts)]
+        per_prompt = list(params) if isinstance(params, Sequence) else [params] * len(batch)
+        if len(per_prompt) != len(batch):
+            found, expected = str(len(per_prompt)), f"{len(batch)}, one a prompt"
+            raise EngineError("request", "sampling parameters", found=found, expected=expected)
+        requests = []
+        for prompt, p in zip(batch, per_prompt, strict=True):
+            requests += self.resolve(prompt, p, raw=raw).answers(int(p.n) if p else 1)
+        return requests
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
-        return Stream(self, self._loop, self.resolve(prompt, params, raw=raw))
+        return Stream(self, self._resolve_one(prompt, params, raw))
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Begin to answer resolved requests."""
+        self._loop.submit(generations)
+
+    def withdraw(self, job: Job) -> None:
+        """Drop a job before the next step. Takes no lock: the garbage collector may call it anywhere."""
+        self._loop.withdraw(job)
 
     def resolve(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Request:
-        """Return the request that `generate` and `stream` serve: token ids, and the engine's values where `params` has None."""
+        """Return the request for the first answer to a prompt: token ids, and the engine's values where `params` has None."""
+        if isinstance(prompt, Request):
+            if params is not None:
+                raise EngineError("request", "sampling parameters", found="a request and parameters", expected="one of them")
+            return prompt
+        if params is not None and not isinstance(params, SamplingParams):
+            raise EngineError("request", "params", found=type(params).__name__, expected="SamplingParams")
         return Request.resolve(self.encode(prompt, raw=raw), params or SamplingParams(), self._defaults)
 
     def logits(self, token_ids: Sequence[int], *, start: int = 0) -> NDArray[np.float32]:
@@ -160,6 +188,8 @@ class Engine:
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids that the model is given for a prompt."""
+        if isinstance(prompt, Request):
+            return list(prompt.prompt)
         if isinstance(prompt, str):
             return self._encode_text(prompt if raw else self._template.render([{"role": "user", "content": prompt}]))
         items: list[Any] = list(prompt)
@@ -177,6 +207,13 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _resolve_one(self, prompt: Prompt, params: SamplingParams | None, raw: bool) -> Request:
+        request = self.resolve(prompt, params, raw=raw)
+        if params is not None and params.n != 1:
+            remedy = "stream each of Engine.resolve(prompt, params).answers(n)"
+            raise EngineError("sampling", "n", found=str(params.n), expected="1, for a stream is one answer", remedy=remedy)
+        return request
+
     def _run(self, jobs: Sequence[Job]) -> None:
         """Submit jobs and wait until all are done."""
         try:
@@ -186,7 +223,7 @@ class Engine:
         finally:  # an interrupt leaves no job behind
             for job in jobs:
                 if not job.done.is_set():
-                    self._loop.withdraw(job)
+                    self.withdraw(job)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._check_ids(self.tokenizer.encode(text))
@@ -205,19 +242,19 @@ class Engine:
 
 
 def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))
+    return isinstance(prompts, (str, Request)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))
 
 
 class Stream(Iterator[str]):
-    """An iterator over the pieces of an answer as they are generated. Closing it before the end drops the request."""
+    """An iterator over the pieces of an answer's text as they are generated. Closing it before the end drops the request."""
 
-    def __init__(self, engine: Engine, loop: StepLoop, request: Request) -> None:
+    def __init__(self, engine: Engine, request: Request) -> None:
         self._engine = engine  # kept alive while it is read
-        self._loop = loop
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._ended = False
-        self._generation = Generation(request, engine.tokenizer, self._pieces.put)
-        loop.submit([self._generation])
+        self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
+        self._generation = Generation(request, engine.tokenizer, self._pieces.put, partial(self._pieces.put, None))
+        engine.submit([self._generation])
 
     @property
     def result(self) -> Result:
@@ -227,17 +264,29 @@ class Stream(Iterator[str]):
         return self._generation.result()
 
     def __next__(self) -> str:
+        while (piece := self._next_piece()) is not None:
+            text, self._read = piece
+            if text:
+                return text
+        raise StopIteration
+
+    def deltas(self) -> Iterator[Delta]:
+        """Yield the pieces with their token ids and log probabilities, in place of iterating over the text."""
+        while (piece := self._next_piece()) is not None:
+            start, self._read = self._read, piece[1]
+            yield self._generation.delta(piece, start)
+
+    def _next_piece(self) -> Piece | None:
         piece = None if self._ended else self._pieces.get()
         if piece is None:
             self._ended = True
             self._generation.result()  # raises the error the request ended with, if any
-            raise StopIteration
         return piece
 
     def close(self) -> None:
         """Drop the request if it is under way."""
         if not self._generation.done.is_set():
-            self._loop.withdraw(self._generation)
+            self._engine.withdraw(self._generation)
 
     def __enter__(self) -> Stream:
         return self

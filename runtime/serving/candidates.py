@@ -1,13 +1,18 @@
 """The largest logits in place of all: what sampling needs from a GPU, and from each rank.
 
-A request that samples among its k likeliest tokens (greedy: 1), and has m tokens whose logits a repetition penalty of at
-least 1 lowers, needs from every rank the n = k + m largest logits and those equal to the n-th. Proof. Penalised logits p are
-never above raw ones l, and equal for all but m tokens. Let t be the k-th largest p of the whole vocabulary, v a token with
-p(v) >= t, and say that its rank has n tokens with l above l(v). Of these at least k are not penalised, and have
-p = l > l(v) >= p(v) >= t: so k tokens are above the k-th largest, which cannot be. Hence every token with p(v) >= t, ties with
-the k-th included, is among what its rank sends. Of those alone the k-th largest p is t too, and those that
-reach it are the same tokens in the same order, with the same values. With k = 1 they are those equal to the maximum, of which
-argmax takes the lowest id.
+A request that samples among its k likeliest tokens (greedy: 1), and has m tokens whose logits are lowered, needs from every
+rank the n = k + m largest logits and those equal to the n-th. What lowers a logit is a repetition penalty of at least 1, a
+frequency or presence penalty of at least 0, a negative bias, and -inf for a token that must not end the answer yet; rounding to
+float32 raises none above where it was. Proof. Penalised logits p are never above raw ones l, and equal for all but m tokens.
+Let t be the k-th largest p of the whole vocabulary, v a token with p(v) >= t, and say that its rank has n tokens with l above
+l(v). Of these at least k are not penalised, and have p = l > l(v) >= p(v) >= t: so k tokens are above the k-th largest, which
+cannot be. Hence every token with p(v) >= t, ties with the k-th included, is among what its rank sends. Of those alone the k-th
+largest p is t too, and those that reach it are the same tokens in the same order, with the same values. With k = 1 they are
+those equal to the maximum, of which argmax takes the lowest id. Top-p and min-p choose among these tokens by their values only.
+Should t be -inf, fewer than k tokens are not lowered, so that n is above the size of the vocabulary and everything is sent.
+
+All logits are needed where one may rise (a repetition penalty below 1, a frequency or presence penalty below 0, a positive
+bias), for a token from far behind may come to the front; and for log probabilities, which divide by a sum over the vocabulary.
 
 A rank sends its whole row where candidates would be as long, and where logits are not finite.
 """

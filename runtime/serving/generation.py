@@ -6,9 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from belle_compile.runtime.serving.candidates import Row, Rows
+from belle_compile.runtime.serving.logprobs import TokenLogprob, token_logprob
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
 from belle_compile.runtime.serving.scheduler import Sequence
@@ -34,10 +37,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """An answer. `token_ids` are all tokens generated, an end-of-sequence token included; `text` ends before that token.
+    """An answer. `token_ids` are all tokens generated, an end-of-sequence or stop token included; `text` ends before that one.
 
-    `finish_reason` is "stop" (end-of-sequence token or stop string) or "length" (max_new_tokens or the context's end). With
-    prompt lookup, `drafted` tokens were guessed, of which `accepted` are in the answer.
+    `finish_reason` is "stop" (end-of-sequence token, stop token or stop string) or "length" (max_new_tokens or the context's
+    end). With prompt lookup, `drafted` tokens were guessed, of which `accepted` are in the answer.
+
+    `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs` one for each of `prompt_token_ids`: None for the
+    first, which follows nothing. Both are None unless they were asked for.
     """
 
     prompt_token_ids: list[int]
@@ -47,20 +53,52 @@ class Result:
     timings: Timings
     drafted: int = 0
     accepted: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Delta(NamedTuple):
+    """A piece of an answer: text, and the tokens that came since the piece before.
+
+    The texts joined are the answer's text, the tokens joined its tokens. The first characters of a text may belong to tokens of
+    an earlier piece, where a character was not complete or a stop string could begin. The last piece may have no text, but the
+    token that ends the answer. `logprobs` has an entry for each token, or is None unless log probabilities were asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+Piece = tuple[str, int]  # what a `Delta` is made of: text, and the number of tokens that prompt and answer have with it
 
 
 class Generation:
     """A request under way; a job of the step loop, which calls `accept` with the logits of each step until `done` is set.
 
-    `on_piece` is called on the loop's thread with every piece of the text, and with None after the last. Without `on_piece`
-    and without stop strings the text is not decoded piece by piece: `result` decodes it at once, on its caller's thread.
+    `on_piece` is called on the loop's thread with every piece of the answer, and `on_end` once after the last, when `done` is
+    set. Without `on_piece` and without stop strings the text is not decoded piece by piece: `result` decodes it at once, on its
+    caller's thread. `delta` adds to a piece what else belongs to it.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, on_piece: Callable[[str | None], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        on_piece: Callable[[Piece], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         self.request = request
-        self.sequence = Sequence(request.prompt, request.max_new_tokens, request.prompt_lookup)
+        logits_from = None if request.prompt_logprobs is None else 0
+        self.sequence = Sequence(request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from)
         self.done = threading.Event()
         self._on_piece = on_piece
+        self._on_end = on_end
+        self._end_ids = frozenset(request.end_ids)
+        self._logprobs: list[TokenLogprob] | None = None if request.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None if request.prompt_logprobs is None else [None]
+        self._unscored = 0 if request.prompt_logprobs is None else len(request.prompt) - 1  # tokens of the prompt
+        self._emitted = len(request.prompt)  # tokens of the prompt and of the pieces so far
         self._finish_reason: FinishReason | None = None
         self._error: BaseException | None = None
         self._sampler = Sampler(request)
@@ -78,25 +116,45 @@ class Generation:
 
     def candidates(self) -> int:
         """Return how many of the largest logits of each row of the next step can decide its token; 0 for all."""
-        return self._sampler.candidates(self.sequence.drafted)
+        return 0 if self._unscored else self._sampler.candidates(self.sequence.drafted)
 
     def accept(self, logits: Rows) -> None:
         """Choose the next tokens from `logits` [1 + drafts], which are overwritten, and end the answer where they end it.
 
         Row i + 1 has the logits after draft i, so it is valid only if the token chosen from row i is that draft. Rows that are
-        not valid are never sampled from: tokens and random numbers are those of an answer without drafts.
+        not valid are never sampled from: tokens and random numbers are those of an answer without drafts. Before these rows
+        come those after the prompt's tokens except its last, if its log probabilities were asked for.
         """
         for row in logits:
-            if not self._accept(row) or self.done.is_set():
+            if self._unscored:
+                self._score_prompt(row)
+            elif not self._accept(row) or self.done.is_set():
                 return
+
+    def _score_prompt(self, logits: Row) -> None:
+        """Add the log probability of the prompt's next token."""
+        sequence, top = self.sequence, self.request.prompt_logprobs
+        assert self._prompt_logprobs is not None and top is not None and isinstance(logits, np.ndarray), "asked for"
+        self._unscored -= 1
+        sequence.logits_from += 1  # should the sequence be computed anew, this row is not needed again
+        self._prompt_logprobs.append(token_logprob(logits, self.request.prompt[sequence.logits_from], top))
 
     def _accept(self, logits: Row) -> bool:
         """Add the next token; returns whether it was drafted."""
+        if self._logprobs is None:
+            return self._append(self._sampler.sample(logits))
+        assert self.request.logprobs is not None and isinstance(logits, np.ndarray), "all logits were asked for"
+        raw = logits.copy()  # before penalties are written into them
         token = self._sampler.sample(logits)
+        self._logprobs.append(token_logprob(raw, token, self.request.logprobs))
+        return self._append(token)
+
+    def _append(self, token: int) -> bool:
+        """Add a token, and end the answer if it is the last one; returns whether it was drafted."""
         drafted = self.sequence.append(token)
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        if token in self.request.eos_ids:
+        if token in self._end_ids:
             self._finish("stop")
             return drafted
         if self._in_pieces:
@@ -106,6 +164,13 @@ class Generation:
         elif self.sequence.length == self.sequence.max_length:
             self._finish("length")
         return drafted
+
+    def delta(self, piece: Piece, start: int) -> Delta:
+        """Return a piece with its tokens, those of prompt and answer from number `start` on; may be called on any thread."""
+        text, stop = piece
+        tokens = tuple(self.sequence.tokens[start:stop].tolist())
+        first = self.sequence.prompt_length
+        return Delta(text, tokens, None if self._logprobs is None else tuple(self._logprobs[start - first : stop - first]))
 
     def fail(self, error: BaseException) -> None:
         """End the request; `result` raises `error`."""
@@ -123,12 +188,14 @@ class Generation:
         timings = Timings(self._first - self._started, decode_s, self._first - self._arrived, rate)
         lookup = self.sequence.lookup
         counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
-        return Result(list(self.request.prompt), tokens, self._whole_text(tokens), self._finish_reason, timings, *counts)
+        text, prompt = self._whole_text(tokens), list(self.request.prompt)
+        scores = (self._logprobs, self._prompt_logprobs)
+        return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores)
 
     def _whole_text(self, tokens: list[int]) -> str:
         if self._in_pieces:
             return "".join(self._text)
-        ended_by_token = tokens[-1] in self.request.eos_ids
+        ended_by_token = tokens[-1] in self._end_ids
         return self._tokenizer.decode(tokens[:-1] if ended_by_token else tokens)
 
     def _finish(self, reason: FinishReason) -> None:
@@ -141,13 +208,16 @@ class Generation:
         self._end(reason)
 
     def _end(self, reason: FinishReason | None) -> None:
+        if reason and self._on_piece and self._emitted < self.sequence.length:
+            self._on_piece(("", self.sequence.length))
         self._finish_reason = reason
         self.done.set()
-        if self._on_piece:
-            self._on_piece(None)
+        if self._on_end:
+            self._on_end()
 
     def _emit(self, piece: str) -> None:
         if piece:
             self._text.append(piece)
             if self._on_piece:
-                self._on_piece(piece)
+                self._emitted = self.sequence.length
+                self._on_piece((piece, self._emitted))

@@ -5,17 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 
-KEY_VERSION = 1  # version of the fields that `Request.key` digests, and of their encoding
+KEY_VERSION = 2  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
 NOT_IN_KEY = frozenset({"prompt_lookup"})
+
+GREEDY_BELOW = 1e-6  # below this temperature the most likely token is taken: dividing by it would overflow float32
+
+MAX_SEED = 2**64 - 1
+MAX_ANSWERS = 128  # of one prompt
+MAX_LOGPROBS = 20  # alternatives of a token
+MAX_BIASES = 1024
+MAX_STOPS = 64  # strings, and as many ids
+MAX_STOP_LENGTH = 1024  # characters
+
+Biases = tuple[tuple[int, float], ...]  # (token id, bias), in ascending order of ids
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,19 @@ class SamplingParams:
     end-of-sequence token unless `ignore_eos`, or before the first of the `stop` strings, which is left out of the text.
     `prompt_lookup` is the number of tokens that may be guessed per step from prompt and answer so far (0: none): answers that
     quote become faster, and no answer changes.
+
+    `min_p` removes tokens less likely than this share of the most likely token's probability (0: off). `presence_penalty` is
+    subtracted from the logit of each token that the answer has, and `frequency_penalty` as many times as the answer has it.
+    As in OpenAI's API, the prompt does not count. `logit_bias` maps token ids to what is added to their logits; it is stored
+    as sorted pairs. No token that would end the answer is chosen before the answer has `min_tokens` tokens; stop strings end
+    it nevertheless. `stop_token_ids` end an answer even with `ignore_eos`, and are left out of the text. The order in which
+    all of these apply is that of `sampling.Sampler`.
+
+    `logprobs` asks for the log probability of each token of the answer and of so many of the most likely tokens in its place,
+    `prompt_logprobs` for those of the prompt's tokens; None asks for none. `runtime/serving/logprobs.py` defines them.
+
+    `n` answers are given to the prompt. All are equal if greedy. With a seed, answer 0 is the answer of n=1, and answer i > 0
+    draws its random numbers from `numpy.random.SeedSequence(seed, spawn_key=(i,))`.
     """
 
     temperature: float | None = None
@@ -38,23 +63,37 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prompt_lookup: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Biases = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
-        """Raise `EngineError` for a value of another type or outside of its range; a single stop string becomes a tuple."""
-        is_list = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
-        object.__setattr__(self, "stop", tuple(self.stop) if is_list else (self.stop,))
-        _check_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 or more")
-        _check_whole("top_k", self.top_k, 0, "0 (off) or more")
-        _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda v: 0 < v < math.inf, "above 0")
-        _check_whole("max_new_tokens", self.max_new_tokens, 1, "1 or more")
-        _check_whole("seed", self.seed, 0, "0 or more")
-        _check_whole("prompt_lookup", self.prompt_lookup, 0, "0 (off) or more")
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise EngineError("sampling", "a stop string", found=repr(text), expected="text")
-            if not text:
-                raise EngineError("sampling", "a stop string is empty", remedy="leave it out")
+        """Raise `EngineError` for a value of another type or outside of its range; sequences and mappings become tuples."""
+        _check_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 or more", optional=True)
+        _check_whole("top_k", self.top_k, 0, math.inf, "0 (off) or more", optional=True)
+        _check_number("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1", optional=True)
+        _check_number("repetition_penalty", self.repetition_penalty, lambda v: 0 < v < math.inf, "above 0", optional=True)
+        _check_whole("seed", self.seed, 0, MAX_SEED, "0 or more, below 2 to the power of 64", optional=True)
+        _check_whole("max_new_tokens", self.max_new_tokens, 1, math.inf, "1 or more", optional=True)
+        _check_whole("prompt_lookup", self.prompt_lookup, 0, math.inf, "0 (off) or more")
+        _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 (off) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), lambda v: -2 <= v <= 2, "-2 to 2")
+        _check_whole("min_tokens", self.min_tokens, 0, math.inf, "0 (off) or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS} alternatives", optional=True)
+        _check_whole("n", self.n, 1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers")
+        if type(self.ignore_eos) is not bool:
+            raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
 
 @dataclass(frozen=True)
@@ -81,11 +120,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """What an engine adds to a request: values that it leaves open, the ids that end an answer, and the longest sequence."""
+    """What an engine adds to a request: values that it leaves open, the ids that end an answer, the longest sequence, and the
+    number of tokens in the vocabulary."""
 
     generation: GenerationDefaults
     eos_ids: tuple[int, ...]
     limits: Limits
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +145,8 @@ class Request:
     """A request with every default resolved: all that its answer depends on besides the engine.
 
     An answer ends at one of the `eos_ids`, which are empty when end-of-sequence tokens are ignored. A `seed` of None draws
-    other random numbers each time. The other fields are those of `SamplingParams`.
+    other random numbers each time. `answer` is the number of this answer among the `n` of its prompt; a request is for one of
+    them. The other fields are those of `SamplingParams`.
     """
 
     prompt: tuple[int, ...]
@@ -117,18 +159,33 @@ class Request:
     stop: tuple[str, ...]
     eos_ids: tuple[int, ...]
     prompt_lookup: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Biases
+    min_tokens: int
+    stop_token_ids: tuple[int, ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+    answer: int
 
     @classmethod
     def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
-        """Fill in what `params` leaves open; raises `EngineError` when prompt and answer are too long.
+        """Return the first of the answers that `params` asks for, with what it leaves open filled in.
 
-        A `max_new_tokens` of `params` is kept or refused. The engine's default is cut to the room after the prompt.
+        Raises `EngineError` when prompt and answer are too long, and for token ids outside of the vocabulary. A
+        `max_new_tokens` of `params` is kept or refused. The engine's default is cut to the room after the prompt.
         """
         generation, limits = defaults.generation, defaults.limits
         limits.check(len(prompt) + 1, "the prompt and one token are too long")
         room = limits.capacity - len(prompt)
         max_new_tokens = min(generation.max_new_tokens, room) if params.max_new_tokens is None else int(params.max_new_tokens)
         limits.check(len(prompt) + max_new_tokens, "prompt and max_new_tokens are too long")
+        if params.min_tokens > max_new_tokens:
+            raise _refusal("min_tokens", params.min_tokens, f"at most {max_new_tokens}, the longest answer")
+        biases, vocab_size = cast(Biases, params.logit_bias), defaults.vocab_size
+        _check_vocabulary("logit_bias", [token for token, _ in biases], vocab_size)
+        _check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
 
         def resolved(name: str) -> Any:
             value = getattr(params, name)
@@ -138,14 +195,40 @@ class Request:
             prompt=tuple(prompt),
             max_new_tokens=max_new_tokens,
             temperature=float(resolved("temperature")),
-            top_k=int(resolved("top_k")),
+            top_k=top_k if (top_k := int(resolved("top_k"))) < vocab_size else 0,
             top_p=float(resolved("top_p")),
             repetition_penalty=float(resolved("repetition_penalty")),
             seed=None if params.seed is None else int(params.seed),
             stop=params.stop,
             eos_ids=() if params.ignore_eos else tuple(defaults.eos_ids),
             prompt_lookup=int(params.prompt_lookup),
+            min_p=float(params.min_p),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            logit_bias=tuple((token, bias) for token, bias in biases if bias),
+            min_tokens=int(params.min_tokens),
+            stop_token_ids=params.stop_token_ids,
+            logprobs=None if params.logprobs is None else int(params.logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else int(params.prompt_logprobs),
+            answer=0,
         )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, so that nothing depends on random numbers."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the answer and are left out of its text: `eos_ids` and `stop_token_ids`."""
+        return (*self.eos_ids, *self.stop_token_ids)
+
+    def answers(self, n: int) -> list[Request]:
+        """Return the requests for `n` answers to the prompt, this one first.
+
+        Greedy answers are equal, and so are their requests and keys.
+        """
+        return [self, *(self if self.greedy else replace(self, answer=i) for i in range(1, n))]
 
     def key(self, engine: EngineIdentity) -> str:
         """SHA-256 in hex of the engine and of every field of this record (a subclass's too) but those in `NOT_IN_KEY`.
@@ -179,14 +262,74 @@ def _named_fields(record: Request | EngineIdentity) -> tuple[tuple[str, object],
     return tuple((field.name, getattr(record, field.name)) for field in fields(record))
 
 
-def _check_number(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    if value is not None and not (_is_number(value) and holds(value)):
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    texts = _several("stop", "strings", [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else stop, MAX_STOPS)
+    for text in texts:
+        if not isinstance(text, str):
+            raise EngineError("sampling", "stop", found=_shown(text), expected="text, or several")
+        if not text:
+            raise EngineError("sampling", "stop", found="an empty string", remedy="leave it out")
+        if len(text) > MAX_STOP_LENGTH:
+            found, expected = f"a string of {len(text)} characters", f"at most {MAX_STOP_LENGTH}"
+            raise EngineError("sampling", "stop", found=found, expected=expected)
+    return tuple(texts)
+
+
+def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Return token ids in ascending order, each once."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise _refusal(name, ids, "several token ids")
+    items = _several(name, "token ids", ids, MAX_STOPS)
+    for token in items:
+        _check_whole(name, token, 0, math.inf, "token ids, 0 or more")
+    return tuple(sorted({int(token) for token in items}))
+
+
+def _biases(biases: Any) -> Biases:
+    """Return the biases of a mapping, or of pairs as this function returns them, in ascending order of token ids."""
+    if not isinstance(biases, (Mapping, tuple)):
+        raise _refusal("logit_bias", biases, "a mapping of token ids to numbers")
+    pairs = _several("logit_bias", "entries", biases.items() if isinstance(biases, Mapping) else biases, MAX_BIASES)
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise _refusal("logit_bias", pair, "pairs of a token id and a number")
+        _check_whole("logit_bias", pair[0], 0, math.inf, "token ids, 0 or more")
+        _check_number("logit_bias", pair[1], lambda v: -100 <= v <= 100, "biases from -100 to 100")
+    bias_of = {int(token): float(bias) for token, bias in pairs}
+    if len(bias_of) < len(pairs):
+        raise EngineError("sampling", "logit_bias", found="a token id twice", expected="each token id once")
+    return tuple(sorted(bias_of.items()))
+
+
+def _several(name: str, kind: str, values: Iterable[Any], most: int) -> list[Any]:
+    """Return the values; raises `EngineError` when there are more than `most`, without reading them all."""
+    items = list(islice(values, most + 1))
+    if len(items) > most:
+        raise EngineError("sampling", name, found=f"more than {most} {kind}", expected=f"at most {most}")
+    return items
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and max(ids) >= vocab_size:
+        raise _refusal(name, max(ids), f"token ids of the vocabulary, 0 to {vocab_size - 1}")
+
+
+def _check_number(name: str, value: Any, holds: Callable[[float], bool], expected: str, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    try:
+        valid = _is_number(value) and holds(float(value))
+    except OverflowError:  # a whole number that no float can hold
+        valid = False
+    if not valid:
         raise _refusal(name, value, expected)
 
 
-def _check_whole(name: str, value: Any, least: int, expected: str) -> None:
-    _check_number(name, value, lambda v: isinstance(v, Integral) or float(v).is_integer(), f"a whole number, {expected}")
-    _check_number(name, value, lambda v: v >= least, expected)
+def _check_whole(name: str, value: Any, least: int, most: float, expected: str, *, optional: bool = False) -> None:
+    whole = f"a whole number, {expected}"
+    _check_number(name, value, lambda v: isinstance(value, Integral) or v.is_integer(), whole, optional=optional)
+    if value is not None and not least <= value <= most:
+        raise _refusal(name, value, expected)
 
 
 def _is_number(value: Any) -> bool:
@@ -194,5 +337,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _refusal(name: str, value: Any, expected: str) -> EngineError:
-    found = str(value) if _is_number(value) else f"{value!r} ({type(value).__name__})"
+    found = _shown(value) if _is_number(value) else f"{_shown(value)} ({type(value).__name__})"
     return EngineError("sampling", name, found=found, expected=expected)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error message, at most 80 characters of it."""
+    try:
+        text = str(value) if _is_number(value) else repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

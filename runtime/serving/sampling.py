@@ -1,8 +1,9 @@
-"""Samples the next token: the logits processors of Hugging Face Transformers, in their order, in NumPy."""
+"""Samples the next token: the logits processors of Hugging Face Transformers and of vLLM, in their order, in NumPy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,32 +13,46 @@ from belle_compile.runtime.serving.candidates import Few, Row
 from belle_compile.runtime.serving.request import Request
 
 _FIRST_NUCLEUS = 512  # tokens that top-p sorts at first; more when their mass is not enough
-_GREEDY_BELOW = 1e-6  # below this temperature one token is left, and dividing by it would overflow float32
 
 
 class Sampler:
-    """The sampling state of one request: its parameters, its random generator, and the tokens of prompt and answer so far."""
+    """The sampling state of one request: its parameters, its random generator, and the tokens of prompt and answer so far.
+
+    Logits are changed in this order: logit bias, repetition penalty (Transformers: SequenceBias, RepetitionPenalty), frequency
+    and presence penalty (vLLM, after its repetition penalty), then -inf for tokens that would end the answer before its
+    `min_tokens` (Transformers: MinNewTokensLength). The token is drawn after temperature, top-k, top-p and min-p (Transformers:
+    TemperatureLogitsWarper, TopK, TopP, MinP), or is the most likely one.
+    """
 
     def __init__(self, request: Request) -> None:
-        self.temperature = request.temperature
-        self.top_k = request.top_k
-        self.top_p = request.top_p
-        self.repetition_penalty = request.repetition_penalty
-        self._random = np.random.default_rng(request.seed)
-        # What the penalty counts: tokens as a set, and the same in the first `_seen_count` entries of an array that grows.
-        self._seen = set(request.prompt) if self.repetition_penalty != 1 else set()
-        self._seen_ids = np.fromiter(self._seen, np.int64, len(self._seen))
-        self._seen_count = len(self._seen)
+        self._request = request
+        self._greedy = request.greedy
+        self._random = np.random.default_rng(_seed(request))
+        self._bias_ids = np.array([token for token, _ in request.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in request.logit_bias], np.float32)
+        self._end_ids = np.unique(np.array(request.end_ids, np.int64))
+        self._seen = _Tokens(request.prompt) if request.repetition_penalty != 1 else None
+        counts = request.frequency_penalty != 0 or request.presence_penalty != 0
+        self._generated = _Counts() if counts else None
+        self._early = request.min_tokens if len(self._end_ids) else 0  # tokens to come before the answer may end
+        self._changes_logits = bool(request.logit_bias or self._seen or self._generated or self._early)
+        # Whether a token that is not among the best raw logits may be chosen, or all logits are needed for log probabilities.
+        self._needs_all = (
+            request.logprobs is not None
+            or request.repetition_penalty < 1
+            or min(request.frequency_penalty, request.presence_penalty) < 0
+            or any(bias > 0 for _, bias in request.logit_bias)
+        )
 
     def sample(self, logits: Row) -> int:
-        """Choose the next token from `logits`, into which the repetition penalty is written."""
+        """Choose the next token from `logits`, into which penalties and biases are written."""
         token = self._choose(logits)
-        if self.repetition_penalty != 1 and token not in self._seen:
-            self._seen.add(token)
-            if self._seen_count == len(self._seen_ids):
-                self._seen_ids = np.resize(self._seen_ids, 2 * self._seen_count + 64)
-            self._seen_ids[self._seen_count] = token
-            self._seen_count += 1
+        if self._changes_logits:
+            if self._seen:
+                self._seen.add(token)
+            if self._generated:
+                self._generated.add(token)
+            self._early = max(0, self._early - 1)
         return token
 
     def candidates(self, more: int = 0) -> int:
@@ -45,16 +60,20 @@ class Sampler:
 
         `more` is the number of tokens that are sampled before that one. The proof is in runtime/serving/candidates.py.
         """
-        best = 1 if self.temperature < _GREEDY_BELOW else self.top_k
-        if best == 0 or self.repetition_penalty < 1:
+        best = 1 if self._greedy else self._request.top_k
+        if best == 0 or self._needs_all:
             return 0
-        return best + (self._seen_count + more if self.repetition_penalty > 1 else 0)
+        if not self._changes_logits:
+            return best
+        penalized = self._seen or self._generated  # with a repetition penalty, the answer's tokens are among those seen
+        lowered = len(self._bias_ids) + (penalized.size + more if penalized else 0)
+        return best + lowered + (len(self._end_ids) if self._early else 0)
 
     def _choose(self, logits: Row) -> int:
-        if self.temperature < _GREEDY_BELOW:
-            values = self._penalized(logits)
+        if self._greedy:
+            values = self._processed(logits)
             best = int(values.argmax())
-            _require_finite(values[best])
+            require_finite(values[best])
             return int(logits.tokens[best]) if isinstance(logits, Few) else best
         ids, weights = self.distribution(logits)
         cumulative = weights.astype(np.float64).cumsum()
@@ -64,49 +83,116 @@ class Sampler:
 
     def distribution(self, logits: Row) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
         """Return what the token is drawn from: ids (None for the whole vocabulary in order) and float32 weights, whose sum is
-        not 1.
-
-        The order is that of Transformers: repetition penalty, temperature, top-k, top-p.
-        """
-        values = self._penalized(logits)
-        ids = self._top_k(values)
+        not 1."""
+        request, values = self._request, self._processed(logits)
+        ids = _top_k(values, request.top_k)
         scores = values if ids is None else values[ids]
         if isinstance(logits, Few):
             ids = logits.tokens if ids is None else logits.tokens[ids]
-        scores = (scores - scores.max()) / np.float32(self.temperature)
+        scores = (scores - scores.max()) / np.float32(request.temperature)
         weights = np.exp(scores)
-        if self.top_p >= 1:
-            return ids, weights
-        kept = _nucleus(weights, self.top_p)
-        return (kept if ids is None else ids[kept]), weights[kept]
+        if request.top_p < 1:
+            kept = _nucleus(weights, request.top_p)
+            ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+        if request.min_p > 0:
+            # The most likely token is never removed, and its weight is exp(0) = 1.
+            kept = np.flatnonzero(weights >= np.float32(request.min_p))
+            ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+        return ids, weights
 
-    def _penalized(self, logits: Row) -> NDArray[np.float32]:
-        """Apply the repetition penalty to the logits of tokens seen, in place, and return all logits."""
+    def _processed(self, logits: Row) -> NDArray[np.float32]:
+        """Apply biases and penalties to the logits, in place, and return all logits."""
         values = logits.values if isinstance(logits, Few) else logits
-        if self.repetition_penalty == 1:
+        if not self._changes_logits:
             return values
-        seen = self._seen_ids[: self._seen_count]
-        if isinstance(logits, Few):
-            places = np.searchsorted(logits.tokens, seen)
-            places[places == len(values)] = 0
-            seen = places[logits.tokens[places] == seen]
-        else:
-            seen = seen[seen < len(values)]  # an embedding may have more rows than there are logits
-        scores = values[seen]
-        penalty = np.float32(self.repetition_penalty)
-        values[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+        request = self._request
+        if len(self._bias_ids):
+            places, present = _locate(logits, self._bias_ids)
+            values[places] += self._biases[present]
+        if self._seen:
+            places, _ = _locate(logits, self._seen.ids)
+            scores, penalty = values[places], np.float32(request.repetition_penalty)
+            values[places] = np.where(scores < 0, scores * penalty, scores / penalty)
+        if self._generated:
+            places, present = _locate(logits, self._generated.ids)
+            values[places] -= np.float32(request.frequency_penalty) * self._generated.counts[present]
+            values[places] -= np.float32(request.presence_penalty)
+        if self._early:
+            values[_locate(logits, self._end_ids)[0]] = -np.inf
         return values
 
-    def _top_k(self, logits: NDArray[np.float32]) -> NDArray[np.int64] | None:
-        """Return the tokens whose logits are not below the k-th largest (ties stay, as in Transformers); None for all."""
-        vocabulary = len(logits)
-        if self.top_k == 0 or self.top_k >= vocabulary:
-            _require_finite(logits.max())
-            return None
-        least = np.partition(logits, vocabulary - self.top_k)[vocabulary - self.top_k]
-        ids = np.flatnonzero(logits >= least)
-        _require_finite(logits[ids].max(initial=-math.inf))
-        return ids
+
+class _Tokens:
+    """A growing set of tokens, as an array."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._ids = np.unique(np.array(tokens, np.int64))  # the first `size` entries are used
+        self.size = len(self._ids)
+        self._place_of = {token: place for place, token in enumerate(self._ids.tolist())}
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The tokens, each once."""
+        return self._ids[: self.size]
+
+    def add(self, token: int) -> int:
+        """Add a token if it is new; returns its place in `ids`."""
+        place = self._place_of.setdefault(token, self.size)
+        if place == self.size:
+            if self.size == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(self.size + 64, np.int64)])
+            self._ids[place] = token
+            self.size += 1
+        return place
+
+
+class _Counts(_Tokens):
+    """How often each of a growing set of tokens occurred; at first there are none."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self._counts = np.zeros(0, np.float32)
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often each of the `ids` occurred."""
+        return self._counts[: self.size]
+
+    def add(self, token: int) -> int:
+        """Count a token; returns its place in `ids`."""
+        place = super().add(token)
+        if place >= len(self._counts):
+            self._counts = np.concatenate([self._counts, np.zeros(len(self._counts) + 64, np.float32)])
+        self._counts[place] += 1
+        return place
+
+
+def _seed(request: Request) -> np.random.SeedSequence:
+    """Return the seed of a request's random numbers; the rule is documented at `SamplingParams`."""
+    return np.random.SeedSequence(request.seed, spawn_key=(request.answer,) if request.answer else ())
+
+
+def _locate(logits: Row, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the places of tokens in a row of logits, and a mask of the `ids` that the row has."""
+    if isinstance(logits, Few):
+        places = np.searchsorted(logits.tokens, ids)
+        places[places == len(logits.tokens)] = 0
+        present = logits.tokens[places] == ids
+        return places[present], present
+    present = ids < len(logits)  # an embedding may have more rows than there are logits
+    return ids[present], present
+
+
+def _top_k(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64] | None:
+    """Return the tokens whose logits are not below the k-th largest (ties stay, as in Transformers); None for all."""
+    vocabulary = len(logits)
+    if top_k == 0 or top_k >= vocabulary:
+        require_finite(logits.max())
+        return None
+    least = np.partition(logits, vocabulary - top_k)[vocabulary - top_k]
+    ids = np.flatnonzero(logits >= least)
+    require_finite(logits[ids].max(initial=-math.inf))
+    return ids
 
 
 def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
@@ -124,7 +210,8 @@ def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
     return top[: max(1, int(np.searchsorted(mass, needed, side="left")) + 1)]
 
 
-def _require_finite(best: np.float32) -> None:
+def require_finite(best: np.float32) -> None:
+    """Raise `EngineError` when the largest of the logits is not a finite number; the maximum of a row with NaN is NaN."""
     if not math.isfinite(best):
         raise EngineError(
             "sampling", "the model's logits are not finite", found=str(best),

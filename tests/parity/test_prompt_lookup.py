@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +62,26 @@ def test_answers_are_those_without_lookup(case: tuple[Path, Engine], temperature
         return [result.token_ids for result in results]
 
     assert answers(5) == answers(0)
+
+
+SAMPLED = {"temperature": 1.0, "top_k": 5, "frequency_penalty": 0.2, "seed": 3}
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, SAMPLED], ids=["greedy", "sampled"])
+def test_log_probabilities_have_the_same_bits_alone_in_a_batch_and_with_lookup(
+    case: tuple[Path, Engine], fields: dict[str, Any]
+) -> None:
+    checkpoint, engine = case
+    prompts = [random_ids(checkpoint, n, seed=n) * 3 for n in (4, 9, 17)]
+
+    def answers(batches: list[list[list[int]]], lookup: int) -> list[Any]:
+        scored = SamplingParams(**fields, max_new_tokens=30, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+        params = dataclasses.replace(scored, repetition_penalty=1, prompt_lookup=lookup)
+        results = [result for batch in batches for result in engine.generate(batch, params)]
+        return [(result.token_ids, result.logprobs, result.prompt_logprobs) for result in results]
+
+    alone = answers([[prompt] for prompt in prompts], 0)
+    assert answers([prompts], 0) == alone and answers([prompts], 5) == alone
+    logits = engine.logits(prompts[0]).astype(np.float64)
+    expected = [row[token] - np.logaddexp.reduce(row) for row, token in zip(logits, prompts[0][1:], strict=False)]
+    np.testing.assert_allclose([entry.logprob for entry in alone[0][2][1:]], expected, atol=1e-5)

@@ -19,11 +19,13 @@ from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.program import BLOCK_SIZE, Call, FusionCalls, KVLayout, Logits, Program
+from belle_compile.runtime.serving.candidates import Few, Row, Rows
 from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
 EOS = 2
+NOTHING_ELSE = (0.0, 0.0, 0.0, (), 0, (), None, None, 0)  # the fields behind `prompt_lookup` of a request that leaves them open
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -113,6 +115,29 @@ class FakeExecutor:
         return self.rule([int(token) for token in self.cache[blocks].reshape(-1)[: position + 1]])
 
 
+class CandidateExecutor(FakeExecutor):
+    """Returns no logits but those that a step's `candidates` request, in place of a GPU or of ranks."""
+
+    def __init__(self, rule: Rule = hash_rule, **limits: int) -> None:
+        super().__init__(rule, **limits)
+        self.batch.candidates = np.full(self.batch.max_rows, -7, np.int32)
+        self.few = self.whole = 0  # rows returned so far
+
+    def step(self, batch: StepBatch) -> Rows:  # type: ignore[override]
+        assert batch.candidates is not None
+        logits = super().step(batch)
+        return [self._restricted(row, int(most)) for row, most in zip(logits, batch.candidates[: batch.rows], strict=False)]
+
+    def _restricted(self, row: NDArray[np.float32], most: int) -> Row:
+        assert most >= 0
+        if most == 0 or most >= len(row):
+            self.whole += 1
+            return row
+        self.few += 1
+        tokens = np.flatnonzero(row >= np.sort(row)[-most])
+        return Few(tokens, row[tokens])
+
+
 def fake_program(max_tokens: int, max_rows: int, max_sequences: int, max_blocks: int) -> Program:
     """Attention over the cache of one layer, 64 bytes a token, and a head of 1000 bytes."""
     calls = (Call("attention", "h.0", "T", (), "attention"), Call("linear", "head", "R", (), "head", bytes=1000))
@@ -175,9 +200,10 @@ def make_request(
     defaults: GenerationDefaults | None = None,
     eos: tuple[int, ...] = (),
     max_context: int = 1 << 20,
+    vocab_size: int = 1 << 20,
 ) -> Request:
     """A resolved request; what `params` leaves open is off."""
-    engine_defaults = RequestDefaults(defaults or GenerationDefaults(), eos, Limits(max_context, max_context))
+    engine_defaults = RequestDefaults(defaults or GenerationDefaults(), eos, Limits(max_context, max_context), vocab_size)
     return Request.resolve(prompt, params or SamplingParams(), engine_defaults)
 
 

@@ -64,7 +64,8 @@ def test_accepted_drafts_are_on_stderr() -> None:
 def test_json_is_one_object() -> None:
     result = run("hello", "--json", "--temperature", "0")
     plain = json.loads(result.stdout)
-    assert set(plain) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted"}
+    fields = {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted"}
+    assert set(plain) == {*fields, "logprobs", "prompt_logprobs"} and plain["logprobs"] is plain["prompt_logprobs"] is None
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}
     assert ANSWER in result.stdout and result.stderr == ""
@@ -97,8 +98,16 @@ def test_sampling_options_reach_the_request() -> None:
     assert json.loads(run("x", "--json", "--stop", "世", "--stop", "q").stdout)["text"] == "你好,"
     drafting = json.loads(run("hello hello", "--json", "--temperature", "0", "--prompt-lookup", "4").stdout)
     assert drafting["text"] == ANSWER and drafting["drafted"] >= drafting["accepted"]
+    scored = json.loads(run("hello", "--json", "--temperature", "0", "--logprobs", "2", "--min-p", "0.1").stdout)
+    assert [entry["token_id"] for entry in scored["logprobs"]] == scored["token_ids"]
+    assert all(len(entry["top"]) == 2 and entry["logprob"] <= 0 for entry in scored["logprobs"])
     raw = json.loads(run("hello", "--json", "--raw").stdout)["prompt_token_ids"]
     assert raw == make_engine().tokenizer.encode("hello")
+
+
+def test_log_probabilities_are_for_json() -> None:
+    result = run("hello", "--logprobs", "2")
+    assert result.exit_code == 2 and "--logprobs needs --json" in result.stderr
 
 
 def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:

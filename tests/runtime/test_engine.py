@@ -18,6 +18,7 @@ from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
 from tests.runtime.fakes import (
     EOS,
+    NOTHING_ELSE,
     FakeExecutor,
     byte_tokenizer,
     hash_rule,
@@ -193,6 +194,9 @@ def test_parameters_of_their_own_for_each_prompt() -> None:
         assert [len(result.token_ids) for result in results] == [10, 3]
         with pytest.raises(EngineError, match="sampling parameters: found 1, expected 2, one a prompt"):
             engine.generate([[1], [1]], [GREEDY])
+        for wrong in ({"seed": 1}, [{"seed": 1}], 5):
+            with pytest.raises(EngineError, match=r"params: found (dict|int), expected SamplingParams"):
+                engine.generate([[1]], wrong)  # type: ignore[arg-type]
 
 
 def test_manifest_defaults_are_used() -> None:
@@ -205,7 +209,7 @@ def test_manifest_defaults_are_used() -> None:
 def test_a_request_is_resolved_as_it_is_served() -> None:
     with make_engine() as engine:
         request = engine.resolve("hello", SamplingParams(seed=1, top_k=5, stop="x"))  # type: ignore[arg-type]
-        assert request == Request(tuple(engine.encode("hello")), 12, 0.7, 5, 0.9, 1.2, 1, ("x",), (EOS,), 0)
+        assert request == Request(tuple(engine.encode("hello")), 12, 0.7, 5, 0.9, 1.2, 1, ("x",), (EOS,), 0, *NOTHING_ELSE)
         assert engine.resolve("hello", SamplingParams(ignore_eos=True), raw=True).prompt == tuple(
             engine.tokenizer.encode("hello")
         )
@@ -321,3 +325,65 @@ def test_load_refuses_before_it_touches_kernels(tmp_path: Path, monkeypatch: pyt
 def test_bos_goes_before_text_only() -> None:
     with make_engine(special_tokens=special_tokens(add_bos=True)) as engine:
         assert engine.encode("x")[0] == 1 and engine.encode([5]) == [5]
+
+
+def test_n_answers_of_each_prompt_side_by_side() -> None:
+    one = SamplingParams(temperature=1.0, seed=11, max_new_tokens=9)
+    several = SamplingParams(temperature=1.0, seed=11, max_new_tokens=9, n=3)
+    with make_engine() as engine:
+        first = [result.token_ids for result in engine.generate(PROMPTS[:2], one)]
+        results = engine.generate(PROMPTS[:2], [several, one])
+        answers = [result.token_ids for result in results]
+        assert [result.prompt_token_ids for result in results] == [PROMPTS[0]] * 3 + [PROMPTS[1]]
+        assert (answers[0], answers[3]) == (first[0], first[1]) and len({tuple(answer) for answer in answers[:3]}) == 3
+        assert [result.token_ids for result in engine.generate([PROMPTS[0]], several)] == answers[:3]
+        requests = engine.resolve(PROMPTS[0], several).answers(3)
+        assert [list(engine.stream(request)) for request in requests[1:]] == [
+            list(engine.stream(request)) for request in engine.resolve_all([PROMPTS[0]], several)[1:]
+        ]
+        assert engine.generate(requests[2])[0].token_ids == answers[2]
+        greedy = engine.generate(PROMPTS[0], SamplingParams(temperature=0, max_new_tokens=5, n=4))
+        assert [result.token_ids for result in greedy] == [greedy[0].token_ids] * 4
+        with pytest.raises(EngineError, match="n: found 3, expected 1, for a stream is one answer"):
+            engine.stream(PROMPTS[0], several)
+
+
+def test_a_resolved_request_is_served_as_it_is() -> None:
+    with make_engine() as engine:
+        request = engine.resolve("hello", SAMPLED)
+        assert engine.resolve(request) is request and engine.encode(request) == list(request.prompt)
+        (result,) = engine.generate([request])
+        assert result.token_ids == engine.generate("hello", SAMPLED)[0].token_ids
+        with pytest.raises(EngineError, match="sampling parameters: found a request and parameters, expected one of them"):
+            engine.generate([request], SAMPLED)
+
+
+def test_stop_token_ends_the_answer_and_is_not_in_its_text() -> None:
+    with make_engine() as engine:
+        answer, length = engine.tokenizer.encode("one.two."), len(engine.encode("q"))
+        stop = engine.tokenizer.encode(".")
+    with make_engine(FakeExecutor(script_rule(length, answer))) as engine:
+        for ignore_eos in (False, True):
+            params = SamplingParams(stop_token_ids=stop, ignore_eos=ignore_eos)  # type: ignore[arg-type]
+            (result,), streamed = engine.generate(["q"], params), engine.stream("q", params)
+            assert "".join(streamed) == result.text == "one" and result.finish_reason == "stop"
+            assert result.token_ids == streamed.result.token_ids == answer[: answer.index(stop[0]) + 1]
+        held = SamplingParams(temperature=0, stop_token_ids=stop, min_tokens=len(answer) - 1)  # type: ignore[arg-type]
+        (result,) = engine.generate(["q"], held)
+        assert result.token_ids[-1] == stop[0] and len(result.token_ids) == len(answer)
+        assert result.token_ids[answer.index(stop[0])] != stop[0], "another token is in the place of the first"
+
+
+def test_pieces_carry_the_tokens_that_came_since_the_one_before() -> None:
+    with make_engine() as engine:
+        answer, length = engine.tokenizer.encode("你好x"), len(engine.encode("q"))
+    with make_engine(FakeExecutor(script_rule(length, answer))) as engine:
+        for params in (SamplingParams(temperature=0, stop=("xyz",), logprobs=0), SamplingParams(temperature=0)):
+            stream = engine.stream("q", params)
+            deltas = list(stream.deltas())
+            assert "".join(delta.text for delta in deltas) == "你好x"
+            assert [token for delta in deltas for token in delta.token_ids] == [*answer, EOS] == stream.result.token_ids
+            for delta in deltas:
+                ids = None if delta.logprobs is None else tuple(entry.token_id for entry in delta.logprobs)
+                assert ids == (delta.token_ids if params.logprobs == 0 else None)
+        assert deltas[-1].text == "" and deltas[-1].token_ids == (EOS,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,14 +65,33 @@ def spans_of(ranks: int) -> list[tuple[int, int]]:
     top_k=st.integers(0, 12),
     penalty=st.sampled_from([0.6, 1.0, 1.1, 2.0, 50.0]),
     prompt=st.lists(st.integers(0, VOCABULARY - 1), max_size=12),
+    other=st.fixed_dictionaries(
+        {
+            "min_p": st.sampled_from([0.0, 0.3]),
+            "presence_penalty": st.sampled_from([0.0, 0.0, 0.5, 2.0, -0.5]),
+            "frequency_penalty": st.sampled_from([0.0, 0.0, 0.5, 1.5, -0.5]),
+            "min_tokens": st.integers(0, 4),
+            "logit_bias": st.dictionaries(st.integers(0, VOCABULARY - 1), st.sampled_from([-100, -1, -0.25]), max_size=5)
+            | st.sampled_from([{7: 1.5, 9: -1}, dict.fromkeys(range(40), -9)]),
+            "stop_token_ids": st.lists(st.integers(0, VOCABULARY - 1), max_size=3) | st.just(range(40)),
+        }
+    ),
 )
 def test_a_sampler_cannot_tell(
-    seed: int, levels: int, ranks: int, few: bool, temperature: float, top_k: int, penalty: float, prompt: list[int]
+    seed: int,
+    levels: int,
+    ranks: int,
+    few: bool,
+    temperature: float,
+    top_k: int,
+    penalty: float,
+    prompt: list[int],
+    other: dict[str, Any],
 ) -> None:
     random = np.random.default_rng(seed)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=0.9, repetition_penalty=penalty, seed=1)
-    one, several = (Sampler(make_request(prompt, params)) for _ in range(2))
-    for _ in range(4):  # tokens that were chosen count as seen
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=0.9, repetition_penalty=penalty, seed=1, **other)
+    one, several = (Sampler(make_request(prompt, params, eos=(5,))) for _ in range(2))
+    for _ in range(5):  # tokens that were chosen count as seen
         logits = (random.integers(-levels, levels + 1, (1, VOCABULARY)) / 4).astype(np.float32)
         rows, _ = gathered(logits, [several.candidates()], spans_of(ranks), few)
         if temperature:
@@ -128,10 +148,31 @@ def test_logits_that_are_not_finite_are_found(value: float) -> None:
         ({"temperature": 1, "top_k": 40}, 40),
         ({"temperature": 1, "top_k": 40, "repetition_penalty": 1.2}, 40 + 3),
         ({"temperature": 1, "top_k": 0}, 0),
+        ({"temperature": 1, "top_k": 0, "min_p": 0.5}, 0),
+        ({"temperature": 1, "top_k": 40, "min_p": 0.5}, 40),
+        ({"temperature": 0, "presence_penalty": 1}, 1),
+        ({"temperature": 0, "frequency_penalty": 1, "repetition_penalty": 1.2}, 1 + 3),
+        ({"temperature": 0, "frequency_penalty": -1}, 0),
+        ({"temperature": 0, "presence_penalty": -1, "frequency_penalty": 1}, 0),
+        ({"temperature": 0, "logit_bias": {1: -1, 2: -5, 3: 0}}, 1 + 2),
+        ({"temperature": 0, "logit_bias": {1: -1, 2: 0.5}}, 0),
+        ({"temperature": 0, "min_tokens": 2}, 1 + 1),
+        ({"temperature": 0, "min_tokens": 2, "stop_token_ids": (8, 9)}, 1 + 3),
+        ({"temperature": 0, "min_tokens": 2, "ignore_eos": True}, 1),
+        ({"temperature": 0, "logprobs": 0}, 0),
+        ({"temperature": 0, "prompt_logprobs": 3}, 1),
     ],
 )
-def test_how_many_candidates_a_sampler_wants(params: dict[str, float], expected: int) -> None:
-    sampler = Sampler(make_request([5, 6, 6, 7], SamplingParams(**params)))  # type: ignore[arg-type]
+def test_how_many_candidates_a_sampler_wants(params: dict[str, Any], expected: int) -> None:
+    sampler = Sampler(make_request([5, 6, 6, 7], SamplingParams(**params), eos=(2,)))
     assert sampler.candidates() == expected
-    more = 2 if params.get("repetition_penalty", 1) > 1 else 0
-    assert sampler.candidates(2) == expected + more
+    counting = ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0)
+    counts = any(params.get(name, off) > off for name, off in counting)
+    assert sampler.candidates(2) == expected + (2 if counts and expected else 0)
+
+
+def test_min_tokens_ask_for_nothing_once_they_are_there() -> None:
+    sampler = Sampler(make_request([], SamplingParams(temperature=0, min_tokens=1, frequency_penalty=1), eos=(2,)))
+    assert sampler.candidates() == 1 + 1
+    sampler.sample(np.array([0, 1, 2], np.float32))
+    assert sampler.candidates() == 1 + 1  # the end may come, and one token is penalised

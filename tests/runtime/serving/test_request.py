@@ -25,7 +25,7 @@ from belle_compile.runtime.serving.request import (
     SamplingParams,
     encode,
 )
-from tests.runtime.fakes import make_request
+from tests.runtime.fakes import NOTHING_ELSE, make_request
 
 ENGINE = EngineIdentity("ab" * 32, "0.1.0", "avx2", 1)
 REQUEST = make_request([1, 2, 3], SamplingParams(temperature=0.5, seed=7, stop=("x",), prompt_lookup=2), eos=(2,))
@@ -34,9 +34,11 @@ REQUEST = make_request([1, 2, 3], SamplingParams(temperature=0.5, seed=7, stop=(
 def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
     defaults = GenerationDefaults(200, 0.35, 30, 0.85, 1.2)
     request = make_request([5, 6], SamplingParams(top_k=5, seed=3), defaults=defaults, eos=(2, 9))
-    assert request == Request((5, 6), 200, 0.35, 5, 0.85, 1.2, 3, (), (2, 9), 0)
-    every = SamplingParams(0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7)
-    assert make_request([1], every, defaults=defaults, eos=(2,)) == Request((1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7)
+    assert request == Request((5, 6), 200, 0.35, 5, 0.85, 1.2, 3, (), (2, 9), 0, *NOTHING_ELSE)
+    every = SamplingParams(0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3)
+    assert make_request([1], every, defaults=defaults, eos=(2,)) == Request(
+        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0
+    )
 
 
 def test_values_that_mean_off_are_kept() -> None:
@@ -47,14 +49,14 @@ def test_values_that_mean_off_are_kept() -> None:
 
 
 def test_every_parameter_reaches_the_request() -> None:
-    renamed = {"ignore_eos": "eos_ids"}
+    renamed = {"ignore_eos": "eos_ids", "n": "answer"}
     parameters = {renamed.get(field.name, field.name) for field in dataclasses.fields(SamplingParams)}
     assert parameters | {"prompt"} == {field.name for field in dataclasses.fields(Request)}
 
 
 def test_length_is_cut_by_default_and_refused_when_asked_for() -> None:
     limits = Limits(max_context=32, cache_tokens=64)
-    defaults = RequestDefaults(GenerationDefaults(max_new_tokens=12), (2,), limits)
+    defaults = RequestDefaults(GenerationDefaults(max_new_tokens=12), (2,), limits, 300)
     assert Request.resolve([1] * 10, SamplingParams(), defaults).max_new_tokens == 12
     assert Request.resolve([1] * 30, SamplingParams(), defaults).max_new_tokens == 2
     with pytest.raises(EngineError, match="prompt and max_new_tokens are too long: found 40 tokens, expected at most 32"):
@@ -67,7 +69,7 @@ def test_numbers_of_numpy_and_json_become_plain_ones() -> None:
     odd = SamplingParams(temperature=1, top_k=40.0, seed=np.int64(5), top_p=np.float64(0.5), max_new_tokens=np.int32(3))  # type: ignore[arg-type]
     plain = SamplingParams(temperature=1.0, top_k=40, seed=5, top_p=0.5, max_new_tokens=3)
     assert make_request([1], odd).key(ENGINE) == make_request([1], plain).key(ENGINE)
-    assert {type(value) for value in vars(make_request([1], odd)).values()} == {tuple, int, float}
+    assert {type(value) for value in vars(make_request([1], odd)).values()} == {tuple, int, float, type(None)}
 
 
 def test_requests_are_frozen_and_hashable() -> None:
@@ -79,7 +81,9 @@ def test_requests_are_frozen_and_hashable() -> None:
 
 OTHER: dict[str, Any] = {
     "prompt": (1, 2), "max_new_tokens": 3, "temperature": 0.25, "top_k": 9, "top_p": 0.5, "repetition_penalty": 1.5,
-    "seed": None, "stop": ("x", "y"), "eos_ids": (3,), "prompt_lookup": 5,
+    "seed": None, "stop": ("x", "y"), "eos_ids": (3,), "prompt_lookup": 5, "min_p": 0.1, "presence_penalty": 0.5,
+    "frequency_penalty": 0.5, "logit_bias": ((1, 2.0),), "min_tokens": 1, "stop_token_ids": (2,), "logprobs": 0,
+    "prompt_logprobs": 0, "answer": 1,
 }  # fmt: skip
 
 
@@ -95,10 +99,10 @@ def test_exclusions_are_fields() -> None:
 
 def test_a_new_field_is_in_the_key() -> None:
     @dataclasses.dataclass(frozen=True)
-    class WithLogprobs(Request):
-        logprobs: int | None = None
+    class WithGrammar(Request):
+        grammar: int | None = None
 
-    keys = {WithLogprobs(**vars(REQUEST), logprobs=value).key(ENGINE) for value in (None, 0, 1)}
+    keys = {WithGrammar(**vars(REQUEST), grammar=value).key(ENGINE) for value in (None, 0, 1)}
     assert len(keys | {REQUEST.key(ENGINE)}) == 4
 
     @dataclasses.dataclass(frozen=True)
@@ -118,8 +122,8 @@ def test_every_part_of_the_engine_is_in_the_key(name: str, value: Any) -> None:
 
 def test_the_key_of_a_version_never_changes() -> None:
     """Whoever changes what is digested, a new field included, raises KEY_VERSION: results may be stored under old keys."""
-    assert KEY_VERSION == 1
-    assert REQUEST.key(ENGINE) == "92b7f951649f1a13747071023429921a975029e49eec6edca3dd4bdcfc69f20c"
+    assert KEY_VERSION == 2
+    assert REQUEST.key(ENGINE) == "1be9565014b61421fe0af226b2ea8e111ef2cb8f13e48d8863ced4c8af5a9f9f"
 
 
 CONFUSING = [
@@ -181,15 +185,85 @@ def test_order_and_types_are_in_the_key(one: dict[str, Any], other: dict[str, An
         ({"repetition_penalty": 0.0}, "repetition_penalty: found 0.0, expected above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected 1 or more"),
         ({"seed": -1}, "seed: found -1"),
+        ({"seed": 2**64}, "seed: found 18446744073709551616, expected 0 or more, below 2 to the power of 64"),
+        ({"seed": 10**5000}, "seed: found a number of thousands of digits, expected a whole number, 0 or more"),
+        ({"temperature": 10**400}, r"temperature: found 1000.*\.\.\., expected 0 or more"),
         ({"seed": [1]}, r"seed: found \[1\] \(list\)"),
-        ({"stop": ("a", "")}, "a stop string is empty"),
-        ({"stop": (None,)}, "a stop string: found None, expected text"),
-        ({"stop": 5}, "a stop string: found 5, expected text"),
+        ({"stop": ("a", "")}, "stop: found an empty string; leave it out"),
+        ({"stop": (None,)}, "stop: found None, expected text"),
+        ({"stop": 5}, "stop: found 5, expected text"),
+        ({"stop": ["x"] * 65}, "stop: found more than 64 strings, expected at most 64"),
+        ({"stop": "x" * 1025}, "stop: found a string of 1025 characters, expected at most 1024"),
+        ({"ignore_eos": "no"}, r"ignore_eos: found 'no' \(str\), expected True or False"),
+        ({"prompt_lookup": None}, r"prompt_lookup: found None \(NoneType\), expected a whole number"),
+        ({"min_p": 1.01}, r"min_p: found 1\.01, expected 0 \(off\) to 1"),
+        ({"min_p": None}, r"min_p: found None \(NoneType\)"),
+        ({"min_p": float("nan")}, "min_p: found nan"),
+        ({"presence_penalty": 2.1}, r"presence_penalty: found 2\.1, expected -2 to 2"),
+        ({"frequency_penalty": -2.1}, r"frequency_penalty: found -2\.1, expected -2 to 2"),
+        ({"frequency_penalty": "a" * 10**6}, r"frequency_penalty: found 'aaa.{70,80}\.\.\. \(str\), expected -2 to 2"),
+        ({"logit_bias": {1: 101}}, "logit_bias: found 101, expected biases from -100 to 100"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias: found nan"),
+        ({"logit_bias": {-1: 1}}, "logit_bias: found -1, expected token ids, 0 or more"),
+        ({"logit_bias": {"5": 1}}, r"logit_bias: found '5' \(str\), expected a whole number, token ids"),
+        ({"logit_bias": {None: 1}}, r"logit_bias: found None \(NoneType\)"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias: found more than 1024 entries, expected at most 1024"),
+        ({"logit_bias": [5]}, r"logit_bias: found \[5\] \(list\), expected a mapping of token ids to numbers"),
+        ({"logit_bias": (5,)}, r"logit_bias: found 5, expected pairs of a token id and a number"),
+        ({"logit_bias": ((5, 1), (5, 2))}, "logit_bias: found a token id twice, expected each token id once"),
+        ({"min_tokens": -1}, "min_tokens: found -1"),
+        ({"stop_token_ids": 5}, "stop_token_ids: found 5, expected several token ids"),
+        ({"stop_token_ids": "56"}, r"stop_token_ids: found '56' \(str\), expected several token ids"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids: found -1, expected token ids, 0 or more"),
+        ({"stop_token_ids": [None]}, r"stop_token_ids: found None \(NoneType\)"),
+        ({"stop_token_ids": range(10**9)}, "stop_token_ids: found more than 64 token ids, expected at most 64"),
+        ({"logprobs": 21}, "logprobs: found 21, expected 0 to 20 alternatives"),
+        ({"logprobs": True}, r"logprobs: found True \(bool\)"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs: found -1, expected 0 to 20 alternatives"),
+        ({"n": 0}, "n: found 0, expected 1 to 128 answers"),
+        ({"n": 10_000}, "n: found 10000, expected 1 to 128 answers"),
+        ({"n": None}, r"n: found None \(NoneType\)"),
     ],
 )
 def test_impossible_values(fields: dict[str, object], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         SamplingParams(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": {5: 1, 300: 1}}, "logit_bias: found 300, expected token ids of the vocabulary, 0 to 299"),
+        ({"stop_token_ids": [300]}, "stop_token_ids: found 300, expected token ids of the vocabulary, 0 to 299"),
+        ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens: found 5, expected at most 4, the longest answer"),
+    ],
+)
+def test_values_that_do_not_fit_the_engine(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        make_request([1], SamplingParams(**fields), vocab_size=300)
+
+
+def test_a_top_k_of_the_whole_vocabulary_is_off() -> None:
+    """An executor's candidates are int32 numbers, and no request may have one that is larger."""
+    sizes = [make_request([1], SamplingParams(top_k=k), vocab_size=300).top_k for k in (299, 300, 10**12)]
+    assert sizes == [299, 0, 0]
+
+
+def test_equal_biases_and_stop_ids_have_equal_keys() -> None:
+    keys = {
+        make_request([1], SamplingParams(logit_bias=biases, stop_token_ids=ids)).key(ENGINE)  # type: ignore[arg-type]
+        for biases, ids in (({1: 2, 3: -1}, [4, 5]), ({3: -1.0, 1: 2.0, 8: 0}, (5, 4, 4)), (((3, -1), (1, 2)), {4, 5}))
+    }
+    assert len(keys) == 1
+    params = SamplingParams(logit_bias={3: 1, 1: 2}, stop_token_ids=[5, 4])  # type: ignore[arg-type]
+    assert (params.logit_bias, params.stop_token_ids) == (((1, 2.0), (3, 1.0)), (4, 5)) and hash(params)
+
+
+def test_answers_of_a_prompt() -> None:
+    assert [request.answer for request in REQUEST.answers(3)] == [0, 1, 2]
+    assert REQUEST.answers(3)[0] is REQUEST and len({request.key(ENGINE) for request in REQUEST.answers(3)}) == 3
+    greedy = make_request([1], SamplingParams(temperature=0, seed=7))
+    assert greedy.greedy and not REQUEST.greedy and greedy.answers(3) == [greedy] * 3
 
 
 def test_one_stop_string_may_come_bare() -> None:

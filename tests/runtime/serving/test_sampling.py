@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,25 +14,46 @@ from belle_compile.runtime.serving.sampling import Sampler
 from tests.runtime.fakes import make_request
 
 
-def expected_distribution(logits: np.ndarray, prompt: list[int], params: SamplingParams) -> np.ndarray:
+def expected_distribution(
+    logits: np.ndarray, prompt: list[int], params: SamplingParams, answer: Sequence[int] = (), eos: Sequence[int] = ()
+) -> np.ndarray:
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as hf
 
+    def frequency_and_presence(_: Any, scores: Any) -> Any:  # Transformers has neither; OpenAI's formula
+        counts = torch.bincount(torch.tensor(answer, dtype=torch.long), minlength=scores.shape[1])
+        return scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+
     processors = hf.LogitsProcessorList()
+    if params.logit_bias:
+        processors.append(hf.SequenceBiasLogitsProcessor({(token,): bias for token, bias in params.logit_bias}))
     if params.repetition_penalty not in (None, 1.0):
         processors.append(hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    processors.append(frequency_and_presence)  # type: ignore[arg-type]
+    ends = [*eos, *params.stop_token_ids]
+    if params.min_tokens and ends:
+        processors.append(hf.MinNewTokensLengthLogitsProcessor(len(prompt), params.min_tokens, ends))
     if params.temperature not in (None, 1.0):
         processors.append(hf.TemperatureLogitsWarper(params.temperature))
     if params.top_k:
         processors.append(hf.TopKLogitsWarper(params.top_k))
     if params.top_p not in (None, 1.0):
         processors.append(hf.TopPLogitsWarper(params.top_p))
-    scores = processors(torch.tensor([prompt]), torch.tensor(logits[None].copy()))
+    if params.min_p:
+        processors.append(hf.MinPLogitsWarper(params.min_p))
+    scores = processors(torch.tensor([[*prompt, *answer]]), torch.tensor(logits[None].copy()))
     return torch.softmax(scores.double(), -1)[0].numpy()
 
 
-def distribution(logits: np.ndarray, prompt: list[int], params: SamplingParams) -> np.ndarray:
-    ids, weights = Sampler(make_request(prompt, params)).distribution(logits.copy())
+def distribution(
+    logits: np.ndarray, prompt: list[int], params: SamplingParams, answer: Sequence[int] = (), eos: tuple[int, ...] = ()
+) -> np.ndarray:
+    sampler = Sampler(make_request(prompt, params, eos=eos))
+    for token in answer:
+        forced = np.zeros(len(logits), np.float32)
+        forced[token] = 1e6
+        assert sampler.sample(forced) == token
+    ids, weights = sampler.distribution(logits.copy())
     dense = np.zeros(len(logits))
     dense[slice(None) if ids is None else ids] = weights / weights.sum()
     return dense
@@ -48,6 +72,9 @@ def distribution(logits: np.ndarray, prompt: list[int], params: SamplingParams) 
         SamplingParams(temperature=2.0, top_k=2000, top_p=0.5, repetition_penalty=0.8),
         SamplingParams(temperature=1.0, top_k=1),
         SamplingParams(temperature=1.0, top_k=10**6),
+        SamplingParams(temperature=1.0, min_p=0.03),
+        SamplingParams(temperature=1.3, top_k=40, top_p=0.95, min_p=0.2),
+        SamplingParams(temperature=1.0, min_p=1.0),
     ],
     ids=str,
 )
@@ -63,6 +90,68 @@ def test_same_distribution_as_transformers(params: SamplingParams, vocabulary: i
         found = distribution(logits, prompt, params)
         assert ((found > 0) == (expected > 0)).all()
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7},
+        {"presence_penalty": -1.0, "frequency_penalty": -0.3, "top_k": 5},
+        {"logit_bias": {0: 3, 1: -30, 4: -0.5, 6: 0}},
+        {"logit_bias": {2: 2.5, 4: -1}, "repetition_penalty": 1.7, "frequency_penalty": 1.1, "top_k": 6},
+        {"min_tokens": 7, "stop_token_ids": [1, 5]},
+        {"min_tokens": 6, "stop_token_ids": [1, 5]},  # the answer has six tokens
+        {"min_tokens": 9, "repetition_penalty": 1.3, "logit_bias": {3: 9}, "top_p": 0.9, "min_p": 0.05},
+        {"min_tokens": 9, "ignore_eos": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocabulary", [7, 5000])
+def test_penalties_and_biases_are_those_of_transformers_and_openai(fields: dict[str, Any], vocabulary: int) -> None:
+    params = SamplingParams(temperature=0.8, **fields)
+    eos = () if params.ignore_eos else (3, 2)
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        logits = random.normal(size=vocabulary).astype(np.float32) * 2
+        prompt = random.integers(0, vocabulary, 20).tolist()
+        answer = [4, 0, 4, 4, 6, 0]
+        expected = expected_distribution(logits, prompt, params, answer, eos)
+        found = distribution(logits, prompt, params, answer, eos)
+        assert ((found > 0) == (expected > 0)).all()
+        np.testing.assert_allclose(found, expected, rtol=3e-5, atol=1e-12)
+
+
+def test_penalties_count_the_answer_and_not_the_prompt() -> None:
+    params = SamplingParams(temperature=0, frequency_penalty=0.5, presence_penalty=1.0)
+    sampler = Sampler(make_request([0, 0, 0], params))
+    logits = np.array([5, 4, 3.2], np.float32)
+    # 0 falls to 3.5, 1 to 2.5, then 0 to 3.0 and 2 to 1.7; at last 0 is 2.5 as 1, and the lower id is taken.
+    assert [sampler.sample(logits.copy()) for _ in range(6)] == [0, 1, 0, 2, 0, 0]
+
+
+def test_min_tokens_hold_back_the_end_and_then_let_it_go() -> None:
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[3])  # type: ignore[arg-type]
+    sampler = Sampler(make_request([0], params, eos=(2,)))
+    logits = np.array([1, 0, 9, 8], np.float32)
+    assert [sampler.sample(logits.copy()) for _ in range(4)] == [0, 0, 2, 2]
+
+
+def test_logits_of_a_request_without_penalties_are_not_written_to() -> None:
+    logits = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    logits.flags.writeable = False
+    Sampler(make_request([1, 2], SamplingParams(temperature=1.0, top_k=5, min_p=0.1, seed=1))).sample(logits)
+
+
+def test_answers_of_a_seed_differ_and_follow_the_documented_rule() -> None:
+    logits = np.zeros(1 << 16, np.float32)
+    draws = {}
+    requests = make_request([], SamplingParams(temperature=1.0, seed=11)).answers(4)
+    for i, request in enumerate(requests):
+        draws[i] = Sampler(request).sample(logits.copy())
+        sequence = np.random.SeedSequence(11, spawn_key=(i,)) if i else 11
+        assert draws[i] == int(np.random.default_rng(sequence).random() * len(logits))
+    assert len(set(draws.values())) == 4
 
 
 def test_ties_with_the_kth_stay() -> None:
