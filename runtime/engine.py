@@ -21,13 +21,14 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
+from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result, Timings
 from belle_compile.runtime.serving.request import Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.scoring import Scoring
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
 
-__all__ = ["Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
+__all__ = ["AsyncStream", "Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
 
 # A question, a chat of {"role", "content"} messages, token ids, to which neither template nor BOS is added, or a request that
 # `Engine.resolve` returned, which has its sampling parameters.
@@ -50,9 +51,11 @@ class Engine:
         self.executor = executor
         self.load_s = 0.0
         self._template = ChatTemplate(manifest.prompt_template)
+        self._handover = Handover()
         # In sequences longer than this, dynamic RoPE scaling rotates a token by the number of tokens that share its step, wrong
         # guesses included.
-        self._loop = StepLoop(executor, draft_until=manifest.model.dimensions.get("dynamic_rope_from"))
+        draft_until = manifest.model.dimensions.get("dynamic_rope_from")
+        self._loop = StepLoop(executor, draft_until, after_step=self._handover.flush)
         self._limits = self._loop.scheduler.limits
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
         self._stop = weakref.finalize(self, self._loop.stop)
@@ -129,6 +132,24 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
         return Stream(self, self._resolve_one(prompt, params, raw))
+
+    def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> AsyncStream:
+        """Answer one prompt in pieces, for `async for` on a running event loop.
+
+        The prompt is encoded right here. A long one holds up the event loop for some milliseconds, unless `resolve` was called
+        on another thread and the request is passed in its place.
+        """
+        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw))
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        raw: bool = False,
+    ) -> list[Result]:
+        """Do what `generate` does without blocking the event loop. Cancelling the task drops the requests."""
+        return await generate_async(self, self._handover, self.resolve_all(prompts, params, raw=raw))
 
     def submit(self, generations: Sequence[Generation]) -> None:
         """Begin to answer resolved requests."""

@@ -76,12 +76,15 @@ class StepLoop:
     fails with its rows of a step ends alone.
     """
 
-    def __init__(self, executor: Executor, draft_until: int | None = None) -> None:
-        """`draft_until` is passed to the scheduler."""
+    def __init__(
+        self, executor: Executor, draft_until: int | None = None, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        """`draft_until` is passed to the scheduler. `after_step` is called on the loop's thread after each step and message."""
         self.executor = executor
         self.scheduler = Scheduler(executor.batch, executor.num_blocks, draft_until)
         self._jobs: dict[Sequence, Job] = {}
         self._messages: queue.SimpleQueue[_Submitted | _Withdrawn | _Task | None] = queue.SimpleQueue()
+        self._after_step = after_step
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `stop` on a thread that holds a lock
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -143,12 +146,14 @@ class StepLoop:
                 self._run_step()
             except BaseException as error:
                 self._fail_all(error)
+            self._after_step()
         self._end()
 
     def _receive(self) -> bool:
         """Handle all messages, and wait for more while there is no work. Returns False once the loop is stopping."""
         while not self._stopping and not (self._messages.empty() and self.scheduler.has_work):
             self._handle(self._messages.get())
+            self._after_step()
         return not self._stopping
 
     def _handle(self, message: _Submitted | _Withdrawn | _Task | None) -> None:
@@ -212,6 +217,7 @@ class StepLoop:
                 case _Task():
                     message.set_exception(_closed())
         self._fail_all(_closed())
+        self._after_step()
         self.executor.close()
 
 

@@ -1,0 +1,190 @@
+"""Answers on asyncio's event loops: no thread waits for a request, and the step thread wakes a loop once a step at most."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result
+from belle_compile.runtime.serving.request import Request
+from belle_compile.runtime.tokenizer import Tokenizer
+
+_Call = tuple[asyncio.AbstractEventLoop, Callable[[Any], None], Any]  # who calls a function, and its argument
+
+
+class Answerer(Protocol):
+    """What the answers of this module come from: an `Engine`."""
+
+    tokenizer: Tokenizer
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Begin to answer."""
+        ...
+
+    def withdraw(self, job: Generation) -> None:
+        """Drop a request that is under way."""
+        ...
+
+
+class Handover:
+    """Calls on their way to event loops, collected while a step runs.
+
+    `asyncio` takes a lock and writes to a pipe for each `call_soon_threadsafe`: one is made for all calls that an event loop
+    gets from a step. Any thread may put calls, and flushes them afterwards. The step loop does so after each step.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[_Call] = deque()
+        self._lock = threading.Lock()  # of `flush`, so that no later call reaches an event loop before an earlier one
+
+    def put(self, event_loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
+        """Let an event loop call `function(argument)` after the next flush. Calls keep their order."""
+        self._calls.append((event_loop, function, argument))
+
+    def flush(self) -> None:
+        """Give each event loop its calls. Those of an event loop that is closed are dropped: nobody waits there."""
+        if not self._calls:
+            return
+        with self._lock:
+            calls_of: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Any], None], Any]]] = {}
+            for _ in range(len(self._calls)):  # no other thread removes any
+                event_loop, function, argument = self._calls.popleft()
+                calls_of.setdefault(event_loop, []).append((function, argument))
+            for event_loop, calls in calls_of.items():
+                with contextlib.suppress(RuntimeError):
+                    event_loop.call_soon_threadsafe(_run_all, calls)
+
+
+def _run_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
+    for function, argument in calls:
+        function(argument)
+
+
+class _Inbox:
+    """The pieces of an answer that were not read yet, for one reader on an event loop. None follows the last.
+
+    It has no bound but the length of the answer: a slow reader holds up neither the step thread nor other requests.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[Piece | None] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, item: Piece | None) -> None:
+        self._items.append(item)
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Piece | None:
+        while not self._items:
+            if self._reader:
+                raise EngineError("request", "the stream is read by another task", expected="one reader")
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._items.popleft()
+
+
+class AsyncStream(AsyncIterator[str]):
+    """An asynchronous iterator over the pieces of an answer's text as they are generated; made by `Engine.astream`.
+
+    It belongs to the event loop that runs when it is made. The request is dropped when the task that waits for a piece is
+    cancelled, and when the stream is closed or forgotten before its end.
+
+        async with engine.astream("你好") as stream:
+            async for piece in stream:
+                print(piece, end="")
+        print(stream.result.finish_reason)
+    """
+
+    def __init__(self, engine: Answerer, handover: Handover, request: Request) -> None:
+        """Submit the request."""
+        event_loop = asyncio.get_running_loop()
+        self._engine = engine  # kept alive while the stream is read
+        self._inbox = _Inbox()
+        self._ended = False
+        self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
+        put = partial(handover.put, event_loop, self._inbox.put)
+        self._generation = Generation(request, engine.tokenizer, put, partial(put, None))
+        engine.submit([self._generation])
+
+    @property
+    def result(self) -> Result:
+        """The finished answer; raises `EngineError` while there are pieces that were not read."""
+        if not self._ended:
+            raise EngineError("request", "the answer is not finished", remedy="read the stream to its end first")
+        return self._generation.result()
+
+    async def __anext__(self) -> str:
+        while (piece := await self._next_piece()) is not None:
+            text, self._read = piece
+            if text:
+                return text
+        raise StopAsyncIteration
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yield the pieces with their token ids and log probabilities, in place of iterating over the text."""
+        while (piece := await self._next_piece()) is not None:
+            start, self._read = self._read, piece[1]
+            yield self._generation.delta(piece, start)
+
+    async def _next_piece(self) -> Piece | None:
+        try:
+            piece = None if self._ended else await self._inbox.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if piece is None:
+            self._ended = True
+            self._generation.result()  # raises the error the request ended with, if any
+        return piece
+
+    def close(self) -> None:
+        """Drop the request if it is under way."""
+        if not self._generation.done.is_set():
+            self._engine.withdraw(self._generation)
+
+    async def aclose(self) -> None:
+        """Do what `close` does, for `contextlib.aclosing`."""
+        self.close()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_generation"):
+            self.close()
+
+
+async def generate_async(engine: Answerer, handover: Handover, requests: Sequence[Request]) -> list[Result]:
+    """Answer requests together; returns results in their order, or raises the error of the first that failed.
+
+    Requests under way are dropped when the task is cancelled.
+    """
+    event_loop = asyncio.get_running_loop()
+    ended: asyncio.Queue[None] = asyncio.Queue()
+    on_end = partial(handover.put, event_loop, ended.put_nowait, None)
+    generations = [Generation(request, engine.tokenizer, on_end=on_end) for request in requests]
+    try:
+        engine.submit(generations)
+        for _ in generations:
+            await ended.get()
+    finally:
+        for generation in generations:
+            if not generation.done.is_set():
+                engine.withdraw(generation)
+    return [generation.result() for generation in generations]
