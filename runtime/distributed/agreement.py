@@ -22,26 +22,30 @@ _SAME = ("digest", "vocabulary", "sums")  # fields of a report that all ranks mu
 @dataclass(frozen=True)
 class Report:
     """A rank that is loaded: its manifest's digest, the `span` (first token, count) of its logits, blocks of its KV cache, the
-    model's vocabulary, and its sums over ranks (rows, width) in the order of a step."""
+    model's vocabulary, its sums over ranks (rows, width) in the order of a step, and its executor's `kernels`."""
 
     digest: str
     span: tuple[int, int]
     blocks: int
     vocabulary: int
     sums: tuple[tuple[str, int], ...]
+    kernels: str
 
     @classmethod
     def of(cls, digest: str, executor: RankExecutor) -> Report:
         """The report of an executor."""
-        return cls(digest, executor.span, executor.num_blocks, executor.vocab_size, tuple(executor.sums))
+        sums = tuple(executor.sums)
+        return cls(digest, executor.span, executor.num_blocks, executor.vocab_size, sums, executor.kernels)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks serve together: their `spans` in order, and as many KV `blocks` as the rank with the fewest has."""
+    """What all ranks serve together: their `spans` and `kernels` in order, and as many KV `blocks` as the rank with the fewest
+    has."""
 
     spans: tuple[tuple[int, int], ...]
     blocks: int
+    kernels: tuple[str, ...]
 
 
 def agree(report: Report, collectives: Collectives, timeout_s: float) -> Agreement:
@@ -52,7 +56,8 @@ def agree(report: Report, collectives: Collectives, timeout_s: float) -> Agreeme
     verdict = _verdict(asdict(report), collectives, timeout_s)
     if "error" in verdict:
         _end(verdict, collectives)
-    return Agreement(tuple((first, count) for first, count in verdict["spans"]), verdict["blocks"])
+    spans = tuple((first, count) for first, count in verdict["spans"])
+    return Agreement(spans, verdict["blocks"], tuple(verdict["kernels"]))
 
 
 def refuse(error: BelleError, collectives: Collectives, timeout_s: float) -> NoReturn:
@@ -119,7 +124,8 @@ def _agreement(reports: dict[int, dict[str, Any]], count: int, timeout_s: float)
     vocabulary = reports[0]["vocabulary"]
     if end != vocabulary:
         raise EngineError("ranks", "parts of the vocabulary", found=f"{end} tokens", expected=str(vocabulary))
-    return {"spans": spans, "blocks": min(report["blocks"] for report in reports.values())}
+    kernels = [reports[rank]["kernels"] for rank in range(count)]
+    return {"spans": spans, "blocks": min(report["blocks"] for report in reports.values()), "kernels": kernels}
 
 
 def error_fields(error: BelleError) -> dict[str, str]:

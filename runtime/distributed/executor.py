@@ -30,7 +30,7 @@ class RankedExecutor:
     def __init__(self, local: RankExecutor, collectives: Collectives, agreement: Agreement) -> None:
         """`local` runs this rank's part."""
         self.vocab_size, self.kv_block_bytes = local.vocab_size, local.kv_block_bytes
-        self.num_blocks = agreement.blocks
+        self.num_blocks, self.kernels = agreement.blocks, ", ".join(agreement.kernels)
         self.batch = _with_candidates(local.batch)
         self._local, self._collectives, self._spans = local, collectives, agreement.spans
         self._sent_table = np.full_like(self.batch.block_table, -1)  # the block table as the other ranks have it

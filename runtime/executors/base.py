@@ -71,12 +71,17 @@ class Executor(Protocol):
 
     The shapes of `batch` are its limits (`StepBatch.max_tokens` and so on); the cache has `num_blocks` blocks of
     `kv_block_bytes` bytes, keys and values of all layers.
+
+    `kernels` names everything that the bits of logits depend on beside the engine's files: the instruction set, and what was
+    chosen among kernels that the engine carries. Executors of one engine with the same `kernels` compute the same bits, so
+    that answers of one may be given in place of the other's.
     """
 
     batch: StepBatch
     vocab_size: int
     num_blocks: int
     kv_block_bytes: int
+    kernels: str
 
     def step(self, batch: StepBatch) -> Rows:
         """Compute the logits of `batch.rows` rows, valid until the next step.

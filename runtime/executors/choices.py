@@ -47,6 +47,11 @@ class Choices:
         """The kernel to run in place of `name`, the kernel of a call for up to `bound` rows (None: any number)."""
         return (self.chosen or {}).get(key(name, bound), name)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of the choices: where it is the same, the same kernels run."""
+        return hashlib.sha256(json.dumps(sorted((self.chosen or {}).items())).encode()).hexdigest()
+
     def keep(self, chosen: dict[str, str], seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
         """Use these choices, and store them for the next load if the engine's directory can be written to; the `seconds` that
         were measured are stored for people to read."""

@@ -78,7 +78,9 @@ class CpuExecutor:
         _check_rank(program, directory, collectives)
         ranks_here = collectives.ranks_here if collectives else 1
         self.num_blocks = kv_blocks(program, kv_tokens, self._weights.total_bytes, ranks_here)
-        library = KernelLibrary(kernels_path(directory, self.isa))
+        path = kernels_path(directory, self.isa)
+        self.kernels = path.stem  # a tuned library may add in another order than the general one
+        library = KernelLibrary(path)
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
         self._shared_sum = library.sum_address() if collectives and collectives.shared else 0
 

@@ -117,6 +117,7 @@ class CudaExecutor:
         self._recorder: Recorder | None = None
         self._device.synchronize()
         measure(self._choices, program, self._device, self._functions.keys(), self._launch_as, self._pretend)
+        self.kernels = f"{self.isa} choices {self._choices.digest}"
 
     def join(self, collectives: Collectives) -> None:
         """Connect to the GPUs of the other ranks."""

@@ -72,6 +72,7 @@ class FakeExecutor:
         self.vocab_size = VOCABULARY
         self.num_blocks = num_blocks
         self.kv_block_bytes = 64 * BLOCK_SIZE
+        self.kernels = "kernels-avx2"
         self.cache = np.full((num_blocks, BLOCK_SIZE), -1, np.int64)
         flat = [np.full(size, -7, np.int32) for size in (max_tokens, max_tokens, max_tokens, max_rows)]
         table = np.full((max_sequences, max_blocks), -7, np.int32)

@@ -129,6 +129,7 @@ class NumpyExecutor:
         self.num_blocks = STEP_SEQUENCES * blocks if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE)
         self._cache = PagedCache(layers, kv_heads, head_dim, self.num_blocks, facts[KV_CACHE])
         self.vocab_size = int(facts["vocab_size"])
+        self.kernels = f"numpy {np.__version__}"
         self.kv_block_bytes = sum(part.nbytes for part in (self._cache.k, self._cache.v)) // self.num_blocks
         tokens, positions, sequences = (np.zeros(STEP_TOKENS, np.int32) for _ in range(3))
         table = np.zeros((STEP_SEQUENCES, blocks), np.int32)

@@ -11,7 +11,14 @@ from belle_compile.runtime.distributed.agreement import judge
 from belle_compile.runtime.errors import EngineError
 
 GOOD: dict[int, dict[str, Any]] = {
-    rank: {"digest": "d", "span": [100 * rank, 100], "blocks": 9 - rank, "vocabulary": 300, "sums": [["T", 64]]}
+    rank: {
+        "digest": "d",
+        "span": [100 * rank, 100],
+        "blocks": 9 - rank,
+        "vocabulary": 300,
+        "sums": [["T", 64]],
+        "kernels": f"kernels-{rank}",
+    }
     for rank in range(3)
 }
 
@@ -22,7 +29,8 @@ def judged(reports: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_ranks_that_fit() -> None:
-    assert judged(GOOD) == {"all": True, "spans": [[0, 100], [100, 100], [200, 100]], "blocks": 7}
+    kernels = ["kernels-0", "kernels-1", "kernels-2"]
+    assert judged(GOOD) == {"all": True, "spans": [[0, 100], [100, 100], [200, 100]], "blocks": 7, "kernels": kernels}
 
 
 @pytest.mark.parametrize(

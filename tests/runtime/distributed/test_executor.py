@@ -88,7 +88,8 @@ class Ranks:
         ]
         for thread in self.threads:
             thread.start()
-        agreement = Agreement(tuple(part.span for part in self.parts), self.parts[0].num_blocks)
+        spans, kernels = tuple(part.span for part in self.parts), tuple(f"kernels-{rank}" for rank in range(ranks))
+        agreement = Agreement(spans, self.parts[0].num_blocks, kernels)
         self.executor = ranked_executor(self.parts[0], self.collectives[0], agreement)
 
 
@@ -170,7 +171,7 @@ def test_a_step_that_fails_is_the_last() -> None:
 
 def test_the_fewest_blocks_count() -> None:
     made = Ranks(2)
-    executor = RankedExecutor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3))
+    executor = RankedExecutor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3, ("avx2", "amx")))
     with make_engine(executor) as engine:  # type: ignore[arg-type]
         assert engine.max_context == 48
 
@@ -179,6 +180,6 @@ def test_ranks_without_a_program_cannot_be_profiled() -> None:
     made = Ranks(2)
     assert isinstance(made.executor, ProfilableExecutor)
     del made.parts[0].program
-    executor = ranked_executor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3))
+    executor = ranked_executor(made.parts[0], made.collectives[0], Agreement(((0, 150), (150, 150)), 3, ("avx2", "amx")))
     assert not isinstance(executor, ProfilableExecutor)
     executor.close()

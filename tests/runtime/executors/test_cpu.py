@@ -137,6 +137,16 @@ def test_steps_of_any_row_count_take_the_right_variant(built: Path, weights: dic
     executor.close()
 
 
+def test_the_library_that_runs_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(built).kernels == "kernels-avx2"
+    monkeypatch.setattr(host, "processor", lambda: "znver9")
+    shutil.copy(built / "kernels-avx2.so", built / "kernels-avx2-znver9.so")
+    try:
+        assert load(built).kernels == "kernels-avx2-znver9"
+    finally:
+        (built / "kernels-avx2-znver9.so").unlink()
+
+
 def test_without_rows_the_head_is_left_out(built: Path) -> None:
     executor = load(built)
     logits = step(executor, [1, 2], [1])

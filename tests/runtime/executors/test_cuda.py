@@ -253,6 +253,7 @@ def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
     assert (choices.best("one", 1), choices.best("many", None), choices.best("other", 4)) == ("other", "many", "other")
     assert device.counts == [("always", 64), ("always", 1)]
     again = Choices(tmp_path, device)  # type: ignore[arg-type]
+    assert again.digest == choices.digest
     assert again.known(made) and again.chosen == choices.chosen
     measure(again, made, device, made.launches, device.launch, lambda *counts: pytest.fail("measured again"))  # type: ignore[arg-type]
     (file,) = tmp_path.glob("choices-*.json")
@@ -260,7 +261,8 @@ def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
     for change in ({"program": "other"}, {"choices": {"one 1": "wide"}}, {"choices": {"one 1": "one"}}, {"choices": 3},
                    {"choices_format": 2}):  # fmt: skip
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        assert not Choices(tmp_path, device).known(made), change  # type: ignore[arg-type]
+        changed = Choices(tmp_path, device)  # type: ignore[arg-type]
+        assert not changed.known(made) and changed.digest != choices.digest, change
     file.write_text("[]")
     assert not Choices(tmp_path, device).known(made)  # type: ignore[arg-type]
 
