@@ -13,17 +13,31 @@ if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
     from belle_compile.runtime.errors import BelleError, EngineError
     from belle_compile.runtime.serving.request import SamplingParams
+    from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 
 __version__ = "0.1.0"
 
-__all__ = ["BelleError", "BuildRequest", "Engine", "EngineError", "Result", "SamplingParams", "__version__", "build"]
+__all__ = [
+    "BelleError",
+    "BuildRequest",
+    "CachePolicy",
+    "Engine",
+    "EngineError",
+    "Result",
+    "ResultCacheOptions",
+    "SamplingParams",
+    "__version__",
+    "build",
+]
 
 _MODULE_OF = {
     "BelleError": "belle_compile.runtime.errors",
     "BuildRequest": "belle_compile.compiler.driver",
+    "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
     "Engine": "belle_compile.runtime.engine",
     "EngineError": "belle_compile.runtime.errors",
     "Result": "belle_compile.runtime.engine",
+    "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
     "SamplingParams": "belle_compile.runtime.serving.request",
     "build": "belle_compile.compiler.driver",
 }

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from belle_compile import __version__
 from belle_compile.runtime.artifact import Manifest, Progress
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
@@ -23,7 +24,9 @@ from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result, Timings
-from belle_compile.runtime.serving.request import Request, RequestDefaults, SamplingParams
+from belle_compile.runtime.serving.request import EngineIdentity, Request, RequestDefaults, SamplingParams
+from belle_compile.runtime.serving.result_cache.cache import ResultCache
+from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 from belle_compile.runtime.serving.scoring import Scoring
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
@@ -44,7 +47,9 @@ class Engine:
                 print(result.text)
     """
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, executor: Executor) -> None:
+    def __init__(
+        self, manifest: Manifest, tokenizer: Tokenizer, executor: Executor, result_cache: ResultCacheOptions | None = None
+    ) -> None:
         """Assemble an engine from loaded parts. `Engine.load` loads a directory."""
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -54,11 +59,21 @@ class Engine:
         self._handover = Handover()
         # In sequences longer than this, dynamic RoPE scaling rotates a token by the number of tokens that share its step, wrong
         # guesses included.
-        draft_until = manifest.model.dimensions.get("dynamic_rope_from")
-        self._loop = StepLoop(executor, draft_until, after_step=self._handover.flush)
+        dynamic_rope_from = manifest.model.dimensions.get("dynamic_rope_from")
+        self._loop = StepLoop(executor, dynamic_rope_from, after_step=self._handover.flush)
         self._limits = self._loop.scheduler.limits
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
-        self._stop = weakref.finalize(self, self._loop.stop)
+        self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
+        self.result_cache: ResultCache | None = None
+        if result_cache:
+            try:
+                self.result_cache = ResultCache(
+                    result_cache, self._loop, tokenizer, self.identity, dynamic_rope_from, self._handover.flush
+                )
+            except BaseException:
+                self._loop.stop()
+                raise
+        self._stop = weakref.finalize(self, _stop, self._loop, self.result_cache)
 
     @classmethod
     def load(
@@ -70,6 +85,7 @@ class Engine:
         kv_tokens: int | None = None,
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
+        result_cache: ResultCacheOptions | str | None = None,
     ) -> Engine:
         """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
@@ -77,7 +93,8 @@ class Engine:
         for CPUs: they default to the cores that this process may use, and to BELLE_ISA or else the best instruction set of the
         CPU. `kv_tokens` is the number of tokens that the KV cache holds, by default what fits into half of the host's memory
         beside the weights, or into what is left of a GPU's. `verify="full"` digests every file, weights included, and calls
-        `progress`; "header" checks large files by their size only.
+        `progress`; "header" checks large files by their size only. `result_cache` is how to store answers that greedy and
+        seeded requests may be given again, or only where: "memory", "sqlite:FILE" or "redis://HOST".
 
         An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
         engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
@@ -85,8 +102,10 @@ class Engine:
         """
         if verify not in ("header", "full"):
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
+        cache_options = ResultCacheOptions.of(result_cache)
         started = time.perf_counter()
-        engine = cls(*load_parts(Path(directory), Options(threads, isa, kv_tokens, verify == "full", progress)))
+        options = Options(threads, isa, kv_tokens, verify == "full", progress)
+        engine = cls(*load_parts(Path(directory), options), cache_options)
         engine.load_s = time.perf_counter() - started
         return engine
 
@@ -101,14 +120,15 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         raw: bool = False,
+        cache: CachePolicy | None = None,
     ) -> list[Result]:
         """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
-        chats always.
+        chats always. `cache` is what the prompts allow the result cache to do, by default all.
         """
         generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, raw=raw)]
-        self._run(generations)
+        self._run(generations, lambda: self.submit(generations, cache))
         return [generation.result() for generation in generations]
 
     def resolve_all(
@@ -129,17 +149,21 @@ class Engine:
             requests += self.resolve(prompt, p, raw=raw).answers(int(p.n) if p else 1)
         return requests
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Stream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, cache: CachePolicy | None = None
+    ) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
-        return Stream(self, self._resolve_one(prompt, params, raw))
+        return Stream(self, self._resolve_one(prompt, params, raw), cache)
 
-    def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> AsyncStream:
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, cache: CachePolicy | None = None
+    ) -> AsyncStream:
         """Answer one prompt in pieces, for `async for` on a running event loop.
 
         The prompt is encoded right here. A long one holds up the event loop for some milliseconds, unless `resolve` was called
         on another thread and the request is passed in its place.
         """
-        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw))
+        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw), cache)
 
     async def agenerate(
         self,
@@ -147,17 +171,27 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         raw: bool = False,
+        cache: CachePolicy | None = None,
     ) -> list[Result]:
         """Do what `generate` does without blocking the event loop. Cancelling the task drops the requests."""
-        return await generate_async(self, self._handover, self.resolve_all(prompts, params, raw=raw))
+        return await generate_async(self, self._handover, self.resolve_all(prompts, params, raw=raw), cache)
 
-    def submit(self, generations: Sequence[Generation]) -> None:
-        """Begin to answer resolved requests."""
-        self._loop.submit(generations)
+    def submit(self, generations: Sequence[Generation], cache: CachePolicy | None = None, *, wait: bool = True) -> None:
+        """Begin to answer resolved requests, from the result cache where there is one and `cache` allows it.
+
+        Without `wait`, a cache in a file or on a server is read on another thread.
+        """
+        if self.result_cache:
+            self.result_cache.submit(generations, cache or CachePolicy(), wait=wait)
+        else:
+            self._loop.submit(generations)
 
     def withdraw(self, job: Job) -> None:
-        """Drop a job before the next step. Takes no lock: the garbage collector may call it anywhere."""
-        self._loop.withdraw(job)
+        """Give up a job that was submitted: it is dropped before the next step, unless identical requests wait for its answer.
+
+        Takes no lock: the garbage collector may call it anywhere.
+        """
+        (self.result_cache or self._loop).withdraw(job)
 
     def resolve(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Request:
         """Return the request for the first answer to a prompt: token ids, and the engine's values where `params` has None."""
@@ -179,7 +213,7 @@ class Engine:
         if not 0 <= start < len(ids):
             raise EngineError("request", "start", found=str(start), expected=f"0 to {len(ids) - 1}, a place in the sequence")
         scoring = Scoring(ids, start, self.executor.vocab_size)
-        self._run([scoring])
+        self._run([scoring], lambda: self._loop.submit([scoring]))
         return scoring.result()
 
     @contextlib.contextmanager
@@ -235,10 +269,10 @@ class Engine:
             raise EngineError("sampling", "n", found=str(params.n), expected="1, for a stream is one answer", remedy=remedy)
         return request
 
-    def _run(self, jobs: Sequence[Job]) -> None:
+    def _run(self, jobs: Sequence[Job], submit: Callable[[], None]) -> None:
         """Submit jobs and wait until all are done."""
         try:
-            self._loop.submit(jobs)
+            submit()
             for job in jobs:
                 job.done.wait()
         finally:  # an interrupt leaves no job behind
@@ -262,6 +296,13 @@ class Engine:
         return tokens
 
 
+def _stop(loop: StepLoop, cache: ResultCache | None) -> None:
+    """End an engine. What it has answered by then is stored."""
+    loop.stop()
+    if cache:
+        cache.close()
+
+
 def _is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, (str, Request)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))
 
@@ -269,13 +310,13 @@ def _is_one_prompt(prompts: Any) -> bool:
 class Stream(Iterator[str]):
     """An iterator over the pieces of an answer's text as they are generated. Closing it before the end drops the request."""
 
-    def __init__(self, engine: Engine, request: Request) -> None:
+    def __init__(self, engine: Engine, request: Request, cache: CachePolicy | None) -> None:
         self._engine = engine  # kept alive while it is read
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._ended = False
         self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
         self._generation = Generation(request, engine.tokenizer, self._pieces.put, partial(self._pieces.put, None))
-        engine.submit([self._generation])
+        engine.submit([self._generation], cache)
 
     @property
     def result(self) -> Result:

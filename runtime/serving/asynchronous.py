@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result
 from belle_compile.runtime.serving.request import Request
+from belle_compile.runtime.serving.result_cache.options import CachePolicy
 from belle_compile.runtime.tokenizer import Tokenizer
 
 _Call = tuple[asyncio.AbstractEventLoop, Callable[[Any], None], Any]  # who calls a function, and its argument
@@ -24,8 +25,8 @@ class Answerer(Protocol):
 
     tokenizer: Tokenizer
 
-    def submit(self, generations: Sequence[Generation]) -> None:
-        """Begin to answer."""
+    def submit(self, generations: Sequence[Generation], cache: CachePolicy | None, *, wait: bool) -> None:
+        """Begin to answer, without waiting for a file or a server."""
         ...
 
     def withdraw(self, job: Generation) -> None:
@@ -106,7 +107,7 @@ class AsyncStream(AsyncIterator[str]):
         print(stream.result.finish_reason)
     """
 
-    def __init__(self, engine: Answerer, handover: Handover, request: Request) -> None:
+    def __init__(self, engine: Answerer, handover: Handover, request: Request, cache: CachePolicy | None = None) -> None:
         """Submit the request."""
         event_loop = asyncio.get_running_loop()
         self._engine = engine  # kept alive while the stream is read
@@ -115,7 +116,7 @@ class AsyncStream(AsyncIterator[str]):
         self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
         put = partial(handover.put, event_loop, self._inbox.put)
         self._generation = Generation(request, engine.tokenizer, put, partial(put, None))
-        engine.submit([self._generation])
+        engine.submit([self._generation], cache, wait=False)
 
     @property
     def result(self) -> Result:
@@ -170,7 +171,9 @@ class AsyncStream(AsyncIterator[str]):
             self.close()
 
 
-async def generate_async(engine: Answerer, handover: Handover, requests: Sequence[Request]) -> list[Result]:
+async def generate_async(
+    engine: Answerer, handover: Handover, requests: Sequence[Request], cache: CachePolicy | None = None
+) -> list[Result]:
     """Answer requests together; returns results in their order, or raises the error of the first that failed.
 
     Requests under way are dropped when the task is cancelled.
@@ -180,7 +183,7 @@ async def generate_async(engine: Answerer, handover: Handover, requests: Sequenc
     on_end = partial(handover.put, event_loop, ended.put_nowait, None)
     generations = [Generation(request, engine.tokenizer, on_end=on_end) for request in requests]
     try:
-        engine.submit(generations)
+        engine.submit(generations, cache, wait=False)
         for _ in generations:
             await ended.get()
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.candidates import Row, Rows
 from belle_compile.runtime.serving.logprobs import TokenLogprob, token_logprob
 from belle_compile.runtime.serving.request import Request
@@ -44,6 +45,9 @@ class Result:
 
     `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs` one for each of `prompt_token_ids`: None for the
     first, which follows nothing. Both are None unless they were asked for.
+
+    A `cached` answer was not computed for this request: it comes from the result cache, or from an identical request that was
+    under way.
     """
 
     prompt_token_ids: list[int]
@@ -55,6 +59,7 @@ class Result:
     accepted: int = 0
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached: bool = field(default=False, compare=False)
 
 
 class Delta(NamedTuple):
@@ -71,6 +76,18 @@ class Delta(NamedTuple):
 
 
 Piece = tuple[str, int]  # what a `Delta` is made of: text, and the number of tokens that prompt and answer have with it
+
+
+class Observer(Protocol):
+    """Receives the tokens of a generation. Its methods are called on the thread that adds them."""
+
+    def on_token(self, token: int, logprob: TokenLogprob | None) -> None:
+        """A token was added. It may be the last one. `logprob` is None unless it was asked for."""
+        ...
+
+    def on_end(self, finish_reason: FinishReason | None, error: BaseException | None) -> None:
+        """The answer ended: `finish_reason` is None if it failed with `error`."""
+        ...
 
 
 class Generation:
@@ -92,6 +109,8 @@ class Generation:
         logits_from = None if request.prompt_logprobs is None else 0
         self.sequence = Sequence(request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from)
         self.done = threading.Event()
+        self.observer: Observer | None = None
+        self.cached = False
         self._on_piece = on_piece
         self._on_end = on_end
         self._end_ids = frozenset(request.end_ids)
@@ -142,16 +161,27 @@ class Generation:
     def _accept(self, logits: Row) -> bool:
         """Add the next token; returns whether it was drafted."""
         if self._logprobs is None:
-            return self._append(self._sampler.sample(logits))
+            return self._append(self._sampler.sample(logits), None)
         assert self.request.logprobs is not None and isinstance(logits, np.ndarray), "all logits were asked for"
         raw = logits.copy()  # before penalties are written into them
         token = self._sampler.sample(logits)
-        self._logprobs.append(token_logprob(raw, token, self.request.logprobs))
-        return self._append(token)
+        return self._append(token, token_logprob(raw, token, self.request.logprobs))
 
-    def _append(self, token: int) -> bool:
+    def replay(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Add the next token of an answer that was computed before, as `accept` adds one that it chose."""
+        self._append(token, logprob)
+
+    def replay_prompt(self, logprobs: Iterable[TokenLogprob | None] | None) -> None:
+        """Take the log probabilities of the prompt from an answer that was computed before, ahead of its first token."""
+        self._prompt_logprobs = None if logprobs is None else list(logprobs)
+
+    def _append(self, token: int, logprob: TokenLogprob | None) -> bool:
         """Add a token, and end the answer if it is the last one; returns whether it was drafted."""
         drafted = self.sequence.append(token)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
+        if self.observer:
+            self.observer.on_token(token, logprob)
         self._last = time.perf_counter()
         self._first = self._first or self._last
         if token in self._end_ids:
@@ -172,10 +202,27 @@ class Generation:
         first = self.sequence.prompt_length
         return Delta(text, tokens, None if self._logprobs is None else tuple(self._logprobs[start - first : stop - first]))
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log probabilities of the tokens so far; None unless they were asked for."""
+        return None if self._logprobs is None else tuple(self._logprobs)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Log probabilities of the prompt's tokens that were computed so far; None unless they were asked for."""
+        return None if self._prompt_logprobs is None else tuple(self._prompt_logprobs)
+
     def fail(self, error: BaseException) -> None:
         """End the request; `result` raises `error`."""
         self._error = error
         self._end(None)
+
+    def detach(self) -> None:
+        """End the answer for its reader, for whom `result` raises that it was withdrawn, and go on computing it."""
+        on_end, self._on_end, self._on_piece = self._on_end, None, None
+        self._error = withdrawn()
+        if on_end:
+            on_end()
 
     def result(self) -> Result:
         """Return the finished answer, or raise the error that the request ended with."""
@@ -190,7 +237,7 @@ class Generation:
         counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
         text, prompt = self._whole_text(tokens), list(self.request.prompt)
         scores = (self._logprobs, self._prompt_logprobs)
-        return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores)
+        return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores, self.cached)
 
     def _whole_text(self, tokens: list[int]) -> str:
         if self._in_pieces:
@@ -208,16 +255,23 @@ class Generation:
         self._end(reason)
 
     def _end(self, reason: FinishReason | None) -> None:
-        if reason and self._on_piece and self._emitted < self.sequence.length:
-            self._on_piece(("", self.sequence.length))
+        if reason and (on_piece := self._on_piece) and self._emitted < self.sequence.length:
+            on_piece(("", self.sequence.length))
         self._finish_reason = reason
+        if self.observer:
+            self.observer.on_end(reason, None if reason else self._error)
         self.done.set()
-        if self._on_end:
-            self._on_end()
+        if on_end := self._on_end:
+            on_end()
 
     def _emit(self, piece: str) -> None:
         if piece:
             self._text.append(piece)
-            if self._on_piece:
+            if on_piece := self._on_piece:  # `detach` may clear it at any time
                 self._emitted = self.sequence.length
-                self._on_piece((piece, self._emitted))
+                on_piece((piece, self._emitted))
+
+
+def withdrawn() -> EngineError:
+    """The error of a request whose caller gave it up."""
+    return EngineError("request", "the request was withdrawn")

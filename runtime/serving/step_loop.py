@@ -14,6 +14,7 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.candidates import Rows
+from belle_compile.runtime.serving.generation import withdrawn
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
 
 T = TypeVar("T")
@@ -90,6 +91,11 @@ class StepLoop:
         self._stopping = False
         self._run_step: Callable[[], None] = self._step
 
+    @property
+    def idle(self) -> bool:
+        """Whether no job is under way. It may change at any time on another thread."""
+        return not self._jobs and self._messages.empty()
+
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs, all before the next step; raises `EngineError` when stopped."""
         self._send(_Submitted(tuple(jobs)))
@@ -97,6 +103,10 @@ class StepLoop:
     def withdraw(self, job: Job) -> None:
         """Drop a job before the next step. Takes no lock: the garbage collector may call it anywhere."""
         self._messages.put(_Withdrawn(job))
+
+    def wake(self) -> None:
+        """Let the loop's thread, if it runs, call `after_step`. Takes no lock: the garbage collector may call it anywhere."""
+        self._messages.put(_Task(lambda: None))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two steps and return what it does; raises `EngineError` when stopped."""
@@ -201,7 +211,7 @@ class StepLoop:
         if self._jobs.pop(job.sequence, None):
             self.scheduler.remove(job.sequence)
             if not job.done.is_set():
-                job.fail(EngineError("request", "the request was withdrawn"))
+                job.fail(withdrawn())
 
     def _fail_all(self, error: BaseException) -> None:
         for job in list(self._jobs.values()):

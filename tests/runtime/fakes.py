@@ -21,6 +21,7 @@ from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.program import BLOCK_SIZE, Call, FusionCalls, KVLayout, Logits, Program
 from belle_compile.runtime.serving.candidates import Few, Row, Rows
 from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
+from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 from belle_compile.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
@@ -208,9 +209,9 @@ def make_request(
     return Request.resolve(prompt, params or SamplingParams(), engine_defaults)
 
 
-def make_engine(executor: FakeExecutor | None = None, **changes: Any) -> Engine:
+def make_engine(executor: FakeExecutor | None = None, result_cache: ResultCacheOptions | None = None, **changes: Any) -> Engine:
     changed = manifest(**changes)
-    return Engine(changed, Tokenizer(byte_tokenizer(), changed.special_tokens), executor or FakeExecutor())
+    return Engine(changed, Tokenizer(byte_tokenizer(), changed.special_tokens), executor or FakeExecutor(), result_cache)
 
 
 def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Path:
