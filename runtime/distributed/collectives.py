@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ _SPINS = 300  # polls in a row before yielding the core between polls
 _YIELDS = 20_000  # polls of an idle rank, yielding the core, before it sleeps between polls: about 10 ms
 _SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
 _LAST_OUTPUT_S = 0.3  # time for mpiexec to pass on what ranks have printed
+_PEER_END_S = 2.0  # time for the end of another rank to be reported, and to end this one, before its own error is
 _REPORT, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # MPI tags
 
 
@@ -106,11 +108,10 @@ class MpiCollectives:
         return anonymous(size) if memory is None else memory
 
     def all_reduce(self, values: NDArray[np.float32]) -> None:
-        if values.flags.c_contiguous:
-            self._all_reduce(values)
-        else:
-            packed = np.ascontiguousarray(values)
+        packed = np.ascontiguousarray(values)
+        with self._messages():
             self._all_reduce(packed)
+        if packed is not values:
             values[:] = packed
 
     def _all_reduce(self, values: NDArray[np.float32]) -> None:
@@ -123,21 +124,23 @@ class MpiCollectives:
             self._comm.Bcast(values, root=0)
 
     def broadcast(self, message: NDArray[np.int32], length: int = 0) -> None:
-        if self.rank:
-            self._wait(self._comm.Irecv(message, 0, _STEP), sleepy=True)
-            return
-        sent = [self._comm.Isend(message[:length], rank, _STEP) for rank in range(1, self.ranks)]
-        for request in sent:
-            self._wait(request)
+        with self._messages():
+            if self.rank:
+                self._wait(self._comm.Irecv(message, 0, _STEP), sleepy=True)
+                return
+            sent = [self._comm.Isend(message[:length], rank, _STEP) for rank in range(1, self.ranks)]
+            for request in sent:
+                self._wait(request)
 
     def gather(self, message: NDArray[np.int32], length: int, into: list[NDArray[np.int32]]) -> None:
-        if self.rank:
-            self._wait(self._comm.Isend(message[:length], 0, _RESULT))
-            return
-        received = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
-        into[0][:length] = message[:length]
-        for request in received:
-            self._wait(request)
+        with self._messages():
+            if self.rank:
+                self._wait(self._comm.Isend(message[:length], 0, _RESULT))
+                return
+            received = [self._comm.Irecv(into[rank], rank, _RESULT) for rank in range(1, self.ranks)]
+            into[0][:length] = message[:length]
+            for request in received:
+                self._wait(request)
 
     def agree(self, report: bytes, judge: Callable[[dict[int, bytes]], bytes], timeout_s: float) -> bytes:
         if self.rank:
@@ -165,6 +168,21 @@ class MpiCollectives:
             self._mpi.COMM_WORLD.Abort(1)
         # mpi4py finalizes MPI only where it has initialized it. Where no rank finalizes MPI, mpiexec ends the others.
         self._mpi.Finalize()
+
+    @contextlib.contextmanager
+    def _messages(self) -> Iterator[None]:
+        """Turn an error of MPI into an `EngineError`.
+
+        Messages fail when another rank ends in the middle of one. Then its end is the cause to report: the error waits until
+        that has been done, which ends this rank too.
+        """
+        try:
+            yield
+        except self._mpi.Exception as error:
+            time.sleep(_PEER_END_S)
+            found = str(error).partition("\n")[0].removesuffix(", error stack:")
+            remedy = "look at why another rank ended, and start all ranks again"
+            raise EngineError("ranks", "a message between ranks failed", found=found, remedy=remedy) from None
 
     def _receive(self, source: int, tag: int, deadline: float | None) -> Any:
         """Receive a message; None if there is none by `deadline`."""

@@ -185,7 +185,8 @@ def belle_run(directory: Path, *arguments: object, change: str = "", before: tup
     program = ["-c", SCRIPT.format(change=change)] if change else ["-m", "belle_compile.runtime"]
     command = [*before, sys.executable, *program, str(directory), *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return Run(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **{**pipes, **more}), mark)
+    # `answering` may stop to read in the middle of a character
+    return Run(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, errors="replace", **{**pipes, **more}), mark)
 
 
 def is_parent(process: int) -> bool:

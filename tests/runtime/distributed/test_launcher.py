@@ -217,6 +217,20 @@ CpuExecutor.step = failing
     assert code != 0 and errors.count(f"cpu: kernel broke: found rank {rank}.") == 1
 
 
+def test_a_message_that_fails_while_the_other_rank_goes_on(engines: dict[int, Path]) -> None:
+    change = """from belle_compile.runtime.distributed.collectives import MpiCollectives
+wait, count = MpiCollectives._wait, 0
+def failing(self, request, **options):
+    global count
+    count += 1
+    if rank == 1 and count == 5: raise self._mpi.Exception(self._mpi.ERR_OTHER)
+    wait(self, request, **options)
+MpiCollectives._wait = failing
+"""
+    sentence = failure(engines[2], change)
+    assert sentence.startswith("ranks: a message between ranks failed: found Other MPI error; look at why another rank ended")
+
+
 def test_a_bug_of_a_rank_is_shown(engines: dict[int, Path]) -> None:
     change = f"{STEP}if rank == 1: CpuExecutor.step = lambda self, batch: 1 // 0"
     code, _, errors = belle_run(engines[2], *SHORT, change=change).end()
