@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime import host
-from belle_compile.runtime.executors.base import StepBatch
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.memory import anonymous
 from belle_compile.runtime.program import Program
 

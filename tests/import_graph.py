@@ -10,7 +10,7 @@ from pathlib import Path
 def imports(folders: Mapping[str, Path]) -> dict[str, set[str]]:
     """For each module of the packages (name -> folder), those of their modules that it imports.
 
-    Imports in functions count, those under TYPE_CHECKING do not. `from package import name` imports the module of that name
+    Imports in functions and those for type checking count. `from package import name` imports the module of that name
     where there is one, else the package. That Python runs the packages above a module first does not count.
     """
     paths = {
@@ -46,10 +46,7 @@ def _name(path: Path, package: str) -> str:
 def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
     """(module, full name) of each import; the name may be that of a module or of something inside the module."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            for other in child.orelse:
-                yield from _imported(other)
-        elif isinstance(child, ast.Import):
+        if isinstance(child, ast.Import):
             yield from ((alias.name, alias.name) for alias in child.names)
         elif isinstance(child, ast.ImportFrom) and child.module:
             yield from ((child.module, f"{child.module}.{alias.name}") for alias in child.names)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from belle_compile import __version__
+from tests.checkouts import copy_checkout
 
-ROOT = Path(__file__).parent.parent
 USERS_PROGRAM = """
 import compiler, passes, runtime
 from belle_compile import Engine, EngineError, SamplingParams
@@ -27,31 +27,34 @@ except EngineError as error:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The wheel of a clean checkout, and the files of that."""
+    folder, checkout = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("checkout")
+    names = copy_checkout(checkout)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "-w", str(folder)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, text=True, timeout=300)
-    return next(folder.glob("*.whl"))
+    subprocess.run([*command, str(checkout)], check=True, capture_output=True, text=True, timeout=300)
+    return next(folder.glob("*.whl")), names
 
 
-def test_a_wheel_holds_one_package_and_its_data(wheel: Path) -> None:
+def test_a_wheel_holds_one_package_and_its_data(built: tuple[Path, list[str]]) -> None:
+    wheel, tracked = built
+    information = f"belle_compile-{__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        metadata = archive.read(f"belle_compile-{__version__}.dist-info/METADATA").decode()
-    assert {name.split("/")[0] for name in names} == {"belle_compile", f"belle_compile-{__version__}.dist-info"}
-    packaged = re.compile(r".*\.(py|jinja|json|c|h)$|.*py\.typed$")
-    tracked = subprocess.run(
-        ["git", "ls-files", "compiler", "passes", "runtime"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert {f"belle_compile/{path}" for path in tracked if packaged.match(path)} <= names
+        metadata = archive.read(f"{information}/METADATA").decode()
+    assert {name.split("/")[0] for name in names} == {"belle_compile", information}
+    packaged = re.compile(r"(compiler|passes|runtime)/(.*/)?([^/]+\.(py|jinja|json|c|h)|py\.typed)")
+    expected = {f"belle_compile/{path}" for path in tracked if packaged.fullmatch(path)}
+    expected |= {"belle_compile/__init__.py", "belle_compile/py.typed"}
+    assert {name for name in names if name.startswith("belle_compile/")} == expected
     assert "License-Expression: Apache-2.0" in metadata and f"Version: {__version__}" in metadata
-    assert f"belle_compile-{__version__}.dist-info/licenses/LICENSE" in names
+    assert f"{information}/licenses/LICENSE" in names
 
 
-def test_beside_a_users_own_modules(wheel: Path, tmp_path: Path) -> None:
+def test_beside_a_users_own_modules(built: tuple[Path, list[str]], tmp_path: Path) -> None:
     site, project = tmp_path / "site", tmp_path / "project"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
-    subprocess.run([*command, str(site), str(wheel)], check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run([*command, str(site), str(built[0])], check=True, capture_output=True, text=True, timeout=300)
     assert sorted(path.name for path in site.iterdir() if not path.name.endswith(".dist-info")) == ["belle_compile", "bin"]
     for package in ("compiler", "passes"):
         (project / package).mkdir(parents=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.checkouts import copy_checkout
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(python|diff|sh) ?(\S*)\n(.*?)^```$", re.M | re.S)
@@ -48,11 +49,7 @@ def changed(text: str, diff: str) -> str:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The files that git knows of, the links of the package among them."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if not name.startswith("benchmarks/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / name, follow_symlinks=False)
+    copy_checkout(tmp_path)
     return tmp_path
 
 

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
 from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
 from belle_compile.compiler.checkpoint.generation import generation_defaults
+from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import special_tokens
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
-from belle_compile.compiler.checkpoint.tensors import canonical
 from belle_compile.compiler.families import registry
 
 

@@ -1,8 +1,8 @@
-"""A tensor of a checkpoint that stays on disk until it is read, and the canonical names of tensors."""
+"""A tensor of a checkpoint that stays on disk until it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families.family import Family
 
 if TYPE_CHECKING:
     from belle_compile.compiler.ir.quantized import QuantizedTensor
@@ -106,23 +105,3 @@ def require_float(tensor: LazyTensor) -> None:
         expected="float32, float16 or bfloat16",
         remedy="convert the checkpoint to one of these",
     )
-
-
-def canonical(tensors: Iterable[LazyTensor], family: Family[Any]) -> dict[str, LazyTensor]:
-    """Tensors by the names that the family's graph asks for, without derived buffers; raises CompileError for a name that
-    occurs twice."""
-    named: dict[str, LazyTensor] = {}
-    for tensor in tensors:
-        if tensor.name.endswith(DERIVED_BUFFERS):
-            continue
-        name = family.canonical_name(tensor.name)
-        if name in named:
-            raise CompileError(
-                STAGE,
-                f"tensor {name}",
-                found=f"it twice, in {named[name].file.name} and in {tensor.file.name}",
-                expected="every tensor once",
-                remedy="download the checkpoint again",
-            )
-        named[name] = replace(tensor, name=name)
-    return named

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.families.config import Keys, Reader
-from belle_compile.compiler.families.family import Family, ModelConfig
+from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.families.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from belle_compile.compiler.checkpoint import LazyTensor
+    from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
 DEFAULT_MAX_POSITION = 2048  # BLOOM's training length; ALiBi sets no limit of its own
 

@@ -1,42 +1,17 @@
-"""The record that describes an architecture to the compiler, and the dimensions that all configs share."""
+"""The record that describes an architecture to the compiler."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 
-if TYPE_CHECKING:
-    from belle_compile.compiler.families.gguf import GgufLayout
-    from belle_compile.compiler.families.layers import Layers
-
-STAGE = "family"  # the stage of errors
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The dimensions of a model, as config.json states or implies them; a family adds fields of its own."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position: int
-    epsilon: float  # the epsilon of the norms
-    tied_head: bool  # the head's weight is the embedding table
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The graph's metadata_props, without the family's name."""
-        keys = "num_layers num_heads num_kv_heads head_dim max_position vocab_size hidden_size intermediate_size".split()
-        return {key: str(getattr(self, key)) for key in keys}
-
+from belle_compile.compiler.families.gguf import GgufLayout
+from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.families.model_config import ModelConfig
 
 C = TypeVar("C", bound=ModelConfig)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families.family import STAGE
+from belle_compile.compiler.families.model_config import STAGE
 
 TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families.family import STAGE
+from belle_compile.compiler.families.model_config import STAGE
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.lazy import lazy
 
 if TYPE_CHECKING:
-    from belle_compile.compiler.checkpoint import Checkpoint, LazyTensor
+    from pathlib import Path
+
+    from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
 HEAD = "lm_head.weight"
 COMPARED_BYTES = 1 << 25  # bytes read at a time from each of two tables that are compared
@@ -26,6 +28,17 @@ MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 Reorder = Callable[["LazyTensor"], npt.NDArray[np.float32]]
 
 
+class TensorSource(Protocol):
+    """The part of a checkpoint that a graph is built from: its tensors by their canonical names."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]: ...
+    def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
+        """Return a tensor; raises CompileError if it is missing or has another shape."""
+
+
 class Layers:
     """Appends layers to the graph of `builder` and records which tensors of the checkpoint they use.
 
@@ -33,7 +46,7 @@ class Layers:
     uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder) -> None:
+    def __init__(self, checkpoint: TensorSource, builder: GraphBuilder) -> None:
         self.checkpoint, self.builder = checkpoint, builder
         self._taken: set[str] = set()
 

@@ -12,9 +12,10 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import rope
 from belle_compile.compiler.families.config import Keys, Reader
-from belle_compile.compiler.families.family import STAGE, Family, ModelConfig
+from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.families.model_config import STAGE, ModelConfig
 
 KEYS = Keys(
     used=rope.KEYS.union(

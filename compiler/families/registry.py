@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families.family import STAGE, Family
+from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufLayout
+from belle_compile.compiler.families.model_config import STAGE
 
 REGISTRY: dict[str, Family[Any]] = {}
 

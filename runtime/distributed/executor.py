@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from belle_compile.runtime.distributed.agreement import Agreement
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.base import ProfilableExecutor, RankExecutor, StepBatch
+from belle_compile.runtime.executors.base import ProfilableExecutor, RankExecutor
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.serving import candidates
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from belle_compile.runtime.artifact import STAGE, Manifest
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.base import Executor, ProfilableExecutor, RankExecutor, StepBatch
+from belle_compile.runtime.executors.base import Executor, ProfilableExecutor, RankExecutor
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.cpu_factory import CpuFactory
 from belle_compile.runtime.executors.cuda_factory import CudaFactory
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest

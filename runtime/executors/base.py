@@ -5,65 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from belle_compile.runtime.program import BLOCK_SIZE, Program
+from belle_compile.runtime.executors.batch import StepBatch
+from belle_compile.runtime.program import Program
 from belle_compile.runtime.serving.candidates import Rows
 
 if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
     from belle_compile.runtime.profiling import Recorder
-
-
-class StepBatch:
-    """The inputs of one step: int32 buffers of the executor, allocated once and filled in place by the scheduler.
-
-    `token_ids`, `positions`, `sequences` [max_tokens]: the first `tokens` entries count. The sequence of a token is its row of
-    `block_table` [max_sequences, max_blocks]; its position counts from 0. The tokens of a sequence lie side by side, in
-    ascending positions.
-    `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are requested.
-    `candidates` [max_rows], None where the executor always returns whole rows: how many of a row's largest logits are needed,
-    together with those equal to the smallest of them; the executor may leave out the others. 0 requests the whole row.
-    """
-
-    def __init__(
-        self,
-        token_ids: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        block_table: NDArray[np.int32],
-        logit_rows: NDArray[np.int32],
-        candidates: NDArray[np.int32] | None = None,
-    ) -> None:
-        self.token_ids = token_ids
-        self.positions = positions
-        self.sequences = sequences
-        self.block_table = block_table
-        self.logit_rows = logit_rows
-        self.candidates = candidates
-        self.tokens = 0
-        self.rows = 0
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the largest step."""
-        return len(self.token_ids)
-
-    @property
-    def max_rows(self) -> int:
-        """Logit rows of the largest step."""
-        return len(self.logit_rows)
-
-    @property
-    def max_sequences(self) -> int:
-        """Sequences that can have a row of the block table at the same time."""
-        return len(self.block_table)
-
-    @property
-    def max_context(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.block_table.shape[1]) * BLOCK_SIZE
 
 
 class Executor(Protocol):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from belle_compile.runtime import host
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.base import StepBatch
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 from belle_compile.runtime.executors.summed import Sum, SummedLists
 from belle_compile.runtime.memory import WeightsFile, anonymous

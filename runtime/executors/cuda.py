@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.base import StepBatch
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.candidate_logits import CandidateLogits
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import STAGE, open_device
