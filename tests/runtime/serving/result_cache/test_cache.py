@@ -286,7 +286,9 @@ def test_a_mute_redis_costs_its_time_limit_once() -> None:
         results += [result for i in range(10) for result in engine.generate([[i]], GREEDY)]
         assert len({tuple(result.token_ids) for result in results}) == 10
         assert 0.15 < time.perf_counter() - start < 2 * 0.3 + 1
-        assert stats_of(engine).errors > 10 and stats_of(engine).hits == 0
+        cache_of(engine).flush()
+        # A lookup and a write of each of the ten. Answers whose write still waits may be given to identical requests.
+        assert stats_of(engine).errors >= 20 and stats_of(engine).stores == 0
 
 
 def test_a_slow_store_stops_neither_steps_nor_other_requests() -> None:
