@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.engine import AsyncStream, Engine
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.request import SamplingParams
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
@@ -171,6 +173,42 @@ def test_a_full_queue_refuses_and_keeps_what_it_has(cache: ResultCacheOptions | 
         assert stats.refusals == 3 and sum(stats.requests.values()) == 3
 
 
+def test_identical_requests_are_refused_together(tmp_path: Path) -> None:
+    """A store in a file is read on another thread, so the stream that leads is refused after the other one has joined it."""
+    executor, cache = HeldExecutor(), ResultCacheOptions(f"sqlite:{tmp_path / 'cache.db'}")
+
+    async def ask(engine: Engine) -> list[BaseException | None]:
+        streams = [engine.astream([7], GREEDY) for _ in range(3)]
+        return await asyncio.gather(*(read(stream) for stream in streams), return_exceptions=True)
+
+    async def read(stream: AsyncStream) -> None:
+        async for _ in stream:
+            pass
+
+    with make_engine(executor, cache, SchedulerOptions(max_num_seqs=1, max_queue=0)) as engine:
+        first = engine.stream([5], GREEDY)
+        assert executor.reached.wait(WAIT_S)
+        refused = asyncio.run(asyncio.wait_for(ask(engine), WAIT_S))
+        assert [type(error) for error in refused] == [QueueFull] * 3
+        executor.open.set()
+        list(first)
+        assert asyncio.run(asyncio.wait_for(ask(engine), WAIT_S)) == [None] * 3
+
+
+def test_a_client_with_many_requests_does_not_hold_up_another() -> None:
+    executor, observer = HeldExecutor(), Observer()
+    with make_engine(executor, scheduler=SchedulerOptions(max_num_seqs=1), telemetry=observer) as engine:
+        busy = [engine.stream([n] * 5, GREEDY, scheduling=Scheduling(client="busy")) for n in range(5, 10)]
+        assert executor.reached.wait(WAIT_S)
+        quiet = engine.stream([20] * 4, GREEDY, scheduling=Scheduling(client="quiet"))
+        urgent = engine.stream([21] * 3, GREEDY, scheduling=Scheduling(priority=-1, client="busy"))
+        executor.open.set()
+        for stream in (*busy, quiet, urgent):
+            list(stream)
+        wait_for(lambda: len(observer.requests) == 7)
+    assert [record.prompt_tokens for record in observer.requests][:4] == [5, 3, 4, 5]
+
+
 def test_many_prompts_of_one_call_are_no_full_queue_by_default() -> None:
     with make_engine() as engine:
         assert len(engine.generate([[n] for n in range(5, 60)], GREEDY)) == 55
@@ -181,8 +219,10 @@ def test_no_more_sequences_run_than_were_allowed() -> None:
     with make_engine(scheduler=SchedulerOptions(max_num_seqs=2), telemetry=observer) as engine:
         engine.generate([[n] for n in range(5, 12)], GREEDY)
     assert max(step.rows for step in observer.steps) == 2
+    executor = FakeExecutor()
     with pytest.raises(EngineError, match="max_num_seqs: found 6, expected at most 5, which the engine was built for"):
-        make_engine(scheduler=SchedulerOptions(max_num_seqs=6))
+        make_engine(executor, scheduler=SchedulerOptions(max_num_seqs=6))
+    assert executor.closed
 
 
 def test_an_engine_is_alive_until_it_is_closed() -> None:
@@ -238,8 +278,6 @@ def test_scheduling_reaches_every_way_to_ask() -> None:
         async with engine.astream([6] * 9, GREEDY, scheduling=scheduling) as stream:
             async for _ in stream:
                 pass
-
-    import asyncio
 
     scheduling = Scheduling(priority=3, timeout_s=WAIT_S, client="key")
     seen: list[Scheduling] = []
