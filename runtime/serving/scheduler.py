@@ -142,7 +142,7 @@ class Scheduler:
     def commit(self) -> None:
         """Mark the tokens of the step as computed: it ran, and their keys and values are cached."""
         for sequence in self._scheduled:
-            sequence.computed += sequence.advance - sequence.drafted
+            sequence.computed += sequence.scheduled - sequence.drafted
             if sequence.computed >= sequence.publish_at and sequence.chain:
                 self._publish(sequence)
         self._scheduled = []
@@ -343,9 +343,9 @@ class Scheduler:
         if scored < first:
             scored = first
         rows = first + count - scored
-        sequence.advance = count
+        sequence.scheduled = count
         if most_rows is not None and rows > most_rows:
-            rows, sequence.advance = most_rows, 0
+            rows, sequence.scheduled = most_rows, 0
         if count == 1:  # most steps; NumPy takes several times as long for a slice
             batch.token_ids[start] = sequence.tokens[first]
             batch.positions[start] = first
@@ -354,7 +354,7 @@ class Scheduler:
             batch.token_ids[start:stop] = sequence.tokens[first : first + count]
             batch.positions[start:stop] = np.arange(first, first + count, dtype=np.int32)
             batch.sequences[start:stop] = sequence.slot
-        batch.tokens, sequence.scheduled, sequence.logit_rows = stop, count, rows if rows > 0 else 0
+        batch.tokens, sequence.logit_rows = stop, rows if rows > 0 else 0
         self._scheduled.append(sequence)
         if rows > 0:
             row = start + scored - first
