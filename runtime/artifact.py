@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
+from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, parse_json, refuse_from, to_plain
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (3,)
@@ -171,7 +171,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         remedy = "give the directory that belle-compile build wrote"
         raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
     try:
-        plain = json.loads(path.read_bytes().decode())
+        plain = parse_json(path.read_bytes())
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValueError as error:
