@@ -16,10 +16,13 @@ from belle_compile.compiler.backends.base import PackedTensor, Payload, tensor_b
 from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.ir.lazy import wholes_kept
+from belle_compile.compiler.temporary import TemporaryFiles
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
 from belle_compile.runtime.executors import executor_of
 from belle_compile.runtime.program import WEIGHTS_NAME
+from belle_compile.runtime.schema import parse_json
 
+TEMPORARY = ".temporary"  # folder of the directory under construction, gone before that is complete
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # Bytes that one system call writes, at multiples of this size: the file cache then holds them in contiguous pages, which are
 # mapped as huge pages.
@@ -36,14 +39,23 @@ class EngineWriter:
 
     def __init__(self, out: str | Path, *, force: bool = False, needed: int = 0) -> None:
         self._directory = AtomicDirectory(Path(out), replace=force, replaceable=is_engine, needed=needed)
+        self._temporary = TemporaryFiles(self._directory.path / TEMPORARY)
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> EngineWriter:
         self._directory.__enter__()
+        try:
+            self._temporary.open()
+        except BaseException as error:
+            self._directory.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._directory.__exit__(kind, error, trace)
+        try:
+            self._temporary.close()
+        finally:
+            self._directory.__exit__(kind, error, trace)
 
     def check_space(self, needed: int) -> None:
         """Raise CompileError where the output's file system has fewer than `needed` bytes free."""
@@ -93,6 +105,7 @@ class EngineWriter:
         (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
         executor_of(read_manifest(self._directory.path))  # raises what the runtime would raise for a manifest that it refuses
+        self._temporary.close()
         self._directory.commit()
         return self._directory.out
 
@@ -130,8 +143,16 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: 
 
 
 def is_engine(path: Path) -> bool:
-    """Whether `path` is a directory with a manifest."""
-    return (path / MANIFEST_NAME).is_file()
+    """Whether `path` is a directory with the manifest of an engine, of this or of another format.
+
+    Other programs have files of that name too.
+    """
+    try:
+        plain = parse_json((path / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    known = {"format_version": int, "digest": str, "model": dict, "target": dict, "files": dict}
+    return isinstance(plain, dict) and all(type(plain.get(name)) is kind for name, kind in known.items())
 
 
 class _File:
