@@ -48,9 +48,10 @@ Answer = Callable[[Sequence[Tokens], int], list[GoldenAnswer | None]]
 LEAD = 0.5  # of the standard deviation of a row of logits: ten times what implementations were measured to differ by
 PROMPTS = 6  # prompts of a self-test
 MOST_TOKENS, FEWEST_TOKENS = 12, 2  # tokens of an answer; the second one is computed from the KV cache
-# One token of all answers takes a pass over the weights. The model's size alone decides how many tokens an answer has, so that
-# about so many weights are read: SmolLM2-135M has 7 tokens, LLaMA-1.1B and larger models have 2.
-WEIGHTS_READ = 1 << 30
+# One token of all answers takes a pass over the weights. The model's size and the target, not the build host, decide how many
+# tokens an answer has, so that about so many weights are read: by kernels (where the target is a kind of machine), or by the
+# meanings. For GPUs, SmolLM2-135M has 7 tokens and LLaMA-1.1B has 2; for CPUs both have 12, and BLOOM-7B has 4.
+WEIGHTS_RUN, WEIGHTS_EVALUATED = 32 << 30, 1 << 30
 FIRST_CUT = 4  # tokens of the shortest prompt, where a text has as many
 MOST_TEXT = 32  # tokens of a text
 
@@ -80,7 +81,7 @@ def golden_answers(
     cannot.
     """
     texts = _texts(engine, manifest)
-    tokens = answer_tokens(manifest.model.parameters)
+    tokens = answer_tokens(manifest)
     found: list[GoldenAnswer] = []
     with _answering(engine, manifest, backend, graphs, kv_type) as answer:
         for start in range(0, len(texts), PROMPTS):
@@ -91,9 +92,10 @@ def golden_answers(
     return GoldenAnswers(LEAD, tuple(found[:PROMPTS]), reason)
 
 
-def answer_tokens(parameters: int) -> int:
-    """The number of tokens of an answer of a model with so many parameters, if all are clear."""
-    return max(FEWEST_TOKENS, min(MOST_TOKENS, WEIGHTS_READ // max(parameters, 1)))
+def answer_tokens(manifest: Manifest) -> int:
+    """The number of tokens that an answer of the engine has if all are clear."""
+    weights = WEIGHTS_RUN if manifest.target.requires.arch else WEIGHTS_EVALUATED
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, weights // max(manifest.model.parameters, 1)))
 
 
 def clearest_cut(logits: Floats) -> tuple[int, float] | None:
