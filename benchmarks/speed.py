@@ -33,7 +33,7 @@ import numpy as np
 from belle_compile.runtime import Engine, host
 from belle_compile.runtime.executors import ProfilableExecutor, StepBatch
 from belle_compile.runtime.profiling import Phase
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from benchmarks import machine
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import DEFAULT_SHAPES, SHAPES, Cost, cost, prepare

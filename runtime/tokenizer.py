@@ -30,13 +30,20 @@ class Tokenizer:
         """Read tokenizer.json; raises `EngineError` when it is not one."""
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)), special)
-        except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception for whatever it cannot parse, or panics
             remedy = "rebuild the engine with belle-compile build"
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no `Exception`
+            raise _failure(error, "a text") from error
         bos = self.special.bos
         if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
@@ -44,7 +51,18 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, without that of special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        try:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise _failure(error, "tokens") from error
+
+
+def _failure(error: BaseException, what: str) -> EngineError:
+    """The error of a call that the library fails, as it does for settings of a tokenizer.json that it does not check."""
+    remedy = "rebuild the engine from a checkpoint whose tokenizer works"
+    return EngineError("tokenizer", f"{what} cannot be converted", found=str(error), remedy=remedy)
 
 
 class Detokenizer:
