@@ -122,7 +122,8 @@ def measure(engine: Path, isas: tuple[str, ...], threads: int, tasks: tuple[Task
     samples: Samples = {task.name: {isa: [] for isa in isas} for task in tasks}
     with contextlib.ExitStack() as stack:
         kv_tokens = max(task.kv_tokens for task in tasks)
-        loaded = {isa: stack.enter_context(Engine.load(engine, isa=isa, threads=threads, kv_tokens=kv_tokens)) for isa in isas}
+        options: dict[str, Any] = {"threads": threads, "kv_tokens": kv_tokens, "prefix_cache": False}
+        loaded = {isa: stack.enter_context(Engine.load(engine, isa=isa, **options)) for isa in isas}
         # After the engines: loading one asks for the permission that AMX needs.
         limits = Limits(ReadBandwidth(threads, mebibytes=1024), {isa: Int8Rate(isa, threads) for isa in isas})
         random = np.random.default_rng(0)

@@ -247,7 +247,7 @@ def test_profile_over_kernels(rank: Path) -> None:
     contents["tokenizer.json"] = byte_tokenizer().to_str().encode()
     directory = make_directory(rank.parent / "engine", contents)
     params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=5)
-    with Engine.load(directory, isa="avx2", kv_tokens=64, threads=2) as engine:
+    with Engine.load(directory, isa="avx2", kv_tokens=64, threads=2, prefix_cache=False) as engine:
         plain = engine.generate([3, 4], params)
         with engine.profile() as profile:
             profiled = engine.generate([3, 4], params)
