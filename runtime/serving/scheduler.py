@@ -88,6 +88,7 @@ class Scheduler:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._scheduled: list[Sequence] = []
         self._needing_logits: list[Sequence] = []
+        self._promised = 0  # blocks that the running sequences need at most
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +108,7 @@ class Scheduler:
             self.running.remove(sequence)
             assert sequence.blocks is not None, "a running sequence has blocks"
             sequence.blocks.free()
+            self._promised -= blocks_for(sequence.max_length)
             sequence.blocks, sequence.computed = None, 0
             self._free_slots.append(sequence.slot)
             sequence.slot = -1
@@ -128,7 +130,7 @@ class Scheduler:
             if sequence.length - sequence.computed > 1:
                 self._schedule_tokens(sequence, self._chunk(sequence))
         while self.waiting and self._free_slots and batch.tokens < batch.max_tokens:
-            if blocks_for(self.waiting[0].max_length) > self.pool.available:
+            if blocks_for(self.waiting[0].max_length) > self.pool.num_blocks - self._promised:
                 break  # a smaller sequence behind it must not overtake it, or it would starve
             sequence = self._admit(self.waiting.popleft())
             self._schedule_tokens(sequence, self._chunk(sequence))
@@ -142,7 +144,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> Sequence:
         slot = self._free_slots.pop()
-        sequence.blocks = BlockTable(self.pool, self.batch.block_table[slot], sequence.max_length)
+        sequence.blocks = BlockTable(self.pool, self.batch.block_table[slot])
+        self._promised += blocks_for(sequence.max_length)
         sequence.slot = slot
         self.running.append(sequence)
         self.admitted.append(sequence)
@@ -177,7 +180,8 @@ class Scheduler:
         batch, start, first = self.batch, self.batch.tokens, sequence.computed
         stop, rows = start + count, first + count - max(first, sequence.logits_from)
         assert sequence.blocks is not None, "a running sequence has blocks"
-        sequence.blocks.grow(first + count)
+        grown = sequence.blocks.grow(first + count)
+        assert grown, "a sequence is admitted only where its worst case fits"
         if count == 1:  # most steps; NumPy takes several times as long for a slice
             batch.token_ids[start] = sequence.tokens[first]
             batch.positions[start] = first
