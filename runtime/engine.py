@@ -85,6 +85,7 @@ class Engine:
         threads: int | None = None,
         isa: str | None = None,
         kv_tokens: int | None = None,
+        kv_cache_memory: str | float | None = None,
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
         result_cache: ResultCacheOptions | str | None = None,
@@ -93,10 +94,13 @@ class Engine:
 
         Weights for a CPU are mapped into memory without being read; those for a GPU are copied to it. `threads` and `isa` are
         for CPUs: they default to the cores that this process may use, and to BELLE_ISA or else the best instruction set of the
-        CPU. `kv_tokens` is the number of tokens that the KV cache holds, by default what fits into half of the host's memory
-        beside the weights, or into what is left of a GPU's. `verify="full"` digests every file, weights included, and calls
-        `progress`; "header" checks large files by their size only. `result_cache` is how to store answers that greedy and
-        seeded requests may be given again, or only where: "memory", "sqlite:FILE" or "redis://HOST".
+        CPU. `verify="full"` digests every file, weights included, and calls `progress`; "header" checks large files by their
+        size only. `result_cache` is how to store answers that greedy and seeded requests may be given again, or only where:
+        "memory", "sqlite:FILE" or "redis://HOST".
+
+        `kv_tokens` is the number of tokens that the KV cache holds. In its place, `kv_cache_memory` is the memory of the cache
+        of each rank: bytes (an int, "4GiB", "500MB"), or a share (0.5, "50%") of what is free beside the weights. The default
+        is half of that, on a GPU all of it, but no more than the most and longest sequences of a step need.
 
         An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
         engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
@@ -106,7 +110,7 @@ class Engine:
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
         cache_options = ResultCacheOptions.of(result_cache)
         started = time.perf_counter()
-        options = Options(threads, isa, kv_tokens, verify == "full", progress)
+        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory)
         engine = cls(*load_parts(Path(directory), options), cache_options)
         engine.directory = Path(directory)
         engine.load_s = time.perf_counter() - started

@@ -94,6 +94,9 @@ class FakeExecutor:
         if self.recorder is not None:
             calls = 2 if batch.rows else 1
             self.recorder.walked(np.arange(calls), 1000 * np.arange(calls + 1))
+        for source, destination in batch.copies:
+            assert source != destination
+            self.cache[destination] = self.cache[source]
         seen: set[tuple[int, int]] = set()
         for t in range(batch.tokens):
             slot, position = int(batch.sequences[t]), int(batch.positions[t])
