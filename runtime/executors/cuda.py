@@ -97,7 +97,7 @@ class CudaExecutor:
         self._bandwidth = self._device.copy_bandwidth()  # now, while there is room for the copies
         weights = WeightsFile(directory / WEIGHTS_NAME)
         weights.require(program.weight_names(), program.weights_header)
-        self.num_blocks = _kv_blocks(program, kv_memory, weights.total_bytes, self._device)
+        self.num_blocks = kv_blocks(program, kv_memory, weights.total_bytes, self._device)
 
         self._weights = self._device.allocate(weights.total_bytes, "weights")
         self._device.upload(self._weights, weights.contents)
@@ -318,7 +318,7 @@ def choose_arch(carried: tuple[str, ...], device: Device) -> str:
     return max(fitting)
 
 
-def _kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, device: Device) -> int:
+def kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, device: Device) -> int:
     """The number of blocks of the KV cache, by default what the rest of the device's memory holds.
 
     Raises `EngineError` where the cache does not fit.

@@ -103,7 +103,7 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in the order of its positions, and its row (int32 [max_blocks]) of the step's block table.
 
-    Blocks that other tables reference, or that the pool keeps, must not be written to.
+    Blocks that other tables reference are not written to, nor are positions that the prefix cache has published.
     """
 
     def __init__(self, pool: BlockPool, row: NDArray[np.int32]) -> None:

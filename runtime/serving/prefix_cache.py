@@ -175,7 +175,7 @@ class PrefixCache:
         """Fill an empty table with what `match` found, and announce the tokens that the sequence will compute.
 
         The first `prefix.tokens` tokens of the sequence are then computed, provided that the next step makes the `copies`.
-        Returns False, with nothing changed, where no block is available for the copy.
+        Returns False, with the table empty again, where no block is available for the copy.
         """
         assert chain.table is None and not table.blocks, "a sequence has one table, which begins empty"
         pool, copy = self._pool, None

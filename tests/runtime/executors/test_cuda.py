@@ -16,6 +16,8 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import cuda, cuda_device
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import CudaDevice
+from belle_compile.runtime.executors.kv_memory import KvMemory
+from belle_compile.runtime.host import GPU_RESERVE_BYTES
 from belle_compile.runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
 from belle_compile.runtime.program_json import program_to_json
 
@@ -225,6 +227,28 @@ def program(alternatives: dict[str, dict[str, tuple[str, ...]]]) -> Program:
     launches = dict.fromkeys(("one", "many", "other", "wide"), LAUNCH)
     return Program(64, 8, 4, 4, 4096, 64, Logits(0, 64, 0, 64), KVLayout(1, 1, 8, "float16"), calls, FusionCalls(2, 2),
                    launches=launches, alternatives=alternatives)  # fmt: skip
+
+
+def test_the_cache_is_what_is_asked_for_or_what_is_left() -> None:
+    made = program({})
+    block, others = made.kv.block_bytes, 1000 + made.arena_bytes + made.scratch_bytes + GPU_RESERVE_BYTES
+
+    def blocks(free_blocks: int, asked: KvMemory) -> int:
+        device = SimpleNamespace(memory_bytes=others + free_blocks * block, name="GPU")
+        return cuda.kv_blocks(made, asked, 1000, device)  # type: ignore[arg-type]
+
+    assert [blocks(free, KvMemory()) for free in (1, 9, 100)] == [1, 9, 16], "no more than 4 sequences of 4 blocks need"
+    assert blocks(100, KvMemory(share=0.5)) == 50 and blocks(100, KvMemory(size=7 * block)) == 7 == blocks(100, KvMemory(100))
+    beside = r"beside weights \(0\.00 GiB\) and activations \(0\.00 GiB\) on GPU; ask for another size"
+    refused = [
+        (0, KvMemory(), "kv_tokens: found 16 tokens"),
+        (9, KvMemory(145), "kv_tokens: found 145 tokens"),
+        (9, KvMemory(size=10 * block), "kv_cache_memory: found"),
+        (9, KvMemory(share=0.1), "kv_cache_memory: found a share of 0.1"),
+    ]
+    for free, asked, option in refused:
+        with pytest.raises(EngineError, match=f"^cuda: {option}.*{beside}"):
+            blocks(free, asked)
 
 
 class Timed:
