@@ -247,6 +247,14 @@ def test_stop_ends_all_that_waits() -> None:
     loop.stop()
 
 
+def test_a_loop_without_steps_is_alive_if_its_thread_answers() -> None:
+    loop = StepLoop(FakeExecutor())
+    loop.call(lambda: None)
+    assert loop.alive(WAIT_S)
+    loop.stop()
+    assert not loop.alive(WAIT_S)
+
+
 def test_a_loop_without_jobs_stops() -> None:
     executor = FakeExecutor()
     StepLoop(executor).stop()
