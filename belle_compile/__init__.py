@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from belle_compile.compiler.driver import BuildRequest, build
     from belle_compile.runtime.engine import Engine, Result
     from belle_compile.runtime.errors import BelleError, EngineError
+    from belle_compile.runtime.serving.grammar.source import Grammar
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 
@@ -23,6 +24,7 @@ __all__ = [
     "CachePolicy",
     "Engine",
     "EngineError",
+    "Grammar",
     "Result",
     "ResultCacheOptions",
     "SamplingParams",
@@ -36,6 +38,7 @@ _MODULE_OF = {
     "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
     "Engine": "belle_compile.runtime.engine",
     "EngineError": "belle_compile.runtime.errors",
+    "Grammar": "belle_compile.runtime.serving.grammar.source",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
     "SamplingParams": "belle_compile.runtime.serving.request",

@@ -8,14 +8,16 @@ from belle_compile.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
+    from belle_compile.runtime.serving.grammar.source import Grammar
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 
-__all__ = ["CachePolicy", "Engine", "EngineError", "Result", "ResultCacheOptions", "SamplingParams"]
+__all__ = ["CachePolicy", "Engine", "EngineError", "Grammar", "Result", "ResultCacheOptions", "SamplingParams"]
 
 _MODULE_OF = {
     "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
     "Engine": "belle_compile.runtime.engine",
+    "Grammar": "belle_compile.runtime.serving.grammar.source",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
     "SamplingParams": "belle_compile.runtime.serving.request",
