@@ -55,7 +55,7 @@ class Tokenizer:
         """Return the bytes that a token stands for, which need not be whole characters; the name of a special token, and
         nothing for an id that is no token."""
         piece = self._tokenizer.id_to_token(token)
-        if piece is None or token in self._added:
+        if piece is None or token in self._special_of:
             return (piece or "").encode()
         if self._byte_level:
             return bytes(byte for character in piece for byte in _BYTES_OF.get(character, character.encode()))
@@ -63,9 +63,14 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return piece.replace(_SPACE, " ").encode()
 
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves a token out."""
+        return self._special_of.get(token, False)
+
     @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.get_added_tokens_decoder())
+    def _special_of(self) -> dict[int, bool]:
+        """The tokens that were added to the vocabulary, and whether each is special."""
+        return {token: added.special for token, added in self._tokenizer.get_added_tokens_decoder().items()}
 
     @cached_property
     def _byte_level(self) -> bool:

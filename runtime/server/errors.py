@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -15,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -63,6 +65,12 @@ def of_failure(error: BaseException) -> ApiError:
     """Return what a client is told when its resolved request failed."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFull):
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), type="rate_limit_error", code="queue_full", headers=headers)
+    if isinstance(error, DeadlineExceeded):
+        # Not 504: the server is well, and a proxy must not take it for broken because of a client's own `timeout`.
+        return ApiError(HTTPStatus.REQUEST_TIMEOUT, str(error), param="timeout", type="timeout_error", code="deadline_exceeded")
     if isinstance(error, EngineError) and error.stage == "engine":  # it is closed
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), type=SERVER, code="engine_unavailable")
     _log.error("A request failed.", exc_info=error)
@@ -70,13 +78,13 @@ def of_failure(error: BaseException) -> ApiError:
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, type=SERVER, code="engine_error")
 
 
-def of_request(error: EngineError, param: str) -> ApiError:
-    """Return what a client is told whose request the engine refused; `param` is the field of the body."""
+def of_request(error: EngineError, param: str, subject: str) -> ApiError:
+    """Return what a client is told whose request the engine refused; `param` is the field of the body, `subject` says more."""
     facts = [f"found {error.found}" if error.found else "", f"expected {error.expected}" if error.expected else ""]
     details = ", ".join(fact for fact in facts if fact)
-    subject = "" if error.what == param else f"{error.what}{': ' if details else ''}"
+    reason = ": ".join(part for part in (subject, details) if part)
     remedy = f"; {error.remedy}" if error.remedy else ""
-    return invalid(f"Invalid value for '{param}': {subject}{details}{remedy}.", param)
+    return invalid(f"Invalid value for '{param}': {reason}{remedy}.", param)
 
 
 def of_validation(error: ValidationError) -> ApiError:

@@ -8,11 +8,13 @@ from functools import partial
 from types import TracebackType
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.serving.asynchronous import Answerer, Handover
+from belle_compile.runtime.serving.asynchronous import Handover
 from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result
 from belle_compile.runtime.serving.logprobs import TokenLogprob
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.result_cache.options import CachePolicy
+from belle_compile.runtime.serving.scheduling import Scheduling
+from belle_compile.runtime.serving.streams import Answerer
 
 Event = tuple[int, Piece | None]  # the number of an answer, and its next piece; None after the last
 
@@ -25,9 +27,14 @@ class AsyncStreams:
     """
 
     def __init__(
-        self, engine: Answerer, handover: Handover, requests: Sequence[Request], cache: CachePolicy | None = None
+        self,
+        engine: Answerer,
+        handover: Handover,
+        requests: Sequence[Request],
+        cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
     ) -> None:
-        """Submit the requests."""
+        """Submit the requests, all before the next step."""
         event_loop = asyncio.get_running_loop()
         self._engine = engine  # kept alive while the answers are read
         self._events: list[Event] = []
@@ -38,7 +45,7 @@ class AsyncStreams:
             put = partial(handover.put, event_loop, partial(self._put, index))
             self._generations.append(Generation(request, engine.tokenizer, put, partial(put, None)))
         try:
-            engine.submit(self._generations, cache, wait=False)
+            engine.submit(self._generations, cache, scheduling, wait=False)
         except BaseException:
             self.close()
             raise

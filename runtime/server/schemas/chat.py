@@ -11,7 +11,7 @@ from belle_compile.runtime.server.schemas.fields import Body, Whole, conflict, o
 from belle_compile.runtime.server.schemas.sampling import SamplingBody
 from belle_compile.runtime.serving.request import MAX_LOGPROBS
 
-_NO_TOOLS = "the server calls no tools"
+NO_TOOLS = "the server calls no tools"
 
 
 def _content(value: Any) -> Any:
@@ -57,8 +57,8 @@ class ChatMessage(Body):
     refusal: only(None) = None  # type: ignore[valid-type]
     annotations: only(None, []) = None  # type: ignore[valid-type]
     audio: only(None) = None  # type: ignore[valid-type]
-    tool_calls: only(None, [], because=_NO_TOOLS) = None  # type: ignore[valid-type]
-    function_call: only(None, because=_NO_TOOLS) = None  # type: ignore[valid-type]
+    tool_calls: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
+    function_call: only(None, because=NO_TOOLS) = None  # type: ignore[valid-type]
 
     def for_template(self) -> dict[str, str]:
         """Return the message as prompt templates know it."""
@@ -85,10 +85,10 @@ class ChatBody(SamplingBody):
     prompt_cache_retention: str | None = None
 
     # Known fields that would change the answer. What asks for nothing passes.
-    tools: only(None, [], because=_NO_TOOLS) = None  # type: ignore[valid-type]
-    tool_choice: only(None, "none", "auto", because=_NO_TOOLS) = None  # type: ignore[valid-type]
-    functions: only(None, [], because=_NO_TOOLS) = None  # type: ignore[valid-type]
-    function_call: only(None, "none", "auto", because=_NO_TOOLS) = None  # type: ignore[valid-type]
+    tools: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
+    tool_choice: only(None, "none", "auto", because=NO_TOOLS) = None  # type: ignore[valid-type]
+    functions: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
+    function_call: only(None, "none", "auto", because=NO_TOOLS) = None  # type: ignore[valid-type]
     modalities: only(None, ["text"]) = None  # type: ignore[valid-type]
     audio: only(None) = None  # type: ignore[valid-type]
     moderation: only(None) = None  # type: ignore[valid-type]
@@ -112,6 +112,16 @@ class ChatBody(SamplingBody):
         if both and self.max_tokens != self.max_completion_tokens:
             raise conflict("'max_tokens' and 'max_completion_tokens' differ, give one of them", "max_tokens")
         return self
+
+    @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return "messages"
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before each answer."""
+        return False
 
     @property
     def limit_field(self) -> str:

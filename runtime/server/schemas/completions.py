@@ -53,6 +53,16 @@ class CompletionBody(SamplingBody):
     prompt_embeds: only(None) = None  # type: ignore[valid-type]
 
     @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return "prompt"
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before each answer."""
+        return bool(self.echo)
+
+    @property
     def limit_field(self) -> str:
         """The name of the field that limits the answer."""
         return "max_tokens"

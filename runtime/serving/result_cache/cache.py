@@ -93,6 +93,11 @@ class ResultCache:
         finally:  # also when interrupted: followers count on those that lead
             self._compute(now)
 
+    def covers(self, request: Request) -> bool:
+        """Whether the answer to a request may come from the cache."""
+        length = len(request.prompt) + request.max_new_tokens
+        return depends_on_request_alone(request) and (self._longest_exact is None or length <= self._longest_exact)
+
     def withdraw(self, job: Job) -> None:
         """Drop a request, unless others wait for its answer. Takes no lock: the garbage collector may call it anywhere."""
         self._flights.withdraw(job)
@@ -114,8 +119,7 @@ class ResultCache:
     def _enter(self, generation: Generation, policy: CachePolicy, led: list[tuple[str, Generation]]) -> None:
         """Let a request join one under way, or add it to those that are looked up."""
         request = generation.request
-        length = len(request.prompt) + request.max_new_tokens
-        if not depends_on_request_alone(request) or (self._longest_exact is not None and length > self._longest_exact):
+        if not self.covers(request):
             self._counters.add("bypassed")
             return
         key = request.key(self._identity)

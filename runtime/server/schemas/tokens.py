@@ -1,0 +1,42 @@
+"""The bodies of POST /tokenize and POST /detokenize, which are vLLM's."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from belle_compile.runtime.server.schemas.chat import NO_TOOLS, ChatMessage
+from belle_compile.runtime.server.schemas.fields import Body, Whole, conflict, only
+
+
+class TokenizeBody(Body):
+    """A text, or a chat to which the engine's template is applied.
+
+    `add_special_tokens` puts the model's beginning-of-sequence token before the text, if the model has one: by default for
+    texts, as completions do, and never for chats, whose template says what they begin with.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    continue_final_message: only(None, False) = None  # type: ignore[valid-type]
+    chat_template: only(None) = None  # type: ignore[valid-type]
+    chat_template_kwargs: only(None, {}) = None  # type: ignore[valid-type]
+    tools: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _has_one_of_both(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise conflict("Give either 'prompt' or 'messages'", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[Annotated[Whole, Field(ge=0)]]
