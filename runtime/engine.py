@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +22,15 @@ from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
-from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result, Timings
+from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
 from belle_compile.runtime.serving.request import EngineIdentity, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.result_cache.cache import ResultCache
 from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
+from belle_compile.runtime.serving.scheduling import SchedulerOptions, Scheduling
 from belle_compile.runtime.serving.scoring import Scoring
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
+from belle_compile.runtime.serving.streams import Stream
+from belle_compile.runtime.serving.telemetry import EngineStats, RequestLog, Telemetry
 from belle_compile.runtime.tokenizer import Tokenizer
 
 __all__ = ["AsyncStream", "Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
@@ -48,7 +50,13 @@ class Engine:
     """
 
     def __init__(
-        self, manifest: Manifest, tokenizer: Tokenizer, executor: Executor, result_cache: ResultCacheOptions | None = None
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        executor: Executor,
+        result_cache: ResultCacheOptions | None = None,
+        scheduler: SchedulerOptions | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Assemble an engine from loaded parts. `Engine.load` loads a directory."""
         self.manifest = manifest
@@ -57,19 +65,19 @@ class Engine:
         self.load_s = 0.0
         self._template = ChatTemplate(manifest.prompt_template)
         self._handover = Handover()
+        self._requests = RequestLog(telemetry)
+        after_answers = partial(_pass_on, self._handover, self._requests)  # which does not keep the engine alive
         # In sequences longer than this, dynamic RoPE scaling rotates a token by the number of tokens that share its step, wrong
         # guesses included.
         dynamic_rope_from = manifest.model.dimensions.get("dynamic_rope_from")
-        self._loop = StepLoop(executor, dynamic_rope_from, after_step=self._handover.flush)
+        self._loop = StepLoop(executor, scheduler or SchedulerOptions(), dynamic_rope_from, after_answers, telemetry)
         self._limits = self._loop.scheduler.limits
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
         self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
         self.result_cache: ResultCache | None = None
         if result_cache:
             try:
-                self.result_cache = ResultCache(
-                    result_cache, self._loop, tokenizer, self.identity, dynamic_rope_from, self._handover.flush
-                )
+                self.result_cache = ResultCache(result_cache, self._loop, tokenizer, self.identity, after_answers)
             except BaseException:
                 self._loop.stop()
                 raise
@@ -86,6 +94,10 @@ class Engine:
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
         result_cache: ResultCacheOptions | str | None = None,
+        max_num_seqs: int | None = None,
+        max_queue: int | None = None,
+        prefix_cache: bool = True,
+        telemetry: Telemetry | None = None,
     ) -> Engine:
         """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
@@ -96,6 +108,10 @@ class Engine:
         `progress`; "header" checks large files by their size only. `result_cache` is how to store answers that greedy and
         seeded requests may be given again, or only where: "memory", "sqlite:FILE" or "redis://HOST".
 
+        `max_num_seqs` answers are computed at the same time, by default as many as the engine was built for. With `max_queue`,
+        a request that would be one more than these to wait is refused with `QueueFull`. `prefix_cache` reuses the keys and
+        values of prompts that begin alike. `telemetry` observes steps and requests.
+
         An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
         engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
         the ranks of a host share its cores evenly.
@@ -103,9 +119,10 @@ class Engine:
         if verify not in ("header", "full"):
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
         cache_options = ResultCacheOptions.of(result_cache)
+        scheduler = SchedulerOptions(max_num_seqs, max_queue, prefix_cache)
         started = time.perf_counter()
         options = Options(threads, isa, kv_tokens, verify == "full", progress)
-        engine = cls(*load_parts(Path(directory), options), cache_options)
+        engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry)
         engine.load_s = time.perf_counter() - started
         return engine
 
@@ -121,14 +138,15 @@ class Engine:
         *,
         raw: bool = False,
         cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
     ) -> list[Result]:
         """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
-        chats always. `cache` is what the prompts allow the result cache to do, by default all.
+        chats always. `cache` is what the prompts allow the result cache to do, by default all. `scheduling` says when they are served.
         """
         generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, raw=raw)]
-        self._run(generations, lambda: self.submit(generations, cache))
+        self._run(generations, lambda: self.submit(generations, cache, scheduling))
         return [generation.result() for generation in generations]
 
     def resolve_all(
@@ -150,20 +168,32 @@ class Engine:
         return requests
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, cache: CachePolicy | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
     ) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
-        return Stream(self, self._resolve_one(prompt, params, raw), cache)
+        return Stream(self, self._resolve_one(prompt, params, raw), cache, scheduling)
 
     def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, cache: CachePolicy | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
     ) -> AsyncStream:
         """Answer one prompt in pieces, for `async for` on a running event loop.
 
         The prompt is encoded right here. A long one holds up the event loop for some milliseconds, unless `resolve` was called
         on another thread and the request is passed in its place.
         """
-        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw), cache)
+        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw), cache, scheduling)
 
     async def agenerate(
         self,
@@ -172,15 +202,27 @@ class Engine:
         *,
         raw: bool = False,
         cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
     ) -> list[Result]:
         """Do what `generate` does without blocking the event loop. Cancelling the task drops the requests."""
-        return await generate_async(self, self._handover, self.resolve_all(prompts, params, raw=raw), cache)
+        requests = self.resolve_all(prompts, params, raw=raw)
+        return await generate_async(self, self._handover, requests, cache, scheduling)
 
-    def submit(self, generations: Sequence[Generation], cache: CachePolicy | None = None, *, wait: bool = True) -> None:
+    def submit(
+        self,
+        generations: Sequence[Generation],
+        cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
+        *,
+        wait: bool = True,
+    ) -> None:
         """Begin to answer resolved requests, from the result cache where there is one and `cache` allows it.
 
-        Without `wait`, a cache in a file or on a server is read on another thread.
+        Without `wait`, a cache in a file or on a server is read on another thread. Raises `QueueFull` where the queue has no
+        room for all of them. Those that were looked up on another thread end with it instead.
         """
+        for generation in generations:
+            generation.accompany(scheduling or Scheduling(), self._requests.add)
         if self.result_cache:
             self.result_cache.submit(generations, cache or CachePolicy(), wait=wait)
         else:
@@ -252,6 +294,15 @@ class Engine:
             return self._encode_text(self._template.render(items))
         return self._check_ids(items)
 
+    def stats(self) -> EngineStats:
+        """Return what was counted since the engine was loaded. Waits for no step; the counts may be of different moments."""
+        return self._loop.stats(self._requests.ends(), self.result_cache.stats() if self.result_cache else None)
+
+    def alive(self, within_s: float) -> bool:
+        """Whether the engine is open and its steps go on: one ended in the last `within_s` seconds, or the step thread answers
+        a message in as many. Waits no longer than that."""
+        return self._loop.alive(within_s)
+
     def close(self) -> None:
         """Drop the requests under way and free the memory. A second call does nothing."""
         self._stop()
@@ -296,6 +347,12 @@ class Engine:
         return tokens
 
 
+def _pass_on(handover: Handover, requests: RequestLog) -> None:
+    """Pass on what was answered on this thread."""
+    handover.flush()
+    requests.flush()
+
+
 def _stop(loop: StepLoop, cache: ResultCache | None) -> None:
     """End an engine. What it has answered by then is stored."""
     loop.stop()
@@ -305,57 +362,3 @@ def _stop(loop: StepLoop, cache: ResultCache | None) -> None:
 
 def _is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, (str, Request)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))
-
-
-class Stream(Iterator[str]):
-    """An iterator over the pieces of an answer's text as they are generated. Closing it before the end drops the request."""
-
-    def __init__(self, engine: Engine, request: Request, cache: CachePolicy | None) -> None:
-        self._engine = engine  # kept alive while it is read
-        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        self._ended = False
-        self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
-        self._generation = Generation(request, engine.tokenizer, self._pieces.put, partial(self._pieces.put, None))
-        engine.submit([self._generation], cache)
-
-    @property
-    def result(self) -> Result:
-        """The finished answer; raises `EngineError` while there are pieces that were not read."""
-        if not self._ended:
-            raise EngineError("request", "the answer is not finished", remedy="read the stream to its end first")
-        return self._generation.result()
-
-    def __next__(self) -> str:
-        while (piece := self._next_piece()) is not None:
-            text, self._read = piece
-            if text:
-                return text
-        raise StopIteration
-
-    def deltas(self) -> Iterator[Delta]:
-        """Yield the pieces with their token ids and log probabilities, in place of iterating over the text."""
-        while (piece := self._next_piece()) is not None:
-            start, self._read = self._read, piece[1]
-            yield self._generation.delta(piece, start)
-
-    def _next_piece(self) -> Piece | None:
-        piece = None if self._ended else self._pieces.get()
-        if piece is None:
-            self._ended = True
-            self._generation.result()  # raises the error the request ended with, if any
-        return piece
-
-    def close(self) -> None:
-        """Drop the request if it is under way."""
-        if not self._generation.done.is_set():
-            self._engine.withdraw(self._generation)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_generation"):
-            self.close()

@@ -1,1 +1,1 @@
-"""The HTTP server, which speaks OpenAI's API: belle-run serve. Its packages are those of the extra `serve`."""
+"""The HTTP server: OpenAI's API in front of an engine. It needs the extra `serve`."""

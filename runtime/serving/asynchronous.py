@@ -9,29 +9,16 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.generation import Delta, Generation, Piece, Result
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.result_cache.options import CachePolicy
-from belle_compile.runtime.tokenizer import Tokenizer
+from belle_compile.runtime.serving.scheduling import Scheduling
+from belle_compile.runtime.serving.streams import Answerer, PieceReader
 
 _Call = tuple[asyncio.AbstractEventLoop, Callable[[Any], None], Any]  # who calls a function, and its argument
-
-
-class Answerer(Protocol):
-    """What the answers of this module come from: an `Engine`."""
-
-    tokenizer: Tokenizer
-
-    def submit(self, generations: Sequence[Generation], cache: CachePolicy | None, *, wait: bool) -> None:
-        """Begin to answer, without waiting for a file or a server."""
-        ...
-
-    def withdraw(self, job: Generation) -> None:
-        """Drop a request that is under way."""
-        ...
 
 
 class Handover:
@@ -95,7 +82,7 @@ class _Inbox:
         return self._items.popleft()
 
 
-class AsyncStream(AsyncIterator[str]):
+class AsyncStream(PieceReader, AsyncIterator[str]):
     """An asynchronous iterator over the pieces of an answer's text as they are generated; made by `Engine.astream`.
 
     It belongs to the event loop that runs when it is made. The request is dropped when the task that waits for a piece is
@@ -107,52 +94,38 @@ class AsyncStream(AsyncIterator[str]):
         print(stream.result.finish_reason)
     """
 
-    def __init__(self, engine: Answerer, handover: Handover, request: Request, cache: CachePolicy | None = None) -> None:
+    def __init__(
+        self,
+        engine: Answerer,
+        handover: Handover,
+        request: Request,
+        cache: CachePolicy | None = None,
+        scheduling: Scheduling | None = None,
+    ) -> None:
         """Submit the request."""
         event_loop = asyncio.get_running_loop()
-        self._engine = engine  # kept alive while the stream is read
         self._inbox = _Inbox()
-        self._ended = False
-        self._read = len(request.prompt)  # tokens of the prompt and of the pieces that were read
         put = partial(handover.put, event_loop, self._inbox.put)
-        self._generation = Generation(request, engine.tokenizer, put, partial(put, None))
-        engine.submit([self._generation], cache, wait=False)
-
-    @property
-    def result(self) -> Result:
-        """The finished answer; raises `EngineError` while there are pieces that were not read."""
-        if not self._ended:
-            raise EngineError("request", "the answer is not finished", remedy="read the stream to its end first")
-        return self._generation.result()
+        super().__init__(engine, Generation(request, engine.tokenizer, put, partial(put, None)))
+        engine.submit([self._generation], cache, scheduling, wait=False)
 
     async def __anext__(self) -> str:
         while (piece := await self._next_piece()) is not None:
-            text, self._read = piece
-            if text:
+            if text := self._text(piece):
                 return text
         raise StopAsyncIteration
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Yield the pieces with their token ids and log probabilities, in place of iterating over the text."""
         while (piece := await self._next_piece()) is not None:
-            start, self._read = self._read, piece[1]
-            yield self._generation.delta(piece, start)
+            yield self._delta(piece)
 
     async def _next_piece(self) -> Piece | None:
         try:
-            piece = None if self._ended else await self._inbox.get()
+            return self._checked(None if self._ended else await self._inbox.get())
         except asyncio.CancelledError:
             self.close()
             raise
-        if piece is None:
-            self._ended = True
-            self._generation.result()  # raises the error the request ended with, if any
-        return piece
-
-    def close(self) -> None:
-        """Drop the request if it is under way."""
-        if not self._generation.done.is_set():
-            self._engine.withdraw(self._generation)
 
     async def aclose(self) -> None:
         """Do what `close` does, for `contextlib.aclosing`."""
@@ -166,13 +139,13 @@ class AsyncStream(AsyncIterator[str]):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_generation"):
-            self.close()
-
 
 async def generate_async(
-    engine: Answerer, handover: Handover, requests: Sequence[Request], cache: CachePolicy | None = None
+    engine: Answerer,
+    handover: Handover,
+    requests: Sequence[Request],
+    cache: CachePolicy | None = None,
+    scheduling: Scheduling | None = None,
 ) -> list[Result]:
     """Answer requests together; returns results in their order, or raises the error of the first that failed.
 
@@ -183,7 +156,7 @@ async def generate_async(
     on_end = partial(handover.put, event_loop, ended.put_nowait, None)
     generations = [Generation(request, engine.tokenizer, on_end=on_end) for request in requests]
     try:
-        engine.submit(generations, cache, wait=False)
+        engine.submit(generations, cache, scheduling, wait=False)
         for _ in generations:
             await ended.get()
     finally:

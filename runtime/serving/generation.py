@@ -16,9 +16,13 @@ from belle_compile.runtime.serving.logprobs import TokenLogprob, token_logprob
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
 from belle_compile.runtime.serving.scheduler import Sequence
+from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling, Withdrawn
+from belle_compile.runtime.serving.telemetry import End, RequestRecord
 from belle_compile.runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+
+_END_OF: dict[type[BaseException], End] = {Withdrawn: "cancelled", DeadlineExceeded: "deadline"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Result:
     first, which follows nothing. Both are None unless they were asked for.
 
     A `cached` answer was not computed for this request: it comes from the result cache, or from an identical request that was
-    under way.
+    under way. `cached_tokens` tokens of the prompt of a computed one came from the prefix cache.
     """
 
     prompt_token_ids: list[int]
@@ -60,6 +64,7 @@ class Result:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cached: bool = field(default=False, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class Delta(NamedTuple):
@@ -107,10 +112,13 @@ class Generation:
     ) -> None:
         self.request = request
         logits_from = None if request.prompt_logprobs is None else 0
-        self.sequence = Sequence(request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from)
+        self.sequence = Sequence(
+            request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from, salt=request.cache_salt
+        )
         self.done = threading.Event()
         self.observer: Observer | None = None
         self.cached = False
+        self._report: Callable[[RequestRecord], None] | None = None
         self._on_piece = on_piece
         self._on_end = on_end
         self._end_ids = frozenset(request.end_ids)
@@ -126,12 +134,23 @@ class Generation:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(request.stop)
         self._text: list[str] = []
-        self._arrived = time.perf_counter()
+        self._arrived = time.monotonic()
         self._started = self._first = self._last = 0.0
+
+    def accompany(self, scheduling: Scheduling, report: Callable[[RequestRecord], None]) -> None:
+        """Take how the request is scheduled, and what takes its record when it ends; before it is submitted."""
+        self.sequence.scheduling = scheduling
+        self.sequence.deadline = scheduling.deadline(self._arrived)
+        self._report = report
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that came from the prefix cache."""
+        return self.sequence.cached_tokens
 
     def start(self) -> None:
         """Start the clock of the prefill: the first step of the request is about to run."""
-        self._started = time.perf_counter()
+        self._started = time.monotonic()
 
     def candidates(self) -> int:
         """Return how many of the largest logits of each row of the next step can decide its token; 0 for all."""
@@ -182,7 +201,7 @@ class Generation:
             self._logprobs.append(logprob)
         if self.observer:
             self.observer.on_token(token, logprob)
-        self._last = time.perf_counter()
+        self._last = time.monotonic()
         self._first = self._first or self._last
         if token in self._end_ids:
             self._finish("stop")
@@ -217,10 +236,11 @@ class Generation:
         self._error = error
         self._end(None)
 
-    def detach(self) -> None:
-        """End the answer for its reader, for whom `result` raises that it was withdrawn, and go on computing it."""
+    def detach(self, error: EngineError) -> None:
+        """End the answer for its reader, for whom `result` raises `error`, and go on computing it."""
         on_end, self._on_end, self._on_piece = self._on_end, None, None
-        self._error = withdrawn()
+        self._error = error
+        self._record(None)
         if on_end:
             on_end()
 
@@ -237,7 +257,7 @@ class Generation:
         counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
         text, prompt = self._whole_text(tokens), list(self.request.prompt)
         scores = (self._logprobs, self._prompt_logprobs)
-        return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores, self.cached)
+        return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores, self.cached, self.cached_tokens)
 
     def _whole_text(self, tokens: list[int]) -> str:
         if self._in_pieces:
@@ -258,11 +278,36 @@ class Generation:
         if reason and (on_piece := self._on_piece) and self._emitted < self.sequence.length:
             on_piece(("", self.sequence.length))
         self._finish_reason = reason
+        self._record(reason)
         if self.observer:
             self.observer.on_end(reason, None if reason else self._error)
         self.done.set()
         if on_end := self._on_end:
             on_end()
+
+    def _record(self, reason: FinishReason | None) -> None:
+        """Report the end of the request, once. One that was refused for lack of room has not begun."""
+        report, self._report = self._report, None
+        if report is None or isinstance(self._error, QueueFull):
+            return
+        end: End = reason or _END_OF.get(type(self._error), "error")
+        arrived, now, sequence = self._arrived, time.monotonic(), self.sequence
+        started, first = self._started, self._first
+        report(
+            RequestRecord(
+                queue_s=(started or now) - arrived,
+                prefill_s=first - started if first and started else 0.0,
+                first_token_s=first - arrived if first else 0.0,
+                decode_s=self._last - first,
+                total_s=now - arrived,
+                prompt_tokens=sequence.prompt_length,
+                cached_tokens=sequence.cached_tokens,
+                generated_tokens=sequence.length - sequence.prompt_length,
+                end=end,
+                preemptions=sequence.preemptions,
+                cached=self.cached,
+            )
+        )
 
     def _emit(self, piece: str) -> None:
         if piece:
@@ -270,8 +315,3 @@ class Generation:
             if on_piece := self._on_piece:  # `detach` may clear it at any time
                 self._emitted = self.sequence.length
                 on_piece((piece, self._emitted))
-
-
-def withdrawn() -> EngineError:
-    """The error of a request whose caller gave it up."""
-    return EngineError("request", "the request was withdrawn")

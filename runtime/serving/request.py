@@ -14,7 +14,7 @@ from typing import Any, cast
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 
-KEY_VERSION = 2  # version of the fields that `Request.key` digests, and of their encoding
+KEY_VERSION = 3  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
 NOT_IN_KEY = frozenset({"prompt_lookup"})
 
@@ -26,6 +26,7 @@ MAX_LOGPROBS = 20  # alternatives of a token
 MAX_BIASES = 1024
 MAX_STOPS = 64  # strings, and as many ids
 MAX_STOP_LENGTH = 1024  # characters
+MAX_SALT_LENGTH = 1024  # characters
 
 Biases = tuple[tuple[int, float], ...]  # (token id, bias), in ascending order of ids
 
@@ -52,6 +53,9 @@ class SamplingParams:
 
     `n` answers are given to the prompt. All are equal if greedy. With a seed, answer 0 is the answer of n=1, and answer i > 0
     draws its random numbers from `numpy.random.SeedSequence(seed, spawn_key=(i,))`.
+
+    Requests with different values of `cache_salt` share nothing that was cached, neither prefixes nor results: what one tenant
+    has asked cannot be found out by another from the time that an answer takes.
     """
 
     temperature: float | None = None
@@ -72,6 +76,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value of another type or outside of its range; sequences and mappings become tuples."""
@@ -91,6 +96,8 @@ class SamplingParams:
         _check_whole("n", self.n, 1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers")
         if type(self.ignore_eos) is not bool:
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
+            raise _refusal("cache_salt", self.cache_salt, f"text of at most {MAX_SALT_LENGTH} characters")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -168,6 +175,7 @@ class Request:
     logprobs: int | None
     prompt_logprobs: int | None
     answer: int
+    cache_salt: str
 
     @classmethod
     def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
@@ -211,6 +219,7 @@ class Request:
             logprobs=None if params.logprobs is None else int(params.logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else int(params.prompt_logprobs),
             answer=0,
+            cache_salt=params.cache_salt,
         )
 
     @property

@@ -14,7 +14,6 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.candidates import Rows
-from belle_compile.runtime.serving.generation import withdrawn
 from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
 
 T = TypeVar("T")
@@ -211,7 +210,7 @@ class StepLoop:
         if self._jobs.pop(job.sequence, None):
             self.scheduler.remove(job.sequence)
             if not job.done.is_set():
-                job.fail(withdrawn())
+                job.fail(Withdrawn())
 
     def _fail_all(self, error: BaseException) -> None:
         for job in list(self._jobs.values()):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from belle_compile.runtime.serving.generation import FinishReason, Generation, withdrawn
+from belle_compile.runtime.serving.generation import FinishReason, Generation
 from belle_compile.runtime.serving.logprobs import TokenLogprob
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 
@@ -132,7 +132,7 @@ class Flights:
             if computed:
                 self._submit(computed)
         for generation in given_up:
-            generation.fail(withdrawn())
+            generation.fail(Withdrawn())
 
     def release(self, flight: Flight) -> None:
         """Forget a flight that has ended."""
@@ -149,7 +149,7 @@ class Flights:
                     flight.followers = (*flight.followers, generation)
                     return
             if not tokens:
-                generation.fail(flight.error or withdrawn())
+                generation.fail(flight.error or Withdrawn())
             _replay(generation, tokens, flight.leader)
             taken += len(tokens)
         with self.section():
@@ -184,13 +184,13 @@ class Flights:
             def drop() -> None:
                 self._withdraw(leader)
                 if follows:
-                    job.fail(withdrawn())
+                    job.fail(Withdrawn())
 
             return drop
 
         def leave() -> None:
             if follows:
-                job.fail(withdrawn())
+                job.fail(Withdrawn())
             else:
                 flight.leader.detach()
             self._wake()
