@@ -46,7 +46,7 @@ class EngineOptions:
         None, "Memory of the KV cache: bytes, such as 8GiB, or the share of what is free, such as 0.5.", metavar="SIZE"
     )
     kv_tokens: int | None = _option(None, "Tokens the KV cache holds, in place of --kv-cache-memory.", least=1)
-    max_queue: int | None = _option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=1)
+    max_queue: int | None = _option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=0)
     prefix_cache: bool = _option(True, "Reuse keys and values of prompts that begin alike.")
     result_cache: str = _option(
         "memory", "Where answers to greedy and seeded requests are stored: memory, sqlite:FILE, redis://HOST or none.",
@@ -72,6 +72,10 @@ class ServerOptions:
     port: int = _option(8000, "Port to listen on; 0 lets the system choose.", least=0, most=65535)
     uds: Path | None = _option(None, "Unix socket to listen on, in place of host and port.", metavar="PATH")
     root_path: str = _option("", "Path under which a proxy offers the server.", metavar="PATH")
+    forwarded_allow_ips: tuple[str, ...] = _option(
+        (), "Address of a proxy whose X-Forwarded-For and -Proto are believed, or *; may be given several times.",
+        metavar="IP",
+    )  # fmt: skip
     ssl_certfile: Path | None = _option(None, "Certificate chain for HTTPS, in PEM.", metavar="FILE")
     ssl_keyfile: Path | None = _option(None, "The certificate's private key, in PEM.", metavar="FILE")
     allowed_origins: tuple[str, ...] = _option(
