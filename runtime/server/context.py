@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from starlette.types import Scope
 
@@ -21,7 +21,8 @@ class RequestContext:
     """One HTTP request.
 
     `client` is the name of its API key, and `priority` that key's priority, which is added to the request's own. The route
-    counts in `tokens` those of prompt and answers, and sets `model` once it is known.
+    counts in `tokens` those of prompt and answers, and sets `model` once it is known. It adds to `details` what is logged and
+    traced, and to `texts` what is only logged with --log-prompts.
     """
 
     request_id: str = field(default_factory=new_request_id)
@@ -29,6 +30,8 @@ class RequestContext:
     priority: int = 0
     tokens: int = 0
     model: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
 
 
 def context_of(scope: Scope) -> RequestContext:
