@@ -23,6 +23,5 @@ def create_app(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     install_handlers(app)
-    whole = document(app)
-    app.openapi = lambda: dict(whole)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
