@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,16 @@ class Server(uvicorn.Server):
         while self.server_state.tasks and time.monotonic() < end:
             await asyncio.sleep(_TICK_S)
         return not self.server_state.tasks
+
+
+def check_certificate(options: ServerOptions) -> None:
+    """Raise `EngineError` where the certificate for HTTPS or its key cannot be loaded."""
+    if options.ssl_certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+        except OSError as error:  # ssl.SSLError is one
+            expected = "a certificate chain and its key in PEM"
+            raise EngineError(STAGE, f"cannot load {options.ssl_certfile}", found=_reason(error), expected=expected) from None
 
 
 def bind(options: ServerOptions) -> list[socket.socket] | None:
