@@ -45,8 +45,8 @@ class EventStream(Response):
 
     The status is sent with the first piece, so that a request which fails before has the status of its error. A failure
     after it is one event with an error object, which ends the stream without "[DONE]". A client that reads slowly holds up
-    its own stream: what it has not read yet is bounded by the lengths of the answers. When it closes the connection, its answers
-    are withdrawn before the next step.
+    its own stream: what it has not read yet is bounded by the lengths of the answers. When it closes the connection, its
+    answers are withdrawn before the next step.
     """
 
     media_type = "text/event-stream"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +25,7 @@ from belle_compile.runtime.serving.result_cache.options import CachePolicy
 from belle_compile.runtime.serving.scheduling import LARGEST_PRIORITY, Scheduling
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 C = TypeVar("C", ChatBody, CompletionBody)
 
 # Bodies up to this size are read on the event loop: a thread costs more than the milliseconds that they take.
@@ -92,6 +93,15 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
     return call
 
 
+async def read_aside(service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T]) -> T:
+    """Return what `function` makes of a body; a large body is read on another thread."""
+    service.admit()
+    data = await read_body(request)
+    if len(data) <= _READ_AT_ONCE_BYTES:
+        return function(validate(schema, data))
+    return await service.aside(lambda: function(validate(schema, data)))
+
+
 def _make_call(service: Service, schema: type[C], data: bytes, context: RequestContext, cache: CachePolicy) -> Call[C]:
     body = validate(schema, data)
     context.model = model = service.model(body.model)
@@ -124,15 +134,18 @@ def resolve(service: Service, body: ChatBody | CompletionBody) -> tuple[Sequence
 def _check_counts(service: Service, body: ChatBody | CompletionBody) -> None:
     """Raise `ApiError` for more prompts, messages or answers than the server's options allow."""
     options, field = service.options, body.prompt_field
-    chat = isinstance(body, ChatBody)
-    most, count = (options.max_messages, len(body.messages)) if chat else (options.max_prompts, len(body.prompt))
+    if isinstance(body, ChatBody):
+        most, count, prompts = options.max_messages, len(body.messages), 1
+    else:
+        most = options.max_prompts
+        count = prompts = len(body.prompt)
     if count > most:
         raise invalid(f"Invalid value for '{field}': expected at most {most}, found {count}.", field)
     n = body.n or 1
     if n > options.max_n:
         raise invalid(f"Invalid value for 'n': expected at most {options.max_n}, found {n}.", "n")
-    if not chat and n * count > MOST_CHOICES:
-        found = f"{n} answers to each of {count} prompts"
+    if n * prompts > MOST_CHOICES:
+        found = f"{n} answers to each of {prompts} prompts"
         raise invalid(f"Invalid value for 'n': expected at most {MOST_CHOICES} answers in all, found {found}.", "n")
 
 

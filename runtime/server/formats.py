@@ -5,7 +5,6 @@ Chunks are most of what the server writes, so their JSON is made once for each c
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from belle_compile.runtime.engine import Delta, Result
 from belle_compile.runtime.server.calls import Call
+from belle_compile.runtime.server.responses import to_json
 from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.completions import CompletionBody
 from belle_compile.runtime.server.service import Service
@@ -23,11 +23,6 @@ from belle_compile.runtime.serving.logprobs import TokenLogprob
 DONE = b"data: [DONE]\n\n"
 _TEXT = "\0"  # stands for the text in a chunk that is made in advance; no other string of a chunk has it
 _quote = encode_basestring  # the C function behind json.dumps(text, ensure_ascii=False)
-
-
-def to_json(value: Any) -> bytes:
-    """Return the JSON of a value without spaces."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def event(data: bytes) -> bytes:

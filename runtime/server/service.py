@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.server.access import Access
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.metrics import Metrics
@@ -21,6 +22,7 @@ from belle_compile.runtime.server.token_texts import TokenTexts
 
 T = TypeVar("T")
 
+REPORT_NAME = "report.html"
 RETRY_WHILE_DRAINING_S = 5
 _PARSERS = 2  # threads for bodies that take long to read: as many as the smallest host has cores
 
@@ -35,7 +37,7 @@ class Service:
     def __init__(
         self, engine: Engine, options: ServerOptions, metrics: Metrics | None = None, directory: Path | None = None
     ) -> None:
-        self.engine, self.options, self.directory = engine, options, directory
+        self.engine, self.options = engine, options
         self.metrics = metrics or Metrics()
         self.ready = False
         self.draining = False
@@ -47,6 +49,9 @@ class Service:
         identity = json.dumps(astuple(engine.identity))
         self.fingerprint = f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.token_texts = TokenTexts(engine.tokenizer)
+        self.template = ChatTemplate(engine.manifest.prompt_template)
+        report = directory / REPORT_NAME if directory else None
+        self.report = report if report and report.is_file() else None  # the page that `belle-compile build` wrote
         self._parsers = ThreadPoolExecutor(_PARSERS, "belle-http")
 
     def admit(self) -> None:

@@ -20,7 +20,7 @@ class TokenTexts:
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def lookup(self, token: int) -> tuple[str, bytes]:
-        """Return text and bytes of a token. Where the bytes are no whole characters the text is OpenAI's, "bytes:\\xe4\\xbd"."""
+        """Return text and bytes of a token. Where the bytes are no whole characters, the text is like "bytes:\\xe4\\xbd"."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self._look_up(token)
@@ -69,8 +69,8 @@ class TokenTexts:
 class CompletionLogprobs:
     """Makes the objects `logprobs` of a completion's choice, of which a stream has one for each piece.
 
-    `text_offset` is the number of characters of the tokens before, those of a prompt that is echoed included. Special tokens have
-    none.
+    `text_offset` is the number of characters of the tokens before, those of a prompt that is echoed included. Special tokens
+    have none.
     """
 
     def __init__(self, texts: TokenTexts, top: int) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of responses: OpenAI's objects, and vLLM's where OpenAI has none. They are made as dicts; these types document them."""
+"""Bodies of responses: OpenAI's objects, and vLLM's where OpenAI has none. Responses are dicts of these types."""
 
 from __future__ import annotations
 

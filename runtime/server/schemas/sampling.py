@@ -177,15 +177,15 @@ class SamplingBody(Body):
 
     def grammar_sources(self) -> list[tuple[str, str, str]]:
         """Return (field, kind of grammar, source) of each field that constrains the answer."""
-        form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
+        form, structured = self.response_format, self.structured_outputs
         schema = form.json_schema.json_schema if form and form.json_schema else None
         constraints = [
             ("response_format", "json_object", "" if form and form.type == "json_object" else None),
             ("response_format", "json_schema", schema),
-            ("structured_outputs", "json_object", "" if structured.json_object else None),
-            ("structured_outputs", "json_schema", structured.json_),
-            ("structured_outputs", "regex", structured.regex),
-            ("structured_outputs", "lark", structured.grammar),
+            ("structured_outputs", "json_object", "" if structured and structured.json_object else None),
+            ("structured_outputs", "json_schema", structured.json_ if structured else None),
+            ("structured_outputs", "regex", structured.regex if structured else None),
+            ("structured_outputs", "lark", structured.grammar if structured else None),
             ("guided_json", "json_schema", self.guided_json),
             ("regex", "regex", self.regex),
             ("guided_regex", "regex", self.guided_regex),

@@ -13,8 +13,8 @@ from belle_compile.runtime.server.schemas.fields import Body, Whole, conflict, o
 class TokenizeBody(Body):
     """A text, or a chat to which the engine's template is applied.
 
-    `add_special_tokens` puts the model's beginning-of-sequence token before the text, if the model has one: by default for
-    texts, as completions do, and never for chats, whose template says what they begin with.
+    The tokens are those that a completion or a chat with it would have. `add_special_tokens` false leaves out the token that
+    the model's setting puts before every prompt, and `add_generation_prompt` false the beginning of the next answer.
     """
 
     model: str | None = None
