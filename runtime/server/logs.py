@@ -29,7 +29,6 @@ class Exchange:
     path: str
     address: str = ""
     key: ApiKey = ANONYMOUS
-    traceparent: str = ""
     started: float = field(default_factory=time.perf_counter)
     route: str = "none"  # the path of the route, with names in place of what varies
     status: int = 0

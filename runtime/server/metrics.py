@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from belle_compile import __version__
+from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.serving.result_cache.store import CacheStats
 from belle_compile.runtime.serving.telemetry import End, EngineStats, RequestRecord, StepRecord
@@ -121,13 +124,21 @@ class Metrics:
         prometheus_client.ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
-    def attach(
-        self, model: str, stats: Callable[[], EngineStats], *, build: Mapping[str, str], kv_cache: Mapping[str, str]
-    ) -> None:
-        """Show the counts that `stats` returns, for the model of this name. `build` and `kv_cache` are facts that stay."""
+    def attach(self, model: str, engine: Engine) -> None:
+        """Show the counts of an engine, as those of the model of this name."""
         self._labels = {"model_name": model, "engine": "0"}
-        self._infos = {"build_info": dict(build), "cache_config_info": dict(kv_cache)}
-        self._stats = stats
+        target = engine.manifest.target
+        self._infos = {
+            "build_info": {
+                "version": __version__,
+                "digest": engine.identity.digest,
+                "kernels": engine.identity.kernels,
+                "target": target.name,
+                "ranks": str(target.ranks),
+            },
+            "cache_config_info": {"block_size": str(BLOCK_SIZE), "num_blocks": str(engine.executor.num_blocks)},
+        }
+        self._stats = engine.stats
 
     def step(self, record: StepRecord) -> None:
         """Take notice of a step."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 
 STAGE = "server options"
 NO_RESULT_CACHE = "none"
@@ -60,8 +61,23 @@ class EngineOptions:
     verify: bool = _option(False, "Check the digest of every file, weights included, before loading.")
 
     def __post_init__(self) -> None:
-        """Raise `EngineError` for a value outside of its range."""
+        """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
         _check_ranges(self)
+        if self.kv_tokens is not None and self.kv_cache_memory is not None:
+            raise EngineError(STAGE, "kv-tokens", found="kv-cache-memory too", expected="one of them")
+        self.cache_options()
+
+    def cache_options(self) -> ResultCacheOptions | None:
+        """The result cache; None without one."""
+        if self.result_cache == NO_RESULT_CACHE:
+            return None
+        return ResultCacheOptions(self.result_cache, self.result_cache_bytes, self.result_cache_ttl_s, self.audit_cache)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Engine.load`."""
+        names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa")
+        passed = {name: getattr(self, name) for name in names}
+        return passed | {"verify": "full" if self.verify else "header", "result_cache": self.cache_options()}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.prompt import ChatTemplate
+from belle_compile.runtime.server.access import Access
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.metrics import Metrics
 from belle_compile.runtime.server.options import ServerOptions
@@ -40,8 +41,11 @@ class Service:
         self.metrics = metrics or Metrics()
         self.ready = False
         self.draining = False
+        self.self_test: dict[str, Any] = {"status": "running"}  # what /ready shows of it
+        self.access = Access(options.api_keys, options.api_key_file)
         self.started_at = time.time()  # seconds since the epoch
         self.model_names = options.served_model_names or (engine.manifest.model.name,)
+        self.metrics.attach(self.model_names[0], engine)
         identity = json.dumps(astuple(engine.identity))
         self.fingerprint = f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.token_texts = TokenTexts(engine.tokenizer)

@@ -10,22 +10,28 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from belle_compile import __version__
+from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.server.metrics import METHODS, PREFIX, Metrics
 from belle_compile.runtime.serving.result_cache.store import CacheStats
 from belle_compile.runtime.serving.telemetry import EngineStats, RequestRecord, StepRecord
+from tests.runtime.fakes import make_engine
 
 STATS = EngineStats(
     running=3, waiting=2, preemptions=5, recomputed_tokens=70, refusals=1,
     kv_blocks=16, kv_blocks_used=4, kv_blocks_cached=8, evictions=9, prefix_hits=100, prefix_queries=400,
-    prompt_tokens=1000, generated_tokens=2000, steps=50, requests={"stop": 7, "length": 8, "cancelled": 4, "deadline": 6, "error": 0},
+    prompt_tokens=1000, generated_tokens=2000, steps=50,
+    requests={"stop": 7, "length": 8, "cancelled": 4, "deadline": 6, "error": 0},
     last_step_at=None, result_cache=CacheStats(hits=11, misses=12, shared=1, audits=2, audit_differences=1, bytes=512),
 )  # fmt: skip
 
 
 def make_metrics() -> Metrics:
     metrics = Metrics()
-    metrics.attach("tiny", lambda: STATS, build={"version": "1.2"}, kv_cache={"block_size": "16"})
+    with make_engine() as engine:
+        engine.stats = lambda: STATS  # type: ignore[method-assign]
+        metrics.attach("tiny", engine)
     return metrics
 
 
@@ -57,9 +63,11 @@ def test_the_engines_counts_are_shown() -> None:
         "request_success_total{finished_reason=stop}": 7, "request_success_total{finished_reason=abort}": 4,
         "request_success_total{finished_reason=error}": 0, "result_cache_hits_total": 11,
         "result_cache_lookups_total": 24, "result_cache_audits_total": 2, "result_cache_audit_differences_total": 1,
-        "result_cache_bytes": 512, "build_info{version=1.2}": 1, "cache_config_info{block_size=16}": 1,
+        "result_cache_bytes": 512, f"cache_config_info{{block_size={BLOCK_SIZE},num_blocks=16}}": 1,
     }  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
+    (build,) = (name for name in found if name.startswith("build_info"))
+    assert f"version={__version__}" in build and "kernels=kernels-avx2" in build
 
 
 def test_all_samples_of_the_engine_name_the_model() -> None:
