@@ -17,10 +17,10 @@ from belle_compile.runtime.server.errors import ApiError, ClientGone, of_failure
 from belle_compile.runtime.server.formats import DONE, Format, event
 from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.async_streams import AsyncStreams, Event
+from belle_compile.runtime.serving.result_cache.cache import depends_on_request_alone
 
 T = TypeVar("T")
 
-REQUEST_ID_HEADER = "X-Request-Id"
 RESULT_CACHE_HEADER = "X-Result-Cache"  # hit, miss or bypass
 
 
@@ -35,7 +35,7 @@ async def answer(service: Service, request: HttpRequest, call: Call[Any], form: 
         raise
     except Exception as error:
         raise of_failure(error) from error
-    _count(call, form, results)
+    _note(service, call, form, results)
     cached = all(result.cached for result in results)
     return Response(form.response(results), 200, _headers(service, call, cached), "application/json")
 
@@ -124,7 +124,7 @@ class EventStream(Response):
 
     def _finish(self, chunks: list[bytes]) -> None:
         results = [self._results[index] for index in range(len(self._results))]
-        _count(self._call, self._form, results)
+        _note(self._service, self._call, self._form, results)
         if self._form.with_usage:
             chunks.append(self._form.usage_event(results))
         chunks.append(DONE)
@@ -152,12 +152,20 @@ async def _unless_gone(receive: Receive, waiting: Awaitable[T]) -> T:
                 await task
 
 
-def _count(call: Call[Any], form: Format, results: Sequence[Result]) -> None:
-    call.context.tokens += form.usage(results)["total_tokens"]
+def _note(service: Service, call: Call[Any], form: Format, results: Sequence[Result]) -> None:
+    """Tell the middleware what was used, for limits and logs; texts only where the log may have them."""
+    context, usage = call.context, form.usage(results)
+    context.tokens += usage["total_tokens"]
+    context.details |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    context.details["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
+    context.details["finish_reasons"] = [result.finish_reason for result in results]
+    if service.options.log_prompts:
+        context.texts |= {"prompts": call.prompts, "answers": [result.text for result in results]}
 
 
 def _headers(service: Service, call: Call[Any], cached: bool) -> dict[str, str]:
-    cache = service.engine.result_cache
-    covered = cache is not None and not call.cache.no_cache and all(map(cache.covers, call.requests))
+    looked_up = service.engine.result_cache is not None and not call.cache.no_cache
+    covered = looked_up and all(map(depends_on_request_alone, call.requests))
     state = "bypass" if not covered else "hit" if cached else "miss"
-    return {REQUEST_ID_HEADER: call.context.request_id, RESULT_CACHE_HEADER: state}
+    call.context.details["result_cache"] = state
+    return {RESULT_CACHE_HEADER: state}

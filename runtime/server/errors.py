@@ -67,15 +67,21 @@ def of_failure(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFull):
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), type="rate_limit_error", code="queue_full", headers=headers)
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, _told(error), type="rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, DeadlineExceeded):
         # Not 504: the server is well, and a proxy must not take it for broken because of a client's own `timeout`.
-        return ApiError(HTTPStatus.REQUEST_TIMEOUT, str(error), param="timeout", type="timeout_error", code="deadline_exceeded")
+        return ApiError(HTTPStatus.REQUEST_TIMEOUT, _told(error), param="timeout", type="timeout_error", code="deadline_exceeded")
     if isinstance(error, EngineError) and error.stage == "engine":  # it is closed
-        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), type=SERVER, code="engine_unavailable")
+        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, _told(error), type=SERVER, code="engine_unavailable")
     _log.error("A request failed.", exc_info=error)
-    message = str(error) if isinstance(error, EngineError) else "The engine failed while it computed the answer."
+    message = _told(error) if isinstance(error, EngineError) else "The engine failed while it computed the answer."
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, type=SERVER, code="engine_error")
+
+
+def _told(error: EngineError) -> str:
+    """Return the sentence of an error without the part of the program that found it."""
+    sentence = str(error).removeprefix(f"{error.stage}: ")
+    return sentence[:1].upper() + sentence[1:]
 
 
 def of_request(error: EngineError, param: str, subject: str) -> ApiError:

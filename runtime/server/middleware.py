@@ -38,7 +38,7 @@ def install(app: FastAPI, service: Service) -> None:
             allow_origins=service.options.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID, "retry-after", "x-belle-cache"],
+            expose_headers=[REQUEST_ID, "retry-after", "x-result-cache"],
         )
     app.add_middleware(Observer, service=service, tracer=find_tracer())
 

@@ -49,7 +49,8 @@ def operation(
     """
     content: dict[str, Any] = {media_type: {"schema": _reference(response) if response else {"type": "string"}}}
     if event:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": f"Events with a {event.__name__} each."}}
+        # OpenAPI has no word for the data of events before version 3.2.
+        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-data": _reference(event)}
     error = {"application/json": {"schema": _reference(responses.ErrorBody)}}
     documented: dict[int | str, Any] = {200: {"description": "Success.", "content": content}}
     documented |= {status: {"description": meaning, "content": error} for status, meaning in _STATUSES.items()}

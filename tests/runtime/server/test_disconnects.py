@@ -253,13 +253,13 @@ def test_a_full_queue(streamed: bool) -> None:
             first = asyncio.ensure_future(client.post(PATH, json=body))
             while service.engine.stats().waiting + service.engine.stats().running < 1:
                 await asyncio.sleep(0.002)
-            second = await client.post(PATH, json=body | {"n": 2})
+            second = await client.post(PATH, json=body | {"n": 3})
             error = error_of(second, 429)
             assert int(second.headers["retry-after"]) >= 1 and error["code"] == "queue_full"
             executor.permits.release(1000)
             assert (await first).status_code == 200
 
-    with serving(executor, cache=False, scheduler=SchedulerOptions(max_queue=1)) as service:
+    with serving(executor, cache=False, scheduler=SchedulerOptions(max_num_seqs=1, max_queue=1)) as service:
         asyncio.run(main(service))
 
 

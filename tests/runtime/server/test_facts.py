@@ -120,7 +120,9 @@ def test_every_route_documents_its_statuses(service: Service) -> None:
     assert {("/v1/chat/completions", "post"), ("/v1/completions", "post"), ("/v1/models/{model}", "get")} <= routes
     for path, method in routes:
         statuses = set(document["paths"][path][method]["responses"])
-        assert statuses >= {"200", "400", "401", "404", "408", "413", "429", "500", "503"} and "422" not in statuses, path
+        assert "200" in statuses and "422" not in statuses, path
+        if path.startswith("/v1"):
+            assert statuses >= {"400", "401", "404", "408", "413", "429", "500", "503"}, path
     text = str(document)
     for name in document["components"]["schemas"]:
         assert f"#/components/schemas/{name}'" in text
