@@ -13,8 +13,9 @@ from typing import Any, cast
 
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.grammar.source import Grammar
 
-KEY_VERSION = 2  # version of the fields that `Request.key` digests, and of their encoding
+KEY_VERSION = 3  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
 NOT_IN_KEY = frozenset({"prompt_lookup"})
 
@@ -50,6 +51,8 @@ class SamplingParams:
     `logprobs` asks for the log probability of each token of the answer and of so many of the most likely tokens in its place,
     `prompt_logprobs` for those of the prompt's tokens; None asks for none. `runtime/serving/logprobs.py` defines them.
 
+    `grammar` is what the text of the answer must match: see `Grammar` and `runtime/serving/grammar/constraint.py`.
+
     `n` answers are given to the prompt. All are equal if greedy. With a seed, answer 0 is the answer of n=1, and answer i > 0
     draws its random numbers from `numpy.random.SeedSequence(seed, spawn_key=(i,))`.
     """
@@ -72,6 +75,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value of another type or outside of its range; sequences and mappings become tuples."""
@@ -91,6 +95,8 @@ class SamplingParams:
         _check_whole("n", self.n, 1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers")
         if type(self.ignore_eos) is not bool:
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise _refusal("grammar", self.grammar, "a Grammar")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -168,6 +174,7 @@ class Request:
     logprobs: int | None
     prompt_logprobs: int | None
     answer: int
+    grammar: Grammar | None
 
     @classmethod
     def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
@@ -211,6 +218,7 @@ class Request:
             logprobs=None if params.logprobs is None else int(params.logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else int(params.prompt_logprobs),
             answer=0,
+            grammar=params.grammar,
         )
 
     @property
@@ -240,7 +248,10 @@ class Request:
 
 
 def encode(value: object) -> bytes:
-    """Bytes that are equal only for values of equal types, contents and nesting: None, bool, int, float, str and tuples."""
+    """Bytes that are equal only for values of equal types, contents and nesting.
+
+    The types are None, bool, int, float, str, `Grammar` and tuples of these.
+    """
     match value:
         case None:
             return b"n"
@@ -255,6 +266,8 @@ def encode(value: object) -> bytes:
             return b"s%d:" % len(text) + text
         case tuple():
             return b"t%d:" % len(value) + b"".join(map(encode, value))
+        case Grammar():
+            return b"g" + encode((value.kind, value.source))
     raise TypeError(f"a {type(value).__name__} in a request's key: encode() needs a tag for this type")
 
 
