@@ -249,7 +249,10 @@ class Engine:
             return prompt
         if params is not None and not isinstance(params, SamplingParams):
             raise EngineError("request", "params", found=type(params).__name__, expected="SamplingParams")
-        return Request.resolve(self.encode(prompt, raw=raw), params or SamplingParams(), self._defaults)
+        request = Request.resolve(self.encode(prompt, raw=raw), params or SamplingParams(), self._defaults)
+        if request.grammar:
+            self.tokenizer.grammars.check(request.grammar)
+        return request
 
     def logits(self, token_ids: Sequence[int], *, start: int = 0) -> NDArray[np.float32]:
         """Return the float32 logits [tokens - start, vocabulary] after each of `token_ids[start:]`; no BOS is added.

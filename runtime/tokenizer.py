@@ -12,6 +12,7 @@ import tokenizers
 
 from belle_compile.runtime.artifact import SpecialTokens
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.grammar.grammars import Grammars
 
 _REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, and so at most 4 tokens. Bytes that make no character after more tokens than that never will.
@@ -29,6 +30,7 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.special = special
+        self.grammars = Grammars(tokenizer.to_str, special.eos)
 
     @classmethod
     def from_file(cls, path: Path, special: SpecialTokens) -> Tokenizer:

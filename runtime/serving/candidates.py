@@ -12,7 +12,8 @@ those equal to the maximum, of which argmax takes the lowest id. Top-p and min-p
 Should t be -inf, fewer than k tokens are not lowered, so that n is above the size of the vocabulary and everything is sent.
 
 All logits are needed where one may rise (a repetition penalty below 1, a frequency or presence penalty below 0, a positive
-bias), for a token from far behind may come to the front; and for log probabilities, which divide by a sum over the vocabulary.
+bias), for a token from far behind may come to the front; for a grammar, which lowers the logits of any number of tokens to
+-inf, perhaps of all the best; and for log probabilities, which divide by a sum over the vocabulary.
 
 A rank sends its whole row where candidates would be as long, and where logits are not finite.
 """

@@ -44,8 +44,9 @@ class Timings:
 class Result:
     """An answer. `token_ids` are all tokens generated, an end-of-sequence or stop token included; `text` ends before that one.
 
-    `finish_reason` is "stop" (end-of-sequence token, stop token or stop string) or "length" (max_new_tokens or the context's
-    end). With prompt lookup, `drafted` tokens were guessed, of which `accepted` are in the answer.
+    `finish_reason` is "stop" (end-of-sequence token, stop token, stop string or the end of what a grammar allows) or "length"
+    (max_new_tokens or the context's end). With prompt lookup, `drafted` tokens were guessed, of which `accepted` are in the
+    answer.
 
     `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs` one for each of `prompt_token_ids`: None for the
     first, which follows nothing. Both are None unless they were asked for.
@@ -129,6 +130,8 @@ class Generation:
         self._finish_reason: FinishReason | None = None
         self._error: BaseException | None = None
         self._sampler = Sampler(request)
+        grammar = request.grammar
+        self._constraint = tokenizer.grammars.constraint(grammar, request.end_ids, request.min_tokens) if grammar else None
         self._in_pieces = on_piece is not None or bool(request.stop)
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -151,6 +154,8 @@ class Generation:
     def start(self) -> None:
         """Start the clock of the prefill: the first step of the request is about to run."""
         self._started = time.monotonic()
+        if self._constraint and not self.cached:
+            self._constraint.begin()
 
     def candidates(self) -> int:
         """Return how many of the largest logits of each row of the next step can decide its token; 0 for all."""
@@ -178,13 +183,29 @@ class Generation:
         self._prompt_logprobs.append(token_logprob(logits, self.request.prompt[sequence.logits_from], top))
 
     def _accept(self, logits: Row) -> bool:
-        """Add the next token; returns whether it was drafted."""
-        if self._logprobs is None:
-            return self._append(self._sampler.sample(logits), None)
-        assert self.request.logprobs is not None and isinstance(logits, np.ndarray), "all logits were asked for"
-        raw = logits.copy()  # before penalties are written into them
+        """Add the next token, or end the answer where its grammar lets none follow; returns whether the token was drafted."""
+        raw, top = None, self.request.logprobs
+        if top is not None:
+            assert isinstance(logits, np.ndarray), "all logits were asked for"
+            raw = logits.copy()  # before penalties are written into them
+        if self._constraint:
+            assert isinstance(logits, np.ndarray), "all logits were asked for"
+            allowed = self._constraint.restrict(logits)
+            if allowed is None:
+                self.conclude("stop")
+                return False
+            logits = allowed
         token = self._sampler.sample(logits)
-        return self._append(token, token_logprob(raw, token, self.request.logprobs))
+        drafted = self._append(token, None if raw is None or top is None else token_logprob(raw, token, top))
+        if self._constraint and not self.done.is_set():
+            self._constraint.advance(token)
+        return drafted
+
+    def conclude(self, reason: FinishReason) -> None:
+        """End the answer after the tokens that it has, for a reason that is not in them: its grammar is complete."""
+        self._last = self._last or self._started  # an answer of no tokens ends where it begins
+        self._first = self._first or self._last
+        self._finish(reason)
 
     def replay(self, token: int, logprob: TokenLogprob | None) -> None:
         """Add the next token of an answer that was computed before, as `accept` adds one that it chose."""
@@ -262,7 +283,7 @@ class Generation:
     def _whole_text(self, tokens: list[int]) -> str:
         if self._in_pieces:
             return "".join(self._text)
-        ended_by_token = tokens[-1] in self._end_ids
+        ended_by_token = bool(tokens) and tokens[-1] in self._end_ids
         return self._tokenizer.decode(tokens[:-1] if ended_by_token else tokens)
 
     def _finish(self, reason: FinishReason) -> None:

@@ -1,4 +1,5 @@
-"""Log probabilities of tokens: natural logarithms of the model's own distribution, before temperature, biases and penalties.
+"""Log probabilities of tokens: natural logarithms of the model's own distribution, before temperature, biases, penalties
+and grammars.
 
 This is what vLLM calls `raw_logprobs`. They do not depend on how a request is sampled. They are computed in float32 from the
 whole row of logits, one row at a time, so that they have the same bits whatever is in the batch.

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.grammar.source import Grammar
 
 KEY_VERSION = 3  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
@@ -51,6 +52,8 @@ class SamplingParams:
     `logprobs` asks for the log probability of each token of the answer and of so many of the most likely tokens in its place,
     `prompt_logprobs` for those of the prompt's tokens; None asks for none. `runtime/serving/logprobs.py` defines them.
 
+    `grammar` is what the text of the answer must match: see `Grammar` and `runtime/serving/grammar/constraint.py`.
+
     `n` answers are given to the prompt. All are equal if greedy. With a seed, answer 0 is the answer of n=1, and answer i > 0
     draws its random numbers from `numpy.random.SeedSequence(seed, spawn_key=(i,))`.
 
@@ -77,6 +80,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value of another type or outside of its range; sequences and mappings become tuples."""
@@ -98,6 +102,8 @@ class SamplingParams:
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
             raise _refusal("cache_salt", self.cache_salt, f"text of at most {MAX_SALT_LENGTH} characters")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise _refusal("grammar", self.grammar, "a Grammar")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -176,6 +182,7 @@ class Request:
     prompt_logprobs: int | None
     answer: int
     cache_salt: str
+    grammar: Grammar | None
 
     @classmethod
     def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
@@ -220,6 +227,7 @@ class Request:
             prompt_logprobs=None if params.prompt_logprobs is None else int(params.prompt_logprobs),
             answer=0,
             cache_salt=params.cache_salt,
+            grammar=params.grammar,
         )
 
     @property
@@ -249,7 +257,10 @@ class Request:
 
 
 def encode(value: object) -> bytes:
-    """Bytes that are equal only for values of equal types, contents and nesting: None, bool, int, float, str and tuples."""
+    """Bytes that are equal only for values of equal types, contents and nesting.
+
+    The types are None, bool, int, float, str, `Grammar` and tuples of these.
+    """
     match value:
         case None:
             return b"n"
@@ -264,6 +275,8 @@ def encode(value: object) -> bytes:
             return b"s%d:" % len(text) + text
         case tuple():
             return b"t%d:" % len(value) + b"".join(map(encode, value))
+        case Grammar():
+            return b"g" + encode((value.kind, value.source))
     raise TypeError(f"a {type(value).__name__} in a request's key: encode() needs a tag for this type")
 
 

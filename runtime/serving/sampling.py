@@ -20,8 +20,10 @@ class Sampler:
 
     Logits are changed in this order: logit bias, repetition penalty (Transformers: SequenceBias, RepetitionPenalty), frequency
     and presence penalty (vLLM, after its repetition penalty), then -inf for tokens that would end the answer before its
-    `min_tokens` (Transformers: MinNewTokensLength). The token is drawn after temperature, top-k, top-p and min-p (Transformers:
-    TemperatureLogitsWarper, TopK, TopP, MinP), or is the most likely one.
+    `min_tokens` (Transformers: MinNewTokensLength), and last for tokens that the request's grammar does not allow. The caller
+    of `sample` leaves those out beforehand, which is the same, for all other changes are of each logit alone. The token is
+    drawn after temperature, top-k, top-p and min-p (Transformers: TemperatureLogitsWarper, TopK, TopP, MinP), or is the most
+    likely one.
     """
 
     def __init__(self, request: Request) -> None:
@@ -39,6 +41,7 @@ class Sampler:
         # Whether a token that is not among the best raw logits may be chosen, or all logits are needed for log probabilities.
         self._needs_all = (
             request.logprobs is not None
+            or request.grammar is not None
             or request.repetition_penalty < 1
             or min(request.frequency_penalty, request.presence_penalty) < 0
             or any(bias > 0 for _, bias in request.logit_bias)

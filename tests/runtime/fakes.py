@@ -39,6 +39,7 @@ NOTHING_ELSE = (
     None,
     0,
     "",
+    None,
 )  # the fields behind `prompt_lookup` where they are left open
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"

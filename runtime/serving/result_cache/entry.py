@@ -59,6 +59,8 @@ class Entry:
         generation.replay_prompt(self.prompt_logprobs)
         for token, logprob in zip(self.token_ids, self.logprobs or (None,) * len(self.token_ids), strict=True):
             generation.replay(token, logprob)
+        if generation.request.grammar and not generation.done.is_set():
+            generation.conclude(self.finish_reason)
 
     def encode(self, key: str) -> bytes:
         """Return the bytes that `decode` reads."""
@@ -88,14 +90,15 @@ class Entry:
     def fits(self, request: Request) -> bool:
         """Whether these tokens can be the whole answer to a request: they end where it must end, and not before."""
         count = len(self.token_ids)
-        if not 0 < count <= request.max_new_tokens or set(self.token_ids[:-1]) & set(request.end_ids):
+        least = 0 if request.grammar else 1
+        if not least <= count <= request.max_new_tokens or set(self.token_ids[:-1]) & set(request.end_ids):
             return False
         if (self.logprobs is None, self.prompt_logprobs is None) != (request.logprobs is None, request.prompt_logprobs is None):
             return False
-        at_end_id = self.token_ids[-1] in request.end_ids
+        at_end_id = count > 0 and self.token_ids[-1] in request.end_ids
         if self.finish_reason == "length":
             return not at_end_id and count == request.max_new_tokens
-        return at_end_id or bool(request.stop)
+        return at_end_id or bool(request.stop) or request.grammar is not None
 
 
 def _checksum(key: str, payload: bytes) -> bytes:

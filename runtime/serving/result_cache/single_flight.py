@@ -29,6 +29,7 @@ class Flight:
         self.followers: tuple[Generation, ...] = ()  # those that have all `tokens`
         self.members = 1  # generations that want the answer
         self.ended = False
+        self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
         self._flights = flights
 
@@ -108,7 +109,7 @@ class Flights:
     def end(self, flight: Flight, finish_reason: FinishReason | None, error: BaseException | None) -> None:
         """End a flight, on the thread that ends its leader."""
         with self.section():
-            flight.ended, flight.error = True, error
+            flight.ended, flight.finish_reason, flight.error = True, finish_reason, error
             complete = finish_reason is not None and flight.members > 0
             for generation in (flight.leader, *flight.followers):
                 self._of.pop(generation, None)
@@ -116,8 +117,7 @@ class Flights:
             if not complete:
                 self._forget(flight)
         for follower in followers:
-            if error and not follower.done.is_set():
-                follower.fail(error)
+            _end(follower, flight)
         if complete and finish_reason is not None:
             self._on_complete(flight, finish_reason)
 
@@ -154,7 +154,7 @@ class Flights:
                     flight.followers = (*flight.followers, generation)
                     return
             if not tokens:
-                generation.fail(flight.error or Withdrawn())
+                _end(generation, flight)
             _replay(generation, tokens, flight.leader)
             taken += len(tokens)
         with self.section():
@@ -209,6 +209,19 @@ class Flights:
 
 def _nothing() -> None:
     pass
+
+
+def _end(generation: Generation, flight: Flight) -> None:
+    """End a generation that has all tokens of a flight which has ended, unless these have ended it."""
+    if generation.done.is_set():
+        return
+    if flight.finish_reason is None:
+        generation.fail(flight.error or Withdrawn())
+        return
+    try:
+        generation.conclude(flight.finish_reason)
+    except Exception as error:
+        generation.fail(error)
 
 
 def _replay(generation: Generation, tokens: list[Scored], leader: Generation) -> None:

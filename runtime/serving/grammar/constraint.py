@@ -1,0 +1,155 @@
+"""Holds one answer to a grammar: the tokens that may come next, computed while the step runs that gives their logits."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.candidates import Few, Row
+from belle_compile.runtime.serving.grammar.matching import GrammarError, check, make_matcher, on_deep_stack
+from belle_compile.runtime.serving.grammar.source import Grammar
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The tokens that may come next, of a vocabulary of `size`: `tokens`, or all but these. Both are in ascending order.
+
+    Where nothing may come, `complete` says whether the answer may end there.
+    """
+
+    size: int
+    tokens: NDArray[np.int64]
+    all_but: bool
+    complete: bool
+
+    def restrict(self, logits: NDArray[np.float32]) -> Row | None:
+        """Return the logits of the allowed tokens, in a new array or in place; None if there are none.
+
+        The model may have more logits than the tokenizer has tokens, which are padding, or fewer.
+        """
+        tokens = self.tokens[: np.searchsorted(self.tokens, len(logits))]
+        if not self.all_but:
+            return Few(tokens, logits[tokens]) if len(tokens) else None
+        logits[tokens] = -np.inf
+        logits[self.size :] = -np.inf
+        return logits
+
+
+class Constraint:
+    """The state of a grammar in one answer.
+
+    A token is allowed if the text with it is the beginning of a text that the grammar matches. Tokens of `end_ids` are allowed
+    where the text so far matches, and none before the answer has `min_tokens`; stop tokens with a text of their own are allowed
+    as text too. If nothing is allowed because only the end could follow, and the answer has no token for its end or not enough
+    tokens for it, the answer ends without one.
+
+    The matcher belongs to this answer alone and gets the accepted tokens only. It works on threads with a deep stack, which are
+    shared by all answers of the process and do not hold the interpreter lock while they match. `begin` is called before the
+    first step, `advance` after each token.
+    """
+
+    def __init__(self, tokenizer: Any, grammar: Grammar, end_ids: Sequence[int], min_tokens: int) -> None:
+        """`tokenizer` is llguidance's."""
+        self._tokenizer, self._grammar, self._min_tokens = tokenizer, grammar, min_tokens
+        self._eos_ids = np.array(tokenizer.eos_tokens, np.int64)
+        self._end_ids = np.array([token for token in end_ids if token < tokenizer.vocab_size], np.int64)
+        self._matcher: Any = None
+        self._tokens = 0  # of the answer
+        self._next: Future[_Mask] | None = None
+
+    def begin(self) -> None:
+        """Start to compute the first mask. A second call does nothing: a sequence may be scheduled again from its start."""
+        if self._next is None:
+            self._next = _workers().submit(self._first)
+
+    def advance(self, token: int) -> None:
+        """Take the answer's next token, and start to compute the mask of the one after it."""
+        self._next = _workers().submit(partial(self._after, token))
+
+    def restrict(self, logits: NDArray[np.float32]) -> Row | None:
+        """Wait for the mask, and return the logits of the tokens that it allows; None if the answer ends here.
+
+        `logits` may be overwritten. Raises `EngineError` when the grammar needs more time or memory than a token may take, and
+        when the vocabulary has no token to go on with.
+        """
+        assert self._next is not None, "`begin` comes first"
+        mask = self._next.result()
+        row = mask.restrict(logits)
+        if row is None and not mask.complete:
+            raise _failed("the vocabulary has no token with which the answer could go on")
+        return row
+
+    def _first(self) -> _Mask:
+        try:
+            self._matcher = make_matcher(self._tokenizer, self._grammar.kind, self._grammar.source)
+            return self._mask()
+        except GrammarError as error:
+            raise _failed(str(error)) from None
+
+    def _after(self, token: int) -> _Mask:
+        self._tokens += 1
+        try:
+            self._matcher.consume_token(token)
+            check(self._matcher)
+            return self._mask()
+        except GrammarError as error:
+            raise _failed(str(error)) from None
+
+    def _mask(self) -> _Mask:
+        matcher, size = self._matcher, self._tokenizer.vocab_size
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        check(matcher)
+        allowed = np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)
+        allowed[self._eos_ids] = False
+        complete, early = matcher.is_accepting(), self._tokens < self._min_tokens
+        if early:
+            complete |= bool(allowed[self._end_ids].any())
+            allowed[self._end_ids] = False
+        elif complete:
+            allowed[self._end_ids] = True
+        all_but = 2 * np.count_nonzero(allowed) > size
+        return _Mask(size, np.flatnonzero(~allowed if all_but else allowed), all_but, complete)
+
+
+def _failed(reason: str) -> EngineError:
+    return EngineError("sampling", "the answer cannot be held to its grammar", found=reason)
+
+
+class _Workers:
+    """Threads with a deep stack: llguidance recurses along what it matches."""
+
+    def __init__(self, number: int) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Future[_Mask], Callable[[], _Mask]]] = queue.SimpleQueue()
+        for _ in range(number):
+            on_deep_stack(self._run)
+
+    def submit(self, task: Callable[[], _Mask]) -> Future[_Mask]:
+        future: Future[_Mask] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, task = self._tasks.get()
+            try:
+                future.set_result(task())
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # llguidance has panicked: this answer has failed, no other one
+                future.set_exception(_failed(f"{type(error).__name__}: {error}"))
+            del future, task  # a matcher may be large
+
+
+@cache
+def _workers() -> _Workers:
+    """The threads of this process, which start with the first answer that needs one."""
+    return _Workers(max(1, min(4, len(os.sched_getaffinity(0)) // 2)))
