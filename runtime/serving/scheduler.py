@@ -132,7 +132,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.length - sequence.computed > 1:
                 self._schedule_tokens(sequence, *self._chunk(sequence))
-        if preemptions == self.preemptions and (self.waiting or self.held):
+        if preemptions == self.preemptions and self._free_slots and (self.waiting or self.held):
             self._admit()
         self.prompt_tokens = batch.tokens - answers
         assert batch.tokens, "a step without tokens"
@@ -191,22 +191,23 @@ class Scheduler:
         self._blocked = None
 
     def _admit(self) -> None:
-        """Admit sequences while the step has room for their tokens."""
+        """Admit sequences while the step has room for their tokens, and let those wait that others compute a prefix for: also
+        where there is no room, since later less of the prefix is left to be waited for."""
         batch = self.batch
-        if self._free_slots and batch.tokens < batch.max_tokens:
+        if batch.tokens < batch.max_tokens:
             self._release_held()
-            self.waiting.charge(self.running)
-        while self._free_slots and batch.tokens < batch.max_tokens and (sequence := self.waiting.first()):
+        self.waiting.charge(self.running)
+        while self._free_slots and (sequence := self.waiting.first()):
             if self._blocked == (sequence, self.pool.available):
                 break  # nothing has changed since it did not fit
             prefix = self._match(sequence)
             if prefix and self._waits_for(sequence, prefix):
                 self._take(sequence)
                 self.held.append(sequence)
-            elif self._place(sequence, prefix):
+            elif batch.tokens < batch.max_tokens and self._place(sequence, prefix):
                 self._schedule_tokens(sequence, *self._chunk(sequence))
             else:
-                self._blocked = sequence, self.pool.available
+                self._blocked = (sequence, self.pool.available) if batch.tokens < batch.max_tokens else None
                 break
 
     def _match(self, sequence: Sequence) -> Prefix | None:

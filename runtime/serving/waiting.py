@@ -99,9 +99,9 @@ class WaitingQueue:
 
     def take(self, sequence: Sequence) -> None:
         """Take out the first sequence, and charge its client for the tokens of its prompt."""
+        self.charge((sequence,))
         self.remove(sequence)
         sequence.picked = True
-        self.charge((sequence,))
 
     def charge(self, sequences: Iterable[Sequence]) -> None:
         """Add to the counters of clients the tokens that their sequences got since they were charged last."""
