@@ -6,11 +6,12 @@ from fastapi import FastAPI
 
 from belle_compile import __version__
 from belle_compile.runtime.server.errors import install_handlers
+from belle_compile.runtime.server.middleware import install
 from belle_compile.runtime.server.openapi import TITLE, document
-from belle_compile.runtime.server.routes import chat, completions, info, models, tokenize
+from belle_compile.runtime.server.routes import chat, completions, health, info, models, tokenize
 from belle_compile.runtime.server.service import Service
 
-ROUTERS = (chat.router, completions.router, models.router, tokenize.router, info.router)
+ROUTERS = (chat.router, completions.router, models.router, tokenize.router, info.router, health.router)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -23,6 +24,7 @@ def create_app(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     install_handlers(app)
+    install(app, service)
     whole = document(app)
     app.openapi = lambda: dict(whole)  # type: ignore[method-assign]
     return app
