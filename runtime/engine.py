@@ -68,13 +68,11 @@ class Engine:
         self._handover = Handover()
         self._requests = RequestLog(telemetry)
         after_answers = partial(_pass_on, self._handover, self._requests)  # which does not keep the engine alive
-        # In sequences longer than this, dynamic RoPE scaling rotates a token by the number of tokens that share its step, wrong
-        # guesses included.
         dynamic_rope_from = manifest.model.dimensions.get("dynamic_rope_from")
-        self._loop = StepLoop(executor, scheduler or SchedulerOptions(), dynamic_rope_from, after_answers, telemetry)
+        self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
+        self._loop = StepLoop(executor, scheduler, self.identity, dynamic_rope_from, after_answers, telemetry)
         self._limits = self._loop.scheduler.limits
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
-        self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
         self.result_cache: ResultCache | None = None
         if result_cache:
             try:
@@ -144,7 +142,8 @@ class Engine:
         """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
-        chats always. `cache` is what the prompts allow the result cache to do, by default all. `scheduling` says when they are served.
+        chats always. `cache` is what the prompts allow the result cache to do, by default all. `scheduling` says when
+        they are served.
         """
         generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, raw=raw)]
         self._run(generations, lambda: self.submit(generations, cache, scheduling))

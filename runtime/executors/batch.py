@@ -17,6 +17,8 @@ class StepBatch:
     `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are requested.
     `candidates` [max_rows], None where the executor always returns whole rows: how many of a row's largest logits are needed,
     together with those equal to the smallest of them; the executor may leave out the others. 0 requests the whole row.
+    `copies` are pairs (source, destination) of blocks of the KV cache, at most `max_sequences`. The executor copies them, one
+    after the other, before it writes the keys and values of the step's tokens.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class StepBatch:
         self.block_table = block_table
         self.logit_rows = logit_rows
         self.candidates = candidates
+        self.copies: list[tuple[int, int]] = []
         self.tokens = 0
         self.rows = 0
 

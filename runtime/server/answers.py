@@ -153,7 +153,13 @@ async def _unless_gone(receive: Receive, waiting: Awaitable[T]) -> T:
 
 
 def _count(call: Call[Any], form: Format, results: Sequence[Result]) -> None:
-    call.context.tokens += form.usage(results)["total_tokens"]
+    usage, context = form.usage(results), call.context
+    context.tokens += usage["total_tokens"]
+    context.details |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    context.details |= {
+        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "finish_reasons": [result.finish_reason for result in results],
+    }
 
 
 def _headers(service: Service, call: Call[Any], cached: bool) -> dict[str, str]:

@@ -25,6 +25,5 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
     install_handlers(app)
     install(app, service)
-    whole = document(app)
-    app.openapi = lambda: dict(whole)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

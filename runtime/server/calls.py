@@ -81,7 +81,6 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
 
     Long prompts are encoded and grammars compiled on another thread, so that nobody waits for them but their request.
     """
-    service.admit()
     data = await read_body(request)
     context = context_of(request.scope)
     cache = _cache_policy(request.headers.get("cache-control", ""))
@@ -95,7 +94,6 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
 
 async def read_aside(service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T]) -> T:
     """Return what `function` makes of a body; a large body is read on another thread."""
-    service.admit()
     data = await read_body(request)
     if len(data) <= _READ_AT_ONCE_BYTES:
         return function(validate(schema, data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -63,12 +62,15 @@ def operation(
     return {"summary": summary, "responses": documented, "openapi_extra": extra}
 
 
-def document(app: FastAPI) -> Mapping[str, Any]:
-    """Return the OpenAPI document of an application."""
+def document(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document of an application, which is made the first time."""
+    if app.openapi_schema:
+        return app.openapi_schema
     whole: dict[str, Any] = get_openapi(title=TITLE, version=__version__, routes=app.routes)
     adapters = [(documented.__name__, "validation", TypeAdapter(documented)) for documented in _DOCUMENTED]
     _, definitions = TypeAdapter.json_schemas(adapters, ref_template=_COMPONENTS + "{model}")  # type: ignore[arg-type]
     whole.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+    app.openapi_schema = whole
     return whole
 
 

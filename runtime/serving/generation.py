@@ -15,14 +15,14 @@ from belle_compile.runtime.serving.candidates import Row, Rows
 from belle_compile.runtime.serving.logprobs import TokenLogprob, token_logprob
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.sampling import Sampler
-from belle_compile.runtime.serving.scheduler import Sequence
 from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling, Withdrawn
+from belle_compile.runtime.serving.sequence import Sequence
 from belle_compile.runtime.serving.telemetry import End, RequestRecord
 from belle_compile.runtime.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length"]
 
-_END_OF: dict[type[BaseException], End] = {Withdrawn: "cancelled", DeadlineExceeded: "deadline"}
+_END_OF: dict[type, End] = {Withdrawn: "cancelled", DeadlineExceeded: "deadline"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Generation:
         self.done = threading.Event()
         self.observer: Observer | None = None
         self.cached = False
-        self._report: Callable[[RequestRecord], None] | None = None
+        self._reports: list[Callable[[RequestRecord], None]] = []  # one until the end is reported
         self._on_piece = on_piece
         self._on_end = on_end
         self._end_ids = frozenset(request.end_ids)
@@ -141,7 +141,7 @@ class Generation:
         """Take how the request is scheduled, and what takes its record when it ends; before it is submitted."""
         self.sequence.scheduling = scheduling
         self.sequence.deadline = scheduling.deadline(self._arrived)
-        self._report = report
+        self._reports = [report]
 
     @property
     def cached_tokens(self) -> int:
@@ -287,10 +287,13 @@ class Generation:
 
     def _record(self, reason: FinishReason | None) -> None:
         """Report the end of the request, once. One that was refused for lack of room has not begun."""
-        report, self._report = self._report, None
-        if report is None or isinstance(self._error, QueueFull):
+        try:
+            report = self._reports.pop()  # by one thread only: a reader may leave while the answer ends
+        except IndexError:
             return
-        end: End = reason or _END_OF.get(type(self._error), "error")
+        if isinstance(self._error, QueueFull):
+            return
+        end: End = reason if reason else _END_OF.get(type(self._error), "error")
         arrived, now, sequence = self._arrived, time.monotonic(), self.sequence
         started, first = self._started, self._first
         report(

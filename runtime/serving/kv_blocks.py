@@ -1,6 +1,9 @@
-"""Blocks of the paged KV cache: reference counts, and the promise that an admitted sequence never runs out of blocks."""
+"""Blocks of the paged KV cache: which are free, which are referenced, and which stay cached without references."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,102 +17,134 @@ def blocks_for(tokens: int) -> int:
 
 
 class BlockPool:
-    """The `num_blocks` blocks of a KV cache, each free or referenced by one or more block tables.
+    """The `num_blocks` blocks of a KV cache. Each is free, used (referenced by block tables), or cached: kept for its contents
+    without references, until the room is needed.
 
-    A table first reserves its worst case and then takes blocks one at a time as its sequence grows. A reservation never
-    exceeds the blocks that are free and not reserved by others, so `take` cannot fail, and no sequence waits for another in
-    the middle of its answer. Misuse (a release too many, a take without a reservation) is an AssertionError.
+    `take` prefers free blocks, and then evicts the cached block that lost its last reference first. `evictions` counts these.
+    Misuse (a release too many, a take where no block is available) is an AssertionError.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.evictions = 0
         # The block freed last is taken next, because its pages are in memory already; unused blocks are taken from the low end.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
-        self._reserved = 0
+        self._kept: set[int] = set()  # blocks that stay cached when they lose their last reference
+        self._cached: OrderedDict[int, None] = OrderedDict()  # kept blocks without references, in the order of eviction
+        self._on_eviction: Callable[[int], None] = lambda block: None
 
     @property
     def available(self) -> int:
-        """Blocks that are neither referenced nor reserved."""
-        return len(self._free) - self._reserved
+        """Blocks that can be taken now: free ones and cached ones."""
+        return len(self._free) + len(self._cached)
 
-    def reserve(self, blocks: int) -> None:
-        """Reserve `blocks` blocks, at most `available`."""
-        assert blocks <= self.available, f"{blocks} blocks reserved, {self.available} of {self.num_blocks} available"
-        self._reserved += blocks
+    @property
+    def used(self) -> int:
+        """Blocks with references."""
+        return self.num_blocks - self.available
 
-    def cancel(self, blocks: int) -> None:
-        """Give up a reservation of `blocks` blocks that were not taken."""
-        assert blocks <= self._reserved, f"{blocks} reserved blocks cancelled, {self._reserved} are reserved"
-        self._reserved -= blocks
+    @property
+    def cached(self) -> int:
+        """Blocks that are kept without references."""
+        return len(self._cached)
+
+    def on_eviction(self, callback: Callable[[int], None]) -> None:
+        """Let `callback(block)` be called when a cached block is about to be taken for other contents."""
+        self._on_eviction = callback
 
     def take(self) -> int:
-        """Take a free block out of a reservation; its reference count becomes 1."""
-        assert self._reserved > 0, "a block is taken without a reservation"
-        self._reserved -= 1
-        block = self._free.pop()
+        """Take a free block, or else evict a cached one; its reference count becomes 1."""
+        assert self.available, "a block is taken where none is available"
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._kept.remove(block)
+            self.evictions += 1
+            self._on_eviction(block)
         self._references[block] = 1
         return block
 
     def acquire(self, block: int) -> None:
-        """Add a reference to a block that has one already."""
-        assert self._references[block] > 0, f"free block {block} is shared"
+        """Add a reference to a block that is used or cached."""
+        if self._references[block] == 0:
+            assert block in self._cached, f"free block {block} is shared"
+            del self._cached[block]
         self._references[block] += 1
 
     def release(self, block: int) -> None:
-        """Remove a reference; the block is free after the last one."""
-        assert self._references[block] > 0, f"free block {block} is released"
+        """Remove a reference. After the last one the block is free, or cached if it is kept."""
+        assert self._references[block] > 0, f"block {block} is released without a reference"
         self._references[block] -= 1
         if self._references[block] == 0:
+            if block in self._kept:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def keep(self, block: int) -> None:
+        """Let a used block stay cached when it loses its last reference."""
+        assert self._references[block] > 0, f"block {block} is kept without a reference"
+        self._kept.add(block)
+
+    def discard(self, block: int) -> None:
+        """Keep a block no longer. A cached one is free afterwards."""
+        self._kept.discard(block)
+        if block in self._cached:
+            del self._cached[block]
             self._free.append(block)
 
     def references(self, block: int) -> int:
-        """Number of references to a block; 0 if it is free."""
+        """Number of references to a block; 0 if it is free or cached."""
         return self._references[block]
 
 
 class BlockTable:
-    """The blocks of one sequence, in the order of its positions, and its row (int32 [max_blocks]) of the step's block table."""
+    """The blocks of one sequence, in the order of its positions, and its row (int32 [max_blocks]) of the step's block table.
 
-    def __init__(self, pool: BlockPool, row: NDArray[np.int32], max_tokens: int) -> None:
-        """Reserve blocks for `max_tokens` tokens, which the pool must have available."""
-        self._reserved = blocks_for(max_tokens)
-        pool.reserve(self._reserved)
+    Blocks that other tables reference, or that the pool keeps, must not be written to.
+    """
+
+    def __init__(self, pool: BlockPool, row: NDArray[np.int32]) -> None:
         self._pool = pool
         self._row = row
         self.blocks: list[int] = []
-        self.capacity = 0  # tokens that `blocks` hold
 
-    def grow(self, tokens: int) -> None:
-        """Take blocks until the first `tokens` tokens of the sequence have room, at most what was reserved."""
-        while self.capacity < tokens:
+    @property
+    def capacity(self) -> int:
+        """Tokens that the blocks hold."""
+        return BLOCK_SIZE * len(self.blocks)
+
+    def grow(self, tokens: int) -> bool:
+        """Take blocks until the first `tokens` tokens of the sequence have room. Where fewer blocks are available than that
+        needs, take none and return False."""
+        missing = blocks_for(tokens) - len(self.blocks)
+        if missing > self._pool.available:
+            return False
+        for _ in range(missing):
             self._append(self._pool.take())
-            self._reserved -= 1
+        return True
 
-    def fork(self, row: NDArray[np.int32], max_tokens: int) -> BlockTable:
-        """Return a table over the same blocks, with a row of its own and a reservation to grow to `max_tokens` tokens.
+    def share(self, block: int) -> None:
+        """Append a block that is used by other tables or cached, and reference it."""
+        self._pool.acquire(block)
+        self._append(block)
 
-        The pool must have the blocks beyond those shared available. A shared block must be copied before either sequence
-        writes to it: see `is_shared`.
-        """
-        child = BlockTable(self._pool, row, max(0, max_tokens - self.capacity))
-        for block in self.blocks:
-            self._pool.acquire(block)
-            child._append(block)
-        return child
-
-    def is_shared(self, position: int) -> bool:
-        """Whether the block of a token position has other references, so that it must be copied before it is written to."""
-        return self._pool.references(self.blocks[position // BLOCK_SIZE]) > 1
+    def replace(self, index: int, block: int) -> None:
+        """Reference `block`, which has the same contents, in place of the block at `index`, which is released."""
+        self._pool.acquire(block)
+        self._pool.release(self.blocks[index])
+        self.blocks[index] = block
+        self._row[index] = block
 
     def free(self) -> None:
-        """Release every block and cancel what is left of the reservation. The table is empty afterwards."""
-        for block in reversed(self.blocks):  # so that the pool takes the sequence's first block next
+        """Release every block, the last one first: blocks are evicted before those that they continue, and the pool takes the
+        sequence's first block next. The table is empty afterwards."""
+        for block in reversed(self.blocks):
             self._pool.release(block)
-        self._pool.cancel(self._reserved)
-        self.blocks, self._reserved, self.capacity = [], 0, 0
+        self.blocks = []
 
     def _append(self, block: int) -> None:
         self._row[len(self.blocks)] = block
         self.blocks.append(block)
-        self.capacity += BLOCK_SIZE

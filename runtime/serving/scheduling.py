@@ -71,7 +71,7 @@ class QueueFull(EngineError):
     """
 
     def __init__(self, what: str, *, found: str, expected: str, retry_after_s: float) -> None:
-        super().__init__("request", what, found=found, expected=expected, remedy=f"try again in {retry_after_s:.0f} s")
+        super().__init__("request", what, found=found, expected=expected, remedy=f"try again in {math.ceil(retry_after_s)} s")
         self.retry_after_s = retry_after_s
 
 

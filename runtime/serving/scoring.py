@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.serving.candidates import Rows
-from belle_compile.runtime.serving.scheduler import Sequence
+from belle_compile.runtime.serving.sequence import Sequence
 
 
 class Scoring:
@@ -32,6 +32,7 @@ class Scoring:
         """Copy the next rows."""
         self._logits[self._rows : self._rows + len(logits)] = logits
         self._rows += len(logits)
+        self.sequence.logits_from += len(logits)  # should the sequence be computed anew, these rows are not needed again
         if self._rows == len(self._logits):
             self.done.set()
 

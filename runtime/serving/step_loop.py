@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -13,8 +18,16 @@ from typing import Any, Protocol, TypeVar
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.profiling import Recorder
+from belle_compile.runtime.serving.admission import Deadlines, Gate
 from belle_compile.runtime.serving.candidates import Rows
-from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
+from belle_compile.runtime.serving.request import EngineIdentity
+from belle_compile.runtime.serving.result_cache.store import CacheStats
+from belle_compile.runtime.serving.scheduler import Scheduler
+from belle_compile.runtime.serving.scheduling import DeadlineExceeded, SchedulerOptions, Withdrawn
+from belle_compile.runtime.serving.sequence import Sequence
+from belle_compile.runtime.serving.telemetry import End, EngineStats, StepRecord, Telemetry
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -64,31 +77,57 @@ class _Submitted:
 @dataclass(frozen=True)
 class _Withdrawn:
     job: Job
+    error: EngineError
+
+
+@dataclass(frozen=True)
+class _Watched:
+    job: Job
+
+
+_Message = _Submitted | _Withdrawn | _Watched | _Task | None
 
 
 class StepLoop:
     """Owns executor and scheduler, and runs steps on a thread of its own, which alone touches them.
 
-    Other threads leave messages for it: jobs, withdrawals, tasks. The lock is held for that only, and the thread never takes
-    it, so that a thread which submits never waits for a step, for sampling or for detokenizing.
+    Other threads leave messages for it: jobs, withdrawals, tasks. The lock is held for that only, and while the thread runs
+    steps it never takes it, so that a thread which submits never waits for a step, for sampling or for detokenizing.
 
     A step that fails ends the jobs under way with its error, and the loop goes on with those that come after. A job that
-    fails with its rows of a step ends alone.
+    fails with its rows of a step ends alone. Any other error ends the thread: all jobs end with one error, and so do those that
+    are submitted later.
     """
 
     def __init__(
-        self, executor: Executor, draft_until: int | None = None, after_step: Callable[[], None] = lambda: None
+        self,
+        executor: Executor,
+        options: SchedulerOptions | None = None,
+        identity: EngineIdentity | None = None,
+        dynamic_rope_from: int | None = None,
+        after_step: Callable[[], None] = lambda: None,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        """`draft_until` is passed to the scheduler. `after_step` is called on the loop's thread after each step and message."""
+        """`options`, `dynamic_rope_from` and `identity` are passed to the scheduler. `after_step` is called on the loop's
+        thread after each step and message."""
+        options = options or SchedulerOptions()
         self.executor = executor
-        self.scheduler = Scheduler(executor.batch, executor.num_blocks, draft_until)
+        self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity)
+        # What is done with a job whose time is over, which may be one that was not submitted here but only watched.
+        self.give_up: Callable[[Job, EngineError], None] = self.withdraw
         self._jobs: dict[Sequence, Job] = {}
-        self._messages: queue.SimpleQueue[_Submitted | _Withdrawn | _Task | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._after_step = after_step
+        self._telemetry = telemetry
+        self._gate = Gate(options.max_queue, self.scheduler.free_slots)
+        self._deadlines: Deadlines[Job] = Deadlines()
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `stop` on a thread that holds a lock
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._death: EngineError | None = None
         self._run_step: Callable[[], None] = self._step
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._last_step_at: float | None = None
 
     @property
     def idle(self) -> bool:
@@ -96,12 +135,21 @@ class StepLoop:
         return not self._jobs and self._messages.empty()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs, all before the next step; raises `EngineError` when stopped."""
-        self._send(_Submitted(tuple(jobs)))
+        """Queue jobs, all before the next step; raises `EngineError` when stopped, and `QueueFull`."""
+        submitted = tuple(jobs)
+        sequences = [job.sequence for job in submitted]
+        self._send(_Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
 
-    def withdraw(self, job: Job) -> None:
-        """Drop a job before the next step. Takes no lock: the garbage collector may call it anywhere."""
-        self._messages.put(_Withdrawn(job))
+    def withdraw(self, job: Job, error: EngineError | None = None) -> None:
+        """Drop a job before the next step; it ends with `error`, by default `Withdrawn`.
+
+        Takes no lock: the garbage collector may call it anywhere.
+        """
+        self._messages.put(_Withdrawn(job, error or Withdrawn()))
+
+    def watch(self, job: Job) -> None:
+        """Call `give_up` when the time of a job that is not submitted here is over, unless it has ended before."""
+        self._send(_Watched(job))
 
     def wake(self) -> None:
         """Let the loop's thread, if it runs, call `after_step`. Takes no lock: the garbage collector may call it anywhere."""
@@ -127,6 +175,46 @@ class StepLoop:
 
         self.call(switch)
 
+    def stats(self, requests: Mapping[End, int], result_cache: CacheStats | None) -> EngineStats:
+        """Return what was counted; `requests` and `result_cache` are added to it. May be called on any thread."""
+        scheduler, pool, prefixes = self.scheduler, self.scheduler.pool, self.scheduler.prefixes
+        running = len(scheduler.running)
+        return EngineStats(
+            running=running,
+            waiting=max(0, len(self._jobs) - running),
+            preemptions=scheduler.preemptions,
+            recomputed_tokens=scheduler.recomputed_tokens,
+            refusals=self._gate.refusals,
+            kv_blocks=pool.num_blocks,
+            kv_blocks_used=pool.used,
+            kv_blocks_cached=pool.cached,
+            evictions=pool.evictions,
+            prefix_hits=prefixes.hits if prefixes else 0,
+            prefix_queries=prefixes.queries if prefixes else 0,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=self._steps,
+            requests=requests,
+            last_step_at=self._last_step_at,
+            result_cache=result_cache,
+        )
+
+    def alive(self, within_s: float) -> bool:
+        """Whether a step ended in the last `within_s` seconds, or the thread answers a message in as many. A loop that has had
+        nothing to do yet is alive; one that was stopped or whose thread has died is not."""
+        if self._stopping or self._death:
+            return False
+        last = self._last_step_at
+        if self._thread is None or (last is not None and time.monotonic() - last <= within_s):
+            return True
+        task = _Task(lambda: None)
+        try:
+            self._send(task)
+            task.result(within_s)
+        except (EngineError, FutureTimeoutError):
+            return False
+        return True
+
     def stop(self) -> None:
         """End the thread after the step under way, drop all jobs, close the executor. A second call does nothing."""
         with self._lock:
@@ -135,14 +223,20 @@ class StepLoop:
             self._stopping = True
             self._messages.put(None)  # wakes the thread up
         if self._thread is None:
-            self._end()
+            self._end(_closed())
+            self.executor.close()
         elif self._thread is not threading.current_thread():  # the garbage collector may call this on the loop's thread
             self._thread.join()
+            if self._death:
+                self.executor.close()
 
-    def _send(self, message: _Submitted | _Task) -> None:
+    def _send(self, message: _Submitted | _Watched | _Task, check: Callable[[], None] = lambda: None) -> None:
         with self._lock:  # so that no message comes after the end
             if self._stopping:
                 raise _closed()
+            if self._death:
+                raise self._death
+            check()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="belle-steps", daemon=True)
                 thread.start()
@@ -150,36 +244,53 @@ class StepLoop:
             self._messages.put(message)
 
     def _run(self) -> None:
-        while self._receive():
-            try:
-                self._run_step()
-            except BaseException as error:
-                self._fail_all(error)
-            self._after_step()
-        self._end()
+        try:
+            while self._receive():
+                try:
+                    self._run_step()
+                except Exception as error:
+                    self.scheduler.discard()
+                    self._fail_all(error)
+                self._after_step()
+        except BaseException as error:  # not of a step: what the loop would do next is not known
+            self._die(error)
+            return
+        self._end(_closed())
+        self.executor.close()
 
     def _receive(self) -> bool:
         """Handle all messages, and wait for more while there is no work. Returns False once the loop is stopping."""
-        while not self._stopping and not (self._messages.empty() and self.scheduler.has_work):
-            self._handle(self._messages.get())
+        while not self._stopping:
+            now = time.monotonic()
+            for job in self._deadlines.over(now):
+                self.give_up(job, DeadlineExceeded())
+            if self._messages.empty() and self.scheduler.has_work:
+                break
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._messages.get(timeout=self._deadlines.wait_s(now)))
             self._after_step()
         return not self._stopping
 
-    def _handle(self, message: _Submitted | _Withdrawn | _Task | None) -> None:
+    def _handle(self, message: _Message) -> None:
         match message:
             case _Submitted(jobs):
                 for job in jobs:
                     self._add(job)
-            case _Withdrawn(job):
-                self._drop(job)
+            case _Withdrawn(job, error):
+                self._drop(job, error)
+            case _Watched(job):
+                self._deadlines.add(job)
             case _Task():
                 message.run()
 
     def _step(self) -> None:
+        started = time.monotonic()
         scheduler, batch, jobs = self.scheduler, self.executor.batch, self._jobs
         sequences_needing_logits = scheduler.schedule()
-        for sequence in scheduler.admitted:
+        for sequence in scheduler.begun:
             jobs[sequence].start()
+        if scheduler.picked:
+            self._gate.left(scheduler.picked, started)
         if batch.candidates is not None:
             stop = 0
             for sequence in sequences_needing_logits:
@@ -187,47 +298,90 @@ class StepLoop:
                 batch.candidates[start:stop] = jobs[sequence].candidates()
         logits = self.executor.step(batch)
         scheduler.commit()
-        stop = 0
+        stop = generated = 0
         for sequence in sequences_needing_logits:
-            job = jobs[sequence]
+            job, length = jobs[sequence], sequence.length
             start, stop = stop, stop + sequence.logit_rows
             try:
                 job.accept(logits[start:stop])
             except Exception as error:  # an error of this job alone, such as logits that are not finite
                 job.fail(error)
+            generated += sequence.length - length
             if job.done.is_set():
-                self._drop(job)
+                self._drop(job, Withdrawn())
+        self._note_step(started, generated, sequences_needing_logits)
+
+    def _note_step(self, started: float, generated: int, sequences: list[Sequence]) -> None:
+        """Count a step and report it."""
+        scheduler, batch = self.scheduler, self.executor.batch
+        self._last_step_at = now = time.monotonic()
+        self._steps += 1
+        self._prompt_tokens += scheduler.prompt_tokens
+        self._generated_tokens += generated
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        self._gate.set_free(0 if waiting else scheduler.free_slots - len(scheduler.held))
+        if self._telemetry:
+            gaps = []
+            for sequence in sequences:
+                if sequence.length > sequence.prompt_length:
+                    if sequence.last_token_at:
+                        gaps.append(now - sequence.last_token_at)
+                    sequence.last_token_at = now
+            waiting += len(scheduler.held)
+            prompt_tokens = scheduler.prompt_tokens
+            self._telemetry.step(StepRecord(now - started, batch.tokens, prompt_tokens, batch.rows, running, waiting, gaps))
 
     def _add(self, job: Job) -> None:
         try:
             self.scheduler.add(job.sequence)
         except EngineError as error:
+            self._gate.gave_up(job.sequence, time.monotonic())
             job.fail(error)
         else:
             self._jobs[job.sequence] = job
+            if job.sequence.deadline < math.inf:
+                self._deadlines.add(job)
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: Job, error: EngineError) -> None:
         if self._jobs.pop(job.sequence, None):
-            self.scheduler.remove(job.sequence)
+            scheduler = self.scheduler
+            scheduler.remove(job.sequence)
+            if not job.sequence.picked:
+                self._gate.gave_up(job.sequence, time.monotonic())
+            if not scheduler.waiting:
+                self._gate.set_free(scheduler.free_slots - len(scheduler.held))
             if not job.done.is_set():
-                job.fail(Withdrawn())
+                job.fail(error)
 
     def _fail_all(self, error: BaseException) -> None:
         for job in list(self._jobs.values()):
             job.fail(error)
-            self._drop(job)
+            self._drop(job, Withdrawn())
 
-    def _end(self) -> None:
+    def _die(self, error: BaseException) -> None:
+        """End all jobs because of an error that is not one of a step, and refuse those that come."""
+        found = f"{type(error).__name__}: {error}"
+        death = EngineError("engine", "the step thread has died", found=found, remedy="load the engine again")
+        with self._lock:
+            self._death = death
+        self._end(death)
+
+    def _end(self, error: EngineError) -> None:
+        """End all jobs, those that were not received yet included."""
         while not self._messages.empty():
             match message := self._messages.get():
                 case _Submitted(jobs):
                     for job in jobs:
-                        job.fail(_closed())
+                        self._jobs[job.sequence] = job
                 case _Task():
-                    message.set_exception(_closed())
-        self._fail_all(_closed())
+                    message.set_exception(error)
+        while self._jobs:
+            _, job = self._jobs.popitem()
+            try:
+                job.fail(error)
+            except Exception:  # of whoever is told about it; the other jobs must end nevertheless
+                _log.exception("A request could not be told that it has ended")
         self._after_step()
-        self.executor.close()
 
 
 def _closed() -> EngineError:

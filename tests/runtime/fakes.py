@@ -22,11 +22,24 @@ from belle_compile.runtime.program import BLOCK_SIZE, Call, FusionCalls, KVLayou
 from belle_compile.runtime.serving.candidates import Few, Row, Rows
 from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
+from belle_compile.runtime.serving.scheduling import SchedulerOptions
+from belle_compile.runtime.serving.telemetry import Telemetry
 from belle_compile.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 300
 EOS = 2
-NOTHING_ELSE = (0.0, 0.0, 0.0, (), 0, (), None, None, 0)  # the fields behind `prompt_lookup` of a request that leaves them open
+NOTHING_ELSE = (
+    0.0,
+    0.0,
+    0.0,
+    (),
+    0,
+    (),
+    None,
+    None,
+    0,
+    "",
+)  # the fields behind `prompt_lookup` where they are left open
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -94,6 +107,8 @@ class FakeExecutor:
         if self.recorder is not None:
             calls = 2 if batch.rows else 1
             self.recorder.walked(np.arange(calls), 1000 * np.arange(calls + 1))
+        for source, destination in batch.copies:
+            self.cache[destination] = self.cache[source]
         seen: set[tuple[int, int]] = set()
         for t in range(batch.tokens):
             slot, position = int(batch.sequences[t]), int(batch.positions[t])
@@ -209,9 +224,16 @@ def make_request(
     return Request.resolve(prompt, params or SamplingParams(), engine_defaults)
 
 
-def make_engine(executor: FakeExecutor | None = None, result_cache: ResultCacheOptions | None = None, **changes: Any) -> Engine:
+def make_engine(
+    executor: FakeExecutor | None = None,
+    result_cache: ResultCacheOptions | None = None,
+    scheduler: SchedulerOptions | None = None,
+    telemetry: Telemetry | None = None,
+    **changes: Any,
+) -> Engine:
     changed = manifest(**changes)
-    return Engine(changed, Tokenizer(byte_tokenizer(), changed.special_tokens), executor or FakeExecutor(), result_cache)
+    tokenizer = Tokenizer(byte_tokenizer(), changed.special_tokens)
+    return Engine(changed, tokenizer, executor or FakeExecutor(), result_cache, scheduler, telemetry)
 
 
 def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Path:

@@ -64,7 +64,17 @@ def test_accepted_drafts_are_on_stderr() -> None:
 def test_json_is_one_object() -> None:
     result = run("hello", "--json", "--temperature", "0")
     plain = json.loads(result.stdout)
-    fields = {"prompt_token_ids", "token_ids", "text", "finish_reason", "timings", "drafted", "accepted", "cached"}
+    fields = {
+        "prompt_token_ids",
+        "token_ids",
+        "text",
+        "finish_reason",
+        "timings",
+        "drafted",
+        "accepted",
+        "cached",
+        "cached_tokens",
+    }
     assert set(plain) == {*fields, "logprobs", "prompt_logprobs"} and plain["logprobs"] is plain["prompt_logprobs"] is None
     assert plain["text"] == ANSWER and plain["finish_reason"] == "stop"
     assert set(plain["timings"]) == {"prefill_s", "decode_s", "first_token_s", "tokens_per_second", "load_s"}

@@ -89,7 +89,7 @@ class ResponseFormat(Body):
     def _has_its_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             found = "json_schema without a schema" if self.json_schema is None else f"{self.type} with a schema"
-            raise conflict(f"Invalid value for 'response_format': found {found}", "response_format.json_schema")
+            raise conflict(f"Invalid value for 'response_format.json_schema': found {found}", "response_format.json_schema")
         return self
 
 
@@ -215,6 +215,7 @@ class SamplingBody(Body):
             "ignore_eos": self.ignore_eos,
             "prompt_logprobs": self.prompt_logprobs,
             "prompt_lookup": self.prompt_lookup,
+            "cache_salt": self.cache_salt,
             "n": self.n,
         } | more
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})

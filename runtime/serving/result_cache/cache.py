@@ -8,6 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,17 +55,15 @@ class ResultCache:
         loop: StepLoop,
         tokenizer: Tokenizer,
         identity: EngineIdentity,
-        longest_exact: int | None = None,
         after_answers: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the store; raises `EngineError` where that is not possible.
 
-        Sequences longer than `longest_exact` tokens are not cached: their answers depend on how prompts were divided into
-        steps. `after_answers` is called, on any thread, after requests were answered on that thread.
+        `after_answers` is called, on any thread, after requests were answered on that thread.
         """
         self._store = options.open_store()
         self._counters = self._store.counters
-        self._loop, self._identity, self._longest_exact = loop, identity, longest_exact
+        self._loop, self._identity = loop, identity
         self._flights = Flights(loop, self._complete)
         self._auditor = Auditor(options.audit, loop, tokenizer, self._counters, self._drop_now)
         self._background = Background(self._auditor)
@@ -93,11 +92,6 @@ class ResultCache:
         finally:  # also when interrupted: followers count on those that lead
             self._compute(now)
 
-    def covers(self, request: Request) -> bool:
-        """Whether the answer to a request may come from the cache."""
-        length = len(request.prompt) + request.max_new_tokens
-        return depends_on_request_alone(request) and (self._longest_exact is None or length <= self._longest_exact)
-
     def withdraw(self, job: Job) -> None:
         """Drop a request, unless others wait for its answer. Takes no lock: the garbage collector may call it anywhere."""
         self._flights.withdraw(job)
@@ -119,7 +113,7 @@ class ResultCache:
     def _enter(self, generation: Generation, policy: CachePolicy, led: list[tuple[str, Generation]]) -> None:
         """Let a request join one under way, or add it to those that are looked up."""
         request = generation.request
-        if not self.covers(request):
+        if not depends_on_request_alone(request):
             self._counters.add("bypassed")
             return
         key = request.key(self._identity)
@@ -128,6 +122,8 @@ class ResultCache:
             self._flights.lead_alone(key, generation, not policy.no_store)
         elif flight := self._flights.enter(key, generation, not policy.no_store):
             self._counters.add("hits" if flight.ended else "shared")
+            if generation.sequence.deadline < math.inf and not generation.done.is_set():
+                self._loop.watch(generation)
         else:
             led.append((key, generation))
 

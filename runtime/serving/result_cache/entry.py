@@ -28,7 +28,7 @@ from belle_compile.runtime.serving.request import Request
 ENTRY_VERSION = 1
 # Where the fields of a `Result` come from on a hit. A new field belongs into one of these, and into entries if it is stored.
 STORED = frozenset({"token_ids", "finish_reason", "logprobs", "prompt_logprobs"})
-DERIVED = frozenset({"prompt_token_ids", "text", "timings", "drafted", "accepted", "cached"})
+DERIVED = frozenset({"prompt_token_ids", "text", "timings", "drafted", "accepted", "cached", "cached_tokens"})
 
 _MAGIC = b"belR" + bytes([ENTRY_VERSION])
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size

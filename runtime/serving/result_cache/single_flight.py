@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.generation import FinishReason, Generation
 from belle_compile.runtime.serving.logprobs import TokenLogprob
+from belle_compile.runtime.serving.scheduling import Withdrawn
 from belle_compile.runtime.serving.step_loop import Job, StepLoop
 
 Scored = tuple[int, TokenLogprob | None]  # a token, with its log probability if that was asked for
@@ -54,11 +56,12 @@ class Flights:
         """`loop` computes what the leaders need. `on_complete` is called on the thread that ends an answer, with a flight that
         stays joinable until `release`."""
         self._submit, self._withdraw, self._wake = loop.submit, loop.withdraw, loop.wake
+        loop.give_up = self.withdraw  # a request whose time is over leaves its flight
         self._on_complete = on_complete
         self._lock = threading.Lock()
         self._flights: dict[str, Flight] = {}
         self._of: dict[Job, Flight] = {}
-        self._leaving: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._leaving: queue.SimpleQueue[tuple[Job, EngineError]] = queue.SimpleQueue()
 
     @contextmanager
     def section(self) -> Iterator[None]:
@@ -92,12 +95,14 @@ class Flights:
         with self.section():
             generation.observer, self._of[generation] = flight, flight
 
-    def withdraw(self, job: Job) -> None:
-        """Take a job out. Its flight goes on for other members; without any it is dropped before the next step.
+    def withdraw(self, job: Job, error: EngineError | None = None) -> None:
+        """Take a job out, which ends with `error`, by default `Withdrawn`.
+
+        Its flight goes on for other members; without any it is dropped before the next step.
 
         Waits for no lock: the garbage collector may call it anywhere. A thread that holds the lock handles what it finds here.
         """
-        self._leaving.put(job)
+        self._leaving.put((job, error or Withdrawn()))
         self._handle_leaving()
 
     def end(self, flight: Flight, finish_reason: FinishReason | None, error: BaseException | None) -> None:
@@ -160,19 +165,19 @@ class Flights:
             actions: list[Callable[[], None]] = []
             try:
                 while not self._leaving.empty():
-                    actions.append(self._leave(self._leaving.get()))
+                    actions.append(self._leave(*self._leaving.get()))
             finally:
                 self._lock.release()
             for action in actions:
                 action()
 
-    def _leave(self, job: Job) -> Callable[[], None]:
+    def _leave(self, job: Job, error: EngineError) -> Callable[[], None]:
         """Take a job out, under the lock; returns what is to be done without it."""
         flight = self._of.pop(job, None)
         if flight is None:
             if isinstance(job, Generation) and job.observer:
                 return _nothing  # it has left before, or its flight has ended
-            return lambda: self._withdraw(job)
+            return lambda: self._withdraw(job, error)
         flight.members -= 1
         follows = job is not flight.leader
         if follows:
@@ -182,17 +187,17 @@ class Flights:
             leader = flight.leader
 
             def drop() -> None:
-                self._withdraw(leader)
+                self._withdraw(leader, error)
                 if follows:
-                    job.fail(Withdrawn())
+                    job.fail(error)
 
             return drop
 
         def leave() -> None:
             if follows:
-                job.fail(Withdrawn())
+                job.fail(error)
             else:
-                flight.leader.detach()
+                flight.leader.detach(error)
             self._wake()
 
         return leave

@@ -1,4 +1,4 @@
-"""Block pool: every block is free or referenced, and no sequence runs out of what it reserved."""
+"""Block pool: every block is free, used or cached, and tables get all the blocks that they ask for or none."""
 
 from __future__ import annotations
 
@@ -20,154 +20,171 @@ def row() -> np.ndarray:
     return np.full(BLOCKS, -1, np.int32)
 
 
+def grown(pool: BlockPool, blocks: int) -> BlockTable:
+    table = BlockTable(pool, row())
+    assert table.grow(blocks * BLOCK_SIZE)
+    return table
+
+
 def test_blocks_for() -> None:
     assert [blocks_for(tokens) for tokens in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
 
 
 def test_table_is_written_as_it_grows() -> None:
     pool, written = BlockPool(4), row()
-    table = BlockTable(pool, written, 40)
-    assert pool.available == 1 and set(written) == {-1}
-    table.grow(16)
-    assert list(written[:2]) == [0, -1]
-    table.grow(17)
-    assert list(written[:3]) == [0, 1, -1] and table.blocks == [0, 1]
+    table = BlockTable(pool, written)
+    assert pool.available == 4 and set(written) == {-1}
+    assert table.grow(16) and list(written[:2]) == [0, -1]
+    assert table.grow(17) and list(written[:3]) == [0, 1, -1] and table.blocks == [0, 1] and table.capacity == 32
+    assert table.grow(5) and table.blocks == [0, 1]
+    assert (pool.available, pool.used, pool.cached) == (2, 2, 0)
     table.free()
-    assert pool.available == 4 and table.blocks == []
+    assert pool.available == 4 and table.blocks == [] and table.capacity == 0
     table.free()
     assert pool.available == 4
+
+
+def test_a_table_takes_all_blocks_that_it_needs_or_none() -> None:
+    pool = BlockPool(4)
+    first, second = grown(pool, 2), grown(pool, 1)
+    assert not second.grow(4 * BLOCK_SIZE) and second.blocks == [2] and pool.available == 1
+    assert second.grow(2 * BLOCK_SIZE)
+    first.free()
+    assert second.grow(4 * BLOCK_SIZE) and pool.available == 0
 
 
 def test_blocks_freed_last_are_taken_first_and_in_their_order() -> None:
     pool = BlockPool(6)
-    tables = [BlockTable(pool, row(), 2 * BLOCK_SIZE) for _ in range(2)]
-    for table in tables:
-        table.grow(2 * BLOCK_SIZE)
+    tables = [grown(pool, 2) for _ in range(2)]
     tables[0].free()
-    again = BlockTable(pool, row(), 3 * BLOCK_SIZE)
-    again.grow(3 * BLOCK_SIZE)
-    assert again.blocks == [0, 1, 4]
+    assert grown(pool, 3).blocks == [0, 1, 4]
 
 
-def test_references_are_counted() -> None:
-    pool = BlockPool(2)
-    pool.reserve(1)
-    block = pool.take()
-    pool.acquire(block)
-    assert pool.references(block) == 2 and pool.available == 1
-    pool.release(block)
-    assert pool.references(block) == 1 and pool.available == 1
-    pool.release(block)
-    assert pool.references(block) == 0 and pool.available == 2
+def test_kept_blocks_are_evicted_in_the_order_in_which_they_were_released() -> None:
+    pool, evicted = BlockPool(4), []
+    pool.on_eviction(evicted.append)
+    table = grown(pool, 3)
+    for block in (0, 2):
+        pool.keep(block)
+    table.free()
+    assert (pool.used, pool.cached, pool.available) == (0, 2, 4)
+    pool.acquire(2)
+    pool.release(2)  # now block 0 is evicted first
+    assert grown(pool, 3).blocks == [1, 3, 0] and evicted == [0]
+    pool.discard(2)
+    assert pool.cached == 0 and grown(pool, 1).blocks == [2]
+    assert evicted == [0] and pool.evictions == 1
+
+
+def test_shared_and_replaced_blocks_are_counted() -> None:
+    pool, written = BlockPool(4), row()
+    first, second = grown(pool, 2), BlockTable(pool, written)
+    second.share(0)
+    assert second.grow(2 * BLOCK_SIZE) and second.blocks == [0, 2]
+    second.replace(1, 1)
+    assert second.blocks == [0, 1] and list(written[:3]) == [0, 1, -1]
+    assert [pool.references(block) for block in range(4)] == [2, 2, 0, 0]
+    first.free()
+    assert pool.used == 2
+    second.free()
+    assert pool.available == 4 and sorted(grown(pool, 4).blocks) == [0, 1, 2, 3]
 
 
 def test_misuse_is_refused() -> None:
-    pool = BlockPool(2)
-    with pytest.raises(AssertionError, match="a block is taken without a reservation"):
-        pool.take()
-    with pytest.raises(AssertionError, match="3 blocks reserved, 2 of 2 available"):
-        pool.reserve(3)
-    pool.reserve(1)
-    with pytest.raises(AssertionError, match="2 reserved blocks cancelled, 1 are reserved"):
-        pool.cancel(2)
-    block = pool.take()
-    pool.release(block)
-    with pytest.raises(AssertionError, match="free block 0 is released"):
-        pool.release(block)
+    pool = BlockPool(1)
+    for misuse in (pool.release, pool.keep):
+        with pytest.raises(AssertionError, match="without a reference"):
+            misuse(0)
     with pytest.raises(AssertionError, match="free block 0 is shared"):
-        pool.acquire(block)
-    assert pool.available == 2
-
-
-def test_fork_shares_blocks_until_both_are_freed() -> None:
-    pool, written = BlockPool(8), row()
-    parent = BlockTable(pool, row(), 40)
-    parent.grow(20)
-    assert not parent.is_shared(0)
-    child = parent.fork(written, 60)
-    assert child.blocks == parent.blocks == [0, 1] and list(written[:3]) == [0, 1, -1]
-    assert all(table.is_shared(position) for table in (parent, child) for position in (0, 15, 16, 31))
-    assert pool.available == 8 - 3 - 2  # the parent's worst case, and two blocks that the child may add
-    child.grow(60)
-    assert child.blocks == [0, 1, 2, 3] and not child.is_shared(32) and list(written[:4]) == child.blocks
-    parent.free()
-    assert not child.is_shared(0) and pool.references(0) == 1 and pool.available == 4
-    child.free()
-    assert pool.available == 8
-
-
-def test_fork_for_fewer_tokens_than_the_blocks_hold_reserves_nothing() -> None:
-    pool = BlockPool(4)
-    parent = BlockTable(pool, row(), 40)
-    parent.grow(40)
-    child = parent.fork(row(), 33)
-    assert pool.available == 1
-    parent.free()
-    child.free()
-    assert pool.available == 4
+        pool.acquire(0)
+    pool.take()
+    with pytest.raises(AssertionError, match="none is available"):
+        pool.take()
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences come, grow, fork and go in any order."""
+    """Tables grow, share, keep and free blocks in any order; `cached` is the order in which blocks are to be evicted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS)
-        self.tables: list[tuple[BlockTable, np.ndarray, int]] = []  # with row and most tokens
+        self.pool.on_eviction(self.evict)
+        self.tables: list[tuple[BlockTable, np.ndarray]] = []
+        self.kept: set[int] = set()
+        self.cached: list[int] = []
+        self.evictions = 0
 
-    def draw(self, data: st.DataObject) -> tuple[BlockTable, np.ndarray, int]:
-        return self.tables[data.draw(st.integers(0, len(self.tables) - 1))]
+    def evict(self, block: int) -> None:
+        assert block == self.cached.pop(0), "the block that was released first"
+        self.kept.remove(block)
+        self.evictions += 1
 
-    @rule(tokens=st.integers(1, BLOCKS * BLOCK_SIZE))
-    def admit(self, tokens: int) -> None:
+    def used(self) -> Counter[int]:
+        return Counter(block for table, _ in self.tables for block in table.blocks)
+
+    @rule()
+    def start(self) -> None:
         written = row()
-        if blocks_for(tokens) > self.pool.available:
-            with pytest.raises(AssertionError):
-                BlockTable(self.pool, written, tokens)
-        else:
-            self.tables.append((BlockTable(self.pool, written, tokens), written, tokens))
-
-    @precondition(lambda self: self.tables)
-    @rule(data=st.data())
-    def grow(self, data: st.DataObject) -> None:
-        table, written, most = self.draw(data)
-        tokens = data.draw(st.integers(1, most))
-        before = list(table.blocks)
-        table.grow(tokens)
-        assert table.capacity == BLOCK_SIZE * len(table.blocks) >= tokens
-        assert table.blocks[: len(before)] == before and list(written[: len(table.blocks)]) == table.blocks
+        self.tables.append((BlockTable(self.pool, written), written))
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), tokens=st.integers(1, BLOCKS * BLOCK_SIZE))
-    def fork(self, data: st.DataObject, tokens: int) -> None:
-        table, _, _ = self.draw(data)
-        if blocks_for(max(0, tokens - table.capacity)) <= self.pool.available:
-            written = row()
-            self.tables.append((table.fork(written, tokens), written, tokens))
-            assert list(written[: len(table.blocks)]) == table.blocks
+    def grow(self, data: st.DataObject, tokens: int) -> None:
+        table, _ = data.draw(st.sampled_from(self.tables))
+        before, available = list(table.blocks), self.pool.available
+        fits = blocks_for(tokens) - len(before) <= available
+        assert table.grow(tokens) == fits
+        assert table.blocks[: len(before)] == before
+        assert len(table.blocks) == (max(blocks_for(tokens), len(before)) if fits else len(before))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        table, _ = data.draw(st.sampled_from(self.tables))
+        if candidates := sorted({*self.used(), *self.cached} - set(table.blocks)):
+            block = data.draw(st.sampled_from(candidates))
+            table.share(block)
+            if block in self.cached:
+                self.cached.remove(block)
+
+    @precondition(lambda self: self.used())
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.used())))
+        self.pool.keep(block)
+        self.kept.add(block)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.kept)))
+        self.pool.discard(block)
+        self.kept.remove(block)
+        if block in self.cached:
+            self.cached.remove(block)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.tables) - 1))
-        self.tables.pop(index)[0].free()
+        table, _ = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        blocks = list(table.blocks)
+        table.free()
+        used = self.used()
+        self.cached += [block for block in reversed(blocks) if block in self.kept and not used[block]]
 
     @invariant()
-    def every_block_is_free_or_counted(self) -> None:
-        counted = Counter(block for table, _, _ in self.tables for block in table.blocks)
-        assert [self.pool.references(block) for block in range(BLOCKS)] == [counted[block] for block in range(BLOCKS)]
-        missing = sum(blocks_for(max(0, most - table.capacity)) for table, _, most in self.tables)
-        assert self.pool.available == BLOCKS - len(counted) - missing
-        for table, _, _ in self.tables:
-            assert len(set(table.blocks)) == len(table.blocks)
-            for index, block in enumerate(table.blocks):
-                assert table.is_shared(index * BLOCK_SIZE) == (counted[block] > 1)
+    def every_block_is_free_or_used_or_cached(self) -> None:
+        used = self.used()
+        assert [self.pool.references(block) for block in range(BLOCKS)] == [used[block] for block in range(BLOCKS)]
+        assert self.pool.used == len(used) and self.pool.cached == len(self.cached) and not used.keys() & set(self.cached)
+        assert self.pool.available == BLOCKS - len(used) and self.pool.evictions == self.evictions
+        for table, written in self.tables:
+            assert len(set(table.blocks)) == len(table.blocks) and list(written[: len(table.blocks)]) == table.blocks
 
     def teardown(self) -> None:
-        for table, _, _ in self.tables:
+        for table, _ in self.tables:
             table.free()
-        assert self.pool.available == BLOCKS
-        self.pool.reserve(BLOCKS)
+        self.pool.on_eviction(lambda block: None)
         assert sorted(self.pool.take() for _ in range(BLOCKS)) == list(range(BLOCKS)), "a block is lost or there twice"
 
 

@@ -17,7 +17,8 @@ from belle_compile.runtime.artifact import ModelInfo
 from belle_compile.runtime.serving.generation import Generation
 from belle_compile.runtime.serving.prompt_lookup import LONGEST_PAUSE, PromptLookup
 from belle_compile.runtime.serving.sampling import Sampler
-from belle_compile.runtime.serving.scheduler import Scheduler, Sequence
+from belle_compile.runtime.serving.scheduler import Scheduler
+from belle_compile.runtime.serving.sequence import Sequence
 from belle_compile.runtime.tokenizer import Tokenizer
 from tests.runtime.fakes import (
     EOS,

@@ -35,9 +35,11 @@ def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
     defaults = GenerationDefaults(200, 0.35, 30, 0.85, 1.2)
     request = make_request([5, 6], SamplingParams(top_k=5, seed=3), defaults=defaults, eos=(2, 9))
     assert request == Request((5, 6), 200, 0.35, 5, 0.85, 1.2, 3, (), (2, 9), 0, *NOTHING_ELSE)
-    every = SamplingParams(0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3)
+    every = SamplingParams(
+        0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3, "a"
+    )
     assert make_request([1], every, defaults=defaults, eos=(2,)) == Request(
-        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0
+        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0, "a"
     )
 
 
@@ -69,7 +71,7 @@ def test_numbers_of_numpy_and_json_become_plain_ones() -> None:
     odd = SamplingParams(temperature=1, top_k=40.0, seed=np.int64(5), top_p=np.float64(0.5), max_new_tokens=np.int32(3))  # type: ignore[arg-type]
     plain = SamplingParams(temperature=1.0, top_k=40, seed=5, top_p=0.5, max_new_tokens=3)
     assert make_request([1], odd).key(ENGINE) == make_request([1], plain).key(ENGINE)
-    assert {type(value) for value in vars(make_request([1], odd)).values()} == {tuple, int, float, type(None)}
+    assert {type(value) for value in vars(make_request([1], odd)).values()} == {tuple, int, float, str, type(None)}
 
 
 def test_requests_are_frozen_and_hashable() -> None:
@@ -83,7 +85,7 @@ OTHER: dict[str, Any] = {
     "prompt": (1, 2), "max_new_tokens": 3, "temperature": 0.25, "top_k": 9, "top_p": 0.5, "repetition_penalty": 1.5,
     "seed": None, "stop": ("x", "y"), "eos_ids": (3,), "prompt_lookup": 5, "min_p": 0.1, "presence_penalty": 0.5,
     "frequency_penalty": 0.5, "logit_bias": ((1, 2.0),), "min_tokens": 1, "stop_token_ids": (2,), "logprobs": 0,
-    "prompt_logprobs": 0, "answer": 1,
+    "prompt_logprobs": 0, "answer": 1, "cache_salt": "a",
 }  # fmt: skip
 
 
@@ -122,8 +124,8 @@ def test_every_part_of_the_engine_is_in_the_key(name: str, value: Any) -> None:
 
 def test_the_key_of_a_version_never_changes() -> None:
     """Whoever changes what is digested, a new field included, raises KEY_VERSION: results may be stored under old keys."""
-    assert KEY_VERSION == 2
-    assert REQUEST.key(ENGINE) == "1be9565014b61421fe0af226b2ea8e111ef2cb8f13e48d8863ced4c8af5a9f9f"
+    assert KEY_VERSION == 3
+    assert REQUEST.key(ENGINE) == "b5ab1832d8a2d4e179c3475cf5fc31a941eac4b6be0d68081356b1fa2baf8970"
 
 
 CONFUSING = [
@@ -223,6 +225,8 @@ def test_order_and_types_are_in_the_key(one: dict[str, Any], other: dict[str, An
         ({"n": 0}, "n: found 0, expected 1 to 128 answers"),
         ({"n": 10_000}, "n: found 10000, expected 1 to 128 answers"),
         ({"n": None}, r"n: found None \(NoneType\)"),
+        ({"cache_salt": None}, r"cache_salt: found None \(NoneType\), expected text of at most 1024 characters"),
+        ({"cache_salt": "a" * 1025}, r"cache_salt: found 'aaa.{70,80}\.\.\. \(str\), expected text of at most 1024 characters"),
     ],
 )
 def test_impossible_values(fields: dict[str, object], message: str) -> None:
