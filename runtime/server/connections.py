@@ -19,6 +19,7 @@ from belle_compile.runtime.server.service import Service
 _MOST_HEADER_BYTES = 64 << 10
 _MOST_PIPELINED = 16  # requests that arrived before the one under way was answered
 _OVERHEAD = 8  # bytes on the wire for a byte of a body, at most: chunks of one byte take six
+_LEAST_READ_BYTES = 16 << 20  # of a body, however small the limit: what is refused is read, so that the client sees why
 
 
 class Connection(HttpToolsProtocol):
@@ -33,7 +34,7 @@ class Connection(HttpToolsProtocol):
         options = service.options
         self._service, self._most_connections = service, most
         self._header_s, self._idle_s = options.header_timeout_s, options.keep_alive_timeout_s
-        self._most_bytes = _MOST_HEADER_BYTES + _OVERHEAD * options.max_body_bytes
+        self._most_bytes = max(_LEAST_READ_BYTES, _MOST_HEADER_BYTES + _OVERHEAD * options.max_body_bytes)
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._reading_headers = self._reading_body = False
@@ -58,11 +59,12 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._message_bytes += len(data)
         super().data_received(data)
-        too_many_headers = self._reading_headers and self._message_bytes > _MOST_HEADER_BYTES
         if self.transport.is_closing():
             return
-        if too_many_headers or self._message_bytes > self._most_bytes:
+        if self._reading_headers and self._message_bytes > _MOST_HEADER_BYTES:
             self._refuse(ApiError(431, f"The headers are too large: expected at most {_MOST_HEADER_BYTES} bytes."))
+        elif self._message_bytes > self._most_bytes:
+            self.transport.close()
         elif self._reading_body and not self.cycle.response_complete:  # else it is read to its end, but in a limited time
             self._expect(self._header_s)
 
@@ -79,6 +81,8 @@ class Connection(HttpToolsProtocol):
         self._reading_headers, self._reading_body = False, True
         self.scope["state"][ACCEPTED] = not self._service.draining
         super().on_headers_complete()
+        if self._service.draining:
+            self.close_after_response()
         if len(self.pipeline) > _MOST_PIPELINED:
             self.transport.close()
 
@@ -91,6 +95,11 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not (self.pipeline or self._reading_headers or self._reading_body) and self.cycle.response_complete:
             self._expect(self._idle_s)
+
+    def close_after_response(self) -> None:
+        """Let the response under way, if there is one, be the last one."""
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -96,6 +96,8 @@ class Server(uvicorn.Server):
         """Take no new requests, let those under way end, then end the server. Called on its loop."""
         if not self.service.draining:
             self.service.draining = True
+            for connection in self.server_state.connections:
+                cast(Connection, connection).close_after_response()
             self._tasks.append(asyncio.create_task(self._drain()))
 
     def reload_keys(self) -> None:

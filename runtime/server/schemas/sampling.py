@@ -19,6 +19,7 @@ from belle_compile.runtime.server.schemas.fields import (
     unsupported,
     wrong_type,
 )
+from belle_compile.runtime.serving.grammar.source import Grammar, Kind
 from belle_compile.runtime.serving.request import (
     MAX_ANSWERS,
     MAX_BIASES,
@@ -175,11 +176,11 @@ class SamplingBody(Body):
             raise conflict(f"'{given[1][0]}' cannot be combined with '{given[0][0]}'", given[1][0])
         return self
 
-    def grammar_sources(self) -> list[tuple[str, str, str]]:
+    def grammar_sources(self) -> list[tuple[str, Kind, str]]:
         """Return (field, kind of grammar, source) of each field that constrains the answer."""
         form, structured = self.response_format, self.structured_outputs
         schema = form.json_schema.json_schema if form and form.json_schema else None
-        constraints = [
+        constraints: list[tuple[str, Kind, Any]] = [
             ("response_format", "json_object", "" if form and form.type == "json_object" else None),
             ("response_format", "json_schema", schema),
             ("structured_outputs", "json_object", "" if structured and structured.json_object else None),
@@ -199,7 +200,9 @@ class SamplingBody(Body):
 
         Raises `EngineError` for values that the engine cannot have.
         """
+        sources = self.grammar_sources()
         given = {
+            "grammar": Grammar(*sources[0][1:]) if sources else None,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's way of turning it off

@@ -6,27 +6,21 @@ The arguments are those of `belle-run serve` without the engine. The first line 
 from __future__ import annotations
 
 import sys
-import time
 
-from belle_compile.runtime.server.cli import parse
+from belle_compile.runtime.server.cli import command, records
 from belle_compile.runtime.server.logs import configure
 from belle_compile.runtime.server.serve import bind, run
-from tests.runtime.fakes import FakeExecutor
-from tests.runtime.server.live import make_app, make_service
-
-STEP_S = 0.02
-
-
-class SlowExecutor(FakeExecutor):
-    def step(self, batch):  # type: ignore[no-untyped-def]
-        time.sleep(STEP_S)
-        return super().step(batch)
+from belle_compile.runtime.server.service import Service
+from tests.runtime.fakes import make_engine
+from tests.runtime.server.live import make_app, passing
 
 
 def main() -> int:
-    options, _ = parse(sys.argv[1:])
+    options, _ = records(command().make_context("serve", ["engine", *sys.argv[1:]]).params)
     configure(options)
-    service = make_service(SlowExecutor(), options=options)
+    engine = make_engine()
+    engine.self_test = passing  # type: ignore[method-assign]
+    service = Service(engine, options)
     sockets = bind(options)
     assert sockets
     print(sockets[0].getsockname()[1], flush=True)

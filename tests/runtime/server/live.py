@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from belle_compile.runtime.selftest import SelfTest
 from belle_compile.runtime.server.context import context_of
-from belle_compile.runtime.server.errors import install_handlers
+from belle_compile.runtime.server.errors import ApiError, install_handlers
 from belle_compile.runtime.server.middleware import install
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.routes import health
@@ -29,12 +29,15 @@ from tests.runtime.fakes import FakeExecutor, make_engine
 WAIT_S = 20.0  # the longest that a test waits for anything
 
 
-def make_service(
-    executor: FakeExecutor | None = None, self_test: Callable[[], SelfTest] | None = None, **options: Any
-) -> Service:
-    """A service of a fake engine, which is to be closed; its self-test passes unless another one is given."""
+def passing() -> SelfTest:
+    """A self-test that passes."""
+    return SelfTest(2, 8, 0.1)
+
+
+def make_service(executor: FakeExecutor | None = None, self_test: Callable[[], SelfTest] = passing, **options: Any) -> Service:
+    """A service of a fake engine, which is to be closed."""
     engine = make_engine(executor)
-    engine.self_test = self_test or (lambda: SelfTest(2, 8, 0.1))  # type: ignore[method-assign]
+    engine.self_test = self_test  # type: ignore[method-assign]
     return Service(engine, ServerOptions(**options))
 
 
@@ -71,9 +74,22 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/wait")
     async def wait() -> Response:
-        app.state.waiting.set()
-        await asyncio.to_thread(app.state.go_on.wait, WAIT_S)
+        """Answer once a test says so, or with an error once the engine is closed."""
+        app.state.waiting.release()
+        while not app.state.go_on.is_set():
+            if not service.engine.alive(1):
+                raise ApiError(503, "The engine is closed.")
+            await asyncio.sleep(0.01)
         return JSONResponse({"waited": True})
+
+    @app.get("/go-on")
+    async def go_on() -> Response:
+        app.state.go_on.set()
+        return Response()
+
+    @app.get("/waiting")
+    async def waiting() -> Response:
+        return JSONResponse({"waiting": app.state.waiting.acquire(blocking=False)})
 
     @app.post("/v1/flood")
     async def flood() -> Response:
@@ -83,7 +99,7 @@ def make_app(service: Service) -> FastAPI:
 
         return StreamingResponse(pieces())
 
-    app.state.waiting, app.state.go_on = threading.Event(), threading.Event()
+    app.state.waiting, app.state.go_on = threading.Semaphore(0), threading.Event()
     install_handlers(app)
     install(app, service)
     return app
