@@ -18,7 +18,10 @@ SCHEMA = {"type": "object", "properties": {"b": {"enum": [1, 2]}, "a": {"type": 
           "additionalProperties": False}  # fmt: skip
 LARK = 'start: "yes" | "no"'
 FORMS: list[tuple[dict[str, Any], str]] = [
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}}, "json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+        "json_schema",
+    ),
     ({"guided_json": SCHEMA}, "json_schema"),
     ({"guided_json": json.dumps(SCHEMA)}, "json_schema"),
     ({"structured_outputs": {"json": SCHEMA}}, "json_schema"),
@@ -65,7 +68,11 @@ def test_a_json_object(service: Service) -> None:
 
 def test_text_is_no_form(service: Service) -> None:
     plain = chat(service, seed=1)["choices"]
-    for form in ({"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"structured_outputs": {"json_object": False}}):
+    for form in (
+        {"response_format": {"type": "text"}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"json_object": False}},
+    ):
         assert chat(service, seed=1, **form)["choices"] == plain
 
 
