@@ -21,6 +21,7 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
+from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
 from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
@@ -64,6 +65,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.executor = executor
         self.load_s = 0.0
+        self.directory: Path | None = None  # of an engine that `load` loaded
         self._template = ChatTemplate(manifest.prompt_template)
         self._handover = Handover()
         self._requests = RequestLog(telemetry)
@@ -122,6 +124,7 @@ class Engine:
         started = time.perf_counter()
         options = Options(threads, isa, kv_tokens, verify == "full", progress)
         engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry)
+        engine.directory = Path(directory)
         engine.load_s = time.perf_counter() - started
         return engine
 
@@ -266,6 +269,14 @@ class Engine:
         scoring = Scoring(ids, start, self.executor.vocab_size)
         self._run([scoring], lambda: self._loop.submit([scoring]))
         return scoring.result()
+
+    def self_test(self) -> SelfTest:
+        """Answer the prompts of the engine's `selftest.json` and compare; raises `EngineError` at the first token that differs.
+
+        The result tells how much was tested: nothing, with a reason, where the engine has no golden answers.
+        """
+        assert self.directory is not None, "self_test() of an engine that was assembled from parts"
+        return run_self_test(self.generate, read_golden_answers(self.directory, self.manifest))
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[ProfileHandle]:
