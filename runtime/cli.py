@@ -77,6 +77,7 @@ class _Command(click.Command):
 @click.option("--threads", type=int, help="Threads of the kernels of a rank.  [default: all usable cores]")
 @click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
 @click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
+@click.option("--kv-cache-memory", metavar="SIZE", help="In its place, the cache's memory: 4GiB, or 50% of what is free.")
 @click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]")
 @click.option(
     "--rank-timeout", type=float, envvar=ranks.TIMEOUT, default=ranks.TIMEOUT_S, metavar="S", show_default=True,
@@ -105,7 +106,7 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
 def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
-    load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
+    load = {name: options[name] for name in ("threads", "isa", "kv_tokens", "kv_cache_memory")}
     with Engine.load(directory, verify="full" if options["verify"] else "header", **load) as engine:
         if options["self_test"]:
             _self_test(engine)
