@@ -124,7 +124,11 @@ def test_files_that_do_not_fit_are_refused(text: str, message: str, served: Serv
         (("--prot", "1"), 2, "No such option '--prot'"),
         (("--log-format", "xml"), 2, "'xml' is not one of"),
         (("--drain-timeout", "-1"), 1, "server options: drain-timeout: found -1.0, expected 0 or more."),
-        (("--kv-tokens", "64", "--kv-cache-memory", "0.5"), 1, "kv-tokens: found kv-cache-memory too, expected one of them."),
+        (
+            ("--kv-tokens", "64", "--kv-cache-memory", "0.5"),
+            1,
+            "the size of the KV cache: found kv_tokens and kv_cache_memory, expected one of them.",
+        ),
         (("--result-cache", "disk"), 1, "result cache: store: found 'disk', expected one of memory"),
         (("--api-key-file", "absent.toml"), 1, "API keys: cannot read absent.toml: found"),
         (("--ssl-certfile", "absent.pem"), 1, "server: cannot load absent.pem"),
