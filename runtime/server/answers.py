@@ -13,10 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from belle_compile.runtime.engine import Result
 from belle_compile.runtime.server.calls import Call
-from belle_compile.runtime.server.errors import ApiError, ClientGone, of_failure
+from belle_compile.runtime.server.errors import ApiError, ClientGone, of_failure, of_request
 from belle_compile.runtime.server.formats import DONE, Format, event
 from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.async_streams import AsyncStreams, Event
+from belle_compile.runtime.serving.grammar.source import GrammarFailure
 from belle_compile.runtime.serving.result_cache.cache import depends_on_request_alone
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ async def answer(service: Service, request: HttpRequest, call: Call[Any], form: 
     except ClientGone:
         raise
     except Exception as error:
-        raise of_failure(error) from error
+        raise _failure(call, error) from error
     _note(service, call, form, results)
     cached = all(result.cached for result in results)
     return Response(form.response(results), 200, _headers(service, call, cached), "application/json")
@@ -64,7 +65,7 @@ class EventStream(Response):
         try:
             streams = self._service.engine.astream_all(call.requests, cache=call.cache, scheduling=call.scheduling)
         except Exception as error:
-            raise of_failure(error) from error
+            raise _failure(call, error) from error
         with streams:
             watcher = asyncio.ensure_future(_gone(receive))
             watcher.add_done_callback(lambda _: streams.close())  # ends the answers, and so the loop of `_send_all`
@@ -106,7 +107,7 @@ class EventStream(Response):
                 try:
                     result = form.cut(streams.result(index))
                 except Exception as error:
-                    return of_failure(error)
+                    return _failure(self._call, error)
                 self._results[index] = result
                 self._open(streams, index, chunks)
                 chunks.append(form.ending(index, result))
@@ -150,6 +151,13 @@ async def _unless_gone(receive: Receive, waiting: Awaitable[T]) -> T:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+def _failure(call: Call[Any], error: Exception) -> ApiError:
+    """Return what the client of a call that failed is told."""
+    if isinstance(error, GrammarFailure):
+        return of_request(error, call.body.grammar_sources()[0][0], subject=error.what)
+    return of_failure(error)
 
 
 def _note(service: Service, call: Call[Any], form: Format, results: Sequence[Result]) -> None:

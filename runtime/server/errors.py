@@ -70,7 +70,9 @@ def of_failure(error: BaseException) -> ApiError:
         return ApiError(HTTPStatus.TOO_MANY_REQUESTS, _told(error), type="rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, DeadlineExceeded):
         # Not 504: the server is well, and a proxy must not take it for broken because of a client's own `timeout`.
-        return ApiError(HTTPStatus.REQUEST_TIMEOUT, _told(error), param="timeout", type="timeout_error", code="deadline_exceeded")
+        return ApiError(
+            HTTPStatus.REQUEST_TIMEOUT, _told(error), param="timeout", type="timeout_error", code="deadline_exceeded"
+        )
     if isinstance(error, EngineError) and error.stage == "engine":  # it is closed
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, _told(error), type=SERVER, code="engine_unavailable")
     _log.error("A request failed.", exc_info=error)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from belle_compile.runtime.server.errors import kind_of
-from belle_compile.runtime.server.schemas.fields import Body, Whole, conflict, only, unsupported, wrong_type
+from belle_compile.runtime.server.schemas.fields import Body, Only, Whole, conflict, unsupported, wrong_type
 from belle_compile.runtime.server.schemas.sampling import SamplingBody
 from belle_compile.runtime.serving.request import MAX_LOGPROBS
 
@@ -51,14 +51,14 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    name: only(None, because="prompts have no names of participants") = None  # type: ignore[valid-type]
+    name: Annotated[Any, Only(None, because="prompts have no names of participants")] = None
 
     # What OpenAI's clients send with an answer that they were given.
-    refusal: only(None) = None  # type: ignore[valid-type]
-    annotations: only(None, []) = None  # type: ignore[valid-type]
-    audio: only(None) = None  # type: ignore[valid-type]
-    tool_calls: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
-    function_call: only(None, because=NO_TOOLS) = None  # type: ignore[valid-type]
+    refusal: Annotated[Any, Only(None)] = None
+    annotations: Annotated[Any, Only(None, [])] = None
+    audio: Annotated[Any, Only(None)] = None
+    tool_calls: Annotated[Any, Only(None, [], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(None, because=NO_TOOLS)] = None
 
     def for_template(self) -> dict[str, str]:
         """Return the message as prompt templates know it."""
@@ -85,24 +85,24 @@ class ChatBody(SamplingBody):
     prompt_cache_retention: str | None = None
 
     # Known fields that would change the answer. What asks for nothing passes.
-    tools: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
-    tool_choice: only(None, "none", "auto", because=NO_TOOLS) = None  # type: ignore[valid-type]
-    functions: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
-    function_call: only(None, "none", "auto", because=NO_TOOLS) = None  # type: ignore[valid-type]
-    modalities: only(None, ["text"]) = None  # type: ignore[valid-type]
-    audio: only(None) = None  # type: ignore[valid-type]
-    moderation: only(None) = None  # type: ignore[valid-type]
-    prediction: only(None, because="prompt_lookup guesses ahead in its place") = None  # type: ignore[valid-type]
-    reasoning_effort: only(None, "none") = None  # type: ignore[valid-type]
-    verbosity: only(None, "medium") = None  # type: ignore[valid-type]
-    web_search_options: only(None) = None  # type: ignore[valid-type]
-    echo: only(None, False) = None  # type: ignore[valid-type]
-    add_generation_prompt: only(None, True) = None  # type: ignore[valid-type]
-    continue_final_message: only(None, False) = None  # type: ignore[valid-type]
-    add_special_tokens: only(None, False) = None  # type: ignore[valid-type]
-    chat_template: only(None) = None  # type: ignore[valid-type]
-    chat_template_kwargs: only(None, {}) = None  # type: ignore[valid-type]
-    documents: only(None, []) = None  # type: ignore[valid-type]
+    tools: Annotated[Any, Only(None, [], because=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only(None, "none", "auto", because=NO_TOOLS)] = None
+    functions: Annotated[Any, Only(None, [], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(None, "none", "auto", because=NO_TOOLS)] = None
+    modalities: Annotated[Any, Only(None, ["text"])] = None
+    audio: Annotated[Any, Only(None)] = None
+    moderation: Annotated[Any, Only(None)] = None
+    prediction: Annotated[Any, Only(None, because="prompt_lookup guesses ahead in its place")] = None
+    reasoning_effort: Annotated[Any, Only(None, "none")] = None
+    verbosity: Annotated[Any, Only(None, "medium")] = None
+    web_search_options: Annotated[Any, Only(None)] = None
+    echo: Annotated[Any, Only(None, False)] = None
+    add_generation_prompt: Annotated[Any, Only(None, True)] = None
+    continue_final_message: Annotated[Any, Only(None, False)] = None
+    add_special_tokens: Annotated[Any, Only(None, False)] = None
+    chat_template: Annotated[Any, Only(None)] = None
+    chat_template_kwargs: Annotated[Any, Only(None, {})] = None
+    documents: Annotated[Any, Only(None, [])] = None
 
     @model_validator(mode="after")
     def _chat_fits_together(self) -> ChatBody:

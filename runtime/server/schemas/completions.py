@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from belle_compile.runtime.server.errors import kind_of
-from belle_compile.runtime.server.schemas.fields import Whole, bad_value, only, wrong_type
+from belle_compile.runtime.server.schemas.fields import Only, Whole, bad_value, wrong_type
 from belle_compile.runtime.server.schemas.sampling import SamplingBody
 from belle_compile.runtime.serving.request import MAX_LOGPROBS
 
@@ -48,9 +48,9 @@ class CompletionBody(SamplingBody):
     max_tokens: Whole | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    suffix: only(None, "") = None  # type: ignore[valid-type]
-    add_special_tokens: only(None, True) = None  # type: ignore[valid-type]
-    prompt_embeds: only(None) = None  # type: ignore[valid-type]
+    suffix: Annotated[Any, Only(None, "")] = None
+    add_special_tokens: Annotated[Any, Only(None, True)] = None
+    prompt_embeds: Annotated[Any, Only(None)] = None
 
     @property
     def prompt_field(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from belle_compile.runtime.server.errors import kind_of
 
@@ -25,16 +25,24 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
-def only(*values: Any, because: str = "") -> Any:
-    """The type of a field that the server knows and does not support: only values that ask for nothing pass."""
+class Only:
+    """Annotates a field that the server knows and does not support: only values that ask for nothing pass."""
 
-    def check(value: Any) -> Any:
-        if any(type(value) is type(accepted) and value == accepted for accepted in values):
+    def __init__(self, *values: Any, because: str = "") -> None:
+        """`because` is the reason that an error gives in place of the `values`."""
+        self._values = values
+        self._reason = because or "expected " + " or ".join(json.dumps(value) for value in values)
+
+    def _check(self, value: Any) -> Any:
+        if any(type(value) is type(accepted) and value == accepted for accepted in self._values):
             return value
-        accepted = " or ".join(json.dumps(accepted) for accepted in values)
-        raise unsupported(because or f"expected {accepted}")
+        raise unsupported(self._reason)
 
-    return Annotated[Any, BeforeValidator(check), WithJsonSchema({"enum": list(values)})]
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self._values)}
 
 
 def conflict(message: str, param: str) -> PydanticCustomError:
@@ -83,8 +91,11 @@ def _text_or_texts(value: Any) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
-def text_or_texts(most: int, longest: int) -> Any:
-    """The type of a string or a list of at most `most` strings of at most `longest` characters, read as a tuple or None."""
+def text_or_texts_schema(most: int, longest: int) -> dict[str, Any]:
+    """The JSON schema of `TextOrTexts` with at most `most` strings of at most `longest` characters."""
     text = {"type": "string", "minLength": 1, "maxLength": longest}
-    schema = {"anyOf": [text, {"type": "array", "items": text, "maxItems": most}, {"type": "null"}]}
-    return Annotated[Any, BeforeValidator(_text_or_texts), WithJsonSchema(schema)]
+    return {"anyOf": [text, {"type": "array", "items": text, "maxItems": most}, {"type": "null"}]}
+
+
+# A string or a list of strings, read as a tuple or None.
+TextOrTexts = Annotated[Any, BeforeValidator(_text_or_texts)]

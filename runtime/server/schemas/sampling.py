@@ -10,12 +10,13 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from belle_compile.runtime.server.schemas.fields import (
     Body,
+    Only,
     SchemaOrText,
+    TextOrTexts,
     Whole,
     bad_value,
     conflict,
-    only,
-    text_or_texts,
+    text_or_texts_schema,
     unsupported,
     wrong_type,
 )
@@ -67,8 +68,8 @@ class StreamOptions(Body):
     """What a stream has besides pieces of answers."""
 
     include_usage: bool | None = None
-    include_obfuscation: only(None, False) = None  # type: ignore[valid-type]
-    continuous_usage_stats: only(None, False) = None  # type: ignore[valid-type]
+    include_obfuscation: Annotated[Any, Only(None, False)] = None
+    continuous_usage_stats: Annotated[Any, Only(None, False)] = None
 
 
 class JsonSchemaFormat(Body):
@@ -101,12 +102,12 @@ class StructuredOutputs(Body):
     regex: str | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    choice: only(None) = None  # type: ignore[valid-type]
-    structural_tag: only(None) = None  # type: ignore[valid-type]
+    choice: Annotated[Any, Only(None)] = None
+    structural_tag: Annotated[Any, Only(None)] = None
     disable_fallback: bool | None = None
-    disable_any_whitespace: only(None, False) = None  # type: ignore[valid-type]
-    disable_additional_properties: only(None, False) = None  # type: ignore[valid-type]
-    whitespace_pattern: only(None) = None  # type: ignore[valid-type]
+    disable_any_whitespace: Annotated[Any, Only(None, False)] = None
+    disable_additional_properties: Annotated[Any, Only(None, False)] = None
+    whitespace_pattern: Annotated[Any, Only(None)] = None
 
 
 class SamplingBody(Body):
@@ -121,7 +122,7 @@ class SamplingBody(Body):
     top_k: Whole | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     n: Whole | None = Field(None, ge=1, le=MAX_ANSWERS)
-    stop: text_or_texts(MAX_STOPS, MAX_STOP_LENGTH) = None  # type: ignore[valid-type]
+    stop: Annotated[TextOrTexts, WithJsonSchema(text_or_texts_schema(MAX_STOPS, MAX_STOP_LENGTH))] = None
     stop_token_ids: list[Annotated[Whole, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
     seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: Biases = None
@@ -152,19 +153,19 @@ class SamplingBody(Body):
 
     # vLLM's names for what this server does not do. What asks for nothing passes.
     best_of: Whole | None = None
-    use_beam_search: only(None, False) = None  # type: ignore[valid-type]
-    length_penalty: only(None, 1, 1.0) = None  # type: ignore[valid-type]
-    early_stopping: only(None, False) = None  # type: ignore[valid-type]
-    bad_words: only(None, []) = None  # type: ignore[valid-type]
-    allowed_token_ids: only(None) = None  # type: ignore[valid-type]
-    include_stop_str_in_output: only(None, False) = None  # type: ignore[valid-type]
-    skip_special_tokens: only(None, True) = None  # type: ignore[valid-type]
-    spaces_between_special_tokens: only(None, True) = None  # type: ignore[valid-type]
-    truncate_prompt_tokens: only(None) = None  # type: ignore[valid-type]
-    return_tokens_as_token_ids: only(None, False) = None  # type: ignore[valid-type]
-    guided_choice: only(None) = None  # type: ignore[valid-type]
-    guided_whitespace_pattern: only(None) = None  # type: ignore[valid-type]
-    logits_processors: only(None, []) = None  # type: ignore[valid-type]
+    use_beam_search: Annotated[Any, Only(None, False)] = None
+    length_penalty: Annotated[Any, Only(None, 1, 1.0)] = None
+    early_stopping: Annotated[Any, Only(None, False)] = None
+    bad_words: Annotated[Any, Only(None, [])] = None
+    allowed_token_ids: Annotated[Any, Only(None)] = None
+    include_stop_str_in_output: Annotated[Any, Only(None, False)] = None
+    skip_special_tokens: Annotated[Any, Only(None, True)] = None
+    spaces_between_special_tokens: Annotated[Any, Only(None, True)] = None
+    truncate_prompt_tokens: Annotated[Any, Only(None)] = None
+    return_tokens_as_token_ids: Annotated[Any, Only(None, False)] = None
+    guided_choice: Annotated[Any, Only(None)] = None
+    guided_whitespace_pattern: Annotated[Any, Only(None)] = None
+    logits_processors: Annotated[Any, Only(None, [])] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplingBody:

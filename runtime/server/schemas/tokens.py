@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from belle_compile.runtime.server.schemas.chat import NO_TOOLS, ChatMessage
-from belle_compile.runtime.server.schemas.fields import Body, Whole, conflict, only
+from belle_compile.runtime.server.schemas.fields import Body, Only, Whole, conflict
 
 
 class TokenizeBody(Body):
@@ -23,10 +23,10 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
-    continue_final_message: only(None, False) = None  # type: ignore[valid-type]
-    chat_template: only(None) = None  # type: ignore[valid-type]
-    chat_template_kwargs: only(None, {}) = None  # type: ignore[valid-type]
-    tools: only(None, [], because=NO_TOOLS) = None  # type: ignore[valid-type]
+    continue_final_message: Annotated[Any, Only(None, False)] = None
+    chat_template: Annotated[Any, Only(None)] = None
+    chat_template_kwargs: Annotated[Any, Only(None, {})] = None
+    tools: Annotated[Any, Only(None, [], because=NO_TOOLS)] = None
 
     @model_validator(mode="after")
     def _has_one_of_both(self) -> TokenizeBody:

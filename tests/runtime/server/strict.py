@@ -1,4 +1,4 @@
-"""Checks responses against the types of the package `openai`, strictly: every field has its type, and no other field is there."""
+"""Checks responses against the types of the package `openai`, strictly: fields have their types, and there are no others."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def test_every_route_documents_its_statuses(service: Service) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "kind"),
     [
-        ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "prompt_logprobs": 1, "return_token_ids": True}, "ChatCompletion"),
+        ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "prompt_logprobs": 1}, "ChatCompletion"),
+        ("/v1/chat/completions", {"messages": CHAT, "return_token_ids": True}, "ChatCompletion"),
         ("/v1/completions", {"prompt": "hello", "logprobs": 1, "echo": True, "prompt_logprobs": 1, "n": 2}, "Completion"),
         ("/tokenize", {"prompt": "hello"}, "Tokens"),
         ("/detokenize", {"tokens": [5]}, "DetokenizedText"),

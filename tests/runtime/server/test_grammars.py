@@ -11,14 +11,18 @@ import pytest
 
 from belle_compile.runtime import SamplingParams
 from belle_compile.runtime.server.service import Service
-from belle_compile.runtime.serving.grammar.source import Grammar
+from belle_compile.runtime.serving.grammar.constraint import Constraint
+from belle_compile.runtime.serving.grammar.source import Grammar, GrammarFailure
 from tests.runtime.server.serving import CHAT, chat, complete, post, serving, stream
 
 SCHEMA = {"type": "object", "properties": {"b": {"enum": [1, 2]}, "a": {"type": "boolean"}}, "required": ["b", "a"],
           "additionalProperties": False}  # fmt: skip
 LARK = 'start: "yes" | "no"'
 FORMS: list[tuple[dict[str, Any], str]] = [
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}}, "json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+        "json_schema",
+    ),
     ({"guided_json": SCHEMA}, "json_schema"),
     ({"guided_json": json.dumps(SCHEMA)}, "json_schema"),
     ({"structured_outputs": {"json": SCHEMA}}, "json_schema"),
@@ -65,7 +69,11 @@ def test_a_json_object(service: Service) -> None:
 
 def test_text_is_no_form(service: Service) -> None:
     plain = chat(service, seed=1)["choices"]
-    for form in ({"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"structured_outputs": {"json_object": False}}):
+    for form in (
+        {"response_format": {"type": "text"}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"json_object": False}},
+    ):
         assert chat(service, seed=1, **form)["choices"] == plain
 
 
@@ -99,3 +107,16 @@ def test_a_schema_that_nests_deeply_harms_nobody(service: Service) -> None:
     body = b'{"prompt": "x", "guided_json": ' + b'{"items":' * 10_000 + b"{}" + b"}" * 10_000 + b"}"
     response = post(service, "/v1/completions", body)
     assert response.status_code == 400 and "nested too deeply" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_grammar_that_fails_while_it_is_followed(streamed: bool, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restrict(self: Constraint, logits: Any) -> Any:
+        raise GrammarFailure("a grammar that takes too long")
+
+    monkeypatch.setattr(Constraint, "restrict", restrict)
+    fields = {"messages": CHAT, "guided_regex": "(a|b)*", "stream": streamed}
+    response = post(service, "/v1/chat/completions", fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "guided_regex"
+    assert "takes too long" in error["message"]

@@ -24,12 +24,15 @@ EXTRA: dict[str, Any] = {
     "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [299],
     "prompt_logprobs": 1, "prompt_lookup": 2, "cache_salt": "tenant", "priority": 1, "timeout": 60.0,
 }  # fmt: skip
-CHAT_FIELDS: dict[str, Any] = SHARED | {"messages": CHAT, "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 2,
-                                        "response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}}  # fmt: skip
+CHAT_FIELDS: dict[str, Any] = SHARED | {
+    "messages": CHAT, "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 2, "response_format": {"type": "text"},
+    "store": False, "metadata": {"a": "b"},
+}  # fmt: skip
 TEXT_FIELDS: dict[str, Any] = SHARED | {"prompt": ["hello", "你好"], "max_tokens": 9, "logprobs": 2, "echo": True}
 PARAMS = {
-    "temperature": 0.8, "top_p": 0.9, "n": 2, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {70: 1},
-    "stop": ("\n\n", "zzz"), "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
+    "temperature": 0.8, "top_p": 0.9, "n": 2, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    "logit_bias": {70: 1}, "stop": ("\n\n", "zzz"),
+    "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
     "stop_token_ids": (299,), "max_new_tokens": 9, "logprobs": 2,
 }  # fmt: skip
 
