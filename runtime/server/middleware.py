@@ -14,7 +14,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from belle_compile.runtime.server.access import ANONYMOUS, ApiKey, RateLimited
-from belle_compile.runtime.server.answers import RESULT_CACHE_HEADER
 from belle_compile.runtime.server.context import context_of
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.logs import Exchange, current, log
