@@ -22,6 +22,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
+from belle_compile.compiler.golden import golden_answers
 from belle_compile.compiler.ir.lazy import describe
 from belle_compile.compiler.ir.text import to_onnx
 from belle_compile.compiler.kv_types import AUTO, KV_TYPES
@@ -45,6 +46,7 @@ from belle_compile.passes.calibration.sensitivity import LayerDamage
 from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
 from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, manifest_words, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
+from belle_compile.runtime.selftest import SELF_TEST_NAME
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -175,6 +177,12 @@ def build(request: BuildRequest) -> Path:
         manifest = _manifest(job, source.checkpoint, model, optimized.records, payloads)
         damage = _damage(source.calibration, optimized.unquantized, folder)
         manifest = _judged(job, writer, manifest, source, damage, folder)
+
+        job.begin("self-test")
+        kv_type = payloads[0].footprint.kv.dtype
+        golden = golden_answers(writer.draft(manifest), manifest, job.backend, optimized.ranks, kv_type)
+        writer.write(SELF_TEST_NAME, golden.to_text().encode())
+
         coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
         memory, ranks = memory_of_ranks(payloads)
         report = Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)

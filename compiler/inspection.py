@@ -8,6 +8,7 @@ from typing import Any
 from belle_compile.runtime import artifact
 from belle_compile.runtime.executors import executor_of
 from belle_compile.runtime.schema import to_plain
+from belle_compile.runtime.selftest import SELF_TEST_NAME, read_golden_answers
 
 # Parts of an engine over which file sizes are summed: a name and the ending of its files; the first match wins.
 _PARTS = (
@@ -18,13 +19,14 @@ _PARTS = (
     ("tokenizer", "tokenizer.json"),
     ("graph", "graph.onnx"),
     ("report", "report.html"),
+    ("self-test", SELF_TEST_NAME),
     ("other", ""),
 )
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """The manifest of the engine in `directory`, with the sizes of its parts and, for GPUs, its kernels; reads no weights.
-    Raises EngineError if the directory has no valid manifest."""
+    """The manifest of the engine in `directory`, with the sizes of its parts, the size of its self-test and, for GPUs,
+    its kernels; reads no weights. Raises EngineError if the directory has no valid manifest."""
     manifest = artifact.read_manifest(directory)
     sizes: dict[str, int] = {}
     for path, record in manifest.files.items():
@@ -33,7 +35,10 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     plain: dict[str, Any] = to_plain(manifest)
     kernels = executor_of(manifest).kernels(Path(directory) / "rank0")
     reported = {"kernels": kernels} if kernels else {}
-    return {"engine": str(directory), "bytes": sum(sizes.values()), "bytes_by_part": sizes, **reported, **plain}
+    golden = read_golden_answers(Path(directory), manifest)
+    self_test = {"prompts": len(golden.answers), "tokens": golden.tokens, "reason": golden.reason}
+    described = {"engine": str(directory), "bytes": sum(sizes.values()), "bytes_by_part": sizes, "self_test": self_test}
+    return described | reported | plain
 
 
 def verify(directory: str | Path, progress: artifact.Progress | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """An engine of several ranks for use from another process, which starts the ranks and sends its calls to rank 0.
 
-python -m belle_compile.compiler.ranked_engine ENGINE RANKS        # started by RankedEngine, and as each rank by the launcher
+python -m belle_compile.compiler.ranked_engine ENGINE RANKS [ISA]    # started by RankedEngine, and as each rank by the launcher
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _TIMEOUT_S = 60.0  # for a rank to start, to give a sign of life and to end: a b
 class RankedEngine:
     """An engine with the methods of `Engine` that measurements need; its ranks run until `close`."""
 
-    def __init__(self, directory: Path, count: int) -> None:
-        """Start `count` ranks; raises EngineError with the message of a rank that cannot run."""
+    def __init__(self, directory: Path, count: int, *, isa: str | None = None) -> None:
+        """Start `count` ranks with kernels for `isa` (None: the best that each host has); raises EngineError with the message
+        of a rank that cannot run."""
         self._errors = tempfile.TemporaryFile()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        arguments = [str(directory), str(count), *([isa] if isa else [])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(directory), str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         try:
@@ -50,9 +52,9 @@ class RankedEngine:
         results: list[Result] = self._ask("generate", [list(ids) for ids in prompts], params)
         return results
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The logits [tokens, vocabulary] after each token, as `Engine.logits` gives them."""
-        logits: npt.NDArray[np.float32] = self._ask("logits", list(token_ids))
+    def logits(self, token_ids: Sequence[int], *, start: int = 0) -> npt.NDArray[np.float32]:
+        """The logits [tokens - start, vocabulary] after each token from number `start` on, as `Engine.logits` gives them."""
+        logits: npt.NDArray[np.float32] = self._ask("logits", list(token_ids), start=start)
         return logits
 
     def close(self) -> None:
@@ -73,10 +75,10 @@ class RankedEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, *question: Any) -> Any:
+    def _ask(self, what: str, *arguments: Any, **options: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None, "pipes"
         try:
-            pickle.dump(question, self._process.stdin)
+            pickle.dump((what, arguments, options), self._process.stdin)
             self._process.stdin.flush()
             good, answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -91,15 +93,15 @@ class RankedEngine:
 
 
 def _answer(engine: Engine) -> None:
-    """Answer pickled calls (name, *arguments) from the standard input until it ends, on the standard output."""
+    """Answer pickled calls (name, arguments, options) from the standard input until it ends, on the standard output."""
     questions, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
         try:
-            what, *arguments = pickle.load(questions)
+            what, arguments, options = pickle.load(questions)
         except EOFError:
             return
         try:
-            result = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments)
+            result = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments, **options)
             answer = True, result
         except BelleError as error:
             names = ("stage", "what", "found", "expected", "remedy", "node")
@@ -108,11 +110,11 @@ def _answer(engine: Engine) -> None:
         answers.flush()
 
 
-def _rank(directory: Path, here: ranks.Place) -> int:
+def _rank(directory: Path, isa: str | None, here: ranks.Place) -> int:
     """Run one rank and return its exit code: rank 0 answers calls, and loading the engine on another rank serves its steps."""
     line, code = ranks.Line(here), 0
     try:
-        with Engine.load(directory) as engine:
+        with Engine.load(directory, isa=isa) as engine:
             _answer(engine)
     except BelleError as error:
         line.say("error", str(error))
@@ -125,10 +127,10 @@ def _rank(directory: Path, here: ranks.Place) -> int:
 
 def main() -> int:
     """Run the launcher, or a rank that it has started; returns the exit code."""
-    directory, count = Path(sys.argv[1]), int(sys.argv[2])
+    directory, count, isa = Path(sys.argv[1]), int(sys.argv[2]), next(iter(sys.argv[3:]), None)
     here = ranks.place()
     if here is not None and ranks.supervised():
-        return _rank(directory, here)
+        return _rank(directory, isa, here)
     return Launcher(count, [sys.executable, *sys.orig_argv[1:]], _TIMEOUT_S).run()
 
 

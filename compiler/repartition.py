@@ -13,6 +13,7 @@ from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.footprint import check_memory
+from belle_compile.compiler.golden import golden_answers
 from belle_compile.compiler.ir.text import from_onnx
 from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.manifests import pass_records, target_info
@@ -24,6 +25,7 @@ from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import FUSION, run_for
 from belle_compile.passes.presets import UNQUANTIZED
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
+from belle_compile.runtime.selftest import SELF_TEST_NAME
 
 if TYPE_CHECKING:
     from belle_compile.passes.base import Pass
@@ -92,6 +94,9 @@ def repartition(request: RepartitionRequest) -> Path:
         writer.write(GRAPH_NAME, graph_bytes)
         write_ranks(writer, payloads, lambda done, total: on_progress("weights", done, total))
         manifest = _manifest(job, records, payloads)
+        on_progress("self-test", 0, 0)
+        golden = golden_answers(writer.draft(manifest), manifest, backend, graphs, payloads[0].footprint.kv.dtype)
+        writer.write(SELF_TEST_NAME, golden.to_text().encode())
         memory, ranks = memory_of_ranks(payloads)
         files, effects = dict(writer.files), Effects(unmeasured=_UNMEASURED)
         report = Report(manifest, files, effects, memory, ranks=ranks, uncalibrated=_MADE)

@@ -17,7 +17,7 @@ from belle_compile import __version__
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.command import run_command
 from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
-from belle_compile.runtime.errors import BelleError
+from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.profiling import ProfileHandle
 from belle_compile.runtime.serving.request import SamplingParams
 
@@ -29,6 +29,7 @@ Examples:
   belle-run artifacts/belle-7b-cpu --temperature 0 --json "1+1=?"
   belle-run artifacts/belle-7b-cpu --profile "你好"         shows where the time went
   belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
+  belle-run artifacts/belle-7b-cpu --self-test            checks that this host answers as the build did
   belle-run serve artifacts/belle-7b-cpu                  serves it over HTTP; see belle-run serve --help
 """
 SERVE = "serve"
@@ -76,12 +77,14 @@ class _Command(click.Command):
 @click.option("--threads", type=int, help="Threads of the kernels of a rank.  [default: all usable cores]")
 @click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]")
 @click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]")
+@click.option("--kv-cache-memory", metavar="SIZE", help="In its place, the cache's memory: 4GiB, or 50% of what is free.")
 @click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]")
 @click.option(
     "--rank-timeout", type=float, envvar=ranks.TIMEOUT, default=ranks.TIMEOUT_S, metavar="S", show_default=True,
     help="Seconds to wait for a rank that does not start or answer.",
 )  # fmt: skip
 @click.option("--verify", is_flag=True, help="Check the digest of every file, weights included, before loading.")
+@click.option("--self-test", is_flag=True, help="Check that this host gives the golden answers of the build, and do no more.")
 def main(engine: Path, prompt: str | None, **options: Any) -> None:
     """Answer PROMPT with the engine in directory ENGINE, or chat when no PROMPT is given.
 
@@ -89,6 +92,8 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
     """
     if options["logprobs"] is not None and not options["as_json"]:
         raise click.UsageError("--logprobs needs --json")
+    if options["self_test"] and prompt is not None:
+        raise click.UsageError("--self-test answers the engine's own prompts, so give no PROMPT")
     code = run_command(
         engine,
         lambda: _answer(engine, prompt, options),
@@ -101,14 +106,26 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
 def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
-    load = {name: options[name] for name in ("threads", "isa", "kv_tokens")}
+    load = {name: options[name] for name in ("threads", "isa", "kv_tokens", "kv_cache_memory")}
     with Engine.load(directory, verify="full" if options["verify"] else "header", **load) as engine:
+        if options["self_test"]:
+            _self_test(engine)
+            return 0
         answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
         if prompt is not None:
             answer(engine, prompt, params, options["raw"])
         else:
             _chat(engine, params, options["raw"], answer)
     return 0
+
+
+def _self_test(engine: Engine) -> None:
+    """Print what was tested; raises `EngineError` if the engine fails, or has no golden answers: that is no success."""
+    result = engine.self_test()
+    if not result.prompts:
+        remedy = "rebuild the engine with belle-compile build, or send it requests of your own"
+        raise EngineError("self-test", "nothing was tested", found=result.reason, expected="golden answers", remedy=remedy)
+    click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
 
 
 def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:

@@ -21,6 +21,7 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
+from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
 from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
@@ -64,6 +65,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.executor = executor
         self.load_s = 0.0
+        self.directory: Path | None = None  # of an engine that `load` loaded
         self._template = ChatTemplate(manifest.prompt_template)
         self._handover = Handover()
         self._requests = RequestLog(telemetry)
@@ -90,6 +92,7 @@ class Engine:
         threads: int | None = None,
         isa: str | None = None,
         kv_tokens: int | None = None,
+        kv_cache_memory: str | float | None = None,
         verify: Literal["header", "full"] = "header",
         progress: Progress | None = None,
         result_cache: ResultCacheOptions | str | None = None,
@@ -102,10 +105,13 @@ class Engine:
 
         Weights for a CPU are mapped into memory without being read; those for a GPU are copied to it. `threads` and `isa` are
         for CPUs: they default to the cores that this process may use, and to BELLE_ISA or else the best instruction set of the
-        CPU. `kv_tokens` is the number of tokens that the KV cache holds, by default what fits into half of the host's memory
-        beside the weights, or into what is left of a GPU's. `verify="full"` digests every file, weights included, and calls
-        `progress`; "header" checks large files by their size only. `result_cache` is how to store answers that greedy and
-        seeded requests may be given again, or only where: "memory", "sqlite:FILE" or "redis://HOST".
+        CPU. `verify="full"` digests every file, weights included, and calls `progress`; "header" checks large files by their
+        size only. `result_cache` is how to store answers that greedy and seeded requests may be given again, or only where:
+        "memory", "sqlite:FILE" or "redis://HOST".
+
+        `kv_tokens` is the number of tokens that the KV cache holds. In its place, `kv_cache_memory` is the memory of the cache
+        of each rank: bytes (an int, "4GiB", "500MB"), or a share (0.5, "50%") of what is free beside the weights. The default
+        is half of that, on a GPU all of it, but no more than the most and longest sequences of a step need.
 
         `max_num_seqs` answers are computed at the same time, by default as many as the engine was built for. With `max_queue`,
         a request that would be one more than these to wait is refused with `QueueFull`. `prefix_cache` reuses the keys and
@@ -120,8 +126,9 @@ class Engine:
         cache_options = ResultCacheOptions.of(result_cache)
         scheduler = SchedulerOptions(max_num_seqs, max_queue, prefix_cache)
         started = time.perf_counter()
-        options = Options(threads, isa, kv_tokens, verify == "full", progress)
+        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory)
         engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry)
+        engine.directory = Path(directory)
         engine.load_s = time.perf_counter() - started
         return engine
 
@@ -266,6 +273,14 @@ class Engine:
         scoring = Scoring(ids, start, self.executor.vocab_size)
         self._run([scoring], lambda: self._loop.submit([scoring]))
         return scoring.result()
+
+    def self_test(self) -> SelfTest:
+        """Answer the prompts of the engine's `selftest.json` and compare; raises `EngineError` at the first token that differs.
+
+        The result tells how much was tested: nothing, with a reason, where the engine has no golden answers.
+        """
+        assert self.directory is not None, "self_test() of an engine that was assembled from parts"
+        return run_self_test(self.generate, read_golden_answers(self.directory, self.manifest))
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[ProfileHandle]:

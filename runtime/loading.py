@@ -13,6 +13,7 @@ from belle_compile.runtime.distributed.collectives import Collectives, join_rank
 from belle_compile.runtime.distributed.executor import ranked_executor, serve
 from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.executors import Executor, LoadRequest, RankExecutor, executor_of
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.tokenizer import Tokenizer
 
 
@@ -25,6 +26,7 @@ class Options:
     kv_tokens: int | None
     full: bool
     progress: Progress | None
+    kv_cache_memory: str | float | None = None
 
 
 def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, Executor]:
@@ -59,14 +61,13 @@ def _load_rank(
     directory: Path, manifest: Manifest, options: Options, collectives: Collectives | None
 ) -> tuple[Tokenizer, Executor]:
     """Check host and files, then load one rank. No kernel is loaded before the checks have passed."""
+    kv_memory = KvMemory.parse(options.kv_tokens, options.kv_cache_memory)
     rank, ranks_here = (collectives.rank, collectives.ranks_here) if collectives else (0, 1)
     factory = executor_of(manifest)
     factory.check_host(manifest.target, ranks_here)
     verify_files(directory, manifest, full=options.full, progress=options.progress, rank=rank)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
-    request = LoadRequest(
-        directory / f"rank{rank}", manifest, options.threads, options.isa, options.kv_tokens, collectives=collectives
-    )
+    request = LoadRequest(directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives=collectives)
     return tokenizer, factory.load(request)
 
 

@@ -26,7 +26,7 @@ def anonymous(size: int) -> NDArray[np.uint8]:
     try:
         mapped = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError as error:
-        remedy = "load with fewer kv_tokens or on a larger host"
+        remedy = "load with less memory for the KV cache, or on a larger host"
         raise EngineError("cpu", "memory", found=f"{error} for {size / 2**30:.1f} GiB", remedy=remedy) from None
     _request_huge_pages(mapped)
     return np.frombuffer(mapped, np.uint8)

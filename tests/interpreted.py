@@ -86,6 +86,10 @@ class InterpretedDevice:
 
         self._do(copy)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        assert self._recording is None, "each step copies other blocks"
+        self._do(lambda: np.copyto(_at(target, (size,)), _at(source, (size,))))
+
     def record(self, run: Callable[[], None]) -> list[Callable[[], None]]:
         assert self._recording is None
         self._recording = recorded = []

@@ -24,6 +24,7 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.choices import ANY, Choices, key
 from belle_compile.runtime.executors.cuda import CudaExecutor
 from belle_compile.runtime.executors.cuda_device import open_device
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import Program, read_program
 from benchmarks.gpu_check.driving import Plan, Sequences, TimedExecutor, follow, greedy
 from benchmarks.gpu_check.findings import Findings
@@ -79,7 +80,7 @@ def check_small(folder: Path, arch: str, findings: Findings) -> None:
                 with closing(open_device()) as device:
                     Choices(rank, device).keep(chosen)
             found: dict[str, Any] = {}
-            with closing(CudaExecutor(rank, [arch], kv_tokens=3 * len(wanted) + 48)) as executor:
+            with closing(CudaExecutor(rank, [arch], kv_memory=KvMemory(3 * len(wanted) + 48))) as executor:
                 for plan, steps in PLANS.items():
                     found[plan] = _compare(executor, ids + tokens[:-1], wanted, steps)
                     findings.note_under(name, found)

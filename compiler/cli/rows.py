@@ -30,6 +30,7 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
         ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
         ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
     ]
+    rows.append(("self-test", _self_test(engine["self_test"])))
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
     rows += kernel_rows(engine.get("kernels", {}))
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
@@ -39,6 +40,11 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     for record in engine["passes"]:
         rows += _pass_rows(record)
     return rows + [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
+
+
+def _self_test(golden: Mapping[str, Any]) -> str:
+    """The size of an engine's self-test, or why it has none."""
+    return f"{golden['prompts']} prompts, {golden['tokens']} tokens" if golden["prompts"] else f"none: {golden['reason']}"
 
 
 def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,19 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir import meanings
 from belle_compile.compiler.ir.cache import PagedCache
-from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.ops import OpSpec, attributes_of, spec_of
 from belle_compile.compiler.ir.signature import TensorSpec, dtype_name
 
 __all__ = ["PagedCache", "evaluate", "evaluate_ranks", "stepwise"]
 
 Array = npt.NDArray[Any]
+# Computes an op that is no sum over ranks from its inputs, in order, and its attributes by name, as the op's meaning does.
+Apply = Callable[[OpSpec, Sequence["Array | None"], Mapping[str, Any]], Any]
+
+
+def apply_meaning(spec: OpSpec, arrays: Sequence[Array | None], keywords: Mapping[str, Any]) -> Any:
+    """What the meaning of an op gives."""
+    return spec.meaning(*arrays, **keywords)
 
 
 def evaluate(
@@ -39,14 +46,19 @@ def evaluate(
 
 
 def evaluate_ranks(
-    models: Sequence[ir.Model], inputs: Mapping[str, Array], caches: Sequence[PagedCache], *, also: Collection[str] = ()
+    models: Sequence[ir.Model],
+    inputs: Mapping[str, Array],
+    caches: Sequence[PagedCache],
+    *,
+    also: Collection[str] = (),
+    apply: Apply = apply_meaning,
 ) -> list[dict[str, Array]]:
     """Run one step of the graphs of all ranks; return the outputs of each rank.
 
-    Each graph runs up to its next AllReduce. Then the ranks' addends are summed, and all graphs go on. Raises CompileError
-    where the ranks do not reach the same sums in the same order.
+    Each graph runs up to its next AllReduce. Then the ranks' addends are summed, and all graphs go on. `apply`
+    computes the other ops. Raises CompileError where the ranks do not reach the same sums in the same order.
     """
-    runs = [_run(model, inputs, cache, also) for model, cache in zip(models, caches, strict=True)]
+    runs = [_run(model, inputs, cache, also, apply) for model, cache in zip(models, caches, strict=True)]
     total: Array | None = None
     while True:
         reached = [_run_to_next_sum(run, total) for run in runs]
@@ -88,7 +100,9 @@ class _Addend:
 _Run = Generator["ir.Node | _Addend", "Array | None", dict[str, Array]]
 
 
-def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str]) -> _Run:
+def _run(
+    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str], apply: Apply = apply_meaning
+) -> _Run:
     """Run one step, yielding each node after it has run, and the addend of each sum over ranks; the sum is sent back."""
     values = _checked(model, inputs)
     requested = {*also, *(str(output.name) for output in model.graph.outputs)}
@@ -105,7 +119,7 @@ def _run(model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: 
             assert arrays[0] is not None
             produced: Any = yield _Addend(node, arrays[0])
         else:
-            produced = spec.meaning(*arrays, **keywords)
+            produced = apply(spec, arrays, keywords)
         for value, array in zip(node.outputs, produced if isinstance(produced, tuple) else (produced,), strict=True):
             values[value] = array
             if value.name in requested:

@@ -25,6 +25,7 @@ LIMITS = {8: 127, 16: 32_639}
 # By the bits of activations, the largest number of inputs whose products an int32 accumulator sums without overflow, whatever
 # their values: a product is that of an activation's byte (within +-127, or from -128 on) and a weight within +-127.
 MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
+_EXACT_INPUTS = 2**24 // 128**2  # products of two bytes whose sums, whatever they are, float32 represents
 
 
 def gather(x: npt.NDArray[Any], indices: Integers) -> npt.NDArray[Any]:
@@ -132,10 +133,18 @@ def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> 
 def integer_linear(xq: Quantized, wq: Bytes) -> Sums:
     """xq @ wq.T, exact: int32, or int64 for int16 xq.
 
-    float64 represents every partial sum, and NumPy multiplies it faster than integers.
+    NumPy multiplies floats faster than integers. float64 represents every partial sum, and float32 those over
+    `_EXACT_INPUTS` products of bytes.
     """
-    product: npt.NDArray[np.float64] = xq.astype(np.float64) @ wq.astype(np.float64).T
-    return product.astype(np.int32 if xq.dtype == np.int8 else np.int64)
+    if xq.dtype == np.int16:
+        product: npt.NDArray[np.float64] = xq.astype(np.float64) @ wq.astype(np.float64).T
+        return product.astype(np.int64)
+    total = np.zeros((len(xq), len(wq)), np.int32)
+    for start in range(0, xq.shape[1], _EXACT_INPUTS):
+        inputs = slice(start, start + _EXACT_INPUTS)
+        part: Floats = xq[:, inputs].astype(np.float32) @ wq[:, inputs].astype(np.float32).T
+        total += part.astype(np.int32)
+    return total
 
 
 def dequantize(acc: Sums, xs: Floats, ws: Floats, bias: Floats | None) -> Floats:

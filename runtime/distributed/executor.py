@@ -17,9 +17,9 @@ from belle_compile.runtime.serving import candidates
 if TYPE_CHECKING:
     from belle_compile.runtime.profiling import Recorder
 
-# A message is int32: tokens (0: there are no more steps), logit rows, and how many rows of the block table changed; then the
-# inputs of the step (`_inputs`), the numbers of those rows of the block table, and the rows.
-_HEADER = 3
+# A message is int32: tokens (0: there are no more steps), logit rows, copies of blocks, and how many rows of the block table
+# changed; then the inputs of the step (`_inputs`), the copies, the numbers of those rows of the block table, and the rows.
+_HEADER = 4
 
 
 class RankedExecutor:
@@ -122,7 +122,7 @@ def _requested(batch: StepBatch) -> NDArray[np.int32]:
 
 
 def _message_size(batch: StepBatch) -> int:
-    return _HEADER + 3 * batch.max_tokens + 2 * batch.max_rows + batch.max_sequences + batch.block_table.size
+    return _HEADER + 3 * batch.max_tokens + 2 * batch.max_rows + 3 * batch.max_sequences + batch.block_table.size
 
 
 def _inputs(batch: StepBatch) -> list[NDArray[np.int32]]:
@@ -135,9 +135,10 @@ def _write(batch: StepBatch, sent_table: NDArray[np.int32], message: NDArray[np.
     """Write a step to `message`; returns its length. Rows of the block table that equal those of `sent_table` are left out."""
     changed = np.flatnonzero((batch.block_table != sent_table).any(axis=1))
     sent_table[changed] = rows = batch.block_table[changed]
-    message[:_HEADER] = batch.tokens, batch.rows, len(changed)
+    message[:_HEADER] = batch.tokens, batch.rows, len(batch.copies), len(changed)
+    copies = np.array(batch.copies, np.int32)
     end = _HEADER
-    for array in [*_inputs(batch), changed.astype(np.int32), rows.reshape(-1)]:
+    for array in [*_inputs(batch), copies.reshape(-1), changed.astype(np.int32), rows.reshape(-1)]:
         message[end : end + array.size] = array
         end += array.size
     return end
@@ -145,10 +146,12 @@ def _write(batch: StepBatch, sent_table: NDArray[np.int32], message: NDArray[np.
 
 def _read(message: NDArray[np.int32], batch: StepBatch) -> None:
     """Fill `batch` from what `_write` wrote."""
-    batch.tokens, batch.rows, changed = (int(count) for count in message[:_HEADER])
+    batch.tokens, batch.rows, copies, changed = (int(count) for count in message[:_HEADER])
     start = _HEADER
     for array in _inputs(batch):
         array[:] = message[start : start + array.size]
         start += array.size
+    batch.copies = [(int(source), int(block)) for source, block in message[start : start + 2 * copies].reshape(-1, 2)]
+    start += 2 * copies
     rows = message[start + changed : start + changed * (1 + batch.block_table.shape[1])]
     batch.block_table[message[start : start + changed]] = rows.reshape(changed, -1) if changed else 0

@@ -32,7 +32,7 @@ class Executor(Protocol):
     kernels: str
 
     def step(self, batch: StepBatch) -> Rows:
-        """Compute the logits of `batch.rows` rows, valid until the next step.
+        """Copy the blocks of `batch.copies`, then compute the logits of `batch.rows` rows, valid until the next step.
 
         `batch` is the executor's `batch`, or another one over the same buffers with other counts.
         """

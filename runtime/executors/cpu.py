@@ -17,6 +17,7 @@ from belle_compile.runtime import host
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.batch import StepBatch
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 from belle_compile.runtime.executors.summed import Sum, SummedLists
 from belle_compile.runtime.memory import WeightsFile, anonymous
@@ -35,7 +36,6 @@ from belle_compile.runtime.program import (
     Weight,
     read_program,
 )
-from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 _PREFETCH_BYTES = 64 * 1024  # a call that reads fewer bytes of weights is not prefetched
 
@@ -60,13 +60,13 @@ class CpuExecutor:
         *,
         threads: int | None = None,
         isa: str | None = None,
-        kv_tokens: int | None = None,
+        kv_memory: KvMemory | None = None,
         collectives: Collectives | None = None,
     ) -> None:
         """Map the weights in `directory` (such as ENGINE/rank0) of an engine with kernels for the `carried` instruction sets.
 
-        `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_tokens` to what half of the
-        memory beside the weights holds. A program of several ranks needs `collectives` for its sums.
+        `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_memory` to half of the memory
+        beside the weights. A program of several ranks needs `collectives` for its sums.
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
@@ -77,7 +77,7 @@ class CpuExecutor:
         self._collectives = collectives
         _check_rank(program, directory, collectives)
         ranks_here = collectives.ranks_here if collectives else 1
-        self.num_blocks = kv_blocks(program, kv_tokens, self._weights.total_bytes, ranks_here)
+        self.num_blocks = kv_blocks(program, kv_memory or KvMemory(), self._weights.total_bytes, ranks_here)
         path = kernels_path(directory, self.isa)
         self.kernels = path.stem  # a tuned library may add in another order than the general one
         library = KernelLibrary(path)
@@ -87,6 +87,7 @@ class CpuExecutor:
         self._arena = anonymous(program.arena_bytes)
         self._scratch = anonymous(program.scratch_bytes)
         self._kv = anonymous(self.num_blocks * program.kv.block_bytes)
+        self._kv_blocks = self._kv.reshape(self.num_blocks, -1)  # keys and values of all layers side by side
         self._inputs = _allocate_inputs(program)
         self._tokens, self._rows = self._inputs["T"], self._inputs["R"]
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
@@ -104,6 +105,8 @@ class CpuExecutor:
         """Run `batch`; return float32 logits [rows, tokens of `span`] in the arena, valid until the next step."""
         tokens, rows = batch.tokens, batch.rows
         self._tokens[0], self._rows[0] = tokens, rows
+        for source, destination in batch.copies:
+            self._kv_blocks[destination] = self._kv_blocks[source]
         # Where no logits are requested, as in the first chunks of a long prompt, everything after the last layer is left out.
         key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)
         calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
@@ -134,7 +137,7 @@ class CpuExecutor:
         """End the threads, drop weights and buffers. Memory is unmapped with the last array over it."""
         self._pool.close()
         self._lists.clear()
-        for name in ("_arena", "_scratch", "_kv", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
+        for name in ("_arena", "_scratch", "_kv", "_kv_blocks", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
@@ -247,21 +250,16 @@ def allow_amx() -> bool:
     return int(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xtiledata)) == 0
 
 
-def kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, ranks_here: int) -> int:
-    """The number of blocks of the KV cache: for `kv_tokens`, by default what half of the memory beside the weights holds.
+def kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, ranks_here: int) -> int:
+    """The number of blocks of the KV cache, by default what half of the memory beside the weights holds.
 
-    The `ranks_here` ranks of this host share its memory evenly. Raises `EngineError` where `kv_tokens` do not fit.
+    The `ranks_here` ranks of this host share its memory evenly. Raises `EngineError` where the cache does not fit.
     """
-    memory = host.memory_bytes() // ranks_here
-    if kv_tokens is not None:
-        blocks = blocks_for(kv_tokens)
-        needed = blocks * program.kv.block_bytes
-        if kv_tokens < 1 or needed > memory:
-            found = f"{kv_tokens} tokens, {needed / 2**30:.1f} GiB"
-            raise EngineError("cpu", "kv_tokens", found=found, expected=f"1 token to {memory / 2**30:.1f} GiB")
+    free, block_bytes = host.memory_bytes() // ranks_here - weight_bytes, program.kv.block_bytes
+    blocks = kv_memory.blocks("cpu", free, f"the weights ({weight_bytes / 2**30:.2f} GiB)", block_bytes)
+    if blocks is not None:
         return blocks
-    affordable = max(memory - weight_bytes, 0) // 2 // program.kv.block_bytes
-    return max(1, min(affordable, program.max_sequences * program.max_blocks))
+    return max(1, min(max(free, 0) // 2 // block_bytes, program.max_sequences * program.max_blocks))
 
 
 def _check_rank(program: Program, directory: Path, collectives: Collectives | None) -> None:

@@ -38,6 +38,6 @@ class CpuFactory(ExecutorFactory):
         if threads is None and request.collectives:
             threads = max(1, len(host.usable_cores()) // request.collectives.sharing)
         return CpuExecutor(
-            request.directory, request.manifest.target.isas, threads=threads, isa=request.isa, kv_tokens=request.kv_tokens,
+            request.directory, request.manifest.target.isas, threads=threads, isa=request.isa, kv_memory=request.kv_memory,
             collectives=request.collectives,
         )  # fmt: skip

@@ -18,10 +18,12 @@ from belle_compile.runtime.executors.candidate_logits import CandidateLogits
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import STAGE, open_device
 from belle_compile.runtime.executors.device import Device, Function, Recorded
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
 from belle_compile.runtime.memory import WeightsFile
 from belle_compile.runtime.program import (
     ALIGNMENT,
+    BLOCK_SIZE,
     CUBIN,
     KV,
     WEIGHTS_NAME,
@@ -36,7 +38,6 @@ from belle_compile.runtime.program import (
     read_program,
 )
 from belle_compile.runtime.serving.candidates import Row
-from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
@@ -65,7 +66,7 @@ class CudaExecutor:
         directory: Path,
         carried: Iterable[str],
         *,
-        kv_tokens: int | None = None,
+        kv_memory: KvMemory | None = None,
         device: Device | None = None,
         number: int = 0,
     ) -> None:
@@ -81,12 +82,12 @@ class CudaExecutor:
             raise EngineError(STAGE, f"program of {directory}", found="one for CPUs", expected="one for GPUs", remedy=remedy)
         self._device = device or open_device(number)
         try:
-            self._prepare(directory, tuple(carried), kv_tokens)
+            self._prepare(directory, tuple(carried), kv_memory or KvMemory())
         except BaseException:
             self._device.close()
             raise
 
-    def _prepare(self, directory: Path, carried: tuple[str, ...], kv_tokens: int | None) -> None:
+    def _prepare(self, directory: Path, carried: tuple[str, ...], kv_memory: KvMemory) -> None:
         program = self.program
         self.isa = choose_arch(carried, self._device)
         self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
@@ -94,7 +95,7 @@ class CudaExecutor:
         self._bandwidth = self._device.copy_bandwidth()  # now, while there is room for the copies
         weights = WeightsFile(directory / WEIGHTS_NAME)
         weights.require(program.weight_names())
-        self.num_blocks = _kv_blocks(program, kv_tokens, weights.total_bytes, self._device)
+        self.num_blocks = _kv_blocks(program, kv_memory, weights.total_bytes, self._device)
 
         self._weights = self._device.allocate(weights.total_bytes, "weights")
         self._device.upload(self._weights, weights.contents)
@@ -129,6 +130,8 @@ class CudaExecutor:
         self._device.enter()  # engines run steps on a thread that did not load them
         tokens, rows = batch.tokens, batch.rows
         self._inputs.set_counts(tokens, rows)
+        for source, destination in batch.copies:
+            self._device.copy(self._block(destination), self._block(source), self.kv_block_bytes)
         key = (bucket(tokens), bucket(rows), *_token_sorts(batch.sequences[:tokens]))
         if self._recorder:
             self._run_timed(self._recorder, key)
@@ -238,6 +241,10 @@ class CudaExecutor:
         pointers = [self._pointer(arg) for arg in call.args]
         self._device.launch(self._functions[name], self.program.launches[name], rows, pointers)
 
+    def _block(self, number: int) -> int:
+        """The address of a block of the KV cache: keys and values of all layers side by side."""
+        return self._kv + number * self.kv_block_bytes
+
     def _pointer(self, arg: Arg) -> int:
         match arg:
             case Arena(offset):
@@ -309,22 +316,18 @@ def choose_arch(carried: tuple[str, ...], device: Device) -> str:
     return max(fitting)
 
 
-def _kv_blocks(program: Program, kv_tokens: int | None, weight_bytes: int, device: Device) -> int:
-    """The number of blocks of the KV cache: for `kv_tokens`, by default for what is left of the device's memory.
+def _kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, device: Device) -> int:
+    """The number of blocks of the KV cache, by default what the rest of the device's memory holds.
 
-    Raises `EngineError` where they do not fit.
+    Raises `EngineError` where the cache does not fit.
     """
-    left = device.memory_bytes - weight_bytes - program.arena_bytes - program.scratch_bytes - GPU_RESERVE_BYTES
-    most = left // program.kv.block_bytes
-    blocks = blocks_for(kv_tokens) if kv_tokens is not None else min(most, program.max_sequences * program.max_blocks)
-    if (kv_tokens is not None and kv_tokens < 1) or blocks > most or most < 1:
-        parts = {"weights": weight_bytes, "activations": program.arena_bytes + program.scratch_bytes}
-        needed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
-        found = f"{device.memory_bytes / 2**30:.2f} GiB free"
-        what = f"memory of {device.name} for {kv_tokens if kv_tokens is not None else 16} tokens"
-        block = program.kv.block_bytes / 2**20
-        raise EngineError(
-            STAGE, what, found=found, expected=f"{needed}, and {block:.2f} MiB for every 16 tokens",
-            remedy="load with fewer kv_tokens, or use a larger GPU",
-        )  # fmt: skip
+    activations, block_bytes = program.arena_bytes + program.scratch_bytes, program.kv.block_bytes
+    free = device.memory_bytes - weight_bytes - activations - GPU_RESERVE_BYTES
+    if kv_memory == KvMemory():
+        if free >= block_bytes:
+            return min(free // block_bytes, program.max_sequences * program.max_blocks)
+        kv_memory = KvMemory(tokens=BLOCK_SIZE)  # the least
+    sizes = f"weights ({weight_bytes / 2**30:.2f} GiB) and activations ({activations / 2**30:.2f} GiB)"
+    blocks = kv_memory.blocks(STAGE, free, f"{sizes} on {device.name}", block_bytes)
+    assert blocks is not None, "a size is asked for"
     return blocks

@@ -93,7 +93,7 @@ class CudaDevice:
             free = self._call("cuMemGetInfo")[0]
             raise EngineError(
                 STAGE, f"memory of {self.name} for {what}", found=f"{free / 2**30:.2f} GiB free",
-                expected=f"{size / 2**30:.2f} GiB", remedy="load with fewer kv_tokens, or use a larger GPU",
+                expected=f"{size / 2**30:.2f} GiB", remedy="load with less memory for the KV cache, or use a larger GPU",
             )  # fmt: skip
         self._allocated.append(address)
         self._call("cuMemsetD8Async", address, 0, max(size, 1), self._stream)
@@ -170,6 +170,10 @@ class CudaDevice:
         copy.dstMemoryType, copy.dstHost, copy.dstPitch = kind.CU_MEMORYTYPE_HOST, target.ctypes.data, target.strides[0]
         copy.Height, copy.WidthInBytes = target.shape
         self._call("cuMemcpy2DAsync", copy, self._stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy within the device's memory."""
+        self._call("cuMemcpyDtoDAsync", target, source, size, self._stream)
 
     def record(self, run: Callable[[], None]) -> Any:
         """Make a CUDA graph of what `run` enqueues."""

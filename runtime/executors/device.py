@@ -58,6 +58,10 @@ class Device(Protocol):
         """Enqueue a copy to `target` [rows, width] from rows that begin every `pitch` bytes."""
         ...
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes within the device's memory; the two places do not overlap."""
+        ...
+
     def record(self, run: Callable[[], None]) -> Recorded:
         """Record what `run` enqueues, without running it."""
         ...

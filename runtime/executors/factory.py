@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from belle_compile.runtime import host
 from belle_compile.runtime.artifact import STAGE, Manifest, TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
+from belle_compile.runtime.executors.kv_memory import KvMemory
 
 if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 class LoadRequest:
     """One rank to load: its `directory` (`ENGINE/rank0`), and the options of `Engine.load`; None leaves one to the executor.
 
-    `collectives` connect it to the other ranks of an engine that has several.
+    `kv_memory` is the size of this rank's KV cache. `collectives` connect it to the other ranks of an engine that has several.
     """
 
     directory: Path
     manifest: Manifest
     threads: int | None = None
     isa: str | None = None
-    kv_tokens: int | None = None
+    kv_memory: KvMemory = field(default_factory=KvMemory)
     collectives: Collectives | None = None
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 
 STAGE = "server options"
@@ -63,8 +64,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
         _check_ranges(self)
-        if self.kv_tokens is not None and self.kv_cache_memory is not None:
-            raise EngineError(STAGE, "kv-tokens", found="kv-cache-memory too", expected="one of them")
+        KvMemory.parse(self.kv_tokens, self.kv_cache_memory)
         self.cache_options()
 
     def cache_options(self) -> ResultCacheOptions | None:

@@ -149,15 +149,15 @@ def bind(options: ServerOptions) -> list[socket.socket] | None:
     if options.uds:
         return None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        address_family, kind, protocol, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = socket.socket(address_family, kind, protocol)
     except OSError as error:
         raise EngineError(STAGE, f"cannot listen on {options.host!r}", found=_reason(error)) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        if address_family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(address)
     except OSError as error:

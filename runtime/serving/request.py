@@ -128,7 +128,8 @@ class Limits:
             raise EngineError("request", what, found=f"{tokens} tokens", expected=expected, remedy="shorten it")
         if tokens > self.cache_tokens:
             expected = f"at most {self.cache_tokens}, the KV cache's capacity"
-            raise EngineError("request", what, found=f"{tokens} tokens", expected=expected, remedy="load with more kv_tokens")
+            remedy = "load with more memory for the KV cache"
+            raise EngineError("request", what, found=f"{tokens} tokens", expected=expected, remedy=remedy)
 
 
 @dataclass(frozen=True)

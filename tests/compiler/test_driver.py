@@ -135,7 +135,7 @@ def test_parameters_count_a_tied_head_once(bloom: Path, tmp_path: Path) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     first, second = (build(BuildRequest(llama, tmp_path / name)) for name in ("a", "b"))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
@@ -143,7 +143,9 @@ def test_the_same_checkpoint_gives_the_same_bytes(llama: Path, tmp_path: Path) -
 def test_stages_are_told_and_dumped(llama: Path, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     build(BuildRequest(llama, tmp_path / "engine", dump_ir=tmp_path / "ir", on_progress=lambda *told: heard.append(told)))
-    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == ["open", "digest", "optimize", "drift", "compile", "weights"]
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
+        "open", "digest", "optimize", "drift", "compile", "weights", "self-test",
+    ]  # fmt: skip
     for stage in ("digest", "drift", "weights"):
         done = [(done, total) for name, done, total in heard if name == stage]
         assert done == sorted(done) and done[-1][0] == done[-1][1] > 0

@@ -17,6 +17,7 @@ from belle_compile.compiler.repartition import RepartitionRequest, repartition
 from belle_compile.runtime import Engine, SamplingParams
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.executors.cuda import CudaExecutor, bucket
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from tests.interpreted import InterpretedDevice, RankDevice, interpreted_gpu
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import relative_error
@@ -87,7 +88,7 @@ def test_two_gpus_are_as_good_as_one(
     directory = build(BuildRequest(checkpoint, tmp_path / "engine", "a100x2", "none"))
     barrier, addends = threading.Barrier(2), {}  # type: ignore[var-annotated]
     executors = [
-        CudaExecutor(directory / f"rank{rank}", ("sm_80",), kv_tokens=256, device=RankDevice(rank, barrier, addends))
+        CudaExecutor(directory / f"rank{rank}", ("sm_80",), kv_memory=KvMemory(256), device=RankDevice(rank, barrier, addends))
         for rank in range(2)
     ]
     ids = random_ids(checkpoint, 13)

@@ -109,6 +109,7 @@ class FakeExecutor:
             calls = 2 if batch.rows else 1
             self.recorder.walked(np.arange(calls), 1000 * np.arange(calls + 1))
         for source, destination in batch.copies:
+            assert source != destination
             self.cache[destination] = self.cache[source]
         seen: set[tuple[int, int]] = set()
         for t in range(batch.tokens):

@@ -122,9 +122,10 @@ def test_log_probabilities_are_for_json() -> None:
 
 def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:
     run("x", "--threads", "3", "--isa", "avx2", "--kv-tokens", "64", "--verify")
-    run("x")
-    assert loads[0] == {"directory": Path("engine"), "threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
-    assert loads[1] == {"directory": Path("engine"), "threads": None, "isa": None, "kv_tokens": None, "verify": "header"}
+    run("x", "--kv-cache-memory", "50%")
+    unset = {"directory": Path("engine"), "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None}
+    assert loads[0] == unset | {"threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
+    assert loads[1] == unset | {"kv_cache_memory": "50%", "verify": "header"}
 
 
 @pytest.mark.usefixtures("loads")

@@ -19,6 +19,7 @@ from belle_compile.runtime.executors import (
     RankExecutor,
     register_executor,
 )
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from tests.runtime.fakes import FakeExecutor, byte_tokenizer, make_directory, manifest
 
 NO_FACTS = ("program", "isa", "threads")
@@ -63,7 +64,7 @@ def test_a_backend_of_one_file_is_loaded_and_served(tmp_path: Path, factory: Fak
             pass
     (request,) = factory.requests
     assert request.directory == tmp_path / "engine" / "rank0" and request.manifest.target.backend == "fake"
-    assert (request.kv_tokens, request.isa, request.threads, request.local_rank) == (99, "any-word", None, 0)
+    assert (request.kv_memory, request.isa, request.threads, request.local_rank) == (KvMemory(99), "any-word", None, 0)
 
 
 def test_what_a_backend_of_one_file_needs_is_checked(tmp_path: Path, factory: FakeFactory) -> None:

@@ -93,5 +93,5 @@ def test_anonymous_memory_is_zero_writable_and_free_until_touched() -> None:
     huge = anonymous(1 << 42)  # 4 TiB: more than any test host has
     huge[1 << 41] = 7
     assert huge[1 << 41] == 7
-    with pytest.raises(EngineError, match=r"memory: found .* for 1073741824\.0 GiB; load with fewer kv_tokens"):
+    with pytest.raises(EngineError, match=r"memory: found .* for 1073741824\.0 GiB; load with less memory for the KV cache"):
         anonymous(1 << 60)

@@ -27,6 +27,8 @@ from belle_compile.compiler.writer import WEIGHTS_NAME
 from belle_compile.passes.presets import Recipe
 from belle_compile.runtime.artifact import KernelCalls
 from belle_compile.runtime.executors import ExecutorFactory, LoadRequest, StepBatch, register_executor
+from belle_compile.runtime.executors.kv_memory import KvMemory
+from belle_compile.runtime.host import memory_bytes
 from belle_compile.runtime.memory import WeightsFile
 from belle_compile.runtime.program import ALIGNMENT, BLOCK_SIZE, KV_DTYPES, SCALES_BYTES
 
@@ -118,7 +120,7 @@ def _stored(dtype: ir.DataType) -> str:
 class NumpyExecutor:
     """Evaluates the graph for each step over a paged cache of NumPy arrays."""
 
-    def __init__(self, rank: Path, kv_tokens: int | None) -> None:
+    def __init__(self, rank: Path, kv_memory: KvMemory) -> None:
         self._weights = WeightsFile(rank / WEIGHTS_NAME)
         self._graph = from_onnx((rank / MODEL).read_bytes(), self._tensor)
         facts = self._graph.metadata_props
@@ -126,7 +128,9 @@ class NumpyExecutor:
             int(facts[key]) for key in ("num_layers", "num_kv_heads", "head_dim", "max_position")
         )
         blocks = -(-context // BLOCK_SIZE)
-        self.num_blocks = STEP_SEQUENCES * blocks if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE)
+        block_bytes = 2 * layers * kv_heads * head_dim * BLOCK_SIZE * np.dtype(facts[KV_CACHE]).itemsize
+        asked = kv_memory.blocks(NAME, memory_bytes() - self._weights.total_bytes, "the weights", block_bytes)
+        self.num_blocks = STEP_SEQUENCES * blocks if asked is None else asked
         self._cache = PagedCache(layers, kv_heads, head_dim, self.num_blocks, facts[KV_CACHE])
         self.vocab_size = int(facts["vocab_size"])
         self.kernels = f"numpy {np.__version__}"
@@ -136,6 +140,9 @@ class NumpyExecutor:
         self.batch = StepBatch(tokens, positions, sequences, table, np.zeros(STEP_ROWS, np.int32))
 
     def step(self, batch: StepBatch) -> npt.NDArray[np.float32]:
+        for source, destination in batch.copies:
+            for part in (self._cache.k, self._cache.v, self._cache.k_scales, self._cache.v_scales):
+                part[:, destination] = part[:, source]
         inputs = {
             "token_ids": batch.token_ids[: batch.tokens],
             "positions": batch.positions[: batch.tokens],
@@ -159,7 +166,7 @@ class NumpyFactory(ExecutorFactory):
     """Loads `NumpyExecutor`s."""
 
     def load(self, request: LoadRequest) -> NumpyExecutor:
-        return NumpyExecutor(request.directory, request.kv_tokens)
+        return NumpyExecutor(request.directory, request.kv_memory)
 
 
 backends.register(NumpyBackend())

@@ -16,6 +16,7 @@ from belle_compile.compiler.repartition import RepartitionRequest, repartition
 from belle_compile.runtime import Engine, SamplingParams
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from tests import kernel_cache
 from tests.compiler.backends import numpy_backend
 from tests.compiler.report.pages import Page
@@ -136,7 +137,7 @@ def test_an_engine_whose_weights_cannot_be_read_back(engine: Path, tmp_path: Pat
 
 
 def test_weights_lie_on_whole_cache_lines(engine: Path) -> None:
-    loaded = numpy_backend.NumpyExecutor(engine / "rank0", 64)
+    loaded = numpy_backend.NumpyExecutor(engine / "rank0", KvMemory(64))
     assert loaded.num_blocks == 4 and loaded.batch.max_tokens == numpy_backend.STEP_TOKENS
     batch = loaded.batch
     batch.tokens, batch.rows = 1, 0

@@ -142,8 +142,8 @@ def test_only_rows_of_the_block_table_that_changed_are_sent() -> None:
         engine.generate([[1] * 10], SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20))
     width = made.executor.batch.block_table.shape[1]
     first, *others, end = made.collectives[0].sent
-    assert end == 3 and first == 3 + 3 * 10 + 2 + 5 * (1 + width)
-    assert sorted(set(others)) == [3 + 3 + 2, 3 + 3 + 2 + 1 + width] and others.count(8 + 1 + width) == 1
+    assert end == 4 and first == 4 + 3 * 10 + 2 + 5 * (1 + width)
+    assert sorted(set(others)) == [4 + 3 + 2, 4 + 3 + 2 + 1 + width] and others.count(9 + 1 + width) == 1
 
 
 def test_profile_is_of_rank_0() -> None:
@@ -165,7 +165,7 @@ def test_a_step_that_fails_is_the_last() -> None:
         with pytest.raises(EngineError, match="an earlier step failed, and the ranks are out of step since; load the engine"):
             engine.generate([[1]], REQUESTS[0])
     assert made.parts[0].closed and not made.collectives[0].closed  # so that the process' end ends the others
-    made.collectives[0].broadcast(np.zeros(3, np.int32), 3)
+    made.collectives[0].broadcast(np.zeros(4, np.int32), 4)
     made.threads[0].join(10)
 
 

@@ -15,6 +15,7 @@ from belle_compile.runtime import Engine, SamplingParams, host
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import cpu
 from belle_compile.runtime.executors.cpu import CpuExecutor, choose_isa
+from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import KV, WEIGHTS_NAME, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
 from tests.runtime.test_memory import write_weights
@@ -114,7 +115,7 @@ def rank(built: Path, tmp_path: Path) -> Path:
 
 
 def load(rank: Path, **options: Any) -> CpuExecutor:
-    return CpuExecutor(rank, ("avx2",), **{"kv_tokens": 100, "threads": 2, **options})
+    return CpuExecutor(rank, ("avx2",), **{"kv_memory": KvMemory(100), "threads": 2, **options})
 
 
 def step(executor: CpuExecutor, tokens: list[int], rows: list[int]) -> np.ndarray:
@@ -156,7 +157,7 @@ def test_without_rows_the_head_is_left_out(built: Path) -> None:
 
 
 def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
-    executor = load(built, kv_tokens=100)
+    executor = load(built, kv_memory=KvMemory(100))
     assert executor.num_blocks == 7
     step(executor, [1, 2, 3], [0])
     part = 16 * 16
@@ -167,12 +168,12 @@ def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
 
 def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most = PROGRAM.max_sequences * PROGRAM.max_blocks
-    assert load(built, kv_tokens=None).num_blocks == most
+    assert load(built, kv_memory=None).num_blocks == most
     size = (built / WEIGHTS_NAME).stat().st_size
     monkeypatch.setattr(host, "memory_bytes", lambda: size + 10 * PROGRAM.kv.block_bytes)
-    assert load(built, kv_tokens=None).num_blocks == 5
-    with pytest.raises(EngineError, match=r"kv_tokens: found 1000000 tokens, .* GiB, expected 1 token to"):
-        load(built, kv_tokens=10**6)
+    assert load(built, kv_memory=None).num_blocks == 5
+    with pytest.raises(EngineError, match=r"kv_tokens: found 1000000 tokens, .* GiB, expected .* for 16 tokens, up to"):
+        load(built, kv_memory=KvMemory(10**6))
 
 
 def test_every_address_is_aligned(built: Path) -> None:
@@ -275,10 +276,10 @@ def test_a_program_of_other_ranks(rank: Path) -> None:
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "memory_bytes", lambda: 1000 + 40 * PROGRAM.kv.block_bytes)
-    blocks = [cpu.kv_blocks(PROGRAM, None, 100, ranks) for ranks in (4, 5)]
+    blocks = [cpu.kv_blocks(PROGRAM, KvMemory(), 100, ranks) for ranks in (4, 5)]
     assert blocks == [5, 4]
     with pytest.raises(EngineError, match="kv_tokens: found 400 tokens"):
-        cpu.kv_blocks(PROGRAM, 400, 100, 2)
+        cpu.kv_blocks(PROGRAM, KvMemory(400), 100, 2)
 
 
 def test_impossible_thread_count(built: Path) -> None:

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_named(driver: Driver, message: str) -> None:
 
 def test_too_little_memory_says_how_much_there_is() -> None:
     device = CudaDevice(Driver(free=1 << 20), 0)
-    message = r"^cuda: memory of NVIDIA Fake for weights: found 0\.00 GiB free, expected 1\.00 GiB; load with fewer kv_tokens"
+    message = r"^cuda: memory of NVIDIA Fake for weights: found 0\.00 GiB free, expected 1\.00 GiB; load with less memory"
     with pytest.raises(EngineError, match=message):
         device.allocate(1 << 30, "weights")
 
