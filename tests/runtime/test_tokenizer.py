@@ -36,6 +36,14 @@ def test_pieces_add_up_and_hold_whole_characters(tokenizer: Tokenizer, text: str
     assert pieces[-1] == "" and not any("\ufffd" in piece for piece in pieces)
 
 
+def test_a_panic_of_the_library_is_a_sentence() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 0, 1)])
+    broken = Tokenizer(tokenizer, special_tokens())
+    with pytest.raises(EngineError, match=r"^tokenizer: tokens cannot be converted: found index out of bounds.*; rebuild"):
+        broken.decode([])  # fused to an empty text, of which the library strips a character
+
+
 def test_chinese_comes_with_its_last_byte() -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_vocabulary(), []))
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.server.app import create_app
 from belle_compile.runtime.server.context import RequestContext
@@ -292,3 +293,13 @@ def test_logs_name_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
         post(service, PATH, {"messages": [{"role": "user", "content": "confidential"}], "temperature": -1})
         wait_until(lambda: "broken" in caplog.text)
     assert "confidential" not in caplog.text
+
+
+def test_a_tokenizer_that_does_not_work_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        raise EngineError("tokenizer", "text cannot be converted")
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with serving() as service:
+        for path, body in ((PATH, {"messages": CHAT}), ("/v1/completions", {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
+            assert error_of(post(service, path, body), 500)["code"] == "engine_error"
