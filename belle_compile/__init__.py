@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from belle_compile.runtime.errors import BelleError, EngineError
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
+    from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling
 
 __version__ = "0.1.0"
 
@@ -21,11 +22,14 @@ __all__ = [
     "BelleError",
     "BuildRequest",
     "CachePolicy",
+    "DeadlineExceeded",
     "Engine",
     "EngineError",
+    "QueueFull",
     "Result",
     "ResultCacheOptions",
     "SamplingParams",
+    "Scheduling",
     "__version__",
     "build",
 ]
@@ -34,11 +38,14 @@ _MODULE_OF = {
     "BelleError": "belle_compile.runtime.errors",
     "BuildRequest": "belle_compile.compiler.driver",
     "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
+    "DeadlineExceeded": "belle_compile.runtime.serving.scheduling",
     "Engine": "belle_compile.runtime.engine",
     "EngineError": "belle_compile.runtime.errors",
+    "QueueFull": "belle_compile.runtime.serving.scheduling",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
     "SamplingParams": "belle_compile.runtime.serving.request",
+    "Scheduling": "belle_compile.runtime.serving.scheduling",
     "build": "belle_compile.compiler.driver",
 }
 

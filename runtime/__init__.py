@@ -10,15 +10,29 @@ if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
+    from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling
 
-__all__ = ["CachePolicy", "Engine", "EngineError", "Result", "ResultCacheOptions", "SamplingParams"]
+__all__ = [
+    "CachePolicy",
+    "DeadlineExceeded",
+    "Engine",
+    "EngineError",
+    "QueueFull",
+    "Result",
+    "ResultCacheOptions",
+    "SamplingParams",
+    "Scheduling",
+]
 
 _MODULE_OF = {
     "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
+    "DeadlineExceeded": "belle_compile.runtime.serving.scheduling",
     "Engine": "belle_compile.runtime.engine",
+    "QueueFull": "belle_compile.runtime.serving.scheduling",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
     "SamplingParams": "belle_compile.runtime.serving.request",
+    "Scheduling": "belle_compile.runtime.serving.scheduling",
 }
 
 

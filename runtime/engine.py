@@ -72,7 +72,11 @@ class Engine:
         after_answers = partial(_pass_on, self._handover, self._requests)  # which does not keep the engine alive
         dynamic_rope_from = manifest.model.dimensions.get("dynamic_rope_from")
         self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
-        self._loop = StepLoop(executor, scheduler, self.identity, dynamic_rope_from, after_answers, telemetry)
+        try:
+            self._loop = StepLoop(executor, scheduler, self.identity, dynamic_rope_from, after_answers, telemetry)
+        except EngineError:  # an option that the engine was not built for
+            executor.close()
+            raise
         self._limits = self._loop.scheduler.limits
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
         self.result_cache: ResultCache | None = None

@@ -39,6 +39,8 @@ class Gate:
 
     def enter(self, sequences: list[Sequence], now: float) -> None:
         """Let sequences in, all or none; raises `QueueFull`."""
+        if not sequences:
+            return
         free = self._free
         over = len(self._waiting) + len(sequences) - free - (math.inf if self._most is None else self._most)
         if over > 0:
@@ -48,7 +50,7 @@ class Gate:
                 "the queue is full", found=f"{waiting} waiting requests and {len(sequences)} more",
                 expected=f"at most {self._most}", retry_after_s=RETRY_AFTER_S if wait_s is None else wait_s,
             )  # fmt: skip
-        if sequences and (deadline := min(sequence.deadline for sequence in sequences)) < math.inf:
+        if (deadline := min(sequence.deadline for sequence in sequences)) < math.inf:
             self._check_wait(sequences, deadline - now, free)
         self._waiting.update(dict.fromkeys(sequences))
 

@@ -124,10 +124,11 @@ class Scheduler:
         self._scheduled, self._needing_logits, self.begun, self.picked = [], [], [], []
         self._reserved = self._next_fixed_chunk()
         for sequence in tuple(self.running):  # answers under way first: a long prompt must not make them wait
-            if sequence.length - sequence.computed == 1 and sequence.slot >= 0 and self._has_room(sequence):
-                if sequence.lookup:
-                    self._draft(sequence, sequence.lookup)
-                self._schedule_tokens(sequence, 1 + sequence.drafted)
+            if sequence.length - sequence.computed == 1 and (table := sequence.blocks):  # None: it was preempted just now
+                if sequence.length <= BLOCK_SIZE * len(table.blocks) or self._take_block(sequence, table):
+                    if sequence.lookup:
+                        self._draft(sequence, sequence.lookup)
+                    self._schedule_tokens(sequence, 1 + sequence.drafted)
         answers = batch.tokens
         for sequence in self.running:
             if sequence.length - sequence.computed > 1:
@@ -141,7 +142,7 @@ class Scheduler:
     def commit(self) -> None:
         """Mark the tokens of the step as computed: it ran, and their keys and values are cached."""
         for sequence in self._scheduled:
-            sequence.computed += sequence.advance - sequence.drafted
+            sequence.computed += sequence.scheduled - sequence.drafted
             if sequence.computed >= sequence.publish_at and sequence.chain:
                 self._publish(sequence)
         self._scheduled = []
@@ -152,16 +153,12 @@ class Scheduler:
         self._scheduled = []
         self.batch.copies.clear()
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Take a block for the next token of an answer if it needs one, and preempt others, or else the sequence itself, where
-        there is none. Returns whether the sequence still runs.
+    def _take_block(self, sequence: Sequence, table: BlockTable) -> bool:
+        """Take a block for the next token of an answer, and preempt others, or else the sequence itself, where there is none.
+        Returns whether the sequence still runs.
 
         Sequences are asked in order, so whoever is preempted for one of them is not in the step yet.
         """
-        table = sequence.blocks
-        assert table is not None, "a running sequence has blocks"
-        if sequence.length <= BLOCK_SIZE * len(table.blocks):
-            return True
         while not table.grow(sequence.length):
             last = self.running[-1]
             self._preempt(last)
@@ -342,11 +339,13 @@ class Scheduler:
         if count == 0:
             return
         batch, start, first = self.batch, self.batch.tokens, sequence.computed
-        stop, scored = start + count, max(first, sequence.logits_from)
+        stop, scored = start + count, sequence.logits_from
+        if scored < first:
+            scored = first
         rows = first + count - scored
-        sequence.advance = count
+        sequence.scheduled = count
         if most_rows is not None and rows > most_rows:
-            rows, sequence.advance = most_rows, 0
+            rows, sequence.scheduled = most_rows, 0
         if count == 1:  # most steps; NumPy takes several times as long for a slice
             batch.token_ids[start] = sequence.tokens[first]
             batch.positions[start] = first
@@ -355,7 +354,7 @@ class Scheduler:
             batch.token_ids[start:stop] = sequence.tokens[first : first + count]
             batch.positions[start:stop] = np.arange(first, first + count, dtype=np.int32)
             batch.sequences[start:stop] = sequence.slot
-        batch.tokens, sequence.scheduled, sequence.logit_rows = stop, count, max(0, rows)
+        batch.tokens, sequence.logit_rows = stop, rows if rows > 0 else 0
         self._scheduled.append(sequence)
         if rows > 0:
             row = start + scored - first

@@ -61,9 +61,8 @@ class Sequence:
         self.charged = 0  # tokens that its client was charged for
         self.exact_length = self.max_length  # tokens whose keys and values do not depend on how they are divided into steps
         self.computed = 0
-        self.scheduled = 0  # tokens in the step under way
-        self.advance = 0  # of them, tokens that are computed for good
-        self.logit_rows = 0  # of them, tokens whose logits are returned
+        self.scheduled = 0  # tokens in the step under way; 0 if they are computed again in the next one
+        self.logit_rows = 0  # tokens in the step under way whose logits are returned
         self.slot = -1  # row of the block table while the sequence is running
         self.blocks: BlockTable | None = None
         self.chain: Chain | None = None

@@ -291,6 +291,7 @@ class StepLoop:
             jobs[sequence].start()
         if scheduler.picked:
             self._gate.left(scheduler.picked, started)
+        self._gate.set_free(0 if scheduler.waiting else scheduler.free_slots - len(scheduler.held))
         if batch.candidates is not None:
             stop = 0
             for sequence in sequences_needing_logits:
@@ -318,8 +319,6 @@ class StepLoop:
         self._steps += 1
         self._prompt_tokens += scheduler.prompt_tokens
         self._generated_tokens += generated
-        running, waiting = len(scheduler.running), len(scheduler.waiting)
-        self._gate.set_free(0 if waiting else scheduler.free_slots - len(scheduler.held))
         if self._telemetry:
             gaps = []
             for sequence in sequences:
@@ -327,7 +326,7 @@ class StepLoop:
                     if sequence.last_token_at:
                         gaps.append(now - sequence.last_token_at)
                     sequence.last_token_at = now
-            waiting += len(scheduler.held)
+            running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held)
             prompt_tokens = scheduler.prompt_tokens
             self._telemetry.step(StepRecord(now - started, batch.tokens, prompt_tokens, batch.rows, running, waiting, gaps))
 

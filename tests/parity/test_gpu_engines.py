@@ -19,6 +19,7 @@ from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.executors.cuda import CudaExecutor, bucket
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from tests.interpreted import InterpretedDevice, RankDevice, interpreted_gpu
+from tests.parity.copies import logits_over_copies
 from tests.parity.engines import Builder, EngineStepper
 from tests.parity.stepping import relative_error
 from tests.parity.variants import VARIANTS, hf_greedy, hf_step_logits, random_ids
@@ -78,6 +79,13 @@ def test_quantized_logits_are_those_of_the_cpu_engine(
         found = engine.logits(ids)
     # Keys and powers are float16 here, and roundings to integers flip; an operand that is misread gives errors above 0.5.
     assert relative_error(found, expected) < (0.06 if quantization == "int8" else 0.006)
+
+
+def test_copied_blocks_hold_keys_and_values(builder: Builder, tmp_path: Path, interpreted_gpu: InterpretedDevice) -> None:
+    """The interpreter adds in an order that depends on the number of tokens, so that logits are not the same bits."""
+    with Engine.load(make(builder, "llama_gqa", tmp_path / "engine"), kv_tokens=512) as engine:
+        for expected, found in logits_over_copies(engine, random_ids(builder.checkpoint("llama_gqa"), 200), 31):
+            assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["bloom", "llama_gqa"])

@@ -67,6 +67,18 @@ def test_a_backend_of_one_file_is_loaded_and_served(tmp_path: Path, factory: Fak
     assert (request.kv_memory, request.isa, request.threads, request.local_rank) == (KvMemory(99), "any-word", None, 0)
 
 
+def test_the_memory_of_the_cache_is_read_before_anything_is_loaded(tmp_path: Path, factory: FakeFactory) -> None:
+    directory = directory_of(tmp_path, "fake")
+    with Engine.load(directory, kv_cache_memory="25%"):
+        pass
+    assert [request.kv_memory for request in factory.requests] == [KvMemory(share=0.25)]
+    with pytest.raises(EngineError, match="kv_cache_memory: found 'much', expected bytes such as"):
+        Engine.load(directory, kv_cache_memory="much")
+    with pytest.raises(EngineError, match="found kv_tokens and kv_cache_memory, expected one of them"):
+        Engine.load(directory, kv_tokens=64, kv_cache_memory="25%")
+    assert len(factory.requests) == 1
+
+
 def test_what_a_backend_of_one_file_needs_is_checked(tmp_path: Path, factory: FakeFactory) -> None:
     with pytest.raises(EngineError, match=r"this host cannot run the engine built for cpu: found .* GiB of memory, expected"):
         Engine.load(directory_of(tmp_path, "fake", memory=1 << 60))

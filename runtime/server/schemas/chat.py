@@ -69,10 +69,10 @@ class ChatBody(SamplingBody):
     """A chat to be continued by the assistant."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: Whole | None = Field(None, ge=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_tokens: Annotated[int, Whole(1)] | None = None
+    max_completion_tokens: Annotated[int, Whole(1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Annotated[int, Whole(0, MAX_LOGPROBS)] | None = None
 
     # Known fields that change no answer here.
     store: bool | None = None

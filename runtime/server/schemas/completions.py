@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema
 
 from belle_compile.runtime.server.errors import kind_of
 from belle_compile.runtime.server.schemas.fields import Only, Whole, bad_value, wrong_type
@@ -33,11 +33,12 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1}
 Prompts = Annotated[
     Any,
     BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}),
+    WithJsonSchema({"anyOf": [_TEXT, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}),
 ]
 
 
@@ -45,9 +46,9 @@ class CompletionBody(SamplingBody):
     """Prompts to be continued as they are, without a template."""
 
     prompt: Prompts
-    max_tokens: Whole | None = Field(None, ge=0)
+    max_tokens: Annotated[int, Whole(0)] | None = None
     echo: bool | None = None
-    logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int, Whole(0, MAX_LOGPROBS)] | None = None
     suffix: Annotated[Any, Only(None, "")] = None
     add_special_tokens: Annotated[Any, Only(None, True)] = None
     prompt_embeds: Annotated[Any, Only(None)] = None

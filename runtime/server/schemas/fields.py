@@ -17,12 +17,19 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+class Whole:
+    """Annotates a whole number of a range. JSON has one type of numbers: 1.0 is a whole number."""
+
+    def __init__(self, least: int | None = None, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        number = core_schema.int_schema(ge=self._least, le=self._most, strict=True)
+        return core_schema.no_info_before_validator_function(_whole, number)
+
+
 def _whole(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
-
-
-# JSON has one type of numbers: 1.0 is a whole number.
-Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Only:

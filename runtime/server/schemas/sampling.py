@@ -25,12 +25,15 @@ from belle_compile.runtime.serving.request import (
     MAX_ANSWERS,
     MAX_BIASES,
     MAX_LOGPROBS,
+    MAX_SALT_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     SamplingParams,
 )
+from belle_compile.runtime.serving.scheduling import LARGEST_PRIORITY
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+MOST_GUESSES = 1024  # tokens that prompt lookup guesses in a step; more never fit
 _SEEDS = 2**64  # negative seeds count from here downwards
 
 
@@ -119,19 +122,19 @@ class SamplingBody(Body):
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Whole | None = Field(None, ge=-1)
+    top_k: Annotated[int, Whole(-1)] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
-    n: Whole | None = Field(None, ge=1, le=MAX_ANSWERS)
+    n: Annotated[int, Whole(1, MAX_ANSWERS)] | None = None
     stop: Annotated[TextOrTexts, WithJsonSchema(text_or_texts_schema(MAX_STOPS, MAX_STOP_LENGTH))] = None
-    stop_token_ids: list[Annotated[Whole, Field(ge=0)]] | None = Field(None, max_length=MAX_STOPS)
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    stop_token_ids: list[Annotated[int, Whole(0)]] | None = Field(None, max_length=MAX_STOPS)
+    seed: Annotated[int, Whole(-(2**63), 2**63 - 1)] | None = None
     logit_bias: Biases = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
-    min_tokens: Whole | None = Field(None, ge=0)
+    min_tokens: Annotated[int, Whole(0)] | None = None
     ignore_eos: bool | None = None
-    prompt_logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: Annotated[int, Whole(0, MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     regex: str | None = None
@@ -144,15 +147,15 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
 
-    cache_salt: str | None = Field(None, max_length=1024)
-    priority: Whole | None = Field(None, ge=-(2**31), lt=2**31)
+    cache_salt: str | None = Field(None, max_length=MAX_SALT_LENGTH)
+    priority: Annotated[int, Whole(-LARGEST_PRIORITY, LARGEST_PRIORITY)] | None = None
     timeout: float | None = Field(None, gt=0)
-    prompt_lookup: Whole | None = Field(None, ge=0, le=1024)
+    prompt_lookup: Annotated[int, Whole(0, MOST_GUESSES)] | None = None
 
     user: str | None = None
 
     # vLLM's names for what this server does not do. What asks for nothing passes.
-    best_of: Whole | None = None
+    best_of: Annotated[int, Whole()] | None = None
     use_beam_search: Annotated[Any, Only(None, False)] = None
     length_penalty: Annotated[Any, Only(None, 1, 1.0)] = None
     early_stopping: Annotated[Any, Only(None, False)] = None

@@ -39,4 +39,4 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Annotated[Whole, Field(ge=0)]]
+    tokens: list[Annotated[int, Whole(0)]]

@@ -146,6 +146,26 @@ def test_only_rows_of_the_block_table_that_changed_are_sent() -> None:
     assert sorted(set(others)) == [4 + 3 + 2, 4 + 3 + 2 + 1 + width] and others.count(9 + 1 + width) == 1
 
 
+def test_each_rank_copies_the_blocks_of_a_step() -> None:
+    made = Ranks(2)
+    executor, batch = made.executor, made.executor.batch
+    batch.block_table[:2, :2] = [[3, 4], [5, 6]]
+    batch.token_ids[:4], batch.positions[:4], batch.sequences[:4] = [7, 8, 9, 10], range(4), 0
+    batch.tokens, batch.rows = 4, 0
+    executor.step(batch)
+    batch.token_ids[0], batch.positions[0], batch.sequences[0], batch.tokens = 11, 2, 1, 1
+    batch.copies = [(3, 5), (5, 0)]
+    executor.step(batch)
+    batch.token_ids[0], batch.positions[0], batch.copies = 12, 3, []
+    executor.step(batch)
+    executor.close()
+    made.threads[0].join(10)
+    for part in made.parts:
+        assert [part.cache[block, :4].tolist() for block in (3, 5, 0)] == [[7, 8, 9, 10], [7, 8, 11, 12], [7, 8, 9, 10]]
+    tokens, more = 4 + 3 * 4 + 5 * (1 + batch.block_table.shape[1]), 4 + 3
+    assert made.collectives[0].sent == [tokens, more + 2 * 2, more, 4]
+
+
 def test_profile_is_of_rank_0() -> None:
     with engine_of(2) as (engine, made):
         executor = made.executor

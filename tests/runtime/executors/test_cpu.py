@@ -166,12 +166,27 @@ def test_cache_is_sized_and_addressed_by_its_blocks(built: Path) -> None:
     assert not cache[: 3 * part].any() and not cache[4 * part :].any()
 
 
+def test_blocks_are_copied_in_order_before_the_kernels_run(built: Path) -> None:
+    executor = load(built)
+    cache = executor._kv.view(np.float32).reshape(executor.num_blocks, -1)
+    cache[:] = np.arange(executor.num_blocks)[:, None]
+    executor.batch.copies = [(4, 5), (5, 6), (0, 4), (3, 0)]
+    step(executor, [1, 2, 3], [0])
+    assert cache[:, -1].tolist() == [3, 1, 2, 3, 0, 4, 4]
+    assert cache[0, 3 * 256 : 3 * 256 + 4].tolist() == [1, 2, 3, 3], "the kernel writes after the copies"
+    executor.batch.copies = []
+    step(executor, [1], [0])
+    assert cache[:, -1].tolist() == [3, 1, 2, 3, 0, 4, 4]
+
+
 def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most = PROGRAM.max_sequences * PROGRAM.max_blocks
     assert load(built, kv_memory=None).num_blocks == most
     size = (built / WEIGHTS_NAME).stat().st_size
     monkeypatch.setattr(host, "memory_bytes", lambda: size + 10 * PROGRAM.kv.block_bytes)
     assert load(built, kv_memory=None).num_blocks == 5
+    assert load(built, kv_memory=KvMemory(share=0.8)).num_blocks == 8, "a share may be more than sequences need at most"
+    assert load(built, kv_memory=KvMemory(size=3 * PROGRAM.kv.block_bytes)).num_blocks == 3
     with pytest.raises(EngineError, match=r"kv_tokens: found 1000000 tokens, .* GiB, expected .* for 16 tokens, up to"):
         load(built, kv_memory=KvMemory(10**6))
 

@@ -164,6 +164,17 @@ def test_copies_are_timed_at_several_distances(monkeypatch: pytest.MonkeyPatch) 
     assert all(arguments[1:3] == (memory, 4096) for arguments in driver.named("cuMemcpyDtoDAsync"))
 
 
+def test_blocks_are_copied_on_the_stream_and_no_kernel_overlaps_with_that() -> None:
+    driver = Driver()
+    device = CudaDevice(driver, 0)
+    function, ahead = device.load("kernel", b"code", LAUNCH), replace(LAUNCH, overlap=True)
+    device.launch(function, ahead, 1, [10])
+    device.copy(5000, 9000, 256)
+    device.launch(function, ahead, 1, [10])
+    assert driver.named("cuMemcpyDtoDAsync") == [(5000, 9000, 256, None)]
+    assert [getattr(config, "numAttrs", 0) for config, *_ in driver.named("cuLaunchKernelEx")] == [0, 0]
+
+
 def test_weights_pass_through_pinned_memory_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_device, "_STAGING", 100)
     driver = Driver()

@@ -14,6 +14,7 @@ from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable, blocks_for
 from belle_compile.runtime.serving.prefix_cache import Prefix, PrefixCache
 from belle_compile.runtime.serving.request import EngineIdentity
+from tests.runtime.fakes import VOCABULARY, FakeExecutor, hash_rule
 
 ENGINE = EngineIdentity("digest", "1.0", "kernels-avx2", 1)
 LONGEST = 6 * BLOCK_SIZE
@@ -131,6 +132,23 @@ def test_the_last_token_is_always_computed_and_no_full_block_written_to_again() 
     assert again.table.blocks == [0, 1] and list(again.row[:2]) == [0, 1], "the published block replaces its copy"
     cache.release(again)
     assert cache.pool.cached == 2
+
+
+def test_logits_over_reused_blocks_are_those_of_all_tokens() -> None:
+    executor, cache = FakeExecutor(num_blocks=8, max_tokens=64), Cache(8)
+    batch, prompt = executor.batch, [token % VOCABULARY for token in ids(40)]
+    batch.copies = cache.prefixes.copies
+    for slot, tokens in enumerate((prompt, prompt, [*prompt[:36], 5, 6, 7])):
+        run = Run(cache, tokens)
+        run.table = BlockTable(cache.pool, batch.block_table[slot])
+        assert cache.admit(run) and run.computed == (0, 39, 36)[slot] and run.table.grow(run.known)
+        count = run.known - run.computed
+        batch.token_ids[:count], batch.positions[:count] = tokens[run.computed :], range(run.computed, run.known)
+        batch.sequences[:count], batch.logit_rows[0], batch.tokens, batch.rows = slot, count - 1, count, 1
+        np.testing.assert_array_equal(executor.step(batch)[0], hash_rule(tokens))
+        cache.prefixes.copies.clear()
+        cache.prefixes.publish(run.chain, run.known)
+    assert cache.pool.used == 2 + 3
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(0, 0), (5, 5), (16, 16), (17, 17), (39, 39)])
@@ -337,14 +355,16 @@ class CacheMachine(RuleBasedStateMachine):
             for _ in range(min(count, LONGEST - run.known)):
                 run.tokens[run.known] = token
                 run.known += 1
-                self.computed(run, 1, ())
+                if not self.computed(run, 1, ()):
+                    break
 
-    def computed(self, run: Run, count: int, guesses: tuple[int, ...]) -> None:
+    def computed(self, run: Run, count: int, guesses: tuple[int, ...]) -> bool:
         guesses = guesses[: LONGEST - run.computed - count]
-        if self.cache.step(run, count, guesses):
+        if done := self.cache.step(run, count, guesses):
             self.note(run)
         else:
             self.preempt_run(run)
+        return done
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
