@@ -58,7 +58,7 @@ class Observer:
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status, exchange.first_byte_s = message["status"], exchange.seconds
+                exchange.status, exchange.first_byte_s = int(message["status"]), exchange.seconds
                 MutableHeaders(scope=message)[REQUEST_ID] = exchange.context.request_id
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -114,7 +114,7 @@ class Guard:
         entered: ApiKey | None = None
         try:
             key = self._identify(scope)
-            if scope["method"] == "POST":  # what the others cost does not matter
+            if scope["method"] == "POST":  # the others cost next to nothing
                 if not scope["state"].get(ACCEPTED):
                     self._service.admit()
                 entered = self._enter(key)
