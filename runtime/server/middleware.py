@@ -58,7 +58,7 @@ class Observer:
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status, exchange.first_byte_s = message["status"], exchange.seconds
+                exchange.status, exchange.first_byte_s = int(message["status"]), exchange.seconds
                 MutableHeaders(scope=message)[REQUEST_ID] = exchange.context.request_id
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -75,16 +75,16 @@ class Observer:
             current.reset(token)
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application. What it does not handle becomes status 500, or ends the connection amid a response."""
+        """Run the application. What it does not handle becomes status 500. Amid a response, uvicorn then closes the connection,
+        since the response is not complete."""
         try:
             await self._app(scope, receive, send)
         except Exception as error:
             exchange.context.details["error"] = type(error).__name__
             _LOG.exception("a request failed")
-            if exchange.first_byte_s is not None:
-                raise _ResponseCut from None
-            failure = ApiError(500, "The server failed to handle the request.", type=SERVER, code="internal_error")
-            await failure.response()(scope, receive, send)
+            if exchange.first_byte_s is None:
+                failure = ApiError(500, "The server failed to handle the request.", type=SERVER, code="internal_error")
+                await failure.response()(scope, receive, send)
 
     def _end(self, exchange: Exchange) -> None:
         options = self._service.options
@@ -94,10 +94,6 @@ class Observer:
             level = logging.DEBUG if quiet else logging.ERROR if exchange.status >= 500 else logging.INFO
             if _LOG.isEnabledFor(level):
                 log(_LOG, level, "request", **exchange.fields(prompts=options.log_prompts))
-
-
-class _ResponseCut(Exception):
-    """Lets uvicorn close the connection of a response that broke off; the reason is in the log already."""
 
 
 class Guard:
@@ -114,7 +110,7 @@ class Guard:
         entered: ApiKey | None = None
         try:
             key = self._identify(scope)
-            if scope["method"] == "POST":  # what the others cost does not matter
+            if scope["method"] == "POST":  # the others cost next to nothing
                 if not scope["state"].get(ACCEPTED):
                     self._service.admit()
                 entered = self._enter(key)

@@ -15,8 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from belle_compile.runtime.server.context import context_of
 from belle_compile.runtime.server.middleware import Observer
+from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.service import Service
-from tests.runtime.server.live import make_app, make_service, write
+from tests.runtime.server.live import live, make_app, make_service, write
+from tests.runtime.server.serving import post, serving
 
 KEYS = """
 [[keys]]
@@ -100,6 +102,19 @@ def test_prompts_are_logged_if_asked_for(serve: Any, caplog: pytest.LogCaptureFi
     assert lines(caplog)[0]["prompt"] == "my diary"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_answer_used_is_logged(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    body = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True, "seed": 1, "stream": stream}
+    with serving(options=ServerOptions(log_prompts=True)) as service:
+        assert post(service, "/v1/completions", body).status_code == 200
+        assert 'handler="/v1/completions",method="POST",status="200"' in service.metrics.exposition().decode()
+    (line,) = lines(caplog)
+    assert line["route"] == "/v1/completions" and line["model"] == "tiny" and line["result_cache"] == "miss"
+    assert line["completion_tokens"] == 3 and line["tokens"] == line["prompt_tokens"] + 3
+    assert line["finish_reasons"] == ["length"] and line["prompts"] == ["hello"] and len(line["answers"]) == 1
+
+
 def test_probes_are_logged_only_when_they_fail(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     service = serve()
@@ -125,11 +140,11 @@ def test_a_bug_is_an_error_object_and_a_log_with_the_reason(serve: Any, caplog: 
     assert 'handler="/v1/fail",method="POST",status="500"' in service.metrics.exposition().decode()
 
 
-def test_a_bug_amid_a_response_cuts_it(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_amid_a_response_cuts_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with pytest.raises(Exception):  # noqa: B017  (uvicorn closes the connection of whatever is raised)
-        ask(serve(), "POST", "/v1/cut")
-    assert lines(caplog)[0]["complete"] is False and caplog.text.count("a bug amid a stream") >= 1
+    with live() as running, running.client() as client, pytest.raises(httpx.RemoteProtocolError):
+        client.post("/v1/cut")
+    assert lines(caplog)[-1]["complete"] is False and caplog.text.count("RuntimeError: a bug amid a stream") == 1
 
 
 def test_a_key_is_needed_where_there_are_keys(serve: Any, tmp_path: Path) -> None:
