@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from belle_compile.compiler.driver import BuildRequest, build
     from belle_compile.runtime.engine import Engine, Result
     from belle_compile.runtime.errors import BelleError, EngineError
+    from belle_compile.runtime.serving.grammar.source import Grammar
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
     from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling
@@ -25,6 +26,7 @@ __all__ = [
     "DeadlineExceeded",
     "Engine",
     "EngineError",
+    "Grammar",
     "QueueFull",
     "Result",
     "ResultCacheOptions",
@@ -41,6 +43,7 @@ _MODULE_OF = {
     "DeadlineExceeded": "belle_compile.runtime.serving.scheduling",
     "Engine": "belle_compile.runtime.engine",
     "EngineError": "belle_compile.runtime.errors",
+    "Grammar": "belle_compile.runtime.serving.grammar.source",
     "QueueFull": "belle_compile.runtime.serving.scheduling",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",

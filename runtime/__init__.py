@@ -8,6 +8,7 @@ from belle_compile.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
+    from belle_compile.runtime.serving.grammar.source import Grammar
     from belle_compile.runtime.serving.request import SamplingParams
     from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
     from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling
@@ -17,6 +18,7 @@ __all__ = [
     "DeadlineExceeded",
     "Engine",
     "EngineError",
+    "Grammar",
     "QueueFull",
     "Result",
     "ResultCacheOptions",
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
     "DeadlineExceeded": "belle_compile.runtime.serving.scheduling",
     "Engine": "belle_compile.runtime.engine",
+    "Grammar": "belle_compile.runtime.serving.grammar.source",
     "QueueFull": "belle_compile.runtime.serving.scheduling",
     "Result": "belle_compile.runtime.engine",
     "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",

@@ -19,6 +19,7 @@ from belle_compile.runtime.distributed.command import run_command
 from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
 from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.profiling import ProfileHandle
+from belle_compile.runtime.serving.grammar.source import Grammar
 from belle_compile.runtime.serving.request import SamplingParams
 
 EXAMPLES = """
@@ -70,6 +71,9 @@ class _Command(click.Command):
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--prompt-lookup", type=int, default=0, metavar="N", help="Guess up to N tokens a step from earlier text.")
+@click.option("--json-schema", metavar="FILE|TEXT", help="Answer with JSON that this schema describes.")
+@click.option("--regex", metavar="PATTERN", help="Answer with a text that matches this regular expression as a whole.")
+@click.option("--grammar", "lark", type=click.Path(path_type=Path), metavar="FILE", help="Answer by this Lark grammar.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: log probabilities, and N alternatives a token.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
@@ -105,7 +109,10 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
 
 def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    params = SamplingParams(**{name: value for name, value in options.items() if name in fields})
+    params = SamplingParams(
+        **{name: value for name, value in options.items() if name in fields},
+        grammar=_grammar(options["json_schema"], options["regex"], options["lark"]),
+    )
     load = {name: options[name] for name in ("threads", "isa", "kv_tokens", "kv_cache_memory")}
     with Engine.load(directory, verify="full" if options["verify"] else "header", **load) as engine:
         if options["self_test"]:
@@ -126,6 +133,33 @@ def _self_test(engine: Engine) -> None:
         remedy = "rebuild the engine with belle-compile build, or send it requests of your own"
         raise EngineError("self-test", "nothing was tested", found=result.reason, expected="golden answers", remedy=remedy)
     click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
+
+
+def _self_test(engine: Engine) -> None:
+    """Print what was tested; raises `EngineError` if the engine fails, or has no golden answers: that is no success."""
+    result = engine.self_test()
+    if not result.prompts:
+        remedy = "rebuild the engine with belle-compile build, or send it requests of your own"
+        raise EngineError("self-test", "nothing was tested", found=result.reason, expected="golden answers", remedy=remedy)
+    click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
+
+
+def _grammar(schema: str | None, regex: str | None, lark: Path | None) -> Grammar | None:
+    """Return what the answers must match: at most one of a JSON schema, in a file or as text, a pattern and a file."""
+    if sum(option is not None for option in (schema, regex, lark)) > 1:
+        raise click.UsageError("only one of --json-schema, --regex and --grammar can be given")
+    if schema is not None:
+        return Grammar("json_schema", schema if schema.lstrip().startswith("{") else _read(Path(schema)))
+    if regex is not None:
+        return Grammar("regex", regex)
+    return Grammar("lark", _read(lark)) if lark else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise EngineError("sampling", f"{path} cannot be read", found=str(error)) from error
 
 
 def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:

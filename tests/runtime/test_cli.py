@@ -54,6 +54,26 @@ def test_version() -> None:
 
 
 @pytest.mark.usefixtures("loads")
+def test_answers_by_a_grammar(tmp_path: Path) -> None:
+    schema, lark = tmp_path / "schema.json", tmp_path / "answer.lark"
+    schema.write_text('{"enum": ["你好", 5]}', encoding="utf-8")
+    lark.write_text('start: "你好" (",你好" | "!")', encoding="utf-8")
+    for options, text in (
+        (["--json-schema", str(schema)], '"你好"'),
+        (["--json-schema", '{"const": ["你好"]}'], '["你好"]'),
+        (["--regex", "你好,世(间|纪)"], "你好,世"),
+        (["--grammar", str(lark)], "你好,你好"),
+    ):
+        result = run("hello", "--temperature", "0", *options)
+        assert result.exit_code == 0 and result.stdout.startswith(text), result.output
+    assert "only one of --json-schema, --regex and --grammar" in run("x", "--regex", "a", "--json-schema", "{}").stderr
+    missing = run("x", "--grammar", str(tmp_path / "none"))
+    assert missing.exit_code == 1 and f"{tmp_path / 'none'} cannot be read: found" in missing.stderr
+    refused = run("x", "--regex", "(a")
+    assert refused.exit_code == 1 and "cannot be used (unclosed group)" in refused.stderr
+
+
+@pytest.mark.usefixtures("loads")
 def test_accepted_drafts_are_on_stderr() -> None:
     result = run(ANSWER, "--temperature", "0", "--prompt-lookup", "3")  # an answer that quotes its prompt
     assert result.stdout == ANSWER + "\n"

