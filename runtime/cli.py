@@ -135,15 +135,6 @@ def _self_test(engine: Engine) -> None:
     click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
 
 
-def _self_test(engine: Engine) -> None:
-    """Print what was tested; raises `EngineError` if the engine fails, or has no golden answers: that is no success."""
-    result = engine.self_test()
-    if not result.prompts:
-        remedy = "rebuild the engine with belle-compile build, or send it requests of your own"
-        raise EngineError("self-test", "nothing was tested", found=result.reason, expected="golden answers", remedy=remedy)
-    click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
-
-
 def _grammar(schema: str | None, regex: str | None, lark: Path | None) -> Grammar | None:
     """Return what the answers must match: at most one of a JSON schema, in a file or as text, a pattern and a file."""
     if sum(option is not None for option in (schema, regex, lark)) > 1:
