@@ -8,7 +8,8 @@ from pathlib import Path
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.memory import WeightsFile
 from belle_compile.runtime.profiling import kv_bytes_per_token
-from belle_compile.runtime.program import Program, Weight, read_program
+from belle_compile.runtime.program import Program, Weight
+from belle_compile.runtime.program_json import read_program
 from benchmarks import checkpoints, fetch_smollm2
 
 SMOLLM2 = "smollm2-135m"

@@ -57,8 +57,9 @@ def compare(shape: str, preset: str, rounds: int, threads: int, reuse: bool) -> 
     """One shape, from its checkpoint to the summary."""
     kv_tokens = max(task.kv_tokens for task in TASKS)
     paths = {name: prepare(shape, preset=name, reuse=reuse) for name in (BASE, preset)}
-    with Engine.load(paths[BASE], threads=threads, kv_tokens=kv_tokens) as base:
-        with Engine.load(paths[preset], threads=threads, kv_tokens=kv_tokens) as other:
+    options: dict[str, Any] = {"threads": threads, "kv_tokens": kv_tokens, "prefix_cache": False}
+    with Engine.load(paths[BASE], **options) as base:
+        with Engine.load(paths[preset], **options) as other:
             samples = measure({BASE: base, preset: other}, rounds)
     return {
         "shape": shape,

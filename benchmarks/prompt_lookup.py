@@ -112,7 +112,7 @@ def main() -> None:
     )  # fmt: skip
     classes = arguments.classes or list(CLASSES)
     requests = read_requests(arguments.data, classes, arguments.requests)
-    with Engine.load(arguments.engine, threads=arguments.threads) as engine:
+    with Engine.load(arguments.engine, threads=arguments.threads, prefix_cache=False) as engine:
         isa = getattr(engine.executor, "isa", None)
         samples = measure(engine, requests, params, arguments.rounds)
     groups = {name: summarize([sample for sample in samples if sample["class"] == name]) for name in classes}

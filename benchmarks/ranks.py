@@ -72,7 +72,7 @@ def made(shape: str, ranks: int, preset: str, reuse: bool = False) -> Path:
 
 def load(engine: Path, ranks: int) -> Engine | RankedEngine:
     """It, ready to answer."""
-    return Engine.load(engine) if ranks == 1 else RankedEngine(engine, ranks)
+    return Engine.load(engine, prefix_cache=False) if ranks == 1 else RankedEngine(engine, ranks)
 
 
 def descendants(process: int) -> list[int]:

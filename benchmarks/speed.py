@@ -33,7 +33,7 @@ import numpy as np
 from belle_compile.runtime import Engine, host
 from belle_compile.runtime.executors import ProfilableExecutor, StepBatch
 from belle_compile.runtime.profiling import Phase
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from benchmarks import machine
 from benchmarks.bandwidth import ReadBandwidth
 from benchmarks.engines import DEFAULT_SHAPES, SHAPES, Cost, cost, prepare
@@ -122,7 +122,8 @@ def measure(engine: Path, isas: tuple[str, ...], threads: int, tasks: tuple[Task
     samples: Samples = {task.name: {isa: [] for isa in isas} for task in tasks}
     with contextlib.ExitStack() as stack:
         kv_tokens = max(task.kv_tokens for task in tasks)
-        loaded = {isa: stack.enter_context(Engine.load(engine, isa=isa, threads=threads, kv_tokens=kv_tokens)) for isa in isas}
+        options: dict[str, Any] = {"threads": threads, "kv_tokens": kv_tokens, "prefix_cache": False}
+        loaded = {isa: stack.enter_context(Engine.load(engine, isa=isa, **options)) for isa in isas}
         # After the engines: loading one asks for the permission that AMX needs.
         limits = Limits(ReadBandwidth(threads, mebibytes=1024), {isa: Int8Rate(isa, threads) for isa in isas})
         random = np.random.default_rng(0)

@@ -31,9 +31,10 @@ class AtomicDirectory:
     away from the same output. A build that holds the lock removes every `.NAME.building-*`, which only a killed build can have
     left.
 
-    An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`.
-    `needed` is an estimate in bytes, checked against the free space before anything is written. Errors call the directory by
-    its `kind`, and name `marker` as the file by which an existing one is recognized.
+    An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`. A
+    link to a directory stands for that directory. `needed` is an estimate in bytes, checked against the free space before
+    anything is written. Errors call the directory by its `kind`, and name `marker` as the file by which an existing one is
+    recognized.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class AtomicDirectory:
         kind: str = "engine",
         marker: str = "manifest.json",
     ) -> None:
-        self.out = Path(os.path.abspath(out))  # not resolve(): an output that is a symbolic link is refused below
+        self.out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
         self.path = self.out.parent / f".{self.out.name}.building-{os.getpid()}"
         self._aside = self.out.parent / f".{self.out.name}.replaced"
         self._lock_path = self.out.parent / f".{self.out.name}.lock"
@@ -55,6 +56,7 @@ class AtomicDirectory:
         self._lock: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stopped_by: int | None = None
+        self._closing = False
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> AtomicDirectory:
@@ -77,7 +79,7 @@ class AtomicDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
-        if isinstance(error, Exception):
+        if error is None or isinstance(error, Exception):
             self._raise_if_stopped(error)
 
     def check_space(self, needed: int) -> None:
@@ -108,8 +110,9 @@ class AtomicDirectory:
                 self._exchange()  # self.path is the old engine from here on; _close removes it
             else:
                 os.rename(self.path, self.out)
-            self._made_parents.clear()
-            _sync(self.out.parent)
+            parents, self._made_parents = self._made_parents, []
+            for parent in {self.out.parent, *(made.parent for made in parents)}:
+                _sync(parent)
         except OSError as error:
             raise self.explain(error) from error
 
@@ -120,11 +123,11 @@ class AtomicDirectory:
             article = "an" if self._kind[0] in "aeiou" else "a"
             remedy = f"choose another -o or pass --force to replace {article} {self._kind}"
             raise CompileError("output", f"{self.out} exists already", remedy=remedy)
-        if self.out.is_symlink() or not self._replaceable(self.out):
+        if not self._replaceable(self.out):
             raise CompileError(
                 "output",
                 f"--force replaces {self._kind} directories only and {self.out} is none",
-                expected=f"a directory with {self._marker}",
+                expected=f"a directory with the {self._marker} of one",
                 remedy="choose another -o or move it away yourself",
             )
 
@@ -177,7 +180,12 @@ class AtomicDirectory:
             os.rename(self._aside, self.path)
 
     def _close(self) -> None:
-        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        """Clean up. A signal that comes meanwhile is noted, and raised afterwards.
+
+        Masking signals in this thread would not be enough: they are delivered to threads of libraries then, and Python runs
+        the handler on this one nevertheless.
+        """
+        self._closing = True
         try:
             if self._lock is not None:
                 _remove(self.path)
@@ -195,7 +203,7 @@ class AtomicDirectory:
                 signal.signal(number, handler)
             self._handlers.clear()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+            self._closing = False
 
     def _catch_signals(self) -> None:
         """Turn SIGINT, SIGTERM and SIGHUP into exceptions, which clean up, unless the program has handlers of its own."""
@@ -207,7 +215,8 @@ class AtomicDirectory:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped_by = number
-        self._raise_if_stopped()
+        if not self._closing:
+            self._raise_if_stopped()
 
     def _raise_if_stopped(self, error: Exception | None = None) -> None:
         """Raise the exception of a signal again: native code that it passes through may swallow it or replace it, as TVM

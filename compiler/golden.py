@@ -32,11 +32,11 @@ from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.compiler.ir.precise import precise
 from belle_compile.compiler.ir.signature import dtype_name
 from belle_compile.compiler.ranked_engine import RankedEngine
-from belle_compile.compiler.writer import WEIGHTS_NAME
 from belle_compile.runtime.artifact import Manifest
 from belle_compile.runtime.engine import Engine, Result
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import executor_of
+from belle_compile.runtime.program import WEIGHTS_NAME
 from belle_compile.runtime.selftest import GoldenAnswer, GoldenAnswers, greedy
 from belle_compile.runtime.tokenizer import Tokenizer
 

@@ -114,7 +114,7 @@ def _rank(directory: Path, isa: str | None, here: ranks.Place) -> int:
     """Run one rank and return its exit code: rank 0 answers calls, and loading the engine on another rank serves its steps."""
     line, code = ranks.Line(here), 0
     try:
-        with Engine.load(directory, isa=isa) as engine:
+        with Engine.load(directory, isa=isa, prefix_cache=False) as engine:  # measurements repeat prompts
             _answer(engine)
     except BelleError as error:
         line.say("error", str(error))

@@ -15,7 +15,7 @@ from belle_compile.compiler.backends import Repartitionable
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.lazy import lazy, pieces_of
 from belle_compile.compiler.ir.signature import dtype_name
-from belle_compile.compiler.writer import WEIGHTS_NAME
+from belle_compile.runtime.program import WEIGHTS_NAME
 
 Array = npt.NDArray[Any]
 

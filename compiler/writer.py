@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,20 +13,20 @@ from types import TracebackType
 import numpy as np
 
 from belle_compile.compiler.backends.base import PackedTensor, Payload, tensor_bytes
+from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.ir.lazy import wholes_kept
+from belle_compile.compiler.temporary import TemporaryFiles
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
 from belle_compile.runtime.executors import executor_of
-from belle_compile.runtime.program import ALIGNMENT
+from belle_compile.runtime.program import WEIGHTS_NAME
+from belle_compile.runtime.schema import parse_json
 
-WEIGHTS_NAME = "weights.safetensors"
+TEMPORARY = ".temporary"  # folder of the directory under construction, gone before that is complete
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
 # Bytes that one system call writes, at multiples of this size: the file cache then holds them in contiguous pages, which are
 # mapped as huge pages.
 _CHUNK = 8 << 20
-_SAFETENSORS_NAMES = {
-    "int8": "I8", "uint8": "U8", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "int64": "I64",
-}  # fmt: skip
 
 
 class EngineWriter:
@@ -40,14 +39,23 @@ class EngineWriter:
 
     def __init__(self, out: str | Path, *, force: bool = False, needed: int = 0) -> None:
         self._directory = AtomicDirectory(Path(out), replace=force, replaceable=is_engine, needed=needed)
+        self._temporary = TemporaryFiles(self._directory.path / TEMPORARY)
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> EngineWriter:
         self._directory.__enter__()
+        try:
+            self._temporary.open()
+        except BaseException as error:
+            self._directory.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._directory.__exit__(kind, error, trace)
+        try:
+            self._temporary.close()
+        finally:
+            self._directory.__exit__(kind, error, trace)
 
     def check_space(self, needed: int) -> None:
         """Raise CompileError where the output's file system has fewer than `needed` bytes free."""
@@ -67,7 +75,7 @@ class EngineWriter:
         Every tensor starts at a multiple of 64 bytes of the file, so that kernels can use a mapped file: the header is padded
         with spaces, and the sizes of tensors must be multiples of 64, since the format allows no holes."""
         with _File(self._directory, path) as file:
-            file.write(safetensors_header(tensors)[0])
+            file.write(weights_header(tensors))
 
             expected = iter(tensors)
 
@@ -97,6 +105,7 @@ class EngineWriter:
         (self._directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.write(MANIFEST_NAME, manifest_text(complete).encode())
         executor_of(read_manifest(self._directory.path))  # raises what the runtime would raise for a manifest that it refuses
+        self._temporary.close()
         self._directory.commit()
         return self._directory.out
 
@@ -134,27 +143,16 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: 
 
 
 def is_engine(path: Path) -> bool:
-    """Whether `path` is a directory with a manifest."""
-    return (path / MANIFEST_NAME).is_file()
+    """Whether `path` is a directory with the manifest of an engine, of this or of another format.
 
-
-def safetensors_header(tensors: Sequence[PackedTensor]) -> tuple[bytes, int]:
-    """The header of a safetensors file, padded to a multiple of 64 bytes, and the bytes of data after it."""
-    entries: dict[str, dict[str, object]] = {}
-    offset = 0
-    for tensor in tensors:
-        size = tensor_bytes(tensor)
-        if size % ALIGNMENT or not size or tensor.name in entries:
-            raise AssertionError(f"{tensor.name}: {size} bytes, or its name, cannot go into an aligned file")
-        entries[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, offset
+    Other programs have files of that name too.
+    """
+    try:
+        plain = parse_json((path / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    known = {"format_version": int, "digest": str, "model": dict, "target": dict, "files": dict}
+    return isinstance(plain, dict) and all(type(plain.get(name)) is kind for name, kind in known.items())
 
 
 class _File:

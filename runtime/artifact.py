@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, refuse_from, to_plain
+from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, parse_json, refuse_from, to_plain
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (3,)
@@ -171,7 +172,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         remedy = "give the directory that belle-compile build wrote"
         raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
     try:
-        plain = json.loads(path.read_bytes().decode())
+        plain = parse_json(path.read_bytes())
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValueError as error:
@@ -203,8 +204,20 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise refuse(f"files.{name}.sha256", json.dumps(record.sha256[:70]), "64 hexadecimal digits")
         if record.bytes < 0:
             raise refuse(f"files.{name}.bytes", str(record.bytes), "a size")
+    for name, value, expected, fits in _generation_ranges(manifest.generation):
+        if not fits:
+            raise refuse(f"generation.{name}", str(value), expected)
     if manifest.target.ranks < 1:
         raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
+
+
+def _generation_ranges(generation: GenerationDefaults) -> Iterator[tuple[str, float, str, bool]]:
+    """Yield name, value, range in words, and whether the value is in it."""
+    yield "max_new_tokens", generation.max_new_tokens, "1 or more", generation.max_new_tokens >= 1
+    yield "temperature", generation.temperature, "0 or more", 0 <= generation.temperature < math.inf
+    yield "top_k", generation.top_k, "0 (off) or more", generation.top_k >= 0
+    yield "top_p", generation.top_p, "above 0 and at most 1", 0 < generation.top_p <= 1
+    yield "repetition_penalty", generation.repetition_penalty, "above 0", 0 < generation.repetition_penalty < math.inf
 
 
 def verify_files(

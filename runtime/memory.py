@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
+import math
 import mmap
+import operator
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,10 @@ from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.program import ALIGNMENT
+from belle_compile.runtime.schema import parse_json
 
+# Bytes of an element of each type that safetensors files of engines hold, by the format's names.
+DTYPE_BYTES = {"I8": 1, "U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
 _HUGE_PAGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Linux's value; the module mmap has the name only since Python 3.12
 _REMEDY = "copy the engine again or rebuild it"
@@ -40,8 +45,20 @@ def _request_huge_pages(mapped: mmap.mmap) -> None:
             mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
+def _tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor of a safetensors file; raises KeyError for another dtype than those of an engine's weights, ValueError
+    for a negative size."""
+    sizes = [operator.index(size) for size in shape]
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"shape {sizes}")
+    return DTYPE_BYTES[dtype] * math.prod(sizes)
+
+
 class WeightsFile:
-    """The tensors of a safetensors file, mapped and never read here. Addresses are valid while this object lives."""
+    """The tensors of a safetensors file, mapped and never read here. Addresses are valid while this object lives.
+
+    `header_digest` is the SHA-256 in hex of the header with its length.
+    """
 
     def __init__(self, path: Path) -> None:
         """Map the file and check its header; raises `EngineError` when it is damaged or a tensor is not aligned."""
@@ -77,8 +94,11 @@ class WeightsFile:
         """The address of a tensor in memory."""
         return int(self._bytes.ctypes.data) + self._offsets[name]
 
-    def require(self, names: Iterable[str]) -> None:
-        """Raise `EngineError` when one of these tensors is missing."""
+    def require(self, names: Iterable[str], header: str) -> None:
+        """Raise `EngineError` when the header's SHA-256 is not `header`, or one of these tensors is missing."""
+        if self.header_digest != header:
+            found, expected = f"SHA-256 {self.header_digest[:12]}…", f"{header[:12]}…"
+            raise EngineError("engine", f"header of {self.path}", found=found, expected=expected, remedy=_REMEDY)
         missing = sorted(set(names) - set(self._offsets))
         if missing:
             found = f"{len(missing)} missing, the first of them {missing[0]}"
@@ -92,17 +112,25 @@ class WeightsFile:
         start = 8 + length
         if start > size:
             raise self._damaged(f"a header of {length} bytes in a file of {size}")
+        self.header_digest = hashlib.sha256(self._mapped[:start]).hexdigest()
         try:
-            header = json.loads(self._mapped[8:start])
-            spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-            for name, (first, last) in spans.items():
-                if not 0 <= first <= last <= size - start:
-                    raise self._damaged(f"tensor {name} at bytes {first} to {last} of {size - start}")
-                if (start + first) % ALIGNMENT:
-                    raise self._damaged(f"tensor {name} at byte {start + first}, not a multiple of {ALIGNMENT}")
-                self._offsets[name], self.sizes[name] = start + first, last - first
+            header = parse_json(self._mapped[8:start])
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            places = {name: tuple(map(operator.index, entry["data_offsets"])) for name, entry in tensors.items()}
+            sizes = {name: _tensor_bytes(entry["dtype"], entry["shape"]) for name, entry in tensors.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damaged(f"a header that does not parse: {error}") from None
+        end = 0
+        for name, place in sorted(places.items(), key=lambda item: item[1]):
+            if place != (end, end + sizes[name]):
+                found = f"tensor {name} of {sizes[name]} bytes at bytes {' to '.join(map(str, place))}"
+                raise self._damaged(f"{found}, where byte {end} comes next")
+            if (start + end) % ALIGNMENT:
+                raise self._damaged(f"tensor {name} at byte {start + end}, not a multiple of {ALIGNMENT}")
+            self._offsets[name], self.sizes[name] = start + end, sizes[name]
+            end += sizes[name]
+        if start + end != size:
+            raise self._damaged(f"{size} bytes, of which the header explains {start + end}")
 
     def _damaged(self, found: str) -> EngineError:
         return EngineError("engine", f"weights {self.path}", found=found, expected="aligned safetensors", remedy=_REMEDY)

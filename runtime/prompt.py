@@ -11,10 +11,10 @@ import jinja2
 import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from belle_compile.runtime.artifact import PromptTemplate
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt_limits import LimitedEnvironment, limited
 
 Message = Mapping[str, str]
 
@@ -26,7 +26,8 @@ class ChatTemplate:
         """Raises `EngineError` for a template that is not Jinja."""
         self._template = template
         try:
-            self._compiled = chat_environment().from_string(template.jinja)
+            with limited():
+                self._compiled = chat_environment().from_string(template.jinja)
         except Exception as error:  # Python's compiler refuses some of what Jinja lets through
             raise EngineError("prompt", f"template {template.name} does not parse", found=_words(error)) from error
 
@@ -41,29 +42,31 @@ class ChatTemplate:
                 expected = '{"role": …, "content": …}'
                 raise EngineError("prompt", "a chat message does not fit", found=repr(message)[:80], expected=expected)
         try:
-            return self._compiled.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._template.bos_token,
-                eos_token=self._template.eos_token,
-            )
+            with limited():
+                return self._compiled.render(
+                    messages=[dict(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self._template.bos_token,
+                    eos_token=self._template.eos_token,
+                )
         except Exception as error:  # a template can fail in any way that Python can
             name = self._template.name
             raise EngineError("prompt", f"template {name} refused the messages", found=_words(error)) from error
 
 
-def chat_environment() -> ImmutableSandboxedEnvironment:
+def chat_environment() -> LimitedEnvironment:
     """Return the environment that chat templates are written for; Transformers' is in utils/chat_template_utils.py.
 
     It has `raise_exception`, `strftime_now`, the filter `tojson`, loop controls and the block `generation`. Being sandboxed, it
-    lets no template reach files or the internals of Python objects.
+    lets no template reach files or the internals of Python objects. Time, output and memory are limited, see
+    prompt_limits.py.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
     return environment
 

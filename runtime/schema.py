@@ -31,6 +31,19 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Decode JSON in UTF-8; raises ValueError for text that is none, for numbers that are not finite, and for what is nested
+    too deeply to be decoded."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("lists or objects nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
 def refuse_from(stage: str, remedy: str) -> Refuse:
     """The `Refuse` whose errors start with `stage` and end with `remedy`."""
 

@@ -37,13 +37,20 @@ class Tokenizer:
         """Read tokenizer.json; raises `EngineError` when it is not one."""
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)), special)
-        except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception for whatever it cannot parse, or panics
             remedy = "rebuild the engine with belle-compile build"
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no `Exception`
+            raise _failure(error, "a text") from error
         bos = self.special.bos
         if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
@@ -51,7 +58,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of `ids`, with the names of special tokens only if `special`."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+        try:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise _failure(error, "tokens") from error
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for, which need not be whole characters; the name of a special token, and
@@ -79,6 +91,12 @@ class Tokenizer:
         """Whether the vocabulary writes each byte as a character, as BLOOM's does; else it is written as SentencePiece does."""
         state = json.loads(self._tokenizer.decoder.__getstate__())
         return any(decoder["type"] == "ByteLevel" for decoder in state.get("decoders", [state]))
+
+
+def _failure(error: BaseException, what: str) -> EngineError:
+    """The error of a call that the library fails, as it does for settings of a tokenizer.json that it does not check."""
+    remedy = "rebuild the engine from a checkpoint whose tokenizer works"
+    return EngineError("tokenizer", f"{what} cannot be converted", found=str(error), remedy=remedy)
 
 
 class Detokenizer:

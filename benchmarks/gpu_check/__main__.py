@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.program import CUBIN, Program, read_program
+from belle_compile.runtime.program import CUBIN, Program
+from belle_compile.runtime.program_json import read_program
 from benchmarks.gpu_check.checks import DEVICE, EXPECTED, GREEDY, LARGE, PROMPT
 from benchmarks.gpu_check.findings import read, write
 

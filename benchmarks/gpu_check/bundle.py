@@ -21,13 +21,13 @@ from transformers.utils import logging as hf_logging
 
 from belle_compile.compiler import targets
 from belle_compile.compiler.backends import CompileOptions
+from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
 from belle_compile.compiler.ir.evaluate import evaluate
 from belle_compile.compiler.plan.outline import outline
-from belle_compile.compiler.writer import safetensors_header
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import PRESETS
 from benchmarks import checkpoints
@@ -157,7 +157,7 @@ def _large(out: Path, target: str) -> None:
     (payload,) = backend.compile([graph], parsed, CompileOptions(unfused_calls=backend.kernel_calls(unfused)))
     for name, content in payload.files.items():
         (out / name).write_bytes(content)
-    (out / "weights.header").write_bytes(safetensors_header(payload.tensors)[0])
+    (out / "weights.header").write_bytes(weights_header(payload.tensors))
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from belle_compile.runtime.executors.choices import ANY, Choices, key
 from belle_compile.runtime.executors.cuda import CudaExecutor
 from belle_compile.runtime.executors.cuda_device import open_device
 from belle_compile.runtime.executors.kv_memory import KvMemory
-from belle_compile.runtime.program import Program, read_program
+from belle_compile.runtime.program import Program
+from belle_compile.runtime.program_json import read_program
 from benchmarks.gpu_check.driving import Plan, Sequences, TimedExecutor, follow, greedy
 from benchmarks.gpu_check.findings import Findings
 

@@ -18,7 +18,7 @@ class Belle:
         if settings:
             raise ValueError(f"unknown option {option!r}; expected isa=NAME")
         self.params = SamplingParams
-        self.engine = Engine.load(engine_path, threads=int(os.environ["PEERS_THREADS"]), isa=isa)
+        self.engine = Engine.load(engine_path, threads=int(os.environ["PEERS_THREADS"]), isa=isa, prefix_cache=False)
 
     def gen(
         self, batch: list[list[int]], n_new: int, ignore_eos: bool, tick: Callable[[float], object] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from belle_compile.compiler.requests.reader import Fields, RequestFile
 from belle_compile.compiler.requests.request import STAGE, Request
 from belle_compile.compiler.requests.selection import Selection, SelectOptions, select
 from belle_compile.compiler.requests.units import Units, open_units
-from belle_compile.runtime.schema import canonical_json, to_plain
+from belle_compile.runtime.schema import canonical_json, parse_json, to_plain
 
 FORMAT_VERSION = 1
 SET_NAME = "set.json"
@@ -99,8 +98,12 @@ def open_set(
 
 
 def is_set(path: Path) -> bool:
-    """Whether `path` is a directory that `write_set` made."""
-    return (path / SET_NAME).is_file()
+    """Whether `path` is a directory that `write_set` made, in this or another format."""
+    try:
+        plain = parse_json((path / SET_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(plain, dict) and type(plain.get("format_version")) is int and type(plain.get("digest")) is str
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         remedy = "give a directory that belle-compile calibrate-set wrote, or a file of requests"
         raise CompileError(STAGE, f"{directory} is not a calibration set", found=f"no {SET_NAME}", remedy=remedy)
     try:
-        description = json.loads(path.read_bytes())
+        description = parse_json(path.read_bytes())
         version = description["format_version"]
         named = [description["files"][name]["sha256"] for name in (CALIBRATION, HOLDOUT)]
         fits = all(isinstance(name, str) for name in (*named, description["digest"]))

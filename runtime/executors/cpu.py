@@ -34,8 +34,8 @@ from belle_compile.runtime.program import (
     Program,
     Scratch,
     Weight,
-    read_program,
 )
+from belle_compile.runtime.program_json import check_seal, read_program
 
 _PREFETCH_BYTES = 64 * 1024  # a call that reads fewer bytes of weights is not prefetched
 
@@ -70,15 +70,16 @@ class CpuExecutor:
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
+        path = kernels_path(directory, self.isa)
+        check_seal(directory, path)
         self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
         self.span, self.sums = (program.logits.first, program.logits.count), program.sums
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
-        self._weights.require(program.weight_names())
+        self._weights.require(program.weight_names(), program.weights_header)
         self._collectives = collectives
         _check_rank(program, directory, collectives)
         ranks_here = collectives.ranks_here if collectives else 1
         self.num_blocks = kv_blocks(program, kv_memory or KvMemory(), self._weights.total_bytes, ranks_here)
-        path = kernels_path(directory, self.isa)
         self.kernels = path.stem  # a tuned library may add in another order than the general one
         library = KernelLibrary(path)
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
@@ -189,7 +190,7 @@ class CpuExecutor:
 
     def _pointer(self, arg: Arg) -> int:
         match arg:
-            case Arena(offset):
+            case Arena(offset, _, _):
                 return int(self._arena.ctypes.data) + offset
             case Weight(name):
                 return self._weights.address(name)
@@ -197,7 +198,7 @@ class CpuExecutor:
                 return int(self._inputs[name].ctypes.data)
             case KV():
                 return int(self._kv.ctypes.data) + self.program.kv.part_offset(arg)
-            case Scratch(offset):
+            case Scratch(offset, _):
                 return int(self._scratch.ctypes.data) + offset
 
 

@@ -35,8 +35,8 @@ from belle_compile.runtime.program import (
     Scratch,
     Weight,
     When,
-    read_program,
 )
+from belle_compile.runtime.program_json import check_seal, read_program
 from belle_compile.runtime.serving.candidates import Row
 
 if TYPE_CHECKING:
@@ -90,11 +90,13 @@ class CudaExecutor:
     def _prepare(self, directory: Path, carried: tuple[str, ...], kv_memory: KvMemory) -> None:
         program = self.program
         self.isa = choose_arch(carried, self._device)
+        archive = directory / f"kernels-{self.isa}.zip"
+        check_seal(directory, archive)
         self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
         self.span, self.sums = (program.logits.first, program.logits.count), program.sums
         self._bandwidth = self._device.copy_bandwidth()  # now, while there is room for the copies
         weights = WeightsFile(directory / WEIGHTS_NAME)
-        weights.require(program.weight_names())
+        weights.require(program.weight_names(), program.weights_header)
         self.num_blocks = _kv_blocks(program, kv_memory, weights.total_bytes, self._device)
 
         self._weights = self._device.allocate(weights.total_bytes, "weights")
@@ -113,7 +115,7 @@ class CudaExecutor:
         self._candidates = CandidateLogits(program, self._device, self._arena)
 
         self._choices = Choices(directory, self._device)
-        self._functions = self._load(directory / f"kernels-{self.isa}.zip")
+        self._functions = self._load(archive)
         self._steps: OrderedDict[StepKey, Recorded] = OrderedDict()
         self._recorder: Recorder | None = None
         self._device.synchronize()
@@ -247,13 +249,13 @@ class CudaExecutor:
 
     def _pointer(self, arg: Arg) -> int:
         match arg:
-            case Arena(offset):
+            case Arena(offset, _, _):
                 return self._arena + offset
             case Weight(name):
                 return self._places[name]
             case Input(name):
                 return self._inputs.address(name)
-            case Scratch(offset):
+            case Scratch(offset, _):
                 return self._scratch + offset
             case KV():
                 return self._kv + self.program.kv.part_offset(arg)

@@ -10,7 +10,7 @@ from belle_compile.runtime.artifact import STAGE, TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, check_machine
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from belle_compile.runtime.schema import to_plain
 
 

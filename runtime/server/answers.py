@@ -23,6 +23,7 @@ from belle_compile.runtime.serving.result_cache.cache import depends_on_request_
 T = TypeVar("T")
 
 RESULT_CACHE_HEADER = "X-Result-Cache"  # hit, miss or bypass
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx passes pieces on as they come
 
 
 async def answer(service: Service, request: HttpRequest, call: Call[Any], form: Format) -> Response:
@@ -75,8 +76,8 @@ class EventStream(Response):
                 watcher.cancel()
 
     async def _send_all(self, streams: AsyncStreams, send: Send, watcher: asyncio.Future[None]) -> None:
-        started = False
-        while len(self._results) < len(self._call.requests):
+        started = ended = False
+        while not ended:
             chunks: list[bytes] = []
             events = await streams.ready()
             if watcher.done():
@@ -87,17 +88,15 @@ class EventStream(Response):
             if failure and not started and not chunks:
                 raise failure
             if not started:
-                self.init_headers(_headers(self._service, self._call, streams.cached))
+                self.init_headers(_STREAM_HEADERS | _headers(self._service, self._call, streams.cached))
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 started = True
+            ended = failure is not None or len(self._results) == len(self._call.requests)
             if failure:
                 chunks.append(event(failure.body()))
-            elif len(self._results) == len(self._call.requests):
+            elif ended:
                 self._finish(chunks)
-            await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
-            if failure:
-                break
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not ended})
 
     def _write(self, streams: AsyncStreams, events: Sequence[Event], chunks: list[bytes]) -> ApiError | None:
         """Append the chunks of events; returns the error of an answer that failed."""

@@ -22,6 +22,17 @@ INVALID = "invalid_request_error"
 SERVER = "server_error"
 CLIENT_GONE = 499  # for logs only, as in nginx: nobody receives the response
 
+# What values of a wrong type should be, by pydantic's names of the errors.
+_EXPECTED = {
+    "model_type": "expected an object",
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+    "string_type": "expected a string",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+}
+
 _log = logging.getLogger(__name__)
 
 
@@ -113,11 +124,11 @@ def _sentence(details: ErrorDetails, param: str | None) -> tuple[str, str | None
         return f"'{param}' is not supported: {message}.", param, kind
     if kind == "conflict":  # of several fields
         return f"{message}.", param, "invalid_value"
-    message = message.replace("Input should be", "expected", 1)
+    message = _EXPECTED.get(kind) or message.replace("Input should be", "expected", 1)
     message = message[:1].lower() + message[1:]
     if kind == "wrong_type":
         return f"Invalid type for '{param}': {message}.", param, "invalid_type"
-    if kind.endswith("_type"):
+    if kind in _EXPECTED:
         return f"Invalid type for '{param}': {message}, found {kind_of(details['input'])}.", param, "invalid_type"
     return f"Invalid value for '{param}': {message}.", param, "invalid_value"
 

@@ -14,10 +14,15 @@ from belle_compile.runtime.server.errors import ApiError, invalid, kind_of
 _SUSPECT_ESCAPE = re.compile(r"\\u(0000|[dD][89a-fA-F])")
 _SUSPECT_NUMBER = re.compile(r"NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 _MOST_DIGITS = 4300  # Python reads no longer integers
+_MOST_KEYS = 16384  # of an object: each key that does not fit is an error, of which only the first is told
 
 
 class _Repeated(Exception):
     """A key is twice in an object."""
+
+
+class _TooManyKeys(Exception):
+    """An object has more keys than any field takes."""
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -41,6 +46,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise _not_json(f"{error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}") from None
     except _Repeated as error:
         raise invalid(f"'{error}' is given twice.", str(error), "invalid_json") from None
+    except _TooManyKeys as error:
+        raise _not_json(f"it has an object of {error} keys, expected at most {_MOST_KEYS}") from None
     except RecursionError:
         raise nested_too_deeply() from None
     if not isinstance(value, dict):
@@ -67,6 +74,8 @@ def _integer(digits: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MOST_KEYS:
+        raise _TooManyKeys(len(pairs))
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()

@@ -79,6 +79,7 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and how many blocks were available
+        self._stopped = False  # whether a sequence has stopped since those that wait for a prefix were looked at
         self._scheduled: list[Sequence] = []
         self._needing_logits: list[Sequence] = []
         self._reserved = 0  # tokens of this step that the next fixed chunk needs beyond one
@@ -185,7 +186,7 @@ class Scheduler:
         sequence.blocks, sequence.computed, sequence.drafted = None, 0, 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
-        self._blocked = None
+        self._blocked, self._stopped = None, True
 
     def _admit(self) -> None:
         """Admit sequences while the step has room for their tokens, and let those wait that others compute a prefix for: also
@@ -222,17 +223,22 @@ class Scheduler:
         then all of them, for as many steps as there are tokens."""
         if sequence.held_until is None and prefix.pending >= BLOCK_SIZE:
             sequence.held_until = self._steps + prefix.pending
+        sequence.look_again_at = self._steps + max(1, prefix.pending // self.batch.max_tokens)
         return prefix.pending > 0 and self._steps < (sequence.held_until or 0)
 
     def _release_held(self) -> None:
         """Put those back into the queue whose prefix is computed, or is not being computed any more."""
         held, self.held = self.held, []
         for sequence in held:
+            if self._steps < sequence.look_again_at and not self._stopped:
+                self.held.append(sequence)
+                continue
             prefix = self._match(sequence)
             if prefix and self._waits_for(sequence, prefix):
                 self.held.append(sequence)
             else:
                 self.waiting.add(sequence)
+        self._stopped = False
 
     def _take(self, sequence: Sequence) -> None:
         if not sequence.picked:

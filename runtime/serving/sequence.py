@@ -68,6 +68,7 @@ class Sequence:
         self.chain: Chain | None = None
         self.publish_at = 0  # number of computed tokens at which the prefix cache is to be updated
         self.held_until: int | None = None  # number of the step until which it may wait for others to compute its prefix
+        self.look_again_at = 0  # number of the step before which its prefix cannot be computed
         self.cached_tokens = 0  # of the prompt, from the prefix cache
         self.preemptions = 0
         self.lost = 0  # tokens that were computed when it was preempted last

@@ -19,7 +19,7 @@ import torch
 from belle_compile.compiler.backends.triton.kernels.linear import _TILES
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.runtime.executors.choices import Choices
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import bundle, checks, findings, peers
 from tests.interpreted import InterpretedDevice, interpreted_gpu

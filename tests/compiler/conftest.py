@@ -31,7 +31,10 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             options.tune(1, 1)
         tilings, tuned = ("avx2: built-in", None) if options.tune is None else ("avx2: measured", tuning_record(TUNED))
         toolchain = {"C compiler": "cc 1.0", "kernel tilings": tilings}
-        kernels = {f"kernels-{isa}.so": isa.encode() for isa in target.isas}
+
+        def kernels(seal: bytes) -> dict[str, bytes]:
+            return {f"kernels-{isa}.so": isa.encode() + seal for isa in target.isas}
+
         ranks = [backend.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
         return [backend.payload(rank, rank.program, kernels, toolchain, tuned) for rank in ranks]
 

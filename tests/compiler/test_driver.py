@@ -26,7 +26,7 @@ from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.plan.table import Load, plan
 from belle_compile.compiler.report.effects import TOKENS
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from tests.compiler.conftest import TUNED
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS

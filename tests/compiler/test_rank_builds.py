@@ -15,7 +15,7 @@ from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.passes.quantization import weights
 from belle_compile.runtime.artifact import read_manifest, verify_files
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from tests.compiler.report.pages import Page
 from tests.parity.variants import VARIANTS
 

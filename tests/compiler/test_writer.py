@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -220,20 +221,90 @@ def test_an_engine_moved_aside_by_a_killed_build_comes_back(tmp_path: Path) -> N
     assert entries(tmp_path) == ["engine"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_force_touches_engines_only(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("thesis.txt", "precious"),
+        ("manifest.json", '{"name": "my web app", "version": 3}'),
+        ("manifest.json", '{"format_version": "3", "digest": "", "model": {}, "target": {}, "files": {}}'),
+        ("manifest.json", "[1]"),
+        ("manifest.json", "{"),
+        ("", "precious"),
+    ],
+)
+def test_force_touches_engines_only(tmp_path: Path, name: str, text: str) -> None:
     out = tmp_path / "mine"
-    if kind == "folder":
+    if name:
         out.mkdir()
-        (out / "thesis.txt").write_text("precious")
-    elif kind == "file":
-        out.write_text("precious")
-    else:
-        out.symlink_to(write_engine(tmp_path / "engine"))
-    before = entries(tmp_path)
+    (out / name).write_text(text)
     with pytest.raises(CompileError, match=r"^output: --force replaces engine directories only and .*/mine is none"):
         write_engine(out, force=True)
-    assert entries(tmp_path) == before
+    assert entries(tmp_path) == ["mine"] and (out / name).read_text() == text
+
+
+def test_force_replaces_an_engine_of_another_format(tmp_path: Path) -> None:
+    out = write_engine(tmp_path / "engine")
+    plain = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(plain | {"format_version": 1, "new": 2}))
+    write_engine(out, force=True)
+    assert read_manifest(out)
+
+
+def test_force_onto_a_link_replaces_the_engine_that_it_points_to(tmp_path: Path) -> None:
+    engine, link = write_engine(tmp_path / "engine"), tmp_path / "elsewhere" / "current"
+    link.parent.mkdir()
+    link.symlink_to(engine)
+    assert write_engine(link, force=True, tokenizer=b'{"new": 1}') == engine
+    assert link.is_symlink() and (engine / "tokenizer.json").read_bytes() == b'{"new": 1}'
+    assert entries(tmp_path) == ["elsewhere", "engine"] and entries(link.parent) == ["current"]
+
+
+def test_temporary_files_are_beside_the_output_or_below_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    def leave_a_file() -> None:
+        folders.append(Path(tempfile.mkdtemp()).parent)
+        assert os.environ["TMPDIR"] == str(folders[-1]), "for the processes of compilers"
+
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    write_engine(tmp_path / "one" / "engine", before=leave_a_file)
+    assert folders[-1].parent.parent == tmp_path / "one" and "TMPDIR" not in os.environ
+    (tmp_path / "chosen").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "chosen"))
+    write_engine(tmp_path / "two" / "engine", before=leave_a_file)
+    assert folders[-1].parent == tmp_path / "chosen" and os.environ["TMPDIR"] == str(tmp_path / "chosen")
+    assert [entries(tmp_path / name) for name in ("one", "two", "chosen")] == [["engine"], ["engine"], []]
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nothing"))
+    with pytest.raises(CompileError, match=r"^output: temporary files cannot be written to .*/nothing: .*set TMPDIR to"):
+        write_engine(tmp_path / "three" / "engine")
+    assert not (tmp_path / "three").exists()
+
+
+def test_too_little_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, tight = shutil.disk_usage, tmp_path / "tmp"
+    tight.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tight))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: USAGE(9, 9, 0) if Path(path) == tight else usage(path))
+    with pytest.raises(CompileError, match=r"^output: not enough free space for temporary files \(.*/tmp\): found 0 bytes"):
+        write_engine(tmp_path / "engine")
+    assert entries(tmp_path) == ["tmp"] and entries(tight) == []
+
+
+def test_a_signal_during_the_clean_up_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(folder: Path, ignore_errors: bool) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        remove(folder, ignore_errors=ignore_errors)
+
+    def fail() -> None:
+        monkeypatch.setattr(shutil, "rmtree", interrupted)
+        raise ValueError("bad layer")
+
+    with pytest.raises(SystemExit) as ended:
+        write_engine(tmp_path / "engine", before=fail)
+    assert ended.value.code == 143 and entries(tmp_path) == []
 
 
 def test_disk_full_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +314,9 @@ def test_disk_full_is_seen_before_anything_is_written(tmp_path: Path, monkeypatc
         with EngineWriter(tmp_path / "engine", needed=5_000):
             pytest.fail("the build went on")
     with pytest.raises(CompileError, match=message):
+        monkeypatch.undo()
         with EngineWriter(tmp_path / "engine") as writer:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: USAGE(10_000, 9_000, 1_000))
             writer.check_space(5_000)
     assert entries(tmp_path) == []
 

@@ -20,7 +20,7 @@ from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbeddi
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from belle_compile.runtime import Engine
-from belle_compile.runtime.program import read_program
+from belle_compile.runtime.program_json import read_program
 from tests.parity.engines import BEST_ISA
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, make_bloom, make_llama, random_ids

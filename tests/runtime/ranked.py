@@ -20,7 +20,6 @@ from belle_compile.compiler.backends.tvm.isa import AVX2
 from belle_compile.runtime import artifact
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.program import (
-    WEIGHTS_NAME,
     AllReduce,
     Arena,
     Call,
@@ -32,7 +31,7 @@ from belle_compile.runtime.program import (
     Weight,
 )
 from tests.runtime.fakes import EOS, VOCABULARY, byte_tokenizer, make_directory
-from tests.runtime.test_memory import write_weights
+from tests.runtime.rank_files import write_rank
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, WIDTH, STRIDE = 64, 60, 320  # of a row of activations, its part that is summed, of logits
@@ -43,15 +42,16 @@ X, LOGITS = 0, MAX_TOKENS * HIDDEN * 4
 def program(rank: int, ranks: int) -> Program:
     """x = the sum over ranks of table[token], logits = x times this rank's part of the head."""
     count = VOCABULARY // ranks
-    summed = (Call("all-reduce", "embed", "T", (Arena(X),), all_reduce=AllReduce(WIDTH, HIDDEN)),) if ranks > 1 else ()
+    x, logits = Arena(X, 4 * HIDDEN, "T"), Arena(LOGITS, 4 * STRIDE, "R")
+    summed = (Call("all-reduce", "embed", "T", (x,), all_reduce=AllReduce(WIDTH, HIDDEN)),) if ranks > 1 else ()
     return Program(
         max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_sequences=3, max_blocks=4096,
         arena_bytes=LOGITS + MAX_ROWS * STRIDE * 4, vocab_size=VOCABULARY,
         logits=Logits(LOGITS, STRIDE, rank * count, count), kv=KVLayout(1, 1, 16, "float32"),
         calls=(
-            Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
+            Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), x), kernel="lookup"),
             *summed,
-            Call("linear", "head", "R", (Input("R"), Input("logit_rows"), Arena(X), Weight("head"), Arena(LOGITS)),
+            Call("linear", "head", "R", (Input("R"), Input("logit_rows"), x, Weight("head"), logits),
                  kernel="head"),
         ),
         kernel_calls=FusionCalls(2, 2), rank=rank, ranks=ranks,
@@ -113,11 +113,8 @@ def build(path: Path, ranks: int, seed: int = 0) -> Path:
     kernels = library.compile_functions({"lookup": _lookup(), "head": _head(VOCABULARY // ranks)}, AVX2)
     for rank, tensors in enumerate(weights(ranks, seed)):
         part = path.parent / f"{path.name}-rank{rank}"
-        part.mkdir(parents=True)
-        write_weights(part / WEIGHTS_NAME, tensors)
-        contents[f"rank{rank}/kernels-avx2.so"] = kernels
-        contents[f"rank{rank}/{WEIGHTS_NAME}"] = (part / WEIGHTS_NAME).read_bytes()
-        contents[f"rank{rank}/program.json"] = program(rank, ranks).to_json().encode()
+        write_rank(part, program(rank, ranks), {"kernels-avx2.so": kernels}, tensors)
+        contents |= {f"rank{rank}/{file.name}": file.read_bytes() for file in part.iterdir()}
         shutil.rmtree(part)
     requires = artifact.Requirements("x86_64", ("avx2",), 1 << 20)
     target = artifact.TargetInfo("cpu" if ranks == 1 else f"cpux{ranks}", "tvm", ("avx2",), requires, ranks)

@@ -128,6 +128,24 @@ def test_other_format_version(directory: Path, version: object, found: str) -> N
         read_manifest(directory)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("repetition_penalty", 0.0)],
+)
+def test_generation_defaults_that_no_request_could_have(directory: Path, name: str, value: float) -> None:
+    generation = json.loads((directory / "manifest.json").read_text())["generation"]
+    edit(directory, generation=generation | {name: value})
+    with pytest.raises(EngineError, match=rf"field generation\.{name} does not fit: found {value}, expected"):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize(("text", "found"), [("[" * 99_999, "nested too deeply"), ('{"format_version": NaN}', "NaN, which")])
+def test_a_manifest_that_json_does_not_allow(directory: Path, text: str, found: str) -> None:
+    (directory / "manifest.json").write_text(text)
+    with pytest.raises(EngineError, match=rf"manifest\.json is not JSON: found .*{found}.*; rebuild"):
+        read_manifest(directory)
+
+
 def test_directory_that_is_no_engine(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"is not an engine: found no manifest\.json; give the directory"):
         read_manifest(tmp_path)

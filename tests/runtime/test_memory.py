@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def test_tensors_lie_where_the_header_says(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         assert weights.address(name) % 64 == 0 and weights.sizes[name] == tensor.nbytes
         assert ctypes.string_at(weights.address(name), tensor.nbytes) == tensor.tobytes()
-    weights.require(["a", "b"])
+    weights.require(["a", "b"], weights.header_digest)
 
 
 def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
 def test_missing_tensor_and_file(tmp_path: Path) -> None:
     weights = WeightsFile(write_weights(tmp_path / "w", TENSORS))
     with pytest.raises(EngineError, match=r"tensors of .*w: found 2 missing, the first of them head; copy"):
-        weights.require(["a", "tail", "head"])
+        weights.require(["a", "tail", "head"], weights.header_digest)
     with pytest.raises(EngineError, match="none is missing; copy the engine again"):
         WeightsFile(tmp_path / "none")
 
@@ -79,11 +81,45 @@ def test_damaged_file(tmp_path: Path, data: bytes, message: str) -> None:
 def test_truncated_and_unaligned_tensors(tmp_path: Path) -> None:
     path = write_weights(tmp_path / "w", TENSORS)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EngineError, match="found tensor b at bytes 128 to 256 of 255"):
+    with pytest.raises(EngineError, match="found 447 bytes, of which the header explains 448"):
         WeightsFile(path)
     odd = {"a": np.zeros(4, np.float32), **TENSORS}
     with pytest.raises(EngineError, match=r"found tensor \w at byte \d+, not a multiple of 64"):
         WeightsFile(write_weights(tmp_path / "odd", {"z": np.zeros(5, np.float32), **odd}))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda a, b: b.update(data_offsets=[192, 320]),
+            "tensor b of 128 bytes at bytes 192 to 320, where byte 128",
+        ),
+        (lambda a, b: b.update(data_offsets=[64, 192]), "tensor b of 128 bytes at bytes 64 to 192, where byte 128 comes next"),
+        (lambda a, b: b.update(shape=[1, 64]), "tensor b of 64 bytes at bytes 128 to 256"),
+        (lambda a, b: b.update(shape=[-2, -64]), "a header that does not parse: shape"),
+        (lambda a, b: b.update(dtype="I64"), "tensor b of 1024 bytes at bytes 128 to 256"),
+        (lambda a, b: b.update(dtype="Q4"), "a header that does not parse: 'Q4'"),
+        (lambda a, b: a.update(data_offsets=[0, 128.0]), "a header that does not parse"),
+        (lambda a, b: b.update(data_offsets=[128, 256, 300]), "tensor b of 128 bytes at bytes 128 to 256 to 300"),
+        (lambda a, b: a.update(shape=[1 << 70]), "tensor a of .* bytes"),
+    ],
+)
+def test_headers_that_are_at_odds_with_themselves(tmp_path: Path, change: Callable[[Any, Any], None], found: str) -> None:
+    data = write_weights(tmp_path / "w", TENSORS).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header["a"], header["b"])
+    text = json.dumps(header).encode().ljust(248 + 64)
+    (tmp_path / "w").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(EngineError, match=f"weights .*: found {found}"):
+        WeightsFile(tmp_path / "w")
+
+
+def test_another_header_than_the_programs(tmp_path: Path) -> None:
+    weights = WeightsFile(write_weights(tmp_path / "w", TENSORS))
+    with pytest.raises(EngineError, match=r"^engine: header of .*w: found SHA-256 \w{12}…, expected 000000000000…; copy"):
+        weights.require(["a"], "0" * 64)
 
 
 @pytest.mark.skipif(Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2", reason="needs overcommit")

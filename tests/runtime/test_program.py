@@ -25,14 +25,14 @@ from belle_compile.runtime.program import (
     Program,
     Scratch,
     Weight,
-    program_from_json,
-    read_program,
 )
+from belle_compile.runtime.program_json import check_seal, program_from_json, program_to_json, read_program, seal
 
+X = Arena(0, 128, "T")
 CALLS = (
-    Call("embedding", "embed", "T", (Input("token_ids"), Weight("table"), Arena(0), Input("T")), kernel="gather", bytes=512),
-    Call("attention", "h.0", "T", (Arena(0), KV(0, "k"), KV(0, "v")), variants=((1, "a1"), (16, "a16"), (None, "a"))),
-    Call("linear", "head", "R", (Arena(0), Weight("head")), variants=((4, "l4"), (8, "l8"))),
+    Call("embedding", "embed", "T", (Input("token_ids"), Weight("table"), X, Input("T")), kernel="gather", bytes=512),
+    Call("attention", "h.0", "T", (X, KV(0, "k"), KV(0, "v")), variants=((1, "a1"), (16, "a16"), (None, "a"))),
+    Call("linear", "head", "R", (X, Weight("head")), variants=((4, "l4"), (8, "l8"))),
 )
 PROGRAM = Program(
     max_tokens=32, max_rows=8, max_sequences=4, max_blocks=4, arena_bytes=8192, vocab_size=100,
@@ -41,16 +41,16 @@ PROGRAM = Program(
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
-    text = PROGRAM.to_json()
+    text = program_to_json(PROGRAM)
     (tmp_path / "program.json").write_text(text)
     read = read_program(tmp_path)
-    assert read == PROGRAM and read.to_json() == text
+    assert read == PROGRAM and program_to_json(read) == text
     assert json.loads(text)["calls"][1]["variants"] == {"1": "a1", "16": "a16", "any": "a"}
     assert json.loads(text)["calls"][1]["args"][1] == {"kv": 0, "part": "k"}
 
 
 def test_variants_come_in_row_order_whatever_the_order_in_the_file() -> None:
-    call = program_from_json(PROGRAM.to_json()).calls[1]
+    call = program_from_json(program_to_json(PROGRAM)).calls[1]
     assert [call.kernel_for(rows) for rows in (1, 2, 16, 17, 400)] == ["a1", "a16", "a16", "a", "a"]
     assert CALLS[0].kernel_for(3) == "gather"
 
@@ -71,7 +71,7 @@ def test_an_int8_cache_has_aligned_scales_before_the_values() -> None:
 
 
 def spoil(change: Callable[[dict[str, Any]], object]) -> str:
-    plain = json.loads(PROGRAM.to_json())
+    plain = json.loads(program_to_json(PROGRAM))
     change(plain)
     return json.dumps(plain)
 
@@ -79,7 +79,7 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 5; rebuild"),
+        (lambda p: p.update(format=1), r"format of program\.json: found 1, expected 6; rebuild"),
         (lambda p: p.update(extra=2), "field extra does not fit: found an unknown field"),
         (lambda p: p.pop("kv"), "field kv does not fit: found nothing, expected an object"),
         (lambda p: p.update(block_size=32), "field block_size does not fit: found 32, expected 16"),
@@ -94,8 +94,18 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda p: p.update(rank=1), "field rank does not fit: found 1 of 1, expected a rank below their number"),
         (lambda p: p["calls"][2].update(all_reduce={"width": 8, "stride": 8}), r"\(head\)\.all_reduce does not fit"),
         (lambda p: p["calls"][2].update(all_reduce={"width": 8}), r"calls\[2\]\.stride does not fit: found nothing"),
-        (lambda p: p["calls"][0]["args"].append({"arena": 8}), r"calls\[0\] \(embed\)\.args does not fit: found arena off"),
-        (lambda p: p["calls"][0]["args"].append({"arena": 8192}), "found arena offset 8192, expected a multiple of 64 below"),
+        (
+            lambda p: p["calls"][0]["args"].append({"arena": 8, "bytes": 8}),
+            r"calls\[0\] \(embed\)\.args does not fit: found arena off",
+        ),
+        (
+            lambda p: p["calls"][0]["args"].append({"arena": 8128, "bytes": 65}),
+            "found arena bytes 8128 to 8193, expected bytes wi",
+        ),
+        (lambda p: p["calls"][0]["args"].append({"arena": 64, "bytes": True}), r"calls\[0\]\.args\[4\] does not fit"),
+        (lambda p: p["calls"][0]["args"].append({"arena": 64, "bytes": 0}), "found arena offset 64, 0 bytes, expected a mul"),
+        (lambda p: p.update(max_tokens=65), "found arena bytes 0 to 8320, expected bytes within 8192"),
+        (lambda p: p["kv"].update(head_dim=0), "kv.head_dim does not fit: found 0, expected at least 1"),
         (lambda p: p["calls"][0]["args"].append({"kv": 2, "part": "k"}), "found kv layer 2, expected a layer below 2"),
         (lambda p: p["calls"][0]["args"].append({"input": "mask"}), "found input mask, expected one of token_ids"),
         (lambda p: p["calls"][0]["args"].append({"kv": 0, "part": "q"}), r"calls\[0\]\.args\[4\] does not fit"),
@@ -112,22 +122,51 @@ def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], object], 
         program_from_json(spoil(change))
 
 
-SUM = Call("all-reduce", "h.0", "T", (Arena(64),), all_reduce=AllReduce(60, 64))
+SUM = Call("all-reduce", "h.0", "T", (Arena(64, 256, "T"),), all_reduce=AllReduce(60, 64))
 SHARE = dataclasses.replace(PROGRAM, rank=1, ranks=2, logits=Logits(4096, 128, 50, 50), arena_bytes=8256, calls=(*CALLS, SUM))
 
 
 def test_a_rank_has_its_part_of_the_vocabulary_and_sums_over_ranks() -> None:
-    assert program_from_json(SHARE.to_json()) == SHARE
+    assert program_from_json(program_to_json(SHARE)) == SHARE
     assert SHARE.kernel_names() == PROGRAM.kernel_names()
-    with pytest.raises(EngineError, match=r"\(h\.0\)\.all_reduce does not fit: found 60 of 64 elements, bytes 64 to 8256"):
-        dataclasses.replace(SHARE, arena_bytes=8192).to_json()
+    with pytest.raises(EngineError, match=r"\(h\.0\)\.args does not fit: found arena bytes 64 to 8256, expected"):
+        program_to_json(dataclasses.replace(SHARE, arena_bytes=8192))
     with pytest.raises(EngineError, match="field logits does not fit: found tokens 51 to 101, expected this rank's part"):
-        dataclasses.replace(SHARE, logits=Logits(4096, 128, 51, 50)).to_json()
+        program_to_json(dataclasses.replace(SHARE, logits=Logits(4096, 128, 51, 50)))
+
+    narrow = dataclasses.replace(SUM, args=(Arena(64, 128, "T"),))
+    with pytest.raises(EngineError, match=r"all_reduce does not fit: found 60 of 64 elements, 32 rows, expected rows in"):
+        program_to_json(dataclasses.replace(SHARE, calls=(*CALLS, narrow)))
+
+
+def test_kernels_are_for_one_program(tmp_path: Path) -> None:
+    text = program_to_json(PROGRAM)
+    (tmp_path / "program.json").write_text(text)
+    (tmp_path / "kernels").write_bytes(b"code" + seal(text))
+    check_seal(tmp_path, tmp_path / "kernels")
+    (tmp_path / "program.json").write_text(text.replace('"h.0"', '"h.1"'))
+    with pytest.raises(EngineError, match=r"^engine: kernels was made for another program\.json than that of .*; copy"):
+        check_seal(tmp_path, tmp_path / "kernels")
+    (tmp_path / "kernels").write_bytes(b"short")
+    with pytest.raises(EngineError, match=r"kernels was made for another program\.json"):
+        check_seal(tmp_path, tmp_path / "kernels")
+    (tmp_path / "kernels").unlink()
+    with pytest.raises(EngineError, match="kernels is missing; copy the engine again"):
+        check_seal(tmp_path, tmp_path / "kernels")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("[" * 200_000, "nested too deeply"), ('{"format": NaN}', "NaN, which is no number"), (b"\xff", "can't decode byte")],
+)
+def test_text_that_is_no_json(text: str | bytes, found: str) -> None:
+    with pytest.raises(EngineError, match=rf"program\.json is not JSON: found .*{found}"):
+        program_from_json(text)
 
 
 def test_inconsistent_program_is_not_written() -> None:
     with pytest.raises(EngineError, match=r"program: field logits does not fit.*fix the backend"):
-        dataclasses.replace(PROGRAM, arena_bytes=4096).to_json()
+        program_to_json(dataclasses.replace(PROGRAM, arena_bytes=4096))
 
 
 def test_missing_and_broken_file(tmp_path: Path) -> None:
@@ -141,7 +180,7 @@ def test_missing_and_broken_file(tmp_path: Path) -> None:
 LAUNCH = Launch("fn", 128, 4096, (3, 2, 1), 16, 40, 0, ("IMMA",))
 GPU = dataclasses.replace(
     PROGRAM,
-    calls=(*CALLS[:2], dataclasses.replace(CALLS[2], args=(Arena(0), Scratch(256)), when="runs")),
+    calls=(*CALLS[:2], dataclasses.replace(CALLS[2], args=(X, Scratch(256, 256)), when="runs")),
     launches=dict.fromkeys((*PROGRAM.kernel_names(), "l4b"), LAUNCH),
     alternatives={"l4": {"4": ("l4b",)}},
     scratch_bytes=512,
@@ -151,7 +190,7 @@ GPU = dataclasses.replace(
 
 
 def test_programs_for_gpus() -> None:
-    read = program_from_json(GPU.to_json())
+    read = program_from_json(program_to_json(GPU))
     assert read == GPU and read.calls[2].when == "runs" and read.calls[0].when == "always"
     assert "l4b" in read.kernel_names()
     assert [LAUNCH.blocks(rows) for rows in (1, 16, 17)] == [(3, 2, 1), (3, 2, 1), (6, 2, 1)]
@@ -165,7 +204,7 @@ def test_programs_for_gpus() -> None:
         (lambda p: p["launches"]["a"].update(grid=[1, 2]), r"launches\.a does not fit: found grid \(1, 2\), 128 threads"),
         (lambda p: p["launches"]["a"].update(threads=2048), "found grid .*, 2048 threads, expected a grid of three, 1 to 1024"),
         (lambda p: p["calls"][2].update(when="never"), r"when does not fit: found never, expected always or alone or runs"),
-        (lambda p: p["calls"][2]["args"][1].update(scratch=512), "found scratch offset 512, expected one below 512"),
+        (lambda p: p["calls"][2]["args"][1].update(scratch=512), "found scratch bytes 512 to 768, expected bytes within 512"),
         (
             lambda p: p["candidates"].update(capacity=4096),
             "candidates does not fit: found bytes up to .*, expected rows",
@@ -173,7 +212,7 @@ def test_programs_for_gpus() -> None:
     ],
 )
 def test_what_does_not_fit_of_a_gpu_program_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
-    plain = json.loads(GPU.to_json())
+    plain = json.loads(program_to_json(GPU))
     change(plain)
     with pytest.raises(EngineError, match=message):
         program_from_json(json.dumps(plain))

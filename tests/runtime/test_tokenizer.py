@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_pieces_add_up_and_hold_whole_characters(tokenizer: Tokenizer, text: str
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert pieces[-1] == "" and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_panic_of_the_library_is_a_sentence() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 0, 1)])
+    broken = Tokenizer(tokenizer, special_tokens())
+    with pytest.raises(EngineError, match=r"^tokenizer: tokens cannot be converted: found index out of bounds.*; rebuild"):
+        broken.decode([])  # fused to an empty text, of which the library strips a character
 
 
 def test_chinese_comes_with_its_last_byte() -> None:
@@ -140,3 +149,14 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stop = StopStrings(["Human:"])
     assert [stop.push(piece) for piece in ("Hi\nHu", "ma", "t Human", ": x")] == ["Hi\n", "", "Humat ", ""]
     assert stop.matched
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
+def test_the_bytes_of_tokens_are_those_of_the_text(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = Tokenizer(make(), special_tokens())
+    ids = tokenizer.encode("Hello 你好, 🙂!")
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip() == "Hello 你好, 🙂!"
+    assert any(tokenizer.token_bytes(token).decode(errors="replace") == "\ufffd" for token in ids), "a part of a character"
+    assert tokenizer.token_bytes(2) == b"</s>" and tokenizer.is_special(2) and not tokenizer.is_special(ids[-1])
+    assert tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.decode([1, *ids], special=True).startswith("<s>") and not tokenizer.decode([1, *ids]).startswith("<s>")

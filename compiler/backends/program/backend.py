@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,12 @@ from belle_compile.compiler.backends.base import (
     StepPlan,
     tensor_bytes,
 )
+from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.artifact import KernelCalls, PassRecord
-from belle_compile.runtime.program import PROGRAM_NAME, Program, Weight, read_program
+from belle_compile.runtime.program import PROGRAM_NAME, Program, Weight
+from belle_compile.runtime.program_json import program_to_json, read_program, seal
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,16 +67,19 @@ class ProgramBackend(Backend, Repartitionable):
         self,
         lowered: LoweredGraph,
         program: Program,
-        kernels: Mapping[str, bytes],
+        kernels: Callable[[bytes], Mapping[str, bytes]],
         toolchain: Mapping[str, str],
         tuning: PassRecord | None = None,
     ) -> Payload:
-        """The payload of a lowered graph. `program` is its program, completed with facts from compilation; `kernels` maps file
-        names to compiled kernels."""
+        """The payload of a lowered graph. `program` is its program, completed with facts from compilation; `kernels` returns
+        the files of compiled kernels by name, each with the seal of the program that it is called with at its end."""
         calls = program.kernel_calls
+        weights = by_call(program, lowered.weights)
+        header = weights_header([tensor for group in weights for tensor in group])
+        text = program_to_json(replace(program, weights_header=hashlib.sha256(header).hexdigest()))
         return Payload(
-            files={PROGRAM_NAME: program.to_json().encode(), **kernels},
-            weights=by_call(program, lowered.weights),
+            files={PROGRAM_NAME: text.encode(), **kernels(seal(text))},
+            weights=weights,
             footprint=self.footprint_of(lowered),
             kernel_calls=KernelCalls(calls.before_fusion, calls.after_fusion),
             toolchain=toolchain,

@@ -144,9 +144,14 @@ def _place_buffers(calls: Sequence[PendingCall], read_after: Iterable[Buffer]) -
     return planned, plan.arena_bytes
 
 
+def _arena(buffer: Buffer, offset: int) -> Arena:
+    """A buffer as an argument."""
+    return Arena(offset, buffer.row_bytes, None if buffer.workspace else buffer.rows)
+
+
 def _finish(call: PendingCall, offsets: Mapping[Buffer, int], weights: Mapping[str, PackedWeight]) -> Call:
     """Turn a pending call into one of the program, with addresses and the bytes of weights that it reads."""
-    args = tuple(Arena(offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
+    args = tuple(_arena(op.buffer, offsets[op.buffer]) if isinstance(op, Place) else op for op in call.operands)
     if call.kernel is None:
         (place,) = (operand for operand in call.operands if isinstance(operand, Place))
         all_reduce = AllReduce(place.width, place.buffer.stride)

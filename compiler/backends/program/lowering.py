@@ -51,16 +51,22 @@ class StepSizes:
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory for up to `most` rows of activations, or for the workspace of one call; the memory plan places it in the arena."""
+    """Memory for up to `most` rows of activations, or for the `workspace` of one call, which is one row; the memory plan places
+    it in the arena."""
 
     rows: Rows
     most: int
     stride: int  # elements from row to row
     dtype: str
+    workspace: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stride * np.dtype(self.dtype).itemsize
 
     @property
     def bytes(self) -> int:
-        return self.most * self.stride * np.dtype(self.dtype).itemsize
+        return self.most * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,10 @@ class Lowering(ABC):
         end = 0
         for workspace in kernel.workspaces():
             if workspace.zeroed:
-                yield Scratch(end)
+                yield Scratch(end, workspace.bytes)
                 end += round_up(workspace.bytes, _SCRATCH_ALIGNMENT)
             else:
-                yield Place(Buffer("T", 1, workspace.bytes, "uint8"), 0, 0)
+                yield Place(Buffer("T", 1, workspace.bytes, "uint8", workspace=True), 0, 0)
         self.scratch_bytes = max(self.scratch_bytes, end)
 
     def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces | None:

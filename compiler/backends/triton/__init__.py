@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from belle_compile.compiler.backends.base import Array, CompileOptions, Payload, Reached
@@ -63,7 +64,7 @@ class TritonBackend(ProgramBackend):
 
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
         """Compile each rank; a kernel that several ranks have is compiled once."""
-        from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
+        from belle_compile.compiler.backends.triton.compile import compile_kernels, toolchain
 
         (arch,) = target.isas
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
@@ -75,14 +76,21 @@ class TritonBackend(ProgramBackend):
             names, alternative_names = _compiled_names(rank.kernels, compiled.keys())
             launches = {name: compiled[name][1] for name in sorted(names)}
             program = replace(rank.program, launches=launches, alternatives=alternative_names)
-            file = archive({name: compiled[name][0] for name in names})
-            payloads.append(self.payload(rank, program, {f"kernels-{arch}.zip": file}, toolchain()))
+            modules = {name: compiled[name][0] for name in names}
+            payloads.append(self.payload(rank, program, partial(_archived, f"kernels-{arch}.zip", modules), toolchain()))
         return payloads
 
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
         inside = tuple(slice(size) for size in shape)
         values: Array = packed[inside]
         return values
+
+
+def _archived(name: str, modules: Mapping[str, bytes], seal: bytes) -> Mapping[str, bytes]:
+    """The archive of machine code under its file name."""
+    from belle_compile.compiler.backends.triton.compile import archive
+
+    return {name: archive(modules, seal)}
 
 
 def _choices(kernel: Kernel) -> list[tuple[int | None, tuple[Kernel, ...]]]:

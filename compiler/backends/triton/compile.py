@@ -157,12 +157,14 @@ def toolchain() -> dict[str, str]:
     return {"triton": version("triton"), "ptxas": ptxas}
 
 
-def archive(modules: Mapping[str, bytes]) -> bytes:
-    """A zip file of machine code, one member per kernel name; equal modules give equal bytes."""
+def archive(modules: Mapping[str, bytes], seal: bytes) -> bytes:
+    """A zip file of machine code, one member per kernel name, with a program's seal as its comment, which ends the file. Equal
+    modules and seals give equal bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as written:
         for name, code in sorted(modules.items()):
             written.writestr(zipfile.ZipInfo(name + CUBIN), code)
+        written.comment = seal
     return file.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -73,13 +74,18 @@ class TvmBackend(ProgramBackend):
             if kernels not in compiled:
                 compiled[kernels] = {table.library: compile_library(rank.kernels, ISAS[table.isa], table) for table in tables}
             toolchain = _versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
-            payloads.append(self.payload(rank, rank.program, compiled[kernels], toolchain, record))
+            payloads.append(self.payload(rank, rank.program, partial(_sealed, compiled[kernels]), toolchain, record))
         return payloads
 
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
         from belle_compile.compiler.backends.tvm.packing import unpack
 
         return unpack(packed, shape, dtype)
+
+
+def _sealed(libraries: Mapping[str, bytes], seal: bytes) -> Mapping[str, bytes]:
+    """Libraries with a seal behind their last section, where loaders of ELF files do not look."""
+    return {name: library + seal for name, library in libraries.items()}
 
 
 def tuning_record(tuned: TilingTable) -> PassRecord:

@@ -68,7 +68,7 @@ class ChatMessage(Body):
 class ChatBody(SamplingBody):
     """A chat to be continued by the assistant."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_tokens: Annotated[int, Whole(1)] | None = None
     max_completion_tokens: Annotated[int, Whole(1)] | None = None
     logprobs: bool | None = None

@@ -78,9 +78,8 @@ class Auditor:
                     self._running = None
                     self._waiting.clear()
         elif self._running[1].done.is_set():
-            hit, generation = self._running
+            self._judge(*self._running)
             self._running = None
-            self._judge(hit, generation)
 
     def _judge(self, hit: Hit, generation: Generation) -> None:
         try:

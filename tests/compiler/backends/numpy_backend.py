@@ -23,14 +23,13 @@ from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
 from belle_compile.compiler.ir.signature import dtype_name
 from belle_compile.compiler.ir.text import from_onnx, to_onnx
 from belle_compile.compiler.kv_types import AUTO
-from belle_compile.compiler.writer import WEIGHTS_NAME
 from belle_compile.passes.presets import Recipe
 from belle_compile.runtime.artifact import KernelCalls
 from belle_compile.runtime.executors import ExecutorFactory, LoadRequest, StepBatch, register_executor
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.host import memory_bytes
 from belle_compile.runtime.memory import WeightsFile
-from belle_compile.runtime.program import ALIGNMENT, BLOCK_SIZE, KV_DTYPES, SCALES_BYTES
+from belle_compile.runtime.program import ALIGNMENT, BLOCK_SIZE, KV_DTYPES, SCALES_BYTES, WEIGHTS_NAME
 
 Array = npt.NDArray[Any]
 

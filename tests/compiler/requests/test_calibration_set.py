@@ -122,7 +122,8 @@ def test_an_existing_directory(source: Path, made: Path) -> None:
     assert content(made) == before
     (made / "set.json").unlink()
     with pytest.raises(
-        CompileError, match=r"--force replaces calibration set directories only .*expected a directory with set\.json"
+        CompileError,
+        match=r"--force replaces calibration set directories only .*expected a directory with the set\.json of",
     ):
         write_set(source, made, force=True)
 

@@ -18,7 +18,7 @@ from belle_compile.runtime.executors.cpu import CpuExecutor, choose_isa
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import KV, WEIGHTS_NAME, Arena, Call, FusionCalls, Input, KVLayout, Logits, Program, Weight
 from tests.runtime.fakes import VOCABULARY, byte_tokenizer, make_directory
-from tests.runtime.test_memory import write_weights
+from tests.runtime.rank_files import change_program, write_rank
 
 pytest.importorskip("tvm")
 
@@ -28,14 +28,15 @@ from belle_compile.compiler.backends.tvm.isa import AVX2
 pytestmark = pytest.mark.skipif("avx2" not in host.host_isas(), reason="needs AVX2")
 
 HIDDEN, STRIDE, MAX_TOKENS, MAX_ROWS = 64, 320, 24, 8
-X, LOGITS = 0, MAX_TOKENS * HIDDEN * 4
+LOGITS = MAX_TOKENS * HIDDEN * 4
+X, OUT = Arena(0, 4 * HIDDEN, "T"), Arena(LOGITS, 4 * STRIDE, "R")
 PROGRAM = Program(
     max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_sequences=3, max_blocks=4, arena_bytes=LOGITS + MAX_ROWS * STRIDE * 4,
     vocab_size=VOCABULARY, logits=Logits(LOGITS, STRIDE, 0, VOCABULARY), kv=KVLayout(2, 1, 16, "float32"),
     calls=(
-        Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), Arena(X)), kernel="lookup"),
+        Call("embedding", "embed", "T", (Input("T"), Input("token_ids"), Weight("table"), X), kernel="lookup"),
         Call("cache", "h.1", "T", (Input("T"), Input("positions"), Input("token_ids"), KV(1, "v")), kernel="mark"),
-        Call("linear", "head", "R", (Input("R"), Input("logit_rows"), Arena(X), Weight("head"), Arena(LOGITS)),
+        Call("linear", "head", "R", (Input("R"), Input("logit_rows"), X, Weight("head"), OUT),
              variants=((1, "head_one"), (None, "head_any"))),
     ),
     kernel_calls=FusionCalls(3, 3),
@@ -99,12 +100,9 @@ def weights() -> dict[str, np.ndarray]:
 def built(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, np.ndarray]) -> Path:
     """rank0 of an engine for AVX2 and, with the same code, AVX512-VNNI."""
     rank = tmp_path_factory.mktemp("engine") / "rank0"
-    rank.mkdir()
     functions = {"lookup": lookup(), "mark": mark(), "head_one": head("head_one", 1000.0), "head_any": head("head_any", 0.0)}
-    (rank / "kernels-avx2.so").write_bytes(library.compile_functions(functions, AVX2))
-    shutil.copy(rank / "kernels-avx2.so", rank / "kernels-avx512vnni.so")
-    write_weights(rank / WEIGHTS_NAME, weights)
-    (rank / "program.json").write_text(PROGRAM.to_json())
+    code = library.compile_functions(functions, AVX2)
+    write_rank(rank, PROGRAM, {"kernels-avx2.so": code, "kernels-avx512vnni.so": code}, weights)
     return rank
 
 
@@ -225,7 +223,7 @@ def test_a_library_for_this_processor_is_taken(rank: Path, monkeypatch: pytest.M
 
 def test_weights_that_are_read_next() -> None:
     def call(size: int, *names: str) -> Call:
-        return Call("qlinear", "node", "T", (Input("T"), *map(Weight, names), Arena(0)), "kernel", bytes=size)
+        return Call("qlinear", "node", "T", (Input("T"), *map(Weight, names), Arena(0, 4)), "kernel", bytes=size)
 
     calls = [call(0, "table"), call(100_000, "scale a", "a"), call(8000, "norm"), call(70_000, "b"), call(0)]
     sizes = {"table": 10**6, "a": 99_000, "scale a": 1000, "norm": 8000, "b": 70_000}
@@ -249,7 +247,7 @@ def test_profile_over_kernels(rank: Path) -> None:
     contents["tokenizer.json"] = byte_tokenizer().to_str().encode()
     directory = make_directory(rank.parent / "engine", contents)
     params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=5)
-    with Engine.load(directory, isa="avx2", kv_tokens=64, threads=2) as engine:
+    with Engine.load(directory, isa="avx2", kv_tokens=64, threads=2, prefix_cache=False) as engine:
         plain = engine.generate([3, 4], params)
         with engine.profile() as profile:
             profiled = engine.generate([3, 4], params)
@@ -273,18 +271,18 @@ def test_missing_file_is_named(rank: Path, name: str) -> None:
 
 
 def test_kernel_and_tensor_that_are_missing(rank: Path, weights: dict[str, np.ndarray]) -> None:
-    program = (rank / "program.json").read_text()
-    (rank / "program.json").write_text(program.replace('"lookup"', '"look"'))
+    change_program(rank, '"lookup"', '"look"')
     with pytest.raises(EngineError, match=r"kernel look is missing from .*kernels-avx2\.so"):
         load(rank)
-    write_weights(rank / "weights.safetensors", {"table": weights["table"]})
+    code = library.compile_functions({"lookup": lookup()}, AVX2)
+    write_rank(rank, PROGRAM, {"kernels-avx2.so": code}, {"table": weights["table"]})
     with pytest.raises(EngineError, match=r"tensors of .*: found 1 missing, the first of them head"):
         load(rank)
 
 
 def test_a_program_of_other_ranks(rank: Path) -> None:
-    text = (rank / "program.json").read_text().replace('"count": 300', '"count": 150').replace('"ranks": 1', '"ranks": 2')
-    (rank / "program.json").write_text(text)
+    change_program(rank, '"count": 300', '"count": 150')
+    change_program(rank, '"ranks": 1', '"ranks": 2')
     with pytest.raises(EngineError, match=r"program of .*: found this process is rank 0 of 1, expected rank 0 of 2"):
         load(rank)
 

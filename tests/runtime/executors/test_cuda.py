@@ -17,6 +17,7 @@ from belle_compile.runtime.executors import cuda, cuda_device
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import CudaDevice
 from belle_compile.runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
+from belle_compile.runtime.program_json import program_to_json
 
 LAUNCH = Launch("symbol", 64, 60_000, (3, 2, 1), 16, 40, 0, ("IMMA",))
 
@@ -256,7 +257,7 @@ class Timed:
 
 def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
     made = program({"one": {"1": ("other",)}, "many": {"any": ("wide", "other")}})
-    (tmp_path / "program.json").write_text(made.to_json())
+    (tmp_path / "program.json").write_text(program_to_json(made))
     device = Timed({"one": 3.0, "other": 2.0, "many": 1.0, "wide": 1.5})
     choices = Choices(tmp_path, device)  # type: ignore[arg-type]
     assert not choices.known(made) and choices.best("one", 1) == "one"
@@ -281,7 +282,7 @@ def test_the_fastest_kernel_is_chosen_once(tmp_path: Path) -> None:
 def test_tokens_that_are_alone_are_no_more_than_sequences(tmp_path: Path) -> None:
     made = program({"one": {"1": ("other",)}, "many": {"any": ("wide",)}})
     made = replace(made, calls=tuple(replace(call, when="alone") for call in made.calls))
-    (tmp_path / "program.json").write_text(made.to_json())
+    (tmp_path / "program.json").write_text(program_to_json(made))
     device = Timed(dict.fromkeys(made.launches, 1.0))
     measure(Choices(tmp_path, device), made, device, made.launches, device.launch, lambda *given: device.counts.append(given))  # type: ignore[arg-type]
     assert device.counts == [("alone", 4), ("alone", 1)], "4 sequences, of 64 tokens"
@@ -289,7 +290,7 @@ def test_tokens_that_are_alone_are_no_more_than_sequences(tmp_path: Path) -> Non
 
 def test_a_directory_that_cannot_be_written_to_is_no_obstacle(tmp_path: Path) -> None:
     made = program({"one": {"1": ("other",)}})
-    (tmp_path / "program.json").write_text(made.to_json())
+    (tmp_path / "program.json").write_text(program_to_json(made))
     device = Timed(dict.fromkeys(("one", "other", "many"), 1.0))
     choices = Choices(tmp_path, device)  # type: ignore[arg-type]
     choices._path = tmp_path / "none" / "choices.json"

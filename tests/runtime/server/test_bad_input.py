@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,6 +184,24 @@ def test_json_that_is_refused(service: Service, body: bytes, param: str | None, 
     error = error_of(service, "/v1/completions", body)
     assert error["param"] == param or not reason
     assert reason in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [1] * 500_000},
+        {"messages": [{}] * 200_000},
+        {"messages": CHAT} | {f"k{number}": 1 for number in range(100_000)},
+        {"messages": [{"role": "user", "content": "x"} | {f"k{number}": 1 for number in range(100_000)}]},
+    ],
+)
+def test_a_body_that_is_wrong_everywhere_takes_no_memory(service: Service, body: Any) -> None:
+    data = json.dumps(body).encode()
+    tracemalloc.start()
+    error_of(service, "/v1/chat/completions", data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * len(data)
 
 
 def test_escapes_that_are_characters_pass(service: Service) -> None:

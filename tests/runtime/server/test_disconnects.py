@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.server.app import create_app
 from belle_compile.runtime.server.context import RequestContext
@@ -222,11 +223,7 @@ def test_a_failure_after_the_first_chunk_is_one_event() -> None:
         executor.failure = RuntimeError("broken")
         executor.permits.release(1000)
         await asyncio.wait_for(connection.task, WAIT_S)
-        assert connection.status == 200 and connection.sent[-1] == {
-            "type": "http.response.body",
-            "body": b"",
-            "more_body": False,
-        }
+        assert connection.status == 200 and connection.sent[-1]["more_body"] is False
         events = events_of(b"".join(connection.chunks).decode())
         assert [event for event in events if "error" in event] == events[-1:]
         assert set(events[-1]["error"]) == {"message", "type", "param", "code"}
@@ -296,3 +293,13 @@ def test_logs_name_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
         post(service, PATH, {"messages": [{"role": "user", "content": "confidential"}], "temperature": -1})
         wait_until(lambda: "broken" in caplog.text)
     assert "confidential" not in caplog.text
+
+
+def test_a_tokenizer_that_does_not_work_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        raise EngineError("tokenizer", "text cannot be converted")
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with serving() as service:
+        for path, body in ((PATH, {"messages": CHAT}), ("/v1/completions", {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
+            assert error_of(post(service, path, body), 500)["code"] == "engine_error"

@@ -22,6 +22,7 @@ from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
 from belle_compile.compiler.errors import CompileError
 from belle_compile.runtime.host import GPU_ARCHS
+from belle_compile.runtime.program_json import seal
 
 WIDE = View(12288)
 KERNELS: tuple[Kernel, ...] = (
@@ -54,6 +55,8 @@ OTHERS: tuple[Kernel, ...] = (
     FloatLinear(4096, 4096, True, View(4096), View(4096)),
 )
 
+SEAL = seal("a program")
+
 
 def test_every_kind_of_kernel_compiles() -> None:
     """The interpreter takes more than the compiler does."""
@@ -83,11 +86,12 @@ def test_kernels_compile_without_a_gpu(arch: str) -> None:
 def test_the_same_kernels_give_the_same_bytes() -> None:
     first, second = (compile_kernels(KERNELS[3:5], "sm_80") for _ in range(2))
     assert first == second
-    assert archive({name: code for name, (code, _) in first.items()}) == archive(
-        {name: code for name, (code, _) in reversed(second.items())}
+    assert archive({name: code for name, (code, _) in first.items()}, SEAL) == archive(
+        {name: code for name, (code, _) in reversed(second.items())}, SEAL
     )
-    with zipfile.ZipFile(io.BytesIO(archive({"b": b"2", "a": b"1"}))) as file:
-        assert file.namelist() == ["a.cubin", "b.cubin"]
+    with zipfile.ZipFile(io.BytesIO(archive({"b": b"2", "a": b"1"}, SEAL))) as file:
+        assert file.namelist() == ["a.cubin", "b.cubin"] and file.read("a.cubin") == b"1"
+    assert archive({"a": b"1"}, SEAL).endswith(SEAL), "where a host looks for it"
 
 
 def test_registers_that_spill_are_refused() -> None:
