@@ -18,7 +18,7 @@ from belle_compile.runtime.server.service import Service
 
 _MOST_HEADER_BYTES = 64 << 10
 _MOST_PIPELINED = 16  # requests that arrived before the one under way was answered
-_LAST_REQUEST_S = 0.2  # in which a request that was sent before the end of the server is read
+LAST_REQUEST_S = 0.2  # in which a request that was sent before the end of the server is read
 _OVERHEAD = 8  # bytes on the wire for a byte of a body, at most: chunks of one byte take six
 _LEAST_READ_BYTES = 16 << 20  # of a body, however small the limit: what is refused is read, so that the client sees why
 
@@ -102,7 +102,7 @@ class Connection(HttpToolsProtocol):
         is answered, with status 503."""
         self.close_after_response()
         if self.cycle is None or self.cycle.response_complete:
-            self._expect(_LAST_REQUEST_S)
+            self._expect(LAST_REQUEST_S)
 
     def close_after_response(self) -> None:
         """Let the response under way, if there is one, be the last one."""

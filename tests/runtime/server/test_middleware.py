@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from belle_compile.runtime.server.context import context_of
-from belle_compile.runtime.server.middleware import Observer
+from belle_compile.runtime.server.middleware import ACCEPTED, Observer
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.service import Service
 from tests.runtime.server.live import live, make_app, make_service, write
@@ -206,6 +206,21 @@ def test_new_requests_are_refused_while_draining(serve: Any) -> None:
     response = ask(service, "POST", "/v1/echo/a")
     assert response.status_code == 503 and int(response.headers["retry-after"]) > 0 and error_of(response)["code"] == "draining"
     assert ask(service, "GET", "/").status_code == 200
+
+
+def test_what_arrived_before_draining_is_served(serve: Any) -> None:
+    service = serve()
+    service.draining = True
+    app = make_app(service)
+
+    async def arrived_before(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope | {"state": {ACCEPTED: True}}, receive, send)
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(arrived_before), base_url="http://test") as client:
+            return await client.post("/v1/echo/a")
+
+    assert asyncio.run(run()).status_code == 200
 
 
 def test_no_origin_may_call_by_default(serve: Any) -> None:

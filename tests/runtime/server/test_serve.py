@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.server import connections
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.serve import allow_connections, bind, check_certificate
 from tests.runtime.server.live import WAIT_S, Live, live, read_all, wait_until, write
@@ -67,6 +68,17 @@ def test_a_request_whose_body_is_under_way_is_accepted() -> None:
         assert status == 200 and json.loads(body)["bytes"] == 6 and headers["connection"] == "close"
         drained(running)
         assert running.server.exit_code == 0
+
+
+def test_a_request_that_comes_while_the_server_closes_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LAST_REQUEST_S", WAIT_S)
+    with live() as running, running.connect() as connection:
+        wait_until(lambda: running.service.metrics.connections == 1)
+        running.call(running.server.drain)
+        wait_until(lambda: not running.server.servers[0].is_serving())
+        connection.sendall(b"POST /v1/echo/a HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n")
+        assert response_of(read_all(connection))[0] == 503
+        drained(running)
 
 
 def test_requests_that_take_too_long_end_with_an_error() -> None:
