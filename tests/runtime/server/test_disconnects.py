@@ -23,6 +23,7 @@ from tests.runtime.fakes import FakeExecutor
 from tests.runtime.server.serving import CHAT, WAIT_S, client_of, events_of, post, run, serving, wait_until
 
 PATH = "/v1/chat/completions"
+A_LETTER_A_STEP = {"logit_bias": {"70": 100}}  # pieces of other answers may wait until a character is whole
 
 
 class SteppedExecutor(FakeExecutor):
@@ -87,7 +88,8 @@ def test_a_client_that_goes_frees_its_blocks_within_a_step(streamed: bool) -> No
     executor = SteppedExecutor()
 
     async def main(service: Service) -> None:
-        connection = Connection(service, {"messages": CHAT, "max_tokens": 100, "stream": streamed, "n": 2})
+        body = {"messages": CHAT, "max_tokens": 100, "stream": streamed, "n": 2, **A_LETTER_A_STEP}
+        connection = Connection(service, body)
         executor.permits.release(3)
         await connection.until(lambda: len(executor.steps) == 3)
         if streamed:
@@ -217,7 +219,7 @@ def test_a_failure_after_the_first_chunk_is_one_event() -> None:
     executor = SteppedExecutor()
 
     async def main(service: Service) -> None:
-        connection = Connection(service, {"messages": CHAT, "max_tokens": 50, "stream": True, "n": 2})
+        connection = Connection(service, {"messages": CHAT, "max_tokens": 50, "stream": True, "n": 2, **A_LETTER_A_STEP})
         executor.permits.release(3)
         await connection.until(lambda: len(connection.chunks) > 0)
         executor.failure = RuntimeError("broken")
