@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,12 +14,10 @@ from typing import Any
 import click
 
 from belle_compile import __version__
-from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.distributed import ranks
-from belle_compile.runtime.distributed.launcher import Launcher
+from belle_compile.runtime.distributed.command import run_command
 from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
 from belle_compile.runtime.errors import BelleError, EngineError
-from belle_compile.runtime.loading import check_ranks
 from belle_compile.runtime.profiling import ProfileHandle
 from belle_compile.runtime.serving.grammar.source import Grammar
 from belle_compile.runtime.serving.request import SamplingParams
@@ -34,10 +31,30 @@ Examples:
   belle-run artifacts/belle-7b-cpu --profile "你好"         shows where the time went
   belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
   belle-run artifacts/belle-7b-cpu --self-test            checks that this host answers as the build did
+  belle-run serve artifacts/belle-7b-cpu                  serves it over HTTP; see belle-run serve --help
 """
+SERVE = "serve"
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Command(click.Command):
+    """The command, and its only subcommand: `belle-run serve`. A directory of that name is ./serve."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] != [SERVE]:
+            return super().make_context(info_name, args, parent, **extra)
+        from belle_compile.runtime.server.cli import command
+
+        return command().make_context(f"{info_name} {SERVE}", args[1:], parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+@click.command(
+    cls=_Command, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="belle-run")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
@@ -81,44 +98,16 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
         raise click.UsageError("--logprobs needs --json")
     if options["self_test"] and prompt is not None:
         raise click.UsageError("--self-test answers the engine's own prompts, so give no PROMPT")
-    os.environ[ranks.TIMEOUT] = str(options["rank_timeout"])  # read by `Engine.load`
-    place = ranks.place()
-    line = ranks.Line(place) if place and ranks.supervised() else None
-    code = 0
-    try:
-        count = _ranks(engine, options["count"])
-        if count > 1 and place is None:
-            code = Launcher(count, [sys.executable, *sys.orig_argv[1:]], options["rank_timeout"]).run()
-        else:
-            _answer(engine, prompt, options)
-    except BelleError as error:
-        code = 1
-        if line:
-            line.say("error", str(error))
-        else:
-            click.echo(f"{error}", err=True)
-    except KeyboardInterrupt:
-        code = 130
-        click.echo(err=True)
-    except SystemExit as ended:  # how a rank other than 0 ends
-        code = int(ended.code or 0)
-    if line:
-        sys.stdout.flush()
-        line.say("exit", code)
+    code = run_command(
+        engine,
+        lambda: _answer(engine, prompt, options),
+        ranks_requested=options["count"],
+        rank_timeout_s=options["rank_timeout"],
+    )
     sys.exit(code)
 
 
-def _ranks(engine: Path, requested: int | None) -> int:
-    """Return the number of processes that run the engine; raises `EngineError` when another number is requested."""
-    try:
-        manifest = read_manifest(engine)
-    except BelleError:
-        return 1  # `Engine.load` reports what is wrong with the manifest
-    check_ranks(manifest, manifest.target.ranks if requested is None else requested)
-    return manifest.target.ranks
-
-
-def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> None:
+def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     params = SamplingParams(
         **{name: value for name, value in options.items() if name in fields},
@@ -128,12 +117,13 @@ def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> Non
     with Engine.load(directory, verify="full" if options["verify"] else "header", **load) as engine:
         if options["self_test"]:
             _self_test(engine)
-            return
+            return 0
         answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
         if prompt is not None:
             answer(engine, prompt, params, options["raw"])
         else:
             _chat(engine, params, options["raw"], answer)
+    return 0
 
 
 def _self_test(engine: Engine) -> None:

@@ -22,6 +22,7 @@ from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
 from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
+from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
 from belle_compile.runtime.serving.request import EngineIdentity, Request, RequestDefaults, SamplingParams
@@ -204,6 +205,12 @@ class Engine:
         on another thread and the request is passed in its place.
         """
         return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw), cache, scheduling)
+
+    def astream_all(
+        self, requests: Sequence[Request], *, cache: CachePolicy | None = None, scheduling: Scheduling | None = None
+    ) -> AsyncStreams:
+        """Answer resolved requests together, in pieces that one reader gets on the running event loop."""
+        return AsyncStreams(self, self._handover, requests, cache, scheduling)
 
     async def agenerate(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -14,6 +17,8 @@ from belle_compile.runtime.serving.grammar.grammars import Grammars
 _REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, and so at most 4 tokens. Bytes that make no character after more tokens than that never will.
 _MOST_PENDING_TOKENS = 8
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that is no character of its vocabulary
+_SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class Tokenizer:
@@ -51,14 +56,41 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, without that of special tokens."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of `ids`, with the names of special tokens only if `special`."""
         try:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             raise _failure(error, "tokens") from error
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for, which need not be whole characters; the name of a special token, and
+        nothing for an id that is no token."""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token in self._special_of:
+            return (piece or "").encode()
+        if self._byte_level:
+            return bytes(byte for character in piece for byte in _BYTES_OF.get(character, character.encode()))
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves a token out."""
+        return self._special_of.get(token, False)
+
+    @cached_property
+    def _special_of(self) -> dict[int, bool]:
+        """The tokens that were added to the vocabulary, and whether each is special."""
+        return {token: added.special for token, added in self._tokenizer.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether the vocabulary writes each byte as a character, as BLOOM's does; else it is written as SentencePiece does."""
+        state = json.loads(self._tokenizer.decoder.__getstate__())
+        return any(decoder["type"] == "ByteLevel" for decoder in state.get("decoders", [state]))
 
 
 def _failure(error: BaseException, what: str) -> EngineError:
@@ -134,3 +166,13 @@ def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of `text` that is a prefix of `stop`, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _byte_level_alphabet() -> dict[str, bytes]:
+    """Return the byte of each character of GPT-2's alphabet: printable bytes are themselves, others come after U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): bytes([byte]) for byte in printable} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_BYTES_OF = _byte_level_alphabet()

@@ -26,10 +26,11 @@ from typing import Any
 from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
 from belle_compile.runtime.errors import EngineError
 
+INTERRUPT = frozenset({signal.SIGINT})
 _TICK_S = 0.1
 _LAST_OUTPUT_S = 4.0  # for a rank's last output, such as a traceback, and for the report of how it ended
 _END_S = 5.0  # for ranks to end after rank 0 has ended
-_TWICE_S = 1.0  # a second interrupt within this time ends all ranks at once
+_TWICE_S = 1.0  # a second signal within this time ends all ranks at once
 _PARENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_parent.py")))
 # Lines of Hydra (mpiexec) about processes that ended, and of MPICH about a rank that aborts all.
 _NOISE = re.compile(
@@ -73,9 +74,13 @@ class _Rank:
 class Launcher:
     """One run of an engine of several ranks."""
 
-    def __init__(self, ranks: int, command: Sequence[str], timeout_s: float) -> None:
-        """Each of `ranks` ranks runs `command`. A rank that does not answer for `timeout_s` seconds ends the run."""
+    def __init__(
+        self, ranks: int, command: Sequence[str], timeout_s: float, handled_signals: frozenset[signal.Signals] = INTERRUPT
+    ) -> None:
+        """Each of `ranks` ranks runs `command`. A rank that does not answer for `timeout_s` seconds ends the run. Rank 0
+        handles the signals in `handled_signals`; other signals end all ranks."""
         self._count, self._command, self._timeout_s = ranks, list(command), timeout_s
+        self._handled = handled_signals
         self._ranks: dict[int, _Rank] = {}
         self._error = ""
         self._output: list[str] = []  # the last lines of mpiexec and of ranks other than 0
@@ -213,18 +218,20 @@ class Launcher:
                 socket.send_fds(rank.line, [b"!"], [] if rank.number else _standard_files())
 
     def _handle_signals(self) -> int | None:
-        """Pass an interrupt on to rank 0, which decides what it means; for any other signal return the exit code of the run."""
+        """Pass signals on to rank 0, which decides what they mean; for those that it does not handle, and for a second one
+        within a moment, return the exit code of the run."""
         while self._signals:
             number = self._signals.pop(0)
             first = self._ranks.get(0)
-            if number != signal.SIGINT:
-                return 128 + number
             now = time.monotonic()
-            if self._absent() or first is None or now - self._interrupted_s < _TWICE_S:
-                return 130
-            self._interrupted_s = now
+            if number not in self._handled or self._absent() or first is None:
+                return 128 + number
+            if number != signal.SIGHUP:  # which asks for nothing to end
+                if now - self._interrupted_s < _TWICE_S:
+                    return 128 + number
+                self._interrupted_s = now
             if first.ended is None and not first.gone:
-                os.kill(first.process, signal.SIGINT)
+                os.kill(first.process, number)
         return None
 
     def _check_alive(self, passed: float) -> None:

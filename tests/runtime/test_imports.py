@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOREIGN = {
     "torch", "transformers", "onnx", "onnx_ir", "tvm", "pydantic", "rich", "safetensors", "tvm_ffi", "mpi4py", "redis",
-    "sqlite3", "llguidance", "belle_compile.compiler", "belle_compile.passes",
+    "sqlite3", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "prometheus_client", "llguidance",
+    "belle_compile.compiler", "belle_compile.passes",
 }  # fmt: skip
 HEAVY = {"numpy", "tokenizers", "jinja2", "click"}
 

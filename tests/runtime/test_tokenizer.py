@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,14 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stop = StopStrings(["Human:"])
     assert [stop.push(piece) for piece in ("Hi\nHu", "ma", "t Human", ": x")] == ["Hi\n", "", "Humat ", ""]
     assert stop.matched
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
+def test_the_bytes_of_tokens_are_those_of_the_text(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = Tokenizer(make(), special_tokens())
+    ids = tokenizer.encode("Hello 你好, 🙂!")
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip() == "Hello 你好, 🙂!"
+    assert any(tokenizer.token_bytes(token).decode(errors="replace") == "\ufffd" for token in ids), "a part of a character"
+    assert tokenizer.token_bytes(2) == b"</s>" and tokenizer.is_special(2) and not tokenizer.is_special(ids[-1])
+    assert tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.decode([1, *ids], special=True).startswith("<s>") and not tokenizer.decode([1, *ids]).startswith("<s>")

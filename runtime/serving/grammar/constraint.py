@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.candidates import Few, Row
 from belle_compile.runtime.serving.grammar.matching import GrammarError, check, make_matcher, on_deep_stack
-from belle_compile.runtime.serving.grammar.source import Grammar
+from belle_compile.runtime.serving.grammar.source import Grammar, GrammarFailure
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,14 @@ class Constraint:
     def restrict(self, logits: NDArray[np.float32]) -> Row | None:
         """Wait for the mask, and return the logits of the tokens that it allows; None if the answer ends here.
 
-        `logits` may be overwritten. Raises `EngineError` when the grammar needs more time or memory than a token may take, and
-        when the vocabulary has no token to go on with.
+        `logits` may be overwritten. Raises `GrammarFailure` when the grammar needs more time or memory than a token may
+        take, and when the vocabulary has no token to go on with.
         """
         assert self._next is not None, "`begin` comes first"
         mask = self._next.result()
         row = mask.restrict(logits)
         if row is None and not mask.complete:
-            raise _failed("the vocabulary has no token with which the answer could go on")
+            raise GrammarFailure("the vocabulary has no token with which the answer could go on")
         return row
 
     def _first(self) -> _Mask:
@@ -93,7 +92,7 @@ class Constraint:
             self._matcher = make_matcher(self._tokenizer, self._grammar.kind, self._grammar.source)
             return self._mask()
         except GrammarError as error:
-            raise _failed(str(error)) from None
+            raise GrammarFailure(str(error)) from None
 
     def _after(self, token: int) -> _Mask:
         self._tokens += 1
@@ -102,7 +101,7 @@ class Constraint:
             check(self._matcher)
             return self._mask()
         except GrammarError as error:
-            raise _failed(str(error)) from None
+            raise GrammarFailure(str(error)) from None
 
     def _mask(self) -> _Mask:
         matcher, size = self._matcher, self._tokenizer.vocab_size
@@ -118,10 +117,6 @@ class Constraint:
             allowed[self._end_ids] = True
         all_but = 2 * np.count_nonzero(allowed) > size
         return _Mask(size, np.flatnonzero(~allowed if all_but else allowed), all_but, complete)
-
-
-def _failed(reason: str) -> EngineError:
-    return EngineError("sampling", "the answer cannot be held to its grammar", found=reason)
 
 
 class _Workers:
@@ -145,7 +140,7 @@ class _Workers:
             except Exception as error:
                 future.set_exception(error)
             except BaseException as error:  # llguidance has panicked: this answer has failed, no other one
-                future.set_exception(_failed(f"{type(error).__name__}: {error}"))
+                future.set_exception(GrammarFailure(f"{type(error).__name__}: {error}"))
             del future, task  # a matcher may be large
 
 

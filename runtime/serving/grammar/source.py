@@ -45,6 +45,13 @@ class Grammar:
             _check_schema(self.source)
 
 
+class GrammarFailure(EngineError):
+    """An answer cannot go on as its grammar demands: a fault of the grammar, which shows only while it is followed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("sampling", "the answer cannot be held to its grammar", found=reason)
+
+
 def invalid(*, found: str, expected: str = "", remedy: str = "") -> EngineError:
     """The error of a grammar that a request cannot have."""
     return EngineError("sampling", "grammar", found=found, expected=expected, remedy=remedy)

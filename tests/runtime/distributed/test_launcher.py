@@ -287,3 +287,21 @@ def test_without_mpiexec(engines: dict[int, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     result = CliRunner().invoke(main, [str(engines[2]), "x"])
     assert result.exit_code == 1 and result.stderr.startswith("ranks: mpiexec is missing; pip install 'belle-compile[ranks]'")
+
+
+def test_a_server_of_several_ranks_drains(engines: dict[int, Path], tmp_path: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    run = belle_run(Path("serve"), engines[2], "--uds", tmp_path / "belle.sock")
+    url, transport = "http://test/v1/completions", httpx.HTTPTransport(uds=str(tmp_path / "belle.sock"), retries=0)
+    with httpx.Client(transport=transport, timeout=20) as client:
+        assert run.process.stderr is not None
+        assert any("listening" in line for line in iter(run.process.stderr.readline, ""))
+        with client.stream(
+            "POST", url, json={"prompt": "hello", "stream": True, "max_tokens": 60, "ignore_eos": True}
+        ) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            run.process.send_signal(signal.SIGTERM)  # to the launcher, which leaves it to rank 0
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    code, _, errors = run.end()
+    assert code == 0 and '"draining"' in errors and "Traceback" not in errors

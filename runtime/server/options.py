@@ -1,0 +1,163 @@
+"""The options of the server, each stated once: command line, environment, file and their checks are derived from the fields.
+
+The field `drain_timeout_s` is `--drain-timeout` on the command line, `BELLE_SERVE_DRAIN_TIMEOUT` in the environment and
+`drain-timeout` in the file. Names are those of vLLM where it has the option.
+"""
+
+# ruff: noqa: RUF009 (_option returns a field)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.kv_memory import KvMemory
+from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
+
+STAGE = "server options"
+NO_RESULT_CACHE = "none"
+
+
+def _option(
+    default: Any, help: str, *, name: str = "", metavar: str = "", least: float = -math.inf, most: float = math.inf,
+    above: float = -math.inf, shown: bool = True,
+) -> Any:  # fmt: skip
+    """Declare an option. `least` and `most` are the smallest and the largest value, `above` is too small.
+
+    `name` is that of the command line where it is not derived from the field's. Values that are not `shown` are secrets.
+    """
+    metadata = {"help": help, "name": name, "metavar": metavar, "least": least, "most": most, "above": above}
+    return field(default=default, metadata=metadata, repr=shown)
+
+
+def option_name(option: Field[Any]) -> str:
+    """The option's name in the file, and on the command line behind two dashes."""
+    return option.metadata["name"] or option.name.removesuffix("_s").replace("_", "-")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine is loaded with; None leaves the choice to it."""
+
+    max_num_seqs: int | None = _option(None, "Answers that are generated at the same time, at most.", least=1)
+    kv_cache_memory: str | None = _option(
+        None, "Memory of the KV cache: bytes, such as 8GiB, or the share of what is free, such as 0.5.", metavar="SIZE"
+    )
+    kv_tokens: int | None = _option(None, "Tokens the KV cache holds, in place of --kv-cache-memory.", least=1)
+    max_queue: int | None = _option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=0)
+    prefix_cache: bool = _option(True, "Reuse keys and values of prompts that begin alike.")
+    result_cache: str = _option(
+        "memory", "Where answers to greedy and seeded requests are stored: memory, sqlite:FILE, redis://HOST or none.",
+        metavar="STORE",
+    )  # fmt: skip
+    result_cache_bytes: int = _option(256 << 20, "Bytes of stored answers, at most.", least=1)
+    result_cache_ttl_s: float | None = _option(None, "Seconds that an answer stays stored.", metavar="S", above=0)
+    audit_cache: float = _option(0.0, "Share of the hits that idle steps recompute and compare.", least=0, most=1)
+    threads: int | None = _option(None, "Threads of the kernels of a rank.", least=1)
+    isa: str | None = _option(None, "Instruction set: amx, avx512vnni or avx2.")
+    verify: bool = _option(False, "Check the digest of every file, weights included, before loading.")
+
+    def __post_init__(self) -> None:
+        """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
+        _check_ranges(self)
+        KvMemory.parse(self.kv_tokens, self.kv_cache_memory)
+        self.cache_options()
+
+    def cache_options(self) -> ResultCacheOptions | None:
+        """The result cache; None without one."""
+        if self.result_cache == NO_RESULT_CACHE:
+            return None
+        return ResultCacheOptions(self.result_cache, self.result_cache_bytes, self.result_cache_ttl_s, self.audit_cache)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Engine.load`."""
+        names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa")
+        passed = {name: getattr(self, name) for name in names}
+        return passed | {"verify": "full" if self.verify else "header", "result_cache": self.cache_options()}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the engine is served."""
+
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(8000, "Port to listen on; 0 lets the system choose.", least=0, most=65535)
+    uds: Path | None = _option(None, "Unix socket to listen on, in place of host and port.", metavar="PATH")
+    root_path: str = _option("", "Path under which a proxy offers the server.", metavar="PATH")
+    forwarded_allow_ips: tuple[str, ...] = _option(
+        (), "Address of a proxy whose X-Forwarded-For and -Proto are believed, or *; may be given several times.",
+        metavar="IP",
+    )  # fmt: skip
+    ssl_certfile: Path | None = _option(None, "Certificate chain for HTTPS, in PEM.", metavar="FILE")
+    ssl_keyfile: Path | None = _option(None, "The certificate's private key, in PEM.", metavar="FILE")
+    allowed_origins: tuple[str, ...] = _option(
+        (), "Origin whose pages may call the server, or *; may be given several times. None by default.", metavar="ORIGIN"
+    )
+    served_model_names: tuple[str, ...] = _option(
+        (), "Name of the model in the API; may be given several times. By default that of the engine.",
+        name="served-model-name", metavar="NAME",
+    )  # fmt: skip
+
+    api_keys: tuple[str, ...] = _option(
+        (), "Key that clients must send; may be given several times.", name="api-key", metavar="KEY", shown=False
+    )
+    api_key_file: Path | None = _option(
+        None, "TOML or JSON file of keys with names, limits and priorities; read again on SIGHUP.", metavar="FILE"
+    )
+    metrics_auth: bool = _option(False, "Let /metrics need a key too.")
+
+    request_timeout_s: float | None = _option(
+        600.0, "Seconds from a request's arrival to its last token; requests may ask for less.", metavar="S", above=0
+    )
+    drain_timeout_s: float = _option(
+        120.0, "Seconds that requests under way have to end after SIGTERM or SIGINT.", metavar="S", least=0
+    )
+    header_timeout_s: float = _option(
+        10.0, "Seconds in which a request's headers must arrive, and its body must go on.", metavar="S", above=0
+    )
+    keep_alive_timeout_s: float = _option(75.0, "Seconds that a connection without requests is kept.", metavar="S", above=0)
+    max_connections: int = _option(4096, "Open connections; those beyond it are refused with 503.", least=1)
+    max_body_bytes: int = _option(4 << 20, "Bytes of a request's body.", least=1)
+    max_messages: int = _option(2048, "Messages of a chat.", least=1)
+    max_prompts: int = _option(512, "Prompts of a completion request.", least=1)
+    max_n: int = _option(128, "Answers to a prompt.", least=1)
+
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least level of what is logged.")
+    log_format: Literal["json", "text"] = _option("json", "Form of the log's lines, on stderr.")
+    access_log: bool = _option(True, "Log each request.")
+    log_prompts: bool = _option(False, "Log prompts and answers too.")
+
+    def __post_init__(self) -> None:
+        """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
+        _check_ranges(self)
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise EngineError(STAGE, "ssl-keyfile", found="a key", expected="its certificate too", remedy="give ssl-certfile")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise EngineError(STAGE, "root-path", found=repr(self.root_path), expected='a path such as "/belle"')
+        for name, values in (("api-key", self.api_keys), ("served-model-name", self.served_model_names)):
+            if not all(values):
+                raise EngineError(STAGE, name, found="an empty text", expected="at least one character")
+
+
+def _check_ranges(options: EngineOptions | ServerOptions) -> None:
+    for option in fields(options):
+        value, limits = getattr(options, option.name), option.metadata
+        if not isinstance(value, (int, float)):
+            continue
+        if not (math.isfinite(value) and limits["least"] <= value <= limits["most"] and value > limits["above"]):
+            raise EngineError(STAGE, option_name(option), found=str(value), expected=_range_text(limits))
+
+
+def _range_text(limits: Any) -> str:
+    if limits["most"] < math.inf:
+        return f"{limits['least']} to {limits['most']}"
+    return f"more than {limits['above']}" if limits["above"] > -math.inf else f"{limits['least']} or more"
+
+
+def all_options() -> Sequence[Field[Any]]:
+    """The fields of both records, those of the server first."""
+    return (*fields(ServerOptions), *fields(EngineOptions))

@@ -1,0 +1,83 @@
+"""POST /tokenize, POST /detokenize and GET /tokenizer_info, which are vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.server.calls import read_aside
+from belle_compile.runtime.server.errors import invalid, of_request
+from belle_compile.runtime.server.openapi import operation
+from belle_compile.runtime.server.responses import json_response
+from belle_compile.runtime.server.schemas.responses import DetokenizedText, TokenizerInfo, Tokens
+from belle_compile.runtime.server.schemas.tokens import DetokenizeBody, TokenizeBody
+from belle_compile.runtime.server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/tokenize", **operation("Encode a text or a chat.", Tokens, body=TokenizeBody))
+async def tokenize(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    return json_response(await read_aside(service, request, TokenizeBody, partial(_tokenize, service)))
+
+
+@router.post("/detokenize", **operation("Decode token ids.", DetokenizedText, body=DetokenizeBody))
+async def detokenize(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    return json_response(await read_aside(service, request, DetokenizeBody, partial(_detokenize, service)))
+
+
+@router.get("/tokenizer_info", **operation("Show the tokenizer's special tokens and the chat template.", TokenizerInfo))
+async def tokenizer_info(request: HttpRequest) -> Response:
+    service: Service = request.app.state.service
+    return json_response(_tokenizer_info(service))
+
+
+def _tokenize(service: Service, body: TokenizeBody) -> Tokens:
+    service.model(body.model)
+    if body.messages is None:
+        text = body.prompt or ""
+    else:
+        if len(body.messages) > service.options.max_messages:
+            found = f"expected at most {service.options.max_messages}, found {len(body.messages)}"
+            raise invalid(f"Invalid value for 'messages': {found}.", "messages")
+        messages = [message.for_template() for message in body.messages]
+        try:
+            text = service.template.render(messages, add_generation_prompt=body.add_generation_prompt is not False)
+        except EngineError as error:
+            raise of_request(error, "messages", subject=error.what) from None
+    tokens = service.engine.tokenizer.encode(text, add_bos=False if body.add_special_tokens is False else None)
+    texts = [service.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens, "token_strs": texts}
+
+
+def _detokenize(service: Service, body: DetokenizeBody) -> DetokenizedText:
+    service.model(body.model)
+    vocab_size = service.engine.executor.vocab_size
+    if body.tokens and (largest := max(body.tokens)) >= vocab_size:
+        found = str(largest)[:40]
+        raise invalid(f"Invalid value for 'tokens': expected token ids of 0 to {vocab_size - 1}, found {found}.", "tokens")
+    return {"prompt": service.engine.tokenizer.decode(body.tokens, special=True)}
+
+
+def _tokenizer_info(service: Service) -> TokenizerInfo:
+    engine = service.engine
+    special, template = engine.manifest.special_tokens, engine.manifest.prompt_template
+    name_of: Callable[[int], str] = lambda token: service.token_texts.lookup(token)[0]  # noqa: E731
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None if special.bos is None else name_of(special.bos),
+        "eos_token": name_of(special.eos[0]) if special.eos else None,
+        "pad_token": None if special.pad is None else name_of(special.pad),
+        "add_bos_token": special.add_bos,
+        "add_eos_token": False,
+        "model_max_length": engine.max_context,
+        "vocab_size": engine.executor.vocab_size,
+        "chat_template": template.jinja,
+    }
