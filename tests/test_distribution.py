@@ -43,7 +43,7 @@ def test_a_wheel_holds_one_package_and_its_data(built: tuple[Path, list[str]]) -
         names = set(archive.namelist())
         metadata = archive.read(f"{information}/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"belle_compile", information}
-    packaged = re.compile(r"(compiler|passes|runtime)/(.*/)?([^/]+\.(py|jinja|json|c|h)|py\.typed)")
+    packaged = re.compile(r"(compiler|passes|runtime)/(.*/)?([^/]+\.(py|jinja|json|c|h|html|css|js|svg)|py\.typed)")
     expected = {f"belle_compile/{path}" for path in tracked if packaged.fullmatch(path)}
     expected |= {"belle_compile/__init__.py", "belle_compile/py.typed"}
     assert {name for name in names if name.startswith("belle_compile/")} == expected

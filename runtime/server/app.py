@@ -8,10 +8,10 @@ from belle_compile import __version__
 from belle_compile.runtime.server.errors import install_handlers
 from belle_compile.runtime.server.middleware import install
 from belle_compile.runtime.server.openapi import TITLE, document
-from belle_compile.runtime.server.routes import chat, completions, health, info, models, tokenize
+from belle_compile.runtime.server.routes import chat, completions, health, info, models, page, tokenize
 from belle_compile.runtime.server.service import Service
 
-ROUTERS = (chat.router, completions.router, models.router, tokenize.router, info.router, health.router)
+ROUTERS = (chat.router, completions.router, models.router, tokenize.router, info.router, health.router, page.router)
 
 
 def create_app(service: Service) -> FastAPI:
