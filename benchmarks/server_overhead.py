@@ -1,0 +1,129 @@
+"""What HTTP costs: streaming connections against `Engine.generate` with as many prompts, in turns on the same cores.
+
+    python -m benchmarks.server_overhead ENGINE [--out benchmarks/results/server-overhead.json]
+
+`belle-run serve` runs in a process of its own. This process holds an engine too, and the clients: plain sockets that do nothing
+but read, so that little of what is measured is theirs. Every prompt is new, so that no cache helps. A rate is all tokens of a
+round by the time from the first request to the end of the last answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from belle_compile.runtime import Engine, SamplingParams
+from benchmarks import machine
+from benchmarks.servers import Server
+
+CONNECTIONS = (1, 4, 16, 64)
+PROMPT, ANSWER, ROUNDS = 64, 96, 7
+
+
+class Round(NamedTuple):
+    """Tokens per second of all answers together, and the median of the seconds to their first tokens."""
+
+    rate: float
+    first_token_s: float
+
+
+def generate(engine: Engine, prompts: list[list[int]]) -> Round:
+    """Answer all prompts in this process."""
+    params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=ANSWER, ignore_eos=True)
+    started = time.perf_counter()
+    results = engine.generate(prompts, params)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(result.token_ids) for result in results)
+    return Round(tokens / seconds, statistics.median(result.timings.first_token_s for result in results))
+
+
+async def stream(server: Server, prompts: list[list[int]]) -> Round:
+    """Stream all answers, each over a connection of its own that is open already."""
+    connections = [await asyncio.open_connection(server.host, server.port) for _ in prompts]
+    started = time.perf_counter()
+    firsts = await asyncio.gather(*map(_read, connections, [_request(server, prompt) for prompt in prompts]))
+    seconds = time.perf_counter() - started
+    for _, writer in connections:
+        writer.close()
+    return Round(len(prompts) * ANSWER / seconds, statistics.median(firsts))
+
+
+def _request(server: Server, prompt: list[int]) -> bytes:
+    body = {"model": server.model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "repetition_penalty": 1.0}
+    content = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+
+
+async def _read(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], request: bytes) -> float:
+    """Send a request and read its answer to the end; returns the seconds to the first event."""
+    reader, writer = connection
+    started, first, end = time.perf_counter(), 0.0, b""
+    writer.write(request)
+    while data := await reader.read(1 << 16):
+        end = (end + data)[-64:]
+        if not first and b"data: " in data:
+            first = time.perf_counter() - started
+    if b"data: [DONE]" not in end:
+        raise SystemExit(f"a stream ended with {end!r}, not with [DONE]")
+    return first
+
+
+def measure(engine: Engine, server: Server) -> list[dict[str, Any]]:
+    """Return one row for each number of connections."""
+    chance, rows = np.random.default_rng(0), []
+
+    def prompts(count: int) -> list[list[int]]:
+        return chance.integers(5, min(250, engine.executor.vocab_size), (count, PROMPT)).tolist()  # type: ignore[no-any-return]
+
+    for count in CONNECTIONS:
+        pairs = []
+        for turn in range(ROUNDS + 1):  # the first one warms up
+            taken: dict[str, Round] = {}
+            for way in ("engine", "http") if turn % 2 else ("http", "engine"):
+                new = prompts(count)
+                taken[way] = generate(engine, new) if way == "engine" else asyncio.run(stream(server, new))
+            pairs.append((taken["engine"], taken["http"]))
+        rows.append(_row(count, pairs[1:]))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _row(count: int, pairs: list[tuple[Round, Round]]) -> dict[str, Any]:
+    def median(values: list[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    return {
+        "connections": count,
+        "engine_tokens_per_second": median([engine.rate for engine, _ in pairs]),
+        "http_tokens_per_second": median([http.rate for _, http in pairs]),
+        "rate_ratio": median([http.rate / engine.rate for engine, http in pairs]),
+        "first_token_more_ms": median([1000 * (http.first_token_s - engine.first_token_s) for engine, http in pairs]),
+        "engine_first_token_ms": median([1000 * engine.first_token_s for engine, _ in pairs]),
+    }
+
+
+def main() -> None:
+    """Measure, print and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with Server(options.engine) as server, Engine.load(options.engine) as engine:
+        rows = measure(engine, server)
+    if options.out:
+        facts = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "rounds": ROUNDS, "engine": options.engine.name}
+        result = {"machine": machine.describe(), **facts, "rows": rows}
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
