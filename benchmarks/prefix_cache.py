@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ def measure(engine: Engine) -> dict[str, Any]:
     results = engine.generate(prompts, PARAMS)
     after = engine.stats()
     computed = after.prompt_tokens - before.prompt_tokens - sum(result.cached_tokens for result in results)
-    misses, hits = [], []
+    misses: list[float] = []
+    hits: list[float] = []
     for _ in range(ROUNDS):
         system = tokens(SYSTEM)
         for times in (misses, hits):
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

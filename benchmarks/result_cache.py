@@ -13,7 +13,6 @@ import argparse
 import http.client
 import json
 import statistics
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -124,4 +123,4 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

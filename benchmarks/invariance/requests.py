@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from belle_compile.runtime import Engine, SamplingParams
+from belle_compile.runtime import Engine, Grammar, SamplingParams
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.prompt import ChatTemplate
-from belle_compile.runtime.serving.grammar import Grammar
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.tokenizer import Tokenizer
 
