@@ -24,7 +24,7 @@ from benchmarks import machine
 from benchmarks.invariance.requests import cases, longest, read_questions
 from benchmarks.invariance.ways import Answer, Facts, Way, answer, ways
 
-LONGEST_ANSWER = 24
+LONGEST_ANSWER = 64
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def _compare(every: dict[str, Way], options: argparse.Namespace, count: int, fol
         started = time.perf_counter()
         answers, facts = _run(way, options) if count == 1 else _run_ranks(name, count, folder)
         expected = expected or answers
-        different = [i for i, (one, other) in enumerate(zip(expected, answers, strict=True)) if one != other]
+        different = [i for i, (one, other) in enumerate(zip(expected, answers, strict=True)) if not one.same(other)]
         row = {"way": name, "answers": len(answers), "different": len(different), "first_different": different[:5]}
         rows.append(row | facts | {"seconds": round(time.perf_counter() - started, 1)})
         print(json.dumps(rows[-1]), flush=True)
@@ -89,7 +89,13 @@ def _run_ranks(name: str, count: int, folder: Path) -> tuple[list[Answer], Facts
     command = ["mpiexec", "-n", str(count), sys.executable, "-m", "benchmarks.invariance", *arguments, "--one", name, str(file)]
     subprocess.run(command, check=True)
     answers, facts = json.loads(file.read_text(encoding="utf-8"))
-    return [Answer(tuple(tokens), *rest) for tokens, *rest in answers], facts
+    return [_answer(*fields) for fields in answers], facts
+
+
+def _answer(tokens: list[int], text: str, reason: str, *scores: list[list[Any]] | None) -> Answer:
+    """Make an answer again from JSON."""
+    pairs = [None if entries is None else tuple((int(token), float(score)) for token, score in entries) for entries in scores]
+    return Answer(tuple(tokens), text, reason, pairs[0] or (), pairs[1] or (), pairs[2])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,34 +14,45 @@ from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.logprobs import TokenLogprob
 from belle_compile.runtime.serving.request import Request
 from belle_compile.runtime.serving.result_cache.cache import depends_on_request_alone
+from benchmarks.invariance import http_way
 from benchmarks.invariance.requests import Case, resolve
 
 Load = Callable[..., Engine]  # called with arguments of `Engine.load` beside the directory
 Facts = dict[str, int]
+ARRIVAL_S = 0.05  # within which all requests arrive, so that they press on each other
+
+
+Scores = tuple[tuple[int, float], ...]
 
 
 class Answer(NamedTuple):
-    """What may not differ: tokens, the bits of their log probabilities and of the prompt's, the text, and why it ended."""
+    """What may not differ: tokens, their log probabilities and those of the prompt's tokens, the text, and why it ended.
+
+    `alternatives` are the likely tokens in place of each, with theirs; None where a way does not tell.
+    """
 
     token_ids: tuple[int, ...]
-    logprobs: str
-    prompt_logprobs: str
     text: str
     finish_reason: str
+    logprobs: Scores
+    prompt_logprobs: Scores
+    alternatives: Scores | None
 
     @classmethod
     def of(cls, result: Result) -> Answer:
-        scores = (_bits(result.logprobs), _bits(result.prompt_logprobs))
-        return cls(tuple(result.token_ids), *scores, result.text, result.finish_reason)
+        scored, prompt = _entries(result.logprobs), _entries(result.prompt_logprobs)
+        own, of_prompt = (tuple((entry.token_id, entry.logprob) for entry in entries) for entries in (scored, prompt))
+        tops = tuple(pair for entry in (*scored, *prompt) for pair in entry.top)
+        return cls(tuple(result.token_ids), result.text, result.finish_reason, own, of_prompt, tops)
+
+    def same(self, other: Answer) -> bool:
+        """Whether two answers agree in what both tell, bit for bit."""
+        told = self.alternatives is None or other.alternatives is None or self.alternatives == other.alternatives
+        return self[:-1] == other[:-1] and told
 
 
-def _bits(logprobs: Sequence[TokenLogprob | None] | None) -> str:
-    """Return the tokens and the bits of the numbers, in hexadecimal digits."""
-    numbers: list[float] = []
-    for entry in logprobs or []:
-        if entry:
-            numbers += [entry.token_id, entry.logprob, *(number for pair in entry.top for number in pair)]
-    return struct.pack(f">{len(numbers)}d", *numbers).hex()
+def _entries(logprobs: Sequence[TokenLogprob | None] | None) -> list[TokenLogprob]:
+    return [entry for entry in logprobs or [] if entry]
 
 
 @dataclass(frozen=True)
@@ -118,10 +128,34 @@ async def _pressed(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
 
     answers, given_up = [], []
     for request in requests:
-        answers.append(asyncio.create_task(answer(request, chance.uniform(0, 0.5))))
-        given_up.append(asyncio.create_task(give_up(request, chance.uniform(0, 0.5), chance.randint(0, 4))))
+        answers.append(asyncio.create_task(answer(request, chance.uniform(0, ARRIVAL_S))))
+        given_up.append(asyncio.create_task(give_up(request, chance.uniform(0, ARRIVAL_S), chance.randint(0, 4))))
     await asyncio.gather(*given_up)
     return await asyncio.gather(*answers)
+
+
+def ask(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """Send requests to a server, several at a time."""
+    return [_told(request, *told) for request, told in zip(requests, http_way.ask(engine, requests, False), strict=True)]
+
+
+def ask_streaming(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """Send requests to a server, several at a time, and put the answers together from events."""
+    return [_told(request, *told) for request, told in zip(requests, http_way.ask(engine, requests, True), strict=True)]
+
+
+def _told(request: Request, prompt: list[dict[str, Any] | None] | None, choices: list[dict[str, Any]]) -> Answer:
+    """Put an answer together from the choices of its events."""
+    tokens = tuple(token for choice in choices for token in choice.get("token_ids") or ())
+    text = "".join(choice["text"] for choice in choices)
+    reason = next(choice["finish_reason"] for choice in reversed(choices) if choice["finish_reason"])
+    values = [value for choice in choices if choice.get("logprobs") for value in choice["logprobs"]["token_logprobs"]]
+    scores = tuple(zip(tokens, values, strict=True)) if request.logprobs is not None else ()
+    own: list[tuple[int, float]] = []
+    if request.prompt_logprobs is not None and prompt is not None:
+        pairs = zip(request.prompt, prompt, strict=True)
+        own = [(token, entry[str(token)]["logprob"]) for token, entry in pairs if entry is not None]
+    return Answer(tokens, text, reason, scores, tuple(own), None)
 
 
 def _few_blocks(longest: int) -> dict[str, Any]:
@@ -142,6 +176,8 @@ def ways(sqlite: str | None = None, redis: str | None = None) -> dict[str, Way]:
         "few blocks, others given up": Way(pressed, _few_blocks, ("preemptions", "cancellations")),
         "prefix hits": Way(twice, lambda longest: {}, ("prefix_hits",)),
         "prefix hits, streamed": Way(streamed, lambda longest: {}, ("prefix_hits",)),
+        "HTTP": Way(ask, lambda longest: {}, ("prefix_hits",)),
+        "HTTP, streamed": Way(ask_streaming, lambda longest: {}, ("prefix_hits",)),
         **{f"result cache, {name}": Way(twice, _cached_by(store)) for name, store in stores.items()},
     }
 
