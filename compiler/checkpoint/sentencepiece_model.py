@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
@@ -34,6 +35,7 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
+    refuse_pointer(file)
     proto: Any = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())

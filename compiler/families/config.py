@@ -15,7 +15,8 @@ HARMLESS = frozenset(
     # Bookkeeping.
     """_name_or_path name_or_path _commit_hash architectures model_type transformers_version finetuning_task
     task_specific_params problem_type id2label label2id num_labels prefix tokenizer_class tokenizer_model_max_length
-    tokenizer_padding_side model_max_length transformers.js_config unsloth_version unsloth_fixed is_llama_config license
+    tokenizer_padding_side model_max_length transformers.js_config transformers_weights unsloth_version unsloth_fixed
+    is_llama_config license
     """.split()
     # Special tokens, which compiler/checkpoint reads.
     + """bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id

@@ -36,12 +36,9 @@ class Format(Protocol):
     """One way of storing a model in files. `FORMATS` lists all of them, the preferred one first."""
 
     @property
-    def name(self) -> str:
-        """The name of the format in notes."""
-
-    @property
-    def weights(self) -> str:
-        """A glob pattern of the files that hold its weights, for downloads."""
+    def weights(self) -> tuple[str, ...]:
+        """Glob patterns of the files that hold its weights, for downloads. A repository has weights of this format if one of
+        its files matches the first pattern."""
 
     def recognises(self, files: Files) -> bool:
         """Whether these files hold weights of this format, judged by names or by a small file."""

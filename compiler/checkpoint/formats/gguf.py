@@ -13,6 +13,7 @@ import numpy.typing as npt
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS, GROUP, BlockFormat
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
@@ -33,13 +34,13 @@ OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 class Gguf:
     """A .gguf file, alone or in a directory that has no other weights; it holds config and tokenizer too."""
 
-    name, weights = "gguf", "*.gguf"
+    weights = ("*.gguf",)
 
     def recognises(self, files: Files) -> bool:
-        return bool(files.matching(self.weights)) and not any(map(files.matching, OTHER_WEIGHTS))
+        return bool(files.matching(*self.weights)) and not any(map(files.matching, OTHER_WEIGHTS))
 
     def read(self, files: Files) -> Contents:
-        file, *others = files.matching(self.weights)
+        file, *others = files.matching(*self.weights)
         if others:
             raise CompileError(
                 STAGE,
@@ -106,6 +107,7 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
 def _reader(file: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    refuse_pointer(file)
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as e:

@@ -14,6 +14,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 
+CONFIG = "config.json"
 OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")
 
 
@@ -60,7 +61,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
 
 def require_config(directory: Path) -> Path:
     """The path of a directory's config.json; raises CompileError if there is none."""
-    config_file = directory / "config.json"
+    config_file = directory / CONFIG
     if not config_file.is_file():
         raise CompileError(
             STAGE,

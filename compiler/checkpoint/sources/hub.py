@@ -13,7 +13,6 @@ from belle_compile.compiler.errors import CompileError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-INDEX_FILES = "*.index.json"  # fetched from a repository without weights, so that the error names the missing shards
 
 
 class Hub:
@@ -22,15 +21,15 @@ class Hub:
     def recognises(self, name: str) -> bool:
         return NAME.fullmatch(name) is not None
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         """Download the weights of one format and all small files. Without a network, use the files of an earlier download."""
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
             files = [entry.rfilename for entry in HfApi().model_info(name).siblings or []]
-            kind = next((pattern for pattern in weights if any(fnmatchcase(file, pattern) for file in files)), INDEX_FILES)
-            return Files(Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, kind])))
+            there = [patterns for patterns in weights if patterns and any(fnmatchcase(file, patterns[0]) for file in files)]
+            return Files(Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *(there[0] if there else ())])))
         except RepositoryNotFoundError as e:
             raise CompileError(
                 STAGE,

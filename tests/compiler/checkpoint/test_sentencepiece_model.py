@@ -107,6 +107,6 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
 
 
 def test_not_a_sentencepiece_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CompileError, match="found a file that sentencepiece cannot read"):
         convert(tmp_path / "tokenizer.model")

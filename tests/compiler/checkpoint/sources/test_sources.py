@@ -65,19 +65,24 @@ class Hub:
 
 
 @pytest.mark.parametrize(
-    ("files", "pattern"),
+    ("files", "patterns"),
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin"], "*.safetensors"),
-        (["pytorch_model.bin"], "*.bin"),
-        (["x.gguf"], "*.gguf"),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"], ["model.safetensors"]),
+        (["adapter_model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["model.safetensors.index.json", "pytorch_model.bin"], ["model.safetensors.index.json", "*.safetensors"]),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"], ["pytorch_model.bin.index.json", "*.bin"]),
+        (["pytorch_model.bin", "model-00001-of-00001.safetensors"], ["pytorch_model.bin"]),
+        (["x.gguf"], ["*.gguf"]),
+        (["README.md"], []),
     ],
 )
 def test_one_kind_of_weights_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pattern: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], patterns: list[str]
 ) -> None:
     hub = Hub(monkeypatch, files=files, cached=tmp_path)
     assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
-    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", pattern]
+    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", *patterns]
 
 
 def test_a_local_directory_outranks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
