@@ -14,7 +14,7 @@ from belle_compile.compiler.checkpoint.generation import generation_defaults
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
-from belle_compile.compiler.checkpoint.special_tokens import special_tokens
+from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.families import registry
 
@@ -30,15 +30,17 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
     family = registry.by_config(contents.config, files.path)
     chosen = choose_template(template, contents.template, family, contents.config)
     overlaid = apply_overlays(canonical(contents.tensors, family), overlays)
-    notes = [*files.notes, *contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json), *overlaid.notes]
-    special = special_tokens(
-        contents.config,
-        contents.generation,
-        contents.tokenizer_config,
-        contents.tokens_map,
-        contents.tokenizer_json,
-        raw_template=chosen.name == RAW,
+    stated = Statements(
+        config=contents.config,
+        tokenizer_json=contents.tokenizer_json,
+        generation=contents.generation,
+        tokenizer_config=contents.tokenizer_config,
+        tokens_map=contents.tokens_map,
+        implied=contents.implied,
     )
+    special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW)
+    vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)
+    notes = [*files.notes, *contents.notes, *vocabulary, *disagreements, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,

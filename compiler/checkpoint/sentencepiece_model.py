@@ -33,21 +33,12 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
     special token; without, only before a first text that does not begin with a space.
     """
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
-    refuse_pointer(file)
-    proto: Any = sentencepiece_model_pb2.ModelProto()
+    proto = _read(file)
     try:
-        proto.ParseFromString(file.read_bytes())
         reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    except Exception as e:  # protobuf's DecodeError and sentencepiece's RuntimeError
-        raise CompileError(
-            STAGE,
-            f"tokenizer {file}",
-            found=f"a file that sentencepiece cannot read ({e})",
-            expected="a sentencepiece model",
-            remedy="download it again",
-        ) from e
+    except RuntimeError as e:
+        raise _unreadable(file, e) from e
     if proto.trainer_spec.model_type != BPE:
         raise CompileError(
             STAGE,
@@ -68,6 +59,36 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
         squeeze=spec.remove_extra_whitespaces,
     )
     return tokenizer.to_str(), _notes(file, pieces, tokenizer, reference if legacy else None)
+
+
+def special_words(file: Path) -> dict[str, str]:
+    """The words of BOS and EOS in a sentencepiece model, in the keys of tokenizer_config.json; none that it has turned off."""
+    spec = _read(file).trainer_spec
+    words = {"bos_token": (spec.bos_id, spec.bos_piece), "eos_token": (spec.eos_id, spec.eos_piece)}
+    return {key: piece for key, (index, piece) in words.items() if index >= 0}
+
+
+def _read(file: Path) -> Any:
+    """The ModelProto in a file; raises CompileError if there is none."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    refuse_pointer(file)
+    proto: Any = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except Exception as e:  # protobuf's DecodeError
+        raise _unreadable(file, e) from e
+    return proto
+
+
+def _unreadable(file: Path, error: Exception) -> CompileError:
+    return CompileError(
+        STAGE,
+        f"tokenizer {file}",
+        found=f"a file that sentencepiece cannot read ({error})",
+        expected="a sentencepiece model",
+        remedy="download it again",
+    )
 
 
 def spm_tokenizer(

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from belle_compile.compiler.checkpoint.json_files import read_json
-from belle_compile.compiler.checkpoint.sentencepiece_model import convert
+from belle_compile.compiler.checkpoint.sentencepiece_model import convert, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
@@ -58,8 +58,7 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
                 expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
                 remedy="put a tokenizer.json beside it",
             )
-    # The default of these releases' slow LlamaTokenizer, and the names of BOS and EOS in sentencepiece
-    implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    implied = {"add_bos_token": True, **special_words(file)}  # True is the default of these releases' slow LlamaTokenizer
     return str(tokenizer.to_str()), files, notes, implied
 
 

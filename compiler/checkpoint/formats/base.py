@@ -17,8 +17,9 @@ class Contents:
 
     `config` has the keys of Transformers' config.json; tensors have the names stored in the files. `tokenizer_config`,
     `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty if a file
-    is missing. `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences
-    for the manifest and the report about what was ignored or approximated.
+    is missing. `implied` are keys of tokenizer_config.json that the format implies where that file states none. `template` is
+    the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences for the manifest and the
+    report about what was ignored or approximated.
     """
 
     config: dict[str, Any]
@@ -26,6 +27,7 @@ class Contents:
     tokenizer_json: str
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     tokens_map: dict[str, Any] = field(default_factory=dict)
+    implied: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     template: PromptTemplate | None = None
     files: list[Path] = field(default_factory=list)
