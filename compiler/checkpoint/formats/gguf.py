@@ -13,6 +13,7 @@ import numpy.typing as npt
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS, GROUP, BlockFormat
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.huggingface import rows_of
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
@@ -78,7 +79,7 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
     config = {"model_type": family.name, "architectures": [*family.architectures[:1]], **layout.read_config(header)}
     tensors = [_tensor(header, layout, tensor, config) for tensor in reader.tensors]
     if directory is not None and (directory / "tokenizer.json").is_file():
-        tokenizer_json, tokenizer_files, notes, _ = load_tokenizer(directory)
+        tokenizer_json, tokenizer_files, notes, _ = load_tokenizer(directory, rows_of(config))
     else:
         tokenizer_json, notes, tokenizer_files = gguf_tokenizer(file, get), [], []
     packed = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(FLOATS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
             expected="float32, float16 or bfloat16 weights",
             remedy=f"quantised {method} checkpoints are not yet supported: give the one it was made from",
         )
-    tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory)
+    tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory, rows_of(config))
     weights = open_weights(directory)
     files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
     optional = {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
@@ -58,6 +58,12 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
         files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
         notes=[*notes, *weights.notes],
     )
+
+
+def rows_of(config: Mapping[str, Any]) -> int | None:
+    """The number of rows of the embedding that a config.json states; None if it states none."""
+    size = config.get("vocab_size")
+    return size if type(size) is int else None
 
 
 def require_config(directory: Path) -> Path:
