@@ -17,17 +17,22 @@ from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.families import registry
+from belle_compile.compiler.families.config import without_keys
 
 
-def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: Sequence[Overlay] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, template: str | None = None, overlays: Sequence[Overlay] = (), ignored_keys: Sequence[str] = ()
+) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. `overlays` change tensors in the order given. Raises CompileError for everything that cannot be read.
+    `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent. Raises
+    CompileError for everything that cannot be read.
     """
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)
+    contents.config, ignored = without_keys(contents.config, ignored_keys, family.keys.used)
     chosen = choose_template(template, contents.template, family, contents.config)
     overlaid = apply_overlays(canonical(contents.tensors, family), overlays)
     stated = Statements(
@@ -40,7 +45,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
     )
     special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW)
     vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)
-    notes = [*files.notes, *contents.notes, *vocabulary, *disagreements, *overlaid.notes]
+    notes = [*files.notes, *ignored, *contents.notes, *vocabulary, *disagreements, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,

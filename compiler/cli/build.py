@@ -26,7 +26,11 @@ _WHAT = options.together(
     click.option(
         "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
     ),
-)
+    click.option(
+        "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
+        help="Take a key of config.json that this compiler does not know as absent; repeatable. The manifest records it.",
+    ),
+)  # fmt: skip
 _CALIBRATION = options.together(
     click.option(
         "--calibration", type=options.PATH, metavar="FILE|SET",

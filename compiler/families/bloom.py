@@ -32,7 +32,13 @@ KEYS = Keys(
         """offset_alibi attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv
         """.split()
     ),
-    fixed={"hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"), "head_dim": ()},
+    fixed={
+        "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        "head_dim": (),
+        "alibi": (True,),
+        "multi_query": (False,),
+        "position_embedding_type": ("alibi",),
+    },
 )
 
 
@@ -161,5 +167,6 @@ FAMILY = Family(
     renames=((r"^transformer\.", ""),),  # BloomForCausalLM has this prefix, BloomModel and some releases do not
     read_config=read_config,
     build=build,
+    keys=KEYS,
     template="belle-bloom",
 )

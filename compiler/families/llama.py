@@ -23,10 +23,22 @@ KEYS = Keys(
         rms_norm_eps attention_bias mlp_bias tie_word_embeddings
         """.split()
     ),
-    # With pretraining_tp > 1 Transformers 4 adds up the same products in slices. Early conversions have max_sequence_length,
-    # which nothing reads.
-    harmless=frozenset({"pretraining_tp", "max_sequence_length"}),
-    fixed={"hidden_act": ("silu", "swish"), "rope_interleaved": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,)},
+    # With pretraining_tp > 1 Transformers 4 adds up the same products in slices.
+    harmless=frozenset({"pretraining_tp"}),
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "rope_interleaved": (False,),
+        "use_qk_norm": (False,),
+        "qk_norm": (False,),
+        "qk_layernorm": (False,),
+        "qkv_bias": (False,),
+        "use_bias": (False,),
+        "bias": (False,),
+        "no_bias": (True,),
+        "alibi": (False,),
+        "rms_norm": (True,),
+        "position_embedding_type": ("rope", "rotary"),
+    },
 )
 
 
@@ -224,6 +236,7 @@ FAMILY = Family(
     renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # files saved from LlamaModel lack the prefix
     read_config=read_config,
     build=build,
+    keys=KEYS,
     template="belle-llama",
     template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
     gguf=GgufLayout(

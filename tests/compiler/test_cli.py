@@ -278,6 +278,8 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--backend", "tvm")
     given = {"methods": ("rotate", "gptq"), "gate": Gate(min_top1=0.9), "backend": "tvm"}
     assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print, **given)
+    fail(capsys, "build", "model", "-o", "engine", "--ignore-config-key", "a", "--ignore-config-key", "b")
+    assert seen.pop().ignored_config_keys == ("a", "b")
     fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
