@@ -65,8 +65,9 @@ class BuildRequest:
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
     the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
     replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
-    compiler does not know, count as absent. `tune` measures on this host which kernel variants suit this model's shapes, which
-    takes minutes and may differ from one build to the next.
+    compiler does not know, count as absent. `generation` changes the generation defaults (see `changed_defaults`). `tune`
+    measures on this host which kernel variants suit this model's shapes, which takes minutes and may differ from one build to
+    the next.
 
     Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
@@ -89,6 +90,7 @@ class BuildRequest:
     isas: tuple[str, ...] = ()
     template: str | None = None
     ignored_config_keys: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
@@ -231,7 +233,12 @@ def _resolve(request: BuildRequest) -> _Job:
 
 def _open(job: _Job, writer: EngineWriter) -> _Source:
     request = job.request
-    checkpoint = open_checkpoint(request.checkpoint, template=request.template, ignored_keys=request.ignored_config_keys)
+    checkpoint = open_checkpoint(
+        request.checkpoint,
+        template=request.template,
+        ignored_keys=request.ignored_config_keys,
+        generation=request.generation,
+    )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
     if request.calibration is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,30 @@ from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
 from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
-from belle_compile.compiler.checkpoint.generation import generation_defaults
+from belle_compile.compiler.checkpoint.generation import changed_defaults, generation_defaults
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
-from belle_compile.compiler.checkpoint.templates import RAW, choose_template
+from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, choose_template
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
 
 
 def open_checkpoint(
-    path: str | Path, *, template: str | None = None, overlays: Sequence[Overlay] = (), ignored_keys: Sequence[str] = ()
+    path: str | Path,
+    *,
+    template: str | None = None,
+    overlays: Sequence[Overlay] = (),
+    ignored_keys: Sequence[str] = (),
+    generation: Sequence[str] = (),
 ) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent. Raises
-    CompileError for everything that cannot be read.
+    `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent.
+    `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
+    read.
     """
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
@@ -45,7 +52,11 @@ def open_checkpoint(
     )
     special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW)
     vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)
-    notes = [*files.notes, *ignored, *contents.notes, *vocabulary, *disagreements, *overlaid.notes]
+    source, settings = contents.sampling
+    own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)
+    defaults, of_changes = changed_defaults(own, generation)
+    sampling = [*unsupported, *of_changes]
+    notes = [*files.notes, *ignored, *contents.notes, *vocabulary, *disagreements, *sampling, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,
@@ -54,7 +65,7 @@ def open_checkpoint(
         tokenizer_json=contents.tokenizer_json,
         special=special,
         template=chosen,
-        generation=generation_defaults(contents.generation),
+        generation=asdict(defaults),
         files=(*contents.files, *overlaid.files),
         notes=tuple(notes),
     )

@@ -56,6 +56,7 @@ TEMPLATES = {
     "belle-llama-ext": _turns("'Human: ' + text + '\\n\\nBelle: '", "message['content'] + '\\n\\n'"),
     RAW: "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}",
 }
+BELLE_TEMPLATES = frozenset(text for name, text in TEMPLATES.items() if name != RAW)  # the texts of BELLE's models
 
 
 def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:

@@ -54,7 +54,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    commands = ["build", "calibrate-set", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
+    commands = ["build", "calibrate-set", "edit", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
     assert sorted(cli.cli.commands) == commands
 
 
@@ -278,8 +278,9 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--backend", "tvm")
     given = {"methods": ("rotate", "gptq"), "gate": Gate(min_top1=0.9), "backend": "tvm"}
     assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print, **given)
-    fail(capsys, "build", "model", "-o", "engine", "--ignore-config-key", "a", "--ignore-config-key", "b")
-    assert seen.pop().ignored_config_keys == ("a", "b")
+    keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3"
+    fail(capsys, "build", "model", "-o", "engine", *keys)
+    assert (seen[0].ignored_config_keys, seen.pop().generation) == (("a", "b"), ("top_k=3",))
     fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
@@ -302,8 +303,9 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--verbose",
+        "--tune", "--drift", "--force", "--verbose", "--generation-defaults", "--ignore-config-key",
     },
+    "edit": {"--generation-defaults"},
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",

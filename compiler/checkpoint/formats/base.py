@@ -17,9 +17,10 @@ class Contents:
 
     `config` has the keys of Transformers' config.json; tensors have the names stored in the files. `tokenizer_config`,
     `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty if a file
-    is missing. `implied` are keys of tokenizer_config.json that the format implies where that file states none. `template` is
-    the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences for the manifest and the
-    report about what was ignored or approximated.
+    is missing. `implied` are keys of tokenizer_config.json that the format implies where that file states none. `sampling` is
+    the source of the generation settings, as notes name it, and these settings in the keys of generation_config.json.
+    `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences for the
+    manifest and the report about what was ignored or approximated.
     """
 
     config: dict[str, Any]
@@ -29,6 +30,7 @@ class Contents:
     tokens_map: dict[str, Any] = field(default_factory=dict)
     implied: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    sampling: tuple[str, dict[str, Any]] = ("generation_config.json", {})
     template: PromptTemplate | None = None
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

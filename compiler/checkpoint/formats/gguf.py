@@ -98,11 +98,27 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
             # llama.cpp's default: sentencepiece vocabularies get BOS, byte-level ones do not.
             "add_bos_token": get("tokenizer.ggml.add_bos_token", get("tokenizer.ggml.model") == SENTENCEPIECE),
         },
+        sampling=("general.sampling", _sampling(get)),
         generation={"eos_token_id": [ids[kind] for kind in ("eos", "eot", "eom") if ids[kind] is not None]},
         template=PromptTemplate("tokenizer.chat_template", jinja) if jinja else None,
         files=[file, *tokenizer_files],
         notes=notes,
     )
+
+
+# Sampling settings of the metadata by their names in generation_config.json; the others keep their own names.
+_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+_SAME_NAME = (
+    "top_k top_p min_p sequence xtc_probability xtc_threshold penalty_last_n mirostat mirostat_tau mirostat_eta".split()
+)
+
+
+def _sampling(get: Any) -> dict[str, Any]:
+    """The generation settings in the metadata; that there are some means that answers are sampled."""
+    names = _SAMPLING | {name: name for name in _SAME_NAME}
+    stated = {key: value for name, key in names.items() if (value := get(f"general.sampling.{name}")) is not None}
+    exact = {key: float(str(np.float32(value))) if isinstance(value, float) else value for key, value in stated.items()}
+    return {"do_sample": True, **exact} if stated else {}
 
 
 def _reader(file: Path) -> GGUFReader:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.generation import settings_of_config
 from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
@@ -45,6 +46,9 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
     weights = open_weights(directory)
     files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
     optional = {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
+    stated = "generation_config" in files  # Transformers reads config.json only where this file is missing
+    own = "generation_config.json", optional["generation_config"]
+    sampling = own if stated else (CONFIG, settings_of_config(config))
     template, template_files = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
     return Contents(
         config=config,
@@ -54,6 +58,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
         implied=implied,
         tokens_map=optional["special_tokens_map"],
         generation=optional["generation_config"],
+        sampling=sampling,
         template=template,
         files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
         notes=[*notes, *weights.notes],
