@@ -41,7 +41,8 @@ def open_checkpoint(
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, ignored_keys, family.keys.used)
     chosen = choose_template(template, contents.template, family, contents.config)
-    overlaid = apply_overlays(canonical(contents.tensors, family), overlays)
+    tensors, left_out = canonical(contents.tensors, family)
+    overlaid = apply_overlays(tensors, overlays)
     stated = Statements(
         config=contents.config,
         tokenizer_json=contents.tokenizer_json,
@@ -56,7 +57,7 @@ def open_checkpoint(
     own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)
     defaults, of_changes = changed_defaults(own, generation)
     sampling = [*unsupported, *of_changes]
-    notes = [*files.notes, *ignored, *contents.notes, *vocabulary, *disagreements, *sampling, *overlaid.notes]
+    notes = [*files.notes, *ignored, *contents.notes, *left_out, *vocabulary, *disagreements, *sampling, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,

@@ -12,7 +12,7 @@ from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, Weights, read_release
 from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sources.base import Files
-from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, require_float
+from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, is_buffer, require_float
 from belle_compile.compiler.errors import CompileError
 
 OpenFile = Callable[[Path], list[LazyTensor]]
@@ -156,7 +156,7 @@ class Release:
         """All tensors, which must hold floats."""
         weights = self.layout.open(directory, self.storage)
         for tensor in weights.tensors:
-            if not tensor.name.endswith(DERIVED_BUFFERS):
+            if not tensor.name.endswith(DERIVED_BUFFERS) and not is_buffer(tensor):
                 require_float(tensor)
         return weights
 
