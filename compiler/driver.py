@@ -178,7 +178,7 @@ def build(request: BuildRequest) -> Path:
             _describe_weights(optimized.ranks, request.on_weight)
         write_ranks(writer, payloads, job.progress("weights"))
 
-        manifest = _manifest(job, source.checkpoint, model, optimized.records, payloads)
+        manifest = _manifest(job, source, model, optimized.records, payloads)
         damage = _damage(source.calibration, optimized.unquantized, folder)
         manifest = _judged(job, writer, manifest, source, damage, folder)
 
@@ -360,11 +360,12 @@ def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str])
 
 
 def _manifest(
-    job: _Job, checkpoint: Checkpoint, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
+    job: _Job, source: _Source, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
 ) -> Manifest:
-    first = payloads[0]
+    first, checkpoint = payloads[0], source.checkpoint
+    notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())
     ignored = {"ignored_config_keys": list(keys)} if (keys := job.request.ignored_config_keys) else {}
-    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | ignored, 0, tuple(checkpoint.notes))
+    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | ignored, 0, notes)
     calibrated = job.request.calibration is not None
     return Manifest(
         model=model,
