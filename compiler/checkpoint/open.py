@@ -51,7 +51,7 @@ def open_checkpoint(
         tokens_map=contents.tokens_map,
         implied=contents.implied,
     )
-    special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW)
+    special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW, own_template=chosen is contents.template)
     vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)
     source, settings = contents.sampling
     own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)

@@ -72,6 +72,9 @@ class _Files:
         words = _CLASS_WORDS["llamatokenizer"]
         return words if numbers == [self.tokenizer.token_to_id("<unk>"), self.tokenizer.token_to_id("<s>")] else {}
 
+    def text(self, index: int | None) -> str:
+        return "" if index is None else self.tokenizer.id_to_token(index) or ""
+
     def shown(self, ids: list[int]) -> str:
         return ", ".join(f"{self.tokenizer.id_to_token(index)!r} ({index})" for index in ids)
 
@@ -98,10 +101,13 @@ class _Source:
 # config.json although their tokenizer has <s> = 1 and </s> = 2. Among the words, the order is that of Transformers, which reads
 # special_tokens_map.json over tokenizer_config.json unless the latter has an added_tokens_decoder. Among the numbers,
 # generation_config.json outranks config.json, as in Transformers.
+#
+# With an added_tokens_decoder, the map counts only where tokenizer_config.json states nothing.
+_UNREAD_MAP = _Source("special_tokens_map.json", lambda files, kind: files.by_word(_map(files.stated, newer=True), kind))
 _WORDS: tuple[_Source, ...] = (
     _Source("special_tokens_map.json", lambda files, kind: files.by_word(_map(files.stated, newer=False), kind)),
     _Source("tokenizer_config.json", lambda files, kind: files.by_word(files.stated.tokenizer_config, kind)),
-    _Source("special_tokens_map.json", lambda files, kind: files.by_word(_map(files.stated, newer=True), kind)),
+    _UNREAD_MAP,
     _Source("the tokenizer's format", lambda files, kind: files.by_word(files.stated.implied, kind), implied=True),
     _Source("the tokenizer's class", lambda files, kind: files.by_word(files.class_words(), kind), implied=True),
     _Source("the vocabulary", lambda files, kind: files.by_word(files.early_words(), kind), implied=True),
@@ -113,15 +119,18 @@ _NUMBERS: tuple[_Source, ...] = (
 _LAST: tuple[_Source, ...] = (
     _Source("the post-processor of tokenizer.json", lambda files, kind: files.by_post_processor(kind)),
 )
+# The words that Transformers renders chat templates with.
+_RENDERED = tuple(source for source in _WORDS if source is not _UNREAD_MAP)
 PRECEDENCE: tuple[_Source, ...] = (*_WORDS, *_NUMBERS, *_LAST)
 
 
-def special_tokens(stated: Statements, *, raw_template: bool) -> tuple[dict[str, Any], list[str]]:
+def special_tokens(stated: Statements, *, raw_template: bool, own_template: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Return bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw (see `Checkpoint`), and
     notes on what the files disagree about.
 
     BOS and PAD are those of the first source in `PRECEDENCE` that states one. An answer ends at the ids of the first source of
-    numbers, and at the first source's word.
+    numbers, and at the first source's word. A chat template of the checkpoint's own (`own_template`) is rendered with words of
+    the tokenizer only, as in Transformers, where one that it lacks is empty.
     """
     files = _Files(stated)
     bos_sources, pad_sources = _stating(files, PRECEDENCE, "bos"), _stating(files, PRECEDENCE, "pad")
@@ -135,13 +144,16 @@ def special_tokens(stated: Statements, *, raw_template: bool) -> tuple[dict[str,
     numbers = [(name, ids) for name, ids in numbers if ids]
     eos = list(dict.fromkeys([*(numbers[0][1] if numbers else []), *([eos_word] if eos_word is not None else [])]))
     add_bos_raw = bos is not None and _adds_bos(stated)
-    first_eos = eos_word if eos_word is not None else next(iter(eos), None)
+    if own_template:
+        first_bos, first_eos = (_first(_stating(files, _RENDERED, kind)) for kind in ("bos", "eos"))
+    else:
+        first_bos, first_eos = bos, eos_word if eos_word is not None else next(iter(eos), None)
     special = {
         "bos_token_id": bos,
         "eos_token_ids": eos,
         "pad_token_id": pad,
-        "bos_token": (files.tokenizer.id_to_token(bos) or "") if bos is not None else "",
-        "eos_token": (files.tokenizer.id_to_token(first_eos) or "") if first_eos is not None else "",
+        "bos_token": files.text(first_bos),
+        "eos_token": files.text(first_eos),
         # A chat template contains BOS if its model needs one, and BELLE's models were trained without BOS.
         "add_bos": add_bos_raw and raw_template,
         "add_bos_raw": add_bos_raw,
