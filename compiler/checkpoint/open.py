@@ -50,6 +50,7 @@ def open_checkpoint(
         tokenizer_config=contents.tokenizer_config,
         tokens_map=contents.tokens_map,
         implied=contents.implied,
+        metadata_of=contents.metadata_of,
     )
     special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW, own_template=chosen is contents.template)
     vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)

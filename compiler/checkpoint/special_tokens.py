@@ -28,7 +28,8 @@ class Statements:
     """All that a checkpoint says about its special tokens.
 
     The fields are the contents of config.json, generation_config.json, tokenizer_config.json, special_tokens_map.json and
-    tokenizer.json, and the words that the tokenizer's format implies. For a GGUF file, they are made from its metadata.
+    tokenizer.json, and the words that the tokenizer's format implies. For a GGUF file, all but tokenizer.json are made from its
+    metadata, and `metadata_of` is its name.
     """
 
     config: Object
@@ -37,6 +38,7 @@ class Statements:
     tokenizer_config: Object = field(default_factory=dict)
     tokens_map: Object = field(default_factory=dict)
     implied: Object = field(default_factory=dict)
+    metadata_of: str = ""
 
 
 class _Files:
@@ -213,7 +215,9 @@ def _disagreement(files: _Files, kind: str, sources: list[tuple[str, list[int]]]
         return []
     if kind == "eos" and all(set(ids) <= set(used) for _, ids in sources) and any(set(ids) == set(used) for _, ids in sources):
         return []
-    stated = "; ".join(f"{name} says {files.shown(ids)}" for name, ids in sources)
+    metadata = files.stated.metadata_of
+    named = dict.fromkeys((f"the metadata of {metadata}" if metadata else name, files.shown(ids)) for name, ids in sources)
+    stated = "; ".join(f"{name} says {shown}" for name, shown in named)
     return [f"{_TITLES[kind]} is {files.shown(used)}, and files disagree: {stated}"]
 
 

@@ -27,10 +27,7 @@ _WHAT = options.together(
         "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
     ),
     options.generation_defaults(),
-    click.option(
-        "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
-        help="Take a key of config.json that this compiler does not know as absent; repeatable. The manifest records it.",
-    ),
+    options.ignored_config_keys,
 )  # fmt: skip
 _CALIBRATION = options.together(
     click.option(

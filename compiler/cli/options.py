@@ -35,6 +35,12 @@ raw_requests = click.option(
 )
 
 
+ignored_config_keys = click.option(
+    "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
+    help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records it.",
+)  # fmt: skip
+
+
 def together(*options: Decorator) -> Decorator:
     """One decorator for several options, which the help shows in this order."""
 

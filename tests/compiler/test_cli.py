@@ -311,9 +311,11 @@ OPTIONS = {
         "--similarity", "--max-length", "--force",
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context"},
+    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
     "repartition": {"--target", "--backend", "-o", "--output", "--force"},
-    "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
+    "sensitivity": {
+        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output", "--ignore-config-key",
+    },
 }  # fmt: skip
 
 
@@ -338,3 +340,16 @@ def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_p
     assert len(layers) == 3 * 7 + 1 and layers[0]["output_error"] >= layers[-1]["output_error"] > 0
     status, _, err = run(capsys, *command, "-o", tmp_path / "layers.txt")
     assert status == 2 and "expected a name that ends in .json or .svg" in err
+
+
+def test_plan_and_sensitivity_ignore_the_keys_that_a_build_ignores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    checkpoint = VARIANTS["llama_gqa"](tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"qk_scale": 2}))
+    (tmp_path / "requests.txt").write_text("".join(f"{number * 7919} and {number * 104729}\n" for number in range(1, 40)))
+    for path in (checkpoint, checkpoint / "config.json"):
+        assert "pass --ignore-config-key qk_scale" in fail(capsys, "plan", path)
+        assert run(capsys, "plan", path, "--ignore-config-key", "qk_scale")[0] == 0
+    command = ["sensitivity", checkpoint, "--calibration", tmp_path / "requests.txt", "--output-errors"]
+    assert "pass --ignore-config-key qk_scale" in fail(capsys, *command)
+    assert run(capsys, *command, "--ignore-config-key", "qk_scale")[0] == 0

@@ -19,6 +19,7 @@ class Contents:
     `tokens_map` and `generation` are tokenizer_config.json, special_tokens_map.json and generation_config.json, empty if a file
     is missing. `implied` are keys of tokenizer_config.json that the format implies where that file states none. `sampling` is
     the source of the generation settings, as notes name it, and these settings in the keys of generation_config.json.
+    `metadata_of` is the file whose metadata all these were made from, empty if they are files of their own.
     `template` is the checkpoint's own chat template. `files` are all files that were read; `notes` are sentences for the
     manifest and the report about what was ignored or approximated.
     """
@@ -32,6 +33,7 @@ class Contents:
     generation: dict[str, Any] = field(default_factory=dict)
     sampling: tuple[str, dict[str, Any]] = ("generation_config.json", {})
     template: PromptTemplate | None = None
+    metadata_of: str = ""
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -114,6 +114,7 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
         sampling=("general.sampling", _sampling(get)),
         generation={"eos_token_id": end_ids(get)},
         template=PromptTemplate("tokenizer.chat_template", jinja) if jinja else None,
+        metadata_of=file.name,
         files=[*readers, *tokenizer_files],
         notes=notes,
     )

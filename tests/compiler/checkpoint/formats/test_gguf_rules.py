@@ -205,6 +205,22 @@ def test_ends_of_a_file(tmp_path: Path) -> None:
     assert checkpoint.notes == ()
 
 
+def test_a_tokenizer_json_that_disagrees_is_noted(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", stored_llama())
+    other = json.loads(byte_tokenizer().to_str())
+    vocab, added = other["model"]["vocab"], other["added_tokens"]
+    vocab["</s>"], vocab["<pad>"] = vocab["<pad>"], vocab["</s>"]
+    added[2]["content"], added[3]["content"] = added[3]["content"], added[2]["content"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.special["eos_token"] == "</s>" and checkpoint.special["eos_token_ids"] == [2, 3]
+    (note,) = checkpoint.notes
+    assert note == (
+        "EOS is '<pad>' (2), '</s>' (3), and files disagree: the metadata of m.gguf says '</s>' (3); "
+        "the metadata of m.gguf says '<pad>' (2)"
+    )
+
+
 def test_sampling_settings_of_the_metadata(tmp_path: Path) -> None:
     def settings(w: gguf.GGUFWriter) -> None:
         w.add_float32("general.sampling.temp", 0.6)
