@@ -19,13 +19,15 @@ _IGNORED = re.compile(
 )
 # Parts that wrappers put into names: the pattern, the wrapper, and how to save the model without it.
 _UNWRAP = "unwrap the model before saving it: accelerator.unwrap_model(model).save_pretrained(...), or model.module"
+_MERGE = "merge the adapter (merge_and_unload) and save the result"
 _WRAPPERS = (
     (r"(^|\.)_orig_mod\.", "torch.compile", "save model._orig_mod in place of the compiled model"),
     (r"(^|\.)_fsdp_wrapped_module\.", "FSDP", _UNWRAP),
     (r"(^|\.)_checkpoint_wrapped_module\.", "activation checkpointing", _UNWRAP),
     (r"^_forward_module\.", "Lightning or DeepSpeed", _UNWRAP),
     (r"^module\.", "DistributedDataParallel or DeepSpeed", _UNWRAP),
-    (r"^base_model\.model\.", "PEFT", "merge the adapter (merge_and_unload) and save the result"),
+    (r"^base_model\.model\.", "PEFT", _MERGE),
+    (r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|modules_to_save)\.", "PEFT", _MERGE),
     (r"^pretrained_model\.", "TRL", "save model.pretrained_model in place of the model with a value head"),
 )
 _NAMED = 4  # tensors that a note names
@@ -65,7 +67,7 @@ def _refuse_wrapper(tensor: LazyTensor) -> None:
             raise CompileError(
                 STAGE,
                 f"tensor {tensor.name} in {tensor.file}",
-                found=f"the prefix {match[0].removeprefix('.')} of {wrapper}",
+                found=f"the {'part' if match.start() else 'prefix'} {match[0].removeprefix('.')} of {wrapper}",
                 expected="names as save_pretrained writes them",
                 remedy=remedy,
             )

@@ -24,7 +24,7 @@ HARMLESS = frozenset(
     """.split()
     # Special tokens, which compiler/checkpoint reads.
     + """bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
-    bos_token eos_token pad_token unk_token additional_special_tokens chat_template
+    bos_token eos_token pad_token unk_token additional_special_tokens chat_template bos_id eos_id pad_id unk_id
     """.split()
     # How to compute, not what: the weights' dtype on disk, kernels, caching, what a forward call returns.
     + """torch_dtype dtype use_bfloat16 use_cache torchscript output_attentions output_hidden_states return_dict
@@ -61,7 +61,7 @@ HARMLESS = frozenset(
 # Kinds of keys that change no forward pass in evaluation mode, whatever their prefix: probabilities of dropping something in
 # training, ids of tokens with a role, settings of Transformers' attention kernels, and what one trainer writes.
 HARMLESS_KINDS = re.compile(
-    r".*dropout.*|.*_pdrop|.*drop_?path.*|.*drop_?rate.*|.*_token_ids?|.*_token_index|(use_)?flash_?att(n|ention).*"
+    r".*dropout.*|.*_pdrop|.*drop_?path.*|.*drop_?rate.*|.*_token_ids?|.*_token_index|(use_)?flash_?att(n|ention).*|.*parallel_size"
     r"|_attn_implementation.*|unsloth_.*|wandb_.*|neftune_.*"
 )
 

@@ -37,11 +37,16 @@ def special_id(get: Get, kind: str) -> int | None:
     return usable[0] if usable else None
 
 
+def ends_answer(token: str) -> bool:
+    """Whether a token ends an answer by its text, and so is special whatever type the metadata gives it."""
+    return token in _ENDS
+
+
 def end_ids(get: Get) -> list[int]:
     """The ids that end an answer: those in the metadata, then those whose text says so, in the order of ids."""
     tokens: Sequence[str] = get("tokenizer.ggml.tokens") or []
     ids = [index for kind in ("eos", "eot", "eom") if (index := special_id(get, kind)) is not None]
-    ends = {index: token for index, token in enumerate(tokens) if token in _ENDS}
+    ends = {index: token for index, token in enumerate(tokens) if ends_answer(token)}
     if any(set(pair) <= set(ends.values()) for pair in _ENDS_OF_MESSAGES):
         ends = {index: token for index, token in ends.items() if token != "<|end|>"}
     return list(dict.fromkeys([*ids, *ends]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, special_id
+from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, ends_answer, special_id
 from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
@@ -38,8 +38,9 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
     pre = get("tokenizer.ggml.pre", "gpt-2")  # a wrong split would give wrong ids without any error
     if kind == "gpt2" and pre not in _KNOWN:
         raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(_KNOWN)))
-    types = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    stated = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     try:
+        types = [CONTROL if ends_answer(token) else kind for token, kind in zip(tokens, stated, strict=True)]
         tokenizer = _byte_level(tokens, types, pre, get) if kind == "gpt2" else _sentencepiece(tokens, types, get)
         return str(tokenizer.to_str())
     except Exception as e:  # the tokenizers library raises plain Exception

@@ -29,7 +29,7 @@ def with_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
         ("_fsdp_wrapped_module.", r"the prefix _fsdp_wrapped_module\. of FSDP"),
         ("_forward_module.", r"the prefix _forward_module\. of Lightning or DeepSpeed"),
         ("pretrained_model.", r"the prefix pretrained_model\. of TRL"),
-        ("module._orig_mod.", r"the prefix _orig_mod\. of torch\.compile"),
+        ("module._orig_mod.", r"the part _orig_mod\. of torch\.compile"),
     ],
 )
 def test_prefixes_of_wrappers_are_named(tmp_path: Path, prefix: str, words: str) -> None:
@@ -40,7 +40,15 @@ def test_prefixes_of_wrappers_are_named(tmp_path: Path, prefix: str, words: str)
 
 def test_a_wrapper_around_inner_modules(tmp_path: Path) -> None:
     tensors = {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in llama_tensors().items()}
-    with pytest.raises(CompileError, match=r"tensor model\.layers\.0\._orig_mod\..*: found the prefix _orig_mod\. of torch"):
+    with pytest.raises(CompileError, match=r"tensor model\.layers\.0\._orig_mod\..*: found the part _orig_mod\. of torch"):
+        open_checkpoint(with_tensors(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "modules_to_save.default"])
+def test_an_adapter_that_was_not_merged(tmp_path: Path, part: str) -> None:
+    tensors = llama_tensors() | {f"model.layers.0.self_attn.q_proj.{part}.weight": torch.ones(8, 32)}
+    words = rf"q_proj\.{part}\.weight in .*: found the part {part.split('.')[0]}\. of PEFT, .*; merge the adapter"
+    with pytest.raises(CompileError, match=words):
         open_checkpoint(with_tensors(tmp_path, tensors))
 
 

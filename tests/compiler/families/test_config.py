@@ -116,6 +116,8 @@ HARMLESS = {
     "drop_path_rate": 0.1,
     "emb_pdrop": 0.1,
     "end_token_id": 2,
+    "eos_id": 2,
+    "tensor_model_parallel_size": 4,
     "im_end_token_id": 3,
     "decoder_end_token_ids": [1, 2],
     "neftune_noise_alpha": 5,

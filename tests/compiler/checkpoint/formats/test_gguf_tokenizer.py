@@ -39,6 +39,15 @@ def test_numbers_are_split_as_the_name_says(pre: str, tokens: list[str]) -> None
     assert tokenizer.decode(ids.ids, skip_special_tokens=False) == "  12 34<|end|>"
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<end_of_turn>", "<|eot_id|>"])
+def test_tokens_that_end_turns_are_special_whatever_their_type(token: str) -> None:
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), token]
+    text = gguf_tokenizer(
+        Path("m.gguf"), getter(model="gpt2", pre="gpt-2", tokens=words, merges=[], token_type=[1] * len(words))
+    )
+    assert Tokenizer.from_str(text).encode(f"a{token}b", add_special_tokens=False).tokens == ["a", token, "b"]
+
+
 def test_sentencepiece(tmp_path: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(train(tmp_path, **LLAMA_STYLE)))
     size = range(reference.vocab_size())
