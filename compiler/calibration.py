@@ -43,7 +43,7 @@ class Encoder:
         self.dropped: Counter[str] = Counter()
         self._template = ChatTemplate(prompt_template(checkpoint))
         self._words = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json)
-        self._tokenizer = Tokenizer(self._words, special_tokens(checkpoint))
+        self._tokenizer = Tokenizer.from_text(checkpoint.tokenizer_json, special_tokens(checkpoint))
 
     def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
         """Encode the requests, each cut to `most` tokens (the answer first).

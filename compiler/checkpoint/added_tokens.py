@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from belle_compile.compiler.checkpoint.json_files import read_json
+from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, ranks_of
 from belle_compile.compiler.checkpoint.special_tokens import word_of
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
@@ -49,7 +50,7 @@ def with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str
     tokenizer.add_tokens(usable)
     files = [directory / source] if source == ADDED_TOKENS and any(token in usable for _, token in stated) else []
     notes = [*_left_out(beyond, rows), *_moved(tokenizer, stated, source)]
-    return str(tokenizer.to_str()), files, notes
+    return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes
 
 
 def _optional(file: Path) -> dict[str, Any]:

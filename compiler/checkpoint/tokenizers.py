@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from belle_compile.compiler.checkpoint.added_tokens import with_added_tokens
 from belle_compile.compiler.checkpoint.json_files import read_json
-from belle_compile.compiler.checkpoint.sentencepiece_model import convert, special_words
+from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, convert, ranks_of, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
@@ -63,7 +63,7 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
                 remedy="put a tokenizer.json beside it",
             )
     implied = {"add_bos_token": True, **special_words(file)}  # True is the default of these releases' slow LlamaTokenizer
-    return str(tokenizer.to_str()), files, notes, implied
+    return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes, implied
 
 
 def check_tokenizer(text: str, source: str) -> str:
@@ -87,7 +87,7 @@ def check_tokenizer(text: str, source: str) -> str:
         ) from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return str(tokenizer.to_str())
+    return carry_ranks(str(tokenizer.to_str()), ranks_of(text))
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, ends_answer, special_id
-from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer, with_ranks
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
@@ -41,22 +41,23 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
     stated = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     try:
         types = [CONTROL if ends_answer(token) else kind for token, kind in zip(tokens, stated, strict=True)]
-        tokenizer = _byte_level(tokens, types, pre, get) if kind == "gpt2" else _sentencepiece(tokens, types, get)
-        return str(tokenizer.to_str())
+        return str(_byte_level(tokens, types, pre, get).to_str()) if kind == "gpt2" else _sentencepiece(tokens, types, get)
     except Exception as e:  # the tokenizers library raises plain Exception
         raise _unsupported(file, f"metadata that makes no tokenizer ({e})", "tokens and merges that fit together") from e
 
 
-def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> Tokenizer:
+def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> str:
     scores = get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     unknown = tokens[special_id(get, "unknown") or 0]
-    return spm_tokenizer(
-        list(zip(tokens, scores, types, strict=True)),
+    pieces = list(zip(tokens, scores, types, strict=True))
+    tokenizer = spm_tokenizer(
+        pieces,
         unknown=unknown,
         byte_fallback=True,
         prefix_space=get("tokenizer.ggml.add_space_prefix", True),
         legacy=True,
     )
+    return with_ranks(str(tokenizer.to_str()), pieces)
 
 
 def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Tokenizer:
