@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import tokenizers
 from belle_compile.compiler.accuracy import Sample
 from belle_compile.compiler.checkpoint import Checkpoint
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import registry
 from belle_compile.compiler.requests import Request, open_set
 from belle_compile.runtime.artifact import PromptTemplate, SpecialTokens
 from belle_compile.runtime.prompt import ChatTemplate
@@ -35,20 +37,36 @@ class Encoder:
     """Encodes requests as a checkpoint's engine would."""
 
     def __init__(self, checkpoint: Checkpoint, vocabulary: int, *, raw: bool = False) -> None:
-        """With `raw`, texts are encoded as they are, without the prompt template. `vocabulary` bounds the token ids."""
+        """With `raw`, texts are encoded as they are, without the prompt template. `vocabulary` bounds the token ids. `dropped`
+        counts the requests that `samples` left out, and those that it cut, by reason."""
         self._raw, self._vocabulary = raw, vocabulary
+        self.dropped: Counter[str] = Counter()
         self._template = ChatTemplate(prompt_template(checkpoint))
-        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json), special_tokens(checkpoint))
+        self._words = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json)
+        self._tokenizer = Tokenizer.from_text(checkpoint.tokenizer_json, special_tokens(checkpoint))
 
     def samples(self, requests: Iterable[Request], most: int) -> list[Sample]:
-        """Encode the requests, each cut to `most` tokens (the answer first); those with prompts of one token are left out."""
+        """Encode the requests, each cut to `most` tokens (the answer first).
+
+        Those with prompts of one token are left out, and so are those with a token that the embedding has no row for.
+        """
         samples = []
         for request in requests:
             sample = self.sample(request)
             prompt = sample.prompt[:most]
-            if len(prompt) > 1:
+            if len(prompt) < 2:
+                self.dropped["left out: of one token or none"] += 1
+            elif missing := self._without_row(sample):
+                self.dropped[f"left out: with {missing}, which the embedding has no row for"] += 1
+            else:
                 samples.append(Sample(prompt, sample.answer[: most - len(prompt)]))
+                self.dropped[f"cut to {most} tokens, the model's context"] += most < MOST_TOKENS and len(sample.tokens) > most
         return samples
+
+    def _without_row(self, sample: Sample) -> str:
+        """The text of the first token without a row of the embedding; empty if all have one."""
+        beyond = next((token for token in sample.tokens if token >= self._vocabulary), None)
+        return "" if beyond is None else self._words.id_to_token(beyond) or f"token {beyond}"
 
     def sample(self, request: Request) -> Sample:
         """Encode one request, uncut; raises CompileError for a token id outside the vocabulary."""
@@ -74,22 +92,29 @@ class Encoder:
 @dataclass(frozen=True)
 class Calibration:
     """The requests of a build as tokens: `calibration` guides the rounding of weights, `holdout` is what the accuracy gate
-    runs. `digest` identifies the set that they come from."""
+    runs. `digest` identifies the set that they come from. `notes` are sentences on requests that were left out or cut."""
 
     digest: str
     calibration: tuple[Sample, ...]
     holdout: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -> Calibration:
     """Open a set or a file of requests and encode it for a checkpoint; raises CompileError if no request is left to calibrate
     with or none to hold out."""
+    config = registry.by_name(checkpoint.family, checkpoint.path).read_config(checkpoint.config)
     opened = open_set(path)
-    encoder = Encoder(checkpoint, int(checkpoint.config["vocab_size"]), raw=raw)
-    parts = [tuple(encoder.samples(requests, MOST_TOKENS)) for requests in (opened.calibration, opened.holdout)]
-    if not all(parts):
+    encoder = Encoder(checkpoint, config.vocab_size, raw=raw)
+    most = min(MOST_TOKENS, config.max_position)
+    used, held_out = (tuple(encoder.samples(requests, most)) for requests in (opened.calibration, opened.holdout))
+    notes = tuple(f"{count} calibration requests were {reason}" for reason, count in sorted(encoder.dropped.items()) if count)
+    if not used or not held_out:
         raise CompileError(
-            "calibration", str(path), found=f"{len(parts[0])} requests to calibrate with and {len(parts[1])} held out",
-            expected="at least one of each", remedy="give more requests",
-        )  # fmt: skip
-    return Calibration(opened.digest, *parts)
+            "calibration",
+            str(path),
+            found="; ".join([f"{len(used)} requests to calibrate with and {len(held_out)} held out", *notes]),
+            expected="at least one of each",
+            remedy="give more requests",
+        )
+    return Calibration(opened.digest, used, held_out, notes)

@@ -64,8 +64,10 @@ class BuildRequest:
     Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
     the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
-    replaces the checkpoint's prompt template, by name or as a Jinja file. `tune` measures on this host which kernel variants
-    suit this model's shapes, which takes minutes and may differ from one build to the next.
+    replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
+    compiler does not know, count as absent. `generation` changes the generation defaults (see `changed_defaults`). `tune`
+    measures on this host which kernel variants suit this model's shapes, which takes minutes and may differ from one build to
+    the next.
 
     Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
@@ -87,6 +89,8 @@ class BuildRequest:
     backend: str | None = None
     isas: tuple[str, ...] = ()
     template: str | None = None
+    ignored_config_keys: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
@@ -174,7 +178,7 @@ def build(request: BuildRequest) -> Path:
             _describe_weights(optimized.ranks, request.on_weight)
         write_ranks(writer, payloads, job.progress("weights"))
 
-        manifest = _manifest(job, source.checkpoint, model, optimized.records, payloads)
+        manifest = _manifest(job, source, model, optimized.records, payloads)
         damage = _damage(source.calibration, optimized.unquantized, folder)
         manifest = _judged(job, writer, manifest, source, damage, folder)
 
@@ -229,7 +233,12 @@ def _resolve(request: BuildRequest) -> _Job:
 
 def _open(job: _Job, writer: EngineWriter) -> _Source:
     request = job.request
-    checkpoint = open_checkpoint(request.checkpoint, template=request.template)
+    checkpoint = open_checkpoint(
+        request.checkpoint,
+        template=request.template,
+        ignored_keys=request.ignored_config_keys,
+        generation=request.generation,
+    )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
     if request.calibration is not None:
@@ -351,10 +360,12 @@ def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str])
 
 
 def _manifest(
-    job: _Job, checkpoint: Checkpoint, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
+    job: _Job, source: _Source, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
 ) -> Manifest:
-    first = payloads[0]
-    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name}, 0, tuple(checkpoint.notes))
+    first, checkpoint = payloads[0], source.checkpoint
+    notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())
+    ignored = {"ignored_config_keys": list(keys)} if (keys := job.request.ignored_config_keys) else {}
+    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | ignored, 0, notes)
     calibrated = job.request.calibration is not None
     return Manifest(
         model=model,

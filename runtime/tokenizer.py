@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
+from belle_compile.runtime import sentencepiece_rule
 from belle_compile.runtime.artifact import SpecialTokens
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.grammar.grammars import Grammars
@@ -24,24 +25,30 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 class Tokenizer:
     """The tokenizer of an engine: its tokenizer.json, and the special tokens of its manifest."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, special: SpecialTokens, *, text: str | None = None) -> None:
+        """`text` is the tokenizer.json, for a tokenizer that the library cannot write."""
         # A tokenizer.json may hold settings for truncation and padding, which would cut or pad prompts in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.special = special
-        self.grammars = Grammars(tokenizer.to_str, special.eos)
+        self.grammars = Grammars(tokenizer.to_str if text is None else lambda: text, special.eos)
 
     @classmethod
     def from_file(cls, path: Path, special: SpecialTokens) -> Tokenizer:
         """Read tokenizer.json; raises `EngineError` when it is not one."""
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), special)
+            return cls.from_text(path.read_text(encoding="utf-8"), special)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises plain Exception for whatever it cannot parse, or panics
             remedy = "rebuild the engine with belle-compile build"
             raise EngineError("engine", f"{path} is no tokenizer", found=str(error), remedy=remedy) from error
+
+    @classmethod
+    def from_text(cls, text: str, special: SpecialTokens) -> Tokenizer:
+        """Load the text of a tokenizer.json; raises what the library raises when it is not one."""
+        return cls(sentencepiece_rule.load(text), special, text=text)
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""

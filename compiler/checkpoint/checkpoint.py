@@ -39,7 +39,8 @@ class Checkpoint:
         """The tensor called `name`; raises CompileError if it is missing or has another shape."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            near = get_close_matches(name, self.tensors, n=3)
+            prefixed = [other for other in self.tensors if other.endswith(f".{name}")]
+            near = prefixed[:3] or get_close_matches(name, self.tensors, n=3)
             found = f"no such tensor; near names: {', '.join(near)}" if near else "no such tensor and no similar name"
             raise CompileError(
                 STAGE,

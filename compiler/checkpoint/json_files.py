@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
@@ -13,6 +14,7 @@ from belle_compile.compiler.errors import CompileError
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; raises CompileError if the file cannot be read or holds anything else."""
     try:
+        refuse_pointer(file)
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise _no_object(file, f"text that is not JSON ({e})" if isinstance(e, ValueError) else str(e)) from e

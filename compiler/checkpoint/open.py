@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,54 @@ from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
 from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
-from belle_compile.compiler.checkpoint.generation import generation_defaults
+from belle_compile.compiler.checkpoint.generation import changed_defaults, generation_defaults
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
-from belle_compile.compiler.checkpoint.special_tokens import special_tokens
-from belle_compile.compiler.checkpoint.templates import RAW, choose_template
+from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
+from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, choose_template
 from belle_compile.compiler.families import registry
+from belle_compile.compiler.families.config import without_keys
 
 
-def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: Sequence[Overlay] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    *,
+    template: str | None = None,
+    overlays: Sequence[Overlay] = (),
+    ignored_keys: Sequence[str] = (),
+    generation: Sequence[str] = (),
+) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. `overlays` change tensors in the order given. Raises CompileError for everything that cannot be read.
+    `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent.
+    `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
+    read.
     """
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)
+    contents.config, ignored = without_keys(contents.config, ignored_keys, family.keys.used)
     chosen = choose_template(template, contents.template, family, contents.config)
-    overlaid = apply_overlays(canonical(contents.tensors, family), overlays)
-    notes = [*files.notes, *contents.notes, *_vocabulary_note(contents.config, contents.tokenizer_json), *overlaid.notes]
-    special = special_tokens(
-        contents.config,
-        contents.generation,
-        contents.tokenizer_config,
-        contents.tokens_map,
-        contents.tokenizer_json,
-        raw_template=chosen.name == RAW,
+    tensors, left_out = canonical(contents.tensors, family)
+    overlaid = apply_overlays(tensors, overlays)
+    stated = Statements(
+        config=contents.config,
+        tokenizer_json=contents.tokenizer_json,
+        generation=contents.generation,
+        tokenizer_config=contents.tokenizer_config,
+        tokens_map=contents.tokens_map,
+        implied=contents.implied,
+        metadata_of=contents.metadata_of,
     )
+    special, disagreements = special_tokens(stated, raw_template=chosen.name == RAW, own_template=chosen is contents.template)
+    vocabulary = _vocabulary_note(contents.config, contents.tokenizer_json)
+    source, settings = contents.sampling
+    own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)
+    defaults, of_changes = changed_defaults(own, generation)
+    sampling = [*unsupported, *of_changes]
+    notes = [*files.notes, *ignored, *contents.notes, *left_out, *vocabulary, *disagreements, *sampling, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,
@@ -47,7 +67,7 @@ def open_checkpoint(path: str | Path, *, template: str | None = None, overlays: 
         tokenizer_json=contents.tokenizer_json,
         special=special,
         template=chosen,
-        generation=generation_defaults(contents.generation),
+        generation=asdict(defaults),
         files=(*contents.files, *overlaid.files),
         notes=tuple(notes),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
@@ -32,20 +34,12 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
     special token; without, only before a first text that does not begin with a space.
     """
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
-    proto: Any = sentencepiece_model_pb2.ModelProto()
+    proto = _read(file)
     try:
-        proto.ParseFromString(file.read_bytes())
         reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    except Exception as e:  # protobuf's DecodeError and sentencepiece's RuntimeError
-        raise CompileError(
-            STAGE,
-            f"tokenizer {file}",
-            found=f"a file that sentencepiece cannot read ({e})",
-            expected="a sentencepiece model",
-            remedy="download it again",
-        ) from e
+    except RuntimeError as e:
+        raise _unreadable(file, e) from e
     if proto.trainer_spec.model_type != BPE:
         raise CompileError(
             STAGE,
@@ -65,7 +59,65 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
         charsmap=spec.precompiled_charsmap,
         squeeze=spec.remove_extra_whitespaces,
     )
-    return tokenizer.to_str(), _notes(file, pieces, tokenizer, reference if legacy else None)
+    text = with_ranks(tokenizer.to_str(), pieces)
+    if legacy:
+        _compare(file, text, reference)
+    return text, []
+
+
+def with_ranks(text: str, pieces: list[tuple[str, float, int]]) -> str:
+    """The text of a tokenizer.json with the ranks of its pieces, if some share a score (see runtime/sentencepiece_rule.py)."""
+    scores = [score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1]
+    if len(set(scores)) == len(scores):
+        return text
+    ranks = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
+    stated = [ranks[score] if kind == NORMAL and len(piece) > 1 else None for piece, score, kind in pieces]
+    return carry_ranks(text, stated)
+
+
+def ranks_of(text: str) -> list[int | None] | None:
+    """The ranks in the text of a tokenizer.json; None if it has none."""
+    ranks: list[int | None] | None = (json.loads(text).get("model") or {}).get(RANKS_KEY) if RANKS_KEY in text else None
+    return ranks
+
+
+def carry_ranks(text: str, ranks: list[int | None] | None) -> str:
+    """The text of a tokenizer.json with ranks, which the tokenizers library drops when it writes one."""
+    if ranks is None:
+        return text
+    plain = json.loads(text)
+    plain["model"][RANKS_KEY] = ranks
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+
+
+def special_words(file: Path) -> dict[str, str]:
+    """The words of BOS and EOS in a sentencepiece model, in the keys of tokenizer_config.json; none that it has turned off."""
+    spec = _read(file).trainer_spec
+    words = {"bos_token": (spec.bos_id, spec.bos_piece), "eos_token": (spec.eos_id, spec.eos_piece)}
+    return {key: piece for key, (index, piece) in words.items() if index >= 0}
+
+
+def _read(file: Path) -> Any:
+    """The ModelProto in a file; raises CompileError if there is none."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    refuse_pointer(file)
+    proto: Any = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except Exception as e:  # protobuf's DecodeError
+        raise _unreadable(file, e) from e
+    return proto
+
+
+def _unreadable(file: Path, error: Exception) -> CompileError:
+    return CompileError(
+        STAGE,
+        f"tokenizer {file}",
+        found=f"a file that sentencepiece cannot read ({error})",
+        expected="a sentencepiece model",
+        remedy="download it again",
+    )
 
 
 def spm_tokenizer(
@@ -109,10 +161,7 @@ def spm_tokenizer(
 
 
 def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that merge to another piece, those with the best score first.
-
-    Merges of equal scores are ordered by the piece's id; sentencepiece orders them by their position in the text.
-    """
+    """All pairs of pieces that merge to another piece, those with the best score first; of equal scores, by the piece's id."""
     mergeable = {piece for piece, _, kind in pieces if kind in {NORMAL, UNUSED}}
     merges = []
     for piece, score, kind in pieces:
@@ -125,22 +174,11 @@ def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenizer, reference: Any) -> list[str]:
-    """Notes on texts that may be encoded differently; raises CompileError if a sample is, and tied scores do not explain it."""
-    scores = Counter(score for piece, score, kind in pieces if kind == NORMAL and len(piece) > 1)
-    tied = sum(count for count in scores.values() if count > 1)
-    notes = []
-    if tied:
-        notes.append(
-            f"{file.name}: {tied} pieces share their score with another; where two such pieces overlap in a text, the "
-            "converted tokenizer may choose the other one than sentencepiece"
-        )
-    for sample in SAMPLES if reference is not None else ():
-        ids = tokenizer.encode(sample, add_special_tokens=False).ids
-        if ids != reference.encode(sample):
-            if tied:
-                notes.append(f"{file.name}: the converted tokenizer and sentencepiece encode {sample!r} differently")
-                continue
+def _compare(file: Path, text: str, reference: Any) -> None:
+    """Raise CompileError if a sample is encoded differently after the conversion."""
+    tokenizer = load(text)
+    for sample in SAMPLES:
+        if tokenizer.encode(sample, add_special_tokens=False).ids != reference.encode(sample):
             raise CompileError(
                 STAGE,
                 f"tokenizer {file}",
@@ -148,7 +186,6 @@ def _notes(file: Path, pieces: list[tuple[str, float, int]], tokenizer: Tokenize
                 found=f"other ids than sentencepiece's for {sample!r} after conversion",
                 remedy="put a tokenizer.json beside it",
             )
-    return notes
 
 
 def _regex(pattern: str) -> Any:

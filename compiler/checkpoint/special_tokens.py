@@ -1,78 +1,239 @@
-"""Special tokens of a checkpoint, from the four files that may state them."""
+"""Special tokens of a checkpoint: who is believed where its files disagree, and notes that they do."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
+Object = Mapping[str, Any]
 
-def special_tokens(
-    config: dict[str, Any],
-    generation: dict[str, Any],
-    tokenizer_config: dict[str, Any],
-    tokens_map: dict[str, Any],
-    tokenizer_json: str,
-    *,
-    raw_template: bool,
-) -> dict[str, Any]:
-    """Return bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw; see `Checkpoint`.
+# The words that classes of Transformers have where tokenizer_config.json states none, by the class in lower case, without
+# "fast". They count only if the vocabulary has them.
+_CLASS_WORDS: Mapping[str, Object] = {
+    "llamatokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+    "codellamatokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+    "bloomtokenizer": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+    "gpt2tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+}
+GENERATION_CONFIG = "generation_config.json"
+_TITLES = {"bos": "BOS", "eos": "EOS", "pad": "PAD"}
 
-    Tokens that the tokenizer's files name outrank ids in the configs: LLaMA conversions of early 2023 state bos 0 and eos 1 in
-    config.json although their tokenizer has <s> = 1 and </s> = 2. The EOS tokens are those of generation_config.json (else
-    config.json) together with the tokenizer's. Ids outside of the vocabulary, such as pad -1, count as absent.
+
+@dataclass(frozen=True)
+class Statements:
+    """All that a checkpoint says about its special tokens.
+
+    The fields are the contents of config.json, generation_config.json, tokenizer_config.json, special_tokens_map.json and
+    tokenizer.json, and the words that the tokenizer's format implies. For a GGUF file, all but tokenizer.json are made from its
+    metadata, and `metadata_of` is its name.
     """
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    vocab_size = config.get("vocab_size", tokenizer.get_vocab_size())
 
-    def by_word(kind: str) -> int | None:
-        word = _word(tokenizer_config.get(kind)) or _word(tokens_map.get(kind))
-        index = tokenizer.token_to_id(word) if word else None
-        return index if index is not None and index < vocab_size else None
+    config: Object
+    tokenizer_json: str
+    generation: Object = field(default_factory=dict)
+    tokenizer_config: Object = field(default_factory=dict)
+    tokens_map: Object = field(default_factory=dict)
+    implied: Object = field(default_factory=dict)
+    metadata_of: str = ""
 
-    def by_number(kind: str) -> list[int]:
-        stated = next((value for source in (generation, config) if (value := source.get(kind)) is not None), None)
-        values = stated if isinstance(stated, list) else [stated]
-        return [v for v in values if type(v) is int and 0 <= v < vocab_size and tokenizer.id_to_token(v) is not None]
 
-    bos = _first([by_word("bos_token"), *by_number("bos_token_id")])
-    pad = _first([by_word("pad_token"), *by_number("pad_token_id")])
-    eos_word, eos_numbers = by_word("eos_token"), by_number("eos_token_id")
-    if eos_word is not None and bos is not None and bos != eos_word:
-        eos_numbers = [v for v in eos_numbers if v != bos]
-    eos = list(dict.fromkeys([*eos_numbers, *([eos_word] if eos_word is not None else [])]))
-    add_bos_raw = bos is not None and _adds_bos(tokenizer_config, tokenizer_json)
-    first_eos = eos_word if eos_word is not None else _first([*eos])
-    return {
+class _Files:
+    """The statements with what is needed to look tokens up. Ids outside of the vocabulary, such as pad -1, count as absent, and
+    so do empty words: "", null and {}."""
+
+    def __init__(self, stated: Statements) -> None:
+        self.stated, self.tokenizer = stated, Tokenizer.from_str(stated.tokenizer_json)
+        size = stated.config.get("vocab_size")
+        self._vocab_size = size if type(size) is int else self.tokenizer.get_vocab_size()
+
+    def by_word(self, source: Object, kind: str) -> list[int]:
+        word = word_of(source.get(f"{kind}_token"))
+        return self._existing([self.tokenizer.token_to_id(word)]) if word else []
+
+    def by_number(self, source: Object, kind: str) -> list[int]:
+        value = source.get(f"{kind}_token_id")
+        return self._existing(value if isinstance(value, list) else [value])
+
+    def by_post_processor(self, kind: str) -> list[int]:
+        """The token that tokenizer.json puts before every text."""
+        word = _first_word(self.stated.tokenizer_json) if kind == "bos" else ""
+        return self._existing([self.tokenizer.token_to_id(word)]) if word else []
+
+    def class_words(self) -> Object:
+        name = self.stated.tokenizer_config.get("tokenizer_class")
+        return _CLASS_WORDS.get(name.lower().removesuffix("fast"), {}) if isinstance(name, str) else {}
+
+    def early_words(self) -> Object:
+        """The words of a LLaMA conversion of early 2023, whose config.json names <unk> as BOS and <s> as EOS."""
+        config = self.stated.config
+        numbers = [*self.by_number(config, "bos"), *self.by_number(config, "eos")]
+        words = _CLASS_WORDS["llamatokenizer"]
+        return words if numbers == [self.tokenizer.token_to_id("<unk>"), self.tokenizer.token_to_id("<s>")] else {}
+
+    def text(self, index: int | None) -> str:
+        return "" if index is None else self.tokenizer.id_to_token(index) or ""
+
+    def shown(self, ids: list[int]) -> str:
+        return ", ".join(f"{self.tokenizer.id_to_token(index)!r} ({index})" for index in ids)
+
+    def _existing(self, ids: list[Any]) -> list[int]:
+        known = [v for v in ids if type(v) is int and 0 <= v < self._vocab_size and self.tokenizer.id_to_token(v) is not None]
+        return list(dict.fromkeys(known))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of the places that state special tokens: its name in notes, and how the ids of a kind are read from it.
+
+    An `implied` source states what holds unless a file says otherwise, so that it disagrees with nobody.
+    """
+
+    name: str
+    read: Callable[[_Files, str], list[int]]
+    implied: bool = False
+
+
+# Who is believed where files disagree, best first.
+#
+# Words of the tokenizer's files outrank the numbers in configs: LLaMA conversions of early 2023 state BOS 0 and EOS 1 in
+# config.json although their tokenizer has <s> = 1 and </s> = 2. Among the words, the order is that of Transformers, which reads
+# special_tokens_map.json over tokenizer_config.json unless the latter has an added_tokens_decoder. Among the numbers,
+# generation_config.json outranks config.json, as in Transformers.
+#
+# With an added_tokens_decoder, the map counts only where tokenizer_config.json states nothing.
+_UNREAD_MAP = _Source("special_tokens_map.json", lambda files, kind: files.by_word(_map(files.stated, newer=True), kind))
+_WORDS: tuple[_Source, ...] = (
+    _Source("special_tokens_map.json", lambda files, kind: files.by_word(_map(files.stated, newer=False), kind)),
+    _Source("tokenizer_config.json", lambda files, kind: files.by_word(files.stated.tokenizer_config, kind)),
+    _UNREAD_MAP,
+    _Source("the tokenizer's format", lambda files, kind: files.by_word(files.stated.implied, kind), implied=True),
+    _Source("the tokenizer's class", lambda files, kind: files.by_word(files.class_words(), kind), implied=True),
+    _Source("the vocabulary", lambda files, kind: files.by_word(files.early_words(), kind), implied=True),
+)
+_NUMBERS: tuple[_Source, ...] = (
+    _Source(GENERATION_CONFIG, lambda files, kind: files.by_number(files.stated.generation, kind)),
+    _Source("config.json", lambda files, kind: files.by_number(files.stated.config, kind)),
+)
+_LAST: tuple[_Source, ...] = (
+    _Source("the post-processor of tokenizer.json", lambda files, kind: files.by_post_processor(kind)),
+)
+# The words that Transformers renders chat templates with.
+_RENDERED = tuple(source for source in _WORDS if source is not _UNREAD_MAP)
+PRECEDENCE: tuple[_Source, ...] = (*_WORDS, *_NUMBERS, *_LAST)
+
+
+def special_tokens(stated: Statements, *, raw_template: bool, own_template: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Return bos_token_id, eos_token_ids, pad_token_id, bos_token, eos_token, add_bos and add_bos_raw (see `Checkpoint`), and
+    notes on what the files disagree about.
+
+    BOS and PAD are those of the first source in `PRECEDENCE` that states one. An answer ends at the ids of the first source of
+    numbers, and at the first source's word. A chat template of the checkpoint's own (`own_template`) is rendered with words of
+    the tokenizer only, as in Transformers, where one that it lacks is empty.
+    """
+    files = _Files(stated)
+    bos_sources, pad_sources = _stating(files, PRECEDENCE, "bos"), _stating(files, PRECEDENCE, "pad")
+    bos, pad = _first(bos_sources), _first(pad_sources)
+    words = _stating(files, _WORDS, "eos")
+    eos_word = _first(words)
+    bos_by_word = _first(_stating(files, _WORDS, "bos"))
+    numbers = [
+        (name, _without_shifted(files, name, ids, eos_word, bos_by_word)) for name, ids in _stating(files, _NUMBERS, "eos")
+    ]
+    numbers = [(name, ids) for name, ids in numbers if ids]
+    eos = list(dict.fromkeys([*(numbers[0][1] if numbers else []), *([eos_word] if eos_word is not None else [])]))
+    add_bos_raw = bos is not None and _adds_bos(stated)
+    if own_template:
+        first_bos, first_eos = (_first(_stating(files, _RENDERED, kind)) for kind in ("bos", "eos"))
+    else:
+        first_bos, first_eos = bos, eos_word if eos_word is not None else next(iter(eos), None)
+    special = {
         "bos_token_id": bos,
         "eos_token_ids": eos,
         "pad_token_id": pad,
-        "bos_token": (tokenizer.id_to_token(bos) or "") if bos is not None else "",
-        "eos_token": (tokenizer.id_to_token(first_eos) or "") if first_eos is not None else "",
+        "bos_token": files.text(first_bos),
+        "eos_token": files.text(first_eos),
         # A chat template contains BOS if its model needs one, and BELLE's models were trained without BOS.
         "add_bos": add_bos_raw and raw_template,
         "add_bos_raw": add_bos_raw,
     }
+    notes = [
+        *_disagreement(files, "bos", bos_sources, [] if bos is None else [bos]),
+        *_disagreement(files, "eos", _stating(files, (*_WORDS, *_NUMBERS), "eos"), eos),
+        *_disagreement(files, "pad", pad_sources, [] if pad is None else [pad]),
+    ]
+    return special, notes
 
 
-def _word(token: Any) -> str:
+def word_of(token: Any) -> str:
     """The text of a token that a file states as a string or as {"content": string, ...}; empty if it states none."""
-    if isinstance(token, dict):
+    if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else ""
 
 
-def _first(values: list[int | None]) -> int | None:
-    return next((value for value in values if value is not None), None)
+def _map(stated: Statements, *, newer: bool) -> Object:
+    """special_tokens_map.json if it is of a release with (`newer`) or without an added_tokens_decoder, else nothing."""
+    return stated.tokens_map if newer == ("added_tokens_decoder" in stated.tokenizer_config) else {}
 
 
-def _adds_bos(tokenizer_config: dict[str, Any], tokenizer_json: str) -> bool:
-    stated = tokenizer_config.get("add_bos_token")
-    if isinstance(stated, bool):
-        return stated
+def _stating(files: _Files, sources: tuple[_Source, ...], kind: str) -> list[tuple[str, list[int]]]:
+    """The names of the sources that state a token of this kind, with its ids; an implied one only if it is the first."""
+    stating: list[tuple[str, list[int]]] = []
+    for source in sources:
+        if (ids := source.read(files, kind)) and not (source.implied and stating):
+            stating.append((source.name, ids))
+    return stating
+
+
+def _first(sources: list[tuple[str, list[int]]]) -> int | None:
+    return sources[0][1][0] if sources else None
+
+
+def _without_shifted(files: _Files, source: str, ids: list[int], eos_word: int | None, bos_word: int | None) -> list[int]:
+    """The EOS ids of a config without the tokenizer's BOS if early conversions or Transformers put it there.
+
+    It stays if the model's author wrote it: as part of a list, or alone in a generation_config.json that was not derived from
+    config.json and does not state another BOS than the tokenizer.
+    """
+    if bos_word is None or eos_word in (None, bos_word) or len(ids) > 1:
+        return ids
+    stated = files.stated.generation if source == GENERATION_CONFIG else files.stated.config
+    if isinstance(stated.get("eos_token_id"), list):
+        return ids
+    derived = stated is files.stated.config or stated.get("_from_model_config") is True
+    shifted = files.by_number(stated, "bos") not in ([], [bos_word])
+    return [index for index in ids if index != bos_word] if derived or shifted else ids
+
+
+def _disagreement(files: _Files, kind: str, sources: list[tuple[str, list[int]]], used: list[int]) -> list[str]:
+    """A note if a source states another token than the one that is used, or ends answers at fewer or other tokens."""
+    if all(set(ids) == set(used) for _, ids in sources):
+        return []
+    if kind == "eos" and all(set(ids) <= set(used) for _, ids in sources) and any(set(ids) == set(used) for _, ids in sources):
+        return []
+    metadata = files.stated.metadata_of
+    named = dict.fromkeys((f"the metadata of {metadata}" if metadata else name, files.shown(ids)) for name, ids in sources)
+    stated = "; ".join(f"{name} says {shown}" for name, shown in named)
+    return [f"{_TITLES[kind]} is {files.shown(used)}, and files disagree: {stated}"]
+
+
+def _adds_bos(stated: Statements) -> bool:
+    for source in (stated.tokenizer_config, stated.implied):
+        if isinstance(value := source.get("add_bos_token"), bool):
+            return value
+    return bool(_first_word(stated.tokenizer_json))
+
+
+def _first_word(tokenizer_json: str) -> str:
+    """The special token that the post-processor of a tokenizer.json puts before every text; empty if there is none."""
     processor = json.loads(tokenizer_json).get("post_processor")
     if processor is None:
-        return False
-    steps = processor.get("processors", [processor])
-    return any("SpecialToken" in step.get("single", [{}])[0] for step in steps if step.get("type") == "TemplateProcessing")
+        return ""
+    for step in processor.get("processors", [processor]):
+        if step.get("type") == "TemplateProcessing" and (token := step.get("single", [{}])[0].get("SpecialToken")):
+            return str(token.get("id", ""))
+    return ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.runtime import artifact
@@ -55,6 +56,7 @@ TEMPLATES = {
     "belle-llama-ext": _turns("'Human: ' + text + '\\n\\nBelle: '", "message['content'] + '\\n\\n'"),
     RAW: "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}",
 }
+BELLE_TEMPLATES = frozenset(text for name, text in TEMPLATES.items() if name != RAW)  # the texts of BELLE's models
 
 
 def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:
@@ -109,6 +111,7 @@ def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_toke
 def read_template(file: Path) -> str:
     """Read a Jinja file; raises CompileError if it cannot be read or is not UTF-8."""
     try:
+        refuse_pointer(file)
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise CompileError(

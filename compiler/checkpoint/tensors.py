@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # Tensors that old LLaMA conversions store although they are computed from config.json
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
+# Causal masks, which old releases store as buffers of their attention layers
+MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 
 FloatArray = npt.NDArray[np.float32]
@@ -83,6 +86,13 @@ def changed(file: Path, found: str) -> CompileError:
         expected="the file the build began with",
         remedy="start the build again",
     )
+
+
+def is_buffer(tensor: LazyTensor) -> bool:
+    """Whether a tensor holds integers and is no weight by its name, such as position ids or a causal mask."""
+    if tensor.dtype in FLOAT_DTYPES or tensor.name.endswith(GPTQ_SUFFIXES):
+        return False
+    return MASKS.search(tensor.name) is not None or not tensor.name.endswith((".weight", ".bias", ".scales"))
 
 
 def require_float(tensor: LazyTensor) -> None:

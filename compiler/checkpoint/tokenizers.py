@@ -9,20 +9,24 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from belle_compile.compiler.checkpoint.added_tokens import with_added_tokens
 from belle_compile.compiler.checkpoint.json_files import read_json
-from belle_compile.compiler.checkpoint.sentencepiece_model import convert
+from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, convert, ranks_of, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
 
-def load_tokenizer(directory: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
+def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[Path], list[str], dict[str, Any]]:
     """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
 
-    A tokenizer.model is converted if there is no tokenizer.json. Raises CompileError if there is neither.
+    The text includes the tokens that the files beside it add, as far as an embedding of `rows` rows has any for them (see
+    `with_added_tokens`). A tokenizer.model is converted if there is no tokenizer.json. Raises CompileError if there is neither.
     """
     file = directory / "tokenizer.json"
     if file.is_file():
-        return check_tokenizer(json.dumps(read_json(file), ensure_ascii=False), str(file)), [file], [], {}
+        text = check_tokenizer(json.dumps(read_json(file), ensure_ascii=False), str(file))
+        text, files, notes = with_added_tokens(text, directory, rows)
+        return text, [file, *files], notes, {}
     file = directory / "tokenizer.model"
     if file.is_file():
         return _from_sentencepiece(directory, file)
@@ -58,9 +62,8 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
                 expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
                 remedy="put a tokenizer.json beside it",
             )
-    # The default of these releases' slow LlamaTokenizer, and the names of BOS and EOS in sentencepiece
-    implied = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    return str(tokenizer.to_str()), files, notes, implied
+    implied = {"add_bos_token": True, **special_words(file)}  # True is the default of these releases' slow LlamaTokenizer
+    return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes, implied
 
 
 def check_tokenizer(text: str, source: str) -> str:
@@ -84,7 +87,7 @@ def check_tokenizer(text: str, source: str) -> str:
         ) from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return str(tokenizer.to_str())
+    return carry_ranks(str(tokenizer.to_str()), ranks_of(text))
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:

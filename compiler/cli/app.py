@@ -12,7 +12,7 @@ import click
 from belle_compile import __version__
 from belle_compile.compiler.cli.build import build, repartition
 from belle_compile.compiler.cli.calibration import calibrate_set
-from belle_compile.compiler.cli.engines import inspect, targets, verify
+from belle_compile.compiler.cli.engines import edit, inspect, targets, verify
 from belle_compile.compiler.cli.estimates import plan, sensitivity
 from belle_compile.runtime.errors import BelleError
 
@@ -35,7 +35,7 @@ def cli() -> None:
     """
 
 
-for _command in (build, calibrate_set, inspect, plan, repartition, sensitivity, targets, verify):
+for _command in (build, calibrate_set, edit, inspect, plan, repartition, sensitivity, targets, verify):
     cli.add_command(_command)
 
 

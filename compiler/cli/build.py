@@ -26,7 +26,9 @@ _WHAT = options.together(
     click.option(
         "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
     ),
-)
+    options.generation_defaults(),
+    options.ignored_config_keys,
+)  # fmt: skip
 _CALIBRATION = options.together(
     click.option(
         "--calibration", type=options.PATH, metavar="FILE|SET",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from belle_compile.compiler.cli import options, terminal
-from belle_compile.compiler.cli.rows import device_rows, engine_rows, kernel_rows
+from belle_compile.compiler.cli.rows import device_rows, engine_rows, generation_words, kernel_rows
 from belle_compile.compiler.units import size
 
 
@@ -33,6 +33,31 @@ def inspect(engine: Path, only_kernels: bool, as_json: bool) -> None:
         terminal.show({"kernels": kernels}, rows, as_json)
     else:
         terminal.show(inspected, engine_rows(inspected), as_json)
+
+
+@click.command(short_help="Change an engine's generation defaults.")
+@options.engine
+@options.generation_defaults(required=True)
+@options.as_json
+def edit(engine: Path, generation: tuple[str, ...], as_json: bool) -> None:
+    """Change the generation defaults of ENGINE, without building it again.
+
+    They are the sampling settings of requests that state none. The manifest gets a new digest; weights, programs and kernels
+    stay as they are.
+
+    \b
+    Examples:
+      belle-compile edit artifacts/belle-7b-cpu --generation-defaults temperature=0
+      belle-compile edit artifacts/belle-7b-cpu --generation-defaults top_p=0.9 --generation-defaults max_new_tokens=512
+      belle-compile edit artifacts/belle-7b-cpu --generation-defaults generation_config.json
+    """
+    from belle_compile.compiler import editing
+    from belle_compile.runtime.schema import to_plain
+
+    manifest, notes = editing.edit(engine, generation)
+    edited = {"engine": str(engine), "digest": manifest.digest, "generation": to_plain(manifest.generation), "notes": notes}
+    rows = [("engine", str(engine)), ("generation", generation_words(edited["generation"])), ("digest", manifest.digest)]
+    terminal.show(edited, [*rows, *(("note", note) for note in notes)], as_json)
 
 
 @click.command(short_help="Check an engine's digests and this host.")

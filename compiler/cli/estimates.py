@@ -39,6 +39,7 @@ def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path
     "--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Run at most this many tokens of requests."
 )
 @click.option("--output-errors", is_flag=True, help="Measure only the error of each layer's outputs, in one run; no KL.")
+@options.ignored_config_keys
 @click.option(
     "-o", "--output", type=options.PATH, callback=_ranking_file, help="Write all layers to a .json file, or as an .svg plot."
 )
@@ -50,6 +51,7 @@ def sensitivity(
     quantization: str,
     tokens: int,
     output_errors: bool,
+    ignored_config_keys: tuple[str, ...],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -69,7 +71,7 @@ def sensitivity(
     with terminal.progress_bars() as progress:
         ranked = layers.rank(
             checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, tokens=tokens,
-            alone=not output_errors, on_progress=progress,
+            alone=not output_errors, ignored_config_keys=ignored_config_keys, on_progress=progress,
         )  # fmt: skip
     ranking = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:
@@ -89,6 +91,7 @@ def _load(batch: int, context: int) -> Load:
 @options.preset(help="The preset, as for build.")
 @options.kv_cache(help="Type of the KV cache, as for build.")
 @options.backend("the device's, as for build")
+@options.ignored_config_keys
 @options.collected(
     "load",
     _load,
@@ -97,7 +100,14 @@ def _load(batch: int, context: int) -> Load:
 )
 @options.as_json
 def plan(
-    checkpoint: Path, target: str, quantization: str, kv_cache: str, backend: str | None, load: Load, as_json: bool
+    checkpoint: Path,
+    target: str,
+    quantization: str,
+    kv_cache: str,
+    backend: str | None,
+    ignored_config_keys: tuple[str, ...],
+    load: Load,
+    as_json: bool,
 ) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
 
@@ -113,5 +123,5 @@ def plan(
     """
     from belle_compile.compiler.plan import table
 
-    predicted = table.plan(checkpoint, target, quantization, load, kv_cache, backend)
+    predicted = table.plan(checkpoint, target, quantization, load, kv_cache, backend, ignored_config_keys)
     click.echo(json.dumps(predicted, indent=2, sort_keys=True) if as_json else plan_text(predicted))

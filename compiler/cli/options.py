@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
+from belle_compile.runtime.artifact import GenerationDefaults
 
 if TYPE_CHECKING:
     from belle_compile.compiler.gate import Gate
@@ -31,6 +33,12 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 raw_requests = click.option(
     "--raw-requests", is_flag=True, help="Take the texts of the requests as they are, without the prompt template."
 )
+
+
+ignored_config_keys = click.option(
+    "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
+    help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records it.",
+)  # fmt: skip
 
 
 def together(*options: Decorator) -> Decorator:
@@ -94,6 +102,16 @@ methods = click.option(
     + ", ".join(f"{method.name} ({method.summary})" for method in METHODS.values())
     + "; or none.",
 )  # fmt: skip
+
+
+def generation_defaults(*, required: bool = False) -> Decorator:
+    """--generation-defaults: changes to the sampling settings that a request may leave open, passed as `generation`."""
+    keys = ", ".join(field.name for field in fields(GenerationDefaults))
+    return click.option(
+        "--generation-defaults", "generation", multiple=True, required=required, metavar="FILE|KEY=VALUE",
+        help=f"Sampling settings of requests that state none: KEY=VALUE changes one of {keys}; a file in the form of "
+        "generation_config.json replaces all. Repeatable.",
+    )  # fmt: skip
 
 
 def kv_cache(*, help: str = "") -> Decorator:

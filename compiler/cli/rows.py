@@ -16,7 +16,7 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     """The rows of `inspect`, for the result of `compiler.inspection.inspect`."""
     model, target, requires = engine["model"], engine["target"], engine["target"]["requires"]
     each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
-    calls, template, generation = engine["kernel_calls"], engine["prompt_template"], engine["generation"]
+    calls, template = engine["kernel_calls"], engine["prompt_template"]
     host = f"{requires['arch'] or 'a GPU'} with one of {', '.join(requires['isa'])}"
     rows = [
         ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
@@ -27,7 +27,7 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
         ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
         ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
         ("prompt template", template["name"]),
-        ("generation", ", ".join(f"{name} {value:g}" for name, value in generation.items())),
+        ("generation", generation_words(engine["generation"])),
         ("accuracy", "not measured" if engine["accuracy"] is None else _phrase(engine["accuracy"])),
     ]
     rows.append(("self-test", _self_test(engine["self_test"])))
@@ -45,6 +45,11 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
 def _self_test(golden: Mapping[str, Any]) -> str:
     """The size of an engine's self-test, or why it has none."""
     return f"{golden['prompts']} prompts, {golden['tokens']} tokens" if golden["prompts"] else f"none: {golden['reason']}"
+
+
+def generation_words(defaults: Mapping[str, float]) -> str:
+    """The generation defaults in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in defaults.items())
 
 
 def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:

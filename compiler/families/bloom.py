@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import ModelConfig
 
@@ -32,7 +33,13 @@ KEYS = Keys(
         """offset_alibi attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv
         """.split()
     ),
-    fixed={"hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"), "head_dim": ()},
+    fixed={
+        "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        "head_dim": (),
+        "alibi": (True,),
+        "multi_query": (False,),
+        "position_embedding_type": ("alibi",),
+    },
 )
 
 
@@ -154,6 +161,34 @@ def _geometric(power_of_two: int, exponents: npt.NDArray[np.int64]) -> npt.NDArr
     return slopes
 
 
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """config.json from the metadata of a GGUF file, in the keys of Transformers' BloomConfig."""
+    heads, hidden = header.number("attention.head_count"), header.number("embedding_length")
+    return {
+        "hidden_size": hidden,
+        "n_inner": header.number("feed_forward_length", 4 * hidden),
+        "n_layer": header.number("block_count"),
+        "n_head": heads,
+        "vocab_size": header.vocabulary("token_embd.weight"),
+        "layer_norm_epsilon": header.number("attention.layer_norm_epsilon"),
+        "tie_word_embeddings": "output.weight" not in header.shapes,
+        # context_length is not read: llama.cpp's converter writes the hidden size there where config.json has no seq_length.
+    }
+
+
+GGUF_MODULES = {
+    "token_embd": "word_embeddings",
+    "token_embd_norm": "word_embeddings_layernorm",
+    "output_norm": "ln_f",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+
 FAMILY = Family(
     name="bloom",
     title="BLOOM",
@@ -161,5 +196,13 @@ FAMILY = Family(
     renames=((r"^transformer\.", ""),),  # BloomForCausalLM has this prefix, BloomModel and some releases do not
     read_config=read_config,
     build=build,
+    keys=KEYS,
     template="belle-bloom",
+    gguf=GgufLayout(
+        architectures=("bloom",),
+        read_config=gguf_config,
+        modules=GGUF_MODULES,
+        layers="h",
+        separated_heads={"attn_qkv": "n_head"},
+    ),
 )

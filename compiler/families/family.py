@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 
+from belle_compile.compiler.families.config import Keys
 from belle_compile.compiler.families.gguf import GgufLayout
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import ModelConfig
@@ -34,6 +35,8 @@ class Family(Generic[C]):
     format with {x}. If it is empty, such a checkpoint is refused. `template_by_vocabulary` holds the templates of releases that
     differ from others only in the size of their vocabulary.
 
+    `keys` says which keys of config.json are known; a key that it reads cannot be ignored on request.
+
     `gguf` describes the family's GGUF files; None if they are not supported.
     """
 
@@ -46,6 +49,7 @@ class Family(Generic[C]):
     renames: tuple[tuple[str, str], ...] = ()
     template: str = ""
     template_by_vocabulary: Mapping[int, str] = field(default_factory=dict)
+    keys: Keys = field(default_factory=Keys)
     gguf: GgufLayout | None = None
 
     @property

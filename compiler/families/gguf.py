@@ -47,6 +47,18 @@ class GgufHeader:
             )
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05 and not 9.999999747378752e-06
 
+    def vocabulary(self, table: str) -> int:
+        """The number of rows of the embedding table, a tensor of the file; raises CompileError if it is missing."""
+        if table not in self.shapes:
+            raise CompileError(
+                STAGE,
+                f"GGUF {self.file}",
+                found=f"no tensor {table}",
+                expected="a whole model",
+                remedy="download the file again",
+            )
+        return self.shapes[table][0]
+
 
 @dataclass(frozen=True)
 class GgufLayout:
@@ -55,7 +67,9 @@ class GgufLayout:
     `architectures` are the values of general.architecture. `read_config(header)` returns config.json without model_type and
     architectures, which the family adds. The tensor `blk.0.PART.weight` is the weight of the module `modules[PART]` in the
     layer `layers`.0; tensors outside of layers have neither prefix. `interleaved_heads` maps the parts whose rows are stored
-    with the two halves of every head interleaved to the key of config.json that holds their number of heads.
+    with the two halves of every head interleaved to the key of config.json that holds their number of heads. `separated_heads`
+    does so for parts that hold q, k and v of one head after another in Hugging Face checkpoints, and all q, all k, all v here.
+    `rope_divisors` names a tensor that divides the rotary frequencies; its values become `rope_divisors` of config.json.
     """
 
     architectures: tuple[str, ...]
@@ -63,6 +77,8 @@ class GgufLayout:
     modules: Mapping[str, str]
     layers: str
     interleaved_heads: Mapping[str, str] = field(default_factory=dict)
+    separated_heads: Mapping[str, str] = field(default_factory=dict)
+    rope_divisors: str = ""
 
     def canonical_name(self, stored: str) -> str | None:
         """The canonical name of a stored tensor; None if the family has no such tensor."""
@@ -74,6 +90,14 @@ class GgufLayout:
 
     def interleaved(self, stored: str, config: Mapping[str, Any]) -> int:
         """The number of heads of a stored tensor whose halves are interleaved; 0 if its rows are in order."""
-        match = TENSOR_NAME.fullmatch(stored)
-        key = self.interleaved_heads.get(match["part"]) if match else None
-        return int(config[key]) if key else 0
+        return _heads(self.interleaved_heads, stored, config)
+
+    def separated(self, stored: str, config: Mapping[str, Any]) -> int:
+        """The number of heads of a stored tensor whose q, k and v are apart; 0 if its rows are in order."""
+        return _heads(self.separated_heads, stored, config)
+
+
+def _heads(keys: Mapping[str, str], stored: str, config: Mapping[str, Any]) -> int:
+    match = TENSOR_NAME.fullmatch(stored)
+    key = keys.get(match["part"]) if match else None
+    return int(config[key]) if key else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head.weight"
 COMPARED_BYTES = 1 << 25  # bytes read at a time from each of two tables that are compared
-# Causal masks, which old releases store as buffers; their rotary frequencies are dropped when a checkpoint is opened.
-MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 
 Reorder = Callable[["LazyTensor"], npt.NDArray[np.float32]]
 
@@ -85,11 +82,11 @@ class Layers:
         """
         table, tensors = f"{name}.weight", self.checkpoint.tensors
         if not tied:
-            if HEAD not in tensors:
+            if HEAD not in tensors and table in tensors:
                 expected = f"one of shape {list(shape)}, as tie_word_embeddings is false"
                 remedy = "set tie_word_embeddings to true in config.json if the head is the embedding"
                 raise self._error(f"tensor {HEAD}", "no such tensor", expected, remedy)
-            return self.weight(table, shape), self.weight(HEAD, shape)
+            return self.weight(table, shape), self.weight(HEAD, shape)  # the table first: without it, its names are not these
         if HEAD in tensors and table in tensors:
             if not _equal(self.checkpoint.tensor(table, shape), self.checkpoint.tensor(HEAD, shape)):
                 expected = "the same, as tie_word_embeddings is true"
@@ -101,7 +98,7 @@ class Layers:
 
     def check_all_taken(self) -> None:
         """Raise CompileError if the checkpoint has a tensor that no layer took."""
-        unused = sorted(name for name in self.checkpoint.tensors.keys() - self._taken if not MASKS.search(name))
+        unused = sorted(self.checkpoint.tensors.keys() - self._taken)
         if unused:
             names = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             remedy = "the weights do not belong to this config.json, or are of another architecture"

@@ -23,10 +23,22 @@ KEYS = Keys(
         rms_norm_eps attention_bias mlp_bias tie_word_embeddings
         """.split()
     ),
-    # With pretraining_tp > 1 Transformers 4 adds up the same products in slices. Early conversions have max_sequence_length,
-    # which nothing reads.
-    harmless=frozenset({"pretraining_tp", "max_sequence_length"}),
-    fixed={"hidden_act": ("silu", "swish"), "rope_interleaved": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,)},
+    # With pretraining_tp > 1 Transformers 4 adds up the same products in slices.
+    harmless=frozenset({"pretraining_tp"}),
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "rope_interleaved": (False,),
+        "use_qk_norm": (False,),
+        "qk_norm": (False,),
+        "qk_layernorm": (False,),
+        "qkv_bias": (False,),
+        "use_bias": (False,),
+        "bias": (False,),
+        "no_bias": (True,),
+        "alibi": (False,),
+        "rms_norm": (True,),
+        "position_embedding_type": ("rope", "rotary"),
+    },
 )
 
 
@@ -164,14 +176,6 @@ def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
             expected=f"a plain {header.title}",
             remedy="this variant is not supported",
         )
-    if "token_embd.weight" not in header.shapes:
-        raise CompileError(
-            STAGE,
-            f"GGUF {header.file}",
-            found="no tensor token_embd.weight",
-            expected="a whole model",
-            remedy="download the file again",
-        )
     return {
         "hidden_act": "silu",
         "hidden_size": hidden,
@@ -180,15 +184,12 @@ def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "vocab_size": header.shapes["token_embd.weight"][0],
+        "vocab_size": header.vocabulary("token_embd.weight"),
         "max_position_embeddings": number("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10000.0),
         "rope_scaling": _gguf_rope_scaling(header),
         "tie_word_embeddings": "output.weight" not in header.shapes,
-        "bos_token_id": header.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": header.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": header.get("tokenizer.ggml.padding_token_id"),
     }
 
 
@@ -224,6 +225,7 @@ FAMILY = Family(
     renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # files saved from LlamaModel lack the prefix
     read_config=read_config,
     build=build,
+    keys=KEYS,
     template="belle-llama",
     template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
     gguf=GgufLayout(
@@ -232,5 +234,6 @@ FAMILY = Family(
         modules=GGUF_MODULES,
         layers="model.layers",
         interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        rope_divisors="rope_freqs.weight",  # of Llama 3.1 and later
     ),
 )

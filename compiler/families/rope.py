@@ -25,6 +25,7 @@ GENERAL = frozenset("rope_type type rope_theta partial_rotary_factor attention_f
 # Keys of config.json itself that this module reads.
 KEYS = frozenset(
     """rope_theta rope_scaling rope_parameters max_position_embeddings partial_rotary_factor original_max_position_embeddings
+    rope_divisors
     """.split()
 )
 
@@ -48,8 +49,9 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     """Read the RoPE of a config.json of Transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
     With linear and dynamic scaling, max_position_embeddings is the length before scaling (Transformers' documentation of
-    `rope_scaling`), so `max_position` is `factor` times that. With llama3 it is the length after scaling. Raises CompileError
-    for parameters that the graph would not compute.
+    `rope_scaling`), so `max_position` is `factor` times that. With llama3 it is the length after scaling.
+    `rope_divisors`, which only GGUF files have, divide the frequencies before any scaling. Raises CompileError for parameters
+    that the graph would not compute.
     """
     outer = Reader(config)
     scaling = outer.get("rope_scaling", "rope_parameters") or {}
@@ -64,7 +66,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
         raise outer.error("head_dim", str(head_dim), "an even head size, as rotary embeddings turn pairs")
     max_position = outer.integer("max_position_embeddings", default=2048)
     base = _theta(outer, inner)
-    inv_freq = inverse_frequencies(base, head_dim)
+    inv_freq = _divided(inverse_frequencies(base, head_dim), outer, kind)
     if kind == "default":
         return Rope(inv_freq, max_position)
     factor = inner.number("factor")
@@ -83,6 +85,19 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     if high <= low:
         raise inner.error("high_freq_factor", f"{high:g}", f"more than low_freq_factor, {low:g}")
     return Rope(_llama3(inv_freq, factor, low, high, original), max_position)
+
+
+def _divided(inv_freq: Floats, outer: Reader, kind: str) -> Floats:
+    """The frequencies divided by `rope_divisors`, if there are some."""
+    divisors = outer.get("rope_divisors")
+    if divisors is None:
+        return inv_freq
+    if kind not in ("default", "linear"):
+        raise outer.error("rope_divisors", f"some, with rope_type {kind}", "no value, or rope_type default or linear")
+    numbers = isinstance(divisors, list) and all(type(value) in (int, float) and 0 < value < math.inf for value in divisors)
+    if not numbers or len(divisors) != len(inv_freq):
+        raise outer.error("rope_divisors", repr(divisors)[:60], f"{len(inv_freq)} numbers above 0")
+    return np.divide(inv_freq, np.array(divisors, np.float32), dtype=np.float32)
 
 
 def inverse_frequencies(base: float, head_dim: int) -> Floats:

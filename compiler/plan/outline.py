@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
+from belle_compile.compiler.families.config import without_keys
 from belle_compile.compiler.families.layers import HEAD
 
 
@@ -22,13 +24,15 @@ class Outline(Checkpoint):
         return _unread(name, shape, self.path)
 
 
-def outline(path: str | Path) -> Checkpoint:
-    """Open a checkpoint for a plan; `path` may be its config.json alone. A plan renders no prompts, so the template is RAW."""
+def outline(path: str | Path, ignored_keys: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint for a plan; `path` may be its config.json alone. A plan renders no prompts, so the template is RAW.
+    `ignored_keys` of config.json count as absent."""
     path = Path(path)
     if path.suffix != ".json":
-        return open_checkpoint(path, template=RAW)
+        return open_checkpoint(path, template=RAW, ignored_keys=ignored_keys)
     config = _read(path)
     family = registry.by_config(config, path)
+    config, _ = without_keys(config, ignored_keys, family.keys.used)
     head = {} if family.read_config(config).tied_head else {HEAD: _unread(HEAD, (), path)}
     template = choose_template(RAW, None, family, config)
     return Outline(path, family.name, config, head, "", {}, template, {}, ())

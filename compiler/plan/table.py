@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,23 @@ class Load:
 
 
 def plan(
-    path: str | Path, target: str, quantization: str, load: Load, kv_cache: str = AUTO, backend: str | None = None
+    path: str | Path,
+    target: str,
+    quantization: str,
+    load: Load,
+    kv_cache: str = AUTO,
+    backend: str | None = None,
+    ignored_config_keys: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Predict memory and times of a checkpoint, or of the dimensions in a config.json, on a target's device.
 
     The plan has one line for 1, 2, 4 and 8 ranks each and for the number in the target's name. A line holds bytes and seconds,
     or the reason why the model cannot be divided among that many ranks. Times are None where the backend (None: the device's
-    default) predicts none. Raises CompileError for wrong arguments."""
+    default) predicts none. `ignored_config_keys` count as absent. Raises CompileError for wrong arguments."""
     device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    graph, recipe = build_graph(outline(path)), find_preset(quantization).recipe
+    graph, recipe = build_graph(outline(path, ignored_config_keys)), find_preset(quantization).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:

@@ -6,7 +6,7 @@ from belle_compile.compiler.report.coverage import coverage_of, coverage_of_set
 from belle_compile.compiler.report.data import Arena, Drift, Effects, Memory, Report, Stage
 from belle_compile.compiler.report.effects import PassEffects, pass_effects
 from belle_compile.compiler.report.memory import memory_of, memory_of_ranks
-from belle_compile.compiler.report.render import REPORT_NAME, render
+from belle_compile.compiler.report.render import REPORT_NAME, render, with_generation
 
 __all__ = [
     "REPORT_NAME",
@@ -23,4 +23,5 @@ __all__ = [
     "memory_of_ranks",
     "pass_effects",
     "render",
+    "with_generation",
 ]

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import tokenizers
 
 from belle_compile.compiler.backends import Backend
 from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
@@ -17,6 +16,7 @@ from belle_compile.compiler.ir.evaluate import stepwise
 from belle_compile.compiler.ir.lazy import keeping
 from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.compiler.report.data import Drift, Effects, Stage
+from belle_compile.runtime.sentencepiece_rule import load
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ def pass_effects(backend: Backend, tokenizer_json: str, parameters: int, wanted:
         most = f"{MOST_PARAMETERS / 1e6:.0f} M parameters"
         why = f"by default only up to {most}, as it takes a run of the model for each pass; build with --drift to have it"
         return PassEffects(backend, unmeasured=f"not measured: {why}")
-    encoding = tokenizers.Tokenizer.from_str(tokenizer_json).encode(_TEXT, add_special_tokens=False)
+    encoding = load(tokenizer_json).encode(_TEXT, add_special_tokens=False)
     return PassEffects(backend, encoding.ids)
 
 

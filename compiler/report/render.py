@@ -8,9 +8,16 @@ import jinja2
 
 from belle_compile.compiler.report import views
 from belle_compile.compiler.report.data import Report
+from belle_compile.runtime.artifact import GenerationDefaults
 
 REPORT_NAME = "report.html"
 _TEMPLATE = "report.html.jinja"
+
+
+def with_generation(page: str, old: GenerationDefaults, new: GenerationDefaults) -> str | None:
+    """A rendered page with other generation defaults; None if it does not show the old ones once, as this version does."""
+    before, after = (f">{views.generation(defaults)}<" for defaults in (old, new))
+    return page.replace(before, after) if page.count(before) == 1 else None
 
 
 def render(report: Report) -> str:

@@ -10,7 +10,7 @@ from belle_compile.compiler.report.data import Arena, Damage, Drift, Effects, Me
 from belle_compile.compiler.report.figures import Bar, number, percent, phrase, words
 from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.compiler.units import size
-from belle_compile.runtime.artifact import Manifest, PassRecord
+from belle_compile.runtime.artifact import GenerationDefaults, Manifest, PassRecord
 
 View = dict[str, Any]
 
@@ -53,7 +53,7 @@ def built(report: Report) -> View:
         ("quantization", "; ".join(f"{words(name)}: {phrase(value)}" for name, value in manifest.quantization.items())),
         ("prompt template", template.name),
         ("answers end with", f"token {' or '.join(map(str, special.eos))}" if special.eos else "no token of their own"),
-        ("generation defaults", phrase({words(name): value for name, value in vars(manifest.generation).items()})),
+        ("generation defaults", generation(manifest.generation)),
     ]
     return {
         "facts": facts,
@@ -62,6 +62,11 @@ def built(report: Report) -> View:
         "sources": sorted(model.source_digests.items()),
         "files": [(path, size(record.bytes), record.sha256) for path, record in sorted(report.files.items())],
     }
+
+
+def generation(defaults: GenerationDefaults) -> str:
+    """The generation defaults in words."""
+    return phrase({words(name): value for name, value in vars(defaults).items()})
 
 
 def _pass(record: PassRecord) -> View:

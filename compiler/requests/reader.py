@@ -53,10 +53,10 @@ class RequestFile:
     """The requests of a file, in order: JSON Lines, or text with one request per line; either may be compressed.
 
     A request is a text, a list of messages (`role` and `content`, or `from` and `value`) or a list of token ids. An answer at
-    the end of a chat becomes the request's `answer`. A blank line is a request with an empty text. `.txt` is text; `.jsonl`,
-    `.ndjson` and `.json` are JSON Lines; the format of other files follows from their first character. Raises CompileError
-    with the number of a line that is not a request, and never quotes the line, because it may hold personal data. `sha256` and
-    `bytes` describe the file once the last request has been read.
+    the end of a chat becomes the request's `answer`. A blank line and null are requests with an empty text. `.txt` is text;
+    `.jsonl`, `.ndjson` and `.json` are JSON Lines; the format of other files follows from their first character. Raises
+    CompileError with the number of a line that is not a request, and never quotes the line, because it may hold personal data.
+    `sha256` and `bytes` describe the file once the last request has been read.
     """
 
     def __init__(self, path: str | Path, fields: Fields = _USUAL, on_progress: Progress = lambda done, total: None) -> None:
@@ -153,11 +153,15 @@ def _record(text: str, where: str) -> dict[str, Any]:
 def _shape(record: Mapping[str, Any], fields: Fields, where: str) -> tuple[dict[str, Any], str]:
     """Return the text, messages or token ids of a record as arguments of Request, and the answer at the end of the chat."""
     if fields.request is not None:
-        if record.get(fields.request) is None:
+        if fields.request in record and record[fields.request] is None:
+            return {"text": ""}, ""
+        if fields.request not in record:
             remedy = "name a field that all requests have"
             raise CompileError(STAGE, where, found=_names(record), expected=f"the field {fields.request}", remedy=remedy)
         return _value(record[fields.request], fields.request, where)
     name = next((name for name in REQUEST_FIELDS if record.get(name) is not None), None)
+    if name is None and any(name in record for name in REQUEST_FIELDS):
+        return {"text": ""}, ""  # a request that is null
     if name is None:
         expected = f"one of {', '.join(REQUEST_FIELDS)}"
         remedy = "name the field with the request (calibrate-set --field)"

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tokenizers import Tokenizer
-
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.requests.request import STAGE, Request
+from belle_compile.runtime.sentencepiece_rule import load
 
 Unit = str | int  # a character or a token id
 
@@ -47,7 +46,7 @@ class Tokens:
     name = "tokens"
 
     def __init__(self, text: str, name: str) -> None:
-        self._tokenizer = Tokenizer.from_str(text)
+        self._tokenizer = load(text)
         self._vocabulary = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.source: dict[str, str] | None = {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 

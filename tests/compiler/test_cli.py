@@ -54,7 +54,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    commands = ["build", "calibrate-set", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
+    commands = ["build", "calibrate-set", "edit", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
     assert sorted(cli.cli.commands) == commands
 
 
@@ -278,6 +278,9 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--backend", "tvm")
     given = {"methods": ("rotate", "gptq"), "gate": Gate(min_top1=0.9), "backend": "tvm"}
     assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print, **given)
+    keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3"
+    fail(capsys, "build", "model", "-o", "engine", *keys)
+    assert (seen[0].ignored_config_keys, seen.pop().generation) == (("a", "b"), ("top_k=3",))
     fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
@@ -300,16 +303,19 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--verbose",
+        "--tune", "--drift", "--force", "--verbose", "--generation-defaults", "--ignore-config-key",
     },
+    "edit": {"--generation-defaults"},
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force",
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context"},
+    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
     "repartition": {"--target", "--backend", "-o", "--output", "--force"},
-    "sensitivity": {"--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output"},
+    "sensitivity": {
+        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output", "--ignore-config-key",
+    },
 }  # fmt: skip
 
 
@@ -334,3 +340,16 @@ def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_p
     assert len(layers) == 3 * 7 + 1 and layers[0]["output_error"] >= layers[-1]["output_error"] > 0
     status, _, err = run(capsys, *command, "-o", tmp_path / "layers.txt")
     assert status == 2 and "expected a name that ends in .json or .svg" in err
+
+
+def test_plan_and_sensitivity_ignore_the_keys_that_a_build_ignores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    checkpoint = VARIANTS["llama_gqa"](tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"qk_scale": 2}))
+    (tmp_path / "requests.txt").write_text("".join(f"{number * 7919} and {number * 104729}\n" for number in range(1, 40)))
+    for path in (checkpoint, checkpoint / "config.json"):
+        assert "pass --ignore-config-key qk_scale" in fail(capsys, "plan", path)
+        assert run(capsys, "plan", path, "--ignore-config-key", "qk_scale")[0] == 0
+    command = ["sensitivity", checkpoint, "--calibration", tmp_path / "requests.txt", "--output-errors"]
+    assert "pass --ignore-config-key qk_scale" in fail(capsys, *command)
+    assert run(capsys, *command, "--ignore-config-key", "qk_scale")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from math import prod
 from pathlib import Path
 
@@ -229,3 +230,16 @@ def test_the_report_is_a_file_of_the_engine(llama: Path, tmp_path: Path) -> None
 def test_drift_can_be_left_out(llama: Path, tmp_path: Path) -> None:
     out = build(BuildRequest(llama, tmp_path / "engine", drift=False))
     assert "Drift: not measured: built with --no-drift." in Page((out / "report.html").read_text()).text("passes")
+
+
+def test_keys_ignored_on_request_are_recorded(llama: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(llama, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"qk_scale": 2, "gates": [1]}))
+    with pytest.raises(CompileError, match=r"pass --ignore-config-key qk_scale --ignore-config-key gates\.$"):
+        build(BuildRequest(checkpoint, tmp_path / "engine"))
+    manifest = manifest_of(BuildRequest(checkpoint, tmp_path / "engine", ignored_config_keys=("qk_scale", "gates")))
+    opened = manifest.passes[0]
+    assert opened.options["ignored_config_keys"] == ["qk_scale", "gates"]
+    assert "key qk_scale of config.json, 2, was ignored because --ignore-config-key asked for it" in opened.refusals

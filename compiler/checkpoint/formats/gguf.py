@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,10 +14,14 @@ import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS, GROUP, BlockFormat
-from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import SENTENCEPIECE, gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.gguf_rows import StoredRows, interleaved_halves, separated_parts, swappable
+from belle_compile.compiler.checkpoint.formats.gguf_rules import adds_bos, end_ids, special_id
+from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.huggingface import rows_of
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
@@ -30,82 +36,183 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # kinds of tokens and their names in the metadata
+_NAMED = 12  # files that an error names
+
+
 class Gguf:
     """A .gguf file, alone or in a directory that has no other weights; it holds config and tokenizer too."""
 
-    name, weights = "gguf", "*.gguf"
+    weights = ("*.gguf",)
 
     def recognises(self, files: Files) -> bool:
-        return bool(files.matching(self.weights)) and not any(map(files.matching, OTHER_WEIGHTS))
+        return bool(files.matching(*self.weights)) and not any(map(files.matching, OTHER_WEIGHTS))
 
     def read(self, files: Files) -> Contents:
-        file, *others = files.matching(self.weights)
+        file, *others = first_parts(files.matching(*self.weights))
         if others:
+            names = ", ".join(other.name for other in (file, *others[: _NAMED - 1]))
             raise CompileError(
                 STAGE,
                 f"directory {files.path}",
-                found=f"{1 + len(others)} GGUF files",
+                found=f"{1 + len(others)} GGUF files: {names}" + (", ..." if len(others) >= _NAMED else ""),
                 expected="one",
                 remedy=f"give the path of one of them, such as {file}",
             )
         return open_gguf(file, directory=files.directory)
 
 
+def first_parts(files: Sequence[Path]) -> list[Path]:
+    """The files without those that are parts of a model after its first one."""
+    first = {part.with_name(_part_name(part, 1)) for part in files if _PART.fullmatch(part.name)}
+    return sorted({*(file for file in files if not _PART.fullmatch(file.name)), *first})
+
+
+def _part_name(part: Path, number: int) -> str:
+    match = _PART.fullmatch(part.name)
+    assert match is not None, f"{part} is no part"
+    return f"{match['stem']}-{number:05d}-of-{match['count']}.gguf"
+
+
 def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
-    """The contents of a .gguf file; a tokenizer.json in `directory` outranks the tokenizer in the metadata.
+    """The contents of a .gguf file, or of a model in several parts, of which any may be given; a tokenizer.json in `directory`
+    outranks the tokenizer in the metadata.
 
-    Raises CompileError if the file is damaged, one of several parts, or of a model that is not supported.
+    Raises CompileError if a file is damaged or missing, or of a model that is not supported.
     """
+    if _PART.fullmatch(file.name):
+        file = file.with_name(_part_name(file, 1))
+        _require_part(file)
     reader = _reader(file)
-    meta = {key: field for key, field in reader.fields.items()}
-
-    def get(key: str, default: Any = None) -> Any:
-        return meta[key].contents() if key in meta else default
-
+    get = _metadata(reader)
     architecture = get("general.architecture")
     family, layout = registry.by_gguf(architecture, file)
-    if (parts := get("split.count", 1)) > 1:
-        raise CompileError(
-            STAGE,
-            f"GGUF {file}",
-            found=f"one of {parts} parts",
-            expected="one whole file",
-            remedy="merge the parts with llama-gguf-split --merge",
-        )
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
-    header = GgufHeader(file, architecture, family.title, get, shapes)
-    config = {"model_type": family.name, "architectures": [*family.architectures[:1]], **layout.read_config(header)}
-    tensors = [_tensor(header, layout, tensor, config) for tensor in reader.tensors]
+    readers = {file: reader, **_other_parts(file, get("split.count", 1))}
+    stored = [_Stored(part, part_reader, tensor) for part, part_reader in readers.items() for tensor in part_reader.tensors]
+    if (count := get("split.tensors.count", len(stored))) != len(stored):
+        raise _incomplete(file, f"{len(stored)} tensors in {len(readers)} parts", f"{count} tensors")
+    header = GgufHeader(file, architecture, family.title, get, {tensor.name: tensor.shape for tensor in stored})
+    ids = {f"{kind}_token_id": special_id(get, name) for kind, name in _SPECIAL.items()}
+    config = {"model_type": family.name, "architectures": [*family.architectures[:1]], **layout.read_config(header), **ids}
+    divisors = [tensor.values() for tensor in stored if tensor.name == layout.rope_divisors]
+    config |= {"rope_divisors": divisors[0].tolist()} if divisors else {}
     if directory is not None and (directory / "tokenizer.json").is_file():
-        tokenizer_json, tokenizer_files, notes, _ = load_tokenizer(directory)
+        tokenizer_json, tokenizer_files, notes, _ = load_tokenizer(directory, rows_of(config))
     else:
         tokenizer_json, notes, tokenizer_files = gguf_tokenizer(file, get), [], []
-    packed = sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(FLOATS))
+    packed = sorted({tensor.kind.name for tensor in stored} - set(FLOATS))
     if packed:
         notes.append(f"{file.name} is quantised already ({', '.join(packed)}): its errors add to those of this build")
-    words = get("tokenizer.ggml.tokens", [])
-    ids = {kind: get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding", "eot", "eom")}
-    special = {"bos_token": ids["bos"], "eos_token": ids["eos"], "pad_token": ids["padding"]}
-    jinja = get("tokenizer.chat_template")
+    words, jinja = get("tokenizer.ggml.tokens", []), get("tokenizer.chat_template")
+    special = {key.removesuffix("_id"): words[index] for key, index in ids.items() if index is not None}
     return Contents(
         config=config,
-        tensors=tensors,
+        tensors=[_tensor(header, layout, tensor, config) for tensor in stored if tensor.name != layout.rope_divisors],
         tokenizer_json=tokenizer_json,
-        tokenizer_config={
-            **{kind: words[index] for kind, index in special.items() if index is not None and index < len(words)},
-            # llama.cpp's default: sentencepiece vocabularies get BOS, byte-level ones do not.
-            "add_bos_token": get("tokenizer.ggml.add_bos_token", get("tokenizer.ggml.model") == SENTENCEPIECE),
-        },
-        generation={"eos_token_id": [ids[kind] for kind in ("eos", "eot", "eom") if ids[kind] is not None]},
+        tokenizer_config=special | {"add_bos_token": adds_bos(get)},
+        sampling=("general.sampling", _sampling(get)),
+        generation={"eos_token_id": end_ids(get)},
         template=PromptTemplate("tokenizer.chat_template", jinja) if jinja else None,
-        files=[file, *tokenizer_files],
+        metadata_of=file.name,
+        files=[*readers, *tokenizer_files],
         notes=notes,
     )
+
+
+def _metadata(reader: GGUFReader) -> Callable[..., Any]:
+    """The function get(key, default) that reads a value of the metadata."""
+    read: dict[str, Any] = {}  # a vocabulary takes a while to decode
+
+    def get(key: str, default: Any = None) -> Any:
+        if key not in read and key in reader.fields:
+            read[key] = reader.fields[key].contents()
+        return read.get(key, default)
+
+    return get
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a reader of the file that it is in."""
+
+    file: Path
+    reader: GGUFReader
+    tensor: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.tensor.name)
+
+    @property
+    def kind(self) -> Any:
+        """The GGMLQuantizationType of its values."""
+        return self.tensor.tensor_type
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self.tensor.shape))
+
+    @property
+    def swapped(self) -> bool:
+        """Whether its numbers have the other byte order than this host's."""
+        return bool(self.reader.byte_order == "S")
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """All values of a float32 tensor."""
+        raw = np.ascontiguousarray(self.tensor.data).view(np.uint8)
+        values: npt.NDArray[np.float32] = raw.view(">f4" if self.reader.endianess.name == "BIG" else "<f4").astype(np.float32)
+        return values
+
+
+def _other_parts(first: Path, count: Any) -> dict[Path, GGUFReader]:
+    """The readers of the parts after the first one, by file; raises CompileError if one is missing or of another model."""
+    if count in (0, 1):
+        return {}
+    if (match := _PART.fullmatch(first.name)) is None or int(match["count"]) != count:
+        raise _incomplete(first, f"one of {count} parts", f"the name NAME-00001-of-{count:05d}.gguf")
+    readers = {}
+    for number in range(2, count + 1):
+        part = first.with_name(_part_name(first, number))
+        _require_part(part)
+        reader = _reader(part)
+        field = reader.fields.get("split.no")
+        stated = field.contents() if field is not None else None
+        if stated != number - 1:
+            raise _incomplete(part, f"split.no {stated}", f"{number - 1}")
+        readers[part] = reader
+    return readers
+
+
+def _require_part(part: Path) -> None:
+    if not part.is_file():
+        raise _incomplete(part, "no such file", "every part of the model beside the others")
+
+
+def _incomplete(file: Path, found: str, expected: str) -> CompileError:
+    remedy = "download all parts again, or merge them with llama-gguf-split --merge"
+    return CompileError(STAGE, f"GGUF {file}", found=found, expected=expected, remedy=remedy)
+
+
+# Sampling settings of the metadata by their names in generation_config.json; the others keep their own names.
+_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+_SAME_NAME = (
+    "top_k top_p min_p sequence xtc_probability xtc_threshold penalty_last_n mirostat mirostat_tau mirostat_eta".split()
+)
+
+
+def _sampling(get: Any) -> dict[str, Any]:
+    """The generation settings in the metadata; that there are some means that answers are sampled."""
+    names = _SAMPLING | {name: name for name in _SAME_NAME}
+    stated = {key: value for name, key in names.items() if (value := get(f"general.sampling.{name}")) is not None}
+    exact = {key: float(str(np.float32(value))) if isinstance(value, float) else value for key, value in stated.items()}
+    return {"do_sample": True, **exact} if stated else {}
 
 
 def _reader(file: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    refuse_pointer(file)
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as e:
@@ -118,86 +225,51 @@ def _reader(file: Path) -> GGUFReader:
         ) from e
 
 
-def _tensor(header: GgufHeader, layout: GgufLayout, tensor: Any, config: dict[str, Any]) -> LazyTensor:
-    """Make a LazyTensor of a tensor of the reader; raises CompileError for a type that cannot be dequantized."""
-    file, name = header.file, _canonical_name(header, layout, tensor.name)
-    kind = tensor.tensor_type
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    if not _can_dequantize(kind) or (len(shape) == 1 and kind.name not in FLOATS):
+def _tensor(header: GgufHeader, layout: GgufLayout, stored: _Stored, config: dict[str, Any]) -> LazyTensor:
+    """Make a LazyTensor of a stored tensor; raises CompileError for a type that cannot be dequantized."""
+    name, kind, shape, file = _canonical_name(header, layout, stored.name), stored.kind, stored.shape, stored.file
+    readable = _can_dequantize(kind) and (len(shape) > 1 or kind.name in FLOATS)
+    if not readable or (stored.swapped and not swappable(kind.name)):
         raise CompileError(
             STAGE,
-            f"tensor {tensor.name} in {file}",
-            found=f"type {kind.name}",
+            f"tensor {stored.name} in {file}",
+            found=f"type {kind.name}" + (" in the byte order of other hosts" if readable else ""),
             expected="F32, F16, BF16 or a block quantisation of llama.cpp",
             remedy="give a GGUF of another type, or the Hugging Face checkpoint",
         )
-    heads = layout.interleaved(tensor.name, config)
-    stored = _StoredRows(file, int(tensor.data_offset), int(tensor.n_bytes) // shape[0], shape[0] // heads if heads else 0)
-    steps = (f"{file.name}: {tensor.name}",)
+    order = None
+    if heads := layout.interleaved(stored.name, config):
+        order = interleaved_halves(shape[0] // heads)
+    elif heads := layout.separated(stored.name, config):
+        order = separated_parts(heads, shape[0] // (3 * heads))
+    row_bytes = int(stored.tensor.n_bytes) // shape[0]
+    rows = StoredRows(file, int(stored.tensor.data_offset), row_bytes, order, kind.name if stored.swapped else "")
+    steps = (f"{file.name}: {stored.name}",)
     if (block := BLOCK_FORMATS.get(kind.name)) is None:
-        return LazyTensor(name, shape, FLOATS.get(kind.name, kind.name.lower()), file, partial(_floats, stored, kind), steps)
+        return LazyTensor(name, shape, FLOATS.get(kind.name, kind.name.lower()), file, partial(_floats, rows, kind), steps)
     outputs, inputs = shape
-    quantized = QuantizedTensor((outputs, inputs), block.bits, GROUP, partial(_integers, stored, block))
+    quantized = QuantizedTensor((outputs, inputs), block.bits, GROUP, partial(_integers, rows, block))
     return LazyTensor(name, shape, kind.name.lower(), file, quantized.rows, steps, quantized)
 
 
 def _canonical_name(header: GgufHeader, layout: GgufLayout, name: str) -> str:
     canonical = layout.canonical_name(name)
     if canonical is None:
-        remedy = (
-            "its rotary frequencies are scaled in a way GGUF does not describe: give the Hugging Face checkpoint"
-            if name.startswith("rope_freqs")
-            else f"this variant of {header.title} is not supported"
-        )
         raise CompileError(
             STAGE,
             f"tensor {name} in {header.file}",
             found=f"a tensor that a plain {header.title} does not have",
             expected=f"{', '.join(layout.modules)}",
-            remedy=remedy,
+            remedy=f"this variant of {header.title} is not supported",
         )
     return canonical
 
 
-@dataclass(frozen=True)
-class _StoredRows:
-    """Reads rows of a tensor as they are stored: uint8 [rows, row_bytes].
-
-    `head_rows` is the number of rows of a head if llama.cpp interleaves the two halves of every head (its RoPE pairs
-    neighbours), as in Q and K of a LLaMA, else 0. Stored row 2*j + i of a head is then Hugging Face's row i*head_dim/2 + j
-    (convert_hf_to_gguf.py, LlamaModel.permute).
-    """
-
-    file: Path
-    offset: int
-    row_bytes: int
-    head_rows: int
-
-    def __call__(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        if not self.head_rows:
-            return self._bytes(start, stop)
-        first = start // self.head_rows * self.head_rows
-        last = -(-stop // self.head_rows) * self.head_rows
-        rows = np.arange(start, stop)
-        half, j = np.divmod(rows % self.head_rows, self.head_rows // 2)
-        stored = rows - rows % self.head_rows + 2 * j + half - first
-        permuted: npt.NDArray[np.uint8] = self._bytes(first, last)[stored]
-        return permuted
-
-    def _bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Rows start..stop in the order of the file."""
-        count = (stop - start) * self.row_bytes
-        data = np.fromfile(self.file, np.uint8, count, offset=self.offset + start * self.row_bytes)
-        if data.size != count:
-            raise changed(self.file, "a file that became shorter")
-        return data.reshape(stop - start, self.row_bytes)
-
-
-def _floats(stored: _StoredRows, kind: Any, start: int, stop: int) -> npt.NDArray[np.float32]:
+def _floats(stored: StoredRows, kind: Any, start: int, stop: int) -> npt.NDArray[np.float32]:
     return _dequantize(stored(start, stop), kind)
 
 
-def _integers(stored: _StoredRows, block: BlockFormat, start: int, stop: int) -> QuantizedRows:
+def _integers(stored: StoredRows, block: BlockFormat, start: int, stop: int) -> QuantizedRows:
     return block.decoded(stored(start, stop))
 
 

@@ -7,20 +7,24 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, ends_answer, special_id
+from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer, with_ranks
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
 
-SENTENCEPIECE = "llama"  # tokenizer.ggml.model of sentencepiece vocabularies, whatever the architecture
 # Values of tokenizer.ggml.pre, grouped by how llama.cpp splits texts for them (src/llama-vocab.cpp).
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
 DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-LLAMA3 = {"llama3", "llama-v3", "llama-bpe"}
+BLOOM = {"bloom"}
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_KNOWN = GPT2 | DIGITS_GPT2 | LLAMA3 | BLOOM
 
 
 def gguf_tokenizer(file: Path, get: Any) -> str:
@@ -32,26 +36,28 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
     if kind not in {"gpt2", SENTENCEPIECE}:
         raise _unsupported(file, f"tokenizer.ggml.model {kind!r}", f"gpt2 or {SENTENCEPIECE}")
     pre = get("tokenizer.ggml.pre", "gpt-2")  # a wrong split would give wrong ids without any error
-    if kind == "gpt2" and pre not in GPT2 | DIGITS_GPT2 | LLAMA3:
-        raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(GPT2 | DIGITS_GPT2 | LLAMA3)))
-    types = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if kind == "gpt2" and pre not in _KNOWN:
+        raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(_KNOWN)))
+    stated = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     try:
-        tokenizer = _byte_level(tokens, types, pre, get) if kind == "gpt2" else _sentencepiece(tokens, types, get)
-        return str(tokenizer.to_str())
+        types = [CONTROL if ends_answer(token) else kind for token, kind in zip(tokens, stated, strict=True)]
+        return str(_byte_level(tokens, types, pre, get).to_str()) if kind == "gpt2" else _sentencepiece(tokens, types, get)
     except Exception as e:  # the tokenizers library raises plain Exception
         raise _unsupported(file, f"metadata that makes no tokenizer ({e})", "tokens and merges that fit together") from e
 
 
-def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> Tokenizer:
+def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> str:
     scores = get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    unknown = tokens[get("tokenizer.ggml.unknown_token_id", 0)]
-    return spm_tokenizer(
-        list(zip(tokens, scores, types, strict=True)),
+    unknown = tokens[special_id(get, "unknown") or 0]
+    pieces = list(zip(tokens, scores, types, strict=True))
+    tokenizer = spm_tokenizer(
+        pieces,
         unknown=unknown,
         byte_fallback=True,
         prefix_space=get("tokenizer.ggml.add_space_prefix", True),
         legacy=True,
     )
+    return with_ranks(str(tokenizer.to_str()), pieces)
 
 
 def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Tokenizer:
@@ -60,9 +66,9 @@ def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Toke
     vocab = {token: index for index, token in enumerate(tokens)}
     check_merges(vocab, merges)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
-    if pre in LLAMA3:
+    if pre in LLAMA3 | BLOOM:
         split: list[Any] = [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT if pre in LLAMA3 else BLOOM_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     else:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.generation import settings_of_config
 from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 
+CONFIG = "config.json"
 OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")
 
 
@@ -40,27 +42,38 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
             expected="float32, float16 or bfloat16 weights",
             remedy=f"quantised {method} checkpoints are not yet supported: give the one it was made from",
         )
-    tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory)
+    tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory, rows_of(config))
     weights = open_weights(directory)
     files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
     optional = {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
+    stated = "generation_config" in files  # Transformers reads config.json only where this file is missing
+    own = "generation_config.json", optional["generation_config"]
+    sampling = own if stated else (CONFIG, settings_of_config(config))
     template, template_files = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
     return Contents(
         config=config,
         tensors=weights.tensors,
         tokenizer_json=tokenizer_json,
-        tokenizer_config=implied | optional["tokenizer_config"],
+        tokenizer_config=optional["tokenizer_config"],
+        implied=implied,
         tokens_map=optional["special_tokens_map"],
         generation=optional["generation_config"],
+        sampling=sampling,
         template=template,
         files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
         notes=[*notes, *weights.notes],
     )
 
 
+def rows_of(config: Mapping[str, Any]) -> int | None:
+    """The number of rows of the embedding that a config.json states; None if it states none."""
+    size = config.get("vocab_size")
+    return size if type(size) is int else None
+
+
 def require_config(directory: Path) -> Path:
     """The path of a directory's config.json; raises CompileError if there is none."""
-    config_file = directory / "config.json"
+    config_file = directory / CONFIG
     if not config_file.is_file():
         raise CompileError(
             STAGE,

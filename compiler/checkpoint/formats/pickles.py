@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.formats.base import Contents
-from belle_compile.compiler.checkpoint.formats.huggingface import Weights, read_release
-from belle_compile.compiler.checkpoint.formats.shards import has_weights, open_weights
-from belle_compile.compiler.checkpoint.sources.base import Files
+from belle_compile.compiler.checkpoint.formats.shards import Storage
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
 
@@ -22,33 +21,12 @@ if TYPE_CHECKING:
     import torch
 
 
-class Pickles:
-    """pytorch_model.bin, or shards of it, in a Hugging Face directory."""
-
-    name, weights = "bin", "*.bin"
-
-    def recognises(self, files: Files) -> bool:
-        return files.directory is not None and has_weights(files.directory, "pytorch_model", "bin")
-
-    def read(self, files: Files) -> Contents:
-        return read_release(files.path, self._weights)
-
-    def _weights(self, directory: Path) -> Weights:
-        weights = open_weights(directory, "pytorch_model", "bin", partial(open_pickle, legacy=LegacyFile()))
-        legacy = [file.name for file in weights.files if file.suffix == ".bin" and is_legacy(file)]
-        if legacy:
-            weights.notes.append(
-                f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build "
-                "holds one such file in memory"
-            )
-        return weights
-
-
 def open_pickle(file: Path, legacy: LegacyFile) -> list[LazyTensor]:
     """The tensors of one file, under the names stored in it; all files of a checkpoint share one `legacy`.
 
     Raises CompileError if the file is damaged or holds anything but tensors.
     """
+    refuse_pointer(file)
     state = _state_dict(file)
     tensors = []
     for name, value in state.items():
@@ -82,6 +60,20 @@ class LegacyFile:
                 self._state = _state_dict(file)
                 self._file = file
             return self._state
+
+
+def _legacy_note(files: Sequence[Path]) -> list[str]:
+    legacy = [file.name for file in files if is_legacy(file)]
+    if not legacy:
+        return []
+    return [
+        f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build holds one such file in "
+        "memory"
+    ]
+
+
+# pytorch_model.bin or shards of it. The cache is made anew for each checkpoint.
+PICKLES = Storage("pytorch_model", "bin", lambda: partial(open_pickle, legacy=LegacyFile()), _legacy_note)
 
 
 class _Loader:

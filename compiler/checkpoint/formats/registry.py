@@ -7,16 +7,25 @@ from pathlib import Path
 from belle_compile.compiler.checkpoint.formats.base import Contents, Format
 from belle_compile.compiler.checkpoint.formats.gguf import Gguf
 from belle_compile.compiler.checkpoint.formats.huggingface import require_config
-from belle_compile.compiler.checkpoint.formats.pickles import Pickles
-from belle_compile.compiler.checkpoint.formats.safetensors import Safetensors
+from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
+from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
+from belle_compile.compiler.checkpoint.formats.shards import Indexed, Numbered, Release, Single, Stated
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
-# The first format that recognises the files reads them; a note names others that recognise them too.
+# The first format that recognises the files reads them; a note names the weights that it passes over.
 FORMATS: tuple[Format, ...] = (
-    Safetensors(),
-    Pickles(),
+    # The order of Transformers (`_get_resolved_checkpoint_files` in modeling_utils.py). An index outlives its shards where a
+    # model was saved again in one file.
+    Release(SAFETENSORS, Stated()),
+    Release(SAFETENSORS, Single()),
+    Release(SAFETENSORS, Indexed()),
+    Release(PICKLES, Single()),
+    Release(PICKLES, Indexed()),
+    # What Transformers does not load without being told to.
+    Release(SAFETENSORS, Numbered()),
+    Release(PICKLES, Numbered()),
     Gguf(),
 )
 _HUGGING_FACE = "model.safetensors or pytorch_model.bin, single or sharded"
@@ -27,22 +36,54 @@ NOT_YET = (
     ("*.pt", "a GPTQ .pt file", "quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from"),
     ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
 )
+# Shards of a distributed checkpoint, which Transformers prefers to every other weights.
+_DISTRIBUTED = "shard-[0-9][0-9][0-9][0-9][0-9]-model-*-of-*.safetensors"
+# Files that look like weights: those of every framework, and what a trainer keeps beside them.
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt", "*.pth", "*.h5",
+                 "*.msgpack")  # fmt: skip
+_TRAINER_FILES = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
+_NAMED = 4  # files that a note names
 
 
-def weight_patterns() -> list[str]:
-    """Glob patterns of the files that hold weights, those of the preferred format first."""
+def weight_patterns() -> list[tuple[str, ...]]:
+    """The glob patterns of the files that hold weights, those of the preferred format first; see `Format.weights`."""
     return [format.weights for format in FORMATS]
 
 
 def read_contents(files: Files) -> Contents:
     """Read the files with the first format that recognises them; raises CompileError if none does."""
-    recognised = [format for format in FORMATS if format.recognises(files)]
-    if not recognised:
+    if files.directory is not None and (shards := files.matching(_DISTRIBUTED)):
+        raise _no_weights(
+            files.directory,
+            f"{shards[0].name}, a shard of a distributed checkpoint",
+            _HUGGING_FACE,
+            "load it with Transformers and save it with save_pretrained",
+        )
+    chosen = next((format for format in FORMATS if format.recognises(files)), None)
+    if chosen is None:
         raise _unrecognised(files)
-    chosen, *others = recognised
     contents = chosen.read(files)
-    contents.notes += [f"{other.name} weights are there too and were not used: {chosen.name} is preferred" for other in others]
+    contents.notes += _passed_over(files, contents)
     return contents
+
+
+def _passed_over(files: Files, contents: Contents) -> list[str]:
+    """A note on the weights in the directory that were not read; none if all were."""
+    patterns = dict.fromkeys([*_WEIGHT_FILES, *(pattern for format in FORMATS for pattern in format.weights)])
+    there = {file for pattern in patterns for file in files.matching(pattern)}
+    ignored = {file for pattern in _TRAINER_FILES for file in files.matching(pattern)}
+    rest = sorted(there - ignored - set(contents.files))
+    if not rest:
+        return []
+    read = next((file for file in contents.files if file in there), files.path)
+    names = ", ".join(_described(file) for file in rest[:_NAMED])
+    more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+    return [f"the weights are those of {read.name}; passed over: {names}{more}"]
+
+
+def _described(file: Path) -> str:
+    kind = next((kind for pattern, kind, _ in NOT_YET if file.match(pattern)), "")
+    return f"{file.name} ({kind})" if kind else file.name
 
 
 def _unrecognised(files: Files) -> CompileError:

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.formats.base import Contents
-from belle_compile.compiler.checkpoint.formats.huggingface import Weights, read_release
-from belle_compile.compiler.checkpoint.formats.shards import has_weights, open_weights
-from belle_compile.compiler.checkpoint.sources.base import Files
+from belle_compile.compiler.checkpoint.formats.shards import Storage
+from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
 
@@ -34,23 +32,9 @@ DTYPES = {
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
-class Safetensors:
-    """model.safetensors, or shards of it, in a Hugging Face directory."""
-
-    name, weights = "safetensors", "*.safetensors"
-
-    def recognises(self, files: Files) -> bool:
-        return files.directory is not None and has_weights(files.directory, "model", "safetensors")
-
-    def read(self, files: Files) -> Contents:
-        return read_release(files.path, self._weights)
-
-    def _weights(self, directory: Path) -> Weights:
-        return open_weights(directory, "model", "safetensors", open_safetensors)
-
-
 def open_safetensors(file: Path) -> list[LazyTensor]:
     """The tensors of one file, under the names stored in it; raises CompileError if the header does not match the file."""
+    refuse_pointer(file)
     header, data_bytes = _header(file)
     tensors = []
     end = 0
@@ -70,6 +54,9 @@ def open_safetensors(file: Path) -> list[LazyTensor]:
     if end > data_bytes:
         raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
     return tensors
+
+
+SAFETENSORS = Storage("model", "safetensors", lambda: open_safetensors)  # model.safetensors or shards of it
 
 
 class _Loader:

@@ -39,11 +39,11 @@ class Source(Protocol):
     def recognises(self, name: str) -> bool:
         """Whether `name`, which the user gave, is a checkpoint of this source."""
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         """Put the files of that checkpoint on this host and return them.
 
-        `weights` are glob patterns of the files that hold weights, one for each format, the preferred format first; a download
-        needs those of one format only. Raises CompileError if the files cannot be obtained.
+        `weights` are glob patterns of the files that hold weights, those of the preferred format first (see `Format.weights`).
+        A download needs those of one format only. Raises CompileError if the files cannot be obtained.
         """
 
 

@@ -11,26 +11,31 @@ from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Owner and name and, for one of several models in a repository, the path of its file: owner/name/q4/model.gguf.
+NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.gguf))?")
+_PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf$")
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-INDEX_FILES = "*.index.json"  # fetched from a repository without weights, so that the error names the missing shards
+_NAMED = 20  # files that an error names
 
 
 class Hub:
-    """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M."""
+    """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M, or one of its .gguf files."""
 
     def recognises(self, name: str) -> bool:
-        return NAME.fullmatch(name) is not None
+        match = NAME.fullmatch(name)
+        # A path into a directory of this host whose file is missing is no name of the Hub.
+        return match is not None and not (match["file"] and Path(Path(name).parts[0]).exists())
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         """Download the weights of one format and all small files. Without a network, use the files of an earlier download."""
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
 
+        match = NAME.fullmatch(name)
+        assert match is not None, f"{name} is no name of the Hub"
+        model, file = match["model"], match["file"]
         try:
-            files = [entry.rfilename for entry in HfApi().model_info(name).siblings or []]
-            kind = next((pattern for pattern in weights if any(fnmatchcase(file, pattern) for file in files)), INDEX_FILES)
-            return Files(Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, kind])))
+            files = [entry.rfilename for entry in HfApi().model_info(model).siblings or []]
         except RepositoryNotFoundError as e:
             raise CompileError(
                 STAGE,
@@ -40,13 +45,60 @@ class Hub:
                 remedy="check the spelling, or log in with `hf auth login` if it is private",
             ) from e
         except Exception as e:  # the client's HTTP library, and so its errors, differ between versions
-            try:
-                return Files(Path(snapshot_download(name, local_files_only=True)))
-            except OSError:
-                raise CompileError(
-                    STAGE,
-                    f"checkpoint {name}",
-                    expected="a local checkpoint or a network",
-                    found=f"no such local path, and the Hugging Face Hub cannot be reached ({type(e).__name__})",
-                    remedy="download it where there is a network, and give its directory",
-                ) from e
+            return _below(_cached(name, model, e), file)
+        patterns = _file_patterns(name, file, files) if file else _patterns(name, files, weights)
+        try:
+            return _below(Path(snapshot_download(model, allow_patterns=patterns)), file)
+        except Exception as e:
+            return _below(_cached(name, model, e), file)
+
+
+def _patterns(name: str, files: Sequence[str], weights: Sequence[Sequence[str]]) -> list[str]:
+    """Patterns of the small files and of the weights of the preferred format; raises CompileError for several GGUF models."""
+    there = next((each for each in weights if each and any(fnmatchcase(file, each[0]) for file in files)), ())
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    models = {_PART.sub(".gguf", file) for file in ggufs}
+    if ggufs and len(models) > 1 and (not there or fnmatchcase(ggufs[0], there[0])):
+        first = [file for file in sorted(ggufs) if not _PART.search(file) or "-00001-of-" in file]
+        raise CompileError(
+            STAGE,
+            f"checkpoint {name}",
+            found=f"{len(models)} GGUF models: {', '.join(first[:_NAMED])}" + (", ..." if len(first) > _NAMED else ""),
+            expected="one of them",
+            remedy=f"give its file too, such as {name}/{first[0]}",
+        )
+    return [*SMALL_FILES, *there]
+
+
+def _file_patterns(name: str, file: str, files: Sequence[str]) -> list[str]:
+    """The pattern of a file, or of all parts of its model; raises CompileError if the repository does not have it."""
+    if file not in files:
+        others = [other for other in files if other.endswith(".gguf")]
+        raise CompileError(
+            STAGE,
+            f"checkpoint {name}",
+            found=f"no {file} in the repository",
+            expected=f"one of {', '.join(others[:_NAMED])}" if others else "a repository with GGUF files",
+            remedy="check the spelling",
+        )
+    return [_PART.sub(r"-*-of-\g<count>.gguf", file)]
+
+
+def _cached(name: str, model: str, error: Exception) -> Path:
+    """The directory of an earlier download; raises CompileError, which names the type of `error`, if there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except OSError:
+        raise CompileError(
+            STAGE,
+            f"checkpoint {name}",
+            expected="a local checkpoint or a network",
+            found=f"no such local path, and the Hugging Face Hub cannot be reached ({type(error).__name__})",
+            remedy="download it where there is a network, and give its directory",
+        ) from error
+
+
+def _below(directory: Path, file: str | None) -> Files:
+    return Files(directory / file if file else directory)

@@ -14,7 +14,7 @@ class LocalDirectory:
     def recognises(self, name: str) -> bool:
         return Path(name).expanduser().is_dir()
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         return Files(Path(name).expanduser())
 
 
@@ -24,5 +24,5 @@ class LocalFile:
     def recognises(self, name: str) -> bool:
         return Path(name).expanduser().is_file()
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         return Files(Path(name).expanduser())

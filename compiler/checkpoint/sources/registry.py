@@ -19,7 +19,7 @@ SOURCES: tuple[Source, ...] = (
 )
 
 
-def fetch(name: str | Path, weights: Sequence[str]) -> Files:
+def fetch(name: str | Path, weights: Sequence[Sequence[str]]) -> Files:
     """The files of the checkpoint that the user named; `weights` is as in `Source.fetch`. Raises CompileError if no source
     recognises the name."""
     for source in SOURCES:

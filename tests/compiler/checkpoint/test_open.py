@@ -73,7 +73,7 @@ def test_safetensors_are_preferred_to_pickles_and_that_is_noted(llama: Path) -> 
     write_weights(llama / "pytorch_model.bin", {})
     checkpoint = open_checkpoint(llama)
     assert set(checkpoint.tensors) == set(llama_tensors())
-    assert checkpoint.notes == ("bin weights are there too and were not used: safetensors is preferred",)
+    assert checkpoint.notes == ("the weights are those of model.safetensors; passed over: pytorch_model.bin",)
 
 
 def test_family_of_old_releases_comes_from_their_architecture(llama: Path) -> None:

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.sentencepiece_model import convert
 from belle_compile.compiler.errors import CompileError
-from tests.compiler.checkpoint.models import write_json
+from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
+from tests.compiler.checkpoint.models import LLAMA_CONFIG, write_json
 
 TEXT = [
     "the quick brown fox jumps over the lazy dog",
@@ -89,15 +90,73 @@ def test_not_legacy_puts_one_space_before_the_first_text_only(tmp_path: Path) ->
     assert pieces[0].startswith("▁") and not pieces[pieces.index("<s>") + 1].startswith("▁")
 
 
-def test_tied_scores_are_noted(tmp_path: Path) -> None:
-    model = train(tmp_path, **LLAMA_STYLE)
+def extended(model: Path, how: str) -> Path:
+    """Give pieces of the model equal scores, as tools do that extend a vocabulary."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model.read_bytes())
-    for piece in proto.pieces[-4:]:
-        piece.score = 0.0  # as tools that merge two models do; the first merge has it too
-        piece.piece *= 2
+    have = {piece.piece for piece in proto.pieces}
+    merged = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) > 1]
+    if how == "all equal":
+        for piece in merged:
+            piece.score = -1.0
+    elif how == "two groups":
+        for piece in merged:
+            piece.score = -float(len(piece.piece) % 2)
+    else:
+        starts = [(text, i) for text in TEXT for i in range(len(text) - 1) if text[i] >= "\u4e00"]
+        words = {text[i : i + size] for text, i in starts for size in (2, 3, 4)}
+        for word in sorted(words - have):
+            proto.pieces.add(piece=word, score=0.0 if how == "appended first" else -1e6)
     model.write_bytes(proto.SerializeToString())
-    assert "tokenizer.model: 5 pieces share their score with another" in convert(model)[1][0]
+    return model
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("how", ["appended first", "appended last", "all equal", "two groups"])
+def test_equal_scores_give_the_ids_of_sentencepiece(tmp_path: Path, how: str, legacy: bool) -> None:
+    model = extended(train(tmp_path, **LLAMA_STYLE), how)
+    text, notes = convert(model, legacy=legacy)
+    tokenizer = load(text)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    plain, differing = Tokenizer.from_str(text), 0
+    rng = random.Random(1)
+    for sample in [*TEXT, *("".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 60))) for _ in range(300))]:
+        if not legacy and sample.startswith(" "):
+            continue  # without legacy, no space is added before a space
+        ids = tokenizer.encode(sample, add_special_tokens=False).ids
+        assert ids == reference.encode(sample), sample
+        assert tokenizer.decode(ids) == reference.decode(ids)
+        differing += plain.encode(sample, add_special_tokens=False).ids != ids
+    assert notes == []
+    assert differing > 0 or how == "appended last", "or the rule would not be needed"
+
+
+def test_special_tokens_are_found_before_the_rule_applies(tmp_path: Path) -> None:
+    tokenizer = load(convert(extended(train(tmp_path, **LLAMA_STYLE), "all equal"))[0])
+    ids = tokenizer.encode("hello</s>hello<s>", add_special_tokens=False).ids
+    assert ids[-1] == 1 and ids.count(2) == 1 and tokenizer.decode(ids) == "hello hello"
+
+
+def test_ranks_pass_through_a_checkpoint_and_back(llama: Path) -> None:
+    (llama / "tokenizer.json").unlink()
+    model = extended(train(llama, **LLAMA_STYLE), "all equal")
+    size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
+    write_json(llama / "config.json", LLAMA_CONFIG | {"vocab_size": size + 2})
+    write_json(llama / "added_tokens.json", {"<turn>": size})
+    first = open_checkpoint(llama)
+    assert RANKS_KEY in first.tokenizer_json
+    (llama / "tokenizer.json").write_text(first.tokenizer_json, encoding="utf-8")  # that of an engine
+    write_json(llama / "tokenizer_config.json", {"pad_token": "<pad>"})
+    again = open_checkpoint(llama)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for checkpoint in (first, again):
+        assert load(checkpoint.tokenizer_json).encode(TEXT[3], add_special_tokens=False).ids == reference.encode(TEXT[3])
+        assert load(checkpoint.tokenizer_json).token_to_id("<turn>") == size
+    assert load(again.tokenizer_json).token_to_id("<pad>") == size + 1
+
+
+def test_models_without_equal_scores_have_no_ranks(tmp_path: Path) -> None:
+    assert RANKS_KEY not in convert(train(tmp_path, **LLAMA_STYLE))[0]
 
 
 def test_unigram_is_refused(tmp_path: Path) -> None:
@@ -107,6 +166,6 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
 
 
 def test_not_a_sentencepiece_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CompileError, match="found a file that sentencepiece cannot read"):
         convert(tmp_path / "tokenizer.model")

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig
+import torch
+from transformers import BloomConfig, LlamaForCausalLM
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import bloom, build_graph, llama
+from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
 from tests.compiler.families.released_configs import BLOOM, LLAMA
 
@@ -79,7 +81,9 @@ def test_bloom_names_of_one_value_must_agree() -> None:
         ("llama", "vocab_size", None, "found nothing, expected a value"),
         ("llama", "vocab_size", True, "found True, expected a whole number"),
         ("llama", "num_experts", 8, "found 8, expected a key this compiler knows; remove the key if"),
-        ("llama", "auto_map", {"AutoModelForCausalLM": "modeling.Model"}, "expected a key this compiler knows"),
+        ("llama", "is_causal", False, "found False, expected no value or True"),
+        ("llama", "quantization", {"bits": 4}, "quantised checkpoints are not supported"),
+        ("llama", "alibi", True, "found True, expected no value or False"),
         ("bloom", "n_inner", 100, "found 100, expected no value, or 128, four times the hidden size"),
         ("bloom", "hidden_act", "relu", "found 'relu'"),
         ("bloom", "n_head", 5, "found 5, expected a divisor of the hidden size, 32"),
@@ -100,6 +104,84 @@ def test_slow_but_exact_is_refused_only_where_it_changes_results() -> None:
 
 def test_unknown_keys_that_are_null_are_let_pass() -> None:
     llama.read_config({**BASE["llama"], "num_experts": None, "quantization_config": None, "head_dim": None})
+
+
+HARMLESS = {
+    "auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"},
+    "dropout": 0.1,
+    "hidden_dropout_prob": 0.1,
+    "attention_dropout_prob": 0.1,
+    "classifier_dropout": 0.0,
+    "lora_dropout": 0.05,
+    "drop_path_rate": 0.1,
+    "emb_pdrop": 0.1,
+    "end_token_id": 2,
+    "eos_id": 2,
+    "tensor_model_parallel_size": 4,
+    "im_end_token_id": 3,
+    "decoder_end_token_ids": [1, 2],
+    "neftune_noise_alpha": 5,
+    "trust_remote_code": True,
+    "n_positions": 2048,
+    "n_ctx": 2048,
+    "max_window_layers": 28,
+    "is_causal": True,
+    "ds_config": {},
+    "use_flash_attn": True,
+    "unsloth_tied": True,
+    "min_p": 0.05,
+    "chat_template": "x",
+}
+
+
+@pytest.mark.parametrize("family", READ)
+def test_keys_of_trainers_and_forks_that_change_nothing(family: str) -> None:
+    READ[family]({**BASE[family], **HARMLESS})
+
+
+def test_transformers_computes_the_same_with_these_keys() -> None:
+    """What makes them harmless: the graph's reference does not read them."""
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(HfLlamaConfig(**BASE["llama"])).eval()
+    keyed = LlamaForCausalLM(HfLlamaConfig(**{**HARMLESS, **BASE["llama"]})).eval()
+    keyed.load_state_dict(plain.state_dict())
+    ids = torch.tensor([[1, 5, 7]])
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, keyed(ids).logits)
+
+
+def test_all_unknown_keys_are_in_one_message() -> None:
+    message = refusal("llama", qk_scale=2, num_experts=8, dropout=0.1, gated=None)
+    assert message == (
+        "config: keys qk_scale, num_experts of config.json: found 2, 8, expected keys this compiler knows; remove the keys if "
+        "the model gives the same results without them, or pass --ignore-config-key qk_scale --ignore-config-key num_experts."
+    )
+    one = refusal("bloom", qk_scale=2)
+    assert one.endswith("gives the same results without it, or pass --ignore-config-key qk_scale.")
+
+
+def test_keys_that_are_ignored_on_request() -> None:
+    config = {**BASE["llama"], "num_experts": 8, "sliding_window": 4096}
+    kept, notes = without_keys(config, ("num_experts", "sliding_window"), llama.KEYS.used)
+    assert kept == BASE["llama"] and llama.read_config(kept)
+    assert notes == [
+        "key num_experts of config.json, 8, was ignored because --ignore-config-key asked for it",
+        "key sliding_window of config.json, 4096, was ignored because --ignore-config-key asked for it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hidden_size", "found a key that the model is built from, expected another key; change it in config.json"),
+        ("num_expert", r"found no such key in config.json; did you mean num_experts?"),
+        ("xyz", "found no such key in config.json; leave the option out"),
+    ],
+)
+def test_keys_that_cannot_be_ignored(name: str, words: str) -> None:
+    with pytest.raises(CompileError) as caught:
+        without_keys({**BASE["llama"], "num_experts": 8}, (name,), llama.KEYS.used)
+    assert str(caught.value).startswith(f"config: --ignore-config-key {name}: {words}")
 
 
 def test_an_architecture_that_is_no_family_is_refused() -> None:

@@ -40,6 +40,12 @@ def test_instruction_and_input_are_joined_as_belle_joins_them(tmp_path: Path) ->
     assert read(tmp_path, record, field="instruction")[0].text == "翻译："
 
 
+@pytest.mark.parametrize("field", ["text", "prompt", "messages", "token_ids"])
+def test_null_is_an_empty_request(tmp_path: Path, field: str) -> None:
+    assert [request.text for request in read(tmp_path, {field: None}, {field: None, "id": 3})] == ["", ""]
+    assert read(tmp_path, {"query": None}, field="query")[0].text == ""
+
+
 def test_a_field_by_name_may_hold_any_shape(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
         {"text": "no", "ask": "a"},

@@ -247,10 +247,13 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "bloom"}, "found architecture bloom, expected llama; give the Hugging Face checkpoint"),
-        ({"extra": {"split.count": 3}}, "found one of 3 parts, expected one whole file; merge the parts"),
+        ({"arch": "qwen2"}, "found architecture qwen2, expected bloom or llama"),
+        (
+            {"extra": {"split.count": 3}},
+            r"found one of 3 parts, expected the name NAME-00001-of-00003\.gguf; download all",
+        ),
         ({"extra": {"llama.expert_count": 8}}, "found partial rotary, uneven heads or experts, expected a plain LLaMA"),
-        ({"tensor": "rope_freqs.weight"}, r"tensor rope_freqs\.weight in .*: found a tensor that a plain LLaMA does not have"),
+        ({"tensor": "rope_long.weight"}, r"tensor rope_long\.weight in .*: found a tensor that a plain LLaMA does not have"),
         ({"model": "bert"}, r"found tokenizer\.ggml\.model 'bert', expected gpt2 or llama"),
     ],
 )

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
 from belle_compile.compiler.errors import CompileError
-from tests.compiler.checkpoint.test_sentencepiece_model import LLAMA_STYLE, TEXT, train
+from belle_compile.runtime.sentencepiece_rule import load
+from tests.compiler.checkpoint.test_sentencepiece_model import LLAMA_STYLE, TEXT, extended, train
 
 
 def getter(**fields: Any) -> Any:
@@ -39,8 +40,19 @@ def test_numbers_are_split_as_the_name_says(pre: str, tokens: list[str]) -> None
     assert tokenizer.decode(ids.ids, skip_special_tokens=False) == "  12 34<|end|>"
 
 
-def test_sentencepiece(tmp_path: Path) -> None:
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(train(tmp_path, **LLAMA_STYLE)))
+@pytest.mark.parametrize("token", ["<|im_end|>", "<end_of_turn>", "<|eot_id|>"])
+def test_tokens_that_end_turns_are_special_whatever_their_type(token: str) -> None:
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), token]
+    text = gguf_tokenizer(
+        Path("m.gguf"), getter(model="gpt2", pre="gpt-2", tokens=words, merges=[], token_type=[1] * len(words))
+    )
+    assert Tokenizer.from_str(text).encode(f"a{token}b", add_special_tokens=False).tokens == ["a", token, "b"]
+
+
+@pytest.mark.parametrize("how", ["", "all equal", "appended first"])
+def test_sentencepiece(tmp_path: Path, how: str) -> None:
+    model = train(tmp_path, **LLAMA_STYLE)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(extended(model, how) if how else model))
     size = range(reference.vocab_size())
     types = [2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1 for i in size]
     text = gguf_tokenizer(
@@ -53,7 +65,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
             unknown_token_id=0,
         ),
     )
-    tokenizer = Tokenizer.from_str(text)
+    tokenizer = load(text)
     for sample in [*TEXT[:6], "  12 🙂 unseen é", "", "\n"]:
         assert tokenizer.encode(sample, add_special_tokens=False).ids == reference.encode(sample)
 

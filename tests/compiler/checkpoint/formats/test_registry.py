@@ -20,7 +20,7 @@ from tests.compiler.checkpoint.models import LLAMA_CONFIG, byte_tokenizer, llama
 class Arrays:
     """A .npz file that holds the tensors; config and tokenizer are made up."""
 
-    name, weights = "npz", "*.npz"
+    weights = ("*.npz",)
 
     def recognises(self, files: Files) -> bool:
         return bool(files.matching("model.npz"))
@@ -46,7 +46,7 @@ class Reversed:
     def recognises(self, name: str) -> bool:
         return name.startswith("reversed:")
 
-    def fetch(self, name: str, weights: Sequence[str]) -> Files:
+    def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         self.asked = list(weights)
         return Files(self.folder / name.removeprefix("reversed:")[::-1], notes=("its name was spelled backwards",))
 
@@ -69,7 +69,7 @@ def test_a_format_that_holds_everything(tmp_path: Path, alone: bool) -> None:
 @pytest.mark.usefixtures("arrays")
 def test_formats_are_asked_in_order(llama: Path) -> None:
     np.savez(llama / "model.npz", a=np.ones(2))
-    assert open_checkpoint(llama).notes == ("npz weights are there too and were not used: safetensors is preferred",)
+    assert open_checkpoint(llama).notes == ("the weights are those of model.safetensors; passed over: model.npz",)
 
 
 @pytest.mark.usefixtures("arrays")
@@ -79,7 +79,10 @@ def test_a_source_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_llama(tmp_path / "abc")
     checkpoint = open_checkpoint("reversed:cba")
     assert checkpoint.path == tmp_path / "abc" and checkpoint.notes == ("its name was spelled backwards",)
-    assert source.asked == ["*.safetensors", "*.bin", "*.gguf", "*.npz"]
+    assert [patterns[0] for patterns in source.asked if patterns] == [
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+        "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "*.gguf", "*.npz",
+    ]  # fmt: skip
 
 
 def test_adapters_beside_a_gguf_file_are_not_passed_over(tmp_path: Path) -> None:

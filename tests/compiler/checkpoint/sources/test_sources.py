@@ -30,7 +30,7 @@ def test_a_weight_file_instead_of_its_directory(llama: Path) -> None:
 def test_several_gguf_files(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
-    message = r"found 2 GGUF files, expected one; give the path of one of them, such as .*a\.gguf"
+    message = r"found 2 GGUF files: a\.gguf, b\.gguf, expected one; give the path of one of them, such as .*a\.gguf"
     with pytest.raises(CompileError, match=message):
         open_checkpoint(tmp_path)
 
@@ -65,19 +65,24 @@ class Hub:
 
 
 @pytest.mark.parametrize(
-    ("files", "pattern"),
+    ("files", "patterns"),
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin"], "*.safetensors"),
-        (["pytorch_model.bin"], "*.bin"),
-        (["x.gguf"], "*.gguf"),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"], ["model.safetensors"]),
+        (["adapter_model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["model.safetensors.index.json", "pytorch_model.bin"], ["model.safetensors.index.json", "*.safetensors"]),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"], ["pytorch_model.bin.index.json", "*.bin"]),
+        (["pytorch_model.bin", "model-00001-of-00001.safetensors"], ["pytorch_model.bin"]),
+        (["x.gguf"], ["*.gguf"]),
+        (["README.md"], []),
     ],
 )
 def test_one_kind_of_weights_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pattern: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], patterns: list[str]
 ) -> None:
     hub = Hub(monkeypatch, files=files, cached=tmp_path)
     assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
-    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", pattern]
+    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", *patterns]
 
 
 def test_a_local_directory_outranks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +102,64 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         open_checkpoint("BelleGroup/BELLE-7B-2M")
     Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)
     assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
+
+
+QUANTS = ["README.md", "m-Q4_0.gguf", "m-Q8_0.gguf", "big/m-F16-00001-of-00002.gguf", "big/m-F16-00002-of-00002.gguf"]
+
+
+def test_a_repository_of_many_gguf_files_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, files=QUANTS, cached=tmp_path)
+    message = (
+        r"checkpoint o/m-GGUF: found 3 GGUF models: big/m-F16-00001-of-00002\.gguf, m-Q4_0\.gguf, m-Q8_0\.gguf, expected one "
+        r"of them; give its file too, such as o/m-GGUF/big/m-F16-00001-of-00002\.gguf"
+    )
+    with pytest.raises(CompileError, match=message):
+        fetch("o/m-GGUF", weight_patterns())
+
+
+@pytest.mark.parametrize(
+    ("file", "patterns"),
+    [
+        ("m-Q4_0.gguf", ["m-Q4_0.gguf"]),
+        ("big/m-F16-00001-of-00002.gguf", ["big/m-F16-*-of-00002.gguf"]),
+        ("big/m-F16-00002-of-00002.gguf", ["big/m-F16-*-of-00002.gguf"]),
+    ],
+)
+def test_one_gguf_file_of_many_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, patterns: list[str]
+) -> None:
+    hub = Hub(monkeypatch, files=QUANTS, cached=tmp_path)
+    assert fetch(f"o/m-GGUF/{file}", weight_patterns()).path == tmp_path / file
+    assert hub.patterns == patterns
+
+
+def test_a_gguf_file_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, files=QUANTS, cached=tmp_path)
+    message = r"found no q2\.gguf in the repository, expected one of m-Q4_0\.gguf, m-Q8_0\.gguf, .*; check the spelling"
+    with pytest.raises(CompileError, match=message):
+        fetch("o/m-GGUF/q2.gguf", weight_patterns())
+
+
+def test_gguf_files_beside_other_weights_are_no_choice_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, files=["model.safetensors", *QUANTS], cached=tmp_path)
+    fetch("o/m", weight_patterns())
+    assert hub.patterns[-1] == "model.safetensors"
+
+
+def test_parts_of_one_gguf_model_are_no_choice_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, files=["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], cached=tmp_path)
+    assert fetch("o/m", weight_patterns()).path == tmp_path
+    assert hub.patterns[-1] == "*.gguf"
+
+
+def test_a_missing_file_of_a_local_directory_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, error=AssertionError("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CompileError, match="found nothing there"):
+        open_checkpoint("models/llama/m.gguf")
+
+
+def test_a_gguf_file_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)
+    assert fetch("o/m-GGUF/m-Q4_0.gguf", weight_patterns()).path == tmp_path / "m-Q4_0.gguf"

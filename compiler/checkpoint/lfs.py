@@ -1,0 +1,28 @@
+"""Pointers of Git LFS, which stand in place of files that were not downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.errors import CompileError
+
+_FIRST_LINE = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024  # pointers are shorter (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise CompileError if a clone without Git LFS left a pointer in place of this file."""
+    with file.open("rb") as f:
+        start = f.read(_POINTER_BYTES)
+    if not start.startswith(_FIRST_LINE):
+        return
+    size = re.search(rb"^size (\d+)$", start, re.MULTILINE)
+    raise CompileError(
+        STAGE,
+        f"file {file}",
+        found="a Git LFS pointer",
+        expected=f"the file itself, of {int(size[1])} bytes" if size else "the file itself",
+        remedy=f"run `git lfs pull` in {file.parent}",
+    )
