@@ -24,7 +24,7 @@ def memory(model: ir.Model, preset: str, kv_heads: int) -> Memory:
     run_pipeline(model, PIPELINES[preset])
     model.metadata_props.update(num_layers="2", num_kv_heads=str(kv_heads), head_dim=str(HEAD_DIM), max_position="64")
     lowered = lower(model, 0)
-    return memory_of(TvmBackend().payload(lowered, lowered.program, {}, {}))
+    return memory_of(TvmBackend().payload(lowered, lowered.program, lambda seal: {}, {}))
 
 
 def padded(count: int, multiple: int = 16) -> int:
