@@ -88,6 +88,26 @@ def test_copied_blocks_hold_keys_and_values(builder: Builder, tmp_path: Path, in
             assert relative_error(found, expected) < TOLERANCE
 
 
+def test_tokens_do_not_depend_on_company_blocks_or_prefixes(
+    builder: Builder, tmp_path: Path, interpreted_gpu: InterpretedDevice
+) -> None:
+    """Tokens, not bits: see `test_copied_blocks_hold_keys_and_values`."""
+    checkpoint = builder.checkpoint("llama_gqa")
+    shared = random_ids(checkpoint, 27)
+    prompts = [shared + random_ids(checkpoint, 3, seed=seed) for seed in (1, 2)]
+    directory = make(builder, "llama_gqa", tmp_path / "engine")
+    with Engine.load(directory, kv_tokens=512, prefix_cache=False) as engine:
+        alone = [engine.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
+    with Engine.load(directory, kv_tokens=512) as engine:
+        together = [result.token_ids for result in engine.generate(prompts, GREEDY)]
+        again = engine.generate(prompts, GREEDY)
+        assert together == [result.token_ids for result in again] == alone
+        assert all(result.cached_tokens >= len(shared) for result in again)
+    with Engine.load(directory, kv_tokens=80, prefix_cache=False) as engine:  # five blocks, where both answers need three
+        assert [result.token_ids for result in engine.generate(prompts, GREEDY)] == alone
+        assert engine.stats().preemptions
+
+
 @pytest.mark.parametrize("variant", ["bloom", "llama_gqa"])
 def test_two_gpus_are_as_good_as_one(
     variant: str, builder: Builder, tmp_path: Path, interpreted_gpu: InterpretedDevice
