@@ -71,6 +71,15 @@ class _Rank:
         return f"ended with exit code {self.ended}"
 
 
+_LONGEST_FOLDER = 72  # bytes; a folder and a name are added
+
+
+def _folder_of_sockets() -> str:
+    """The folder of temporary files, or /tmp where its path leaves too little of the 107 bytes of a socket's address."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else "/tmp"
+
+
 class Launcher:
     """One run of an engine of several ranks."""
 
@@ -92,7 +101,7 @@ class Launcher:
 
     def run(self) -> int:
         """Run to the end; returns the exit code. Prints what went wrong on stderr, in one sentence."""
-        with tempfile.TemporaryDirectory(prefix="belle-ranks-") as directory, self._handled_signals():
+        with tempfile.TemporaryDirectory(prefix="belle-ranks-", dir=_folder_of_sockets()) as directory, self._handled_signals():
             self._address = str(Path(directory) / "line")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(self._address)

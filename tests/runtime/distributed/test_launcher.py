@@ -305,3 +305,13 @@ def test_a_server_of_several_ranks_drains(engines: dict[int, Path], tmp_path: Pa
             assert [line for line in lines if line][-1] == "data: [DONE]"
     code, _, errors = run.end()
     assert code == 0 and '"draining"' in errors and "Traceback" not in errors
+
+
+def test_ranks_meet_where_the_folder_of_temporary_files_has_a_long_path(
+    engines: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)  # addresses of sockets have at most 107 bytes
+    deep.mkdir()
+    expected = tokens(engines[2], *SHORT)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    assert tokens(engines[2], *SHORT) == expected
