@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,7 +88,19 @@ def _run_ranks(name: str, count: int, folder: Path) -> tuple[list[Answer], Facts
     """Run one way by as many processes as the engine has ranks."""
     file = folder / "answers.json"
     arguments = [argument for argument in sys.argv[1:] if argument]
-    command = ["mpiexec", "-n", str(count), sys.executable, "-m", "benchmarks.invariance", *arguments, "--one", name, str(file)]
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    command = [
+        mpiexec or "mpiexec",
+        "-n",
+        str(count),
+        sys.executable,
+        "-m",
+        "benchmarks.invariance",
+        *arguments,
+        "--one",
+        name,
+        str(file),
+    ]
     subprocess.run(command, check=True)
     answers, facts = json.loads(file.read_text(encoding="utf-8"))
     return [_answer(*fields) for fields in answers], facts

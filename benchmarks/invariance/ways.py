@@ -159,8 +159,8 @@ def _told(request: Request, prompt: list[dict[str, Any] | None] | None, choices:
 
 
 def _few_blocks(longest: int) -> dict[str, Any]:
-    """A KV cache of the longest request and a half, so that requests take blocks from each other."""
-    return {"kv_tokens": longest * 3 // 2 + BLOCK_SIZE}
+    """A KV cache for little more than the longest request, so that requests take blocks from each other."""
+    return {"kv_tokens": longest + BLOCK_SIZE}
 
 
 def _cached_by(store: str) -> Callable[[int], dict[str, Any]]:
