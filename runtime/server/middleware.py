@@ -26,7 +26,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What needs no key: probes, and the page, which asks its user for one and sends it.
 _OPEN_PATHS = re.compile(r"/|/health|/ready|/page/.*")
 _METRICS = "/metrics"
-_PROBES = frozenset({"/health", "/ready", _METRICS})  # routes of which only failures are worth a line
+# Routes that are asked again and again, /stats by the page: only failures are worth a line.
+_PROBES = frozenset({"/health", "/ready", "/stats", _METRICS})
 
 
 def install(app: FastAPI, service: Service) -> None:

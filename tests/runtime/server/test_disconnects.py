@@ -17,6 +17,7 @@ from belle_compile.runtime.server.app import create_app
 from belle_compile.runtime.server.context import RequestContext
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.service import Service
+from belle_compile.runtime.serving.generation import Generation
 from belle_compile.runtime.serving.scheduling import SchedulerOptions
 from belle_compile.runtime.tokenizer import Tokenizer
 from tests.runtime.fakes import FakeExecutor
@@ -27,13 +28,15 @@ A_LETTER_A_STEP = {"logit_bias": {"70": 100}}  # pieces of other answers may wai
 
 
 class SteppedExecutor(FakeExecutor):
-    """Runs a step for each permit."""
+    """Runs a step for each permit. `begun` counts those that wait for theirs, too."""
 
     def __init__(self) -> None:
         super().__init__(num_blocks=128)
         self.permits = threading.Semaphore(0)
+        self.begun = 0
 
     def step(self, batch: StepBatch) -> Any:
+        self.begun += 1
         assert self.permits.acquire(timeout=WAIT_S)
         return super().step(batch)
 
@@ -82,6 +85,19 @@ class Connection:
             await asyncio.sleep(0.002)
         raise AssertionError("it never happened")
 
+    async def leave(self, service: Service, answers: int) -> None:
+        """Let the client go, and wait until the application has told the engine of each answer that nobody waits for it."""
+        withdraw, withdrawn = service.engine.withdraw, 0
+
+        def counted(generation: Generation) -> None:
+            nonlocal withdrawn
+            withdraw(generation)
+            withdrawn += 1
+
+        service.engine.withdraw = counted  # type: ignore[method-assign]
+        self.gone.set()
+        await self.until(lambda: withdrawn >= answers)
+
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_frees_its_blocks_within_a_step(streamed: bool) -> None:
@@ -91,12 +107,11 @@ def test_a_client_that_goes_frees_its_blocks_within_a_step(streamed: bool) -> No
         body = {"messages": CHAT, "max_tokens": 100, "stream": streamed, "n": 2, **A_LETTER_A_STEP}
         connection = Connection(service, body)
         executor.permits.release(3)
-        await connection.until(lambda: len(executor.steps) == 3)
+        await connection.until(lambda: executor.begun == 4)
         if streamed:
             await connection.until(lambda: len(connection.chunks) > 0)
         assert service.engine.stats().running == 2
-        connection.gone.set()
-        await asyncio.sleep(0.02)  # the application takes notice while the fourth step is under way
+        await connection.leave(service, answers=2)  # amid the fourth step
         executor.permits.release(1)
         await asyncio.wait_for(connection.task, WAIT_S)
         await connection.until(lambda: service.engine.stats().running == 0)
@@ -115,8 +130,7 @@ def test_a_client_that_goes_before_the_first_token() -> None:
     async def main(service: Service) -> None:
         connection = Connection(service, {"messages": CHAT, "stream": True})
         await connection.until(lambda: service.engine.stats().running + service.engine.stats().waiting > 0)
-        connection.gone.set()
-        await asyncio.sleep(0.02)
+        await connection.leave(service, answers=1)
         executor.permits.release(1)
         await asyncio.wait_for(connection.task, WAIT_S)
         assert connection.status == 499, "for the log"
@@ -134,8 +148,7 @@ def test_others_get_the_answer_that_a_client_left() -> None:
         first, second = Connection(service, body), Connection(service, body)
         executor.permits.release(2)
         await first.until(lambda: len(executor.steps) == 2)
-        first.gone.set()
-        await asyncio.sleep(0.02)
+        await first.leave(service, answers=1)
         executor.permits.release(1000)
         await asyncio.wait_for(asyncio.gather(first.task, second.task), WAIT_S)
         assert b"".join(second.chunks).endswith(b"data: [DONE]\n\n")

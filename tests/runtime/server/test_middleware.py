@@ -18,7 +18,7 @@ from belle_compile.runtime.server.middleware import ACCEPTED, Observer
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.service import Service
 from tests.runtime.server.live import live, make_app, make_service, write
-from tests.runtime.server.serving import post, serving
+from tests.runtime.server.serving import post, run, serving
 
 KEYS = """
 [[keys]]
@@ -124,6 +124,15 @@ def test_probes_are_logged_only_when_they_fail(serve: Any, caplog: pytest.LogCap
     service.draining = True
     ask(service, "GET", "/ready")
     assert lines(caplog)[0]["status"] == 503
+
+
+def test_statistics_that_the_page_asks_for_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with serving() as service:
+        assert run(service, lambda client: client.get("/stats")).status_code == 200
+        assert lines(caplog) == []
+        assert run(service, lambda client: client.get("/info")).status_code == 200
+    assert [line["route"] for line in lines(caplog)] == ["/info"]
 
 
 def test_no_request_is_logged_without_access_log(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
