@@ -20,6 +20,7 @@ _REPLACEMENT = "\ufffd"
 _MOST_PENDING_TOKENS = 8
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that is no character of its vocabulary
 _SPACE = "\u2581"  # how SentencePiece writes a space
+_LONG_TEXT = 4096  # characters
 
 
 class Tokenizer:
@@ -53,7 +54,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self._encode(text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the library is no `Exception`
@@ -61,6 +62,14 @@ class Tokenizer:
         bos = self.special.bos
         if (self.special.add_bos if add_bos is None else add_bos) and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:  # of a batch alone, the library lets other threads run meanwhile: seconds for megabytes
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        else:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

@@ -77,6 +77,8 @@ def of_failure(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
+        if error.retry_after_s is None:  # trying again would not help
+            return invalid(_told(error), "n", "too_many_answers")
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
         return ApiError(HTTPStatus.TOO_MANY_REQUESTS, _told(error), type="rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, DeadlineExceeded):

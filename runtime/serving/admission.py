@@ -33,6 +33,7 @@ class Gate:
         """`most` sequences may wait, None for any number, and `free` can be admitted at once."""
         self.refusals = 0
         self._most = most
+        self._room = math.inf if most is None else most + free  # while no other sequence runs or waits
         self._free = free  # that can be admitted without waiting
         self._waiting: dict[Sequence, None] = {}
         self._pace = Pace()
@@ -41,6 +42,10 @@ class Gate:
         """Let sequences in, all or none; raises `QueueFull`."""
         if not sequences:
             return
+        if len(sequences) > self._room:
+            self.refusals += len(sequences)
+            found, expected = f"{len(sequences)} at once", f"at most {self._room}, those that run included"
+            raise QueueFull("the queue has no room for so many", found=found, expected=expected, retry_after_s=None)
         free = self._free
         over = len(self._waiting) + len(sequences) - free - (math.inf if self._most is None else self._most)
         if over > 0:

@@ -67,11 +67,13 @@ class SchedulerOptions:
 class QueueFull(EngineError):
     """A request was refused because the queue is full, or because the time that it would wait there passes its deadline.
 
-    `retry_after_s` is when there should be room, predicted from the speed at which requests were admitted recently.
+    `retry_after_s` is when there should be room, predicted from the speed at which requests were admitted recently; None for
+    requests submitted together that are too many even for an empty queue.
     """
 
-    def __init__(self, what: str, *, found: str, expected: str, retry_after_s: float) -> None:
-        super().__init__("request", what, found=found, expected=expected, remedy=f"try again in {math.ceil(retry_after_s)} s")
+    def __init__(self, what: str, *, found: str, expected: str, retry_after_s: float | None) -> None:
+        remedy = "submit fewer at once" if retry_after_s is None else f"try again in {math.ceil(retry_after_s)} s"
+        super().__init__("request", what, found=found, expected=expected, remedy=remedy)
         self.retry_after_s = retry_after_s
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,30 @@ def test_pieces_add_up_and_hold_whole_characters(tokenizer: Tokenizer, text: str
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert pieces[-1] == "" and not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
+def test_a_long_text_is_encoded_as_a_short_one_is(make: Callable[[], tokenizers.Tokenizer]) -> None:
+    text = "Hello 你好, <s>  wörld\r\n" * 400
+    tokenizer, ids = Tokenizer(make(), special_tokens()), make().encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, add_bos=False) == ids
+    assert tokenizer.encode(text, add_bos=True) == [special_tokens().bos, *ids]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    turns, encoded = 0, threading.Event()
+
+    def encode() -> None:
+        BYTES.encode("hello world " * 50_000)
+        encoded.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not encoded.is_set():
+        turns += 1
+        time.sleep(0.001)
+    thread.join()
+    assert turns > 10, "the library held Python's lock"
 
 
 def test_a_panic_of_the_library_is_a_sentence() -> None:

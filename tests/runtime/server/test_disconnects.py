@@ -265,14 +265,24 @@ def test_a_full_queue(streamed: bool) -> None:
             first = asyncio.ensure_future(client.post(PATH, json=body))
             while service.engine.stats().waiting + service.engine.stats().running < 1:
                 await asyncio.sleep(0.002)
-            second = await client.post(PATH, json=body | {"n": 3})
+            second = await client.post(PATH, json=body | {"n": 4})
             error = error_of(second, 429)
             assert int(second.headers["retry-after"]) >= 1 and error["code"] == "queue_full"
             executor.permits.release(1000)
             assert (await first).status_code == 200
 
-    with serving(executor, cache=False, scheduler=SchedulerOptions(max_num_seqs=1, max_queue=1)) as service:
+    with serving(executor, cache=False, scheduler=SchedulerOptions(max_num_seqs=1, max_queue=3)) as service:
         asyncio.run(main(service))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_more_answers_than_an_empty_queue_takes(streamed: bool) -> None:
+    with serving(scheduler=SchedulerOptions(max_num_seqs=2, max_queue=1)) as service:
+        response = post(service, PATH, {"messages": CHAT, "max_tokens": 2, "n": 4, "stream": streamed})
+        error = response.json()["error"]
+        assert response.status_code == 400 and "retry-after" not in response.headers
+        assert error["param"] == "n" and error["code"] == "too_many_answers" and "at most 3" in error["message"]
+        assert post(service, PATH, {"messages": CHAT, "max_tokens": 2, "n": 3, "stream": streamed}).status_code == 200
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -38,11 +38,21 @@ def test_no_more_enter_than_are_admitted_and_may_wait() -> None:
 
 
 def test_several_enter_together_or_not_at_all() -> None:
-    gate = Gate(1, free=1)
+    gate = Gate(1, free=2)
+    gate.enter([sequence()], 0)
     with pytest.raises(QueueFull, match="found 0 waiting requests and 3 more"):
         gate.enter([sequence() for _ in range(3)], 0)
     gate.enter([sequence() for _ in range(2)], 0)
     assert gate.refusals == 3
+
+
+def test_more_than_an_empty_queue_takes_are_not_asked_to_try_again() -> None:
+    gate = Gate(1, free=2)
+    message = "no room for so many: found 4 at once, expected at most 3, those that run included; submit fewer at once"
+    with pytest.raises(QueueFull, match=message) as refused:
+        gate.enter([sequence() for _ in range(4)], 0)
+    assert refused.value.retry_after_s is None and gate.refusals == 4
+    gate.enter([sequence() for _ in range(3)], 0)
 
 
 def test_without_a_bound_any_number_waits() -> None:
