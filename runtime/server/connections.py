@@ -10,7 +10,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.middleware import ACCEPTED
@@ -40,6 +40,7 @@ class Connection(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._reading_headers = self._reading_body = False
         self._message_bytes = 0  # of the request that is being read
+        self._unanswered: list[RequestResponseCycle] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,6 +55,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
         self.resume_writing()
+        self._abandon()
         super().connection_lost(exc)
         self._count()
 
@@ -65,7 +67,7 @@ class Connection(HttpToolsProtocol):
         if self._reading_headers and self._message_bytes > _MOST_HEADER_BYTES:
             self._refuse(ApiError(431, f"The headers are too large: expected at most {_MOST_HEADER_BYTES} bytes."))
         elif self._message_bytes > self._most_bytes:
-            self.transport.close()
+            self._close()
         elif self._reading_body and not self.cycle.response_complete:  # else it is read to its end, but in a limited time
             self._expect(self._header_s)
 
@@ -82,10 +84,11 @@ class Connection(HttpToolsProtocol):
         self._reading_headers, self._reading_body = False, True
         self.scope["state"][ACCEPTED] = not self._service.draining
         super().on_headers_complete()
+        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete] + [self.cycle]
         if self._service.draining:
             self.close_after_response()
         if len(self.pipeline) > _MOST_PIPELINED:
-            self.transport.close()
+            self._close()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -119,6 +122,9 @@ class Connection(HttpToolsProtocol):
             self._write_timer.cancel()
             self._write_timer = None
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Ignore the wish for another protocol, as HTTP allows. Uvicorn's warning advises to install one."""
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._refuse(ApiError(400, msg, code="invalid_http"))
@@ -131,7 +137,19 @@ class Connection(HttpToolsProtocol):
             lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
             lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connection, whatever is under way."""
+        self._abandon()
         self.transport.close()
+
+    def _abandon(self) -> None:
+        """Let all requests under way know that nobody waits for their responses. Uvicorn tells the last one of a pipeline only;
+        the others would be computed to their ends, and fail where they write."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _expect(self, seconds: float | None) -> None:
         """Close the connection unless this is called again within so many seconds; None is no limit."""
@@ -143,7 +161,7 @@ class Connection(HttpToolsProtocol):
         if self.flow.read_paused:  # it is the server that does not read
             self._expect(seconds)
         else:
-            self.transport.close()
+            self._close()
 
     def _count(self) -> None:
         self._service.metrics.connections = len(self.connections)

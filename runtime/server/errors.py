@@ -152,7 +152,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def http_error(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        where = f"{request.method} {request.url.path}"
+        where = f"{request.method} {request.url.path[:200]}"
         if error.status_code == HTTPStatus.NOT_FOUND:
             return ApiError(404, f"Unknown request URL: {where}.", code="unknown_url").response()
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:

@@ -43,7 +43,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
             for path, item in _leaves(value, ()):
                 _check_leaf(path, item)
     except json.JSONDecodeError as error:
-        raise _not_json(f"{error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}") from None
+        message = error.msg.removesuffix(" at")  # of control characters
+        raise _not_json(f"{message[:1].lower()}{message[1:]} at line {error.lineno}, column {error.colno}") from None
     except _Repeated as error:
         raise invalid(f"'{error}' is given twice.", str(error), "invalid_json") from None
     except _TooManyKeys as error:
@@ -98,13 +99,14 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
 
 def _check_leaf(path: tuple[str | int, ...], value: Any) -> None:
     param = ".".join(str(part) for part in path) or None
+    where = f"Invalid value for '{param}': it" if param else "The body is not a JSON object that the server can read: a key"
     if isinstance(value, str):
         if "\0" in value:
-            raise invalid(f"Invalid value for '{param}': it has a NUL character.", param)
+            raise invalid(f"{where} has a NUL character.", param)
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise invalid(f"Invalid value for '{param}': it has half of a surrogate pair, which is no character.", param)
+            raise invalid(f"{where} has half of a surrogate pair, which is no character.", param)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise invalid(f"Invalid value for '{param}': it is not a finite number that the server can read.", param)
+        raise invalid(f"{where} is not a finite number that the server can read.", param)
 
 
 def _not_json(reason: str) -> ApiError:

@@ -91,6 +91,16 @@ def make_app(service: Service) -> FastAPI:
     async def waiting() -> Response:
         return JSONResponse({"waiting": app.state.waiting.acquire(blocking=False)})
 
+    @app.post("/v1/until-gone")
+    async def until_gone(request: HttpRequest) -> Response:
+        """Wait until the client closes its connection, then try to answer."""
+        await request.body()
+        app.state.waiting.release()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        app.state.gone.release()
+        return Response()
+
     @app.post("/v1/flood")
     async def flood() -> Response:
         async def pieces() -> AsyncIterator[bytes]:
@@ -99,7 +109,7 @@ def make_app(service: Service) -> FastAPI:
 
         return StreamingResponse(pieces())
 
-    app.state.waiting, app.state.go_on = threading.Semaphore(0), threading.Event()
+    app.state.waiting, app.state.gone, app.state.go_on = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
     install_handlers(app)
     install(app, service)
     return app

@@ -134,6 +134,32 @@ def test_too_many_requests_at_once_close_the_connection(patient: Live) -> None:
     assert_served(patient)
 
 
+UNTIL_GONE = b"POST /v1/until-gone HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+def test_a_client_that_goes_is_noticed_by_the_first_of_its_requests(
+    behind: int, patient: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    with patient.connect() as connection:
+        connection.sendall(UNTIL_GONE + behind * GET)
+        assert patient.app.state.waiting.acquire(timeout=WAIT_S)
+    assert patient.app.state.gone.acquire(timeout=WAIT_S), "its answer would be computed to the end"
+    assert_served(patient)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_requests_of_a_connection_that_the_server_closes(patient: Live, caplog: pytest.LogCaptureFixture) -> None:
+    with patient.connect() as connection:
+        connection.sendall(UNTIL_GONE)
+        assert patient.app.state.waiting.acquire(timeout=WAIT_S)
+        connection.sendall(40 * GET)
+        assert read_all(connection) == b""
+        assert patient.app.state.gone.acquire(timeout=WAIT_S)
+    assert_served(patient)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_headers_that_are_too_large(patient: Live) -> None:
     with patient.connect() as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -145,6 +171,14 @@ def test_headers_that_are_too_large(patient: Live) -> None:
     if data:  # which is lost where more was on the way to the server
         assert response_of(data)[0] == 431
     assert_served(patient)
+
+
+def test_the_wish_for_another_protocol_is_ignored(patient: Live, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AA==\r\n\r\n"
+    with patient.connect() as connection:
+        connection.sendall(GET[:-2] + upgrade)
+        assert connection.recv(65536).endswith(b"page")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_trailers_are_dropped(patient: Live) -> None:
