@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from belle_compile.runtime import Engine
@@ -27,8 +24,8 @@ from belle_compile.runtime.artifact import read_manifest
 from benchmarks import machine
 from benchmarks.accuracy import RESULTS
 from benchmarks.fetch_smollm2 import fetch
-from benchmarks.lm_eval import TASKS
 from benchmarks.lm_eval.model import BelleLM
+from benchmarks.lm_eval.scores import agreement, evaluate, metrics
 from benchmarks.simulation import load_fp32
 
 REFERENCE = "transformers float32"
@@ -46,60 +43,9 @@ def reference(gguf: Path, engine: Path, max_length: int) -> Any:
     return HFLM(pretrained=load_fp32(gguf), tokenizer=tokenizer, max_length=max_length, device="cpu", batch_size=8)
 
 
-def evaluate(model: Any, name: str, arguments: argparse.Namespace) -> Any:
-    """The harness' results of a model on the tasks of this repository."""
-    cache = None
-    if arguments.cache:
-        arguments.cache.mkdir(parents=True, exist_ok=True)
-        cache = str(arguments.cache / name.replace(" ", "-"))
-    return simple_evaluate(
-        model=model, tasks=arguments.tasks, task_manager=TaskManager(include_path=TASKS, include_defaults=False),
-        limit=arguments.limit, use_cache=cache, bootstrap_iters=0,
-    )  # fmt: skip
-
-
-def metrics(results: Any) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value."""
-    return {
-        task: {
-            key.split(",")[0]: round(value, 5)
-            for key, value in sorted(found.items())
-            if "," in key and "_stderr" not in key and isinstance(value, float)
-        }
-        for task, found in sorted(results["results"].items())
-    }
-
-
-def agreement(expected: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
-    """How two models' samples of one task agree: share of equal decisions, and by how much log probabilities differ.
-
-    A decision is the likeliest choice, whether the one continuation is the likeliest, or the text written. A likelihood's
-    difference is relative where it is of a whole text.
-    """
-    same, differences = [], []
-    for one, other in zip(expected, found, strict=True):
-        assert one["doc_id"] == other["doc_id"]
-        ours, theirs = other["filtered_resps"], one["filtered_resps"]
-        if isinstance(one["resps"][0][0], str):
-            same.append(one["resps"] == other["resps"])
-        elif isinstance(theirs[0], float):
-            differences.append(abs(ours[0] / theirs[0] - 1))
-        else:
-            differences += [abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)]
-            same.append(_decision(ours) == _decision(theirs))
-    result: dict[str, float] = {}
-    if same:
-        result["same_decision"] = round(sum(same) / len(same), 4)
-    if differences:
-        result["mean_difference"] = float(f"{sum(differences) / len(differences):.3g}")
-        result["max_difference"] = float(f"{max(differences):.3g}")
-    return result
-
-
-def _decision(responses: Sequence[Any]) -> int:
-    if len(responses) == 1:
-        return int(responses[0][1])
-    return max(range(len(responses)), key=lambda index: float(responses[index][0]))
+def cache_of(arguments: argparse.Namespace, name: str) -> Path | None:
+    """The harness' cache of a model's answers."""
+    return arguments.cache / name.replace(" ", "-") if arguments.cache else None
 
 
 def main() -> None:
@@ -113,12 +59,19 @@ def main() -> None:
     arguments = parser.parse_args()
     gguf = fetch(Path("build/smollm2"))
 
-    found = {REFERENCE: evaluate(reference(gguf, arguments.engines[0], arguments.max_length), REFERENCE, arguments)}
+    found = {
+        REFERENCE: evaluate(
+            reference(gguf, arguments.engines[0], arguments.max_length),
+            arguments.tasks,
+            arguments.limit,
+            cache_of(arguments, REFERENCE),
+        )
+    }
     engines = {}
     for directory in arguments.engines:
         with Engine.load(directory) as engine:
             model = BelleLM(engine, max_length=arguments.max_length)
-            found[directory.name] = evaluate(model, directory.name, arguments)
+            found[directory.name] = evaluate(model, arguments.tasks, arguments.limit, cache_of(arguments, directory.name))
             engines[directory.name] = model.get_model_info()["quantization"]
     samples = {name: results["samples"] for name, results in found.items()}
     report = {
