@@ -91,8 +91,10 @@ class Observer:
         options = self._service.options
         self._service.metrics.responded(exchange.method, exchange.route, exchange.status, exchange.seconds)
         if options.access_log:
-            quiet = exchange.route in _PROBES and exchange.status < 400
-            level = logging.DEBUG if quiet else logging.ERROR if exchange.status >= 500 else logging.INFO
+            probe, failed = exchange.route in _PROBES, exchange.status >= 500
+            level = logging.DEBUG if probe and exchange.status < 400 else logging.INFO
+            if failed:
+                level = logging.WARNING if probe else logging.ERROR  # that a server is not ready yet is no error of its own
             if _LOG.isEnabledFor(level):
                 log(_LOG, level, "request", **exchange.fields(prompts=options.log_prompts))
 
