@@ -12,13 +12,15 @@ from lm_eval.tasks import TaskManager
 from benchmarks.lm_eval import TASKS
 
 
-def evaluate(model: Any, tasks: Sequence[str], limit: int | None, cache: Path | None = None) -> Any:
-    """The harness' results of a model on the tasks of this repository."""
+def evaluate(
+    model: Any, tasks: Sequence[str], limit: int | None, cache: Path | None = None, gen_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """The harness' results of a model on the tasks of this repository; `gen_kwargs` are added to those of the tasks."""
     if cache:
         cache.parent.mkdir(parents=True, exist_ok=True)
     return simple_evaluate(
         model=model, tasks=list(tasks), task_manager=TaskManager(include_path=TASKS, include_defaults=False), limit=limit,
-        use_cache=str(cache) if cache else None, bootstrap_iters=0,
+        use_cache=str(cache) if cache else None, bootstrap_iters=0, gen_kwargs=gen_kwargs,
     )  # fmt: skip
 
 

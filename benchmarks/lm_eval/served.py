@@ -4,7 +4,9 @@
     python -m benchmarks.lm_eval.served build/engines/smollm2-int8
 
 Scores must be the same. `local-completions` of the harness asks for log probabilities with `echo`, and encodes texts with the
-server's own `/tokenize`. `--max-length` is below the length of the longest texts, so that rolling windows are compared too.
+server's own `/tokenize`. It leaves the repetition penalty open, for which the server has the engine's default while our model
+class has none, so both are told that there is none. `--max-length` is below the length of the longest texts, so that rolling
+windows are compared too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from benchmarks.lm_eval.model import BelleLM
 from benchmarks.lm_eval.scores import agreement, evaluate, metrics
 from benchmarks.servers import Server
 
+NEUTRAL = {"repetition_penalty": 1.0}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,13 +40,13 @@ def main() -> None:
 
     with Engine.load(arguments.engine) as engine:
         model = BelleLM(engine, max_length=arguments.max_length)
-        inside, facts = evaluate(model, arguments.tasks, arguments.limit), model.get_model_info()
+        inside, facts = evaluate(model, arguments.tasks, arguments.limit, gen_kwargs=NEUTRAL), model.get_model_info()
     with Server(arguments.engine, "--result-cache", "none") as server:
         client = LocalCompletionsAPI(
             base_url=f"{server.url}/v1/completions", model=server.model, num_concurrent=arguments.concurrent,
-            max_length=arguments.max_length + 1,  # it leaves room for a token of the answer
+            max_length=arguments.max_length + 2,  # rolling windows are by two tokens shorter
         )  # fmt: skip
-        served = evaluate(client, arguments.tasks, arguments.limit)
+        served = evaluate(client, arguments.tasks, arguments.limit, gen_kwargs=NEUTRAL)
     same = metrics(inside) == metrics(served)
     report = {
         "model": facts["model_name"],
