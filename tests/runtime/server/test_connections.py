@@ -149,17 +149,6 @@ def test_a_client_that_goes_is_noticed_by_the_first_of_its_requests(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_requests_of_a_connection_that_the_server_closes(patient: Live, caplog: pytest.LogCaptureFixture) -> None:
-    with patient.connect() as connection:
-        connection.sendall(UNTIL_GONE)
-        assert patient.app.state.waiting.acquire(timeout=WAIT_S)
-        connection.sendall(40 * GET)
-        assert read_all(connection) == b""
-        assert patient.app.state.gone.acquire(timeout=WAIT_S)
-    assert_served(patient)
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
 def test_headers_that_are_too_large(patient: Live) -> None:
     with patient.connect() as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
