@@ -6,6 +6,8 @@ compiler/backends/tvm/native has the C side, which is linked into every kernel l
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -25,7 +27,12 @@ _CALL = np.dtype([("kernel", "u8"), ("arguments", "u8"), ("count", "i8"), ("next
 
 
 class KernelLibrary:
-    """A shared library with the kernels for one instruction set and the functions that run them."""
+    """A shared library with the kernels for one instruction set and the functions that run them.
+
+    What runs is a private copy of the file in memory. The code of a mapped file would change under the running engine, up to
+    the functions that the system calls at the end of the process, when another engine is copied over the file in place. And
+    the system would take a file that was written anew for the library that it had loaded from there before.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load the library; raises `EngineError` when it is missing or does not load."""
@@ -33,7 +40,7 @@ class KernelLibrary:
         if not path.is_file():
             raise EngineError("engine", f"file {path} is missing", remedy=_COPY_AGAIN)
         try:
-            self.functions = ctypes.CDLL(str(path))
+            self.functions = _load_copy(path)
             self.functions.belle_walk.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
             self.functions.belle_walk.restype = ctypes.c_int64
             self.functions.belle_pool_bytes.restype = ctypes.c_size_t
@@ -58,6 +65,33 @@ class KernelLibrary:
         except AttributeError:
             raise EngineError("engine", f"belle_sum is missing from {self.path}", remedy=_COPY_AGAIN) from None
         return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+_loaded: dict[
+    bytes, tuple[ctypes.CDLL, int]
+] = {}  # libraries by the SHA-256 of their bytes, with the descriptors of the copies
+_loading = threading.Lock()
+
+
+def _load_copy(path: Path) -> ctypes.CDLL:
+    """Load a library from a copy of the file in anonymous memory. Files of equal contents share one copy.
+
+    Neither library nor descriptor is ever released. The loader knows a library by its name, which is that of the descriptor:
+    where the number is used again, it would return the library that it knows. Raises OSError.
+    """
+    code = path.read_bytes()
+    digest = hashlib.sha256(code).digest()
+    with _loading:
+        if digest not in _loaded:
+            descriptor = os.memfd_create(path.name)
+            try:
+                with open(descriptor, "wb", closefd=False) as copy:
+                    copy.write(code)
+                _loaded[digest] = ctypes.CDLL(f"/proc/self/fd/{descriptor}"), descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return _loaded[digest][0]
 
 
 class ThreadPool:

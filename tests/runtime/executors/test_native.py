@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +167,44 @@ def test_what_is_no_library(tmp_path: Path, library: KernelLibrary) -> None:
         KernelLibrary(tmp_path / "text.so")
     with pytest.raises(EngineError, match=r"kernel cuont is missing from .*kernels\.so"):
         library.address("cuont")
+
+
+_OVERWRITE = """
+import sys
+from pathlib import Path
+from belle_compile.runtime.executors.native import KernelLibrary
+
+path, new = map(Path, sys.argv[1:])
+old = KernelLibrary(path)
+count = old.address("count")
+path.write_bytes(new.read_bytes())
+assert KernelLibrary(path).address("uneven") and old.address("count") == count
+path.write_bytes(b"")
+assert old.functions.belle_most_threads() == 256
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("kernels", ["uneven", "count uneven"])
+def test_a_library_that_is_overwritten_while_it_is_loaded(tmp_path: Path, kernels: str) -> None:
+    """As `cp` and `rsync --inplace` write: into the file that is there."""
+    functions = {"count": count(), "uneven": uneven()}
+    (tmp_path / "kernels.so").write_bytes(compile_functions({"count": functions["count"]}, AVX2))
+    new = compile_functions({name: functions[name] for name in kernels.split()}, AVX2)
+    (tmp_path / "new.so").write_bytes(new)
+    done = subprocess.run([sys.executable, "-c", _OVERWRITE, tmp_path / "kernels.so", tmp_path / "new.so"],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
+
+
+def test_equal_files_are_loaded_once(tmp_path: Path) -> None:
+    code = compile_functions({"count": count()}, AVX2)
+    paths = [tmp_path / f"{name}.so" for name in ("one", "two")]
+    for path in paths:
+        path.write_bytes(code)
+    one, two = map(KernelLibrary, paths)
+    assert one.address("count") == two.address("count") and one.path != two.path
+    with pytest.raises(EngineError, match=r"kernel uneven is missing from .*two\.so"):
+        two.address("uneven")
+    pieces = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert not pieces & {str(path) for path in paths}
