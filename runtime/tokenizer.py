@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -21,6 +22,9 @@ _MOST_PENDING_TOKENS = 8
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that is no character of its vocabulary
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _LONG_TEXT = 4096  # characters
+# Marks are halves of surrogate pairs, which no decoded text has.
+_FIRST_MARK, _MOST_MARKS, _OTHER_MARK = 0xD800, 0x700, "\udfff"
+_MARK = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -98,9 +102,18 @@ class Tokenizer:
         return self._special_of.get(token, False)
 
     @cached_property
+    def special_names(self) -> dict[str, int]:
+        """The names of the tokens that `decode` leaves out, and their ids."""
+        return {added.content: token for token, added in self._added.items() if added.special}
+
+    @cached_property
     def _special_of(self) -> dict[int, bool]:
         """The tokens that were added to the vocabulary, and whether each is special."""
-        return {token: added.special for token, added in self._tokenizer.get_added_tokens_decoder().items()}
+        return {token: added.special for token, added in self._added.items()}
+
+    @cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return dict(self._tokenizer.get_added_tokens_decoder())
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -152,30 +165,59 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first stop string, which may lie across pieces."""
+    """Cuts a text that comes in pieces before the first stop string, which may lie across pieces.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Special tokens have no text in an answer. A stop string that contains the names of some is found where they stand between
+    the pieces: each of these tokens leaves a mark in the text, a character that no text has, and so do the names in the stop
+    strings. Marks are removed from what is returned.
+    """
+
+    def __init__(self, stops: Sequence[str], special: Mapping[str, int] | None = None) -> None:
+        """`special` are the names of tokens that have no text, with their ids."""
         self._stops = tuple(stops)
-        self._held = ""
+        self._marked: tuple[str, ...] = ()
+        self._marks: dict[int, str] = {}
+        if named := [name for name in special or () if any(name in stop for stop in stops)]:
+            assert special is not None
+            mark_of = {name: chr(_FIRST_MARK + i) for i, name in enumerate(named[:_MOST_MARKS])}
+            pattern = re.compile("|".join(map(re.escape, sorted(mark_of, key=len, reverse=True))))
+            self._marked = tuple(pattern.sub(lambda match: mark_of[match[0]], stop) for stop in stops)
+            self._marks = {token: mark_of.get(name, _OTHER_MARK) for name, token in special.items()}
+        self._held = ""  # with marks
         self.matched = False
 
-    def push(self, piece: str) -> str:
-        """Add a piece; returns the text that no stop string can begin in. Sets `matched` at the first stop string."""
-        if not self._stops or not piece:
+    def push(self, piece: str, token: int | None = None) -> str:
+        """Add a piece, and the token that came with it; returns the text that no stop string can begin in. Sets `matched` at
+        the first stop string."""
+        added = piece + self._marks.get(token, "") if token is not None else piece
+        if not self._stops or not added:
             return piece
-        text = self._held + piece
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
+        text = self._held + added
+        plain = self._unmarked(text)
+        ends = [start for stop in self._stops if (start := plain.find(stop)) >= 0]
+        ends += [len(self._unmarked(text[:start])) for stop in self._marked if (start := text.find(stop)) >= 0]
+        if ends:
             self.matched, self._held = True, ""
-            return text[: min(starts)]
-        hold = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+            return plain[: min(ends)]
+        sure = len(plain) - max(_overlap(plain, stop) for stop in self._stops)
+        end = len(text) - max((_overlap(text, stop) for stop in self._marked), default=0)
+        sure = min(sure, len(self._unmarked(text[:end])))
+        self._held = text[min(end, _place(text, sure) if self._marks else sure) :]
+        return plain[:sure]
 
     def flush(self) -> str:
         """Return the text that was held back because a stop string could begin in it."""
-        held, self._held = self._held, ""
+        held, self._held = self._unmarked(self._held), ""
         return held
+
+    def _unmarked(self, text: str) -> str:
+        return _MARK.sub("", text) if self._marks else text
+
+
+def _place(text: str, number: int) -> int:
+    """Return the place of character `number` of a text among those that are no marks, or its end."""
+    places = (place for place, character in enumerate(text) if not _MARK.match(character))
+    return next(islice(places, number, None), len(text))
 
 
 def _overlap(text: str, stop: str) -> int:

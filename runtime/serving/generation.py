@@ -135,7 +135,7 @@ class Generation:
         self._in_pieces = on_piece is not None or bool(request.stop)
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(request.stop)
+        self._stop = StopStrings(request.stop, tokenizer.special_names if request.stop else None)
         self._text: list[str] = []
         self._arrived = time.monotonic()
         self._started = self._first = self._last = 0.0
@@ -228,7 +228,7 @@ class Generation:
             self._finish("stop")
             return drafted
         if self._in_pieces:
-            self._emit(self._stop.push(self._detokenizer.push(token)))
+            self._emit(self._stop.push(self._detokenizer.push(token), token))
         if self._stop.matched:
             self._end("stop")
         elif self.sequence.length == self.sequence.max_length:

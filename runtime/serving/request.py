@@ -39,6 +39,7 @@ class SamplingParams:
     `temperature` 0 takes the most likely token. `top_k` 0 and `top_p` 1 are off. `repetition_penalty` counts prompt and
     answer. `seed` makes a request repeatable, whatever it is batched with. An answer ends after `max_new_tokens`, at an
     end-of-sequence token unless `ignore_eos`, or before the first of the `stop` strings, which is left out of the text.
+    A stop string may contain the names of special tokens, though these have no text in an answer.
     `prompt_lookup` is the number of tokens that may be guessed per step from prompt and answer so far (0: none): answers that
     quote become faster, and no answer changes.
 

@@ -99,6 +99,21 @@ def test_the_token_that_ends_an_answer_is_not_in_its_text_though_it_has_one() ->
         assert "".join(streamed) == result.text == "one" and result.token_ids == streamed.result.token_ids == answer
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "count"), [("<s>", "one two", -1), ("two<s>", "one ", -1), ("</s>", "one twothree", None)]
+)
+def test_stop_strings_that_are_special_tokens(stop: str, text: str, count: int | None) -> None:
+    with make_engine() as engine:
+        one, three = engine.tokenizer.encode("one two"), engine.tokenizer.encode("three")
+        length = len(engine.encode("q"))
+    answer = [*one, 1, *three]
+    with make_engine(FakeExecutor(script_rule(length, answer))) as engine:
+        params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20, stop=(stop,), ignore_eos=True)
+        (result,), streamed = engine.generate(["q"], params), engine.stream("q", params)
+        assert "".join(streamed) == result.text == text and streamed.result.token_ids == result.token_ids
+        assert result.token_ids == (answer[: len(one) + 1] if count else [*answer, EOS]) and result.finish_reason == "stop"
+
+
 def test_stop_string_that_never_completes_is_text() -> None:
     with make_engine() as engine:
         answer, length = engine.tokenizer.encode("hello wor"), len(engine.encode("q"))

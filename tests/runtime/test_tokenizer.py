@@ -177,6 +177,62 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     assert stop.matched
 
 
+SPECIAL = {"<s>": 1, "</s>": 2, "<|im_end|>": 7}
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        (["</s>"], ["a", "b", 2, "c"], "ab"),
+        (["<|im_end|>\nuser"], ["a", 7, "\n", "us", "er", "b"], "a"),
+        (["b</s><s>"], ["a", "b", 2, 1], "a"),
+        (["</s></s>"], ["a", 2, "b", 2, 2], "ab"),
+        (["</s>", "bc"], ["a", "b", "c", 2], "a"),
+        (["bc", "</s>x"], ["a", "b", 2, "c"], "a"),  # the text has no special tokens in it
+        (["x</s>"], ["a", "x", "</", "s>"], "a"),  # the name, written as text
+        (["<s></s>", "<|im_end|>"], ["a", 1, "b", 7, "c"], "ab"),
+    ],
+)  # fmt: skip
+def test_special_tokens_in_stop_strings(stops: list[str], pieces: list[str | int], expected: str) -> None:
+    stop, out = StopStrings(stops, SPECIAL), ""
+    for piece in pieces:
+        out += stop.push(piece) if isinstance(piece, str) else stop.push("", piece)
+        if stop.matched:
+            break
+    assert stop.matched and out == expected
+
+
+@pytest.mark.parametrize("stops", [["im_end"], ["s>"], ["<"], ["<s>"], ["a</s>"], ["</s>c", "<s></s>"]])
+def test_special_tokens_that_no_stop_string_has_whole(stops: list[str]) -> None:
+    stop = StopStrings(stops, SPECIAL)
+    out = "".join(
+        stop.push(piece, token) for piece, token in [("a", 5), ("b", 6), ("", 2), ("", 7), ("", 7), ("c", 5), ("", 2)]
+    )
+    assert not stop.matched and out + stop.flush() == "abc"
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.lists(st.sampled_from(["a", "b", "ab", 1, 2]), max_size=12),
+    stops=st.lists(
+        st.lists(st.sampled_from(["a", "b", "<s>", "</s>"]), min_size=1, max_size=3).map("".join), min_size=1, max_size=3
+    ),
+)
+def test_special_tokens_in_stop_strings_wherever_they_are(tokens: list[str | int], stops: list[str]) -> None:
+    """As soon as the text, with or without the names of special tokens, has a stop string, the answer ends before it."""
+    stop, named, plain, out = StopStrings(stops, SPECIAL), "", "", ""
+    for token in tokens:
+        named += token if isinstance(token, str) else {1: "<s>", 2: "</s>"}[token]
+        plain += token if isinstance(token, str) else ""
+        out += stop.push(token, 5) if isinstance(token, str) else stop.push("", token)
+        assert stop.matched == any(s in named or s in plain for s in stops)
+        assert plain.startswith(out)
+        if stop.matched:
+            assert not any(s in out for s in stops)
+            return
+    assert out + stop.flush() == plain
+
+
 @pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
 def test_the_bytes_of_tokens_are_those_of_the_text(make: Callable[[], tokenizers.Tokenizer]) -> None:
     tokenizer = Tokenizer(make(), special_tokens())
