@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -15,6 +16,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.requests import Request, open_set
 from belle_compile.runtime.artifact import PromptTemplate, SpecialTokens
+from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.tokenizer import Tokenizer
 
@@ -76,12 +78,16 @@ class Encoder:
                 raise CompileError("calibration", f"line {request.line}", found=found, expected=f"0 to {self._vocabulary - 1}")
             prompt = list(request.token_ids)
         elif request.messages is not None:
-            prompt = self._tokenizer.encode(self._template.render(request.messages))
+            prompt = self._chat.encode(request.messages)
         else:
             text = request.text or ""
-            prompt = self._tokenizer.encode(text if self._raw else self._template.render([{"role": "user", "content": text}]))
+            prompt = self._chat.encode_text(text) if self._raw else self._chat.encode([{"role": "user", "content": text}])
         answer = self._answer(request.answer) if request.answer and request.token_ids is None else []
         return Sample(tuple(prompt), tuple(answer))
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self._template, self._tokenizer)
 
     def _answer(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -76,6 +76,10 @@ class _Command(click.Command):
 @click.option("--grammar", "lark", type=click.Path(path_type=Path), metavar="FILE", help="Answer by this Lark grammar.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: log probabilities, and N alternatives a token.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
+@click.option(
+    "--parse-special/--no-parse-special", default=None,
+    help="Take names of special tokens in the prompt as these tokens.  [default: only with --raw]",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
 @click.option("--threads", type=int, help="Threads of the kernels of a rank.  [default: all usable cores]")
@@ -107,6 +111,13 @@ def main(engine: Path, prompt: str | None, **options: Any) -> None:
     sys.exit(code)
 
 
+class _Encoding(NamedTuple):
+    """How prompts become tokens; the arguments of the engine's methods."""
+
+    raw: bool
+    parse_special: bool | None
+
+
 def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     params = SamplingParams(
@@ -119,10 +130,11 @@ def _answer(directory: Path, prompt: str | None, options: dict[str, Any]) -> int
             _self_test(engine)
             return 0
         answer = partial(_answer_json if options["as_json"] else _answer_streamed, profiled=options["profile"])
+        encoding = _Encoding(options["raw"], options["parse_special"])
         if prompt is not None:
-            answer(engine, prompt, params, options["raw"])
+            answer(engine, prompt, params, encoding)
         else:
-            _chat(engine, params, options["raw"], answer)
+            _chat(engine, params, encoding, answer)
     return 0
 
 
@@ -153,8 +165,8 @@ def _read(path: Path) -> str:
         raise EngineError("sampling", f"{path} cannot be read", found=str(error)) from error
 
 
-def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..., Result | None]) -> None:
-    """Answer lines of input until it ends. Each prompt holds the turns before it; with `raw` it is the line alone."""
+def _chat(engine: Engine, params: SamplingParams, encoding: _Encoding, answer: Callable[..., Result | None]) -> None:
+    """Answer lines of input until it ends. Each prompt holds the turns before it; raw ones are the line alone."""
     history: list[dict[str, str]] = []
     interactive = sys.stdin.isatty()
     for line in _turns(interactive):
@@ -162,9 +174,9 @@ def _chat(engine: Engine, params: SamplingParams, raw: bool, answer: Callable[..
             history.clear()
             continue
         question = {"role": "user", "content": line}
-        prompt: Prompt = line if raw else [*history, question]
+        prompt: Prompt = line if encoding.raw else [*history, question]
         try:
-            result = answer(engine, prompt, params, raw)
+            result = answer(engine, prompt, params, encoding)
         except BelleError as error:
             if not interactive:
                 raise
@@ -194,10 +206,12 @@ def _turns(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result | None:
+def _answer_streamed(
+    engine: Engine, prompt: Prompt, params: SamplingParams, encoding: _Encoding, *, profiled: bool
+) -> Result | None:
     """Print the answer as it is generated, and its speed on stderr. Returns None after Ctrl-C at a terminal."""
     stream: Stream
-    with _profile(engine, profiled) as profile, engine.stream(prompt, params, raw=raw) as stream:
+    with _profile(engine, profiled) as profile, engine.stream(prompt, params, **encoding._asdict()) as stream:
         try:
             for piece in stream:
                 click.echo(piece, nl=False)
@@ -217,10 +231,10 @@ def _answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw
     return stream.result
 
 
-def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result:
+def _answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, encoding: _Encoding, *, profiled: bool) -> Result:
     """Print the answer as one line of JSON."""
     with _profile(engine, profiled) as profile:
-        (result,) = engine.generate([prompt], params, raw=raw)
+        (result,) = engine.generate([prompt], params, **encoding._asdict())
     plain = dataclasses.asdict(result)
     plain["timings"]["load_s"] = engine.load_s
     if profile.result:

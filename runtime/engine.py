@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from belle_compile import __version__
 from belle_compile.runtime.artifact import Manifest, Progress
+from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.loading import Options, load_parts
@@ -66,7 +67,7 @@ class Engine:
         self.executor = executor
         self.load_s = 0.0
         self.directory: Path | None = None  # of an engine that `load` loaded
-        self._template = ChatTemplate(manifest.prompt_template)
+        self.chat = ChatEncoder(ChatTemplate(manifest.prompt_template), tokenizer)
         self._handover = Handover()
         self._requests = RequestLog(telemetry)
         after_answers = partial(_pass_on, self._handover, self._requests)  # which does not keep the engine alive
@@ -147,16 +148,21 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         raw: bool = False,
+        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
     ) -> list[Result]:
         """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
-        chats always. `cache` is what the prompts allow the result cache to do, by default all. `scheduling` says when
-        they are served.
+        chats always. Names of special tokens, such as <|im_end|>, are these tokens in `raw` strings and text in chats, so
+        that no message can forge a turn; `parse_special` True or False says so for both. `cache` is what the prompts allow the
+        result cache to do, by default all. `scheduling` says when they are served.
         """
-        generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, raw=raw)]
+        generations = [
+            Generation(request, self.tokenizer)
+            for request in self.resolve_all(prompts, params, raw=raw, parse_special=parse_special)
+        ]
         self._run(generations, lambda: self.submit(generations, cache, scheduling))
         return [generation.result() for generation in generations]
 
@@ -166,6 +172,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         raw: bool = False,
+        parse_special: bool | None = None,
     ) -> list[Request]:
         """Return the requests that `generate` serves, one for each answer."""
         batch: list[Any] = [prompts] if _is_one_prompt(prompts) else [*cast(Sequence[Prompt], prompts)]
@@ -175,7 +182,7 @@ class Engine:
             raise EngineError("request", "sampling parameters", found=found, expected=expected)
         requests = []
         for prompt, p in zip(batch, per_prompt, strict=True):
-            requests += self.resolve(prompt, p, raw=raw).answers(int(p.n) if p else 1)
+            requests += self.resolve(prompt, p, raw=raw, parse_special=parse_special).answers(int(p.n) if p else 1)
         return requests
 
     def stream(
@@ -184,11 +191,12 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
+        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
     ) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
-        return Stream(self, self._resolve_one(prompt, params, raw), cache, scheduling)
+        return Stream(self, self._resolve_one(prompt, params, raw, parse_special), cache, scheduling)
 
     def astream(
         self,
@@ -196,6 +204,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
+        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
     ) -> AsyncStream:
@@ -204,7 +213,7 @@ class Engine:
         The prompt is encoded right here. A long one holds up the event loop for some milliseconds, unless `resolve` was called
         on another thread and the request is passed in its place.
         """
-        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw), cache, scheduling)
+        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw, parse_special), cache, scheduling)
 
     def astream_all(
         self, requests: Sequence[Request], *, cache: CachePolicy | None = None, scheduling: Scheduling | None = None
@@ -218,11 +227,12 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         raw: bool = False,
+        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
     ) -> list[Result]:
         """Do what `generate` does without blocking the event loop. Cancelling the task drops the requests."""
-        requests = self.resolve_all(prompts, params, raw=raw)
+        requests = self.resolve_all(prompts, params, raw=raw, parse_special=parse_special)
         return await generate_async(self, self._handover, requests, cache, scheduling)
 
     def submit(
@@ -252,7 +262,9 @@ class Engine:
         """
         (self.result_cache or self._loop).withdraw(job)
 
-    def resolve(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Request:
+    def resolve(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, parse_special: bool | None = None
+    ) -> Request:
         """Return the request for the first answer to a prompt: token ids, and the engine's values where `params` has None."""
         if isinstance(prompt, Request):
             if params is not None:
@@ -260,7 +272,9 @@ class Engine:
             return prompt
         if params is not None and not isinstance(params, SamplingParams):
             raise EngineError("request", "params", found=type(params).__name__, expected="SamplingParams")
-        request = Request.resolve(self.encode(prompt, raw=raw), params or SamplingParams(), self._defaults)
+        request = Request.resolve(
+            self.encode(prompt, raw=raw, parse_special=parse_special), params or SamplingParams(), self._defaults
+        )
         if request.grammar:
             self.tokenizer.grammars.check(request.grammar)
         return request
@@ -311,15 +325,15 @@ class Engine:
         bandwidth = max(before, self._loop.call(executor.read_bandwidth))
         handle.result = recorder.profile(executor.isa, executor.threads, bandwidth)
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Return the token ids that the model is given for a prompt."""
+    def encode(self, prompt: Prompt, *, raw: bool = False, parse_special: bool | None = None) -> list[int]:
+        """Return the token ids that the model is given for a prompt; see `generate` for `raw` and `parse_special`."""
         if isinstance(prompt, Request):
             return list(prompt.prompt)
-        if isinstance(prompt, str):
-            return self._encode_text(prompt if raw else self._template.render([{"role": "user", "content": prompt}]))
-        items: list[Any] = list(prompt)
+        if isinstance(prompt, str) and raw:
+            return self._check_ids(self.chat.encode_text(prompt, parse_special=parse_special is not False))
+        items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if items and isinstance(items[0], Mapping):
-            return self._encode_text(self._template.render(items))
+            return self._check_ids(self.chat.encode(items, parse_special=parse_special is True))
         return self._check_ids(items)
 
     def stats(self) -> EngineStats:
@@ -341,8 +355,8 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _resolve_one(self, prompt: Prompt, params: SamplingParams | None, raw: bool) -> Request:
-        request = self.resolve(prompt, params, raw=raw)
+    def _resolve_one(self, prompt: Prompt, params: SamplingParams | None, raw: bool, parse_special: bool | None) -> Request:
+        request = self.resolve(prompt, params, raw=raw, parse_special=parse_special)
         if params is not None and params.n != 1:
             remedy = "stream each of Engine.resolve(prompt, params).answers(n)"
             raise EngineError("sampling", "n", found=str(params.n), expected="1, for a stream is one answer", remedy=remedy)
@@ -358,9 +372,6 @@ class Engine:
             for job in jobs:
                 if not job.done.is_set():
                     self.withdraw(job)
-
-    def _encode_text(self, text: str) -> list[int]:
-        return self._check_ids(self.tokenizer.encode(text))
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
         array = np.asarray(ids)

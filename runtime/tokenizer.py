@@ -13,6 +13,7 @@ import tokenizers
 
 from belle_compile.runtime import sentencepiece_rule
 from belle_compile.runtime.artifact import SpecialTokens
+from belle_compile.runtime.control_tokens import ControlTokens, check_text
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.grammar.grammars import Grammars
 
@@ -37,7 +38,8 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.special = special
-        self.grammars = Grammars(tokenizer.to_str if text is None else lambda: text, special.eos)
+        self._text = tokenizer.to_str if text is None else lambda: text
+        self.grammars = Grammars(self._text, special.eos)
 
     @classmethod
     def from_file(cls, path: Path, special: SpecialTokens) -> Tokenizer:
@@ -55,11 +57,17 @@ class Tokenizer:
         """Load the text of a tokenizer.json; raises what the library raises when it is not one."""
         return cls(sentencepiece_rule.load(text), special, text=text)
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting."""
+    def encode(self, text: str, *, add_bos: bool | None = None, control: ControlTokens | None = None) -> list[int]:
+        """Return token ids, which begin with one BOS token if `add_bos` is True; None stands for the model's setting.
+
+        Names of special tokens are these tokens; with `control`, as far as its marks in the text allow. Raises `EngineError`
+        for a text that UTF-8 cannot express.
+        """
+        if control is None:
+            check_text(text)
         try:
-            ids = self._encode(text)
-        except (KeyboardInterrupt, SystemExit):
+            ids = self._encode(text) if control is None else control.encode(text, self._encode)
+        except (KeyboardInterrupt, SystemExit, EngineError):
             raise
         except BaseException as error:  # a panic of the library is no `Exception`
             raise _failure(error, "a text") from error
@@ -84,6 +92,16 @@ class Tokenizer:
             raise
         except BaseException as error:
             raise _failure(error, "tokens") from error
+
+    def control_tokens(self, frame: str = "") -> ControlTokens:
+        """Return the special tokens, those of the manifest, and the added ones whose names are in `frame`."""
+        own = {self.special.bos, self.special.pad, *self.special.eos}
+        ids = {
+            added.content: token
+            for token, added in self._added.items()
+            if added.special or token in own or (added.content and added.content in frame)
+        }
+        return ControlTokens(self._tokenizer, self._text, sentencepiece_rule.load, ids)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for, which need not be whole characters; the name of a special token, and

@@ -85,7 +85,8 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
     data = await read_body(request)
     context = context_of(request.scope)
     cache = _cache_policy(request.headers.get("cache-control", ""))
-    if len(data) <= _READ_AT_ONCE_BYTES and not _GRAMMAR_FIELD.search(data):
+    at_once = len(data) <= _READ_AT_ONCE_BYTES and not _GRAMMAR_FIELD.search(data)
+    if at_once and not service.engine.chat.may_take_long(data):
         call = _make_call(service, schema, data, context, cache)
     else:
         call = await service.aside(lambda: _make_call(service, schema, data, context, cache))
@@ -96,7 +97,7 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
 async def read_aside(service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T]) -> T:
     """Return what `function` makes of a body; a large body is read on another thread."""
     data = await read_body(request)
-    if len(data) <= _READ_AT_ONCE_BYTES:
+    if len(data) <= _READ_AT_ONCE_BYTES and not service.engine.chat.may_take_long(data):
         return function(validate(schema, data))
     return await service.aside(lambda: function(validate(schema, data)))
 
@@ -120,7 +121,7 @@ def resolve(service: Service, body: ChatBody | CompletionBody) -> tuple[Sequence
     try:
         params = _sampling(body)
         for prompt in prompts:
-            ids = engine.encode(prompt, raw=True)
+            ids = engine.encode(prompt, raw=True, parse_special=body.parse_special)
             _check_length(engine.max_context, body, len(ids))
             requests += engine.resolve(ids, params).answers(params.n)
     except EngineError as error:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from belle_compile.runtime.engine import Engine
-from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.server.access import Access
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.metrics import Metrics
@@ -49,7 +48,6 @@ class Service:
         identity = json.dumps(astuple(engine.identity))
         self.fingerprint = f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.token_texts = TokenTexts(engine.tokenizer)
-        self.template = ChatTemplate(engine.manifest.prompt_template)
         report = directory / REPORT_NAME if directory else None
         self.report = report if report and report.is_file() else None  # the page that `belle-compile build` wrote
         self._parsers = ThreadPoolExecutor(_PARSERS, "belle-http")

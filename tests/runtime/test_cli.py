@@ -219,3 +219,14 @@ def test_help_shows_examples() -> None:
 
 def test_error_class_is_the_runtime_s() -> None:
     assert issubclass(EngineError, Exception)
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], 0), (["--parse-special"], 1), (["--raw"], 1), (["--raw", "--no-parse-special"], 0), (["--no-parse-special"], 0)],
+)
+def test_control_tokens_in_prompts(options: list[str], expected: int) -> None:
+    for arguments, stdin in ((["a</s>b"], None), ([], "a</s>b\n")):
+        answer = json.loads(run(*arguments, "--json", "--max-new-tokens", "2", *options, stdin=stdin).stdout)
+        assert answer["prompt_token_ids"].count(2) == expected

@@ -41,18 +41,22 @@ async def tokenizer_info(request: HttpRequest) -> Response:
 
 def _tokenize(service: Service, body: TokenizeBody) -> Tokens:
     service.model(body.model)
-    if body.messages is None:
-        text = body.prompt or ""
-    else:
-        if len(body.messages) > service.options.max_messages:
-            found = f"expected at most {service.options.max_messages}, found {len(body.messages)}"
-            raise invalid(f"Invalid value for 'messages': {found}.", "messages")
-        messages = [message.for_template() for message in body.messages]
-        try:
-            text = service.template.render(messages, add_generation_prompt=body.add_generation_prompt is not False)
-        except EngineError as error:
-            raise of_request(error, "messages", subject=error.what) from None
-    tokens = service.engine.tokenizer.encode(text, add_bos=False if body.add_special_tokens is False else None)
+    chat, add_bos = service.engine.chat, False if body.add_special_tokens is False else None
+    try:
+        if body.messages is None:
+            tokens = chat.encode_text(body.prompt or "", parse_special=body.parse_special is not False, add_bos=add_bos)
+        else:
+            if len(body.messages) > service.options.max_messages:
+                found = f"expected at most {service.options.max_messages}, found {len(body.messages)}"
+                raise invalid(f"Invalid value for 'messages': {found}.", "messages")
+            tokens = chat.encode(
+                [message.for_template() for message in body.messages],
+                parse_special=body.parse_special is True,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                add_bos=add_bos,
+            )
+    except EngineError as error:
+        raise of_request(error, "prompt" if body.messages is None else "messages", subject=error.what) from None
     texts = [service.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens, "token_strs": texts}
 

@@ -143,6 +143,8 @@ class SamplingBody(Body):
     guided_regex: str | None = None
     guided_grammar: str | None = None
 
+    parse_special: bool | None = None  # whether names of special tokens are these tokens: in chats not, in completions
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

@@ -15,6 +15,7 @@ class TokenizeBody(Body):
 
     The tokens are those that a completion or a chat with it would have. `add_special_tokens` false leaves out the token that
     the model's setting puts before every prompt, and `add_generation_prompt` false the beginning of the next answer.
+    `parse_special` says whether names of special tokens are these tokens, by default in a text only.
     """
 
     model: str | None = None
@@ -22,6 +23,7 @@ class TokenizeBody(Body):
     messages: list[ChatMessage] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    parse_special: bool | None = None
     return_token_strs: bool | None = None
     continue_final_message: Annotated[Any, Only(None, False)] = None
     chat_template: Annotated[Any, Only(None)] = None

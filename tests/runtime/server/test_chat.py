@@ -192,3 +192,22 @@ def test_names_of_the_model() -> None:
         response = post(service, PATH, {"messages": CHAT, "model": "tiny"})
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found" and response.json()["error"]["param"] == "model"
+
+
+def test_control_tokens_in_messages_are_text_unless_asked_for(service: Service) -> None:
+    messages = [{"role": "user", "content": "a</s>\u200b b"}]
+    for fields, expected in (
+        ({}, 0),
+        ({"parse_special": False}, 0),
+        ({"parse_special": True}, 1),
+        ({"parse_special": None}, 0),
+    ):
+        answer = chat(service, messages=messages, max_tokens=1, return_token_ids=True, **fields)
+        assert answer["prompt_token_ids"].count(2) == expected
+        tokens = post(service, "/tokenize", {"messages": messages, **fields}).json()["tokens"]
+        assert tokens == answer["prompt_token_ids"]
+    for fields, expected in (({}, 1), ({"parse_special": False}, 0), ({"parse_special": True}, 1)):
+        body = {"prompt": "a</s>", "max_tokens": 1, "return_token_ids": True, **fields}
+        (choice,) = post(service, "/v1/completions", body).json()["choices"]
+        assert choice["prompt_token_ids"].count(2) == expected
+        assert post(service, "/tokenize", {"prompt": "a</s>", **fields}).json()["tokens"].count(2) == expected
