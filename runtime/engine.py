@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from belle_compile.runtime.artifact import Manifest, Progress
 from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
+from belle_compile.runtime.forks import finalize
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate, Message
@@ -87,7 +87,7 @@ class Engine:
             except BaseException:
                 self._loop.stop()
                 raise
-        self._stop = weakref.finalize(self, _stop, self._loop, self.result_cache)
+        self._stop = finalize(self, _stop, self._loop, self.result_cache)
 
     @classmethod
     def load(
@@ -248,6 +248,7 @@ class Engine:
         Without `wait`, a cache in a file or on a server is read on another thread. Raises `QueueFull` where the queue has no
         room for all of them. Those that were looked up on another thread end with it instead.
         """
+        self.check_process()
         for generation in generations:
             generation.accompany(scheduling or Scheduling(), self._requests.add)
         if self.result_cache:
@@ -276,6 +277,7 @@ class Engine:
             self.encode(prompt, raw=raw, parse_special=parse_special), params or SamplingParams(), self._defaults
         )
         if request.grammar:
+            self.check_process()
             self.tokenizer.grammars.check(request.grammar)
         return request
 
@@ -338,7 +340,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return what was counted since the engine was loaded. Waits for no step; the counts may be of different moments."""
+        self.check_process()
         return self._loop.stats(self._requests.ends(), self.result_cache.stats() if self.result_cache else None)
+
+    def check_process(self) -> None:
+        """Raise `EngineError` in a process that was forked from the one that loaded the engine: it has no step thread."""
+        self._loop.owner.check()
 
     def alive(self, within_s: float) -> bool:
         """Whether the engine is open and its steps go on: one ended in the last `within_s` seconds, or the step thread answers

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from belle_compile.runtime.distributed.ranks import Place, supervised
 from belle_compile.runtime.distributed.shared_sums import SharedSums
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.forks import finalize
 from belle_compile.runtime.memory import anonymous
 
 _SPINS = 300  # polls in a row before yielding the core between polls
@@ -100,7 +100,7 @@ class MpiCollectives:
         self._clean, self._abort = False, abort
         # MPI_Finalize waits for all ranks, so a rank that leaves in the middle of a step must end them. The finalizer that was
         # made last runs first, so an engine that nobody closed closes itself before this one runs.
-        weakref.finalize(MpiCollectives, self._leave)
+        finalize(MpiCollectives, self._leave)
         MpiCollectives._joined = True
 
     def memory(self, size: int) -> NDArray[np.uint8]:

@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import os
 import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.forks import finalize
 
 _COPY_AGAIN = "copy the engine again or rebuild it"
 _PREFIX = "__tvm_ffi_"
@@ -117,7 +117,7 @@ class ThreadPool:
         ]
         for thread in self._threads:
             thread.start()
-        self._stop = weakref.finalize(self, self.functions.belle_stop, self.address)
+        self._stop = finalize(self, self.functions.belle_stop, self.address)
 
     def close(self) -> None:
         """End the threads."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
+from belle_compile.runtime.forks import Owner
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.admission import Deadlines, Gate
 from belle_compile.runtime.serving.candidates import Rows
@@ -112,6 +113,7 @@ class StepLoop:
         thread after each step and message."""
         options = options or SchedulerOptions()
         self.executor = executor
+        self.owner = Owner()
         self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity)
         # What is done with a job whose time is over, which may be one that was not submitted here but only watched.
         self.give_up: Callable[[Job, EngineError], None] = self.withdraw
@@ -201,8 +203,8 @@ class StepLoop:
 
     def alive(self, within_s: float) -> bool:
         """Whether a step ended in the last `within_s` seconds, or the thread answers a message in as many. A loop that has had
-        nothing to do yet is alive; one that was stopped or whose thread has died is not."""
-        if self._stopping or self._death:
+        nothing to do yet is alive; one that was stopped or whose thread has died is not, and neither is one in a fork."""
+        if self._stopping or self._death or not self.owner.here:
             return False
         last = self._last_step_at
         if self._thread is None or (last is not None and time.monotonic() - last <= within_s):
@@ -231,6 +233,7 @@ class StepLoop:
                 self.executor.close()
 
     def _send(self, message: _Submitted | _Watched | _Task, check: Callable[[], None] = lambda: None) -> None:
+        self.owner.check()  # before the lock, which another thread may have held at the fork
         with self._lock:  # so that no message comes after the end
             if self._stopping:
                 raise _closed()

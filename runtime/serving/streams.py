@@ -27,6 +27,10 @@ class Answerer(Protocol):
         """Begin to answer; without `wait`, without waiting for a file or a server."""
         ...
 
+    def check_process(self) -> None:
+        """Raise `EngineError` in a process in which nothing will be answered."""
+        ...
+
     def withdraw(self, job: Generation) -> None:
         """Drop a request that is under way."""
         ...
@@ -97,6 +101,7 @@ class Stream(PieceReader, Iterator[str]):
             yield self._delta(piece)
 
     def _next_piece(self) -> Piece | None:
+        self._engine.check_process()
         return self._checked(None if self._ended else self._pieces.get())
 
     def __enter__(self) -> Stream:

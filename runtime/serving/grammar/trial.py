@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.forks import finalize
 from belle_compile.runtime.serving.grammar import matching
 
 _START_S = 60.0  # loads llguidance and a vocabulary: 0.4 s, 2 s for 250,880 tokens
@@ -61,7 +61,7 @@ class Trial:
         command = [sys.executable, "-c", _PROGRAM, str(Path(matching.__file__)), *path]
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=nowhere)
-        weakref.finalize(self, _end, process)
+        finalize(self, _end, process)
         self._unread = b""
         return process
 
