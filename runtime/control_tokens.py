@@ -17,12 +17,12 @@ _MARK = "\udfff"  # half of a surrogate pair, which no text has that can be enco
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def check_text(text: str, what: str = "the prompt") -> None:
+def check_text(text: str, what: str = "the prompt", *, stage: str = "request") -> None:
     """Raise `EngineError` for a text that UTF-8 cannot express: one with half of a surrogate pair."""
     if half := _SURROGATE.search(text):
         found = f"half of a surrogate pair (U+{ord(half[0]):04X}) as character {half.start()}"
         remedy = "decode the text as what it is, or with errors='replace'"
-        raise EngineError("request", what, found=found, expected="text that UTF-8 can express", remedy=remedy)
+        raise EngineError(stage, what, found=found, expected="text that UTF-8 can express", remedy=remedy)
 
 
 class ControlTokens:

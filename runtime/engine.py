@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,21 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.forks import finalize
 from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
-from belle_compile.runtime.prompt import ChatTemplate, Message
+from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
 from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
+from belle_compile.runtime.serving.prompts import (
+    Prompt,
+    as_batch,
+    as_flag,
+    as_params,
+    as_prompt,
+    as_token_ids,
+    as_whole,
+    require,
+)
 from belle_compile.runtime.serving.request import EngineIdentity, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.result_cache.cache import ResultCache
 from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
@@ -37,10 +47,6 @@ from belle_compile.runtime.serving.telemetry import EngineStats, RequestLog, Tel
 from belle_compile.runtime.tokenizer import Tokenizer
 
 __all__ = ["AsyncStream", "Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
-
-# A question, a chat of {"role", "content"} messages, token ids, to which neither template nor BOS is added, or a request that
-# `Engine.resolve` returned, which has its sampling parameters.
-Prompt = str | Sequence[Message] | Sequence[int] | Request
 
 
 class Engine:
@@ -128,7 +134,12 @@ class Engine:
         """
         if verify not in ("header", "full"):
             raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
+        if not isinstance(directory, (str, Path)):
+            raise EngineError("engine", "directory", found=type(directory).__name__, expected="a path")
+        threads = None if threads is None else as_whole("threads", threads, "engine")
+        require("isa", isa, str, "engine")
         cache_options = ResultCacheOptions.of(result_cache)
+        require("result_cache", cache_options, ResultCacheOptions, "engine")
         scheduler = SchedulerOptions(max_num_seqs, max_queue, prefix_cache)
         started = time.perf_counter()
         options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory)
@@ -175,13 +186,9 @@ class Engine:
         parse_special: bool | None = None,
     ) -> list[Request]:
         """Return the requests that `generate` serves, one for each answer."""
-        batch: list[Any] = [prompts] if _is_one_prompt(prompts) else [*cast(Sequence[Prompt], prompts)]
-        per_prompt = list(params) if isinstance(params, Sequence) else [params] * len(batch)
-        if len(per_prompt) != len(batch):
-            found, expected = str(len(per_prompt)), f"{len(batch)}, one a prompt"
-            raise EngineError("request", "sampling parameters", found=found, expected=expected)
+        batch = as_batch(prompts)
         requests = []
-        for prompt, p in zip(batch, per_prompt, strict=True):
+        for prompt, p in zip(batch, as_params(params, len(batch)), strict=True):
             requests += self.resolve(prompt, p, raw=raw, parse_special=parse_special).answers(int(p.n) if p else 1)
         return requests
 
@@ -249,6 +256,8 @@ class Engine:
         room for all of them. Those that were looked up on another thread end with it instead.
         """
         self.check_process()
+        require("cache", cache, CachePolicy)
+        require("scheduling", scheduling, Scheduling)
         for generation in generations:
             generation.accompany(scheduling or Scheduling(), self._requests.add)
         if self.result_cache:
@@ -271,8 +280,7 @@ class Engine:
             if params is not None:
                 raise EngineError("request", "sampling parameters", found="a request and parameters", expected="one of them")
             return prompt
-        if params is not None and not isinstance(params, SamplingParams):
-            raise EngineError("request", "params", found=type(params).__name__, expected="SamplingParams")
+        require("params", params, SamplingParams)
         request = Request.resolve(
             self.encode(prompt, raw=raw, parse_special=parse_special), params or SamplingParams(), self._defaults
         )
@@ -286,7 +294,7 @@ class Engine:
 
         `start` saves computing and storing logits that are not needed, and changes none of the others.
         """
-        ids = self._check_ids(token_ids)
+        ids, start = as_token_ids(token_ids, self.executor.vocab_size, "token_ids"), as_whole("start", start)
         self._limits.check(len(ids), "the token sequence is too long")
         if not 0 <= start < len(ids):
             raise EngineError("request", "start", found=str(start), expected=f"0 to {len(ids) - 1}, a place in the sequence")
@@ -331,12 +339,14 @@ class Engine:
         """Return the token ids that the model is given for a prompt; see `generate` for `raw` and `parse_special`."""
         if isinstance(prompt, Request):
             return list(prompt.prompt)
-        if isinstance(prompt, str) and raw:
-            return self._check_ids(self.chat.encode_text(prompt, parse_special=parse_special is not False))
-        items: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if items and isinstance(items[0], Mapping):
-            return self._check_ids(self.chat.encode(items, parse_special=parse_special is True))
-        return self._check_ids(items)
+        raw, given = as_flag("raw", raw), as_prompt(prompt)
+        parse = raw and isinstance(given, str) if parse_special is None else as_flag("parse_special", parse_special)
+        if isinstance(given, str):
+            question = [{"role": "user", "content": given}]
+            ids = self.chat.encode_text(given, parse_special=parse) if raw else self.chat.encode(question, parse_special=parse)
+        else:
+            ids = self.chat.encode(given, parse_special=parse) if given and isinstance(given[0], Mapping) else given
+        return as_token_ids(ids, self.executor.vocab_size)
 
     def stats(self) -> EngineStats:
         """Return what was counted since the engine was loaded. Waits for no step; the counts may be of different moments."""
@@ -380,18 +390,6 @@ class Engine:
                 if not job.done.is_set():
                     self.withdraw(job)
 
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        array = np.asarray(ids)
-        vocabulary = self.executor.vocab_size
-        if array.ndim != 1 or len(array) == 0 or array.dtype.kind not in "iu":
-            found = "no tokens" if array.size == 0 else f"{type(ids[0]).__name__}"
-            raise EngineError("request", "the prompt", found=found, expected="text, chat messages or token ids")
-        if array.min() < 0 or array.max() >= vocabulary:
-            found = str(int(array.max() if array.max() >= vocabulary else array.min()))
-            raise EngineError("request", "a token id", found=found, expected=f"0 to {vocabulary - 1}")
-        tokens: list[int] = array.tolist()
-        return tokens
-
 
 def _pass_on(handover: Handover, requests: RequestLog) -> None:
     """Pass on what was answered on this thread."""
@@ -404,7 +402,3 @@ def _stop(loop: StepLoop, cache: ResultCache | None) -> None:
     loop.stop()
     if cache:
         cache.close()
-
-
-def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, (str, Request)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, Mapping)))

@@ -38,7 +38,7 @@ class ChatTemplate:
         documents are None, as in Transformers when there are none.
         """
         for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            if not _fits(message):
                 expected = '{"role": …, "content": …}'
                 raise EngineError("prompt", "a chat message does not fit", found=repr(message)[:80], expected=expected)
         try:
@@ -54,6 +54,14 @@ class ChatTemplate:
         except Exception as error:  # a template can fail in any way that Python can
             name = self._template.name
             raise EngineError("prompt", f"template {name} refused the messages", found=_words(error)) from error
+
+
+def _fits(message: Any) -> bool:
+    """Whether a message has a role and a content: text, parts of text, or None beside calls of tools."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        return False
+    content = message["content"]
+    return isinstance(content, (str, list, tuple)) or (content is None and bool(message.get("tool_calls")))
 
 
 def chat_environment() -> LimitedEnvironment:

@@ -11,7 +11,10 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any, cast
 
+import numpy as np
+
 from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.control_tokens import check_text
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.grammar.source import Grammar
 
@@ -99,7 +102,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS} alternatives", optional=True)
         _check_whole("n", self.n, 1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers")
-        if type(self.ignore_eos) is not bool:
+        if not isinstance(self.ignore_eos, (bool, np.bool_)):
             raise _refusal("ignore_eos", self.ignore_eos, "True or False")
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LENGTH:
             raise _refusal("cache_salt", self.cache_salt, f"text of at most {MAX_SALT_LENGTH} characters")
@@ -293,6 +296,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
             raise EngineError("sampling", "stop", found=_shown(text), expected="text, or several")
         if not text:
             raise EngineError("sampling", "stop", found="an empty string", remedy="leave it out")
+        check_text(text, "stop", stage="sampling")
         if len(text) > MAX_STOP_LENGTH:
             found, expected = f"a string of {len(text)} characters", f"at most {MAX_STOP_LENGTH}"
             raise EngineError("sampling", "stop", found=found, expected=expected)

@@ -210,7 +210,7 @@ def test_parameters_of_their_own_for_each_prompt() -> None:
         with pytest.raises(EngineError, match="sampling parameters: found 1, expected 2, one a prompt"):
             engine.generate([[1], [1]], [GREEDY])
         for wrong in ({"seed": 1}, [{"seed": 1}], 5):
-            with pytest.raises(EngineError, match=r"params: found (dict|int), expected SamplingParams"):
+            with pytest.raises(EngineError, match=r"params(\[0\])?: found (dict|5 \(int\)), expected SamplingParams"):
                 engine.generate([[1]], wrong)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.result_cache.memory import MemoryStore
@@ -48,13 +50,13 @@ class ResultCacheOptions:
             raise _refusal("store", repr(self.store), f"one of {_STORES}")
         if self.store == SQLITE:
             raise _refusal("store", repr(self.store), "sqlite:FILE, such as sqlite:/var/cache/belle.db")
-        if self.max_bytes < 1:
+        if type(self.max_bytes) is not int or self.max_bytes < 1:
             raise _refusal("max_bytes", str(self.max_bytes), "1 or more")
-        if not 0 <= self.audit <= 1:
+        if not _is_number(self.audit) or not 0 <= self.audit <= 1:
             raise _refusal("audit", str(self.audit), "a share from 0 to 1")
         for name in ("ttl_s", "timeout_s", "retry_after_s"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not (_is_number(value) and 0 < value < float("inf")):
                 raise _refusal(name, str(value), "seconds, more than 0")
 
     @classmethod
@@ -75,6 +77,10 @@ class ResultCacheOptions:
         from belle_compile.runtime.serving.result_cache.redis import RedisStore
 
         return RedisStore(self.store, self.ttl_s, self.timeout_s, self.retry_after_s)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _refusal(name: str, found: str, expected: str) -> EngineError:
