@@ -21,6 +21,7 @@ from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.profiling import ProfileHandle
 from belle_compile.runtime.serving.grammar.source import Grammar
 from belle_compile.runtime.serving.request import SamplingParams
+from belle_compile.runtime.standard_streams import standard_streams
 
 EXAMPLES = """
 \b
@@ -47,6 +48,10 @@ class _Command(click.Command):
         from belle_compile.runtime.server.cli import command
 
         return command().make_context(f"{info_name} {SERVE}", args[1:], parent, **extra)
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with standard_streams("belle-run"):
+            return super().main(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
