@@ -30,6 +30,8 @@ from belle_compile.runtime.serving.telemetry import End, EngineStats, StepRecord
 
 _log = logging.getLogger(__name__)
 
+_MESSAGES_S = 0.05  # for which a step waits until messages are handled
+
 T = TypeVar("T")
 
 
@@ -262,15 +264,20 @@ class StepLoop:
         self.executor.close()
 
     def _receive(self) -> bool:
-        """Handle all messages, and wait for more while there is no work. Returns False once the loop is stopping."""
+        """Handle the messages that are there before a step, and wait for more while there is no work. Returns False once the
+        loop is stopping. Messages that come meanwhile, or that take too long, wait for the step: those who send many must not
+        keep it from running."""
+        most, until = self._messages.qsize(), time.monotonic() + _MESSAGES_S
         while not self._stopping:
             now = time.monotonic()
             for job in self._deadlines.over(now):
                 self.give_up(job, DeadlineExceeded())
-            if self._messages.empty() and self.scheduler.has_work:
+            idle = not self.scheduler.has_work
+            if not idle and (most <= 0 or now > until):
                 break
             with contextlib.suppress(queue.Empty):
                 self._handle(self._messages.get(timeout=self._deadlines.wait_s(now)))
+            most = self._messages.qsize() if idle else most - 1
             self._after_step()
         return not self._stopping
 

@@ -271,3 +271,84 @@ def test_scoring_shares_its_steps_with_answers() -> None:
         assert scoring.done.wait(WAIT_S)
     np.testing.assert_array_equal(scoring.result(), [hash_rule(ids[: i + 1]) for i in range(20)])
     assert executor.steps == [(1, 1), *[(4, 4)] * 4, *[(4, 4)] * 2]  # one row is the answer's while there is one
+
+
+def _submit_and_close(engine: Engine) -> None:
+    engine.stream([5, 6], GREEDY).close()
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [lambda engine: engine._loop.call(lambda: None), _submit_and_close],
+    ids=["call", "submit"],
+)
+def test_steps_and_messages_take_turns(flood: Callable[[Engine], None]) -> None:
+    """However many messages come, and as long as they do, a step follows those that were there before it."""
+    executor = FakeExecutor()
+    with make_engine(executor) as engine:
+        ended = threading.Event()
+
+        def send() -> None:
+            while not ended.is_set():
+                flood(engine)
+
+        threads = [threading.Thread(target=send) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        try:
+            answered = threading.Thread(target=lambda: [engine.generate([[7, 8]], GREEDY) for _ in range(3)])
+            answered.start()
+            answered.join(WAIT_S)
+            assert not answered.is_alive()
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join(WAIT_S)
+
+
+def test_a_loop_that_never_runs_out_of_messages_steps() -> None:
+    """Each message sends the next one."""
+    executor = FakeExecutor()
+    loop, job = StepLoop(executor), generation([3])
+    ended = threading.Event()
+    wake = loop.wake
+
+    def after_step() -> None:
+        if not ended.is_set():
+            wake()
+
+    loop._after_step = after_step
+    loop.submit([job])
+    assert job.done.wait(WAIT_S) and len(executor.steps) >= GREEDY.max_new_tokens  # type: ignore[operator]
+    ended.set()
+    loop.stop()
+
+
+def test_scoring_and_answering_make_progress_side_by_side() -> None:
+    """64 threads, of which half score sequences that need more rows of logits than a step has. All answers are as before."""
+    with make_engine(FakeExecutor(num_blocks=64)) as engine:
+        params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=6)
+        expected = [engine.generate([[n, 4]], params)[0].token_ids for n in range(32)]
+        logits = engine.logits(list(range(3, 43)))
+        answers: dict[int, Any] = {}
+        done: list[str] = []
+
+        def answer(n: int) -> None:
+            for _ in range(3):
+                answers[n] = engine.generate([[n, 4]], params)[0].token_ids
+                done.append("answer")
+
+        def score(n: int) -> None:
+            for _ in range(3):
+                found = engine.logits(list(range(3, 43)), start=n % 8)
+                answers[32 + n] = np.array_equal(found, logits[n % 8 :])
+                done.append("score")
+
+        threads = [threading.Thread(target=kind, args=(n,)) for n in range(32) for kind in (answer, score)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(6 * WAIT_S)
+        assert not any(thread.is_alive() for thread in threads)
+        assert [answers[n] for n in range(32)] == expected and all(answers[32 + n] for n in range(32))
+        assert {"answer", "score"} == set(done[: len(done) // 2]), "each kind in the first half of the time"
