@@ -272,6 +272,7 @@ class StepLoop:
             now = time.monotonic()
             for job in self._deadlines.over(now):
                 self.give_up(job, DeadlineExceeded())
+                most = self._messages.qsize()  # it may have left a message
             idle = not self.scheduler.has_work
             if not idle and (most <= 0 or now > until):
                 break
