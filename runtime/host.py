@@ -8,9 +8,10 @@ import os
 import platform
 from pathlib import Path
 
+from belle_compile.runtime import cgroups
+
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-CGROUP = Path("/sys/fs/cgroup")
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
@@ -88,12 +89,8 @@ def host_arch() -> tuple[str, str]:
 def usable_cores() -> list[int]:
     """CPUs that this process may run on; only as many as the container's CPU quota allows, where it is smaller."""
     cores = sorted(os.sched_getaffinity(0))
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        limit = max(1, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return cores
-    return cores[:limit]
+    limit = cgroups.processors()
+    return cores if limit is None else cores[: max(1, math.ceil(limit))]
 
 
 def memory_bytes() -> int:
@@ -102,10 +99,8 @@ def memory_bytes() -> int:
     The memory that is free now says little: weights are mapped, so that the system can reclaim their pages.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int((CGROUP / "memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
+    limit = cgroups.memory_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def last_level_cache_bytes() -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from belle_compile.runtime import host
 from belle_compile.runtime.artifact import TargetInfo
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine, check_memory
+
+_log = logging.getLogger(__name__)
 
 
 class CpuFactory(ExecutorFactory):
@@ -34,9 +37,14 @@ class CpuFactory(ExecutorFactory):
         """Map the weights and load the kernels. By default ranks that may run on the same cores share these evenly."""
         from belle_compile.runtime.executors.cpu import CpuExecutor
 
-        threads = request.threads
-        if threads is None and request.collectives:
-            threads = max(1, len(host.usable_cores()) // request.collectives.sharing)
+        threads, cores = request.threads, len(host.usable_cores())
+        sharing = request.collectives.sharing if request.collectives else 1
+        if threads is None:
+            threads = max(1, cores // sharing)
+        elif threads * sharing > cores and not (request.collectives and request.collectives.rank):
+            asked = f"{threads} threads" + (f" in each of {sharing} ranks" if sharing > 1 else "")
+            most = max(1, cores // sharing)
+            _log.warning("%s share %d usable cores and will wait for each other; at most %d are faster", asked, cores, most)
         return CpuExecutor(
             request.directory, request.manifest.target.isas, threads=threads, isa=request.isa, kv_memory=request.kv_memory,
             collectives=request.collectives,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from belle_compile.runtime import host
+from belle_compile.runtime import cgroups, host
 
 
 def flags_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
@@ -69,14 +69,13 @@ def test_no_cpuinfo_is_no_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert host.cpu_flags() == frozenset()
 
 
-def test_container_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
+def test_container_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8, 9})
-    assert host.usable_cores() == [3, 5, 8, 9]
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert host.usable_cores() == [3, 5, 8, 9]
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert host.usable_cores() == [3, 5]
+    for processors, cores in ((None, [3, 5, 8, 9]), (1.5, [3, 5]), (0.1, [3]), (4.0, [3, 5, 8, 9]), (64.0, [3, 5, 8, 9])):
+        monkeypatch.setattr(cgroups, "processors", lambda limit=processors: limit)
+        assert host.usable_cores() == cores
+    monkeypatch.setattr(cgroups, "memory_bytes", lambda: None)
     whole = host.memory_bytes()
-    (tmp_path / "memory.max").write_text("1048576\n")
-    assert host.memory_bytes() == 1048576 < whole
+    for limit, memory in ((1 << 20, 1 << 20), (1 << 60, whole)):
+        monkeypatch.setattr(cgroups, "memory_bytes", lambda limit=limit: limit)
+        assert host.memory_bytes() == memory
