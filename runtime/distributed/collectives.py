@@ -24,6 +24,7 @@ _SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.005
 _LAST_OUTPUT_S = 0.3  # time for mpiexec to pass on what ranks have printed
 _PEER_END_S = 2.0  # time for the end of another rank to be reported, and to end this one, before its own error is
 _REPORT, _VERDICT, _STEP, _RESULT = 1, 2, 3, 4  # MPI tags
+_MPICH_MEMORY = "/dev/shm/mpich_shm_"
 
 
 class Collectives(Protocol):
@@ -95,6 +96,7 @@ class MpiCollectives:
         self.ranks_here, self.rank_here = int(host_comm.size), int(host_comm.rank)
         cores = os.sched_getaffinity(0)
         self.sharing = sum(1 for rank_cores in host_comm.allgather(cores) if rank_cores & cores)
+        _remove_names_of_shared_memory()  # all ranks of the host have mapped it: they have sent their cores
         shared = self.ranks_here == self.ranks if shared is None else shared
         self.shared = SharedSums(self._comm, MPI) if shared else None
         self._clean, self._abort = False, abort
@@ -203,6 +205,17 @@ class MpiCollectives:
                 pause_s = min(1.001 * pause_s, _LONGEST_SLEEP_S)  # about a thousandth of the time waited so far
             elif polls > _SPINS:
                 os.sched_yield()
+
+
+def _remove_names_of_shared_memory() -> None:
+    """Remove the names of MPICH's memory from /dev/shm, so that the memory goes with the last rank, however that ends.
+
+    MPICH removes them itself, but only when it is finalized: not after a signal.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for name in {line.split()[-1] for line in maps if _MPICH_MEMORY in line and not line.endswith(" (deleted)\n")}:
+            with contextlib.suppress(OSError):  # another rank was first
+                os.unlink(name)
 
 
 def join_ranks(place: Place) -> MpiCollectives:

@@ -273,6 +273,22 @@ def test_signals_end_all(engines: dict[int, Path], number: int, code: int) -> No
     assert ended == code and errors.strip() == ""
 
 
+@pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "rank 1", "launcher"])
+def test_nothing_is_left_in_shared_memory(engines: dict[int, Path], end: str) -> None:
+    """The memory of ranks has no name once all have mapped it."""
+    run = answering(engines[2])
+    mapped = [Path(f"/proc/{run.rank(rank)}/maps").read_text() for rank in (0, 1)]
+    names = {line.split("/dev/shm/")[1].split()[0] for line in "".join(mapped).splitlines() if "/dev/shm/" in line}
+    assert names, "this MPI has its memory there"
+    if end == "rank 1":
+        os.kill(run.rank(1), signal.SIGKILL)
+    else:
+        run.process.send_signal(signal.SIGKILL if end == "launcher" else getattr(signal, end))
+    code, _, errors = run.end(20)
+    assert code != 0 and "Traceback" not in errors
+    assert not names & set(os.listdir("/dev/shm"))
+
+
 def test_ranks_end_with_a_launcher_that_is_killed(engines: dict[int, Path]) -> None:
     run = answering(engines[2])
     run.process.kill()
