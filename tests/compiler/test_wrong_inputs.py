@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -156,6 +157,28 @@ def test_a_wrong_checkpoint(checkpoint: Path, wrong: str, capsys: pytest.Capture
     spoil(checkpoint)
     assert message in refused(checkpoint, capsys)
     assert not (checkpoint / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "quantization"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", math.nan, "none"),
+        ("model.layers.0.self_attn.q_proj.weight", math.inf, "none"),
+        ("model.embed_tokens.weight", -math.inf, "none"),
+        ("model.norm.weight", math.nan, "none"),
+        ("model.norm.weight", math.inf, "int8-plain"),
+    ],
+)
+def test_values_that_are_not_numbers_in_weights_that_are_not_quantized(
+    checkpoint: Path, name: str, value: float, quantization: str
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[name].reshape(-1)[-1] = value
+    save_file(tensors, checkpoint / "model.safetensors")
+    request = driver.BuildRequest(checkpoint, checkpoint.parent / "engine", drift=False, quantization=quantization)
+    with pytest.raises(CompileError, match=r"(tensor|norm|weight).*found NaN or infinity.*expected finite"):
+        driver.build(request)
+    assert not (checkpoint.parent / "engine").exists()
 
 
 def test_the_same_checkpoint_unspoilt(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
