@@ -54,7 +54,8 @@ typedef struct {
 
 static __thread Pool *current;     // of the step whose calls this thread runs
 static __thread struct { const char *next, *at, *end; } fetched;  // weights, and which of them this thread has yet to prefetch
-static char message[512];
+static char message[512];          // of the last error
+static atomic_flag writing = ATOMIC_FLAG_INIT;
 
 static uint64_t pack(uint32_t loop, uint32_t first, uint32_t end) { return (uint64_t)loop << 32 | first << 16 | end; }
 
@@ -93,9 +94,11 @@ static void idle(const Pool *pool, int32_t me) {
   if (next != fetched.next) {
     int64_t bytes = atomic_load_explicit(&pool->next_bytes, memory_order_relaxed);
     int64_t first = bytes * me / pool->threads, size = bytes * (me + 1) / pool->threads - first;
-    fetched.next = next;
-    fetched.at = next + first;
-    fetched.end = fetched.at + (size < pool->most_fetched ? size : pool->most_fetched);
+    fetched.next = fetched.at = fetched.end = next;
+    if (next) {
+      fetched.at = next + first;
+      fetched.end = fetched.at + (size < pool->most_fetched ? size : pool->most_fetched);
+    }
   }
   if (fetched.at >= fetched.end) {
     pause_once();
@@ -138,17 +141,20 @@ HIDDEN int32_t belle_parallel(Body body, void *closure, int32_t tasks) {
 // The names that TVM's code refers to; hidden, so that TVM's own loader does not replace them.
 HIDDEN int32_t (*__TVMBackendParallelLaunch)(Body, void *, int32_t) = belle_parallel;
 
+// Adds a piece of text to the message, as much of it as there is room for beside the final zero.
+static size_t append(size_t used, const char *part) {
+  size_t length = part ? strlen(part) : 0, room = sizeof message - 1 - used;
+  if (length > room) length = room;
+  if (length) memcpy(message + used, part, length);
+  return used + length;
+}
+
 HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
-  size_t used = 0;
-  for (int32_t i = -1; i < count; i++) {
-    const char *part = i < 0 ? kind : parts[i];
-    size_t length = part ? strlen(part) : 0;
-    if (length > sizeof message - 3 - used) length = sizeof message - 3 - used;
-    memcpy(message + used, part, length);
-    used += length;
-    if (i < 0) message[used++] = ':', message[used++] = ' ';
-  }
+  while (atomic_flag_test_and_set_explicit(&writing, memory_order_acquire)) pause_once();  // several threads may fail at once
+  size_t used = append(append(0, kind), ": ");
+  for (int32_t i = 0; i < count; i++) used = append(used, parts[i]);
   message[used] = 0;
+  atomic_flag_clear_explicit(&writing, memory_order_release);
 }
 
 API size_t belle_pool_bytes(void) { return sizeof(Pool); }
