@@ -11,7 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from belle_compile.runtime.artifact import PromptTemplate
+from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load, segments
 from belle_compile.runtime.tokenizer import Detokenizer, Tokenizer
 from tests.runtime.fakes import special_tokens
@@ -75,3 +78,18 @@ def test_ranks_that_do_not_fit(tmp_path: Path, ranks: object) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(ranks))
     with pytest.raises(EngineError, match="is no tokenizer"):
         Tokenizer.from_file(tmp_path / "tokenizer.json", special_tokens())
+
+
+def test_names_of_control_tokens_as_text() -> None:
+    """The copy of the tokenizer that such texts are encoded with has the same rule."""
+    template = ChatTemplate(PromptTemplate("test", "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}", "<s>", "</s>"))
+    tokenizer = Tokenizer.from_text(tokenizer_json(), special_tokens())
+    chat = ChatEncoder(template, tokenizer)
+    for before, after in (("bcab", "abcabc"), ("a ccc b", ""), ("", "bcab")):
+        ids = chat.encode([{"role": "user", "content": f"{before}</s>{after}"}])
+        assert (ids[0], ids[-1], ids.count(1), ids.count(2)) == (1, 2, 1, 1)
+        bytes_of_name = [tokenizer.encode(character) for character in "</s>"]
+        name = [token for token_ids in bytes_of_name for token in token_ids]
+        assert ids[1:-1] == [*tokenizer.encode(before), *name, *tokenizer.encode(after)]
+        ordinary = [{"role": "user", "content": before + after}]
+        assert chat.encode(ordinary) == tokenizer.encode(template.render(ordinary))
