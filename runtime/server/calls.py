@@ -31,7 +31,7 @@ C = TypeVar("C", ChatBody, CompletionBody)
 # Bodies up to this size are read on the event loop: a thread costs more than the milliseconds that they take.
 _READ_AT_ONCE_BYTES = 4096
 _GRAMMAR_FIELD = re.compile(rb'"(response_format|structured_outputs|regex|grammar|guided_\w+)"')
-_STAGES_OF_REQUESTS = frozenset({"prompt", "request", "sampling"})  # of errors that are the client's
+STAGES_OF_REQUESTS = frozenset({"prompt", "request", "sampling"})  # of errors that are the client's
 MOST_CHOICES = 1024  # answers of one HTTP request: prompts times n
 
 
@@ -174,7 +174,7 @@ def _check_length(capacity: int, body: ChatBody | CompletionBody, prompt_tokens:
 
 def _refusal(error: EngineError, body: ChatBody | CompletionBody, field: str) -> ApiError:
     """Return what a client is told of a request that the engine refuses, with the field of the body that it is about."""
-    if error.stage not in _STAGES_OF_REQUESTS:  # such as a tokenizer that does not work
+    if error.stage not in STAGES_OF_REQUESTS:  # such as a tokenizer that does not work
         return of_failure(error)
     names = {"max_new_tokens": body.limit_field}
     if sources := body.grammar_sources():

@@ -10,8 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.server.calls import read_aside
-from belle_compile.runtime.server.errors import invalid, of_request
+from belle_compile.runtime.server.calls import STAGES_OF_REQUESTS, read_aside
+from belle_compile.runtime.server.errors import invalid, of_failure, of_request
 from belle_compile.runtime.server.openapi import operation
 from belle_compile.runtime.server.responses import json_response
 from belle_compile.runtime.server.schemas.responses import DetokenizedText, TokenizerInfo, Tokens
@@ -56,6 +56,8 @@ def _tokenize(service: Service, body: TokenizeBody) -> Tokens:
                 add_bos=add_bos,
             )
     except EngineError as error:
+        if error.stage not in STAGES_OF_REQUESTS:
+            raise of_failure(error) from None
         raise of_request(error, "prompt" if body.messages is None else "messages", subject=error.what) from None
     texts = [service.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens, "token_strs": texts}
