@@ -1,4 +1,4 @@
-"""An executor that computes nothing, to measure what the rest of a step costs: each step sleeps, then returns prepared logits."""
+"""An executor that computes nothing, to measure the rest of a step: it sleeps, then returns prepared logits."""
 
 from __future__ import annotations
 
