@@ -274,6 +274,8 @@ def encode(value: object) -> bytes:
         case str():
             text = value.encode("utf-8", "surrogatepass")
             return b"s%d:" % len(text) + text
+        case tuple() if set(map(type, value)) == {int}:  # the same bytes as below, quickly: prompts are long
+            return f"t{len(value)}:i{';i'.join(map(str, value))};".encode()
         case tuple():
             return b"t%d:" % len(value) + b"".join(map(encode, value))
         case Grammar():
@@ -356,7 +358,7 @@ def _check_whole(name: str, value: Any, least: int, most: float, expected: str, 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _refusal(name: str, value: Any, expected: str) -> EngineError:
