@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any, cast
@@ -284,7 +285,12 @@ def encode(value: object) -> bytes:
 
 
 def _named_fields(record: Request | EngineIdentity) -> tuple[tuple[str, object], ...]:
-    return tuple((field.name, getattr(record, field.name)) for field in fields(record))
+    return tuple((name, getattr(record, name)) for name in _field_names(type(record)))
+
+
+@cache
+def _field_names(record: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record))
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

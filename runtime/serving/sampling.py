@@ -32,7 +32,7 @@ class Sampler:
         self._random = None if self._greedy else np.random.default_rng(_seed(request))
         self._bias_ids = np.array([token for token, _ in request.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in request.logit_bias], np.float32)
-        self._end_ids = np.unique(np.array(request.end_ids, np.int64))
+        self._end_ids = np.array(sorted(set(request.end_ids)), np.int64)
         self._seen = _Tokens(request.prompt) if request.repetition_penalty != 1 else None
         counts = request.frequency_penalty != 0 or request.presence_penalty != 0
         self._generated = _Counts() if counts else None
