@@ -285,7 +285,8 @@ def encode(value: object) -> bytes:
 
 
 def _named_fields(record: Request | EngineIdentity) -> tuple[tuple[str, object], ...]:
-    return tuple((name, getattr(record, name)) for name in _field_names(type(record)))
+    kind: Any = type(record)
+    return tuple((name, getattr(record, name)) for name in _field_names(kind))
 
 
 @cache
