@@ -169,7 +169,6 @@ class Detokenizer:
             settled = self._tokenizer.settled_text(token)
             if settled:
                 self._window, self._context, self._emitted = [token], 1, None
-            if settled is not None:
                 return settled
         if self._emitted is None:
             self._emitted = len(self._tokenizer.decode(self._window))
