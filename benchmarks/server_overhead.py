@@ -14,6 +14,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from benchmarks.servers import Server
 
 CONNECTIONS = (1, 4, 16, 64)
 PROMPT, ANSWER, ROUNDS = 64, 96, 7
+PARAMS = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=ANSWER, ignore_eos=True)
 
 
 class Round(NamedTuple):
@@ -36,9 +38,8 @@ class Round(NamedTuple):
 
 def generate(engine: Engine, prompts: list[list[int]]) -> Round:
     """Answer all prompts in this process."""
-    params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=ANSWER, ignore_eos=True)
     started = time.perf_counter()
-    results = engine.generate(prompts, params)
+    results = engine.generate(prompts, PARAMS)
     seconds = time.perf_counter() - started
     tokens = sum(len(result.token_ids) for result in results)
     return Round(tokens / seconds, statistics.median(result.timings.first_token_s for result in results))
@@ -76,13 +77,19 @@ async def _read(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], r
     return first
 
 
-def measure(engine: Engine, server: Server) -> list[dict[str, Any]]:
-    """Return one row for each number of connections."""
-    chance, rows = np.random.default_rng(0), []
+def new_prompts(engine: Engine) -> Callable[[int], list[list[int]]]:
+    """Return a function that returns so many prompts which it has not returned before."""
+    chance = np.random.default_rng(0)
 
     def prompts(count: int) -> list[list[int]]:
         return chance.integers(5, min(250, engine.executor.vocab_size), (count, PROMPT)).tolist()  # type: ignore[no-any-return]
 
+    return prompts
+
+
+def measure(engine: Engine, server: Server) -> list[dict[str, Any]]:
+    """Return one row for each number of connections."""
+    prompts, rows = new_prompts(engine), []
     for count in CONNECTIONS:
         pairs = []
         for turn in range(ROUNDS + 1):  # the first one warms up

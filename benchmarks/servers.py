@@ -19,14 +19,21 @@ READY_S = 120.0
 class Server:
     """Serves an engine on a free port of the loopback interface while the `with` block runs."""
 
-    def __init__(self, engine: Path, *arguments: str) -> None:
-        """Start the server with further `arguments` of `belle-run serve`."""
+    def __init__(self, engine: Path, *arguments: str, program: str = "belle_compile.runtime", ready: str = "/ready") -> None:
+        """Start the server with further `arguments` of `belle-run serve`. `program` is the module that is `belle-run`; it is
+        ready when it answers `ready`."""
+        self._ready = ready
         self.host, self.model = "127.0.0.1", engine.name
         with socket.socket() as probe:
             probe.bind((self.host, 0))
             self.port: int = probe.getsockname()[1]
-        command = [sys.executable, "-m", "belle_compile.runtime", "serve", str(engine), "--port", str(self.port)]
+        command = [sys.executable, "-m", program, "serve", str(engine), "--port", str(self.port)]
         self._process = subprocess.Popen([*command, "--served-model-name", self.model, "--log-level", "warning", *arguments])
+
+    @property
+    def process(self) -> int:
+        """The id of the server's process."""
+        return self._process.pid
 
     @property
     def url(self) -> str:
@@ -49,7 +56,7 @@ class Server:
         end = time.monotonic() + READY_S
         while time.monotonic() < end and self._process.poll() is None:
             try:
-                self.get("/ready")
+                self.get(self._ready)
                 return self
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.05)

@@ -39,6 +39,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.special = special
         self._text = tokenizer.to_str if text is None else lambda: text
+        self._settled_texts: dict[int, str | None] = {}
         self.grammars = Grammars(self._text, special.eos)
 
     @classmethod
@@ -115,6 +116,39 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return piece.replace(_SPACE, " ").encode()
 
+    def settled_text(self, token: int) -> str | None:
+        """Return what a token adds to any text of whole characters, which no later token changes. None where that depends on
+        its neighbours, as for the bytes of a character, or is not known of the tokenizer's decoder."""
+        try:
+            return self._settled_texts[token]
+        except KeyError:
+            text = self._settled_texts[token] = self._find_settled_text(token)
+            return text
+
+    def _find_settled_text(self, token: int) -> str | None:
+        if not self._decodes_each_token or _BYTE_PIECE.fullmatch(self._tokenizer.id_to_token(token) or ""):
+            return None
+        twice = self.decode([token, token])
+        text = twice[len(twice) // 2 :]  # the first one may have lost its leading space
+        return None if _REPLACEMENT in text else text
+
+    @cached_property
+    def _decodes_each_token(self) -> bool:
+        """Whether a text is its tokens' texts joined, but for a space before the first one and for bytes that make up
+        characters together. True of the decoders of BLOOM and of LLaMA."""
+        if self._tokenizer.decoder is None:
+            return False
+        state = json.loads(self._tokenizer.decoder.__getstate__())
+        decoders = state.get("decoders", [state])
+        kinds = [decoder["type"] for decoder in decoders]
+        if kinds == ["ByteLevel"]:
+            return True
+        strips = [
+            (decoder["content"], decoder["start"] <= 1, decoder["stop"]) for decoder in decoders[3:] if "start" in decoder
+        ]
+        fused = kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and decoders[0]["pattern"] == {"String": _SPACE}
+        return fused and len(strips) == len(kinds[3:]) and strips in ([], [(" ", True, 0)])
+
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves a token out."""
         return self._special_of.get(token, False)
@@ -150,17 +184,25 @@ class Detokenizer:
     """Decodes an answer token by token. For answers that are valid UTF-8, the pieces joined are the text of all tokens.
 
     Each call decodes a window of tokens. It begins with those of the last finished piece as context, without which a
-    SentencePiece token would lose its leading space. The bytes of a character that is not complete are held back.
+    SentencePiece token would lose its leading space. The bytes of a character that is not complete are held back. Where
+    nothing is held back, most tokens need no decoding: `Tokenizer.settled_text` knows what they add.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._context = 0  # tokens at the window's start whose text was returned
-        self._emitted = 0  # characters of the window's text that were returned
+        self._emitted: int | None = 0  # characters of the window's text that were returned; None stands for all
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that cannot change any more and was not returned before, possibly none."""
+        if self._context and self._context == len(self._window):
+            settled = self._tokenizer.settled_text(token)
+            if settled:
+                self._window, self._context, self._emitted = [token], 1, None
+                return settled
+        if self._emitted is None:
+            self._emitted = len(self._tokenizer.decode(self._window))
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         certain = len(text)
@@ -171,11 +213,13 @@ class Detokenizer:
         if piece and certain == len(text):
             self._window = self._window[self._context :]
             self._context = len(self._window)
-            self._emitted = len(self._tokenizer.decode(self._window))
+            self._emitted = None
         return piece
 
     def flush(self) -> str:
         """Return the rest of the text, when no token will follow."""
+        if self._emitted is None:
+            return ""
         text = self._tokenizer.decode(self._window)
         piece = text[self._emitted :]
         self._emitted = len(text)

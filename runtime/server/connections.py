@@ -7,11 +7,14 @@ body, would keep its connection forever. Its protocol is therefore extended wher
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from belle_compile.runtime.server.context import offer_writer
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.middleware import ACCEPTED
 from belle_compile.runtime.server.service import Service
@@ -85,6 +88,7 @@ class Connection(HttpToolsProtocol):
         self.scope["state"][ACCEPTED] = not self._service.draining
         super().on_headers_complete()
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete] + [self.cycle]
+        offer_writer(cast(Scope, self.scope), partial(_write_part, self.cycle))
         if self._service.draining:
             self.close_after_response()
         if len(self.pipeline) > _MOST_PIPELINED:
@@ -165,3 +169,11 @@ class Connection(HttpToolsProtocol):
 
     def _count(self) -> None:
         self._service.metrics.connections = len(self.connections)
+
+
+def _write_part(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """Write a part of a body that is sent in chunks, as uvicorn's `send` does; the `BodyWriter` of a request."""
+    if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.transport.is_closing():
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True

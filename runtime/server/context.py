@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from starlette.types import Scope
 
-_KEY = "belle"  # in ASGI's `state`
+_KEY, _WRITER = "belle", "belle.writer"  # in ASGI's `state`
 _random = random.Random()
 
 
@@ -39,3 +39,22 @@ def context_of(scope: Scope) -> RequestContext:
     """Return the context of a request, which the first caller makes."""
     state = scope.setdefault("state", {})
     return cast(RequestContext, state.get(_KEY) or state.setdefault(_KEY, RequestContext()))
+
+
+class BodyWriter(Protocol):
+    """Writes a part of a response's body at once, past the layers between route and connection."""
+
+    def __call__(self, data: bytes) -> bool:
+        """Write data that is not empty; returns False, with nothing written, where it must be sent or dropped as usual: the
+        client reads too slowly or is gone."""
+        ...
+
+
+def offer_writer(scope: Scope, writer: BodyWriter) -> None:
+    """Let the route of a request write the body after it has sent the response's start, and before it sends the end."""
+    scope["state"][_WRITER] = writer
+
+
+def writer_of(scope: Scope) -> BodyWriter | None:
+    """Return what the connection offers; None where a server offers nothing, such as that of a test."""
+    return cast(BodyWriter | None, scope["state"].get(_WRITER))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -16,6 +16,7 @@ from belle_compile.runtime.serving.result_cache.options import CachePolicy
 from belle_compile.runtime.serving.scheduling import Scheduling
 from belle_compile.runtime.serving.streams import Answerer
 
+Shortcut = Callable[[int, Piece], bool]  # takes the piece of an answer, whose number it gets; returns whether it did
 Event = tuple[int, Piece | None]  # the number of an answer, and its next piece; None after the last
 
 
@@ -35,14 +36,15 @@ class AsyncStreams:
         scheduling: Scheduling | None = None,
     ) -> None:
         """Submit the requests, all before the next step."""
-        event_loop = asyncio.get_running_loop()
+        channel = handover.channel(asyncio.get_running_loop())
         self._engine = engine  # kept alive while the answers are read
         self._events: list[Event] = []
         self._reader: asyncio.Future[None] | None = None
+        self._shortcut: Shortcut | None = None
         self._read = [len(request.prompt) for request in requests]  # tokens of prompt and of the pieces that were read
         self._generations: list[Generation] = []
         for index, request in enumerate(requests):
-            put = partial(handover.put, event_loop, partial(self._put, index))
+            put = partial(channel.put, partial(self._put, index))
             self._generations.append(Generation(request, engine.tokenizer, put, partial(put, None)))
         try:
             engine.submit(self._generations, cache, scheduling, wait=False)
@@ -51,9 +53,20 @@ class AsyncStreams:
             raise
 
     def _put(self, index: int, piece: Piece | None) -> None:
-        self._events.append((index, piece))
-        if self._reader and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        if reader is None or reader.done():
+            self._events.append((index, piece))
+        elif piece is None or self._shortcut is None or not self._shortcut(index, piece):
+            self._events.append((index, piece))
+            reader.set_result(None)
+
+    def take_shortcut(self, shortcut: Shortcut) -> None:
+        """Let pieces be taken by a function, without a change of tasks, while the reader waits for the next one in `ready`.
+
+        The pieces that it declines go to the reader, as do all that come before the reader waits again, and the ends. It runs
+        on the event loop, between the functions of other answers, and must not raise.
+        """
+        self._shortcut = shortcut
 
     async def ready(self) -> list[Event]:
         """Wait for at least one piece or end, and return all that came since the last call."""

@@ -18,41 +18,59 @@ from belle_compile.runtime.serving.result_cache.options import CachePolicy
 from belle_compile.runtime.serving.scheduling import Scheduling
 from belle_compile.runtime.serving.streams import Answerer, PieceReader
 
-_Call = tuple[asyncio.AbstractEventLoop, Callable[[Any], None], Any]  # who calls a function, and its argument
+
+class Channel:
+    """Calls on their way to one event loop, in their order."""
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self.event_loop = event_loop
+        self._calls: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._scheduled = False  # whether the event loop is going to run those that wait
+
+    def put(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Let the event loop call `function(argument)`, after the next flush at the latest. Any thread may do so."""
+        self._calls.append((function, argument))
+
+    def flush(self) -> None:
+        """Wake the event loop for the calls that wait; raises RuntimeError where it is closed."""
+        if self._calls and not self._scheduled:
+            self._scheduled = True
+            self.event_loop.call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        """Run the calls that wait, on the event loop. What is put meanwhile is flushed by whoever puts it."""
+        self._scheduled = False  # before the calls are counted, so that none is put that nobody runs
+        for _ in range(len(self._calls)):
+            function, argument = self._calls.popleft()
+            function(argument)
 
 
 class Handover:
-    """Calls on their way to event loops, collected while a step runs.
+    """The channels to all event loops on which answers are read.
 
     `asyncio` takes a lock and writes to a pipe for each `call_soon_threadsafe`: one is made for all calls that an event loop
     gets from a step. Any thread may put calls, and flushes them afterwards. The step loop does so after each step.
     """
 
     def __init__(self) -> None:
-        self._calls: deque[_Call] = deque()
-        self._lock = threading.Lock()  # of `flush`, so that no later call reaches an event loop before an earlier one
+        self._channels: tuple[Channel, ...] = ()
+        self._lock = threading.Lock()  # of replacing the tuple
 
-    def put(self, event_loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
-        """Let an event loop call `function(argument)` after the next flush. Calls keep their order."""
-        self._calls.append((event_loop, function, argument))
+    def channel(self, event_loop: asyncio.AbstractEventLoop) -> Channel:
+        """Return the channel to an event loop."""
+        for channel in self._channels:
+            if channel.event_loop is event_loop:
+                return channel
+        with self._lock:  # only the event loop itself asks for its channel, so nobody else has made it by now
+            channel = Channel(event_loop)
+            self._channels = (*(other for other in self._channels if not other.event_loop.is_closed()), channel)
+        return channel
 
     def flush(self) -> None:
         """Give each event loop its calls. Those of an event loop that is closed are dropped: nobody waits there."""
-        if not self._calls:
-            return
-        with self._lock:
-            calls_of: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Any], None], Any]]] = {}
-            for _ in range(len(self._calls)):  # no other thread removes any
-                event_loop, function, argument = self._calls.popleft()
-                calls_of.setdefault(event_loop, []).append((function, argument))
-            for event_loop, calls in calls_of.items():
-                with contextlib.suppress(RuntimeError):
-                    event_loop.call_soon_threadsafe(_run_all, calls)
-
-
-def _run_all(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
-    for function, argument in calls:
-        function(argument)
+        for channel in self._channels:
+            with contextlib.suppress(RuntimeError):
+                channel.flush()
 
 
 class _Inbox:
@@ -105,7 +123,7 @@ class AsyncStream(PieceReader, AsyncIterator[str]):
         """Submit the request."""
         event_loop = asyncio.get_running_loop()
         self._inbox = _Inbox()
-        put = partial(handover.put, event_loop, self._inbox.put)
+        put = partial(handover.channel(event_loop).put, self._inbox.put)
         super().__init__(engine, Generation(request, engine.tokenizer, put, partial(put, None)))
         engine.submit([self._generation], cache, scheduling, wait=False)
 
@@ -153,7 +171,7 @@ async def generate_async(
     """
     event_loop = asyncio.get_running_loop()
     ended: asyncio.Queue[None] = asyncio.Queue()
-    on_end = partial(handover.put, event_loop, ended.put_nowait, None)
+    on_end = partial(handover.channel(event_loop).put, ended.put_nowait, None)
     generations = [Generation(request, engine.tokenizer, on_end=on_end) for request in requests]
     try:
         engine.submit(generations, cache, scheduling, wait=False)

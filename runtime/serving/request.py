@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any, cast
@@ -278,6 +279,8 @@ def encode(value: object) -> bytes:
         case str():
             text = value.encode("utf-8", "surrogatepass")
             return b"s%d:" % len(text) + text
+        case tuple() if set(map(type, value)) == {int}:  # the same bytes as below, quickly: prompts are long
+            return f"t{len(value)}:i{';i'.join(map(str, value))};".encode()
         case tuple():
             return b"t%d:" % len(value) + b"".join(map(encode, value))
         case Grammar():
@@ -286,7 +289,13 @@ def encode(value: object) -> bytes:
 
 
 def _named_fields(record: Request | EngineIdentity) -> tuple[tuple[str, object], ...]:
-    return tuple((field.name, getattr(record, field.name)) for field in fields(record))
+    kind: Any = type(record)
+    return tuple((name, getattr(record, name)) for name in _field_names(kind))
+
+
+@cache
+def _field_names(record: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record))
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -361,7 +370,7 @@ def _check_whole(name: str, value: Any, least: int, most: float, expected: str, 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _refusal(name: str, value: Any, expected: str) -> EngineError:

@@ -29,10 +29,10 @@ class Sampler:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._greedy = request.greedy
-        self._random = np.random.default_rng(_seed(request))
+        self._random = None if self._greedy else np.random.default_rng(_seed(request))
         self._bias_ids = np.array([token for token, _ in request.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in request.logit_bias], np.float32)
-        self._end_ids = np.unique(np.array(request.end_ids, np.int64))
+        self._end_ids = np.array(sorted(set(request.end_ids)), np.int64)
         self._seen = _Tokens(request.prompt) if request.repetition_penalty != 1 else None
         counts = request.frequency_penalty != 0 or request.presence_penalty != 0
         self._generated = _Counts() if counts else None
@@ -78,6 +78,7 @@ class Sampler:
             best = int(values.argmax())
             require_finite(values[best])
             return int(logits.tokens[best]) if isinstance(logits, Few) else best
+        assert self._random is not None, "an answer that is not greedy has random numbers"
         ids, weights = self.distribution(logits)
         cumulative = weights.astype(np.float64).cumsum()
         index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))

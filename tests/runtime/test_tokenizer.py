@@ -20,6 +20,7 @@ from tests.runtime.fakes import byte_tokenizer, sentencepiece_tokenizer, special
 
 BYTES = Tokenizer(byte_tokenizer(), special_tokens())
 SENTENCEPIECE = Tokenizer(sentencepiece_tokenizer(), special_tokens())
+SHORTCUTS = {byte_tokenizer: BYTES, sentencepiece_tokenizer: SENTENCEPIECE}
 TEXTS = st.text(alphabet=st.characters(exclude_characters="\ufffd", exclude_categories=("Cs",)), max_size=30)
 
 
@@ -60,6 +61,32 @@ def test_other_threads_run_while_a_long_text_is_encoded() -> None:
         time.sleep(0.001)
     thread.join()
     assert turns > 10, "the library held Python's lock"
+
+
+class WithoutShortcut(Tokenizer):
+    """Decodes every token with its neighbours."""
+
+    def settled_text(self, token: int) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
+@settings(deadline=None)
+@given(ids=st.lists(st.one_of(st.integers(0, 310), st.sampled_from([2, 13, 231, 192, 163, 259, 260, 261, 262])), max_size=40))
+def test_tokens_that_need_no_decoding_have_the_same_text(make: Callable[[], tokenizers.Tokenizer], ids: list[int]) -> None:
+    assert stream(SHORTCUTS[make], ids) == stream(WithoutShortcut(make(), special_tokens()), ids)
+
+
+def test_which_tokens_need_no_decoding() -> None:
+    named = {name: SENTENCEPIECE._tokenizer.token_to_id(name) for name in ("▁Hello", "▁", "好", "<0x41>", "</s>")}
+    assert {name: SENTENCEPIECE.settled_text(token) for name, token in named.items()} == {
+        "▁Hello": " Hello", "▁": " ", "好": "好", "<0x41>": None, "</s>": "",
+    }  # fmt: skip
+    (letter,) = BYTES.encode("x")
+    assert BYTES.settled_text(letter) == "x" and BYTES.settled_text(byte_ids("好")[0]) is None
+    other = byte_tokenizer()
+    other.decoder = tokenizers.decoders.WordPiece()
+    assert Tokenizer(other, special_tokens()).settled_text(letter) is None
 
 
 def test_a_panic_of_the_library_is_a_sentence() -> None:

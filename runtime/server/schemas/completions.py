@@ -26,7 +26,7 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
         return value
     prompts = value if isinstance(value[0], list) else [value]
     for place, prompt in enumerate(prompts):
-        if not isinstance(prompt, list) or not all(type(item) is int for item in prompt):
+        if not isinstance(prompt, list) or set(map(type, prompt)) - {int}:
             item = prompt if not isinstance(prompt, list) else next(item for item in prompt if type(item) is not int)
             raise wrong_type(f"{_KINDS}, prompt {place} has {kind_of(item)}")
     return prompts

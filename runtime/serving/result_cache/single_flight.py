@@ -36,10 +36,7 @@ class Flight:
     def on_token(self, token: int, logprob: TokenLogprob | None) -> None:
         """Give a token to the followers."""
         scored = (token, logprob)
-        with self._flights.section():
-            self.tokens.append(scored)
-            followers = self.followers
-        for follower in followers:
+        for follower in self._flights.add(self, scored):
             _replay(follower, [scored], self.leader)
 
     def on_end(self, finish_reason: FinishReason | None, error: BaseException | None) -> None:
@@ -72,6 +69,15 @@ class Flights:
                 yield
         finally:
             self._handle_leaving()
+
+    def add(self, flight: Flight, scored: Scored) -> tuple[Generation, ...]:
+        """Note a token of a flight; returns the members that are to be given it. Each token of each answer passes here, so this
+        is `section` without its cost."""
+        with self._lock:
+            flight.tokens.append(scored)
+            followers = flight.followers
+        self._handle_leaving()
+        return followers
 
     def enter(self, key: str, generation: Generation, storable: bool) -> Flight | None:
         """Join the flight of this key, or lead a new one. Returns the flight that was joined, which may have ended; None for a
