@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from belle_compile.compiler.cli import options, terminal
+from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import device_rows, engine_rows, generation_words, kernel_rows
 from belle_compile.compiler.units import size
 
@@ -62,8 +63,9 @@ def edit(engine: Path, generation: tuple[str, ...], as_json: bool) -> None:
 
 @click.command(short_help="Check an engine's digests and this host.")
 @options.engine
+@options.reporting()
 @options.as_json
-def verify(engine: Path, as_json: bool) -> None:
+def verify(engine: Path, run: Run, as_json: bool) -> None:
     """Check every digest of ENGINE, and that this host can run it.
 
     \b
@@ -73,7 +75,7 @@ def verify(engine: Path, as_json: bool) -> None:
     """
     from belle_compile.compiler import inspection
 
-    with terminal.progress_bars() as progress:
+    with run.following() as progress:
         verified = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
     content = f"{verified['files']} files, {size(verified['bytes'])}: all digests match"
     terminal.show(verified, [("engine", str(engine)), ("content", content), ("kernels here", verified["isa"])], as_json)
