@@ -122,10 +122,12 @@ def repartition(engine: Path, run: Run, as_json: bool, **request: Any) -> None:
       belle-compile repartition artifacts/belle-7b-cpu --target cpux2 -o artifacts/belle-7b-cpux2
       belle-compile repartition artifacts/belle-7b-cpux2 --target cpu -o artifacts/belle-7b-cpu
     """
+    from belle_compile.compiler import targets
     from belle_compile.compiler.engine_directory import check_output
     from belle_compile.runtime.artifact import read_manifest
 
     read_manifest(engine)
+    targets.resolve(request["target"])
     check_output(request["output"], force=request["force"])
     from belle_compile.compiler import inspection, repartition
 

@@ -76,6 +76,9 @@ def calibrate_set(file: Path, output: Path, selection: SelectOptions, run: Run, 
       belle-compile calibrate-set logs.jsonl.zst -o logs.set --field prompt --label kind --redact
       belle-compile calibrate-set requests.jsonl -o requests.set --tokenizer /models/BELLE-7B-2M --size 256 --seed 7
     """
+    from belle_compile.compiler.places import check_file
+
+    check_file("requests", file, "a file of requests")
     from belle_compile.compiler import requests
 
     with run.following() as progress:
