@@ -170,7 +170,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST_NAME
     if not path.is_file():
         remedy = "give the directory that belle-compile build wrote"
-        raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
+        found = f"no {MANIFEST_NAME}" if Path(directory).exists() else "nothing there"
+        raise EngineError(STAGE, f"{directory} is not an engine", found=found, remedy=remedy)
     try:
         plain = parse_json(path.read_bytes())
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PROGRAM = "belle-run"  # what its errors begin with
+
 
 class BelleError(Exception):
     """The user's input or host does not fit; the message is one sentence.

@@ -1,8 +1,10 @@
-"""The sentence for a command line that is wrong, for both programs."""
+"""What the command lines of both programs have in common: the sentence for a wrong one, and --version."""
 
 from __future__ import annotations
 
 import click
+
+from belle_compile import __version__
 
 
 def usage_sentence(error: click.ClickException, program: str) -> str:
@@ -15,3 +17,16 @@ def usage_sentence(error: click.ClickException, program: str) -> str:
     path: str = context.command_path if context is not None else program
     command = path.removeprefix(program).strip()
     return f"{program}: {command + ': ' if command else ''}{message.rstrip('.')}; see `{path} --help`."
+
+
+def version_option() -> click.Option:
+    """--version of a command below a program, which prints the version of the package and ends."""
+
+    def show(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given and not context.resilient_parsing:
+            click.echo(f"{context.command_path}, version {__version__}")
+            context.exit()
+
+    return click.Option(
+        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version and exit."
+    )

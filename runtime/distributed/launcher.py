@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
-from belle_compile.runtime.errors import EngineError, install
+from belle_compile.runtime.errors import PROGRAM, EngineError, install
 
 INTERRUPT = frozenset({signal.SIGINT})
 _TICK_S = 0.1
@@ -114,7 +114,7 @@ class Launcher:
                     self._end_all()
                     self._select.close()
         if self._error:
-            print(self._error, file=sys.stderr, flush=True)
+            print(f"{PROGRAM}: {self._error}", file=sys.stderr, flush=True)
             return code or 1
         return code
 
