@@ -17,10 +17,11 @@ from belle_compile.compiler.cli.engines import edit, inspect, targets, verify
 from belle_compile.compiler.cli.estimates import plan, sensitivity
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.runtime.errors import BelleError
-from belle_compile.runtime.usage import usage_sentence
+from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.usage import usage_sentence, version_option
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"auto_envvar_prefix": "BELLE", "help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name=terminal.NAME)
 def cli() -> None:
     """Compile BELLE checkpoints (BLOOM and LLaMA families) to engines for CPUs and NVIDIA GPUs.
@@ -33,10 +34,14 @@ def cli() -> None:
 
     A command that fails prints one sentence with the reason on stderr and exits with 1 (2 when the command line is wrong). Set
     BELLE_TRACEBACK=1 to see where in the code it failed.
+
+    Each option can be set in the environment, as BELLE_BUILD_TARGET=cpux2, and in a TOML file, as target = "cpux2" (--config).
+    The command line goes before the environment, and the environment before the file.
     """
 
 
 for _command in (build, calibrate_set, edit, inspect, plan, repartition, sensitivity, targets, verify):
+    _command.params += [config_option("options"), version_option()]
     cli.add_command(_command)
 
 

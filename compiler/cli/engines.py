@@ -80,8 +80,9 @@ def verify(engine: Path, run: Run, as_json: bool) -> None:
 
     with run.following() as progress:
         verified = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
+    host = f"can run it, with {verified['isa']}"
     content = f"{verified['files']} files, {size(verified['bytes'])}: all digests match"
-    terminal.show(verified, [("engine", str(engine)), ("content", content), ("kernels here", verified["isa"])], as_json)
+    terminal.show(verified, [("engine", str(engine)), ("content", content), ("this host", host)], as_json)
 
 
 @click.command(short_help="List the devices that engines are built for.")

@@ -22,9 +22,10 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.requests import SelectOptions
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS
-from belle_compile.runtime import host
+from belle_compile.runtime import artifact, host
 from tests.compiler.engines import write_engine
 from tests.parity.variants import VARIANTS
+from tests.runtime.fakes import make_directory
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_verify(capsys: pytest.CaptureFixture[str], engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
     status, out, _ = run(capsys, "verify", engine)
-    assert status == 0 and "all digests match" in out
+    assert status == 0 and "all digests match" in out and "can run it, with avx2" in out
     assert json.loads(run(capsys, "verify", engine, "--json")[1])["isa"] == "avx2"
 
 
@@ -109,6 +110,21 @@ def test_verify_on_a_host_that_is_too_old(
 ) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"sse2"}))
     assert "this host cannot run the engine" in fail(capsys, "verify", engine)
+
+
+def test_verify_of_an_engine_for_gpus_on_a_host_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = artifact.TargetInfo("a100-40g", "triton", ("sm_80",), artifact.Requirements("", ("sm_80",), 1 << 30))
+    engine = make_directory(tmp_path / "engine", {"tokenizer.json": b"{}"}, target=target)
+
+    def no_driver(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", no_driver)
+    error = fail(capsys, "verify", engine, "--quiet")
+    assert "this host cannot run the engine built for a100-40g: found no NVIDIA driver on this host (no libcuda.so.1)" in error
+    assert "expected an NVIDIA GPU and its driver; install NVIDIA's driver" in error
 
 
 def test_build_refuses_an_unknown_target_before_anything_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -302,6 +318,34 @@ def test_what_repartition_is_asked_for(
     assert (seen[0].backend, seen[0].force) == ("tvm", True)
 
 
+def test_every_command_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.cli.commands:
+        assert run(capsys, name, "--version")[1] == f"belle-compile {name}, version {belle_compile.__version__}\n"
+
+
+def test_options_from_the_environment_and_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[driver.BuildRequest] = []
+
+    def build(request: driver.BuildRequest) -> None:
+        seen.append(request)
+        raise CompileError("test", "seen")
+
+    monkeypatch.setattr(driver, "build", build)
+    file = tmp_path / "build.toml"
+    file.write_text('quant = "int8-accurate"\ntarget = "cpux2"\nisa = ["avx2"]\nno-gate = true\nquiet = true\n')
+    command = "build", ROOT, "-o", tmp_path / "new", "--config", file
+    fail(capsys, *command)
+    assert (seen[-1].quantization, seen[-1].target, seen[-1].isas, seen[-1].gate) == ("int8-accurate", "cpux2", ("avx2",), None)
+    monkeypatch.setenv("BELLE_BUILD_TARGET", "cpux4")
+    monkeypatch.setenv("BELLE_BUILD_QUANT", "none")
+    fail(capsys, *command, "--quant", "int8")
+    assert (seen[-1].quantization, seen[-1].target) == ("int8", "cpux4")
+    file.write_text("size-budget = true\n")
+    assert "size-budget in" in (error := run(capsys, *command)[2]) and "expected a number" in error
+
+
 def test_help_of_build_names_every_preset_and_method(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(run(capsys, "build", "--help")[1].replace("-\n", "-").split())
     for name, preset in PRESETS.items():
@@ -372,7 +416,7 @@ OPTIONS = {
 def test_options_are_these_and_no_more() -> None:
     for name, command in cli.cli.commands.items():
         options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
-        assert options == OPTIONS.get(name, set()) | {"--json"}
+        assert options == OPTIONS.get(name, set()) | {"--json", "--config", "--version"}
 
 
 def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
