@@ -31,6 +31,7 @@ def render(report: Report) -> str:
         manifest=manifest,
         version=manifest.toolchain.get("belle-compile", ""),
         summary=views.summary(report),
+        verdict=views.verdict(manifest),
         built=views.built(report),
         effects=views.effects(report.effects),
         unmeasured=report.effects.unmeasured,
