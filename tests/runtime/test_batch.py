@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_ctrl_c_keeps_the_answers_so_far(engine: Path, requests: Path, monkeypat
     async def interrupted(self: Engine, *arguments: Any, **named: Any) -> Any:
         started.append(1)
         if len(started) == 70:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return await generate(self, *arguments, **named)
 
     monkeypatch.setattr(Engine, "agenerate", interrupted)
