@@ -10,7 +10,6 @@ from belle_compile.compiler.report import views
 from belle_compile.compiler.report.data import Report
 from belle_compile.runtime.artifact import GenerationDefaults
 
-REPORT_NAME = "report.html"
 _TEMPLATE = "report.html.jinja"
 
 
