@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import click
 
 from belle_compile.runtime.cli.chat import Chat, pipe
-from belle_compile.runtime.cli.options import load_arguments, read_text, sampling_params
+from belle_compile.runtime.cli.options import Encoding, load_arguments, read_text, sampling_params
 from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.profiling import ProfileHandle
@@ -24,7 +24,7 @@ from belle_compile.runtime.serving.request import SamplingParams
 class Answer(Protocol):
     """Answers a prompt and shows the answer. Returns None where the user stopped it."""
 
-    def __call__(self, engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool) -> Result | None: ...
+    def __call__(self, engine: Engine, prompt: Prompt, params: SamplingParams, encoding: Encoding) -> Result | None: ...
 
 
 def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
@@ -33,6 +33,7 @@ def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
     if prompt == "-" or given["file"] is not None:
         prompt = read_text(given["file"], "prompt")
     system: list[Message] = [{"role": "system", "content": given["system"]}] if given["system"] is not None else []
+    encoding = Encoding(given["raw"], given["parse_special"])
     with Engine.load(directory, **load_arguments(given)) as engine:
         if given["self_test"]:
             self_test(engine)
@@ -40,11 +41,11 @@ def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
         show: Answer = partial(answer_json if given["as_json"] else answer_streamed, profiled=given["profile"])
         if prompt is not None:
             question: Prompt = [*system, {"role": "user", "content": prompt}] if system else prompt
-            show(engine, question, params, given["raw"])
+            show(engine, question, params, encoding)
         elif sys.stdin.isatty():
-            return Chat(engine, params, given["raw"], show, system).run()
+            return Chat(engine, params, encoding, show, system).run()
         else:
-            pipe(engine, params, given["raw"], show, system)
+            pipe(engine, params, encoding, show, system)
     return 0
 
 
@@ -57,11 +58,13 @@ def self_test(engine: Engine) -> None:
     click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
 
 
-def answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result | None:
+def answer_streamed(
+    engine: Engine, prompt: Prompt, params: SamplingParams, encoding: Encoding, *, profiled: bool
+) -> Result | None:
     """Print the answer as it is generated, and on stderr its speed and whether it was cut. Returns None after Ctrl-C at a
     terminal."""
     stream: Stream
-    with _profile(engine, profiled) as profile, engine.stream(prompt, params, raw=raw) as stream:
+    with _profile(engine, profiled) as profile, engine.stream(prompt, params, **encoding._asdict()) as stream:
         try:
             for piece in stream:
                 click.echo(piece, nl=False)
@@ -84,10 +87,10 @@ def answer_streamed(engine: Engine, prompt: Prompt, params: SamplingParams, raw:
     return result
 
 
-def answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, raw: bool, *, profiled: bool) -> Result:
+def answer_json(engine: Engine, prompt: Prompt, params: SamplingParams, encoding: Encoding, *, profiled: bool) -> Result:
     """Print the answer as one line of JSON."""
     with _profile(engine, profiled) as profile:
-        (result,) = engine.generate([prompt], params, raw=raw)
+        (result,) = engine.generate([prompt], params, **encoding._asdict())
     plain = dataclasses.asdict(result)
     plain["timings"]["load_s"] = engine.load_s
     if profile.result:

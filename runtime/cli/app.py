@@ -16,6 +16,7 @@ from belle_compile.runtime.cli import options
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.errors import PROGRAM
 from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.standard_streams import standard_streams
 from belle_compile.runtime.usage import usage_sentence
 
 EXAMPLES = """
@@ -59,7 +60,8 @@ class _Command(click.Command):
         """Run the command line and exit: 1 with one sentence on stderr, 2 for wrong usage, 130 after Ctrl-C."""
         extra.pop("standalone_mode", None)
         try:
-            sys.exit(super().main(args, PROGRAM, standalone_mode=False, **extra) or 0)
+            with standard_streams(PROGRAM):
+                sys.exit(super().main(args, PROGRAM, standalone_mode=False, **extra) or 0)
         except click.ClickException as error:
             click.echo(usage_sentence(error, PROGRAM), err=True)
             sys.exit(error.exit_code)
@@ -90,7 +92,7 @@ class _Command(click.Command):
 @options.system
 @options.sampling
 @click.option("--logprobs", type=int, metavar="N", help="With --json: log probabilities, and N alternatives a token.")
-@options.raw
+@options.encoding
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
 @options.loading

@@ -64,7 +64,7 @@ def command() -> click.Command:
 @click.option("--force", is_flag=True, help="Begin OUT anew, instead of going on where an earlier run ended.")
 @options.system
 @options.sampling
-@options.raw
+@options.encoding
 @options.loading
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
 def _batch(engine: Path, requests: Path, output: Path, force: bool, **given: Any) -> None:
@@ -94,8 +94,9 @@ def _answer_all(directory: Path, requests: Path, output: Path, force: bool, give
 
     params = options.sampling_params(given)
     with Engine.load(directory, **options.load_arguments(given)) as engine:
-        settings = [engine.manifest.digest, repr(params), given["system"], given["raw"]]
-        run = _Run(engine, requests, params, given["system"], given["raw"], json.dumps(settings))
+        encoding = options.Encoding(given["raw"], given["parse_special"])
+        settings = [engine.manifest.digest, repr(params), given["system"], *encoding]
+        run = _Run(engine, requests, params, given["system"], encoding, json.dumps(settings))
         with Answers(output, run.key, requests, force) as answers:
             try:
                 asyncio.run(run.answer(answers, not given["quiet"]))
@@ -114,9 +115,15 @@ class _Run:
     """The requests of a file, and how they are answered. `settings` is what answers depend on besides their line."""
 
     def __init__(
-        self, engine: Engine, requests: Path, params: SamplingParams, system: str | None, raw: bool, settings: str
+        self,
+        engine: Engine,
+        requests: Path,
+        params: SamplingParams,
+        system: str | None,
+        encoding: options.Encoding,
+        settings: str,
     ) -> None:
-        self._engine, self._requests, self._params, self._raw = engine, requests, params, raw
+        self._engine, self._requests, self._params, self._encoding = engine, requests, params, encoding
         self._system, self._settings = system, settings.encode()
 
     def key(self, line: bytes) -> str:
@@ -153,15 +160,14 @@ class _Run:
         try:
             request = _parse(line)
             identity = {"id": request["id"]} if "id" in request else {}
-            prompt, raw = self._prompt(request)
-            (result,) = await self._engine.agenerate([prompt], self._params_of(request), raw=raw)
+            prompt, params = self._prompt(request), self._params_of(request)
+            (result,) = await self._engine.agenerate([prompt], params, **self._encoding._asdict())
         except BelleError as error:
             return identity | {"error": error.to_plain()}
         counts = {"prompt_tokens": len(result.prompt_token_ids), "generated_tokens": len(result.token_ids)}
         return identity | {"text": result.text, "finish_reason": result.finish_reason} | counts
 
-    def _prompt(self, request: Mapping[str, Any]) -> tuple[Prompt, bool]:
-        """The prompt of a request, and whether it goes without the template."""
+    def _prompt(self, request: Mapping[str, Any]) -> Prompt:
         given = [name for name in ("prompt", "messages", "token_ids") if name in request]
         if len(given) != 1:
             expected = 'one of "prompt", "messages" and "token_ids"'
@@ -171,10 +177,11 @@ class _Run:
             expected = "a text" if given[0] == "prompt" else "a list"
             raise EngineError(STAGE, given[0], found=type(value).__name__, expected=expected)
         system = request.get("system", self._system)
-        if given[0] == "token_ids" or self._raw or system is None:
-            return value, self._raw
+        if given[0] == "token_ids" or self._encoding.raw or system is None:
+            prompt: Prompt = value
+            return prompt
         messages = [{"role": "user", "content": value}] if given[0] == "prompt" else value
-        return [{"role": "system", "content": system}, *messages], False
+        return [{"role": "system", "content": system}, *messages]
 
     def _params_of(self, request: Mapping[str, Any]) -> SamplingParams:
         names = {field.name for field in dataclasses.fields(self._params)} - {"grammar", "n", "logprobs", "prompt_logprobs"}

@@ -12,12 +12,13 @@ from typing import Any
 
 import click
 
+from belle_compile.runtime.cli.options import Encoding
 from belle_compile.runtime.engine import Engine, Prompt, Result
 from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.prompt import Message
 from belle_compile.runtime.serving.request import SamplingParams
 
-Show = Callable[[Engine, Prompt, SamplingParams, bool], Result | None]  # see `answers.Answer`
+Show = Callable[[Engine, Prompt, SamplingParams, Encoding], Result | None]  # see `answers.Answer`
 
 _BLOCK = '"""'  # begins and ends a turn of several lines
 _WHOLE, _REAL = ("top_k", "seed", "max_new_tokens", "min_tokens", "prompt_lookup"), (
@@ -34,10 +35,12 @@ A turn of several lines begins and ends with \"\"\", or is pasted. A turn that b
 
 
 class Conversation:
-    """The turns of a chat, which each prompt holds. With `raw` a prompt is the turn alone."""
+    """The turns of a chat, which each prompt holds. A raw prompt is the turn alone."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, raw: bool, show: Show, system: Sequence[Message]) -> None:
-        self.engine, self.params, self._raw, self._show = engine, params, raw, show
+    def __init__(
+        self, engine: Engine, params: SamplingParams, encoding: Encoding, show: Show, system: Sequence[Message]
+    ) -> None:
+        self.engine, self.params, self._encoding, self._show = engine, params, encoding, show
         self.system, self.turns = list(system), list[Message]()
 
     @property
@@ -47,23 +50,23 @@ class Conversation:
     def ask(self, text: str) -> Result | None:
         """Answer a turn, and remember both. An answer that the user stopped is forgotten with its question."""
         question: Message = {"role": "user", "content": text}
-        prompt: Prompt = text if self._raw else [*self.messages, question]
-        result = self._show(self.engine, prompt, self._fitted(prompt), self._raw)
+        prompt: Prompt = text if self._encoding.raw else [*self.messages, question]
+        result = self._show(self.engine, prompt, self._fitted(prompt), self._encoding)
         if result is not None:
             self.turns += [question, {"role": "assistant", "content": result.text.strip()}]
         return result
 
     def _fitted(self, prompt: Prompt) -> SamplingParams:
         """The parameters with `max_new_tokens` cut to the room that the chat so far leaves."""
-        room = self.engine.max_context - len(self.engine.encode(prompt, raw=self._raw))
+        room = self.engine.max_context - len(self.engine.encode(prompt, **self._encoding._asdict()))
         if self.params.max_new_tokens is None or self.params.max_new_tokens <= room or room < 1:
             return self.params  # with no room at all, the engine says so
         return dataclasses.replace(self.params, max_new_tokens=room)
 
 
-def pipe(engine: Engine, params: SamplingParams, raw: bool, show: Show, system: Sequence[Message]) -> None:
+def pipe(engine: Engine, params: SamplingParams, encoding: Encoding, show: Show, system: Sequence[Message]) -> None:
     """Answer each line of stdin that is not empty as a turn of one chat, up to /exit or the end; /reset begins a new one."""
-    conversation = Conversation(engine, params, raw, show, system)
+    conversation = Conversation(engine, params, encoding, show, system)
     while line := sys.stdin.readline():
         match line.strip():
             case "/reset" | "/clear":
@@ -79,8 +82,10 @@ def pipe(engine: Engine, params: SamplingParams, raw: bool, show: Show, system: 
 class Chat:
     """A chat at a terminal."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, raw: bool, show: Show, system: Sequence[Message]) -> None:
-        self._conversation = Conversation(engine, params, raw, show, system)
+    def __init__(
+        self, engine: Engine, params: SamplingParams, encoding: Encoding, show: Show, system: Sequence[Message]
+    ) -> None:
+        self._conversation = Conversation(engine, params, encoding, show, system)
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(_HELP),
             "/clear": self._clear,

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from belle_compile.runtime.serving.grammar.source import Grammar
     from belle_compile.runtime.serving.request import SamplingParams
 
+
+class Encoding(NamedTuple):
+    """How prompts become tokens; the arguments of the engine's methods."""
+
+    raw: bool
+    parse_special: bool | None
+
+
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
@@ -24,7 +32,6 @@ PATH = click.Path(path_type=Path)
 
 engine = click.argument("engine", type=PATH)
 system = click.option("--system", metavar="TEXT", help="The system message of the chat, if the engine's template has one.")
-raw = click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template.")
 
 
 def _together(*parameters: Decorator) -> Decorator:
@@ -36,6 +43,13 @@ def _together(*parameters: Decorator) -> Decorator:
     return decorate
 
 
+encoding = _together(
+    click.option("--raw", is_flag=True, help="Take the prompt as it is, without the engine's prompt template."),
+    click.option(
+        "--parse-special/--no-parse-special", default=None,
+        help="Take names of special tokens in the prompt as these tokens.  [default: only with --raw]",
+    ),
+)  # fmt: skip
 sampling = _together(
     click.option("--temperature", type=float, help="0 takes the most likely token."),
     click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0 is off."),
