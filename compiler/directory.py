@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,6 +20,7 @@ from belle_compile.compiler.errors import CompileError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_BEGUN: Counter[Path] = Counter()  # the directories that this process began for each output
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -26,10 +28,10 @@ class AtomicDirectory:
     """A directory under construction: `with AtomicDirectory(out) as directory:` write below `directory.path`, then
     `directory.commit()`.
 
-    The content grows in the sibling `.NAME.building-<pid>`, which `commit` renames to `out`. Leaving the block without
-    `commit`, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A lock on the sibling `.NAME.lock` keeps a second build
-    away from the same output. A build that holds the lock removes every `.NAME.building-*`, which only a killed build can have
-    left.
+    The content grows in the sibling `.NAME.building-<pid>`, with a number behind it where this process has made `out` before;
+    `commit` renames it to `out`. Leaving the block without `commit`, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes it. A
+    lock on the sibling `.NAME.lock` keeps a second build away from the same output. A build that holds the lock removes every
+    `.NAME.building-*`, which only a killed build can have left.
 
     An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`. A
     link to a directory stands for that directory. `needed` is an estimate in bytes, checked against the free space before
@@ -48,7 +50,9 @@ class AtomicDirectory:
         marker: str = "manifest.json",
     ) -> None:
         self.out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
-        self.path = self.out.parent / f".{self.out.name}.building-{os.getpid()}"
+        # A path of its own for each: the loader takes a library at a path for the one that it has loaded from there before.
+        again = f"-{number}" if (number := _BEGUN[self.out]) else ""
+        self.path = self.out.parent / f".{self.out.name}.building-{os.getpid()}{again}"
         self._aside = self.out.parent / f".{self.out.name}.replaced"
         self._lock_path = self.out.parent / f".{self.out.name}.lock"
         self._replace, self._replaceable, self._needed = replace, replaceable, needed
@@ -62,12 +66,13 @@ class AtomicDirectory:
     def __enter__(self) -> AtomicDirectory:
         self._catch_signals()
         try:
-            self._check_output()
+            self.check_output()
             self._make_parents()
             self._take_lock()
             self._remove_leftovers()
-            self._check_output()
+            self.check_output()
             self.check_space(self._needed)
+            _BEGUN[self.out] += 1
             self.path.mkdir(mode=0o755)
             self.path.chmod(0o755)  # the engine's permissions do not depend on the umask
         except BaseException as error:
@@ -102,7 +107,7 @@ class AtomicDirectory:
     def commit(self) -> None:
         """Move the content to `out`, replacing an existing directory, synced so that it survives a power failure."""
         self._raise_if_stopped()
-        self._check_output()
+        self.check_output()
         try:
             for folder, _, _ in os.walk(self.path):
                 _sync(Path(folder))
@@ -116,7 +121,8 @@ class AtomicDirectory:
         except OSError as error:
             raise self.explain(error) from error
 
-    def _check_output(self) -> None:
+    def check_output(self) -> None:
+        """Raise CompileError where `out` exists and may not be replaced."""
         if not os.path.lexists(self.out):
             return
         if not self._replace:
@@ -165,7 +171,7 @@ class AtomicDirectory:
     def _remove_leftovers(self) -> None:
         if self._aside.exists() and not self.out.exists():
             os.rename(self._aside, self.out)  # a build was killed between the renames of _exchange
-        building = re.compile(re.escape(f".{self.out.name}.building-") + r"\d+")
+        building = re.compile(re.escape(f".{self.out.name}.building-") + r"\d+(-\d+)?")
         for folder in self.out.parent.iterdir():
             if folder == self._aside or building.fullmatch(folder.name):
                 _remove(folder)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.compiler import backends, layers, targets
-from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Payload
+from belle_compile.compiler import layers
+from belle_compile.compiler.accuracy import Accuracy
+from belle_compile.compiler.backends import CompileOptions, Footprint, Payload
 from belle_compile.compiler.backends.base import FIXED_BYTES
+from belle_compile.compiler.build_request import BuildRequest, Job, resolve
 from belle_compile.compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
-from belle_compile.compiler.devices import Target
-from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
-from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.golden import golden_answers
 from belle_compile.compiler.ir.lazy import describe
 from belle_compile.compiler.ir.text import to_onnx
-from belle_compile.compiler.kv_types import AUTO, KV_TYPES
+from belle_compile.compiler.judging import accuracy_of
+from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.layers import Unquantized
 from belle_compile.compiler.manifests import pass_records, target_info, toolchain
 from belle_compile.compiler.report import (
@@ -40,11 +38,12 @@ from belle_compile.compiler.report import (
     render,
 )
 from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
+from belle_compile.compiler.work_folder import keep_report, work_folder
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
 from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
-from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, manifest_words, recipe_of
+from belle_compile.passes.presets import Recipe, manifest_words
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
 from belle_compile.runtime.selftest import SELF_TEST_NAME
 
@@ -54,72 +53,9 @@ if TYPE_CHECKING:
     from belle_compile.passes.base import Pass
     from belle_compile.passes.pipeline import OnPass
 
+__all__ = ["BuildRequest", "build"]
+
 _WORST = 5  # layers that the gate's error names
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """The arguments of a build: what to compile, for which target, and to which directory.
-
-    Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
-    preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
-    the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
-    replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
-    compiler does not know, count as absent. `generation` changes the generation defaults (see `changed_defaults`). `tune`
-    measures on this host which kernel variants suit this model's shapes, which takes minutes and may differ from one build to
-    the next.
-
-    Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
-    engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
-    without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
-    weights have grown by that factor.
-
-    Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
-    report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is
-    called with (stage, done, total) during the build, with total 0 for a stage of unknown length. `on_weight` is called with
-    one line for each weight before the weights are written, see `ir.lazy.describe`.
-    """
-
-    checkpoint: str | Path
-    output: Path
-    target: str = "cpu"
-    quantization: str = DEFAULT_PRESET
-    methods: tuple[str, ...] | None = None
-    kv_cache: str = AUTO
-    backend: str | None = None
-    isas: tuple[str, ...] = ()
-    template: str | None = None
-    ignored_config_keys: tuple[str, ...] = ()
-    generation: tuple[str, ...] = ()
-    dump_ir: Path | None = None
-    force: bool = False
-    tune: bool = False
-    calibration: Path | None = None
-    raw_requests: bool = False
-    size_budget: float = 1.0
-    gate: Gate | None = DEFAULT_GATE
-    drift: bool | None = None
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-    on_weight: Callable[[str], None] | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request, with the target, the backend and the recipe that its names stand for. `applied` is the recipe with
-    only those methods that this build applies."""
-
-    request: BuildRequest
-    target: Target
-    backend: Backend
-    recipe: Recipe
-    applied: Recipe
-
-    def progress(self, stage: str) -> Callable[[int, int], None]:
-        """The callback with which a stage reports (done, total)."""
-        return lambda done, total: self.request.on_progress(stage, done, total)
-
-    def begin(self, stage: str) -> None:
-        self.progress(stage)(0, 0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +88,7 @@ def build(request: BuildRequest) -> Path:
     the same bytes, except for the choices of `tune`, and for results of calibration and drift that were computed on another
     kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
-    job = _resolve(request)
+    job = resolve(request)
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         job.begin("open")
         source = _open(job, writer)
@@ -162,13 +98,13 @@ def build(request: BuildRequest) -> Path:
 
         job.begin("optimize")
         data = _calibration_data(job, source.calibration, digests, folder)
-        keep = _kept(job, planned, source.calibration, folder)
+        keep = _kept(job, planned, source.calibration, data)
         observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
         optimized = _optimize(job, source.graph, passes_of(job.recipe, data, keep, job.target.ranks), observer)
 
         job.begin("compile")
         tune = job.progress("tune") if request.tune else None
-        options = CompileOptions(request.kv_cache, optimized.unfused_calls, tune)
+        options = CompileOptions(request.kv_cache, optimized.unfused_calls, tune, job.progress("compile"))
         payloads = job.backend.compile(optimized.ranks, job.target, options)
 
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
@@ -179,18 +115,26 @@ def build(request: BuildRequest) -> Path:
         write_ranks(writer, payloads, job.progress("weights"))
 
         manifest = _manifest(job, source, model, optimized.records, payloads)
-        damage = _damage(source.calibration, optimized.unquantized, folder)
-        manifest = _judged(job, writer, manifest, source, damage, folder)
+        damage = _damage(job, source.calibration, optimized.unquantized, folder)
+        coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
+        memory, ranks = memory_of_ranks(payloads)
+
+        def report() -> bytes:
+            return render(Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)).encode()
+
+        if (accuracy := _accuracy(job, writer, manifest, source, folder)) is not None:
+            assert request.gate is not None, "only a gate measures"
+            manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
+            if misses := request.gate.misses(accuracy):
+                kept = keep_report(folder / REPORT_NAME, report())
+                worst = [layer.name for layer in damage[:_WORST]]
+                raise request.gate.missed(accuracy, misses, worst, request.size_budget, kept)
 
         job.begin("self-test")
         kv_type = payloads[0].footprint.kv.dtype
         golden = golden_answers(writer.draft(manifest), manifest, job.backend, optimized.ranks, kv_type)
         writer.write(SELF_TEST_NAME, golden.to_text().encode())
-
-        coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
-        memory, ranks = memory_of_ranks(payloads)
-        report = Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)
-        writer.write(REPORT_NAME, render(report).encode())
+        writer.write(REPORT_NAME, report())
         return writer.finish(manifest)
 
 
@@ -203,35 +147,7 @@ def _describe_weights(ranks: Sequence[ir.Model], on_weight: Callable[[str], None
                 on_weight(prefix + describe(value.const_value))
 
 
-@contextmanager
-def work_folder(output: Path) -> Iterator[Path]:
-    """The folder beside `output` that holds intermediate results of calibration. It is removed when the build ends or fails;
-    after Ctrl-C or a kill it stays, and the next build of `output` continues from it."""
-    folder = output.parent / f".{output.name}.calibration"
-    try:
-        yield folder
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _resolve(request: BuildRequest) -> _Job:
-    """Look up the names in the request; raises CompileError for everything that can be refused without the checkpoint."""
-    target, backend = targets.choose(request.target, request.backend, request.isas)
-    recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
-    applied = recipe.applied(calibrated=request.calibration is not None)
-    backends.check(backend, target, applied)
-    backends.check_kv_cache(backend, request.kv_cache)
-    if request.tune and (reason := backend.tuning_refusal(target)):
-        raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
-    if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
-        found, remedy = "no requests to rank layers by", "give some with --calibration"
-        raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
-    return _Job(request, target, backend, recipe, applied)
-
-
-def _open(job: _Job, writer: EngineWriter) -> _Source:
+def _open(job: Job, writer: EngineWriter) -> _Source:
     request = job.request
     checkpoint = open_checkpoint(
         request.checkpoint,
@@ -246,7 +162,7 @@ def _open(job: _Job, writer: EngineWriter) -> _Source:
     return _Source(checkpoint, calibration, build_graph(checkpoint))
 
 
-def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
+def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
     """Raise CompileError, before anything takes long, if the model exceeds the target's memory or cannot be divided among the
     ranks. Only passes that need no requests are run for that. Returns the graph before its linears are quantized, None if they
     are not."""
@@ -263,7 +179,7 @@ def _plan(job: _Job, graph: ir.Model) -> Unquantized | None:
 
 
 def _calibration_data(
-    job: _Job, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
+    job: Job, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
 ) -> CalibrationData | None:
     """The requests for the passes that calibrate, with the digests by which a continued build recognizes their results."""
     if calibration is None:
@@ -273,15 +189,17 @@ def _calibration_data(
     return CalibrationData(sequences, calibration.digest, source, folder, job.progress("calibrate"))
 
 
-def _kept(job: _Job, planned: Unquantized | None, calibration: Calibration | None, folder: Path) -> tuple[str, ...]:
+def _kept(
+    job: Job, planned: Unquantized | None, calibration: Calibration | None, data: CalibrationData | None
+) -> tuple[str, ...]:
     """The names of the linears that stay float32 within the size budget."""
     if job.request.size_budget <= 1:
         return ()
-    assert planned is not None and calibration is not None, "_resolve refuses a size budget without them"
-    return layers.kept(planned, job.request.size_budget, calibration, folder / "layers", job.request.on_progress)
+    assert planned and calibration and data, "resolve refuses a size budget without them"
+    return layers.kept(planned, job.request.size_budget, calibration, data, job.request.on_progress)
 
 
-def _optimize(job: _Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:
+def _optimize(job: Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:
     ranks = job.target.ranks
     before, fusions = carried(passes, job.backend, job.applied)
     stages = _Stages(before, job.recipe, effects.observe)
@@ -312,25 +230,19 @@ class _Stages:
         return Unquantized(self.observer.after(self._linears.before[-1]), self._linears)
 
 
-def _damage(calibration: Calibration | None, unquantized: Unquantized | None, folder: Path) -> list[LayerDamage]:
+def _damage(job: Job, calibration: Calibration | None, unquantized: Unquantized | None, folder: Path) -> list[LayerDamage]:
     """The linears by the error that quantization causes in their outputs; empty without requests or without quantization."""
     if calibration is None or unquantized is None:
         return []
-    return layers.errors(unquantized, calibration, folder / "layers")
+    return layers.errors(unquantized, calibration, folder / "layers", job.progress("errors"))
 
 
-def _judged(
-    job: _Job, writer: EngineWriter, manifest: Manifest, source: _Source, damage: Sequence[LayerDamage], folder: Path
-) -> Manifest:
-    """The manifest with the accuracy that the gate measured; raises CompileError where the engine misses a limit."""
-    gate = job.request.gate
-    if source.calibration is None or gate is None:
-        return manifest
-    accuracy = gate.judge(
-        writer.draft(manifest), job.target.ranks, source.graph, source.calibration.holdout, folder / "gate",
-        worst=[layer.name for layer in damage[:_WORST]], on_progress=job.progress("gate"),
-    )  # fmt: skip
-    return replace(manifest, accuracy=accuracy.to_plain() | {"limits": gate.to_plain()})
+def _accuracy(job: Job, writer: EngineWriter, manifest: Manifest, source: _Source, folder: Path) -> Accuracy | None:
+    """The accuracy of the engine on the held-out requests; None without requests or without a gate."""
+    if source.calibration is None or job.request.gate is None:
+        return None
+    holdout, progress = source.calibration.holdout, job.progress("gate")
+    return accuracy_of(writer.draft(manifest), job.target.ranks, source.graph, holdout, folder / "gate", progress)
 
 
 def _coverage(request: BuildRequest, calibration: Calibration | None, vocabulary: int) -> dict[str, Any] | None:
@@ -360,7 +272,7 @@ def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str])
 
 
 def _manifest(
-    job: _Job, source: _Source, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
+    job: Job, source: _Source, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
 ) -> Manifest:
     first, checkpoint = payloads[0], source.checkpoint
     notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())

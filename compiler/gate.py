@@ -1,19 +1,17 @@
-"""The accuracy that an engine must keep, and the error of a build whose engine does not."""
+"""The limits of the accuracy gate, and the error of a build whose engine misses one. `compiler.judging` runs the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
-from belle_compile.compiler.accuracy import Accuracy, Sample, measure
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ranked_engine import RankedEngine
-from belle_compile.runtime.engine import Engine
-from belle_compile.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from belle_compile.compiler.accuracy import Accuracy
+
+FEW_REQUESTS = 32  # with fewer held-out requests, the error of a missed limit says that they are few
 
 
 @dataclass(frozen=True)
@@ -37,45 +35,31 @@ class Gate:
         ]  # fmt: skip
         return [(found, expected) for missed, found, expected in judged if missed]
 
-    def judge(
-        self,
-        directory: Path,
-        ranks: int,
-        model: ir.Model,
-        holdout: Sequence[Sample],
-        folder: Path,
-        worst: list[str],
-        on_progress: Callable[[int, int], None],
-    ) -> Accuracy:
-        """Run the held-out requests through the engine on `ranks` ranks and through the unquantized model, and compare.
-
-        Raises CompileError if a limit is missed, naming the `worst` layers, or if the engine cannot run on this host."""
-        try:
-            engine = Engine.load(directory) if ranks == 1 else RankedEngine(directory, ranks)
-        except EngineError as error:
-            raise CompileError(
-                "gate", "the engine cannot run on this host", found=str(error).removesuffix("."),
-                remedy="build where it can, or with --no-gate",
-            ) from error  # fmt: skip
-        with engine:
-            accuracy = measure(engine, model, holdout, folder, on_progress=on_progress)
-        if misses := self.misses(accuracy):
-            raise self._missed(accuracy, misses, worst)
-        return accuracy
-
-    def _missed(self, accuracy: Accuracy, misses: list[tuple[str, str]], worst: list[str]) -> CompileError:
-        look = f"look at {', '.join(worst)}; " if worst else ""
-        return CompileError(
-            "gate",
-            f"the engine is too far from the unquantized model over {accuracy.requests} held-out requests",
-            found=", ".join(found for found, _ in misses),
-            expected=", ".join(expected for _, expected in misses),
-            remedy=f"{look}build with --quant int8-accurate, or with more calibration requests, or set other limits",
-        )
-
     def to_plain(self) -> dict[str, Any]:
         """The limits as the manifest holds them."""
         return dict(vars(self))
+
+    def missed(
+        self, accuracy: Accuracy, misses: Sequence[tuple[str, str]], worst: Sequence[str], size_budget: float, kept: str
+    ) -> CompileError:
+        """The error of a build whose engine misses limits. `worst` are the layers that quantization hurts most, `kept` says in
+        words what stays of the build."""
+        few = ", which are few" if accuracy.requests < FEW_REQUESTS else ""
+        more = f" above {size_budget:g}" if size_budget > 1 else " 1.2"
+        ways = [
+            f"keep the layers that INT8 hurts most float32 with --size-budget{more}",
+            "build with --quant int8-accurate",
+            "give more requests to calibrate with" + (" and to hold out" if few else ""),
+            "set other limits with --max-ppl-ratio, --min-top1 or --min-accuracy-kept",
+        ]
+        look = f"look at {', '.join(worst)}; " if worst else ""
+        return CompileError(
+            "gate",
+            f"the engine is too far from the unquantized model over {accuracy.requests} held-out requests{few}",
+            found=", ".join(found for found, _ in misses),
+            expected=", ".join(expected for _, expected in misses),
+            remedy=f"{look}{', '.join(ways[:-1])}, or {ways[-1]}; {kept}",
+        )
 
 
 DEFAULT_GATE = Gate()

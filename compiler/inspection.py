@@ -45,11 +45,10 @@ def verify(directory: str | Path, progress: artifact.Progress | None = None) -> 
     """Check all digests, then that this host can run the engine; raises EngineError for the first check that fails."""
     manifest = artifact.read_manifest(directory)
     artifact.verify_files(directory, manifest, full=True, progress=progress)
-    executor = executor_of(manifest)
-    executor.check_host(manifest.target)
+    isa = executor_of(manifest).try_host(manifest.target)
     return {
         "engine": str(directory),
         "files": len(manifest.files),
         "bytes": sum(record.bytes for record in manifest.files.values()),
-        "isa": next(iter(executor.usable_isas(manifest.target)), ""),
+        "isa": isa,
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +15,10 @@ from belle_compile.compiler.calibration import Calibration, read_calibration
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
+from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
+from belle_compile.passes.calibration.work import Work
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import DEFAULT_PRESET, find_preset
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
@@ -56,15 +61,9 @@ def rank(
     linears = before_linears(passes_of(recipe))
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
-        if not alone:
-            return output_errors(graph, sequences, Path(name), bits=linears.bits, scheme=linears.scheme)
-        return damage_alone(
-            graph,
-            sequences,
-            Path(name),
-            bits=linears.bits,
-            scheme=linears.scheme,
-            on_progress=lambda done, total: on_progress("layers", done, total),
+        measure = damage_alone if alone else output_errors
+        return measure(
+            graph, sequences, Path(name), bits=linears.bits, scheme=linears.scheme, on_progress=partial(on_progress, "layers")
         )
 
 
@@ -104,18 +103,12 @@ class Unquantized(NamedTuple):
 
 
 def kept(
-    model: Unquantized, size_budget: float, calibration: Calibration, folder: Path, on_progress: Progress
+    model: Unquantized, size_budget: float, calibration: Calibration, data: CalibrationData, on_progress: Progress
 ) -> tuple[str, ...]:
     """The sorted names of the linears that stay float32 within the size budget: those with the greatest damage for each weight.
-    The damage is that to the predictions where the model is small enough to try each linear, else the error of its outputs."""
-    graph, linears = model
-    parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
-    sequences = _first_tokens(calibration, _RANKED_TOKENS)
-    if parameters <= _TRIED_PARAMETERS:
-        layers = damage_alone(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme,
-                              on_progress=lambda done, total: on_progress("layers", done, total))  # fmt: skip
-    else:
-        layers = output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)
+    The damage is that to the predictions where the model is small enough to try each linear, else the error of its outputs.
+    The ranking is stored in the data's folder, so that a build with another budget reads it."""
+    layers = _stored_ranking(model, calibration, data, on_progress)
     spare_bytes = (size_budget - 1) * sum(layer.weights for layer in layers)
     names = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
@@ -125,8 +118,37 @@ def kept(
     return tuple(sorted(names))
 
 
-def errors(model: Unquantized, calibration: Calibration, folder: Path) -> list[LayerDamage]:
+def _stored_ranking(
+    model: Unquantized, calibration: Calibration, data: CalibrationData, on_progress: Progress
+) -> list[LayerDamage]:
+    graph, linears = model
+    options = {"bits": linears.bits, "scheme": str(linears.scheme), "tokens": _RANKED_TOKENS}
+    work = Work(data.folder / "ranking", data.key(graph, options))
+    file = work.file("layers", ".json")
+    if not work.done:
+        layers = _ranking(model, calibration, data.folder / "layers", on_progress)
+        file.write_text(json.dumps([asdict(layer) for layer in layers]), encoding="utf-8")
+        work.finish(0)
+    return [LayerDamage(**layer) for layer in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _ranking(model: Unquantized, calibration: Calibration, folder: Path, on_progress: Progress) -> list[LayerDamage]:
+    graph, linears = model
+    parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
+    sequences = _first_tokens(calibration, _RANKED_TOKENS)
+    measure = damage_alone if parameters <= _TRIED_PARAMETERS else output_errors
+    return measure(
+        graph, sequences, folder, bits=linears.bits, scheme=linears.scheme, on_progress=partial(on_progress, "layers")
+    )
+
+
+def errors(
+    model: Unquantized,
+    calibration: Calibration,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[LayerDamage]:
     """The linears sorted by the relative errors of their outputs over a few held-out requests, the largest first."""
     graph, linears = model
     sequences = [sample.tokens for sample in calibration.holdout[:_JUDGED_REQUESTS]]
-    return output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme)
+    return output_errors(graph, sequences, folder, bits=linears.bits, scheme=linears.scheme, on_progress=on_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,9 @@ def repartition(request: RepartitionRequest) -> Path:
         graphs, records = run_for(graph.clone(), fusions, target.ranks)
 
         on_progress("compile", 0, 0)
-        options = CompileOptions(kv_cache, unfused_calls(backend, graph, target.ranks))
+        options = CompileOptions(
+            kv_cache, unfused_calls(backend, graph, target.ranks), on_kernels=partial(on_progress, "compile")
+        )
         payloads = backend.compile(graphs, target, options)
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
         writer.write(_TOKENIZER, (request.engine / _TOKENIZER).read_bytes())

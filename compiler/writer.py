@@ -15,13 +15,13 @@ import numpy as np
 from belle_compile.compiler.backends.base import Array, PackedTensor, Payload, tensor_bytes
 from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.directory import AtomicDirectory
+from belle_compile.compiler.engine_directory import output_directory
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.lazy import wholes_kept
 from belle_compile.compiler.temporary import TemporaryFiles
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
 from belle_compile.runtime.executors import executor_of
 from belle_compile.runtime.program import WEIGHTS_NAME
-from belle_compile.runtime.schema import parse_json
 
 TEMPORARY = ".temporary"  # folder of the directory under construction, gone before that is complete
 GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among ranks and fused, without weights
@@ -40,7 +40,7 @@ class EngineWriter:
     """
 
     def __init__(self, out: str | Path, *, force: bool = False, needed: int = 0) -> None:
-        self._directory = AtomicDirectory(Path(out), replace=force, replaceable=is_engine, needed=needed)
+        self._directory = output_directory(out, force=force, needed=needed)
         self._temporary = TemporaryFiles(self._directory.path / TEMPORARY)
         self.files: dict[str, FileRecord] = {}
 
@@ -156,19 +156,6 @@ def _require_finite(name: str, array: Array) -> None:
             row = (start + int(np.argmin(finite))) // (array.shape[-1] if array.ndim > 1 else len(values))
             place = f" in row {row}" if array.ndim > 1 else ""
             raise CompileError("write", f"tensor {name}", found=f"NaN or infinity{place}", expected="finite weights")
-
-
-def is_engine(path: Path) -> bool:
-    """Whether `path` is a directory with the manifest of an engine, of this or of another format.
-
-    Other programs have files of that name too.
-    """
-    try:
-        plain = parse_json((path / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    known = {"format_version": int, "digest": str, "model": dict, "target": dict, "files": dict}
-    return isinstance(plain, dict) and all(type(plain.get(name)) is kind for name, kind in known.items())
 
 
 class _File:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from belle_compile.runtime.schema import canonical_json, from_plain, json_schema
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (3,)
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.html"  # for people; an engine runs without it
 STAGE = "engine"
 
 # Files up to this size are digested at every load. Of larger ones (the weights) only the size is checked, unless on request.
@@ -170,7 +172,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST_NAME
     if not path.is_file():
         remedy = "give the directory that belle-compile build wrote"
-        raise EngineError(STAGE, f"{directory} is not an engine", found=f"no {MANIFEST_NAME}", remedy=remedy)
+        found = f"no {MANIFEST_NAME}" if Path(directory).exists() else "nothing there"
+        raise EngineError(STAGE, f"{directory} is not an engine", found=found, remedy=remedy)
     try:
         plain = parse_json(path.read_bytes())
     except OSError as error:
@@ -224,7 +227,8 @@ def verify_files(
     directory: str | Path, manifest: Manifest, *, full: bool, progress: Progress | None = None, rank: int | None = None
 ) -> None:
     """Check that every file of the manifest is a regular file in the directory with its size and digest, and that the directory
-    has no code that the manifest does not list. With `rank`, only the files that this rank reads are checked.
+    has no code that the manifest does not list. Only the report may be missing. With `rank`, only the files that this rank
+    reads are checked.
 
     Without `full`, files above `ALWAYS_DIGESTED_BYTES` are checked by size only, so that loading reads no weights. Raises
     `EngineError` at the first file that does not fit.
@@ -234,7 +238,8 @@ def verify_files(
     files = {
         name: record
         for name, record in manifest.files.items()
-        if rank is None or PurePosixPath(name).parts[0] == folder or not _RANK.match(name)
+        if (name != REPORT_NAME or os.path.lexists(root / name))
+        and (rank is None or PurePosixPath(name).parts[0] == folder or not _RANK.match(name))
     }
     for name, record in files.items():
         _check_entry(root, name, record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PROGRAM = "belle-run"  # what its errors begin with
+
 
 class BelleError(Exception):
     """The user's input or host does not fit; the message is one sentence.
@@ -18,6 +20,16 @@ class BelleError(Exception):
             sentence += ": " + ", ".join(fact for fact in facts if fact)
         super().__init__(sentence + (f"; {remedy}" if remedy else "") + ".")
 
+    def to_plain(self) -> dict[str, str]:
+        """The parts of the sentence, those that are empty too, and the sentence as `message`."""
+        parts = {name: getattr(self, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
+        return parts | {"message": " ".join(str(self).split())}
+
 
 class EngineError(BelleError):
     """An engine directory, its host or a request does not fit the runtime."""
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package from a checkout, with the versions that it is tested with."""
+    return f"pip install -c constraints.txt '.[{extra}]'"

@@ -157,11 +157,13 @@ class Payload:
 @dataclass(frozen=True)
 class CompileOptions:
     """How graphs are compiled: the type of the KV cache, and the kernel calls of a step before fusion, which the payload
-    records. `tune` is None, or the progress callback (done, total) of measuring kernels on this host, which it turns on."""
+    records. `tune` is None, or the progress callback (done, total) of measuring kernels on this host, which it turns on.
+    `on_kernels` is called with the numbers of kernels compiled so far and of all that this engine needs."""
 
     kv_cache: str = AUTO
     unfused_calls: int = 0
     tune: Callable[[int, int], None] | None = None
+    on_kernels: Callable[[int, int], None] = lambda done, total: None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.places import JINJA_SUFFIXES
 from belle_compile.runtime import artifact
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.prompt import ChatTemplate
@@ -127,7 +128,7 @@ def _from_argument(argument: str) -> PromptTemplate:
     if template := _from_text(argument):
         return template
     file = Path(argument)
-    if file.suffix in {".jinja", ".jinja2", ".j2"}:
+    if file.suffix in JINJA_SUFFIXES:
         return PromptTemplate(file.name, read_template(file))
     raise CompileError(
         STAGE,

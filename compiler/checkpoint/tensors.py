@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.places import CHECKPOINT_STAGE
 
 if TYPE_CHECKING:
     from belle_compile.compiler.ir.quantized import QuantizedTensor
 
-STAGE = "checkpoint"
+STAGE = CHECKPOINT_STAGE
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # Tensors that old LLaMA conversions store although they are computed from config.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from belle_compile.compiler.cli import options, terminal
-from belle_compile.compiler.cli.rows import engine_rows
+from belle_compile.compiler.cli.progress import VERBOSE, Run
+from belle_compile.compiler.cli.rows import headline
 
 if TYPE_CHECKING:
     from belle_compile.compiler.gate import Gate
@@ -50,10 +52,7 @@ _HOW = options.together(
         help="Report how far each pass moves the logits. By default for models of up to 20 M parameters; at 135 M it takes a "
         "minute.",
     ),
-    click.option(
-        "--verbose", is_flag=True,
-        help="Print on stderr by which steps each weight is computed, back to the checkpoint's files.",
-    ),
+    options.reporting(" And by which steps each weight is computed, back to the checkpoint's files."),
 )  # fmt: skip
 
 
@@ -63,7 +62,7 @@ _HOW = options.together(
 @_CALIBRATION
 @_HOW
 @options.as_json
-def build(checkpoint: Path, gate: Gate | None, verbose: bool, as_json: bool, **request: Any) -> None:
+def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **request: Any) -> None:
     """Compile CHECKPOINT, a directory or a .gguf file, to an engine directory.
 
     The engine appears at OUTPUT complete or not at all, with a report.html that shows what was built and what each pass did.
@@ -83,16 +82,26 @@ def build(checkpoint: Path, gate: Gate | None, verbose: bool, as_json: bool, **r
       belle-compile build /models/BELLE-7B-2M --target a100x4 --backend triton -o artifacts/belle-7b-a100x4
       belle-compile build /models/my-llama --template belle-llama -o artifacts/my-llama --dump-ir /tmp/ir
     """
+    from belle_compile.compiler.build_request import BuildRequest, resolve
+
+    build_request = BuildRequest(checkpoint, gate=gate, **request)
+    resolve(build_request)  # what is wrong with the arguments is said before torch and onnx are imported, which takes seconds
+    run.on_interrupt = partial(_kept, build_request.output)
     from belle_compile.compiler import driver, inspection
 
-    stopwatch = terminal.Stopwatch()
-    on_weight = partial(click.echo, err=True) if verbose else None
-    with terminal.progress_bars() as progress:
-        build_request = driver.BuildRequest(checkpoint, gate=gate, on_progress=progress, on_weight=on_weight, **request)
-        path = driver.build(build_request)
+    with run.following() as progress:
+        on_weight = progress.say if run.verbosity == VERBOSE else None
+        path = driver.build(replace(build_request, on_progress=progress, on_weight=on_weight))
     engine = inspection.inspect(path)
-    engine["build"], taken = stopwatch.read()
-    terminal.show(engine, [*engine_rows(engine), ("built in", taken)], as_json)
+    engine["build"] = run.to_plain()
+    terminal.show(engine, headline(engine, run.words()), as_json)
+
+
+def _kept(output: Path) -> str:
+    """A phrase that says what a build of `output` that was stopped keeps, and how to go on."""
+    from belle_compile.compiler.work_folder import folder_of, kept_words
+
+    return kept_words(folder_of(output)) or "nothing is kept, since calibration had not finished a part"
 
 
 @click.command(short_help="Make an engine for another number of ranks.")
@@ -100,8 +109,9 @@ def build(checkpoint: Path, gate: Gate | None, verbose: bool, as_json: bool, **r
 @options.target(required=True)
 @options.backend("the engine's, or the device's where that one does not serve it")
 @options.output("engine")
+@options.reporting()
 @options.as_json
-def repartition(engine: Path, as_json: bool, **request: Any) -> None:
+def repartition(engine: Path, run: Run, as_json: bool, **request: Any) -> None:
     """Make an engine for another number of ranks from ENGINE, without its checkpoint; nothing is quantized again.
 
     Weights, programs and kernels are those of a build for this target, byte for byte, if that build would choose the same
@@ -112,10 +122,17 @@ def repartition(engine: Path, as_json: bool, **request: Any) -> None:
       belle-compile repartition artifacts/belle-7b-cpu --target cpux2 -o artifacts/belle-7b-cpux2
       belle-compile repartition artifacts/belle-7b-cpux2 --target cpu -o artifacts/belle-7b-cpu
     """
-    from belle_compile.compiler import inspection
-    from belle_compile.compiler.repartition import RepartitionRequest
-    from belle_compile.compiler.repartition import repartition as run
+    from belle_compile.compiler import targets
+    from belle_compile.compiler.engine_directory import check_output
+    from belle_compile.runtime.artifact import read_manifest
 
-    with terminal.progress_bars() as progress:
-        made = inspection.inspect(run(RepartitionRequest(engine=engine, on_progress=progress, **request)))
-    terminal.show(made, engine_rows(made), as_json)
+    read_manifest(engine)
+    targets.resolve(request["target"])
+    check_output(request["output"], force=request["force"])
+    from belle_compile.compiler import inspection, repartition
+
+    with run.following() as progress:
+        path = repartition.repartition(repartition.RepartitionRequest(engine=engine, on_progress=progress, **request))
+    made = inspection.inspect(path)
+    made["build"] = run.to_plain()
+    terminal.show(made, headline(made, run.words()), as_json)

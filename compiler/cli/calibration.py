@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from belle_compile.compiler.cli import options, terminal
+from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import set_rows
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ _SELECTION = options.collected(
     "--tokenizer", metavar="PATH", help="A tokenizer.json or a checkpoint: measure lengths in tokens instead of characters."
 )
 @_SELECTION
+@options.reporting()
 @options.as_json
-def calibrate_set(file: Path, output: Path, selection: SelectOptions, as_json: bool, **source: Any) -> None:
+def calibrate_set(file: Path, output: Path, selection: SelectOptions, run: Run, as_json: bool, **source: Any) -> None:
     """Choose requests for calibration, and others to hold out, from FILE with production requests.
 
     FILE is JSON Lines (a text, chat messages or token ids a line) or plain text with a request a line; .gz and .zst too.
@@ -74,11 +76,12 @@ def calibrate_set(file: Path, output: Path, selection: SelectOptions, as_json: b
       belle-compile calibrate-set logs.jsonl.zst -o logs.set --field prompt --label kind --redact
       belle-compile calibrate-set requests.jsonl -o requests.set --tokenizer /models/BELLE-7B-2M --size 256 --seed 7
     """
+    from belle_compile.compiler.places import check_file
+
+    check_file("requests", file, "a file of requests")
     from belle_compile.compiler import requests
 
-    stopwatch = terminal.Stopwatch()
-    with terminal.progress_bars() as progress:
+    with run.following() as progress:
         made = requests.write_set(file, output, selection, on_progress=progress, **source)
-    run, taken = stopwatch.read()
-    made |= {"set": str(output), "run": run}
-    terminal.show(made, [*set_rows(made), ("made in", taken)], as_json)
+    made |= {"set": str(output), "run": run.to_plain()}
+    terminal.show(made, [*set_rows(made), ("made in", run.words())], as_json)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from belle_compile.compiler.cli import options, terminal
+from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import device_rows, engine_rows, generation_words, kernel_rows
 from belle_compile.compiler.units import size
 
@@ -51,8 +52,11 @@ def edit(engine: Path, generation: tuple[str, ...], as_json: bool) -> None:
       belle-compile edit artifacts/belle-7b-cpu --generation-defaults top_p=0.9 --generation-defaults max_new_tokens=512
       belle-compile edit artifacts/belle-7b-cpu --generation-defaults generation_config.json
     """
-    from belle_compile.compiler import editing
+    from belle_compile.runtime.artifact import read_manifest
     from belle_compile.runtime.schema import to_plain
+
+    read_manifest(engine)
+    from belle_compile.compiler import editing
 
     manifest, notes = editing.edit(engine, generation)
     edited = {"engine": str(engine), "digest": manifest.digest, "generation": to_plain(manifest.generation), "notes": notes}
@@ -62,8 +66,9 @@ def edit(engine: Path, generation: tuple[str, ...], as_json: bool) -> None:
 
 @click.command(short_help="Check an engine's digests and this host.")
 @options.engine
+@options.reporting()
 @options.as_json
-def verify(engine: Path, as_json: bool) -> None:
+def verify(engine: Path, run: Run, as_json: bool) -> None:
     """Check every digest of ENGINE, and that this host can run it.
 
     \b
@@ -73,10 +78,11 @@ def verify(engine: Path, as_json: bool) -> None:
     """
     from belle_compile.compiler import inspection
 
-    with terminal.progress_bars() as progress:
+    with run.following() as progress:
         verified = inspection.verify(engine, lambda path, done, total: progress("verify", done, total))
+    host = f"can run it, with {verified['isa']}"
     content = f"{verified['files']} files, {size(verified['bytes'])}: all digests match"
-    terminal.show(verified, [("engine", str(engine)), ("content", content), ("kernels here", verified["isa"])], as_json)
+    terminal.show(verified, [("engine", str(engine)), ("content", content), ("this host", host)], as_json)
 
 
 @click.command(short_help="List the devices that engines are built for.")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from belle_compile.compiler.cli import layer_ranking, options, terminal
+from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import plan_text
 from belle_compile.passes.presets import PRESETS
-
-if TYPE_CHECKING:
-    from belle_compile.compiler.plan.table import Load
 
 _SHOWN = 20  # layers of the ranking that are printed
 
@@ -43,6 +40,7 @@ def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path
 @click.option(
     "-o", "--output", type=options.PATH, callback=_ranking_file, help="Write all layers to a .json file, or as an .svg plot."
 )
+@options.reporting()
 @options.as_json
 def sensitivity(
     checkpoint: Path,
@@ -53,6 +51,7 @@ def sensitivity(
     output_errors: bool,
     ignored_config_keys: tuple[str, ...],
     output: Path | None,
+    run: Run,
     as_json: bool,
 ) -> None:
     """Rank the linear layers of CHECKPOINT by the damage that INT8 does to each alone.
@@ -66,9 +65,13 @@ def sensitivity(
       belle-compile sensitivity model.gguf --calibration requests.jsonl
       belle-compile sensitivity /models/BELLE-7B-2M --calibration set/ --output-errors -o layers.svg
     """
+    from belle_compile.compiler.places import check_checkpoint, check_file
+
+    check_checkpoint(checkpoint)
+    check_file("calibration", calibration, "requests, or a set made by belle-compile calibrate-set")
     from belle_compile.compiler import layers
 
-    with terminal.progress_bars() as progress:
+    with run.following() as progress:
         ranked = layers.rank(
             checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, tokens=tokens,
             alone=not output_errors, ignored_config_keys=ignored_config_keys, on_progress=progress,
@@ -76,13 +79,11 @@ def sensitivity(
     ranking = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:
         layer_ranking.WRITERS[output.suffix](ranking, output)
-    terminal.show({"layers": ranking}, layer_ranking.rows(ranking[:_SHOWN]), as_json)
+    terminal.show({"layers": ranking, "run": run.to_plain()}, layer_ranking.rows(ranking[:_SHOWN]), as_json)
 
 
-def _load(batch: int, context: int) -> Load:
-    from belle_compile.compiler.plan.table import Load
-
-    return Load(batch, context)
+def _load(batch: int, context: int) -> tuple[int, int]:
+    return batch, context
 
 
 @click.command(short_help="Predict an engine's memory and the time of a token.")
@@ -106,7 +107,7 @@ def plan(
     kv_cache: str,
     backend: str | None,
     ignored_config_keys: tuple[str, ...],
-    load: Load,
+    load: tuple[int, int],
     as_json: bool,
 ) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
@@ -121,7 +122,10 @@ def plan(
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
     """
+    from belle_compile.compiler.places import check_checkpoint
+
+    check_checkpoint(checkpoint)
     from belle_compile.compiler.plan import table
 
-    predicted = table.plan(checkpoint, target, quantization, load, kv_cache, backend, ignored_config_keys)
+    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, ignored_config_keys)
     click.echo(json.dumps(predicted, indent=2, sort_keys=True) if as_json else plan_text(predicted))

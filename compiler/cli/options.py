@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from belle_compile.compiler.cli.progress import NORMAL, QUIET, VERBOSE, Run
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
 from belle_compile.runtime.artifact import GenerationDefaults
@@ -27,9 +28,18 @@ Decorator = Callable[[Command], Command]
 
 PATH = click.Path(path_type=Path)
 
+
+def _as_json(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    context.ensure_object(Run).as_json = value
+    return value
+
+
 checkpoint = click.argument("checkpoint", type=PATH)
 engine = click.argument("engine", type=PATH)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, callback=_as_json,
+    help="Print one JSON object instead of text; of a command that fails too.",
+)  # fmt: skip
 raw_requests = click.option(
     "--raw-requests", is_flag=True, help="Take the texts of the requests as they are, without the prompt template."
 )
@@ -65,6 +75,31 @@ def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> 
         return together(*options)(with_record)
 
     return decorate
+
+
+def _run(verbose: bool, quiet: bool, log: Path | None) -> Run:
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other", click.get_current_context())
+    run = click.get_current_context().ensure_object(Run)
+    run.verbosity, run.log = VERBOSE if verbose else QUIET if quiet else NORMAL, log
+    return run
+
+
+def reporting(verbose: str = "") -> Decorator:
+    """--verbose, --quiet and --log: what a command prints on stderr, passed as `run`. `verbose` describes what --verbose shows
+    besides the memory of each stage."""
+    return collected(
+        "run",
+        _run,
+        click.option(
+            "-v",
+            "--verbose",
+            is_flag=True,
+            help="Print on stderr the memory of each stage too." + verbose,
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors."),
+        click.option("--log", type=PATH, metavar="FILE", help="Append the stages with their times to FILE."),
+    )
 
 
 def output(what: str) -> Decorator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,36 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     for record in engine["passes"]:
         rows += _pass_rows(record)
     return rows + [(f"built with {name}", version) for name, version in engine["toolchain"].items()]
+
+
+def headline(engine: dict[str, Any], spent: str) -> Rows:
+    """The rows that a build ends with, for the result of `compiler.inspection.inspect`: what was made, whether it passed, and
+    the next commands to type. `spent` is the build's time in words."""
+    model, target, directory = engine["model"], engine["target"], shlex.quote(engine["engine"])
+    ranks = f" on {target['ranks']} ranks" if target["ranks"] > 1 else ""
+    rows = [
+        ("engine", f"{engine['engine']}, {size(engine['bytes'])}, built in {spent}"),
+        ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
+        ("target", f"{target['name']}{ranks}, kernels for {', '.join(target['isas'])}"),
+        ("accuracy", _verdict(engine["accuracy"])),
+    ]
+    rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
+    rows += [("details", f"belle-compile inspect {directory}"), ("next", f"belle-run {directory}")]
+    return rows
+
+
+def _verdict(accuracy: Mapping[str, Any] | None) -> str:
+    """The measured accuracy of an engine that passed the gate, with the limits."""
+    if accuracy is None:
+        return "not measured, since that needs requests and the model's own answers"
+    limits = accuracy["limits"]
+    measured = [
+        f"perplexity ratio {accuracy['perplexity_ratio']:.4f} (at most {limits['max_perplexity_ratio']:g})",
+        f"top-1 agreement {accuracy['top1_agreement']:.4f} (at least {limits['min_top1']:g})",
+    ]
+    if accuracy["accuracy_kept"] is not None:
+        measured.append(f"accuracy kept {accuracy['accuracy_kept']:.4f} (at least {limits['min_accuracy_kept']:g})")
+    return f"passed on {accuracy['requests']} held-out requests: {', '.join(measured)}"
 
 
 def _self_test(golden: Mapping[str, Any]) -> str:

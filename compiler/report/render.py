@@ -10,7 +10,6 @@ from belle_compile.compiler.report import views
 from belle_compile.compiler.report.data import Report
 from belle_compile.runtime.artifact import GenerationDefaults
 
-REPORT_NAME = "report.html"
 _TEMPLATE = "report.html.jinja"
 
 
@@ -31,6 +30,7 @@ def render(report: Report) -> str:
         manifest=manifest,
         version=manifest.toolchain.get("belle-compile", ""),
         summary=views.summary(report),
+        verdict=views.verdict(manifest),
         built=views.built(report),
         effects=views.effects(report.effects),
         unmeasured=report.effects.unmeasured,

@@ -38,8 +38,18 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
         del cards[1]
     if accuracy and _real(accuracy.get("top1_agreement")):
         more = f"KL {number(accuracy['kl'])} nats a token" if _real(accuracy.get("kl")) else ""
-        return [*cards, ("same next token", percent(accuracy["top1_agreement"]), more)]
-    return [*cards, ("accuracy", "not measured", report.uncalibrated or "built without --calibration")]
+        return [("same next token", percent(accuracy["top1_agreement"]), more), *cards]
+    return [("accuracy", "not measured", report.uncalibrated or "built without --calibration"), *cards]
+
+
+def verdict(manifest: Manifest) -> View | None:
+    """Whether the engine kept all limits of the gate, and which it missed; None where no limit was applied."""
+    measured = accuracy(manifest)
+    judged = [row for row in measured["rows"] if row["passed"] is not None] if measured else []
+    if not judged:
+        return None
+    missed = [f"{row['label']} {row['after']}, {row['limit']}" for row in judged if not row["passed"]]
+    return {"passed": not missed, "missed": missed, "counts": measured["counts"] if measured else ""}
 
 
 def built(report: Report) -> View:

@@ -42,16 +42,23 @@ class LayerDamage:
 
 
 def output_errors(
-    model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, *, bits: int = 8, scheme: WeightScheme = INT8
+    model: ir.Model,
+    sequences: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    bits: int = 8,
+    scheme: WeightScheme = INT8,
+    on_progress: Progress = lambda done, total: None,
 ) -> list[LayerDamage]:
     """Measure the error of the outputs of every linear of a float32 graph, worst first.
 
     Each linear's outputs with weights of the `scheme` and activations of `bits` are compared with its float32 outputs. Every
-    linear reads exact inputs.
+    linear reads exact inputs. `on_progress` is called with the number of segments done and of all segments.
     """
     stream = ActivationStream(model, sequences, folder)
     layers: list[LayerDamage] = []
     for number, segment in enumerate(stream.segments):
+        on_progress(number, len(stream.segments))
         weights = stream.load(number)
         rounded = {node: _rounded(node, weights, scheme) for node in linears(segment)}
         errors = {node: [0.0, 0.0] for node in rounded}

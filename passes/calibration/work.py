@@ -11,13 +11,14 @@ import onnx_ir as ir
 
 from belle_compile.compiler.ir.stream import ActivationStream
 from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.calibration.state import STATE_NAME
 
 
 class Work:
     """A folder with the results of one key; those of another key are removed. The first `done` segments need not run again."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._state, self._folder, self._key = folder / "state.json", folder, key
+        self._state, self._folder, self._key = folder / STATE_NAME, folder, key
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
             self.done = int(state["segments"]) if state["key"] == key else 0
@@ -27,9 +28,9 @@ class Work:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str, suffix: str = ".safetensors") -> Path:
         """The path of a result."""
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{name}{suffix}"
 
     def finish(self, number: int) -> None:
         """Record that segments up to this one are done."""

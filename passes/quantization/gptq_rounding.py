@@ -37,9 +37,10 @@ class GptqRounding(Pass):
     The calibration sequences run through the model segment by segment, with the weights of earlier segments rounded. The second
     moments of a linear's inputs say which errors matter, and later weights of a row compensate for earlier ones (GPTQ).
     QuantizeLinears keeps these integers; where `weights` are INT4 in groups, QuantizeGroups keeps those of all linears but the
-    head. Linears whose names match a glob pattern of `keep` are left as they are. Results of finished segments are stored in
-    the data's folder, so that the next run continues where a killed one stopped. Refuses a weight with another reader (a tied
-    head), which QuantizeLinears rounds to nearest. Needs a graph of float32 ops.
+    head. Linears whose names match a glob pattern of `keep` keep their float32 weights; the others are rounded as if these were
+    rounded too. Results of finished segments are stored in the data's folder, so that the next run, with another `keep` too,
+    continues where a killed one stopped. Refuses a weight with another reader (a tied head), which QuantizeLinears rounds to
+    nearest. Needs a graph of float32 ops.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -60,18 +61,21 @@ class GptqRounding(Pass):
 
     def run(self, model: ir.Model) -> PassResult:
         """Round the weights that have not been rounded yet; writes integers and the activations between segments to disk."""
-        todo = [node for node in model.graph if is_float_linear(node) and _rounds(node) and not self._kept(node)]
+        todo = [node for node in model.graph if is_float_linear(node) and _rounds(node)]
         reasons = {node: reason for node in todo if (reason := _refusal(node))}
-        refusals = tuple(f"{node.name}: {reason}" for node, reason in reasons.items())
-        if len(todo) == len(reasons):
+        refusals = tuple(f"{node.name}: {reason}" for node, reason in reasons.items() if not self._kept(node))
+        replaced = [node for node in todo if node not in reasons and not self._kept(node)]
+        if not replaced:
             return PassResult(0, refusals)
-        work, segments = walk(self.data, model, self.name, self.data.key(model, self.options))
+        # What is kept changes no result, so that a build with another size budget continues from the results of this one.
+        key = self.data.key(model, {name: value for name, value in self.options.items() if name != "keep"})
+        work, segments = walk(self.data, model, self.name, key)
         files = {node: work.file(f"{i:05d}") for i, node in enumerate(todo) if node not in reasons}
         for stream, number in segments():
             self._segment(stream, number, files)
-        for node, file in files.items():
-            _replace(node, file, model.graph, self._group(node))
-        return PassResult(len(files), refusals)
+        for node in replaced:
+            _replace(node, files[node], model.graph, self._group(node))
+        return PassResult(len(replaced), refusals)
 
     def _kept(self, node: ir.Node) -> bool:
         return any(fnmatchcase(str(node.name), glob) for glob in self.keep)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from belle_compile.runtime.distributed.ranks import Place, supervised
 from belle_compile.runtime.distributed.shared_sums import SharedSums
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.forks import finalize
 from belle_compile.runtime.memory import anonymous
 
@@ -85,7 +85,7 @@ class MpiCollectives:
             mpi4py.rc.initialize = False
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
-            remedy = "pip install 'belle-compile[ranks]'"
+            remedy = install("ranks")
             raise EngineError("ranks", "MPI is missing", found=str(error).splitlines()[0], remedy=remedy) from None
         if not MPI.Is_initialized():
             MPI.Init_thread(MPI.THREAD_SERIALIZED)

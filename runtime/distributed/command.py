@@ -11,7 +11,7 @@ from pathlib import Path
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.launcher import INTERRUPT, Launcher
-from belle_compile.runtime.errors import BelleError
+from belle_compile.runtime.errors import PROGRAM, BelleError
 from belle_compile.runtime.loading import check_ranks
 
 
@@ -39,11 +39,13 @@ def run_command(
         else:
             code = work()
     except BelleError as error:
+        if os.environ.get("BELLE_TRACEBACK"):
+            raise
         code = 1
         if line:
             line.say("error", str(error))
         else:
-            print(error, file=sys.stderr)
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
         print(file=sys.stderr)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import PROGRAM, EngineError, install
 
 INTERRUPT = frozenset({signal.SIGINT})
 _TICK_S = 0.1
@@ -114,7 +114,7 @@ class Launcher:
                     self._end_all()
                     self._select.close()
         if self._error:
-            print(self._error, file=sys.stderr, flush=True)
+            print(f"{PROGRAM}: {self._error}", file=sys.stderr, flush=True)
             return code or 1
         return code
 
@@ -341,7 +341,7 @@ def mpiexec() -> str:
     """The path of mpiexec: that of this interpreter's environment, else the first on the PATH. Raises `EngineError`."""
     path = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if path is None:
-        remedy = "pip install 'belle-compile[ranks]', or put that of an MPI installation on the PATH"
+        remedy = f"{install('ranks')}, or put that of an MPI installation on the PATH"
         raise EngineError("ranks", "mpiexec is missing", remedy=remedy)
     return path
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from belle_compile.runtime.distributed.nccl import ID_BYTES, Nccl
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.executors.device import Bytes
 from belle_compile.runtime.program import Launch
 
@@ -36,7 +36,7 @@ def open_device(number: int = 0) -> CudaDevice:
     try:
         from cuda.bindings import driver
     except ImportError:
-        remedy = "pip install 'belle-compile[cuda]'"
+        remedy = install("cuda")
         raise EngineError(STAGE, "the package cuda-bindings is missing", remedy=remedy) from None
     return CudaDevice(driver, number)
 

@@ -55,6 +55,12 @@ class ExecutorFactory(ABC):
         """The instruction sets of an engine that this host can run, best first."""
         return target.isas
 
+    def try_host(self, target: TargetInfo) -> str:
+        """Check this host like `check_host`, and open the device that would run a rank, which takes longer; returns the
+        instruction set that would be used. Raises `EngineError` where the host cannot run the engine."""
+        self.check_host(target)
+        return next(iter(self.usable_isas(target)), "")
+
     def kernels(self, directory: Path) -> dict[str, Any]:
         """Facts about the kernels in a rank's directory, by name, for reports; empty by default."""
         return {}

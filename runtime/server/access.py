@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.server.toml import read_table
 from belle_compile.runtime.serving.scheduling import LARGEST_PRIORITY, LONGEST_CLIENT
+from belle_compile.runtime.toml import read_table
 
 STAGE = "API keys"
 _SCHEME = "bearer"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
@@ -17,9 +15,10 @@ import click
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.command import run_command
 from belle_compile.runtime.engine import Engine
-from belle_compile.runtime.errors import BelleError, EngineError
+from belle_compile.runtime.errors import EngineError, install
+from belle_compile.runtime.options_file import config_option
 from belle_compile.runtime.server.options import STAGE, EngineOptions, ServerOptions, option_name
-from belle_compile.runtime.server.toml import read_table
+from belle_compile.runtime.usage import version_option
 
 ENVIRONMENT = "BELLE_SERVE"  # what the names of environment variables begin with
 _EXTRA = ("fastapi", "httptools", "llguidance", "prometheus_client", "pydantic", "uvicorn", "uvloop")
@@ -50,10 +49,8 @@ def command() -> click.Command:
             ["--rank-timeout"], type=float, default=ranks.TIMEOUT_S, envvar=ranks.TIMEOUT, metavar="S", show_default=True,
             help="Seconds to wait for a rank that does not start or answer.",
         ),
-        click.Option(
-            ["--config"], type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
-            callback=_read_file, help="TOML file of options.",
-        ),
+        config_option(STAGE),
+        version_option(),
     ]  # fmt: skip
     return click.Command(
         "serve", params=params, callback=_serve, help=_serve.__doc__, epilog=EPILOG,
@@ -119,7 +116,7 @@ def _check_extra() -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            what, remedy = "belle-run serve needs packages that are not installed", "pip install 'belle-compile[serve]'"
+            what, remedy = "belle-run serve needs packages that are not installed", install("serve")
             raise EngineError("server", what, found=f"no {name}", remedy=remedy) from None
 
 
@@ -148,40 +145,3 @@ def _kind(hint: Any) -> click.ParamType[Any]:
     if get_origin(hint) in (Union, UnionType):
         return _kind(next(part for part in get_args(hint) if part is not type(None)))
     return _SIMPLE[hint]
-
-
-def _read_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Let the values of a file be the defaults of what neither the command line nor the environment sets."""
-    if path is None:
-        return
-    known = {_flag(option): option for option in context.command.params if isinstance(option, click.Option)}
-    del known["config"]
-    try:
-        table = read_table(path, STAGE)
-        for name, value in table.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                remedy = f"did you mean {near[0]}?" if near else "belle-run serve --help shows all, without the dashes"
-                raise EngineError(STAGE, f"unknown option in {path}", found=name, remedy=remedy.rstrip("?"))
-            _check_type(name, value, known[name], path)
-    except BelleError as error:
-        raise click.UsageError(str(error), context) from None
-    context.default_map = {str(known[name].name): value for name, value in table.items()}
-
-
-def _flag(option: click.Option) -> str:
-    return option.opts[0].lstrip("-")
-
-
-def _check_type(name: str, value: Any, option: click.Option, path: Path) -> None:
-    """Raise `EngineError` for a value of a file whose type is not the option's; click would take 8000.5 for a port."""
-    kinds: Sequence[tuple[click.ParamType[Any], tuple[type, ...], str]] = (
-        (click.BOOL, (bool,), "true or false"), (click.INT, (int,), "a whole number"), (click.FLOAT, (int, float), "a number"),
-    )  # fmt: skip
-    types, expected = next(((types, text) for kind, types, text in kinds if option.type is kind), ((str,), "text"))
-    values = value if option.multiple and isinstance(value, list) else [value]
-    if option.multiple:
-        expected = f"a list of {expected}s"
-    if not all(type(item) in types for item in values) or option.multiple != isinstance(value, list):
-        found = type(value).__name__ if expected.endswith(("text", "texts")) else repr(value)
-        raise EngineError(STAGE, f"{name} in {path}", found=found, expected=expected)

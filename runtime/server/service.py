@@ -12,6 +12,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
+from belle_compile.runtime.artifact import REPORT_NAME
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.server.access import Access
 from belle_compile.runtime.server.errors import SERVER, ApiError
@@ -21,7 +22,6 @@ from belle_compile.runtime.server.token_texts import TokenTexts
 
 T = TypeVar("T")
 
-REPORT_NAME = "report.html"
 RETRY_WHILE_DRAINING_S = 5
 _PARSERS = 2  # threads for bodies that take long to read: as many as the smallest host has cores
 

@@ -17,6 +17,7 @@ from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample, measur
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.compiler.judging import accuracy_of
 from belle_compile.runtime.serving.request import SamplingParams
 from tests.passes.helpers import VOCABULARY, llama
 
@@ -155,4 +156,15 @@ def test_an_engine_that_cannot_be_tried(tmp_path: Path) -> None:
     with pytest.raises(
         CompileError, match=r"the engine cannot run on this host: found .*; build where it can, or with --no-gate"
     ):
-        Gate().judge(tmp_path, 1, llama(), SAMPLES, tmp_path, [], lambda done, total: None)
+        accuracy_of(tmp_path, 1, llama(), SAMPLES, tmp_path)
+
+
+def test_the_error_of_a_missed_limit_names_the_ways_out() -> None:
+    misses = [("top-1 agreement 0.9000", "at least 0.95")]
+    few = str(Gate().missed(replace(GOOD, requests=8), misses, ["h.0.up", "h.1.up"], 1.0, "calibration is kept"))
+    assert "over 8 held-out requests, which are few: found top-1 agreement 0.9000, expected at least 0.95; " in few
+    assert "look at h.0.up, h.1.up; keep the layers that INT8 hurts most float32 with --size-budget 1.2, build with" in few
+    assert few.endswith("give more requests to calibrate with and to hold out, or set other limits with --max-ppl-ratio, "
+                        "--min-top1 or --min-accuracy-kept; calibration is kept.")  # fmt: skip
+    many = str(Gate().missed(replace(GOOD, requests=200), misses, [], 1.5, "calibration is kept"))
+    assert "few" not in many and "look at" not in many and "--size-budget above 1.5" in many

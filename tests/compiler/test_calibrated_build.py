@@ -40,6 +40,18 @@ def request(checkpoint: Path, requests: Path | None, out: Path, **changes: Any) 
     return BuildRequest(checkpoint, out, **{"isas": ("avx2",), "calibration": requests, "gate": LENIENT} | changes)
 
 
+class Counted:
+    """Notes the first number of units that each stage reports as done, and the number of all."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.first.setdefault(stage, done)
+        self.total[stage] = total
+
+
 def record(manifest: Manifest, name: str) -> dict[str, Any]:
     return next(record.options for record in manifest.passes if record.name == name)
 
@@ -87,18 +99,52 @@ def test_an_engine_that_cannot_run_here_is_not_judged(checkpoint: Path, requests
         CompileError, match=r"gate: the engine cannot run on this host: .*; build where it can, or with --no-gate"
     ):
         build(request(checkpoint, requests, tmp_path / "engine"))
-    assert not list(tmp_path.iterdir())
-    assert read_manifest(build(request(checkpoint, requests, tmp_path / "engine", gate=None))).accuracy is None
+    assert [path.name for path in tmp_path.iterdir()] == [".engine.calibration"], "the next try has --no-gate"
+    stages = Counted()
+    built = build(request(checkpoint, requests, tmp_path / "engine", gate=None, on_progress=stages))
+    assert read_manifest(built).accuracy is None and stages.first["calibrate"] == stages.total["calibrate"]
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
-def test_an_engine_that_keeps_too_little_is_none(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+def test_an_engine_that_keeps_too_little_is_none_but_its_calibration_is_kept(
+    checkpoint: Path, requests: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CompileError) as error:
         build(request(checkpoint, requests, tmp_path / "engine", gate=Gate(max_perplexity_ratio=0.5, min_top1=0)))
     text = str(error.value)
     assert "gate: the engine is too far from the unquantized model over " in text
     assert "found perplexity ratio 0.9" in text or "found perplexity ratio 1.0" in text
     assert "expected at most 0.5; look at " in text and text.count("layers.") >= 4
-    assert not list(tmp_path.iterdir())
+    folder = tmp_path / ".engine.calibration"
+    assert f"calibration is kept in {folder}" in text and f"the report is {folder / 'report.html'}" in text
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == ["gptq-rounding", "report.html"]
+    assert "missed" in (folder / "report.html").read_text()
+
+    # The next try calibrates nothing again, and makes what a first build would make.
+    again = request(checkpoint, requests, tmp_path / "engine", on_progress=(stages := Counted()), size_budget=1.3)
+    manifest = read_manifest(build(again))
+    assert stages.first["calibrate"] == stages.total["calibrate"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+    fresh = read_manifest(build(request(checkpoint, requests, tmp_path / "fresh", size_budget=1.3)))
+    assert fresh.digest == manifest.digest
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_layers_are_ranked_once_for_several_budgets(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "weights":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(request(checkpoint, requests, tmp_path / "engine", gate=None, size_budget=1.2, on_progress=interrupted))
+    stages = Counted()
+    manifest = read_manifest(
+        build(request(checkpoint, requests, tmp_path / "engine", gate=None, size_budget=1.4, on_progress=stages))
+    )
+    assert "layers" not in stages.first and stages.first["calibrate"] == stages.total["calibrate"]
+    fresh = read_manifest(build(request(checkpoint, requests, tmp_path / "fresh", gate=None, size_budget=1.4)))
+    assert fresh.digest == manifest.digest
 
 
 @pytest.mark.usefixtures("no_kernels")

@@ -22,9 +22,10 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.requests import SelectOptions
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS
-from belle_compile.runtime import host
+from belle_compile.runtime import artifact, host
 from tests.compiler.engines import write_engine
 from tests.parity.variants import VARIANTS
+from tests.runtime.fakes import make_directory
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_verify(capsys: pytest.CaptureFixture[str], engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
     status, out, _ = run(capsys, "verify", engine)
-    assert status == 0 and "all digests match" in out
+    assert status == 0 and "all digests match" in out and "can run it, with avx2" in out
     assert json.loads(run(capsys, "verify", engine, "--json")[1])["isa"] == "avx2"
 
 
@@ -109,6 +110,21 @@ def test_verify_on_a_host_that_is_too_old(
 ) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"sse2"}))
     assert "this host cannot run the engine" in fail(capsys, "verify", engine)
+
+
+def test_verify_of_an_engine_for_gpus_on_a_host_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = artifact.TargetInfo("a100-40g", "triton", ("sm_80",), artifact.Requirements("", ("sm_80",), 1 << 30))
+    engine = make_directory(tmp_path / "engine", {"tokenizer.json": b"{}"}, target=target)
+
+    def no_driver(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", no_driver)
+    error = fail(capsys, "verify", engine, "--quiet")
+    assert "this host cannot run the engine built for a100-40g: found no NVIDIA driver on this host (no libcuda.so.1)" in error
+    assert "expected an NVIDIA GPU and its driver; install NVIDIA's driver" in error
 
 
 def test_build_refuses_an_unknown_target_before_anything_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -135,7 +151,45 @@ def test_build_onto_something_that_exists(capsys: pytest.CaptureFixture[str], en
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     status, out, err = run(capsys, *arguments)
-    assert (status, out) == (2, "") and err.startswith("Usage: belle-compile")
+    assert (status, out) == (2, "") and err.startswith("belle-compile: ") and err.count("\n") == 1
+    command = arguments[0] if arguments[0] in cli.cli.commands else ""
+    assert err.endswith(f"see `belle-compile {command}".rstrip() + " --help`.\n")
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys)
+    assert (status, out) == (2, "") and err.startswith("Usage: belle-compile") and "Examples:" in err
+
+
+def test_what_is_shown_of_errors_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, err = run(capsys, "build", tmp_path / "missing", "-o", tmp_path / "new", "--json")
+    found = json.loads(out)
+    assert status == 1 and err == f"belle-compile: {found['error']['message']}\n"
+    parts = {key: found["error"][key] for key in ("stage", "what", "found", "remedy")}
+    path = f"path {tmp_path / 'missing'}"
+    assert parts == {"stage": "checkpoint", "what": path, "found": "nothing there", "remedy": "check the path"}
+    assert found["run"]["stages"] == [] and found["run"]["seconds"] >= 0
+
+
+def test_the_json_of_a_build_that_fails_has_its_stages(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(request: driver.BuildRequest) -> None:
+        request.on_progress("open", 0, 0)
+        request.on_progress("digest", 3, 4)
+        raise CompileError("digest", "a file", found="nothing")
+
+    monkeypatch.setattr(driver, "build", build)
+    status, out, _ = run(capsys, "build", tmp_path, "-o", tmp_path / "new", "--json")
+    stages = json.loads(out)["run"]["stages"]
+    assert status == 1 and [stage["stage"] for stage in stages] == ["open", "digest"]
+    assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 1 << 20 for stage in stages)
+
+
+def test_an_engine_is_no_checkpoint(capsys: pytest.CaptureFixture[str], engine: Path, tmp_path: Path) -> None:
+    for command in (["build", engine, "-o", tmp_path / "new"], ["plan", engine]):
+        error = fail(capsys, *command)
+        assert "found an engine directory, expected a checkpoint" in error and "belle-compile repartition" in error
 
 
 def test_errors_of_any_kind_are_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +199,7 @@ def test_errors_of_any_kind_are_one_sentence(capsys: pytest.CaptureFixture[str],
         (PermissionError(13, "Permission denied", "/models/x"), "file: Permission denied: /models/x."),
         (MemoryError(), "memory: the host has too little of it"),
         (RuntimeError("two\nlines"), "internal error: RuntimeError: two lines; run again with BELLE_TRACEBACK=1"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "run `pip install 'belle-compile[build]'`."),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "run `pip install -c constraints.txt '.[build]'`."),
     ):
 
         def broken(path: Path, error: Exception = error) -> None:
@@ -166,7 +220,7 @@ def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
     monkeypatch.setattr(inspection, "inspect", interrupted)
     status, out, err = run(capsys, "inspect", "x")
-    assert (status, out, err.strip()) == (130, "", "belle-compile: interrupted."), "click ends the line that shows ^C"
+    assert (status, out, err.strip()) == (130, "", "belle-compile: interrupted: stopped by Ctrl-C."), "after ^C a new line"
 
 
 # Runs a command as if only the runtime's dependencies were installed.
@@ -195,10 +249,10 @@ def test_without_the_build_extra_engines_can_be_inspected_and_builds_say_what_to
     done = run_runtime_only("verify", engine)
     assert done.returncode == 0 or "this host cannot run the engine" in done.stderr
     for command in ("build", "calibrate-set"):
-        done = run_runtime_only(command, "x", "-o", engine.parent / "new")
+        done = run_runtime_only(command, engine.parent, "-o", engine.parent / "new")
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.startswith("belle-compile: build: the Python package ")
-        assert done.stderr.endswith("is not installed; run `pip install 'belle-compile[build]'`.\n")
+        assert done.stderr.endswith("is not installed; run `pip install -c constraints.txt '.[build]'`.\n")
 
 
 def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
@@ -210,7 +264,7 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
             print("ready", flush=True)
             time.sleep(60)
         driver.open_checkpoint = slow
-        cli.main(["build", "x", "-o", sys.argv[1]])
+        cli.main(["build", ".", "-o", sys.argv[1]])
     """
     build = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "engine")], cwd=ROOT, text=True,
@@ -220,7 +274,11 @@ def test_ctrl_c_in_a_build_exits_with_130_and_leaves_nothing(tmp_path: Path) -> 
     assert len(os.listdir(tmp_path)) == 2
     build.send_signal(signal.SIGINT)
     _, err = build.communicate(timeout=20)
-    assert (build.returncode, err.strip()) == (130, "belle-compile: interrupted.")
+    assert build.returncode == 130
+    acknowledged, end = filter(None, err.splitlines())
+    assert acknowledged.startswith("belle-compile: Ctrl-C received in the stage open: stopping")
+    assert end.startswith("belle-compile: interrupted: stopped by Ctrl-C in the stage open after ")
+    assert end.endswith("; nothing is kept, since calibration had not finished a part.")
     assert os.listdir(tmp_path) == []
 
 
@@ -238,11 +296,13 @@ def test_backends_are_those_of_the_registry(capsys: pytest.CaptureFixture[str]) 
         assert f"--backend [{'|'.join(names)}]" in run(capsys, command, "--help")[1]
     status, _, err = run(capsys, "build", "x", "-o", "y", "--backend", "tpu")
     assert status == 2 and f"'tpu' is not one of {', '.join(map(repr, names))}" in err
-    for arguments in (["build", "x", "-o", "y"], ["plan", "x"]):
+    for arguments in (["build", ROOT, "-o", "y"], ["plan", ROOT]):
         assert "backend: backend for cpu: found triton, expected tvm" in fail(capsys, *arguments, "--backend", "triton")
 
 
-def test_what_repartition_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_repartition_is_asked_for(
+    capsys: pytest.CaptureFixture[str], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[repartition.RepartitionRequest] = []
 
     def run_instead(request: repartition.RepartitionRequest) -> None:
@@ -250,11 +310,40 @@ def test_what_repartition_is_asked_for(capsys: pytest.CaptureFixture[str], monke
         raise CompileError("test", "seen")
 
     monkeypatch.setattr(repartition, "repartition", run_instead)
-    command = ("repartition", "engine", "--target", "cpux2", "-o", "new")
+    new = engine.parent / "new"
+    command = ("repartition", engine, "--target", "cpux2", "-o", new)
     fail(capsys, *command)
-    assert seen.pop() == repartition.RepartitionRequest(Path("engine"), Path("new"), "cpux2", on_progress=print)
+    assert seen.pop() == repartition.RepartitionRequest(engine, new, "cpux2", on_progress=print)
     fail(capsys, *command, "--backend", "tvm", "--force")
     assert (seen[0].backend, seen[0].force) == ("tvm", True)
+
+
+def test_every_command_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.cli.commands:
+        assert run(capsys, name, "--version")[1] == f"belle-compile {name}, version {belle_compile.__version__}\n"
+
+
+def test_options_from_the_environment_and_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[driver.BuildRequest] = []
+
+    def build(request: driver.BuildRequest) -> None:
+        seen.append(request)
+        raise CompileError("test", "seen")
+
+    monkeypatch.setattr(driver, "build", build)
+    file = tmp_path / "build.toml"
+    file.write_text('quant = "int8-accurate"\ntarget = "cpux2"\nisa = ["avx2"]\nno-gate = true\nquiet = true\n')
+    command = "build", ROOT, "-o", tmp_path / "new", "--config", file
+    fail(capsys, *command)
+    assert (seen[-1].quantization, seen[-1].target, seen[-1].isas, seen[-1].gate) == ("int8-accurate", "cpux2", ("avx2",), None)
+    monkeypatch.setenv("BELLE_BUILD_TARGET", "cpux4")
+    monkeypatch.setenv("BELLE_BUILD_QUANT", "none")
+    fail(capsys, *command, "--quant", "int8")
+    assert (seen[-1].quantization, seen[-1].target) == ("int8", "cpux4")
+    file.write_text("size-budget = true\n")
+    assert "size-budget in" in (error := run(capsys, *command)[2]) and "expected a number" in error
 
 
 def test_help_of_build_names_every_preset_and_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +355,7 @@ def test_help_of_build_names_every_preset_and_method(capsys: pytest.CaptureFixtu
 
 
 def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     seen: list[driver.BuildRequest] = []
 
     def build(request: driver.BuildRequest) -> None:
@@ -273,15 +363,16 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
         raise CompileError("test", "seen")
 
     monkeypatch.setattr(driver, "build", build)
-    fail(capsys, "build", "model", "-o", "engine")
-    assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print)
-    fail(capsys, "build", "model", "-o", "engine", "--methods", "rotate,gptq", "--min-top1", "0.9", "--backend", "tvm")
-    given = {"methods": ("rotate", "gptq"), "gate": Gate(min_top1=0.9), "backend": "tvm"}
-    assert seen.pop() == driver.BuildRequest(Path("model"), Path("engine"), on_progress=print, **given)
+    fail(capsys, "build", "tests", "-o", "engine-new")
+    assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print)
+    arguments = "--methods", "rotate,smooth", "--calibration", "README.md", "--min-top1", "0.9", "--backend", "tvm"
+    fail(capsys, "build", "tests", "-o", "engine-new", *arguments)
+    given = {"methods": ("rotate", "smooth"), "gate": Gate(min_top1=0.9), "backend": "tvm", "calibration": Path("README.md")}
+    assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print, **given)
     keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3"
-    fail(capsys, "build", "model", "-o", "engine", *keys)
+    fail(capsys, "build", "tests", "-o", "engine-new", *keys)
     assert (seen[0].ignored_config_keys, seen.pop().generation) == (("a", "b"), ("top_k=3",))
-    fail(capsys, "build", "model", "-o", "engine", "--no-gate", "--methods", "none")
+    fail(capsys, "build", "tests", "-o", "engine-new", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
 
@@ -295,34 +386,37 @@ def test_defaults_of_calibrate_set_are_those_of_its_options(
         raise CompileError("test", "seen")
 
     monkeypatch.setattr(requests, "write_set", write_set)
-    fail(capsys, "calibrate-set", "file", "-o", "set")
+    fail(capsys, "calibrate-set", ROOT / "README.md", "-o", "set")
     assert selections == [SelectOptions()]
 
 
+REPORTING = {"-v", "--verbose", "-q", "--quiet", "--log"}
 OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--verbose", "--generation-defaults", "--ignore-config-key",
+        "--tune", "--drift", "--force", "--generation-defaults", "--ignore-config-key", *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
-        "--similarity", "--max-length", "--force",
+        "--similarity", "--max-length", "--force", *REPORTING,
     },
     "inspect": {"--kernels"},
     "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
-    "repartition": {"--target", "--backend", "-o", "--output", "--force"},
+    "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
         "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output", "--ignore-config-key",
+        *REPORTING,
     },
+    "verify": REPORTING,
 }  # fmt: skip
 
 
 def test_options_are_these_and_no_more() -> None:
     for name, command in cli.cli.commands.items():
         options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
-        assert options == OPTIONS.get(name, set()) | {"--json"}
+        assert options == OPTIONS.get(name, set()) | {"--json", "--config", "--version"}
 
 
 def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -335,7 +429,7 @@ def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_p
     plot = (tmp_path / "layers.svg").read_text()
     assert plot.startswith("<svg") and plot.count("<rect") == 1 + 3 * 7 + 1
     status, out, _ = run(capsys, *command, "-o", tmp_path / "layers.json", "--json")
-    assert status == 0 and json.loads(out) == json.loads((tmp_path / "layers.json").read_text())
+    assert status == 0 and json.loads(out)["layers"] == json.loads((tmp_path / "layers.json").read_text())["layers"]
     layers = json.loads(out)["layers"]
     assert len(layers) == 3 * 7 + 1 and layers[0]["output_error"] >= layers[-1]["output_error"] > 0
     status, _, err = run(capsys, *command, "-o", tmp_path / "layers.txt")
@@ -353,3 +447,57 @@ def test_plan_and_sensitivity_ignore_the_keys_that_a_build_ignores(capsys: pytes
     command = ["sensitivity", checkpoint, "--calibration", tmp_path / "requests.txt", "--output-errors"]
     assert "pass --ignore-config-key qk_scale" in fail(capsys, *command)
     assert run(capsys, *command, "--ignore-config-key", "qk_scale")[0] == 0
+
+
+# Commands that are wrong, each with the status; a checkpoint is there as `checkpoint`, an engine as `engine`.
+WRONG = [
+    (["build", "missing", "-o", "new"], 1),
+    (["build", "engine", "-o", "new"], 1),
+    (["build", "checkpoint", "-o", "engine"], 1),
+    (["build", "checkpoint", "-o", "new", "--target", "tpu"], 1),
+    (["build", "checkpoint", "-o", "new", "--methods", "round"], 1),
+    (["build", "checkpoint", "-o", "new", "--isa", "mmx"], 1),
+    (["build", "checkpoint", "-o", "new", "--backend", "tpu"], 2),
+    (["build", "checkpoint", "-o", "new", "--calibration", "missing"], 1),
+    (["build", "checkpoint", "-o", "new", "--template", "missing.jinja"], 1),
+    (["build", "checkpoint", "-o", "new", "--size-budget", "1.2"], 1),
+    (["build", "checkpoint", "-o", "new", "--min-top1", "2"], 2),
+    (["build", "checkpoint"], 2),
+    (["repartition", "missing", "-o", "new", "--target", "cpu"], 1),
+    (["repartition", "engine", "-o", "new", "--target", "tpu"], 1),
+    (["sensitivity", "checkpoint", "--calibration", "missing"], 1),
+    (["plan", "missing"], 1),
+    (["calibrate-set", "missing", "-o", "new"], 1),
+    (["inspect", "missing"], 1),
+    (["verify", "missing"], 1),
+    (["edit", "missing", "--generation-defaults", "top_k=1"], 1),
+    (["bild"], 2),
+]  # fmt: skip
+# What takes seconds to import; measuring the seconds would depend on the host.
+HEAVY = ("torch", "onnx", "onnx_ir", "tvm", "tvm_ffi", "triton", "transformers", "huggingface_hub", "rich", "safetensors")
+EACH = """
+    import contextlib, io, json, os, sys
+    from belle_compile.compiler import cli
+    for arguments in json.loads(sys.argv[1]):
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            try:
+                cli.main(arguments)
+            except SystemExit as end:
+                status = end.code
+        loaded = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
+        print(json.dumps([arguments, status, errors.getvalue(), loaded]))
+"""
+
+
+def test_a_wrong_command_line_imports_nothing_that_takes_long(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(EACH), json.dumps([each for each, _ in WRONG]), json.dumps(HEAVY)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [outcome[:2] for outcome in outcomes] == [[arguments, status] for arguments, status in WRONG]
+    for arguments, _, message, loaded in outcomes:
+        assert loaded == [], f"{arguments} imports {loaded}"
+        assert message.startswith("belle-compile: ") and message.count("\n") == 1, message

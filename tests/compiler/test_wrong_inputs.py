@@ -41,7 +41,7 @@ def checkpoint(original: Path, tmp_path: Path) -> Path:
 def build(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit status and stderr."""
     with pytest.raises(SystemExit) as end:
-        cli.main(["build", str(checkpoint), "-o", str(checkpoint.parent / "out" / "engine")])
+        cli.main(["build", str(checkpoint), "-o", str(checkpoint.parent / "out" / "engine"), "--quiet"])
     return int(end.value.code or 0), capsys.readouterr().err
 
 

@@ -76,6 +76,19 @@ def test_missing_file_is_named(directory: Path) -> None:
         verify_files(directory, read_manifest(directory), full=False)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_an_engine_without_its_report_runs(tmp_path: Path, full: bool) -> None:
+    directory = make_directory(tmp_path, {"tokenizer.json": b"{}", "report.html": b"<p>"})
+    (directory / "report.html").write_bytes(b"<q>")
+    with pytest.raises(EngineError, match=r"digest of report\.html"):
+        verify_files(directory, read_manifest(directory), full=full)
+    (directory / "report.html").unlink()
+    verify_files(directory, read_manifest(directory), full=full)
+    (directory / "report.html").symlink_to(tmp_path / "nothing")
+    with pytest.raises(EngineError, match=r"file report\.html is missing"):
+        verify_files(directory, read_manifest(directory), full=full)
+
+
 def test_a_rank_needs_its_own_files_only(tmp_path: Path) -> None:
     names = ("tokenizer.json", "rank0/program.json", "rank1/program.json")
     directory = make_directory(tmp_path / "e", {name: b"x" for name in names})

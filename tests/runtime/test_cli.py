@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,18 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def run(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(main, ["engine", *arguments], input=stdin)
+@pytest.fixture(scope="module", autouse=True)
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that is an engine by its manifest, which is looked at before the engine is loaded."""
+    ENGINE.append(make_directory(tmp_path_factory.mktemp("engines") / "engine", {"tokenizer.json": b"{}"}))
+    return ENGINE[-1]
+
+
+ENGINE: list[Path] = []
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(ENGINE[-1]), *arguments], input=stdin)
 
 
 @pytest.mark.usefixtures("loads")
@@ -143,7 +155,7 @@ def test_log_probabilities_are_for_json() -> None:
 def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:
     run("x", "--threads", "3", "--isa", "avx2", "--kv-tokens", "64", "--verify")
     run("x", "--kv-cache-memory", "50%")
-    unset = {"directory": Path("engine"), "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None}
+    unset = {"directory": ENGINE[-1], "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None}
     assert loads[0] == unset | {"threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
     assert loads[1] == unset | {"kv_cache_memory": "50%", "verify": "header"}
 
@@ -175,7 +187,7 @@ def test_errors_are_one_sentence_and_exit_code_1() -> None:
     ]:
         result = run(*arguments)
         assert result.exit_code == 1 and result.stdout == ""
-        assert result.stderr.startswith(sentence) and result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"belle-run: {sentence}") and result.stderr.count("\n") == 1
 
 
 def test_errors_of_loading(tmp_path: Path) -> None:
@@ -195,26 +207,119 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("x").exit_code == 130
 
 
-def test_bug_is_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_are_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Engine:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Engine, "load", load)
-    assert isinstance(run("x").exception, ZeroDivisionError)
+    result = run("x")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("belle-run: internal error: ZeroDivisionError: ") and "BELLE_TRACEBACK=1" in result.stderr
+
+
+def test_tracebacks_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(*_: Any, **__: Any) -> Engine:
+        raise EngineError("engine", "a reason")
+
+    monkeypatch.setattr(Engine, "load", load)
+    assert run("x").stderr == "belle-run: engine: a reason.\n"
+    monkeypatch.setenv("BELLE_TRACEBACK", "1")
+    assert isinstance(run("x").exception, EngineError)
+    assert isinstance(CliRunner().invoke(main, [str(tmp_path), "x"]).exception, EngineError)
 
 
 def test_ranks_that_an_engine_has_not(tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "e", {"tokenizer.json": b"{}"})
     result = CliRunner().invoke(main, [str(directory), "--ranks", "2", "x"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("engine: ranks: found 2, expected 1, what the engine was built for; run it with 1, or make")
+    assert result.stderr.startswith(
+        "belle-run: engine: ranks: found 2, expected 1, what the engine was built for; run it with 1"
+    )
 
 
 def test_help_shows_examples() -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for text in ("Examples:", 'belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"', "--repetition-penalty", "/reset"):
+    example = 'belle-run artifacts/belle-7b-cpu "写一首关于春天的诗"'
+    for text in ("Examples:", example, "--repetition-penalty", "/help", "BELLE_RUN_"):
         assert text in result.stdout
+
+
+@pytest.mark.usefixtures("loads")
+def test_a_prompt_from_a_file_or_all_of_stdin(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes("\ufefffirst\nsecond\n".encode())
+    for result in (run("-f", str(tmp_path / "prompt.txt"), "--json"), run("-", "--json", stdin="first\nsecond\n")):
+        (line,) = result.stdout.splitlines()
+        prompt = make_engine().tokenizer.decode(json.loads(line)["prompt_token_ids"])
+        assert prompt == "user: first\nsecond\n\nassistant:"
+    assert "give either PROMPT or --file" in run("x", "-f", "y").stderr
+    missing = run("-f", str(tmp_path / "none"))
+    assert missing.stderr == f"belle-run: prompt: {tmp_path / 'none'} cannot be read: found No such file or directory.\n"
+    assert run("-", stdin=b"\xff\xfe").stderr.startswith("belle-run: prompt: stdin cannot be read: found 'utf-8' codec")
+
+
+@pytest.mark.usefixtures("loads")
+def test_a_system_message() -> None:
+    decode = make_engine().tokenizer.decode
+    prompt = decode(json.loads(run("x", "--json", "--system", "Be brief.").stdout)["prompt_token_ids"])
+    assert prompt == "system: Be brief.\nuser: x\nassistant:"
+    lines = run("--json", "--system", "Be brief.", stdin="first\n/reset\nsecond\n").stdout.splitlines()
+    prompts = [decode(json.loads(line)["prompt_token_ids"]) for line in lines]
+    assert prompts == [f"system: Be brief.\nuser: {turn}\nassistant:" for turn in ("first", "second")]
+    assert "--raw has none" in run("x", "--system", "y", "--raw").stderr
+
+
+@pytest.mark.usefixtures("loads")
+def test_an_answer_that_was_cut_says_so() -> None:
+    result = run("x", "--max-new-tokens", "1")
+    assert result.stderr.startswith("(cut at 1 tokens)\n[1 token, ")
+    assert "cut at" not in run("x").stderr
+
+
+@pytest.mark.usefixtures("loads")
+def test_options_from_the_environment_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "belle.toml"
+    file.write_text('json = true\nmax-new-tokens = 1\nstop = ["世"]\n')
+
+    def tokens(*arguments: str) -> int:
+        return len(json.loads(run("x", *arguments).stdout)["token_ids"])
+
+    assert tokens("--config", str(file)) == 1
+    monkeypatch.setenv("BELLE_RUN_MAX_NEW_TOKENS", "2")
+    assert tokens("--config", str(file)) == 2, "the environment goes before the file"
+    assert tokens("--config", str(file), "--max-new-tokens", "3") == 3, "the command line goes before both"
+    file.write_text("max-new-token = 1\n")
+    wrong = run("x", "--config", str(file))
+    assert wrong.exit_code == 2 and "unknown option in" in wrong.stderr and "did you mean max-new-tokens" in wrong.stderr
+    file.write_text('max-new-tokens = "one"\n')
+    assert "expected a whole number" in run("x", "--config", str(file)).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["engine", "x", "--oops"], [], ["batch", "engine"], ["batch", "engine", "none", "-o", "x"]]
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments: list[str], engine: Path) -> None:
+    result = CliRunner().invoke(main, [str(engine) if word == "engine" else word for word in arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    program = "belle-run batch" if "batch" in arguments else "belle-run"
+    assert result.stderr.startswith("belle-run: ") and result.stderr.endswith(f"; see `{program} --help`.\n")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["batch"], ["serve"]])
+def test_every_command_has_a_version(command: list[str]) -> None:
+    result = CliRunner().invoke(main, [*command, "--version"])
+    assert result.stdout == f"{' '.join(['belle-run', *command])}, version {belle_compile.__version__}\n"
+
+
+def test_a_wrong_command_line_imports_nothing_that_takes_long(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom belle_compile.runtime.cli import main\ntry:\n main(sys.argv[1:])\nfinally:\n"
+        " print([name for name in ('numpy', 'tokenizers', 'jinja2') if name in sys.modules])"
+    )
+    for arguments in (["missing", "x"], [str(tmp_path), "--oops"], ["batch", "missing", "in", "-o", "out"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "[]", arguments
 
 
 def test_error_class_is_the_runtime_s() -> None:

@@ -22,7 +22,7 @@ from belle_compile.runtime.selftest import (
     read_golden_answers,
     self_test_schema,
 )
-from tests.runtime.fakes import EOS, FakeExecutor, make_engine, manifest, script_rule
+from tests.runtime.fakes import EOS, FakeExecutor, make_directory, make_engine, manifest, script_rule
 
 PROMPTS = ((5, 6, 7), (9, 8, 7, 6, 5), (250,))
 LISTED = {SELF_TEST_NAME: FileRecord("0" * 64, 1)}
@@ -121,9 +121,11 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_directory(tmp_path / "engine", {"tokenizer.json": b"{}"})
+
     def belle_run(answers: GoldenAnswers | None, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(Engine, "load", lambda directory, **options: engine_with(tmp_path, answers))
-        result = CliRunner().invoke(main, ["engine", "--self-test", *arguments])
+        result = CliRunner().invoke(main, [str(directory), "--self-test", *arguments])
         return result.exit_code, result.stdout, result.stderr
 
     assert belle_run(golden()) == (0, "self-test: 3 prompts, 12 tokens, as built\n", "")
@@ -131,10 +133,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (code, out) == (2, "") and "give no PROMPT" in err
     other = replace(golden(), answers=(GoldenAnswer((5, 6, 7), (299, 299)),))
     code, out, err = belle_run(other)
-    assert (code, out) == (1, "") and err.startswith("self-test: token 1 of 2 of the answer to prompt 1 of 1 is not")
+    assert (code, out) == (1, "") and err.startswith("belle-run: self-test: token 1 of 2 of the answer to prompt 1 of 1 is not")
     code, out, err = belle_run(None)
     assert (code, out) == (1, "")
     assert err == (
-        "self-test: nothing was tested: found the engine has no selftest.json: it was built before builds made one, "
+        "belle-run: self-test: nothing was tested: found the engine has no selftest.json: it was built before builds made one, "
         "expected golden answers; rebuild the engine with belle-compile build, or send it requests of your own.\n"
     )

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from belle_compile.runtime import Engine
 from belle_compile.runtime.cli import main
-from tests.runtime.fakes import make_engine
+from tests.runtime.fakes import make_directory, make_engine
 
 _ECHO = """
 import sys
@@ -107,9 +107,11 @@ def _loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_loads")
-def test_the_command_reads_texts_with_a_mark_and_refuses_other_encodings() -> None:
+def test_the_command_reads_texts_with_a_mark_and_refuses_other_encodings(tmp_path: Path) -> None:
+    engine = str(make_directory(tmp_path / "engine", {"tokenizer.json": b"{}"}))
+
     def prompts(stdin: bytes) -> Any:
-        return CliRunner().invoke(main, ["engine", "--json", "--max-new-tokens", "1"], input=stdin)
+        return CliRunner().invoke(main, [engine, "--json", "--max-new-tokens", "1"], input=stdin)
 
     marked, plain = prompts("\ufeffhi\n".encode()), prompts(b"hi\n")
     assert marked.exit_code == 0 and '"prompt_token_ids"' in marked.stdout
@@ -117,5 +119,5 @@ def test_the_command_reads_texts_with_a_mark_and_refuses_other_encodings() -> No
     assert ids[0] == ids[1]
     refused = prompts("诗写一首\n".encode("gb18030"))
     assert refused.exit_code == 1 and "belle-run: the input cannot be read: found byte 0x" in refused.stderr
-    half = CliRunner().invoke(main, ["engine", "a\udcca", "--max-new-tokens", "1"])
+    half = CliRunner().invoke(main, [engine, "a\udcca", "--max-new-tokens", "1"])
     assert half.exit_code == 1 and "the prompt: found half of a surrogate pair (U+DCCA) as character 1" in half.stderr

@@ -70,7 +70,7 @@ class TritonBackend(ProgramBackend):
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
         choices = [variants for rank in ranks for kernel in rank.kernels for _, variants in _choices(kernel)]
         needed, alternatives = [first for first, *_ in choices], [kernel for _, *others in choices for kernel in others]
-        compiled = compile_kernels(needed, arch, alternatives)
+        compiled = compile_kernels(needed, arch, alternatives, on_kernels=options.on_kernels)
         payloads = []
         for rank in ranks:
             names, alternative_names = _compiled_names(rank.kernels, compiled.keys())

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 from belle_compile.compiler.backends.triton.installed import require_triton
 from belle_compile.compiler.backends.triton.kernels.base import OVERLAP, Kernel
@@ -39,11 +41,17 @@ _OVERLAPPING = 90  # compute capability from which on a kernel may start before 
 _FEW = 4  # the least number of kernels for which a further process is started
 
 
-def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = ()) -> dict[str, Compiled]:
+def compile_kernels(
+    needed: Iterable[Kernel],
+    arch: str,
+    others: Iterable[Kernel] = (),
+    on_kernels: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Compiled]:
     """Compile kernels for `arch` ("sm_80") in as many processes as there are cores; returns machine code and launch by name.
 
     Raises CompileError if a needed kernel spills registers, or does not use tensor cores though it must. Kernels of `others`
-    that do not compile or have such a fault are left out.
+    that do not compile or have such a fault are left out. `on_kernels` is called with the numbers of kernels that were tried
+    and of all of them, by several threads in turn.
     """
     toolchain()  # raises CompileError if a tool is missing
     named = {kernel.name: (kernel, False) for kernel in others} | {kernel.name: (kernel, True) for kernel in needed}
@@ -51,7 +59,7 @@ def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel
     ordered = [named[name] for name in sorted(named)]
     workers = max(1, min(len(host.usable_cores()), -(-len(ordered) // _FEW)))
     with tempfile.TemporaryDirectory(prefix="belle-triton-") as folder, ThreadPoolExecutor(workers) as threads:
-        compile_share = partial(_compile_share, arch=arch, folder=folder)
+        compile_share = partial(_compile_share, arch=arch, folder=folder, on_kernel=_Count(len(ordered), on_kernels).add)
         results = list(threads.map(compile_share, (ordered[number::workers] for number in range(workers))))
     compiled: dict[str, Compiled] = {}
     for result in results:
@@ -61,7 +69,22 @@ def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel
     return dict(sorted(compiled.items()))
 
 
-def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -> dict[str, Compiled] | CompileError:
+class _Count:
+    """Counts kernels for a progress callback (done, total), on several threads."""
+
+    def __init__(self, total: int, on_kernels: Callable[[int, int], None]) -> None:
+        self._lock, self._done, self._total, self._on_kernels = Lock(), 0, total, on_kernels
+        on_kernels(0, total)
+
+    def add(self) -> None:
+        with self._lock:
+            self._done += 1
+            self._on_kernels(self._done, self._total)
+
+
+def _compile_share(
+    kernels: list[tuple[Kernel, bool]], arch: str, folder: str, on_kernel: Callable[[], None]
+) -> dict[str, Compiled] | CompileError:
     """Compile pairs (kernel, whether it is needed) in a new process; an error is returned, not raised."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
@@ -69,12 +92,27 @@ def _compile_share(kernels: list[tuple[Kernel, bool]], arch: str, folder: str) -
     assembler = {"TRITON_PTXAS_PATH": str(_tool("ptxas")), "TRITON_PTXAS_BLACKWELL_PATH": str(_tool("ptxas"))}
     environment |= _SETTINGS | assembler | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": path}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, arch]
-    done = subprocess.run(command, env=environment, input=pickle.dumps(kernels), capture_output=True)
-    if done.returncode:
-        last_line = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return CompileError("triton", "a process that compiles kernels ended", found=last_line[0])
-    compiled, failure = pickle.loads(done.stdout)
-    return CompileError(**failure) if failure else dict(compiled)
+    compiled: dict[str, Compiled] = {}
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as worker,
+    ):
+        assert worker.stdin is not None and worker.stdout is not None
+        with suppress(BrokenPipeError), worker.stdin:
+            pickle.dump(kernels, worker.stdin)
+        with suppress(EOFError):
+            while True:
+                name, code, failure = pickle.load(worker.stdout)
+                if failure:
+                    return CompileError(**failure)
+                if code is not None:
+                    compiled[name] = code
+                on_kernel()
+        if worker.wait():
+            errors.seek(0)
+            last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {worker.returncode}"]
+            return CompileError("triton", "a process that compiles kernels ended", found=last_line[0])
+    return compiled
 
 
 def compile_kernel(kernel: Kernel, arch: str) -> Compiled:
@@ -169,21 +207,23 @@ def archive(modules: Mapping[str, bytes], seal: bytes) -> bytes:
 
 
 def _work(arch: str) -> None:
+    """Write for each kernel in turn its name, its code or None, and the parts of the error that ends the work, or None."""
     kernels: list[tuple[Kernel, bool]] = pickle.load(sys.stdin.buffer)
     output, sys.stdout = sys.stdout.buffer, sys.stderr
-    compiled: dict[str, Compiled] = {}
-    failure: dict[str, str] = {}
     for kernel, needed in kernels:
+        code, failure = None, None
         try:
-            compiled[kernel.name] = compile_kernel(kernel, arch)
+            code = compile_kernel(kernel, arch)
         except CompileError as error:
             if needed:
                 failure = {name: getattr(error, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
-                break
         except Exception as error:
             if needed:  # a bug of this module or of Triton
                 raise RuntimeError(f"kernel {kernel.name}: {type(error).__name__}: {error}") from error
-    pickle.dump((compiled, failure), output)
+        pickle.dump((kernel.name, code, failure), output)
+        output.flush()
+        if failure:
+            break
 
 
 if __name__ == "__main__":

@@ -67,14 +67,23 @@ class TvmBackend(ProgramBackend):
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
         tuned = _tune([(rank.program, rank.kernels) for rank in ranks], target.isas, options.tune) if options.tune else None
         record = tuning_record(tuned) if tuned else None
-        compiled: dict[frozenset[Kernel], Mapping[str, bytes]] = {}
+        distinct = {frozenset(rank.kernels): rank.kernels for rank in ranks}
+        tables_of = {key: _tables(kernels, target.isas, tuned) for key, kernels in distinct.items()}
+        done, total = 0, sum(len(distinct[key]) * len(tables) for key, tables in tables_of.items())
+        compiled: dict[frozenset[Kernel], dict[str, bytes]] = {}
+        for key, kernels in distinct.items():
+            compiled[key] = {}
+            for table in tables_of[key]:
+                options.on_kernels(done, total)
+                compiled[key][table.library] = compile_library(kernels, ISAS[table.isa], table)
+                done += len(kernels)
+        options.on_kernels(done, total)
         payloads = []
         for rank in ranks:
-            tables, kernels = _tables(rank.kernels, target.isas, tuned), frozenset(rank.kernels)
-            if kernels not in compiled:
-                compiled[kernels] = {table.library: compile_library(rank.kernels, ISAS[table.isa], table) for table in tables}
+            key = frozenset(rank.kernels)
+            tables = tables_of[key]
             toolchain = _versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
-            payloads.append(self.payload(rank, rank.program, partial(_sealed, compiled[kernels]), toolchain, record))
+            payloads.append(self.payload(rank, rank.program, partial(_sealed, compiled[key]), toolchain, record))
         return payloads
 
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:

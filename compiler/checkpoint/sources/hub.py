@@ -10,9 +10,8 @@ from pathlib import Path
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.places import hub_name
 
-# Owner and name and, for one of several models in a repository, the path of its file: owner/name/q4/model.gguf.
-NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.gguf))?")
 _PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf$")
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 _NAMED = 20  # files that an error names
@@ -22,16 +21,14 @@ class Hub:
     """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M, or one of its .gguf files."""
 
     def recognises(self, name: str) -> bool:
-        match = NAME.fullmatch(name)
-        # A path into a directory of this host whose file is missing is no name of the Hub.
-        return match is not None and not (match["file"] and Path(Path(name).parts[0]).exists())
+        return hub_name(name) is not None
 
     def fetch(self, name: str, weights: Sequence[Sequence[str]]) -> Files:
         """Download the weights of one format and all small files. Without a network, use the files of an earlier download."""
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        match = NAME.fullmatch(name)
+        match = hub_name(name)
         assert match is not None, f"{name} is no name of the Hub"
         model, file = match["model"], match["file"]
         try:

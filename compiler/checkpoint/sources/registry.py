@@ -8,8 +8,7 @@ from pathlib import Path
 from belle_compile.compiler.checkpoint.sources.base import Files, Source
 from belle_compile.compiler.checkpoint.sources.hub import Hub
 from belle_compile.compiler.checkpoint.sources.local import LocalDirectory, LocalFile
-from belle_compile.compiler.checkpoint.tensors import STAGE
-from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.places import no_checkpoint
 
 # The first source that recognises a name is used, so files on this host outrank a download.
 SOURCES: tuple[Source, ...] = (
@@ -25,10 +24,4 @@ def fetch(name: str | Path, weights: Sequence[Sequence[str]]) -> Files:
     for source in SOURCES:
         if source.recognises(str(name)):
             return source.fetch(str(name), weights)
-    raise CompileError(
-        STAGE,
-        f"path {Path(name).expanduser()}",
-        found="nothing there",
-        expected="a checkpoint directory, a .gguf file or a Hub name",
-        remedy="check the path",
-    )
+    raise no_checkpoint(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.serving.result_cache.breaker import CircuitBreaker
 from belle_compile.runtime.serving.result_cache.store import Counters, StoreUnavailable
 
@@ -35,7 +35,7 @@ class RedisStore:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            remedy = "install belle-compile[redis]"
+            remedy = install("redis")
             raise EngineError("result cache", "the package redis is not installed", remedy=remedy) from None
         try:
             # RESP2 and no library name: a connection needs no answer before the first command, unless the URL has a password.

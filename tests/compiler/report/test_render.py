@@ -103,6 +103,20 @@ def test_accuracy_before_and_after_with_limits() -> None:
         assert row in text
 
 
+def test_the_verdict_comes_first() -> None:
+    missed = Page(render(full_report())).text("")
+    assert (
+        "✗ Missed the accuracy gate on held-out requests, so that the build made no engine: same next token (top-1) 96.1 %, "
+        in missed
+    )
+    assert missed.index("✗ Missed") < missed.index("same next token 96.1 %") < missed.index("engine 1.2 kB")
+    limits = {"max_perplexity_ratio": 1.02, "min_top1": 0.9, "min_accuracy_kept": 0.9}
+    passed = render(Report(replace(MANIFEST, accuracy={**ACCURACY, "limits": limits})))
+    assert "✓ Passed the accuracy gate on held-out requests: 20 requests, 4,000 tokens, 5 answers." in Page(passed).text("")
+    for accuracy in (None, {key: value for key, value in ACCURACY.items() if key != "limits"}):
+        assert "accuracy gate" not in Page(render(Report(replace(MANIFEST, accuracy=accuracy)))).text("")
+
+
 def test_accuracy_without_answers() -> None:
     accuracy = {**ACCURACY, "answers": 0, "answer_accuracy": None, "accuracy_kept": None}
     text = Page(render(Report(replace(MANIFEST, accuracy=accuracy)))).text("accuracy")

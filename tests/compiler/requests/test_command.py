@@ -24,7 +24,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: P
     status, table, err = run(
         capsys, "calibrate-set", source, "-o", out, "--field", "ask", "--size", 20, "--holdout", 5, "--redact"
     )
-    assert (status, err) == (0, "")
+    assert status == 0 and [line.split()[1] for line in err.splitlines()] == ["read:", "report:"]
     rows = dict(line.split("  ", 1) for line in table.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
     assert rows["from"].startswith("requests.jsonl: 61 requests") and rows["dropped: exact duplicate"] == "1"

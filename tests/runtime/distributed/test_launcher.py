@@ -111,7 +111,8 @@ def test_ctrl_c_at_a_terminal_breaks_an_answer_off(engines: dict[int, Path]) -> 
     until(ours, "hello")
     time.sleep(0.3)  # within the answer
     run.process.send_signal(signal.SIGINT)  # what the terminal's Ctrl-C does
-    until(ours, "\n> ")
+    until(ours, "(stopped; this turn is forgotten)")
+    until(ours, "> ")
     os.write(ours, b"/exit\n")
     assert run.end(10)[0] == 0
     os.close(ours)
@@ -129,7 +130,7 @@ def test_another_number_of_ranks(engines: dict[int, Path]) -> None:
     code, out, errors = belle_run(engines[2], "--ranks", 3, *SHORT).end()
     remedy = "run it with 2, or make an engine for 3 with belle-compile repartition"
     assert (code, out) == (1, "")
-    assert errors == f"engine: ranks: found 3, expected 2, what the engine was built for; {remedy}.\n"
+    assert errors == f"belle-run: engine: ranks: found 3, expected 2, what the engine was built for; {remedy}.\n"
     assert tokens(engines[2], "--ranks", 2, *SHORT) == tokens(engines[1], "--ranks", 1, *SHORT)
 
 
@@ -145,17 +146,17 @@ def failure(engine: Path, change: str, *arguments: object, within: float = 10) -
 def test_ranks_with_different_engines(engines: dict[int, Path], tmp_path: Path) -> None:
     other = ranked.build(tmp_path / "other", 2, seed=1)
     errors = failure(engines[2], f"if rank == 1: sys.argv[1] = {str(other)!r}")
-    assert errors.startswith("ranks: they have different engines: found digest ")
+    assert errors.startswith("belle-run: ranks: they have different engines: found digest ")
     assert " on rank 1, expected digest " in errors and errors.endswith("; give all ranks copies of the same engine.\n")
 
 
 def test_a_rank_that_does_not_load(engines: dict[int, Path], tmp_path: Path) -> None:
     errors = failure(engines[2], f"if rank == 1: sys.argv[1] = {str(tmp_path)!r}")
-    assert errors.startswith(f"engine: {tmp_path} is not an engine: found no manifest.json; ")
+    assert errors.startswith(f"belle-run: engine: {tmp_path} is not an engine: found no manifest.json; ")
     (engines[3] / "rank2" / "program.json").rename(tmp_path / "program.json")
     errors = failure(engines[3], "pass")
     (tmp_path / "program.json").rename(engines[3] / "rank2" / "program.json")
-    assert errors.startswith("engine: file rank2/program.json is missing from ")
+    assert errors.startswith("belle-run: engine: file rank2/program.json is missing from ")
 
 
 def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
@@ -163,10 +164,10 @@ def test_a_rank_that_ends_before_it_reports(engines: dict[int, Path]) -> None:
     for when in ("", "time.sleep(3), "):  # before and after the others have reported
         errors = failure(engines[2], f"if rank == 1: {when}os.kill(os.getpid(), signal.SIGKILL)")
         how = "was killed by signal 9 (SIGKILL) before all had started"
-        assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
+        assert re.fullmatch(rf"belle-run: ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
         errors = failure(engines[3], f"if rank == 1: {when}1 // 0")
         how = "ended with exit code 1 before all had started: found ZeroDivisionError: integer division or modulo by zero"
-        assert re.fullmatch(rf"ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
+        assert re.fullmatch(rf"belle-run: ranks: rank 1 \(process \d+\) {re.escape(f'{how}; {remedy}')}", errors), errors
 
 
 @pytest.mark.parametrize(
@@ -185,14 +186,16 @@ def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.Mon
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
     stop = "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
     errors = failure(engines[2], stop, "--rank-timeout", 4, *SHORT)
-    assert errors.startswith("ranks: rank 1 did not start: found nothing within 4 s; look at what holds it up, or give it more")
+    assert errors.startswith(
+        "belle-run: ranks: rank 1 did not start: found nothing within 4 s; look at what holds it up, or give it more"
+    )
 
 
 def test_a_rank_that_hangs_while_it_loads(engines: dict[int, Path]) -> None:
     factory = "from belle_compile.runtime.executors.cpu_factory import CpuFactory"
     sleep = f"{factory}\nif rank == 1: CpuFactory.check_host = lambda *_: time.sleep(99)"
     errors = failure(engines[2], sleep, "--rank-timeout", 4, *SHORT)
-    assert errors.startswith("ranks: rank 1 did not get ready: found nothing within 4 s; look at what holds it up")
+    assert errors.startswith("belle-run: ranks: rank 1 did not get ready: found nothing within 4 s; look at what holds it up")
     mine = belle_run(engines[2], "--rank-timeout", 4, *SHORT, change=sleep, before=(launcher.mpiexec(), "-n", "2"))
     code, _, errors = mine.end()
     assert code != 0 and errors.count("ranks: rank 1 did not get ready: found nothing within 4 s") == 1
@@ -212,7 +215,7 @@ def failing(self, batch):
     return step(self, batch)
 CpuExecutor.step = failing
 """
-    assert failure(engines[2], change) == f"cpu: kernel broke: found rank {rank}.\n"
+    assert failure(engines[2], change) == f"belle-run: cpu: kernel broke: found rank {rank}.\n"
     code, _, errors = belle_run(engines[2], *SHORT, change=change, before=(launcher.mpiexec(), "-n", "2")).end()
     assert code != 0 and errors.count(f"cpu: kernel broke: found rank {rank}.") == 1
 
@@ -228,14 +231,14 @@ def failing(self, request, **options):
 MpiCollectives._wait = failing
 """
     sentence = failure(engines[2], change)
-    assert sentence.startswith("ranks: a message between ranks failed: found Other MPI error; look at why another rank ended")
+    assert sentence.startswith("belle-run: ranks: a message between ranks failed: found Other MPI error; look at why another")
 
 
 def test_a_bug_of_a_rank_is_shown(engines: dict[int, Path]) -> None:
     change = f"{STEP}if rank == 1: CpuExecutor.step = lambda self, batch: 1 // 0"
     code, _, errors = belle_run(engines[2], *SHORT, change=change).end()
     assert code == 1 and "ZeroDivisionError" in errors and errors.count("Traceback") == 1
-    assert errors.splitlines()[-1].startswith("ranks: rank 1 (process ") and "ended with exit code 1" in errors
+    assert errors.splitlines()[-1].startswith("belle-run: ranks: rank 1 (process ") and "ended with exit code 1" in errors
 
 
 def answering(engine: Path, *arguments: object) -> ranked.Run:
@@ -254,7 +257,7 @@ def test_a_rank_that_is_killed(engines: dict[int, Path], rank: int) -> None:
     code, _, errors = run.end()
     assert code == 1 and time.monotonic() - killed < 10
     how = "was killed by signal 9 (SIGKILL); the other ranks were ended with it.\n"
-    assert errors == f"ranks: rank {rank} (process {process}) {how}"
+    assert errors == f"belle-run: ranks: rank {rank} (process {process}) {how}"
 
 
 def test_a_rank_that_is_stopped(engines: dict[int, Path]) -> None:
@@ -262,7 +265,7 @@ def test_a_rank_that_is_stopped(engines: dict[int, Path]) -> None:
     process = run.rank(1)
     os.kill(process, signal.SIGSTOP)
     code, _, errors = run.end()
-    assert code == 1 and errors == f"ranks: rank 1 (process {process}) does not answer: found it is stopped.\n"
+    assert code == 1 and errors == f"belle-run: ranks: rank 1 (process {process}) does not answer: found it is stopped.\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -302,7 +305,7 @@ def test_without_mpiexec(engines: dict[int, Path], monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     result = CliRunner().invoke(main, [str(engines[2]), "x"])
-    assert result.exit_code == 1 and result.stderr.startswith("ranks: mpiexec is missing; pip install 'belle-compile[ranks]'")
+    assert result.exit_code == 1 and result.stderr.startswith("belle-run: ranks: mpiexec is missing; pip install -c")
 
 
 def test_a_server_of_several_ranks_drains(engines: dict[int, Path], tmp_path: Path) -> None:

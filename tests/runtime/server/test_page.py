@@ -12,13 +12,13 @@ import pytest
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
-from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.artifact import REPORT_NAME, GenerationDefaults
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.server.app import create_app
 from belle_compile.runtime.server.metrics import Metrics
 from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.page import load_assets
-from belle_compile.runtime.server.service import REPORT_NAME, Service
+from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 from belle_compile.runtime.tokenizer import Tokenizer
 from tests.runtime.fakes import FakeExecutor, byte_tokenizer, manifest

@@ -1,4 +1,4 @@
-"""Reads the server's files of options and keys."""
+"""Reads files of options and of keys."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""The arguments of a build, and the checks of them that need neither the checkpoint nor the packages that builds need.
+
+The command line imports this module before it knows that the arguments are right, and the driver only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from belle_compile.compiler import backends, targets
+from belle_compile.compiler.backends import Backend
+from belle_compile.compiler.devices import Target
+from belle_compile.compiler.engine_directory import check_output
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.gate import DEFAULT_GATE, Gate
+from belle_compile.compiler.kv_types import AUTO
+from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """The arguments of a build: what to compile, for which target, and to which directory.
+
+    Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
+    preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
+    the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
+    replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
+    compiler does not know, count as absent. `generation` changes the generation defaults (see `changed_defaults`). `tune`
+    measures on this host which kernel variants suit this model's shapes, which takes minutes and may differ from one build to
+    the next.
+
+    Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
+    engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
+    without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
+    weights have grown by that factor.
+
+    Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
+    report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is
+    called with (stage, done, total) during the build, with total 0 for a stage of unknown length. `on_weight` is called with
+    one line for each weight before the weights are written, see `ir.lazy.describe`.
+    """
+
+    checkpoint: str | Path
+    output: Path
+    target: str = "cpu"
+    quantization: str = DEFAULT_PRESET
+    methods: tuple[str, ...] | None = None
+    kv_cache: str = AUTO
+    backend: str | None = None
+    isas: tuple[str, ...] = ()
+    template: str | None = None
+    ignored_config_keys: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
+    dump_ir: Path | None = None
+    force: bool = False
+    tune: bool = False
+    calibration: Path | None = None
+    raw_requests: bool = False
+    size_budget: float = 1.0
+    gate: Gate | None = DEFAULT_GATE
+    drift: bool | None = None
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    on_weight: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request, with the target, the backend and the recipe that its names stand for. `applied` is the recipe with
+    only those methods that this build applies."""
+
+    request: BuildRequest
+    target: Target
+    backend: Backend
+    recipe: Recipe
+    applied: Recipe
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        """The callback with which a stage reports (done, total)."""
+        return lambda done, total: self.request.on_progress(stage, done, total)
+
+    def begin(self, stage: str) -> None:
+        self.progress(stage)(0, 0)
+
+
+def resolve(request: BuildRequest) -> Job:
+    """Look up the names in the request, and look whether its files are there; raises CompileError for everything that can be
+    refused before the checkpoint is opened. It takes a fraction of a second: no package of the extra `build` is imported."""
+    target, backend = targets.choose(request.target, request.backend, request.isas)
+    recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
+    applied = recipe.applied(calibrated=request.calibration is not None)
+    backends.check(backend, target, applied)
+    backends.check_kv_cache(backend, request.kv_cache)
+    if request.tune and (reason := backend.tuning_refusal(target)):
+        raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
+    if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
+        found, remedy = "no requests to rank layers by", "give some with --calibration"
+        raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
+    check_output(request.output, force=request.force)
+    check_checkpoint(request.checkpoint)
+    check_template(request.template)
+    check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
+    return Job(request, target, backend, recipe, applied)

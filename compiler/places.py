@@ -1,0 +1,56 @@
+"""Places that a user names: of checkpoints and of files. They are looked at before anything that takes time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from belle_compile.compiler.engine_directory import is_engine
+from belle_compile.compiler.errors import CompileError
+
+# Owner and name and, for one of several models in a repository, the path of its file: owner/name/q4/model.gguf.
+_HUB_NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.gguf))?")
+CHECKPOINT_STAGE = "checkpoint"
+JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")  # a prompt template with one is a file
+
+
+def hub_name(name: str) -> re.Match[str] | None:
+    """The name of a model on the Hugging Face Hub in its parts `model` and `file`; None for other text, and for a path into a
+    directory of this host whose file is missing."""
+    match = _HUB_NAME.fullmatch(name)
+    return None if match is None or (match["file"] and Path(Path(name).parts[0]).exists()) else match
+
+
+def check_checkpoint(name: str | Path) -> None:
+    """Raise CompileError where there is nothing at a checkpoint's path, or an engine; a model on the Hub is not looked up."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        if hub_name(str(name)) is None:
+            raise no_checkpoint(name)
+    elif is_engine(path):
+        remedy = "give the checkpoint that it was built from; belle-compile repartition makes one for other ranks from it"
+        expected = "a checkpoint"
+        raise CompileError(CHECKPOINT_STAGE, f"path {path}", found="an engine directory", expected=expected, remedy=remedy)
+
+
+def no_checkpoint(name: str | Path) -> CompileError:
+    """The error for a place that no checkpoint is at."""
+    return CompileError(
+        CHECKPOINT_STAGE,
+        f"path {Path(name).expanduser()}",
+        found="nothing there",
+        expected="a checkpoint directory, a .gguf file or a Hub name",
+        remedy="check the path",
+    )
+
+
+def check_file(stage: str, path: Path | None, expected: str) -> None:
+    """Raise CompileError where a path was given and there is nothing."""
+    if path is not None and not path.exists():
+        raise CompileError(stage, f"path {path}", found="nothing there", expected=expected, remedy="check the path")
+
+
+def check_template(template: str | None) -> None:
+    """Raise CompileError where a prompt template is named as a file and there is nothing."""
+    if template is not None and "{" not in template and template.endswith(JINJA_SUFFIXES):
+        check_file(CHECKPOINT_STAGE, Path(template), "a Jinja file")
