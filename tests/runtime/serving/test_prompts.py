@@ -65,7 +65,9 @@ def test_what_is_no_prompt(engine: Engine, prompts: Any, message: str) -> None:
         engine.generate(prompts, GREEDY)
 
 
-@pytest.mark.parametrize("prompt", [None, b"hi", 5, {"hi"}, {"a": 1}, iter("hi"), ["hi"], "\udfff"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "prompt", [None, b"hi", 5, {"hi"}, {"a": 1}, iter("hi"), ["hi"], "\udfff"], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_prompt_of_a_stream(engine: Engine, prompt: Any) -> None:
     uses: list[Callable[[], Any]] = [
         lambda: engine.stream(prompt),
@@ -187,7 +189,11 @@ def test_arguments_of_load(tmp_path: Path, options: dict[str, Any], message: str
         Engine.load(**{"directory": tmp_path, **options})
 
 
-@pytest.mark.parametrize("options", [{"max_bytes": "1"}, {"ttl_s": "1"}, {"audit": None}, {"timeout_s": True}], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "options",
+    [{"max_bytes": "1"}, {"ttl_s": "1"}, {"audit": None}, {"timeout_s": True}],
+    ids=lambda value: type(value).__name__,
+)
 def test_options_of_a_result_cache(options: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match=f"result cache: {next(iter(options))}: found"):
         ResultCacheOptions(**options)
