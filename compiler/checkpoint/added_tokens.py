@@ -13,6 +13,7 @@ from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, r
 from belle_compile.compiler.checkpoint.special_tokens import word_of
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained
 
 ADDED_TOKENS, TOKENIZER_CONFIG, TOKENS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -28,6 +29,12 @@ def with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str
     New ones get the next ids in the order of their stated ones. Those for which an embedding of `rows` rows (None: not known)
     has none are left out: the model could not read them. Raises CompileError for tokens that are not in Transformers' form.
     """
+    form = "ids and tokens as save_pretrained writes them"
+    with explained(STAGE, f"added tokens of {directory}", expected=form, remedy="download its tokenizer files again"):
+        return _with_added_tokens(text, directory, rows)
+
+
+def _with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str, list[Path], list[str]]:
     tokenizer = Tokenizer.from_str(text)
     config, tokens_map = (_optional(directory / name) for name in (TOKENIZER_CONFIG, TOKENS_MAP))
     old = config.get("added_tokens_decoder") is None

@@ -13,6 +13,8 @@ from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 
+_COMPARED = 2000  # names that an unknown one is compared with, which takes a second for ten times as many
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -40,7 +42,7 @@ class Checkpoint:
         tensor = self.tensors.get(name)
         if tensor is None:
             prefixed = [other for other in self.tensors if other.endswith(f".{name}")]
-            near = prefixed[:3] or get_close_matches(name, self.tensors, n=3)
+            near = prefixed[:3] or get_close_matches(name, [*self.tensors][:_COMPARED], n=3)
             found = f"no such tensor; near names: {', '.join(near)}" if near else "no such tensor and no similar name"
             raise CompileError(
                 STAGE,

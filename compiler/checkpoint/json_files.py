@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import parse_bounded, read_bounded
+
+MOST_BYTES = 64 << 20  # of a file; the largest tokenizer.json of a public language model has half of that
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises CompileError if the file cannot be read or holds anything else."""
+    """The JSON object in a file; raises CompileError if the file is too large, cannot be read or holds anything else."""
+    refuse_pointer(file)
+    text = read_bounded(STAGE, file, MOST_BYTES)
     try:
-        refuse_pointer(file)
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise _no_object(file, f"text that is not JSON ({e})" if isinstance(e, ValueError) else str(e)) from e
+        value = parse_bounded(text)
+    except UnicodeDecodeError as e:
+        raise _no_object(file, f"text that is not UTF-8 at byte {e.start}") from e
+    except ValueError as e:
+        raise _no_object(file, f"text that is not JSON ({e})") from e
     if not isinstance(value, dict):
         raise _no_object(file, f"a JSON {type(value).__name__}")
     return value

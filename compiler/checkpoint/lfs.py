@@ -7,15 +7,18 @@ from pathlib import Path
 
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained, require_regular
 
 _FIRST_LINE = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # pointers are shorter (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raise CompileError if a clone without Git LFS left a pointer in place of this file."""
-    with file.open("rb") as f:
-        start = f.read(_POINTER_BYTES)
+    """Raise CompileError if a clone without Git LFS left a pointer in place of this file, or if it is no regular file."""
+    require_regular(STAGE, file)
+    with explained(STAGE, f"file {file}", expected="a file that can be read", remedy="check its permissions"):
+        with file.open("rb") as f:
+            start = f.read(_POINTER_BYTES)
     if not start.startswith(_FIRST_LINE):
         return
     size = re.search(rb"^size (\d+)$", start, re.MULTILINE)

@@ -17,8 +17,10 @@ from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overl
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, choose_template
+from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
+from belle_compile.compiler.untrusted import explained
 
 
 def open_checkpoint(
@@ -36,6 +38,18 @@ def open_checkpoint(
     `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
     read.
     """
+    expected = "a checkpoint as save_pretrained or llama.cpp's converter writes it"
+    with explained(STAGE, f"files of {path}", expected=expected, remedy="download them again"):
+        return _open(path, template, overlays, ignored_keys, generation)
+
+
+def _open(
+    path: str | Path,
+    template: str | None,
+    overlays: Sequence[Overlay],
+    ignored_keys: Sequence[str],
+    generation: Sequence[str],
+) -> Checkpoint:
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
+_MOST_BYTES = 16 << 20  # of a model; three times the size of the largest one in use
+_LONGEST_PIECE = 512  # characters; sentencepiece's trainer makes pieces of at most 16 unless it is told otherwise
 
 # Texts that both tokenizers encode after the conversion. A difference means that the model has a feature that is not converted.
 SAMPLES = (
@@ -33,13 +37,14 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
     With `legacy`, as in sentencepiece and Transformers' LlamaTokenizer, a space is put before every text and after every
     special token; without, only before a first text that does not begin with a space.
     """
+    with _readable(file):
+        return _converted(file, _read(file), legacy)
+
+
+def _converted(file: Path, proto: Any, legacy: bool) -> tuple[str, list[str]]:
     import sentencepiece
 
-    proto = _read(file)
-    try:
-        reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    except RuntimeError as e:
-        raise _unreadable(file, e) from e
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     if proto.trainer_spec.model_type != BPE:
         raise CompileError(
             STAGE,
@@ -92,7 +97,8 @@ def carry_ranks(text: str, ranks: list[int | None] | None) -> str:
 
 def special_words(file: Path) -> dict[str, str]:
     """The words of BOS and EOS in a sentencepiece model, in the keys of tokenizer_config.json; none that it has turned off."""
-    spec = _read(file).trainer_spec
+    with _readable(file):
+        spec = _read(file).trainer_spec
     words = {"bos_token": (spec.bos_id, spec.bos_piece), "eos_token": (spec.eos_id, spec.eos_piece)}
     return {key: piece for key, (index, piece) in words.items() if index >= 0}
 
@@ -103,21 +109,13 @@ def _read(file: Path) -> Any:
 
     refuse_pointer(file)
     proto: Any = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(file.read_bytes())
-    except Exception as e:  # protobuf's DecodeError
-        raise _unreadable(file, e) from e
+    proto.ParseFromString(read_bounded(STAGE, file, _MOST_BYTES))
     return proto
 
 
-def _unreadable(file: Path, error: Exception) -> CompileError:
-    return CompileError(
-        STAGE,
-        f"tokenizer {file}",
-        found=f"a file that sentencepiece cannot read ({error})",
-        expected="a sentencepiece model",
-        remedy="download it again",
-    )
+def _readable(file: Path) -> AbstractContextManager[None]:
+    found = "a file that sentencepiece cannot read"
+    return explained(STAGE, f"tokenizer {file}", found=found, expected="a sentencepiece model", remedy="download it again")
 
 
 def spm_tokenizer(
@@ -161,12 +159,15 @@ def spm_tokenizer(
 
 
 def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that merge to another piece, those with the best score first; of equal scores, by the piece's id."""
+    """All pairs of pieces that merge to another piece, those with the best score first; of equal scores, by the piece's id.
+    Raises ValueError for a piece that is too long to look for its pairs."""
     mergeable = {piece for piece, _, kind in pieces if kind in {NORMAL, UNUSED}}
     merges = []
     for piece, score, kind in pieces:
         if kind != NORMAL:
             continue
+        if len(piece) > _LONGEST_PIECE:
+            raise ValueError(f"a piece of {len(piece)} characters")
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in mergeable and right in mergeable:

@@ -11,11 +11,13 @@ from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.places import JINJA_SUFFIXES
+from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime import artifact
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.prompt import ChatTemplate
 
 STAGE = "template"
+_MOST_BYTES = 1 << 20  # of a Jinja file; the longest ones in use have 20,000
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,10 @@ def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_toke
 
 
 def read_template(file: Path) -> str:
-    """Read a Jinja file; raises CompileError if it cannot be read or is not UTF-8."""
-    try:
+    """Read a Jinja file; raises CompileError if it is too large, cannot be read or is not UTF-8."""
+    with explained(STAGE, f"template {file}", expected="a Jinja file", remedy="check the path"):
         refuse_pointer(file)
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CompileError(
-            STAGE,
-            f"template {file}",
-            found=f"a file that cannot be read ({e})",
-            expected="a Jinja file",
-            remedy="check the path",
-        ) from e
+        return read_bounded(STAGE, file, _MOST_BYTES).decode()
 
 
 def _from_argument(argument: str) -> PromptTemplate:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.places import CHECKPOINT_STAGE
+from belle_compile.compiler.untrusted import explained
 
 if TYPE_CHECKING:
     from belle_compile.compiler.ir.quantized import QuantizedTensor
@@ -25,6 +26,7 @@ DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 # Causal masks, which old releases store as buffers of their attention layers
 MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
+_AS_OPENED, _AGAIN = "the file the build began with", "start the build again"
 
 FloatArray = npt.NDArray[np.float32]
 Load = Callable[[int, int], npt.NDArray[Any]]
@@ -70,12 +72,10 @@ class LazyTensor:
         return replace(self, load=load, dtype="float32", steps=(step, *self.steps), quantized=None)
 
     def _float32(self, start: int, stop: int, shape: tuple[int, ...]) -> FloatArray:
-        try:
-            loaded = self.load(start, stop)
-        except OSError as e:
-            raise changed(self.file, f"a file that changed or cannot be read ({e})") from e
-        values: FloatArray = np.ascontiguousarray(loaded, dtype=np.float32).reshape(shape)
-        return values
+        found = "a file that changed or cannot be read"
+        with explained(STAGE, f"weights {self.file}", found=found, expected=_AS_OPENED, remedy=_AGAIN):
+            values: FloatArray = np.ascontiguousarray(self.load(start, stop), dtype=np.float32).reshape(shape)
+            return values
 
 
 def changed(file: Path, found: str) -> CompileError:
@@ -84,8 +84,8 @@ def changed(file: Path, found: str) -> CompileError:
         STAGE,
         f"weights {file}",
         found=found,
-        expected="the file the build began with",
-        remedy="start the build again",
+        expected=_AS_OPENED,
+        remedy=_AGAIN,
     )
 
 

@@ -14,6 +14,7 @@ from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, convert, ranks_of, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained, parse_bounded
 
 
 def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[Path], list[str], dict[str, Any]]:
@@ -45,25 +46,30 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
     config = read_json(config_file) if config_file.is_file() else {}
     text, notes = convert(file, legacy=config.get("legacy") is not False)
     tokenizer = Tokenizer.from_str(text)
-    added = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    files = [file]
-    if added_file.is_file():
-        files.append(added_file)
-        added = {index: {"content": word} for word, index in read_json(added_file).items()} | added
-    for index, token in sorted(added.items()):
-        word = token["content"]
-        if tokenizer.token_to_id(word) is None:
-            tokenizer.add_tokens([AddedToken(word, special=bool(token.get("special", True)), normalized=False)])
-        if tokenizer.token_to_id(word) != index:
-            raise CompileError(
-                STAGE,
-                f"added token {word!r} of {directory}",
-                found=f"id {index} stated for it",
-                expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
-                remedy="put a tokenizer.json beside it",
-            )
+    files = [file, *([added_file] if added_file.is_file() else [])]
+    with explained(STAGE, f"added tokens of {directory}", expected="ids and tokens as save_pretrained writes them"):
+        added = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+        if added_file in files:
+            added = {index: {"content": word} for word, index in read_json(added_file).items()} | added
+        for index, token in sorted(added.items(), key=lambda item: item[0]):
+            _add(tokenizer, index, token, directory)
     implied = {"add_bos_token": True, **special_words(file)}  # True is the default of these releases' slow LlamaTokenizer
     return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes, implied
+
+
+def _add(tokenizer: Tokenizer, index: int, token: Mapping[str, Any], directory: Path) -> None:
+    """Add a token to a converted tokenizer unless it has it; raises CompileError if its id is not the stated one."""
+    word = token["content"]
+    if tokenizer.token_to_id(word) is None:
+        tokenizer.add_tokens([AddedToken(word, special=bool(token.get("special", True)), normalized=False)])
+    if tokenizer.token_to_id(word) != index:
+        raise CompileError(
+            STAGE,
+            f"added token {word!r} of {directory}",
+            found=f"id {index} stated for it",
+            expected=f"id {tokenizer.token_to_id(word)}, the next after tokenizer.model's",
+            remedy="put a tokenizer.json beside it",
+        )
 
 
 def check_tokenizer(text: str, source: str) -> str:
@@ -71,23 +77,16 @@ def check_tokenizer(text: str, source: str) -> str:
 
     Raises CompileError, which names `source`, if the tokenizers library cannot read it.
     """
-    try:
-        model = json.loads(text).get("model") or {}
+    found = "a file that the tokenizers library cannot read"
+    with explained(STAGE, f"tokenizer {source}", found=found, expected="a tokenizer.json", remedy="download it again"):
+        model = parse_bounded(text.encode()).get("model") or {}
         if model.get("type") == "BPE" and not model.get("continuing_subword_prefix"):
             merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             check_merges(model["vocab"], merges)
         tokenizer = Tokenizer.from_str(text)
-    except Exception as e:  # the tokenizers library raises plain Exception
-        raise CompileError(
-            STAGE,
-            f"tokenizer {source}",
-            found=f"a file that the tokenizers library cannot read ({e})",
-            expected="a tokenizer.json",
-            remedy="download it again",
-        ) from e
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return carry_ranks(str(tokenizer.to_str()), ranks_of(text))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return carry_ranks(str(tokenizer.to_str()), ranks_of(text))
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:

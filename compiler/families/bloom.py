@@ -163,7 +163,7 @@ def _geometric(power_of_two: int, exponents: npt.NDArray[np.int64]) -> npt.NDArr
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
     """config.json from the metadata of a GGUF file, in the keys of Transformers' BloomConfig."""
-    heads, hidden = header.number("attention.head_count"), header.number("embedding_length")
+    heads, hidden = header.count("attention.head_count"), header.count("embedding_length")
     return {
         "hidden_size": hidden,
         "n_inner": header.number("feed_forward_length", 4 * hidden),

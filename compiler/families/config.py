@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from typing import Any
 from belle_compile.compiler.errors import CompileError
 
 STAGE = "config"
+MOST_INTEGER = (1 << 31) - 1  # of sizes, which kernels count in 32 bits
 
 # Keys that Transformers 4 and 5, trainers and converters write; none of them changes a forward pass in evaluation mode.
 HARMLESS = frozenset(
@@ -196,14 +198,16 @@ class Reader:
         value = self._or_default(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(names[0], _short(value), f"a whole number >= {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_INTEGER:
+            large = isinstance(value, int) and value > MOST_INTEGER
+            expected = f"a whole number <= {MOST_INTEGER}" if large else f"a whole number >= {least}"
+            raise self.error(names[0], _short(value), expected)
         return value
 
     def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
         """The number under any of the names; raises CompileError if it is missing without a default or not above `above`."""
         value = self._or_default(names, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value <= sys.float_info.max:
             raise self.error(names[0], _short(value), f"a number > {above:g}")
         return float(value)
 

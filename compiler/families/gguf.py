@@ -37,15 +37,29 @@ class GgufHeader:
     def number(self, key: str, default: float | None = None) -> Any:
         """The number of a key of the architecture; raises CompileError if it is missing or a list with one number per layer."""
         value = self.value(key, default)
-        if isinstance(value, list) or value is None:
+        if type(value) not in (int, float):
+            found = "one value per layer" if isinstance(value, list) else "nothing" if value is None else repr(value)[:60]
             raise CompileError(
                 STAGE,
                 f"metadata {self.architecture}.{key} of {self.file}",
-                found="nothing" if value is None else "one value per layer",
+                found=found,
                 expected="one number",
                 remedy=f"this is not a plain {self.title}; give its Hugging Face checkpoint",
             )
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05 and not 9.999999747378752e-06
+
+    def count(self, key: str) -> int:
+        """The whole number of a key of the architecture; raises CompileError if it is missing, another value, or below 1."""
+        value = self.number(key)
+        if type(value) is not int or value < 1:
+            raise CompileError(
+                STAGE,
+                f"metadata {self.architecture}.{key} of {self.file}",
+                found=str(value),
+                expected="a whole number >= 1",
+                remedy="download the file again",
+            )
+        return value
 
     def vocabulary(self, table: str) -> int:
         """The number of rows of the embedding table, a tensor of the file; raises CompileError if it is missing."""

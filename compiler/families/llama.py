@@ -165,7 +165,7 @@ def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
     """The keys of config.json that LLaMA and its relatives share, from the metadata of a GGUF file; raises CompileError for a
     variant that is not supported."""
     number = header.number
-    heads, hidden = number("attention.head_count"), number("embedding_length")
+    heads, hidden = header.count("attention.head_count"), header.count("embedding_length")
     head_dim = number("attention.key_length", hidden // heads)
     rotary = number("rope.dimension_count", head_dim)
     if rotary != head_dim or number("attention.value_length", head_dim) != head_dim or number("expert_count", 0):

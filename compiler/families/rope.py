@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from belle_compile.compiler.families.config import Reader
+from belle_compile.compiler.families.config import MOST_INTEGER, Reader
 
 Floats = npt.NDArray[np.float32]
+
+MOST_HEAD_DIM = 1 << 13  # heads in use have at most 512 dimensions
 
 # The parameters that each RoPE type requires. Every type may also have those in GENERAL.
 TYPES: Mapping[str, tuple[str, ...]] = {
@@ -62,8 +64,9 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     if kind not in TYPES:
         raise inner.error("rope_type", repr(kind), f"one of {', '.join(TYPES)}")
     _check_keys(outer, inner, kind)
-    if head_dim % 2 or (kind == "dynamic" and head_dim < 4):
-        raise outer.error("head_dim", str(head_dim), "an even head size, as rotary embeddings turn pairs")
+    if head_dim % 2 or (kind == "dynamic" and head_dim < 4) or head_dim > MOST_HEAD_DIM:
+        expected = f"an even head size of at most {MOST_HEAD_DIM}, as rotary embeddings turn pairs"
+        raise outer.error("head_dim", str(head_dim), expected)
     max_position = outer.integer("max_position_embeddings", default=2048)
     base = _theta(outer, inner)
     inv_freq = _divided(inverse_frequencies(base, head_dim), outer, kind)
@@ -73,18 +76,24 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     if factor < 1:
         raise inner.error("factor", f"{factor:g}", "a number >= 1")
     if kind == "linear":
-        return Rope(inv_freq / np.float32(factor), int(max_position * factor))
+        return Rope(inv_freq / np.float32(factor), _scaled(max_position, factor, inner))
     stating = outer if outer.get("original_max_position_embeddings") is not None else inner  # the order of Transformers 5
     original = stating.integer("original_max_position_embeddings", default=max_position)
     if kind == "dynamic":
         if original != max_position:  # Transformers ignores `original`, other programs do not
             expected = f"{max_position}, which is max_position_embeddings, with rope_type dynamic"
             raise stating.error("original_max_position_embeddings", str(original), expected)
-        return Rope(inv_freq, int(max_position * factor), dynamic_factor=factor, original_max=original, base=base)
+        return Rope(inv_freq, _scaled(max_position, factor, inner), dynamic_factor=factor, original_max=original, base=base)
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if high <= low:
         raise inner.error("high_freq_factor", f"{high:g}", f"more than low_freq_factor, {low:g}")
     return Rope(_llama3(inv_freq, factor, low, high, original), max_position)
+
+
+def _scaled(length: int, factor: float, inner: Reader) -> int:
+    if length * factor > MOST_INTEGER:
+        raise inner.error("factor", f"{factor:g}", f"a number with which {length} positions become at most {MOST_INTEGER}")
+    return int(length * factor)
 
 
 def _divided(inv_freq: Floats, outer: Reader, kind: str) -> Floats:

@@ -18,11 +18,13 @@ from belle_compile.compiler.requests.reader import Fields, RequestFile
 from belle_compile.compiler.requests.request import STAGE, Request
 from belle_compile.compiler.requests.selection import Selection, SelectOptions, select
 from belle_compile.compiler.requests.units import Units, open_units
+from belle_compile.compiler.untrusted import explained, parse_bounded, read_bounded
 from belle_compile.runtime.schema import canonical_json, parse_json, to_plain
 
 FORMAT_VERSION = 1
 SET_NAME = "set.json"
 CALIBRATION, HOLDOUT = "calibration.jsonl", "holdout.jsonl"
+_MOST_BYTES = 1 << 30  # of a file of a set
 _AGAIN = "copy the set again or make it anew with belle-compile calibrate-set"
 
 Progress = Callable[[str, int, int], None]
@@ -179,17 +181,19 @@ def _read_set(directory: Path) -> CalibrationSet:
     requests: dict[str, tuple[Request, ...]] = {}
     digests: dict[str, str] = {}
     for name in (CALIBRATION, HOLDOUT):
-        try:
-            content = (directory / name).read_bytes()
-        except FileNotFoundError:
-            raise CompileError(STAGE, f"{directory} is incomplete", found=f"no {name}", remedy=_AGAIN) from None
+        if not (directory / name).exists():
+            raise CompileError(STAGE, f"{directory} is incomplete", found=f"no {name}", remedy=_AGAIN)
+        content = read_bounded(STAGE, directory / name, _MOST_BYTES)
         digests[name] = hashlib.sha256(content).hexdigest()
         stated = description["files"][name]["sha256"]
         if digests[name] != stated:
             found, expected = f"digest {digests[name][:16]}...", f"{str(stated)[:16]}... as in {SET_NAME}"
             what = f"{directory / name} was changed after the set was made"
             raise CompileError(STAGE, what, found=found, expected=expected, remedy=_AGAIN)
-        requests[name] = tuple(Request.from_json(line) for line in content.splitlines())
+        with explained(
+            STAGE, f"requests of {directory / name}", expected="requests as calibrate-set writes them", remedy=_AGAIN
+        ):
+            requests[name] = tuple(Request.from_json(line) for line in content.splitlines())
     digest = _digest(digests)
     if description["digest"] != digest:
         found, expected = f"digest {str(description['digest'])[:16]}...", f"{digest[:16]}..."
@@ -204,7 +208,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         remedy = "give a directory that belle-compile calibrate-set wrote, or a file of requests"
         raise CompileError(STAGE, f"{directory} is not a calibration set", found=f"no {SET_NAME}", remedy=remedy)
     try:
-        description = parse_json(path.read_bytes())
+        description = parse_bounded(read_bounded(STAGE, path, _MOST_BYTES))
         version = description["format_version"]
         named = [description["files"][name]["sha256"] for name in (CALIBRATION, HOLDOUT)]
         fits = all(isinstance(name, str) for name in (*named, description["digest"]))

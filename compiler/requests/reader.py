@@ -26,6 +26,7 @@ _ROLES = {
 }  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MOST_TOKEN = 1 << 31
+_MOST_LISTS = 1 << 20  # lists and objects of a line, each of which costs 20 times its text
 _NAMES_SHOWN = 12
 _JQ_LIST = "'.[]'"
 
@@ -138,6 +139,8 @@ def _decoded(line: bytes, where: str) -> str:
 
 def _record(text: str, where: str) -> dict[str, Any]:
     try:
+        if text.count("[") + text.count("{") > _MOST_LISTS:
+            raise ValueError
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "out of bounds"

@@ -23,6 +23,8 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _LONGEST_LINE = 16 << 20
 _BUFFER = 1 << 18
+_MOST_UNPACKED = 1000  # bytes of a byte of compressed data; logs have 10 to 100
+_UNPACKED_AT_LEAST = 64 << 20  # bytes that are read whatever their ratio
 
 Progress = Callable[[int, int], None]
 
@@ -31,7 +33,8 @@ class Source:
     """The lines of a file. Once all lines were read, `sha256` and `bytes` describe the file as it is stored.
 
     The compression is detected from the first bytes, so that a pipe can be read too. Raises CompileError for a file that is
-    missing, damaged or truncated, and for a line above 16 MiB. `on_progress(done, total)` is called with bytes of the file.
+    missing, damaged or truncated, for a line above 16 MiB, and for data that unpack to more than 1000 times their size.
+    `on_progress(done, total)` is called with bytes of the file.
     """
 
     def __init__(self, path: str | Path, on_progress: Progress = lambda done, total: None) -> None:
@@ -53,17 +56,21 @@ class Source:
             raw = _Digested(file, self._on_progress)
             buffered = io.BufferedReader(raw, _BUFFER)
             stream, kind = self._decompressed(buffered)
-            number = 0
+            number = unpacked = 0
             try:
                 while line := stream.readline(_LONGEST_LINE + 1):
                     number += 1
+                    unpacked += len(line)
+                    if unpacked > _UNPACKED_AT_LEAST + _MOST_UNPACKED * raw.bytes:
+                        found = f"{kind} data that unpack to more than {_MOST_UNPACKED} times their size"
+                        raise self._refuse(str(self.path), found, "a file of requests", "unpack it yourself if it is one")
                     if len(line) > _LONGEST_LINE:
                         raise self._refuse(f"line {number} of {self.path}", "more than 16 MiB", "one request a line")
                     yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
             except EOFError:
                 found = f"the end of the file amid its {kind} data, after line {number}"
                 raise self._refuse(str(self.path), found, f"a complete {kind} file", "copy it again") from None
-            except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+            except (OSError, zlib.error, zstd.ZstdError, MemoryError, ValueError) as error:
                 found = f"damaged {kind} data after line {number} ({error})"
                 raise self._refuse(str(self.path), found, f"an intact {kind} file", "copy it again") from error
             while buffered.read(_BUFFER):  # padding that the decompressor has not read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -78,15 +79,11 @@ def open_units(tokenizer: str | Path | None) -> Units:
     if tokenizer is None:
         return Characters()
     path = Path(tokenizer).expanduser()
+    from belle_compile.compiler.checkpoint.json_files import read_json
     from belle_compile.compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
 
     if path.is_file() and path.suffix == ".json":
-        try:
-            return Tokens(check_tokenizer(path.read_text(encoding="utf-8"), str(path)), path.name)
-        except UnicodeDecodeError:
-            raise CompileError(
-                STAGE, f"tokenizer {path}", found="a file that is not UTF-8", expected="tokenizer.json"
-            ) from None
+        return Tokens(check_tokenizer(json.dumps(read_json(path), ensure_ascii=False), str(path)), path.name)
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokens(load_tokenizer(path)[0], path.resolve().name)
     from belle_compile.compiler.checkpoint import open_checkpoint

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS, GROUP, BlockFormat
+from belle_compile.compiler.checkpoint.formats.gguf_header import FileHeader, StoredTensor, read_header
 from belle_compile.compiler.checkpoint.formats.gguf_rows import StoredRows, interleaved_halves, separated_parts, swappable
 from belle_compile.compiler.checkpoint.formats.gguf_rules import adds_bos, end_ids, special_id
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
 from belle_compile.compiler.checkpoint.formats.huggingface import rows_of
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
@@ -28,9 +28,6 @@ from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.ir.quantized import QuantizedRows, QuantizedTensor
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Weights of other formats: a directory that has some of these beside a .gguf file is read in their format.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -39,6 +36,7 @@ OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # kinds of tokens and their names in the metadata
 _NAMED = 12  # files that an error names
+_MOST_DIVISORS = 1 << 12  # half of the largest head size
 
 
 class Gguf:
@@ -84,19 +82,19 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
     if _PART.fullmatch(file.name):
         file = file.with_name(_part_name(file, 1))
         _require_part(file)
-    reader = _reader(file)
-    get = _metadata(reader)
-    architecture = get("general.architecture")
+    first = read_header(file)
+    get = first.metadata.get
+    architecture: Any = get("general.architecture")
     family, layout = registry.by_gguf(architecture, file)
-    readers = {file: reader, **_other_parts(file, get("split.count", 1))}
-    stored = [_Stored(part, part_reader, tensor) for part, part_reader in readers.items() for tensor in part_reader.tensors]
+    headers = {file: first, **_other_parts(file, get("split.count", 1))}
+    stored = [_Stored(part, tensor, of_part.swapped) for part, of_part in headers.items() for tensor in of_part.tensors]
     if (count := get("split.tensors.count", len(stored))) != len(stored):
-        raise _incomplete(file, f"{len(stored)} tensors in {len(readers)} parts", f"{count} tensors")
+        raise _incomplete(file, f"{len(stored)} tensors in {len(headers)} parts", f"{count} tensors")
     header = GgufHeader(file, architecture, family.title, get, {tensor.name: tensor.shape for tensor in stored})
     ids = {f"{kind}_token_id": special_id(get, name) for kind, name in _SPECIAL.items()}
     config = {"model_type": family.name, "architectures": [*family.architectures[:1]], **layout.read_config(header), **ids}
-    divisors = [tensor.values() for tensor in stored if tensor.name == layout.rope_divisors]
-    config |= {"rope_divisors": divisors[0].tolist()} if divisors else {}
+    divisors = [_divisors(tensor) for tensor in stored if tensor.name == layout.rope_divisors]
+    config |= {"rope_divisors": divisors[0]} if divisors else {}
     if directory is not None and (directory / "tokenizer.json").is_file():
         tokenizer_json, tokenizer_files, notes, _ = load_tokenizer(directory, rows_of(config))
     else:
@@ -115,73 +113,68 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
         generation={"eos_token_id": end_ids(get)},
         template=PromptTemplate("tokenizer.chat_template", jinja) if jinja else None,
         metadata_of=file.name,
-        files=[*readers, *tokenizer_files],
+        files=[*headers, *tokenizer_files],
         notes=notes,
     )
 
 
-def _metadata(reader: GGUFReader) -> Callable[..., Any]:
-    """The function get(key, default) that reads a value of the metadata."""
-    read: dict[str, Any] = {}  # a vocabulary takes a while to decode
-
-    def get(key: str, default: Any = None) -> Any:
-        if key not in read and key in reader.fields:
-            read[key] = reader.fields[key].contents()
-        return read.get(key, default)
-
-    return get
-
-
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of a reader of the file that it is in."""
+    """A tensor, the file that it is in, and whether its numbers have the other byte order than this host's."""
 
     file: Path
-    reader: GGUFReader
-    tensor: Any
+    tensor: StoredTensor
+    swapped: bool
 
     @property
     def name(self) -> str:
-        return str(self.tensor.name)
+        return self.tensor.name
 
     @property
     def kind(self) -> Any:
         """The GGMLQuantizationType of its values."""
-        return self.tensor.tensor_type
+        return self.tensor.kind
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self.tensor.shape))
+        return self.tensor.shape
 
-    @property
-    def swapped(self) -> bool:
-        """Whether its numbers have the other byte order than this host's."""
-        return bool(self.reader.byte_order == "S")
-
-    def values(self) -> npt.NDArray[np.float32]:
-        """All values of a float32 tensor."""
-        raw = np.ascontiguousarray(self.tensor.data).view(np.uint8)
-        values: npt.NDArray[np.float32] = raw.view(">f4" if self.reader.endianess.name == "BIG" else "<f4").astype(np.float32)
+    def values(self) -> list[float]:
+        """All values of a float32 tensor of one axis."""
+        swapped = self.kind.name if self.swapped else ""
+        rows = StoredRows(self.file, self.tensor.offset, self.tensor.bytes, swapped=swapped)
+        values: list[float] = rows(0, 1).view(np.float32)[0].tolist()
         return values
 
 
-def _other_parts(first: Path, count: Any) -> dict[Path, GGUFReader]:
-    """The readers of the parts after the first one, by file; raises CompileError if one is missing or of another model."""
+def _divisors(stored: _Stored) -> list[float]:
+    """The values of the tensor that divides the rotary frequencies; raises CompileError if they are not float32 of one axis."""
+    if stored.kind.name != "F32" or len(stored.shape) != 1 or stored.shape[0] > _MOST_DIVISORS:
+        raise CompileError(
+            STAGE,
+            f"tensor {stored.name} in {stored.file}",
+            found=f"type {stored.kind.name} and shape {list(stored.shape)}",
+            expected="F32, one value for each rotary frequency",
+            remedy="download the file again",
+        )
+    return stored.values()
+
+
+def _other_parts(first: Path, count: Any) -> dict[Path, FileHeader]:
+    """The headers of the parts after the first one, by file; raises CompileError if one is missing or of another model."""
     if count in (0, 1):
         return {}
     if (match := _PART.fullmatch(first.name)) is None or int(match["count"]) != count:
-        raise _incomplete(first, f"one of {count} parts", f"the name NAME-00001-of-{count:05d}.gguf")
-    readers = {}
+        raise _incomplete(first, f"one of {count} parts", f"the name NAME-00001-of-{count:0>5}.gguf")
+    headers = {}
     for number in range(2, count + 1):
         part = first.with_name(_part_name(first, number))
         _require_part(part)
-        reader = _reader(part)
-        field = reader.fields.get("split.no")
-        stated = field.contents() if field is not None else None
-        if stated != number - 1:
+        header = read_header(part)
+        if (stated := header.metadata.get("split.no")) != number - 1:
             raise _incomplete(part, f"split.no {stated}", f"{number - 1}")
-        readers[part] = reader
-    return readers
+        headers[part] = header
+    return headers
 
 
 def _require_part(part: Path) -> None:
@@ -209,26 +202,10 @@ def _sampling(get: Any) -> dict[str, Any]:
     return {"do_sample": True, **exact} if stated else {}
 
 
-def _reader(file: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    refuse_pointer(file)
-    try:
-        return GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as e:
-        raise CompileError(
-            STAGE,
-            f"GGUF {file}",
-            found=f"a file of {file.stat().st_size} bytes that does not parse ({e})",
-            expected="a complete GGUF file",
-            remedy="it is truncated or damaged: download it again",
-        ) from e
-
-
 def _tensor(header: GgufHeader, layout: GgufLayout, stored: _Stored, config: dict[str, Any]) -> LazyTensor:
     """Make a LazyTensor of a stored tensor; raises CompileError for a type that cannot be dequantized."""
     name, kind, shape, file = _canonical_name(header, layout, stored.name), stored.kind, stored.shape, stored.file
-    readable = _can_dequantize(kind) and (len(shape) > 1 or kind.name in FLOATS)
+    readable = _can_dequantize(kind) and (len(shape) == 2 or kind.name in FLOATS)
     if not readable or (stored.swapped and not swappable(kind.name)):
         raise CompileError(
             STAGE,
@@ -239,17 +216,30 @@ def _tensor(header: GgufHeader, layout: GgufLayout, stored: _Stored, config: dic
         )
     order = None
     if heads := layout.interleaved(stored.name, config):
-        order = interleaved_halves(shape[0] // heads)
+        order = interleaved_halves(_rows_of_head(stored, 2, heads))
     elif heads := layout.separated(stored.name, config):
-        order = separated_parts(heads, shape[0] // (3 * heads))
-    row_bytes = int(stored.tensor.n_bytes) // shape[0]
-    rows = StoredRows(file, int(stored.tensor.data_offset), row_bytes, order, kind.name if stored.swapped else "")
+        order = separated_parts(heads, _rows_of_head(stored, 3, heads) // 3)
+    rows = StoredRows(file, stored.tensor.offset, stored.tensor.bytes // shape[0], order, kind.name if stored.swapped else "")
     steps = (f"{file.name}: {stored.name}",)
     if (block := BLOCK_FORMATS.get(kind.name)) is None:
         return LazyTensor(name, shape, FLOATS.get(kind.name, kind.name.lower()), file, partial(_floats, rows, kind), steps)
     outputs, inputs = shape
     quantized = QuantizedTensor((outputs, inputs), block.bits, GROUP, partial(_integers, rows, block))
     return LazyTensor(name, shape, kind.name.lower(), file, quantized.rows, steps, quantized)
+
+
+def _rows_of_head(stored: _Stored, parts: int, heads: Any) -> int:
+    """The rows of a head in a tensor of `heads` heads; raises CompileError unless they can be divided into `parts` parts."""
+    rows = stored.shape[0]
+    if type(heads) is not int or heads < 1 or rows % (parts * heads):
+        raise CompileError(
+            STAGE,
+            f"tensor {stored.name} in {stored.file}",
+            found=f"{rows} rows",
+            expected=f"a multiple of {parts} for each of {heads} heads",
+            remedy="download the file again",
+        )
+    return rows // heads
 
 
 def _canonical_name(header: GgufHeader, layout: GgufLayout, name: str) -> str:

@@ -12,6 +12,7 @@ from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMA
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained
 
 # Values of tokenizer.ggml.pre, grouped by how llama.cpp splits texts for them (src/llama-vocab.cpp).
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
@@ -24,6 +25,7 @@ LLAMA3_SPLIT = (
 
 
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_REMEDY = "put the tokenizer.json of the model beside it and give the directory"
 _KNOWN = GPT2 | DIGITS_GPT2 | LLAMA3 | BLOOM
 
 
@@ -39,11 +41,10 @@ def gguf_tokenizer(file: Path, get: Any) -> str:
     if kind == "gpt2" and pre not in _KNOWN:
         raise _unsupported(file, f"tokenizer.ggml.pre {pre!r}", ", ".join(sorted(_KNOWN)))
     stated = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    try:
+    found, expected = "metadata that makes no tokenizer", "tokens and merges that fit together"
+    with explained(STAGE, f"tokenizer of {file}", found=found, expected=expected, remedy=_REMEDY):
         types = [CONTROL if ends_answer(token) else kind for token, kind in zip(tokens, stated, strict=True)]
         return str(_byte_level(tokens, types, pre, get).to_str()) if kind == "gpt2" else _sentencepiece(tokens, types, get)
-    except Exception as e:  # the tokenizers library raises plain Exception
-        raise _unsupported(file, f"metadata that makes no tokenizer ({e})", "tokens and merges that fit together") from e
 
 
 def _sentencepiece(tokens: list[str], types: list[int], get: Any) -> str:
@@ -92,5 +93,5 @@ def _unsupported(file: Path, found: str, expected: str) -> CompileError:
         f"tokenizer of {file}",
         found=found,
         expected=expected,
-        remedy="put the tokenizer.json of the model beside it and give the directory",
+        remedy=_REMEDY,
     )

@@ -97,8 +97,8 @@ def _own_template(
         ("tokenizer_config.json", tokenizer_config.get("chat_template")),
     ):
         if isinstance(stored, list):  # several named templates, of which "default" is the one for chat
-            named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
-            stored = named.get("default")
+            defaults = [entry.get("template") for entry in stored if isinstance(entry, dict) and entry.get("name") == "default"]
+            stored = defaults[-1] if defaults else None
         if isinstance(stored, str) and stored:
             return PromptTemplate(name, stored), []
     return None, []

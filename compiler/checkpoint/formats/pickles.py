@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from belle_compile.compiler.checkpoint.formats.pickle_checks import MoreThanTensors, check_archive, check_legacy
 from belle_compile.compiler.checkpoint.formats.shards import Storage
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained
 
 if TYPE_CHECKING:
     import torch
@@ -98,11 +100,17 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
     """The state dict of a file; its values stay on disk, except in the legacy format."""
     import torch
 
-    try:
-        with file.open("rb") as f:
-            state = torch.load(f if is_legacy(file) else file, map_location="cpu", weights_only=True, mmap=not is_legacy(file))
-    except pickle.UnpicklingError as e:
-        if "Unsupported operand" not in str(e):  # an unsupported operand means that the file is not a pickle at all
+    found = f"a file of {file.stat().st_size} bytes that does not load"
+    remedy = "it is truncated or damaged: download it again"
+    with explained(STAGE, f"weights {file}", found=found, expected="a complete PyTorch state dict", remedy=remedy):
+        legacy = is_legacy(file)
+        try:
+            check_legacy(file) if legacy else check_archive(file)
+            with file.open("rb") as f:
+                state = torch.load(f if legacy else file, map_location="cpu", weights_only=True, mmap=not legacy)
+        except (MoreThanTensors, pickle.UnpicklingError) as e:
+            if "Unsupported operand" in str(e):  # an unsupported operand means that the file is not a pickle at all
+                raise ValueError(_reason(e)) from e
             raise CompileError(
                 STAGE,
                 f"weights {file}",
@@ -110,29 +118,28 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
                 expected="a state dict of tensors; code in pickles is never run",
                 remedy="use a safetensors release of this checkpoint",
             ) from e
-        raise _damaged(file, e) from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, IndexError, AttributeError) as e:
-        raise _damaged(file, e) from e
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CompileError(
-            STAGE,
-            f"weights {file}",
-            found=f"a pickled {type(state).__name__} that holds more than tensors",
-            expected="a state dict as save_pretrained writes it",
-        )
-    return state
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict) or not all(_is_named_tensor(name, value) for name, value in state.items()):
+            raise CompileError(
+                STAGE,
+                f"weights {file}",
+                found=f"a pickled {type(state).__name__} that holds more than tensors",
+                expected="a state dict as save_pretrained writes it",
+            )
+        return state
 
 
-def _damaged(file: Path, error: Exception) -> CompileError:
-    return CompileError(
-        STAGE,
-        f"weights {file}",
-        expected="a complete PyTorch state dict",
-        remedy="it is truncated or damaged: download it again",
-        found=f"a file of {file.stat().st_size} bytes that does not load ({_reason(error)})",
-    )
+def _is_named_tensor(name: object, value: object) -> bool:
+    """Whether an entry of a state dict is a tensor whose values are in the file, of no more than the file's size."""
+    import torch
+
+    if type(name) is not str or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    assert isinstance(value, torch.Tensor)
+    if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.shards import Storage
 from belle_compile.compiler.checkpoint.lfs import refuse_pointer
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.untrusted import explained, parse_bounded
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
 DTYPES = {
@@ -29,31 +29,37 @@ DTYPES = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MOST_HEADER_BYTES = 32 << 20  # a third of the library's own limit, and 100 times what the largest models need
+_MOST = 1 << 62  # of a size or an offset
+_MOST_AXES = 8
+_EXPECTED, _REMEDY = "a complete safetensors file", "it is truncated or damaged: download it again"
 
 
 def open_safetensors(file: Path) -> list[LazyTensor]:
     """The tensors of one file, under the names stored in it; raises CompileError if the header does not match the file."""
     refuse_pointer(file)
-    header, data_bytes = _header(file)
-    tensors = []
-    end = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, item_bytes = DTYPES.get(entry["dtype"], (str(entry["dtype"]), 0))
-            shape = tuple(int(n) for n in entry["shape"])
-            start, stop = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise _broken(file, f"no dtype, shape and data_offsets for tensor {name}") from e
-        if min((*shape, start, stop - start)) < 0 or (item_bytes and prod(shape) * item_bytes != stop - start):
-            raise _broken(file, f"{stop - start} bytes for tensor {name} of dtype {dtype} and shape {list(shape)}")
-        end = max(end, stop)
-        tensors.append(LazyTensor(name, shape, dtype, file, _Loader(file, name)))
-    if end > data_bytes:
-        raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
-    return tensors
+    with explained(STAGE, f"weights {file}", expected=_EXPECTED, remedy=_REMEDY):
+        header, data_bytes = _header(file)
+        tensors = [_tensor(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if end > data_bytes:
+            raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
+        return tensors
+
+
+def _tensor(file: Path, name: str, entry: Any) -> LazyTensor:
+    """The tensor of an entry of the header; raises CompileError if its bytes do not fit its dtype and shape."""
+    try:
+        stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, item_bytes = DTYPES.get(stored, (str(stored), 0))
+    except (KeyError, TypeError, ValueError) as e:
+        raise _broken(file, f"no dtype, shape and data_offsets for tensor {name}") from e
+    numbers = (*shape, start, stop)
+    if any(type(n) is not int or not 0 <= n < _MOST for n in numbers) or len(shape) > _MOST_AXES:
+        raise _broken(file, f"no shape and data_offsets of whole numbers for tensor {name}")
+    if stop < start or (item_bytes and prod(shape) * item_bytes != stop - start):
+        raise _broken(file, f"{stop - start} bytes for tensor {name} of dtype {dtype} and shape {list(shape)}")
+    return LazyTensor(name, shape, dtype, file, _Loader(file, name))
 
 
 SAFETENSORS = Storage("model", "safetensors", lambda: open_safetensors)  # model.safetensors or shards of it
@@ -67,16 +73,13 @@ class _Loader:
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
-                part = f.get_slice(self.name)
-                tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
-                values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
-                return values
-        except SafetensorError as e:
-            raise changed(self.file, f"a file that changed or cannot be read ({e})") from e
+        with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
+            part = f.get_slice(self.name)
+            tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
+            values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
+            return values
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -84,13 +87,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+        if size < 8 or length > size - 8 or length > MOST_HEADER_BYTES:
             found = f"a header of {length} bytes in a file of {size} bytes" if size >= 8 else f"a file of {size} bytes"
             raise _broken(file, found)
         try:
-            header = json.loads(f.read(length))
+            header = parse_bounded(f.read(length))
         except ValueError as e:
-            raise _broken(file, "a header that is not JSON") from e
+            raise _broken(file, f"a header that is not JSON ({e})") from e
     if not isinstance(header, dict):
         raise _broken(file, "a header that is not a JSON object")
     return header, size - 8 - length
@@ -101,6 +104,6 @@ def _broken(file: Path, found: str) -> CompileError:
         STAGE,
         f"weights {file}",
         found=found,
-        expected="a complete safetensors file",
-        remedy="it is truncated or damaged: download it again",
+        expected=_EXPECTED,
+        remedy=_REMEDY,
     )

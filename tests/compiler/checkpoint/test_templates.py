@@ -81,7 +81,10 @@ def test_arguments(tmp_path: Path) -> None:
             "alpaca",
             r"--template 'alpaca': found an unknown name, expected one of belle-bloom, belle-llama, belle-llama-ext, raw",
         ),
-        ("/nowhere/x.jinja", r"template /nowhere/x\.jinja: found a file that cannot be read .*expected a Jinja file; check"),
+        (
+            "/nowhere/x.jinja",
+            r"file /nowhere/x\.jinja: found No such file or directory, expected a file that can be read; check its path",
+        ),
         ("{% for m in messages %}{{ m.content }}", "prompt template inline: found Jinja that fails .*; correct it, or choose"),
         ("{{ messages.nothing.here }}", "prompt template inline: found Jinja that fails"),
         ("{{ ''.__class__.__mro__ }}", "prompt template inline: found Jinja that fails"),
