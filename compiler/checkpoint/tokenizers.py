@@ -16,6 +16,8 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.untrusted import explained, parse_bounded
 
+_MOST_ID = 1 << 22  # ten times as many as the largest vocabularies have
+
 
 def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[Path], list[str], dict[str, Any]]:
     """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
@@ -83,10 +85,18 @@ def check_tokenizer(text: str, source: str) -> str:
         if model.get("type") == "BPE" and not model.get("continuing_subword_prefix"):
             merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             check_merges(model["vocab"], merges)
+        _check_ids(model.get("vocab"))
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return carry_ranks(str(tokenizer.to_str()), ranks_of(text))
+
+
+def _check_ids(vocab: Any) -> None:
+    """Raise ValueError for an id that no embedding has a row for: to write a vocabulary, the tokenizers library has memory for
+    each number up to its largest id."""
+    if isinstance(vocab, dict) and (beyond := next((index for index in vocab.values() if index > _MOST_ID), None)):
+        raise ValueError(f"the id {beyond}")
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:

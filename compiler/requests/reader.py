@@ -26,6 +26,7 @@ _ROLES = {
 }  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MOST_TOKEN = 1 << 31
+_MOST_BLANK = 100_000  # lines in a row, of which a small compressed file may hold any number
 _MOST_LISTS = 1 << 20  # lists and objects of a line, each of which costs 20 times its text
 _NAMES_SHOWN = 12
 _JQ_LIST = "'.[]'"
@@ -79,11 +80,14 @@ class RequestFile:
 
     def __iter__(self) -> Iterator[Request]:
         is_json: bool | None = {".txt": False, ".jsonl": True, ".ndjson": True, ".json": True}.get(self._source.suffix)
-        count = 0
+        count = blank = 0
         for number, line in self._source.lines():
             where = f"line {number} of {self._source.path}"
             text = _decoded(line, where)
-            count += bool(text.strip())
+            blank = 0 if text.strip() else blank + 1
+            if blank > _MOST_BLANK:
+                raise CompileError(STAGE, where, found=f"more than {_MOST_BLANK} blank lines", expected="a request a line")
+            count += not blank
             if is_json is None and text.strip():
                 is_json = text.lstrip()[0] in "{["
             if not text.strip():

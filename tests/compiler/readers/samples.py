@@ -1,0 +1,190 @@
+"""Small valid inputs of every reader, and how their bytes are put into files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.compiler.checkpoint.formats.test_gguf import write_gguf
+from tests.compiler.checkpoint.models import (
+    LLAMA_CONFIG,
+    llama_tensors,
+    write_json,
+    write_llama,
+    write_sharded,
+    write_small_files,
+)
+from tests.compiler.checkpoint.test_sentencepiece_model import train
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] | upper }}>{{ m.content }}{% endfor %}"
+_REQUESTS = [
+    {"text": "What is the capital of France?", "label": "geography"},
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]},
+    {"conversations": [{"from": "human", "value": "Write a poem."}, {"from": "gpt", "value": "No."}]},
+    {"token_ids": [1, 2, 3, 400], "answer": "yes"},
+    {"instruction": "Translate", "input": " this", "output": "that"},
+    {"text": "one more question about the sea"},
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A valid input: the bytes that are mutated, the reader, the path that it is given, and the file that holds the bytes.
+
+    `packed` makes the file's content of the bytes, such as an archive. `is_json` says that values can be replaced, too.
+    """
+
+    content: bytes
+    reader: str
+    path: Path
+    file: Path
+    packed: Callable[[bytes], bytes] = bytes
+    is_json: bool = False
+
+
+def make_samples(directory: Path) -> dict[str, Sample]:
+    """The samples by name, in folders of their own."""
+    samples = {name: _json_sample(directory / name, name) for name in _JSON_FILES}
+    samples["safetensors header"] = _safetensors(directory / "header")
+    samples["model.safetensors"] = _file(_llama(directory / "safetensors"), "model.safetensors")
+    samples["chat_template.jinja"] = _template(directory / "jinja")
+    samples["index"] = _index(directory / "index")
+    samples["pickle"] = _pickle(directory / "pickle")
+    samples["archive"] = _archive(directory / "archive", zipped=True)
+    samples["legacy pickle"] = _archive(directory / "legacy", zipped=False)
+    samples |= {f"gguf {kind}": _gguf(directory / f"gguf {kind}", kind) for kind in ("F32", "Q8_0", "llama")}
+    samples["tokenizer.model"] = _sentencepiece(directory / "sentencepiece")
+    samples |= _requests(directory / "requests")
+    return samples
+
+
+_JSON_FILES: dict[str, Any] = {
+    "config.json": LLAMA_CONFIG | {
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32},
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "generation_config.json": {
+        "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "eos_token_id": [2, 3], "max_new_tokens": 20,
+        "repetition_penalty": 1.1, "bad_words_ids": [[1]], "num_beams": 2,
+    },
+    "tokenizer_config.json": {
+        "bos_token": {"content": "<s>", "special": True}, "eos_token": "</s>", "add_bos_token": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {"260": {"content": "<a>", "special": True, "lstrip": False}, "2": {"content": "</s>"}},
+        "extra_special_tokens": {"image": "<i>"}, "additional_special_tokens": ["<x>"],
+        "chat_template": [{"name": "default", "template": TEMPLATE}],
+    },
+    "special_tokens_map.json": {"bos_token": "<s>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<y>"]},
+    "added_tokens.json": {"<b>": 260, "<c>": 261},
+    "chat_template.json": {"chat_template": TEMPLATE},
+    "tokenizer.json": None,
+}  # fmt: skip
+
+
+def _llama(directory: Path) -> Path:
+    """A LLaMA without a template, whose family has one."""
+    return write_llama(directory)
+
+
+def _file(directory: Path, name: str) -> Sample:
+    file = directory / name
+    return Sample(file.read_bytes(), "checkpoint", directory, file, is_json=file.suffix == ".json")
+
+
+def _json_sample(directory: Path, name: str) -> Sample:
+    _llama(directory)
+    if _JSON_FILES[name] is not None:
+        write_json(directory / name, _JSON_FILES[name])
+    return _file(directory, name)
+
+
+def _safetensors(directory: Path) -> Sample:
+    """The JSON header, in a file whose data stay as they are."""
+    file = _llama(directory) / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    return Sample(
+        header, "checkpoint", directory, file, lambda text: len(text).to_bytes(8, "little") + text + data, is_json=True
+    )
+
+
+def _template(directory: Path) -> Sample:
+    (_llama(directory) / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return _file(directory, "chat_template.jinja")
+
+
+def _index(directory: Path) -> Sample:
+    write_small_files(directory, LLAMA_CONFIG)
+    write_sharded(directory, llama_tensors(), "safetensors")
+    return _file(directory, "model.safetensors.index.json")
+
+
+def _archive(directory: Path, *, zipped: bool) -> Sample:
+    write_small_files(directory, LLAMA_CONFIG)
+    torch.save(llama_tensors(), directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    return _file(directory, "pytorch_model.bin")
+
+
+def _pickle(directory: Path) -> Sample:
+    """The pickle of an archive, which is archived again, as its checksum would give away that it has changed."""
+    sample = _archive(directory, zipped=True)
+    with zipfile.ZipFile(sample.file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    (name,) = (name for name in entries if name.endswith("/data.pkl"))
+
+    def packed(pickled: bytes) -> bytes:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+            for entry, stored in entries.items():
+                archive.writestr(entry, pickled if entry == name else stored)
+        return content.getvalue()
+
+    return Sample(entries[name], "checkpoint", directory, sample.file, packed)
+
+
+def _gguf(directory: Path, kind: str) -> Sample:
+    directory.mkdir()
+    file = directory / "model.gguf"
+    scored = kind == "llama"  # a sentencepiece vocabulary
+    write_gguf(file, kind="F32" if scored else kind, model="llama" if scored else "gpt2")
+    content = file.read_bytes()
+    header = 12_000  # most of it: the header and the start of the first tensor
+    return Sample(content[:header], "checkpoint", file, file, lambda start: start + content[header:])
+
+
+def _sentencepiece(directory: Path) -> Sample:
+    write_small_files(directory, LLAMA_CONFIG)
+    (directory / "tokenizer.json").unlink()
+    write_sharded(directory, llama_tensors(), "bin")
+    train(directory)
+    return _file(directory, "tokenizer.model")
+
+
+def _requests(directory: Path) -> dict[str, Sample]:
+    directory.mkdir()
+    lines = "".join(f"{json.dumps(request)}\n" for request in _REQUESTS).encode()
+    packers: dict[str, Callable[[bytes], bytes]] = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstd.compress}
+    samples = {}
+    for suffix, pack in packers.items():
+        file = directory / f"requests.{suffix}"
+        samples[f"requests.{suffix}"] = Sample(pack(lines), "requests", file, file)
+    return samples
