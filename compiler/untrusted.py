@@ -28,6 +28,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+_OF_PYTHON = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 _LONGEST = 200  # characters of a reason
 
 
@@ -93,8 +94,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"text that is no {error.encoding} at byte {error.start}"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, (ValueError, RuntimeError)) or type(error) is Exception:  # their messages are sentences
-        reason = line or type(error).__name__
-    else:
+    if isinstance(error, _OF_PYTHON):  # their messages are not written for users
         reason = f"values that do not fit ({type(error).__name__}{f': {line}' if line else ''})"
+    else:
+        reason = line or type(error).__name__
     return reason.rstrip(".") if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 3]}..."

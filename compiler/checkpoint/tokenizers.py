@@ -93,10 +93,11 @@ def check_tokenizer(text: str, source: str) -> str:
 
 
 def _check_ids(vocab: Any) -> None:
-    """Raise ValueError for an id that no embedding has a row for: to write a vocabulary, the tokenizers library has memory for
+    """Raise ValueError for an id that no embedding has a row for: to write a vocabulary, the tokenizers library allocates for
     each number up to its largest id."""
-    if isinstance(vocab, dict) and (beyond := next((index for index in vocab.values() if index > _MOST_ID), None)):
-        raise ValueError(f"the id {beyond}")
+    ids = vocab.values() if isinstance(vocab, dict) else ()
+    if any(type(index) is not int or not 0 <= index <= _MOST_ID for index in ids):
+        raise ValueError(f"ids other than whole numbers up to {_MOST_ID}")
 
 
 def check_merges(vocab: Mapping[str, int], merges: Iterable[Sequence[str]]) -> None:

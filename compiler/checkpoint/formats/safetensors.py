@@ -41,9 +41,13 @@ def open_safetensors(file: Path) -> list[LazyTensor]:
     with explained(STAGE, f"weights {file}", expected=_EXPECTED, remedy=_REMEDY):
         header, data_bytes = _header(file)
         tensors = [_tensor(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        parts = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        end = max((stop for _, stop in parts), default=0)
         if end > data_bytes:
             raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
+        starts, ends = [start for start, _ in parts], [stop for _, stop in parts]
+        if [*starts, data_bytes] != [0, *ends]:  # the library refuses such files when it reads values
+            raise _broken(file, "tensors that overlap, or bytes that belong to none")
         return tensors
 
 

@@ -104,9 +104,9 @@ def _child(reader: str, path: Path, send: int) -> None:
     except BaseException as error:
         refused = any(kind.__name__ == "CompileError" for kind in type(error).__mro__)
         detail = str(error) if refused else "".join(traceback.format_exception(error))
-        answer = {"end": "refused" if refused else "raised", "detail": detail}
+        answer = {"end": "refused" if refused else "raised", "detail": detail[-4000:]}
     finally:
-        os.write(send, json.dumps(answer).encode()[:60_000])
+        os.write(send, json.dumps(answer).encode())
         os._exit(0)
 
 

@@ -147,7 +147,7 @@ def shards_of_zero(directory: Path) -> None:
         (lambda directory: with_config(directory, rope_scaling={"type": "linear", "factor": 1e300}), "factor .*found 1e[+]300"),
         (lambda directory: with_config(directory, rms_norm_eps=float("nan")), "config.json: found text that is not JSON .*NaN"),
         (many_words, "tokenizer.json: found (text that is not JSON .*more than 524288 keys|.* bytes, expected at most)"),
-        (a_far_id, "tokenizer .*found a file that the tokenizers library cannot read .*the id 2147483647"),
+        (a_far_id, "tokenizer .*found a file that the tokenizers library cannot read .*ids other than whole numbers"),
         (many_names, "index.json: found .*(more than 524288 keys|bytes, expected at most)"),
         (long_header, "found a header of 4611686018427387904 bytes in a file of 10 bytes"),
         (many_tensors, "found a header"),
