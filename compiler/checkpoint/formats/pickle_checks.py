@@ -12,10 +12,14 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 _ENTRIES = 1 << 16  # of an archive, one for each storage
-_STEPS = 1 << 19  # of a pickle; a tensor takes about 40
+_STEPS = 1 << 18  # of a pickle; a tensor takes about 40
+_DEEPEST = 16  # tuples in tuples; parameters with attributes have 6
+# Instructions by what they do to references and to tuples.
+_PUT, _GET = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
+_NESTS = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ", "BINPERSID")
 _PICKLE_BYTES = 8 << 20
 # The records at the end of an archive: their signatures, and where they state the number of entries.
 _END, _END_BYTES, _END_COUNT = b"PK\x05\x06", 22, struct.Struct("<10xH")
@@ -66,11 +70,50 @@ def check_legacy(file: Path) -> None:
 
 def _check_pickle(stream: IO[bytes]) -> None:
     """Read the instructions of one pickle up to its end, without following them."""
+    nesting = _Nesting()
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if step == _STEPS:
             raise ValueError(f"a pickle of more than {_STEPS} instructions")
         if opcode.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
             raise MoreThanTensors(f"GLOBAL {str(argument).replace(' ', '.')[:100]}")
+        nesting.follow(opcode, argument)
+
+
+class _Nesting:
+    """The depths to which values on the unpickler's stack are nested in tuples.
+
+    A tuple of two references to the same tuple, and so on, is short to write, but takes a time exponential in its depth when it
+    is hashed as a key of a dict.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[int | None] = []  # None is a mark
+        self._memo: dict[Any, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Do to the stack of depths what an instruction does to that of values; raises ValueError for too deep a value."""
+        if opcode.name in _PUT:
+            self._memo[argument] = self._stack[-1] or 0
+        elif opcode.name in _GET:
+            self._stack.append(self._memo[argument])
+        elif opcode.name == "MARK":
+            self._stack.append(None)
+        else:
+            taken = self._popped(opcode)
+            depth = 1 + max(taken, default=0) if opcode.name in _NESTS else 0
+            if depth > _DEEPEST:
+                raise ValueError(f"values nested in tuples more than {_DEEPEST} deep")
+            self._stack += [depth] * len(opcode.stack_after)
+
+    def _popped(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        """Remove what an instruction takes from the stack."""
+        taken: list[int] = []
+        fixed = list(opcode.stack_before)
+        if pickletools.markobject in fixed:
+            while (depth := self._stack.pop()) is not None:
+                taken.append(depth)
+            fixed = fixed[: fixed.index(pickletools.markobject)]
+        return taken + [self._stack.pop() or 0 for _ in fixed]
 
 
 def _stated_entries(f: IO[bytes], size: int) -> int:

@@ -194,6 +194,7 @@ def resized(file: Path) -> None:
 
 
 BYTEARRAY = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs."
+DOUBLED = b"\x80\x02}NN\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns."  # a key of 2**61 equal parts
 BOMB = b"\x80\x02}." + b"\0" * (64 << 20)
 
 
@@ -203,7 +204,8 @@ BOMB = b"\x80\x02}." + b"\0" * (64 << 20)
         (archive({"archive/data.pkl": BOMB}, zipfile.ZIP_DEFLATED), "archive/data.pkl is compressed"),
         (archive({"archive/data.pkl": BOMB}), r"a pickle of \d+ bytes"),
         (archive({"archive/data.pkl": BYTEARRAY}), r"more than tensors \(GLOBAL __builtin__.bytearray\)"),
-        (archive({"archive/data.pkl": b"\x80\x02" + b"N" * 2_000_000 + b"."}), "a pickle of more than 524288 instructions"),
+        (archive({"archive/data.pkl": b"\x80\x02" + b"N" * 2_000_000 + b"."}), "a pickle of more than 262144 instructions"),
+        (archive({"archive/data.pkl": DOUBLED}), "values nested in tuples more than 16 deep"),
         (pickled({"a": torch.ones(2, device="meta")}), "more than tensors .*meta_tensor"),
         (pickled({"a": torch.ones(2, 2).to_sparse()}), "more than tensors .*sparse_tensor"),
         (pickled({("a", "b"): torch.ones(2)}), "holds more than tensors"),
