@@ -50,9 +50,20 @@ class Request:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Request:
-        """Read a line that `to_json` wrote."""
+        """Read a line that `to_json` wrote; raises ValueError or TypeError for anything else."""
         plain = json.loads(line)
         for name in ("messages", "token_ids"):
             if name in plain:
                 plain[name] = tuple(plain[name])
-        return cls(**plain)
+        request = cls(**plain)
+        if not request._is_typed():
+            raise ValueError("a request with values of other types")
+        return request
+
+    def _is_typed(self) -> bool:
+        shapes = [shape for shape in (self.text, self.messages, self.token_ids) if shape is not None]
+        texts = [self.answer, *self.labels.values(), *([] if self.text is None else [self.text])]
+        for message in self.messages or ():
+            texts += [message["role"], message["content"]]
+        numbers = [self.line, *(self.token_ids or ())]
+        return len(shapes) == 1 and all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from google.protobuf import json_format
+from sentencepiece import sentencepiece_model_pb2
 
+from belle_compile.compiler.requests import SelectOptions, write_set
 from tests.compiler.checkpoint.formats.test_gguf import write_gguf
 from tests.compiler.checkpoint.models import (
     LLAMA_CONFIG,
@@ -39,6 +42,7 @@ _REQUESTS = [
     {"instruction": "Translate", "input": " this", "output": "that"},
     {"text": "one more question about the sea"},
 ]
+_LINES = "".join(f"{json.dumps(request)}\n" for request in _REQUESTS).encode()
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ def make_samples(directory: Path) -> dict[str, Sample]:
     samples["legacy pickle"] = _archive(directory / "legacy", zipped=False)
     samples |= {f"gguf {kind}": _gguf(directory / f"gguf {kind}", kind) for kind in ("F32", "Q8_0", "llama")}
     samples["tokenizer.model"] = _sentencepiece(directory / "sentencepiece")
+    samples["normalization"] = _normalization(directory / "normalization")
+    samples["pieces"] = _pieces(directory / "pieces")
     samples |= _requests(directory / "requests")
+    samples["set.json"] = _set(directory / "set")
     return samples
 
 
@@ -179,12 +186,48 @@ def _sentencepiece(directory: Path) -> Sample:
     return _file(directory, "tokenizer.model")
 
 
+def _normalization(directory: Path) -> Sample:
+    """The precompiled normalization of a sentencepiece model: an automaton that native code follows."""
+    sample = _sentencepiece(directory)
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(sample.content)
+
+    def packed(charsmap: bytes) -> bytes:
+        model.normalizer_spec.precompiled_charsmap = charsmap
+        return bytes(model.SerializeToString())
+
+    return Sample(model.normalizer_spec.precompiled_charsmap, "checkpoint", directory, sample.file, packed)
+
+
+def _pieces(directory: Path) -> Sample:
+    """The pieces and specifications of a sentencepiece model, as JSON; what protobuf refuses to store stays JSON."""
+    sample = _sentencepiece(directory)
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(sample.content)
+    plain = json_format.MessageToDict(model)
+
+    def packed(text: bytes) -> bytes:
+        try:
+            return bytes(json_format.Parse(text, sentencepiece_model_pb2.ModelProto()).SerializeToString())
+        except (json_format.Error, RecursionError, ValueError, TypeError):
+            return text
+
+    return Sample(json.dumps(plain).encode(), "checkpoint", directory, sample.file, packed, is_json=True)
+
+
+def _set(directory: Path) -> Sample:
+    requests = directory.with_suffix(".jsonl")
+    requests.write_bytes(_LINES)
+    write_set(requests, directory, SelectOptions(size=3, holdout=2))
+    file = directory / "set.json"
+    return Sample(file.read_bytes(), "requests", directory, file, is_json=True)
+
+
 def _requests(directory: Path) -> dict[str, Sample]:
     directory.mkdir()
-    lines = "".join(f"{json.dumps(request)}\n" for request in _REQUESTS).encode()
     packers: dict[str, Callable[[bytes], bytes]] = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstd.compress}
     samples = {}
     for suffix, pack in packers.items():
         file = directory / f"requests.{suffix}"
-        samples[f"requests.{suffix}"] = Sample(pack(lines), "requests", file, file)
+        samples[f"requests.{suffix}"] = Sample(pack(_LINES), "requests", file, file)
     return samples

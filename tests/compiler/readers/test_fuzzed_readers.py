@@ -19,7 +19,7 @@ from tests.compiler.readers.samples import Sample, make_samples
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SETTINGS = settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 25,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
@@ -28,9 +28,9 @@ SETTINGS = settings(
 )
 NAMES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "index", "safetensors header",
-    "model.safetensors", "archive", "pickle", "legacy pickle", "gguf F32", "gguf Q8_0", "gguf llama", "requests.jsonl",
-    "requests.jsonl.gz", "requests.jsonl.zst",
+    "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "normalization", "pieces", "set.json",
+    "index", "safetensors header", "model.safetensors", "archive", "pickle", "legacy pickle", "gguf F32", "gguf Q8_0",
+    "gguf llama", "requests.jsonl", "requests.jsonl.gz", "requests.jsonl.zst",
 )  # fmt: skip
 # Texts that stand for values of JSON. Some are no JSON.
 VALUES = [
