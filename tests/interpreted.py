@@ -27,7 +27,9 @@ KERNELS: dict[str, Kernel] = {}  # of all engines that were built
 INTERPRETER = threading.Lock()  # there is one
 
 
-def compile_kernels(needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = ()) -> dict[str, tuple[bytes, Launch]]:
+def compile_kernels(
+    needed: Iterable[Kernel], arch: str, others: Iterable[Kernel] = (), *, on_kernels: Any = None
+) -> dict[str, tuple[bytes, Launch]]:
     """The names of kernels in place of their code."""
     made = {}
     for kernel in (*needed, *others):
