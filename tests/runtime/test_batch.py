@@ -96,7 +96,12 @@ def test_ctrl_c_keeps_the_answers_so_far(engine: Path, requests: Path, monkeypat
         return await generate(self, *arguments, **named)
 
     monkeypatch.setattr(Engine, "agenerate", interrupted)
-    result = run(engine, requests)
+    # Shells start background jobs with SIGINT ignored.
+    before_tests = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run(engine, requests)
+    finally:
+        signal.signal(signal.SIGINT, before_tests)
     assert result.exit_code == 130 and "the same command goes on from there" in result.stderr
     before = len(answers(engine))
     assert 0 < before < len(REQUESTS)

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import select
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in background jobs
 
 
 @pytest.fixture

@@ -208,5 +208,5 @@ def test_a_rank_that_leaves_ends_all() -> None:
 
 def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(EngineError, match=r"MPI is missing: found .*; pip install 'belle-compile\[ranks\]'"):
+    with pytest.raises(EngineError, match=r"MPI is missing: found .*; pip install -c constraints\.txt '\.\[ranks\]'"):
         collectives.MpiCollectives()

@@ -144,5 +144,5 @@ def test_a_missing_package_and_a_bad_url_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(EngineError, match="result cache: the URL of the Redis server: found"):
         opened("http://example.test")
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(EngineError, match=r"the package redis is not installed; install belle-compile\[redis\]"):
+    with pytest.raises(EngineError, match=r"the package redis is not installed; pip install -c constraints\.txt '\.\[redis\]'"):
         RedisStore("redis://127.0.0.1", None, LIMIT_S, 1)
