@@ -22,7 +22,7 @@ import numpy.typing as npt
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.launcher import Launcher
 from belle_compile.runtime.engine import Engine, Result
-from belle_compile.runtime.errors import BelleError, EngineError
+from belle_compile.runtime.errors import PROGRAM, BelleError, EngineError
 from belle_compile.runtime.serving.request import SamplingParams
 
 _TIMEOUT_S = 60.0  # for a rank to start, to give a sign of life and to end: a build may leave the host busy
@@ -85,7 +85,9 @@ class RankedEngine:
             self._process.wait()
             self._errors.seek(0)
             messages = self._errors.read().decode(errors="replace").strip().splitlines()
-            found = messages[-1].removesuffix(".") if messages else f"exit code {self._process.returncode}"
+            found = f"exit code {self._process.returncode}"
+            if messages:
+                found = messages[-1].removeprefix(f"{PROGRAM}: ").removesuffix(".")
             raise EngineError("ranks", "they cannot run on this host", found=found) from None
         if not good:
             raise EngineError(**answer)
