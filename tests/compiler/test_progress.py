@@ -41,7 +41,7 @@ def test_stages_have_a_line_each_with_their_seconds(capsys: pytest.CaptureFixtur
 
 def test_verbose_adds_memory_and_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     follow(Run(verbosity=VERBOSE))
-    assert re.search(r"digest: \d+\.\d s, with at most \d+\.\d MB of memory\n", capsys.readouterr().err)
+    assert re.search(r"digest: \d+\.\d s, with at most \d+\.\d [MG]B of memory\n", capsys.readouterr().err)
     follow(Run(verbosity=QUIET))
     assert capsys.readouterr() == ("", "")
 
