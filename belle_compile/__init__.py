@@ -36,25 +36,12 @@ __all__ = [
     "build",
 ]
 
-_MODULE_OF = {
-    "BelleError": "belle_compile.runtime.errors",
-    "BuildRequest": "belle_compile.compiler.driver",
-    "CachePolicy": "belle_compile.runtime.serving.result_cache.options",
-    "DeadlineExceeded": "belle_compile.runtime.serving.scheduling",
-    "Engine": "belle_compile.runtime.engine",
-    "EngineError": "belle_compile.runtime.errors",
-    "Grammar": "belle_compile.runtime.serving.grammar.source",
-    "QueueFull": "belle_compile.runtime.serving.scheduling",
-    "Result": "belle_compile.runtime.engine",
-    "ResultCacheOptions": "belle_compile.runtime.serving.result_cache.options",
-    "SamplingParams": "belle_compile.runtime.serving.request",
-    "Scheduling": "belle_compile.runtime.serving.scheduling",
-    "build": "belle_compile.compiler.driver",
-}
+_OF_THE_COMPILER = ("BuildRequest", "build")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that a serving host needs neither the compiler nor torch."""
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    module = "belle_compile.compiler.driver" if name in _OF_THE_COMPILER else "belle_compile.runtime"
+    return getattr(importlib.import_module(module), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import BelleError, EngineError
 
 if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Result
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from belle_compile.runtime.serving.scheduling import DeadlineExceeded, QueueFull, Scheduling
 
 __all__ = [
+    "BelleError",
     "CachePolicy",
     "DeadlineExceeded",
     "Engine",
