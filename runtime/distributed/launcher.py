@@ -31,6 +31,7 @@ _TICK_S = 0.1
 _LAST_OUTPUT_S = 4.0  # for a rank's last output, such as a traceback, and for the report of how it ended
 _END_S = 5.0  # for ranks to end after rank 0 has ended
 _TWICE_S = 1.0  # a second signal within this time ends all ranks at once
+_LONGEST_FOLDER = 72  # bytes of a path to which a folder and the name of a socket are added
 _PARENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_parent.py")))
 # Lines of Hydra (mpiexec) about processes that ended, and of MPICH about a rank that aborts all.
 _NOISE = re.compile(
@@ -69,9 +70,6 @@ class _Rank:
             names = {entry.value: f" ({entry.name})" for entry in signal.Signals}  # without some real-time signals
             return f"was killed by signal {-self.ended}{names.get(-self.ended, '')}"
         return f"ended with exit code {self.ended}"
-
-
-_LONGEST_FOLDER = 72  # bytes; a folder and a name are added
 
 
 def _folder_of_sockets() -> str:

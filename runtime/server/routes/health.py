@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from belle_compile.runtime.errors import BelleError
+from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.server.logs import log
 from belle_compile.runtime.server.metrics import CONTENT_TYPE
 from belle_compile.runtime.server.service import Service
+from belle_compile.runtime.serving.grammar.source import Grammar
 
 router = APIRouter(tags=["health"])
 
@@ -27,6 +28,7 @@ async def run_self_test(service: Service) -> None:
     """Let the engine generate its golden answers. The service is ready once they are right, or if the engine has none."""
     try:
         result = await asyncio.to_thread(service.engine.self_test)
+        await asyncio.to_thread(_load_grammars, service)
     except BelleError as error:
         service.self_test = {"status": "failed", "reason": str(error)}
         log(_LOG, logging.ERROR, "the self-test failed", reason=str(error))
@@ -35,6 +37,15 @@ async def run_self_test(service: Service) -> None:
     service.self_test = {"status": status, **{name: value for name, value in asdict(result).items() if value != ""}}
     service.ready = True
     log(_LOG, logging.INFO, "ready", **{f"self_test_{name}": value for name, value in service.self_test.items()})
+
+
+def _load_grammars(service: Service) -> None:
+    """Load what grammars need, for which the steps of other requests would wait at the first grammar. An engine whose
+    tokenizer allows none is ready nevertheless, and refuses requests with grammars."""
+    try:
+        service.engine.tokenizer.grammars.check(Grammar("json_object"))
+    except EngineError as error:
+        log(_LOG, logging.WARNING, "grammars are not available", reason=str(error))
 
 
 @router.get("/health", responses={503: {"description": "The step thread has ended or hangs."}})
