@@ -106,24 +106,25 @@ def test_ctrl_c_at_a_terminal_breaks_an_answer_off(engines: dict[int, Path]) -> 
     arguments = ("--temperature", 0, "--ignore-eos", "--raw", "--max-new-tokens", 60_000)
     run = belle_run(engines[2], *arguments, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    until(ours, "> ")
+    rest = until(ours, "> ")
     os.write(ours, b"hello\n")
-    until(ours, "hello")
+    until(ours, "hello", rest)
     time.sleep(0.3)  # within the answer
     run.process.send_signal(signal.SIGINT)  # what the terminal's Ctrl-C does
-    until(ours, "(stopped; this turn is forgotten)")
-    until(ours, "> ")
+    rest = until(ours, "(stopped; this turn is forgotten)")
+    until(ours, "> ", rest)
     os.write(ours, b"/exit\n")
     assert run.end(10)[0] == 0
     os.close(ours)
 
 
-def until(terminal: int, text: str) -> None:
-    """Read what a terminal shows up to some text."""
-    seen, deadline = "", time.monotonic() + 20
-    while text not in seen.replace("\r", ""):
+def until(terminal: int, text: str, seen: str = "") -> str:
+    """Read what a terminal shows, `seen` of it already, up to some text; returns what was read beyond it."""
+    deadline = time.monotonic() + 20
+    while text not in (seen := seen.replace("\r", "")):
         assert time.monotonic() < deadline and select.select([terminal], [], [], 20)[0], seen
         seen += os.read(terminal, 65536).decode(errors="replace")
+    return seen.partition(text)[2]
 
 
 def test_another_number_of_ranks(engines: dict[int, Path]) -> None:
