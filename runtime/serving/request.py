@@ -258,8 +258,12 @@ class Request:
 
         Requests with the same key get the same answer, provided that they are greedy or have a seed.
         """
-        request = tuple(item for item in _named_fields(self) if item[0] not in NOT_IN_KEY)
-        return hashlib.sha256(encode(("belle-request", KEY_VERSION, _named_fields(engine), request))).hexdigest()
+        kind: Any = type(self)
+        kept = [field for field in _encoded_names(kind) if field[0] not in NOT_IN_KEY]
+        request = b"".join([name + encode(getattr(self, field)) for field, name in kept])
+        digest = _digest_of_engine(engine).copy()
+        digest.update(b"t%d:" % len(kept) + request)
+        return digest.hexdigest()
 
 
 def encode(value: object) -> bytes:
@@ -288,14 +292,17 @@ def encode(value: object) -> bytes:
     raise TypeError(f"a {type(value).__name__} in a request's key: encode() needs a tag for this type")
 
 
-def _named_fields(record: Request | EngineIdentity) -> tuple[tuple[str, object], ...]:
-    kind: Any = type(record)
-    return tuple((name, getattr(record, name)) for name in _field_names(kind))
+@cache
+def _encoded_names(record: type[Any]) -> tuple[tuple[str, bytes], ...]:
+    """Return the names of a record's fields, and how `encode` begins the pairs of each and its value."""
+    return tuple((field.name, b"t2:" + encode(field.name)) for field in fields(record))
 
 
 @cache
-def _field_names(record: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(record))
+def _digest_of_engine(engine: EngineIdentity) -> hashlib._Hash:
+    """Return what `Request.key` digests first: the beginning of an encoded tuple, whose last item is that of the request."""
+    named = tuple((field.name, getattr(engine, field.name)) for field in fields(engine))
+    return hashlib.sha256(b"t4:" + b"".join(map(encode, ("belle-request", KEY_VERSION, named))))
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
