@@ -55,7 +55,7 @@ def measure(engine: Engine, server: Server, connections: int) -> dict[str, Any]:
     ways: dict[str, tuple[int, Callable[[list[list[int]]], object]]] = {
         "generate": (os.getpid(), lambda prompts: engine.generate(prompts, PARAMS)),
         "astream": (os.getpid(), lambda prompts: asyncio.run(_astream(engine, prompts))),
-        "http": (server.process, lambda prompts: asyncio.run(stream(server, prompts))),
+        "http": (server.process, lambda prompts: stream(server, prompts)),
     }
     taken: dict[str, list[float]] = {way: [] for way in [*ways, "http_event_loop"]}
     prompts = new_prompts(engine)
