@@ -85,6 +85,7 @@ class Engine:
             executor.close()
             raise
         self._limits = self._loop.scheduler.limits
+        self.arrivals = self._loop.arrivals  # to announce requests that are about to be submitted
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
         self.result_cache: ResultCache | None = None
         if result_cache:

@@ -34,6 +34,7 @@ async def answer(service: Service, request: HttpRequest, call: Call[Any], form: 
     if call.body.stream:
         return EventStream(service, call, form)
     waiting = service.engine.agenerate(call.requests, cache=call.cache, scheduling=call.scheduling)
+    call.context.settle()  # takes effect when the task that `waiting` becomes has begun
     try:
         results = [form.cut(result) for result in await _unless_gone(request.receive, waiting)]
     except ClientGone:
@@ -72,6 +73,7 @@ class EventStream(Response):
             streams = self._service.engine.astream_all(call.requests, cache=call.cache, scheduling=call.scheduling)
         except Exception as error:
             raise _failure(call, error) from error
+        call.context.settle()
         with streams:
             watcher = asyncio.ensure_future(_gone(receive))
             watcher.add_done_callback(lambda _: streams.close())  # ends the answers, and so the loop of `_send_all`

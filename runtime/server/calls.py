@@ -89,6 +89,7 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
     if at_once and not service.engine.chat.may_take_long(data):
         call = _make_call(service, schema, data, context, cache)
     else:
+        context.settle()
         call = await service.aside(lambda: _make_call(service, schema, data, context, cache))
     service.metrics.asked(call.n, call.body.answer_limit)
     return call

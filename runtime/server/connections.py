@@ -14,7 +14,7 @@ from typing import Any, cast
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from belle_compile.runtime.server.context import offer_writer
+from belle_compile.runtime.server.context import context_of, offer_writer
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.middleware import ACCEPTED
 from belle_compile.runtime.server.service import Service
@@ -97,6 +97,8 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._reading_body = False
+        if not self.pipeline and not self.cycle.response_complete and self.scope["method"] == "POST":
+            context_of(cast(Scope, self.scope)).announce(self._service.engine.arrivals)
         self._expect(self._idle_s if self.cycle.response_complete else None)
 
     def on_response_complete(self) -> None:

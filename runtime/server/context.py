@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from starlette.types import Scope
+
+from belle_compile.runtime.serving.arrivals import Arrivals
 
 _KEY, _WRITER = "belle", "belle.writer"  # in ASGI's `state`
 _random = random.Random()
@@ -33,6 +37,22 @@ class RequestContext:
     model: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, Any] = field(default_factory=dict)
+    _settle: Callable[[], None] | None = None
+
+    def announce(self, arrivals: Arrivals) -> None:
+        """Announce the request, which was read whole, to the engine until `settle`."""
+        arrivals.begin()
+        self._settle = arrivals.end
+
+    def settle(self) -> None:
+        """Take the announcement back: the request was submitted or refused, or it takes longer. A second call does nothing.
+
+        It takes effect after the event loop has read what has arrived meanwhile, so that those requests are announced first.
+        """
+        if self._settle:
+            event_loop = asyncio.get_running_loop()
+            event_loop.call_soon(event_loop.call_soon, self._settle)
+            self._settle = None
 
 
 def context_of(scope: Scope) -> RequestContext:

@@ -72,6 +72,7 @@ class Observer:
                 finally:
                     exchange.route = _route(scope)
         finally:
+            exchange.context.settle()
             self._end(exchange)
             current.reset(token)
 

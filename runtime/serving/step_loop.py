@@ -20,6 +20,7 @@ from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.forks import Owner
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.admission import Deadlines, Gate
+from belle_compile.runtime.serving.arrivals import Arrivals
 from belle_compile.runtime.serving.candidates import Rows
 from belle_compile.runtime.serving.request import EngineIdentity
 from belle_compile.runtime.serving.result_cache.store import CacheStats
@@ -31,6 +32,7 @@ from belle_compile.runtime.serving.telemetry import End, EngineStats, StepRecord
 _log = logging.getLogger(__name__)
 
 _MESSAGES_S = 0.05  # for which a step waits until messages are handled
+ARRIVALS_S = 0.01  # for which the first step of an idle loop waits until what arrives with its jobs is submitted
 
 T = TypeVar("T")
 
@@ -116,6 +118,7 @@ class StepLoop:
         options = options or SchedulerOptions()
         self.executor = executor
         self.owner = Owner()
+        self.arrivals = Arrivals()
         self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity)
         # What is done with a job whose time is over, which may be one that was not submitted here but only watched.
         self.give_up: Callable[[Job, EngineError], None] = self.withdraw
@@ -278,7 +281,11 @@ class StepLoop:
                 break
             with contextlib.suppress(queue.Empty):
                 self._handle(self._messages.get(timeout=self._deadlines.wait_s(now)))
-            most = self._messages.qsize() if idle else most - 1
+            most -= 1
+            if idle:
+                if self.scheduler.has_work:
+                    self.arrivals.wait(ARRIVALS_S)
+                most, until = self._messages.qsize(), time.monotonic() + _MESSAGES_S
             self._after_step()
         return not self._stopping
 

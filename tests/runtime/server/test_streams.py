@@ -216,3 +216,27 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_gets_all(monkeypatch: p
         assert events.pop() == "[DONE]"
         (text,) = texts_of(events).values()
         assert len(text) == 100
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"max_tokens": 40}),
+        ("/v1/completions", {"max_tokens": 40, "stream": False}),
+        ("/v1/completions", {"max_tokens": 40, "prompt": "long " * 1000}),  # encoded on another thread
+        ("/v1/completions", {"max_tokens": -1}),
+        ("/v1/completions", {"model": "another"}),
+        ("/v1/nothing", {}),
+        ("/tokenize", {}),
+    ],
+)
+def test_a_request_is_announced_until_it_is_submitted_or_answered(path: str, fields: dict[str, Any]) -> None:
+    executor = SteppedExecutor()
+    with served(executor) as (service, address):
+        announced, begin = [], service.engine.arrivals.begin
+        service.engine.arrivals.begin = lambda: announced.append(path) or begin()  # type: ignore[func-returns-value, method-assign]
+        connection = ask(address, path, **fields)
+        wait_until(lambda: bool(announced) and service.engine.arrivals.announced == 0)  # no step has run yet
+        executor.permits.release(100_000)
+        assert read_all(connection).startswith(b"HTTP/1.1 ")
+    assert announced == [path] and service.engine.arrivals.announced == 0
