@@ -18,13 +18,19 @@ from belle_compile.runtime.serving.result_cache.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[4]
 WRITER = """
-import sys
+import sqlite3, sys
 from pathlib import Path
 from belle_compile.runtime.serving.result_cache.sqlite import SqliteStore
 store, first, count = SqliteStore(Path(sys.argv[1]), 1 << 24), int(sys.argv[2]), int(sys.argv[3])
-number = first
+number, failures = first, 0
 while count < 0 or number < first + count:
-    store.put(f"key {number}", b"%d" % number * 50)
+    try:
+        store.put(f"key {number}", b"%d" % number * 50)
+    except sqlite3.OperationalError as error:  # on a busy machine, the other writer may keep this one waiting for too long
+        failures += 1
+        if "locked" not in str(error) or failures > 50:
+            raise
+        continue
     print(number, flush=True)
     number += 1
 """
