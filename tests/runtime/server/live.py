@@ -109,6 +109,29 @@ def make_app(service: Service) -> FastAPI:
 
         return StreamingResponse(pieces())
 
+    @app.post("/v1/halves")
+    async def halves() -> Response:
+        """Stream half of a body, and the other half once a test says so."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"first,"
+            app.state.waiting.release()
+            while not app.state.go_on.is_set():
+                await asyncio.sleep(0.01)
+            yield b"second"
+
+        return StreamingResponse(pieces())
+
+    @app.post("/v1/until-full")
+    async def until_full() -> Response:
+        """Stream a body that ends where the client does not read and the system's buffers are full."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            while not any(connection.transport.get_write_buffer_size() for connection in app.state.connections):
+                yield b"x" * 4096
+
+        return StreamingResponse(pieces())
+
     app.state.waiting, app.state.gone, app.state.go_on = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
     install_handlers(app)
     install(app, service)
@@ -121,6 +144,7 @@ class Live:
     def __init__(self, service: Service) -> None:
         self.service, self.app = service, make_app(service)
         self.server = Server(self.app, service)
+        self.app.state.connections = self.server.server_state.connections
         sockets = bind(service.options)
         self.address: Any = sockets[0].getsockname() if sockets else str(service.options.uds)
         self.thread = threading.Thread(target=self.server.run, args=(sockets,))
