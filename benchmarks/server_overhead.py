@@ -72,7 +72,7 @@ class _Stream:
 
     def __init__(self, server: Server, prompt: list[int]) -> None:
         self._socket = socket.create_connection((server.host, server.port))
-        self._request = _request(server, prompt)
+        self._request = request_of(server, prompt)
         self._started = self._first_s = 0.0
         self._end = b""
 
@@ -104,8 +104,9 @@ def _late() -> NoReturn:
     raise SystemExit(f"no stream went on within {_ANSWER_S} s")
 
 
-def _request(server: Server, prompt: list[int]) -> bytes:
-    body = {"model": server.model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "repetition_penalty": 1.0}
+def request_of(server: Server, prompt: list[int], answer: int = ANSWER, model: str | None = None) -> bytes:
+    """Return the HTTP request for a stream of `answer` greedy tokens; `model` is another name of the server's model."""
+    body = {"model": model or server.model, "prompt": prompt, "max_tokens": answer, "temperature": 0, "repetition_penalty": 1.0}
     content = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
