@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -132,6 +133,7 @@ class Generation:
         self._sampler = Sampler(request)
         grammar = request.grammar
         self._constraint = tokenizer.grammars.constraint(grammar, request.end_ids, request.min_tokens) if grammar else None
+        self._kept: list[Row] = []  # that wait for the grammar
         self._in_pieces = on_piece is not None or bool(request.stop)
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -161,18 +163,35 @@ class Generation:
         """Return how many of the largest logits of each row of the next step can decide its token; 0 for all."""
         return 0 if self._unscored else self._sampler.candidates(self.sequence.drafted)
 
-    def accept(self, logits: Rows) -> None:
+    def accept(self, logits: Rows) -> Future[Any] | None:
         """Choose the next tokens from `logits` [1 + drafts], which are overwritten, and end the answer where they end it.
+
+        Where it is not known yet what the answer's grammar allows, the rows from there on are copied, and what they wait for is
+        returned.
 
         Row i + 1 has the logits after draft i, so it is valid only if the token chosen from row i is that draft. Rows that are
         not valid are never sampled from: tokens and random numbers are those of an answer without drafts. Before these rows
         come those after the prompt's tokens except its last, if its log probabilities were asked for.
         """
-        for row in logits:
+        awaited, rest = self._take(logits)
+        self._kept = [np.array(row) for row in rest]  # whole rows, for a grammar needs all logits
+        return awaited
+
+    def resume(self) -> Future[Any] | None:
+        """Choose the next tokens from the rows that `accept` has kept. Without any, nothing happens."""
+        awaited, self._kept = self._take(self._kept)
+        return awaited
+
+    def _take(self, logits: Rows) -> tuple[Future[Any] | None, list[Row]]:
+        """Choose tokens from rows as long as that is possible; returns what the others wait for, and these."""
+        for number, row in enumerate(logits):
             if self._unscored:
                 self._score_prompt(row)
+            elif self._constraint and (awaited := self._constraint.awaited):
+                return awaited, list(logits[number:])
             elif not self._accept(row) or self.done.is_set():
-                return
+                break
+        return None, []
 
     def _score_prompt(self, logits: Row) -> None:
         """Add the log probability of the prompt's next token."""
@@ -299,6 +318,9 @@ class Generation:
         if reason and (on_piece := self._on_piece) and self._emitted < self.sequence.length:
             on_piece(("", self.sequence.length))
         self._finish_reason = reason
+        self._kept = []
+        if self._constraint:
+            self._constraint.close()
         self._record(reason)
         if self.observer:
             self.observer.on_end(reason, None if reason else self._error)

@@ -21,6 +21,8 @@ from belle_compile.runtime.serving.waiting import WaitingQueue
 class Scheduler:
     """Fills steps with one token of each running answer, and with chunks of prompts; admits sequences, and preempts them.
 
+    A sequence whose known tokens are all computed has not taken its logits yet. It is in no step, and keeps its row and blocks.
+
     A sequence is admitted when a row of the block table is free and its known tokens fit into the cache, with one block left
     for each running sequence. `WaitingQueue` says which one is next; no other overtakes it, or large ones would starve. It
     takes the blocks for its known tokens at once, so that only answers that grow ask for more. Where none is available, the
@@ -28,10 +30,11 @@ class Scheduler:
     blocks are freed, and it is computed anew later. What it has computed stays in the prefix cache while there is room.
 
     Everything ends. Of the sequences that run, the first in order is never preempted: only the last is, and where it is itself
-    the last, it is alone and has all blocks, which are enough for the longest sequence (`limits`). So with every step it comes
-    closer to its end, which comes after finitely many steps; then another one is the first. A preempted sequence is ahead of
-    all others of its priority that were not admitted yet, so it runs again as soon as those before it in order have ended or
-    left room. Two sequences cannot preempt each other in turn, since one is before the other in order for good.
+    the last, it is alone and has all blocks, which are enough for the longest sequence (`limits`). So with every step that it
+    is in, it comes closer to its end, which comes after finitely many steps; then another one is the first. A preempted
+    sequence is ahead of all others of its priority that were not admitted yet, so it runs again as soon as those before it in
+    order have ended or left room. Two sequences cannot preempt each other in turn, since one is before the other in order for
+    good.
 
     With the prefix cache, a sequence whose next tokens are just being computed by others waits for these, at most one step for
     each of the tokens; then it computes them itself.
@@ -86,7 +89,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would have tokens."""
+        """Whether there are sequences."""
         return bool(self.running or self.waiting or self.held)
 
     @property
@@ -117,7 +120,8 @@ class Scheduler:
     def schedule(self) -> list[Sequence]:
         """Fill the batch; returns the sequences needing logits, in the order of the logit rows.
 
-        Each has `logit_rows` rows. Nothing counts as computed until `commit`.
+        Each has `logit_rows` rows. Nothing counts as computed until `commit`. Where all running sequences have to take their
+        logits first and no other one fits, the batch has no tokens and must not be run.
         """
         batch, preemptions = self.batch, self.preemptions
         batch.tokens = batch.rows = 0
@@ -134,10 +138,10 @@ class Scheduler:
         for sequence in self.running:
             if sequence.length - sequence.computed > 1:
                 self._schedule_tokens(sequence, *self._chunk(sequence))
-        if preemptions == self.preemptions and self._free_slots and (self.waiting or self.held):
+        if (preemptions == self.preemptions or not batch.tokens) and self._free_slots and (self.waiting or self.held):
             self._admit()
         self.prompt_tokens = batch.tokens - answers
-        assert batch.tokens, "a step without tokens"
+        assert batch.tokens or self.running, "a step without tokens"
         return self._needing_logits
 
     def commit(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +30,18 @@ class Scoring:
         """Return 0: whole rows are needed."""
         return 0
 
-    def accept(self, logits: Rows) -> None:
-        """Copy the next rows."""
+    def accept(self, logits: Rows) -> Future[Any] | None:
+        """Copy the next rows; returns None."""
         self._logits[self._rows : self._rows + len(logits)] = logits
         self._rows += len(logits)
         self.sequence.logits_from += len(logits)  # should the sequence be computed anew, these rows are not needed again
         if self._rows == len(self._logits):
             self.done.set()
+        return None
+
+    def resume(self) -> Future[Any] | None:
+        """Return None: no row waits."""
+        return None
 
     def fail(self, error: BaseException) -> None:
         """End the scoring; `result` raises `error`."""

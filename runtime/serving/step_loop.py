@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 
 _MESSAGES_S = 0.05  # for which a step waits until messages are handled
 ARRIVALS_S = 0.01  # for which the first step of an idle loop waits until what arrives with its jobs is submitted
+# For which a step waits for jobs that could not take their rows of the last one, and would miss it: at most this long, and at
+# most this share of the last step's time.
+_PATIENCE_S, _PATIENCE_SHARE = 0.001, 0.05
 
 T = TypeVar("T")
 
@@ -51,8 +54,15 @@ class Job(Protocol):
         """Return how many of the largest logits of each row of the next step matter; 0 for all."""
         ...
 
-    def accept(self, logits: Rows) -> None:
-        """Take the rows of a step, which are valid during this call and may be overwritten; set `done` after the last."""
+    def accept(self, logits: Rows) -> Future[Any] | None:
+        """Take the rows of a step, which are valid during this call and may be overwritten; set `done` after the last.
+
+        Where not all can be taken yet, the others are kept, and what they wait for is returned.
+        """
+        ...
+
+    def resume(self) -> Future[Any] | None:
+        """Take the rows that were kept, as `accept` does: what they waited for may be there."""
         ...
 
     def fail(self, error: BaseException) -> None:
@@ -90,7 +100,13 @@ class _Watched:
     job: Job
 
 
-_Message = _Submitted | _Withdrawn | _Watched | _Task | None
+@dataclass(frozen=True)
+class _Resumed:
+    job: Job
+    awaited: Future[Any]
+
+
+_Message = _Submitted | _Withdrawn | _Watched | _Resumed | _Task | None
 
 
 class StepLoop:
@@ -98,6 +114,9 @@ class StepLoop:
 
     Other threads leave messages for it: jobs, withdrawals, tasks. The lock is held for that only, and while the thread runs
     steps it never takes it, so that a thread which submits never waits for a step, for sampling or for detokenizing.
+
+    A job that waits for something of its own, such as what its grammar allows next, keeps its rows of the step and is in no
+    further step until it has taken them; the steps of the others go on meanwhile.
 
     A step that fails ends the jobs under way with its error, and the loop goes on with those that come after. A job that
     fails with its rows of a step ends alone. Any other error ends the thread: all jobs end with one error, and so do those that
@@ -133,7 +152,11 @@ class StepLoop:
         self._stopping = False
         self._death: EngineError | None = None
         self._run_step: Callable[[], None] = self._step
+        self._starved = False  # whether there was nothing to compute when the last message was handled
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._token_gaps: list[float] = []  # that were not reported yet
+        self._awaited: set[Future[Any]] = set()  # what jobs wait for since the last step
+        self._patient_until = 0.0
         self._last_step_at: float | None = None
 
     @property
@@ -267,29 +290,32 @@ class StepLoop:
         self.executor.close()
 
     def _receive(self) -> bool:
-        """Handle the messages that are there before a step, and wait for more while there is no work. Returns False once the
-        loop is stopping. Messages that come meanwhile, or that take too long, wait for the step: those who send many must not
-        keep it from running."""
+        """Handle the messages that are there before a step, wait for more while there is nothing to compute, and a moment for
+        jobs that would miss the step. Returns False once the loop is stopping. Messages that come meanwhile, or that take too
+        long, wait for the step: those who send many must not keep it from running."""
         most, until = self._messages.qsize(), time.monotonic() + _MESSAGES_S
         while not self._stopping:
             now = time.monotonic()
             for job in self._deadlines.over(now):
                 self.give_up(job, DeadlineExceeded())
                 most = self._messages.qsize()  # it may have left a message
-            idle = not self.scheduler.has_work
-            if not idle and (most <= 0 or now > until):
+            empty = not self.scheduler.has_work
+            idle = empty or self._starved
+            patience_s = self._patient_until - now if self._awaited else 0.0
+            if not idle and (most <= 0 or now > until) and patience_s <= 0:
                 break
             with contextlib.suppress(queue.Empty):
-                self._handle(self._messages.get(timeout=self._deadlines.wait_s(now)))
+                self._handle(self._messages.get(timeout=self._deadlines.wait_s(now) if idle else max(0.0, patience_s)))
             most -= 1
             if idle:
-                if self.scheduler.has_work:
+                if empty and self.scheduler.has_work:
                     self.arrivals.wait(ARRIVALS_S)
                 most, until = self._messages.qsize(), time.monotonic() + _MESSAGES_S
             self._after_step()
         return not self._stopping
 
     def _handle(self, message: _Message) -> None:
+        self._starved = False
         match message:
             case _Submitted(jobs):
                 for job in jobs:
@@ -298,6 +324,10 @@ class StepLoop:
                 self._drop(job, error)
             case _Watched(job):
                 self._deadlines.add(job)
+            case _Resumed(job, awaited):
+                self._awaited.discard(awaited)
+                if job.sequence in self._jobs:
+                    self._advance(job, job.resume)
             case _Task():
                 message.run()
 
@@ -310,6 +340,10 @@ class StepLoop:
         if scheduler.picked:
             self._gate.left(scheduler.picked, started)
         self._gate.set_free(0 if scheduler.waiting else scheduler.free_slots - len(scheduler.held))
+        if not batch.tokens:
+            self._starved = True
+            return
+        self._awaited.clear()
         if batch.candidates is not None:
             stop = 0
             for sequence in sequences_needing_logits:
@@ -317,33 +351,42 @@ class StepLoop:
                 batch.candidates[start:stop] = jobs[sequence].candidates()
         logits = self.executor.step(batch)
         scheduler.commit()
-        stop = generated = 0
+        stop = 0
         for sequence in sequences_needing_logits:
-            job, length = jobs[sequence], sequence.length
             start, stop = stop, stop + sequence.logit_rows
-            try:
-                job.accept(logits[start:stop])
-            except Exception as error:  # an error of this job alone, such as logits that are not finite
-                job.fail(error)
-            generated += sequence.length - length
-            if job.done.is_set():
-                self._drop(job, Withdrawn())
-        self._note_step(started, generated, sequences_needing_logits)
+            job = jobs[sequence]
+            self._advance(job, partial(job.accept, logits[start:stop]))
+        self._note_step(started)
 
-    def _note_step(self, started: float, generated: int, sequences: list[Sequence]) -> None:
+    def _advance(self, job: Job, take: Callable[[], Future[Any] | None]) -> None:
+        """Let a job take rows of logits, and count the tokens that it gets from them."""
+        sequence, awaited = job.sequence, None
+        length = sequence.length
+        try:
+            awaited = take()
+        except Exception as error:  # an error of this job alone, such as logits that are not finite
+            job.fail(error)
+        if sequence.length > length:
+            self._generated_tokens += sequence.length - length
+            now = time.monotonic()
+            if sequence.last_token_at:
+                self._token_gaps.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
+        if job.done.is_set():
+            self._drop(job, Withdrawn())
+        elif awaited:
+            self._awaited.add(awaited)
+            awaited.add_done_callback(lambda future: self._messages.put(_Resumed(job, future)))
+
+    def _note_step(self, started: float) -> None:
         """Count a step and report it."""
         scheduler, batch = self.scheduler, self.executor.batch
         self._last_step_at = now = time.monotonic()
+        self._patient_until = now + min(_PATIENCE_S, _PATIENCE_SHARE * (now - started))
         self._steps += 1
         self._prompt_tokens += scheduler.prompt_tokens
-        self._generated_tokens += generated
+        gaps, self._token_gaps = self._token_gaps, []
         if self._telemetry:
-            gaps = []
-            for sequence in sequences:
-                if sequence.length > sequence.prompt_length:
-                    if sequence.last_token_at:
-                        gaps.append(now - sequence.last_token_at)
-                    sequence.last_token_at = now
             running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held)
             prompt_tokens = scheduler.prompt_tokens
             self._telemetry.step(StepRecord(now - started, batch.tokens, prompt_tokens, batch.rows, running, waiting, gaps))

@@ -64,7 +64,7 @@ class EngineStats:
 class StepRecord:
     """A step: its wall time in seconds with scheduling and sampling, its tokens, those of them that belong to prompts or are
     computed again, its rows of logits, the sequences that run and wait after it, and for each answer that got its next token in
-    it the seconds since the token before."""
+    it, or since the step before, the seconds since the token before that."""
 
     seconds: float
     tokens: int

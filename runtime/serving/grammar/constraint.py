@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import queue
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.serving.candidates import Few, Row
-from belle_compile.runtime.serving.grammar.matching import GrammarError, check, make_matcher, on_deep_stack
+from belle_compile.runtime.serving.grammar.matching import GrammarError, check, make_matcher
 from belle_compile.runtime.serving.grammar.source import Grammar, GrammarFailure
+from belle_compile.runtime.serving.grammar.workers import quick_workers, slow_workers
+
+# Processor time. A usual mask takes a third of a millisecond, after 1 to 3 ms for the first one of an answer.
+_USUAL_S = 0.001
+_EXCESS_S = 0.005
+_LONG_START_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,19 @@ class Constraint:
     as text too. If nothing is allowed because only the end could follow, and the answer has no token for its end or not enough
     tokens for it, the answer ends without one.
 
-    The matcher belongs to this answer alone and gets the accepted tokens only. It works on threads with a deep stack, which are
-    shared by all answers of the process and do not hold the interpreter lock while they match. `begin` is called before the
-    first step, `advance` after each token.
+    The matcher belongs to this answer alone and gets the accepted tokens only. It works on threads that are shared by all
+    answers of the process and do not hold the interpreter lock while they match. `begin` is called before the first step,
+    `restrict` for each token once no mask is `awaited`, and `advance` after it.
+
+    Masks that take `_EXCESS_S` longer than usual are followed by masks on threads of a low priority, until that time is made
+    up for: an answer whose grammar needs much time leaves the usual threads to the others.
     """
 
-    def __init__(self, tokenizer: Any, grammar: Grammar, end_ids: Sequence[int], min_tokens: int) -> None:
-        """`tokenizer` is llguidance's."""
+    def __init__(self, tokenizer: Any, grammar: Grammar, end_ids: Sequence[int], min_tokens: int, start_s: float = 0.0) -> None:
+        """`tokenizer` is llguidance's; `start_s` the processor time that compiling the grammar takes, with the first mask."""
         self._tokenizer, self._grammar, self._min_tokens = tokenizer, grammar, min_tokens
+        self._long_start = start_s > _LONG_START_S
+        self._excess_s = 0.0  # that masks have taken beyond `_USUAL_S` each, without the first one
         self._eos_ids = np.array(tokenizer.eos_tokens, np.int64)
         self._end_ids = np.array([token for token in end_ids if token < tokenizer.vocab_size], np.int64)
         self._matcher: Any = None
@@ -68,19 +78,31 @@ class Constraint:
     def begin(self) -> None:
         """Start to compute the first mask. A second call does nothing: a sequence may be scheduled again from its start."""
         if self._next is None:
-            self._next = _workers().submit(self._first)
+            self._next = (slow_workers() if self._long_start else quick_workers()).submit(self._first)
 
     def advance(self, token: int) -> None:
         """Take the answer's next token, and start to compute the mask of the one after it."""
-        self._next = _workers().submit(partial(self._after, token))
+        workers = slow_workers() if self._excess_s > _EXCESS_S else quick_workers()
+        self._next = workers.submit(partial(self._after, token))
+
+    @property
+    def awaited(self) -> Future[Any] | None:
+        """The mask of the next token while it is computed; None once it is there, or cannot be computed."""
+        assert self._next is not None, "`begin` comes first"
+        return None if self._next.done() else self._next
+
+    def close(self) -> None:
+        """Compute no mask that was not begun: the answer has ended."""
+        if self._next:
+            self._next.cancel()
 
     def restrict(self, logits: NDArray[np.float32]) -> Row | None:
-        """Wait for the mask, and return the logits of the tokens that it allows; None if the answer ends here.
+        """Return the logits of the tokens that the mask allows, which is not awaited; None if the answer ends here.
 
         `logits` may be overwritten. Raises `GrammarFailure` when the grammar needs more time or memory than a token may
         take, and when the vocabulary has no token to go on with.
         """
-        assert self._next is not None, "`begin` comes first"
+        assert self._next is not None and self._next.done(), "the mask is there"
         mask = self._next.result()
         row = mask.restrict(logits)
         if row is None and not mask.complete:
@@ -96,12 +118,15 @@ class Constraint:
 
     def _after(self, token: int) -> _Mask:
         self._tokens += 1
+        started = time.thread_time()
         try:
             self._matcher.consume_token(token)
             check(self._matcher)
             return self._mask()
         except GrammarError as error:
             raise GrammarFailure(str(error)) from None
+        finally:
+            self._excess_s = max(0.0, self._excess_s + time.thread_time() - started - _USUAL_S)
 
     def _mask(self) -> _Mask:
         matcher, size = self._matcher, self._tokenizer.vocab_size
@@ -117,34 +142,3 @@ class Constraint:
             allowed[self._end_ids] = True
         all_but = 2 * np.count_nonzero(allowed) > size
         return _Mask(size, np.flatnonzero(~allowed if all_but else allowed), all_but, complete)
-
-
-class _Workers:
-    """Threads with a deep stack: llguidance recurses along what it matches."""
-
-    def __init__(self, number: int) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[_Mask], Callable[[], _Mask]]] = queue.SimpleQueue()
-        for _ in range(number):
-            on_deep_stack(self._run)
-
-    def submit(self, task: Callable[[], _Mask]) -> Future[_Mask]:
-        future: Future[_Mask] = Future()
-        self._tasks.put((future, task))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, task = self._tasks.get()
-            try:
-                future.set_result(task())
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException as error:  # llguidance has panicked: this answer has failed, no other one
-                future.set_exception(GrammarFailure(f"{type(error).__name__}: {error}"))
-            del future, task  # a matcher may be large
-
-
-@cache
-def _workers() -> _Workers:
-    """The threads of this process, which start with the first answer that needs one."""
-    return _Workers(max(1, min(4, len(os.sched_getaffinity(0)) // 2)))

@@ -30,15 +30,16 @@ class Grammars:
         self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._trial: Trial | None = None
-        self._accepted: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
+        self._accepted: OrderedDict[bytes, float] = OrderedDict()  # seconds that it took; least recently used first
 
     def load(self) -> None:
         """Load the vocabulary; raises `EngineError` without llguidance and for a tokenizer that it does not know."""
         with self._lock:
             self._loaded()
 
-    def check(self, grammar: Grammar) -> None:
-        """Raise `EngineError` for a grammar that is not valid, or takes too long or too much memory to compile.
+    def check(self, grammar: Grammar) -> float:
+        """Return the processor time in seconds that it takes to compile a grammar and to compute its first mask. Raises
+        `EngineError` for one that is not valid, or takes too long or too much memory.
 
         A grammar that was not seen before takes some milliseconds, and at most `matching.CPU_S` of processor time; others wait
         meanwhile only if theirs is new too. The first one of all waits for the process that tries grammars out to start.
@@ -48,18 +49,20 @@ class Grammars:
             trial = self._loaded()
             if digest in self._accepted:
                 self._accepted.move_to_end(digest)
-                return
-        if reason := trial.reason_against(grammar.kind, grammar.source):
+                return self._accepted[digest]
+        reason, seconds = trial.judge(grammar.kind, grammar.source)
+        if reason:
             raise invalid(found=f"{_NAMES[grammar.kind]} that cannot be used ({reason})")
         with self._lock:
-            self._accepted[digest] = None
+            self._accepted[digest] = seconds
             if len(self._accepted) > MOST_REMEMBERED:
                 self._accepted.popitem(last=False)
+        return seconds
 
     def constraint(self, grammar: Grammar, end_ids: Sequence[int], min_tokens: int) -> Constraint:
         """Return what holds an answer to a grammar; see `Constraint`. A grammar that was not checked is checked now."""
-        self.check(grammar)
-        return Constraint(self._tokenizer, grammar, end_ids, min_tokens)
+        seconds = self.check(grammar)
+        return Constraint(self._tokenizer, grammar, end_ids, min_tokens, seconds)
 
     def _loaded(self) -> Trial:
         """Load the vocabulary unless it is loaded. The lock must be held."""

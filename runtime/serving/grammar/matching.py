@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -108,22 +109,22 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     """Try out grammars until there are no more requests.
 
     The first line holds tokenizer.json and the ids that end a sequence, each other line a kind and a source. Replies are what
-    is wrong, or empty, in lines as well; all in JSON.
+    is wrong, or empty, and the processor time in seconds that it took to know, in lines as well; all in JSON.
     """
     tokenizer = make_tokenizer(*json.loads(requests.readline()))
-    _write(replies, "")
+    _write(replies, "", 0.0)
     for line in requests:
         kind, source = json.loads(line)
-        _write(replies, _try_out(tokenizer, kind, source))
+        _write(replies, *_try_out(tokenizer, kind, source))
 
 
-def _write(replies: IO[str], reason: str) -> None:
-    replies.write(json.dumps(reason) + "\n")
+def _write(replies: IO[str], reason: str, seconds: float) -> None:
+    replies.write(json.dumps((reason, seconds)) + "\n")
     replies.flush()
 
 
-def _try_out(tokenizer: Any, kind: str, source: str) -> str:
-    """Compile a grammar in a process of its own; returns what is wrong, or nothing."""
+def _try_out(tokenizer: Any, kind: str, source: str) -> tuple[str, float]:
+    """Compile a grammar in a process of its own; returns what is wrong, or nothing, and the processor time in seconds."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -139,11 +140,11 @@ def _try_out(tokenizer: Any, kind: str, source: str) -> str:
         reply = pipe.read()
     _, status = os.waitpid(child, 0)
     if reply:
-        reason: str = json.loads(reply)
-        return reason
+        reason, seconds = json.loads(reply)
+        return reason, seconds
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-        return f"it takes more than {CPU_S} s to compile"
-    return f"it takes more than {MEMORY_BYTES >> 20} MiB to compile, or nests too deeply"
+        return f"it takes more than {CPU_S} s to compile", CPU_S
+    return f"it takes more than {MEMORY_BYTES >> 20} MiB to compile, or nests too deeply", CPU_S
 
 
 def _limit() -> None:
@@ -167,7 +168,7 @@ def _report(tokenizer: Any, kind: str, source: str, pipe: int) -> None:
             reason = "it matches nothing but the empty text"
     except GrammarError as error:
         reason = str(error)
-    os.write(pipe, json.dumps(reason).encode())
+    os.write(pipe, json.dumps((reason, time.thread_time())).encode())
     os._exit(0)
 
 

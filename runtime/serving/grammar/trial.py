@@ -30,8 +30,9 @@ class Trial:
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
 
-    def reason_against(self, kind: str, source: str) -> str:
-        """Return why a grammar cannot be used, empty if it can. Raises `EngineError` when the process does not answer."""
+    def judge(self, kind: str, source: str) -> tuple[str, float]:
+        """Return why a grammar cannot be used, empty if it can, and the processor time in seconds that it takes to compile it
+        and to compute its first mask. Raises `EngineError` when the process does not answer."""
         with self._lock:
             running = self._process is not None
             try:
@@ -44,7 +45,7 @@ class Trial:
             except (OSError, ValueError) as error:
                 raise _failed(error) from error
 
-    def _try_out(self, kind: str, source: str) -> str:
+    def _try_out(self, kind: str, source: str) -> tuple[str, float]:
         try:
             if self._process is None:
                 self._process = self._start()
@@ -65,7 +66,7 @@ class Trial:
         self._unread = b""
         return process
 
-    def _ask(self, process: subprocess.Popen[bytes], message: object, timeout_s: float) -> str:
+    def _ask(self, process: subprocess.Popen[bytes], message: object, timeout_s: float) -> tuple[str, float]:
         """Send a line and return the reply; raises `OSError` or `ValueError`."""
         assert process.stdin is not None and process.stdout is not None
         unsent = memoryview(json.dumps(message).encode() + b"\n")
@@ -79,7 +80,8 @@ class Trial:
                 raise ValueError("it has ended")
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
-        return str(json.loads(line))
+        reason, seconds = json.loads(line)
+        return str(reason), float(seconds)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -316,7 +316,7 @@ def test_a_tokenizer_that_llguidance_cannot_read() -> None:
     trial = Trial("{}", [EOS])
     for _ in range(2):  # the process is started anew
         with pytest.raises(EngineError, match="the process that tries out grammars has failed: found ValueError: it has ended"):
-            trial.reason_against("regex", "a")
+            trial.judge("regex", "a")
 
 
 def children() -> set[int]:
@@ -327,10 +327,10 @@ def children() -> set[int]:
 def test_the_process_is_replaced_and_ends_with_its_owner() -> None:
     before = children()
     trial = Trial(byte_tokenizer().to_str(), [EOS])
-    assert trial.reason_against("regex", "a") == ""
+    assert trial.judge("regex", "a")[0] == ""
     (process,) = children() - before
     os.kill(process, signal.SIGKILL)
-    assert trial.reason_against("regex", "b") == "" and trial.reason_against("regex", "(b") == "unclosed group"
+    assert trial.judge("regex", "b")[0] == "" and trial.judge("regex", "(b")[0] == "unclosed group"
     assert len(children() - before) == 1
     del trial
     assert children() <= before
