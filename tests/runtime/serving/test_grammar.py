@@ -112,6 +112,24 @@ def test_any_json_object(engine: Engine) -> None:
     assert isinstance(json.loads(answer(engine, "hello", likely).text), dict)
 
 
+@pytest.mark.parametrize(
+    ("schema", "likely", "expected"),
+    [
+        ({"type": "array", "items": [{"const": 7}], "minItems": 1, "additionalItems": False}, ",", [7]),  # before draft 2020-12
+        (
+            {"type": "array", "items": [{"const": 7}], "minItems": 2, "additionalItems": {"const": 8}, "maxItems": 2},
+            "9",
+            [7, 8],
+        ),
+        ({"enum": ["no"], "nullable": True}, "n", "no"),
+        ({"enum": ["no"], "contentMediaType": "application/json"}, "n", "no"),
+    ],
+)
+def test_keywords_mean_what_json_schema_says(engine: Engine, schema: dict[str, Any], likely: str, expected: Any) -> None:
+    asked = params(Grammar("json_schema", json.dumps(schema)), logit_bias={engine.tokenizer.encode(likely)[0]: 50.0})
+    assert json.loads(answer(engine, "hello", asked).text) == expected
+
+
 def test_white_space_is_bounded(engine: Engine) -> None:
     space = engine.tokenizer.encode("  ")[0]
     result = answer(engine, "hello", params(JSON, logit_bias={space: 100.0, engine.tokenizer.encode("\n")[0]: 100.0}))
