@@ -292,7 +292,7 @@ def test_steps_and_messages_take_turns(flood: Callable[[Engine], None]) -> None:
             while not ended.is_set():
                 flood(engine)
 
-        threads = [threading.Thread(target=send) for _ in range(16)]
+        threads = [threading.Thread(target=send) for _ in range(4)]
         for thread in threads:
             thread.start()
         try:
