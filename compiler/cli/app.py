@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NoReturn
 
 import click
 
@@ -18,6 +19,7 @@ from belle_compile.compiler.cli.estimates import plan, sensitivity
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.standard_streams import standard_streams
 from belle_compile.runtime.usage import usage_sentence, version_option
 
 
@@ -40,25 +42,47 @@ def cli() -> None:
     """
 
 
+def _explained(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose errors of files are sentences, so that those of the standard streams alone reach `standard_streams`."""
+
+    @wraps(callback)
+    def explained(*arguments: Any, **options: Any) -> Any:
+        try:
+            return callback(*arguments, **options)
+        except OSError as error:
+            if os.environ.get("BELLE_TRACEBACK"):
+                raise
+            raise terminal.as_belle_error(error) from error
+
+    return explained
+
+
 for _command in (build, calibrate_set, edit, inspect, plan, repartition, sensitivity, targets, verify):
+    assert _command.callback is not None
+    _command.callback = _explained(_command.callback)
     _command.params += [config_option("options"), version_option()]
     cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0, 1 with one sentence on stderr, 2 for wrong usage, 130 after Ctrl-C."""
-    run = Run()
+    with standard_streams(terminal.NAME):
+        sys.exit(_run(arguments, Run()))
+
+
+def _run(arguments: Sequence[str] | None, run: Run) -> int:
+    """Run the command line and show its error; returns the exit code. Errors of the standard streams are raised."""
     try:
-        sys.exit(cli.main(args=arguments, prog_name=terminal.NAME, standalone_mode=False, obj=run) or 0)
+        return cli.main(args=arguments, prog_name=terminal.NAME, standalone_mode=False, obj=run) or 0
     except click.ClickException as error:
         click.echo(usage_sentence(error, terminal.NAME), err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         stage = f" in the stage {run.stages[-1].name} after {run.seconds:.1f} s" if run.stages else ""
         terminal.show_failure(BelleError("interrupted", f"stopped by Ctrl-C{stage}", remedy=run.on_interrupt()), run)
-        sys.exit(130)
+        return 130
     except Exception as error:
-        if os.environ.get("BELLE_TRACEBACK"):
+        if isinstance(error, OSError) or os.environ.get("BELLE_TRACEBACK"):
             raise
         terminal.show_failure(terminal.as_belle_error(error), run)
-        sys.exit(1)
+        return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -128,4 +127,4 @@ def plan(
     from belle_compile.compiler.plan import table
 
     predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, ignored_config_keys)
-    click.echo(json.dumps(predicted, indent=2, sort_keys=True) if as_json else plan_text(predicted))
+    terminal.write(terminal.to_json(predicted) if as_json else plan_text(predicted))

@@ -11,13 +11,20 @@ import click
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.tables import table
 from belle_compile.runtime.errors import BelleError, install
+from belle_compile.runtime.standard_streams import standard_streams
 
 NAME = "belle-compile"
 
 
 def show(result: Mapping[str, Any], rows: Sequence[tuple[str, str]], as_json: bool) -> None:
     """Print a command's result: the object as JSON, or its rows as a table."""
-    click.echo(to_json(result) if as_json else table(rows))
+    write(to_json(result) if as_json else table(rows))
+
+
+def write(text: str) -> None:
+    """Print a text on stdout; where that fails, the command ends with a sentence about the output, not about a file."""
+    with standard_streams(NAME):
+        click.echo(text)
 
 
 def to_json(result: Mapping[str, Any]) -> str:
