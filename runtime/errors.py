@@ -20,10 +20,13 @@ class BelleError(Exception):
             sentence += ": " + ", ".join(fact for fact in facts if fact)
         super().__init__(sentence + (f"; {remedy}" if remedy else "") + ".")
 
+    def parts(self) -> dict[str, str]:
+        """The arguments that make an equal error."""
+        return {name: getattr(self, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
+
     def to_plain(self) -> dict[str, str]:
         """The parts of the sentence, those that are empty too, and the sentence as `message`."""
-        parts = {name: getattr(self, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
-        return parts | {"message": " ".join(str(self).split())}
+        return self.parts() | {"message": " ".join(str(self).split())}
 
 
 class EngineError(BelleError):

@@ -38,7 +38,7 @@ def _read_file(context: click.Context, path: Path | None, stage: str) -> None:
                 raise EngineError(stage, f"unknown option in {path}", found=name, remedy=remedy.rstrip("?"))
             _check_type(name, value, known[name], path, stage)
     except BelleError as error:
-        raise click.UsageError(str(error), context) from None
+        raise click.UsageError(str(error), context) from error
     context.default_map = {str(known[name].name): value for name, value in table.items()}
 
 

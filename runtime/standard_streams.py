@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from belle_compile.runtime.errors import BelleError
+
 _EXIT_CODE = 1
 # What a write to the output can fail with; other errors without a file's name are those of sockets, for example.
 _OF_OUTPUTS = frozenset({errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPIPE})
@@ -27,17 +29,27 @@ def standard_streams(program: str) -> Iterator[None]:
         _prepare()
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in _OF_OUTPUTS or os.environ.get("BELLE_TRACEBACK"):
+        if not is_of_output(error) or os.environ.get("BELLE_TRACEBACK"):
             raise
         _leave(program, "" if error.errno == errno.EPIPE else f"the output cannot be written: found {error.strerror}")
     except UnicodeDecodeError as error:
         if os.environ.get("BELLE_TRACEBACK"):
             raise
-        found = f"byte 0x{error.object[error.start]:02X}, which is no {error.encoding.upper().removesuffix('-SIG')} there"
-        remedy = "convert it, for example with iconv -f GB18030 -t UTF-8"
-        _leave(program, f"the input cannot be read: found {found}; {remedy}")
+        _leave(program, str(input_error(error)).rstrip("."))
     finally:  # what is left in buffers, while somebody can still be told that it is lost
         _flush(program)
+
+
+def is_of_output(error: BaseException) -> bool:
+    """Whether an error may be that of writing to the output."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUTS
+
+
+def input_error(error: UnicodeDecodeError) -> BelleError:
+    """The error about an input in another encoding."""
+    found = f"byte 0x{error.object[error.start]:02X}, which is no {error.encoding.upper().removesuffix('-SIG')} there"
+    remedy = "convert it, for example with iconv -f GB18030 -t UTF-8"
+    return BelleError("input", "it cannot be read", found=found, remedy=remedy)
 
 
 def _prepare() -> None:

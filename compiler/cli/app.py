@@ -20,7 +20,7 @@ from belle_compile.compiler.cli.progress import Run
 from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.options_file import config_option
 from belle_compile.runtime.standard_streams import standard_streams
-from belle_compile.runtime.usage import usage_sentence, version_option
+from belle_compile.runtime.usage import asks_for_json, usage_error, usage_sentence, version_option
 
 
 @click.group(context_settings={"auto_envvar_prefix": "BELLE", "help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -34,8 +34,8 @@ def cli() -> None:
       belle-compile inspect artifacts/belle-7b-cpu
       belle-run artifacts/belle-7b-cpu "What is the capital of France?"
 
-    A command that fails prints one sentence with the reason on stderr and exits with 1 (2 when the command line is wrong). Set
-    BELLE_TRACEBACK=1 to see where in the code it failed.
+    A command that fails prints one sentence with the reason on stderr and exits with 1 (2 when the command line is wrong); with
+    --json, also an object with the parts of the reason on stdout. Set BELLE_TRACEBACK=1 to see where in the code it failed.
 
     Each option can be set in the environment, as BELLE_BUILD_TARGET=cpux2, and in a TOML file, as target = "cpux2" (--config).
     The command line goes before the environment, and the environment before the file.
@@ -67,7 +67,7 @@ for _command in (build, calibrate_set, edit, inspect, plan, repartition, sensiti
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0, 1 with one sentence on stderr, 2 for wrong usage, 130 after Ctrl-C."""
     with standard_streams(terminal.NAME):
-        sys.exit(_run(arguments, Run()))
+        sys.exit(_run(arguments, Run(as_json=asks_for_json(arguments))))
 
 
 def _run(arguments: Sequence[str] | None, run: Run) -> int:
@@ -75,7 +75,7 @@ def _run(arguments: Sequence[str] | None, run: Run) -> int:
     try:
         return cli.main(args=arguments, prog_name=terminal.NAME, standalone_mode=False, obj=run) or 0
     except click.ClickException as error:
-        click.echo(usage_sentence(error, terminal.NAME), err=True)
+        terminal.show_error(usage_sentence(error, terminal.NAME), usage_error(error, terminal.NAME), run)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         stage = f" in the stage {run.stages[-1].name} after {run.seconds:.1f} s" if run.stages else ""

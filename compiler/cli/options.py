@@ -15,6 +15,7 @@ from belle_compile.compiler.cli.progress import NORMAL, QUIET, VERBOSE, Run
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
 from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.usage import json_option
 
 if TYPE_CHECKING:
     from belle_compile.compiler.gate import Gate
@@ -29,17 +30,9 @@ Decorator = Callable[[Command], Command]
 PATH = click.Path(path_type=Path)
 
 
-def _as_json(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    context.ensure_object(Run).as_json = value
-    return value
-
-
 checkpoint = click.argument("checkpoint", type=PATH)
 engine = click.argument("engine", type=PATH)
-as_json = click.option(
-    "--json", "as_json", is_flag=True, is_eager=True, callback=_as_json,
-    help="Print one JSON object instead of text; of a command that fails too.",
-)  # fmt: skip
+as_json = json_option("Print one JSON object instead of text; of a command that fails too.")
 raw_requests = click.option(
     "--raw-requests", is_flag=True, help="Take the texts of the requests as they are, without the prompt template."
 )

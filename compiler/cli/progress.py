@@ -24,6 +24,7 @@ import click
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.units import duration, size
+from belle_compile.runtime.usage import Output
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -79,13 +80,12 @@ class Stage:
 
 
 @dataclass
-class Run:
+class Run(Output):
     """What a command shows besides its result, and what it did: the options of `options.reporting`, and the stages so far.
 
-    Made once for a command line, before it is parsed; `as_json` is set by the command's --json.
+    Made once for a command line, before it is parsed.
     """
 
-    as_json: bool = False
     verbosity: int = NORMAL
     log: Path | None = None
     stages: list[Stage] = field(default_factory=list)

@@ -32,10 +32,15 @@ def to_json(result: Mapping[str, Any]) -> str:
 
 
 def show_failure(error: BelleError, run: Run) -> None:
-    """Print the sentence of an error on stderr; with --json also an object with its parts and the stages so far on stdout."""
-    click.echo(f"{NAME}: {' '.join(str(error).split())}", err=True)
+    """Print an error, see `show_error`."""
+    show_error(f"{NAME}: {' '.join(str(error).split())}", error.to_plain(), run)
+
+
+def show_error(sentence: str, parts: Mapping[str, str], run: Run) -> None:
+    """Print an error's sentence on stderr; with --json also an object with its parts and the stages so far on stdout."""
+    click.echo(sentence, err=True)
     if run.as_json:
-        click.echo(to_json({"error": error.to_plain(), "run": run.to_plain()}))
+        click.echo(to_json({"error": parts, "run": run.to_plain()}))
 
 
 def as_belle_error(error: Exception) -> BelleError:

@@ -36,7 +36,7 @@ def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
     encoding = Encoding(given["raw"], given["parse_special"])
     with Engine.load(directory, **load_arguments(given)) as engine:
         if given["self_test"]:
-            self_test(engine)
+            self_test(engine, as_json=given["as_json"])
             return 0
         show: Answer = partial(answer_json if given["as_json"] else answer_streamed, profiled=given["profile"])
         if prompt is not None:
@@ -49,13 +49,14 @@ def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
     return 0
 
 
-def self_test(engine: Engine) -> None:
+def self_test(engine: Engine, *, as_json: bool) -> None:
     """Print what was tested; raises `EngineError` if the engine fails, or has no golden answers: that is no success."""
     result = engine.self_test()
     if not result.prompts:
         remedy = "rebuild the engine with belle-compile build, or send it requests of your own"
         raise EngineError("self-test", "nothing was tested", found=result.reason, expected="golden answers", remedy=remedy)
-    click.echo(f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
+    plain = {"self_test": {"prompts": result.prompts, "tokens": result.tokens}}
+    click.echo(json.dumps(plain) if as_json else f"self-test: {result.prompts} prompts, {result.tokens} tokens, as built")
 
 
 def answer_streamed(

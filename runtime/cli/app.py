@@ -14,10 +14,10 @@ import click
 from belle_compile import __version__
 from belle_compile.runtime.cli import options
 from belle_compile.runtime.distributed import ranks
-from belle_compile.runtime.errors import PROGRAM
+from belle_compile.runtime.errors import PROGRAM, BelleError
 from belle_compile.runtime.options_file import config_option
-from belle_compile.runtime.standard_streams import standard_streams
-from belle_compile.runtime.usage import usage_sentence
+from belle_compile.runtime.standard_streams import input_error, is_of_output, standard_streams
+from belle_compile.runtime.usage import Output, asks_for_json, json_option, show_error, show_json, usage_error, usage_sentence
 
 EXAMPLES = """
 \b
@@ -59,20 +59,34 @@ class _Command(click.Command):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
         """Run the command line and exit: 1 with one sentence on stderr, 2 for wrong usage, 130 after Ctrl-C."""
         extra.pop("standalone_mode", None)
-        try:
-            with standard_streams(PROGRAM):
-                sys.exit(super().main(args, PROGRAM, standalone_mode=False, **extra) or 0)
-        except click.ClickException as error:
-            click.echo(usage_sentence(error, PROGRAM), err=True)
-            sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            sys.exit(130)
-        except Exception as error:
-            if os.environ.get("BELLE_TRACEBACK") or ranks.place() is not None:
-                raise
-            remedy = "run again with BELLE_TRACEBACK=1 and report what it prints"
-            click.echo(f"{PROGRAM}: internal error: {type(error).__name__}: {error}; {remedy}.", err=True)
-            sys.exit(1)
+        output = Output(asks_for_json(args))
+        with standard_streams(PROGRAM):
+            try:
+                sys.exit(super().main(args, PROGRAM, standalone_mode=False, obj=output, **extra) or 0)
+            except click.ClickException as error:
+                click.echo(usage_sentence(error, PROGRAM), err=True)
+                if output.as_json:
+                    show_json(usage_error(error, PROGRAM))
+                sys.exit(error.exit_code)
+            except (click.Abort, KeyboardInterrupt):
+                if output.as_json:
+                    show_json(BelleError("interrupted", "stopped by Ctrl-C").to_plain())
+                sys.exit(130)
+            except Exception as error:
+                if is_of_output(error) or os.environ.get("BELLE_TRACEBACK") or ranks.place() is not None:
+                    raise
+                show_error(_as_belle_error(error), output.as_json)
+                sys.exit(1)
+
+
+def _as_belle_error(error: Exception) -> BelleError:
+    """The error as one sentence that says what to do."""
+    if isinstance(error, BelleError):
+        return error
+    if isinstance(error, UnicodeDecodeError):
+        return input_error(error)
+    remedy = "run again with BELLE_TRACEBACK=1 and report what it prints"
+    return BelleError("internal error", f"{type(error).__name__}: {error}", remedy=remedy)
 
 
 @click.command(
@@ -93,7 +107,7 @@ class _Command(click.Command):
 @options.sampling
 @click.option("--logprobs", type=int, metavar="N", help="With --json: log probabilities, and N alternatives a token.")
 @options.encoding
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of streaming it.")
+@json_option("Print one JSON object per answer instead of streaming it, and one with the error of a command that fails.")
 @click.option("--profile", is_flag=True, help="Show on stderr where the time went; with --json, in the object.")
 @options.loading
 @click.option("--self-test", is_flag=True, help="Check that this host gives the golden answers of the build, and do no more.")
@@ -119,6 +133,7 @@ def main(engine: Path, prompt: str | None, **given: Any) -> None:
         lambda: answer(engine, prompt, given),
         ranks_requested=given["count"],
         rank_timeout_s=given["rank_timeout"],
+        as_json=given["as_json"],
     )
     sys.exit(code)
 

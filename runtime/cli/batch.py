@@ -24,7 +24,7 @@ import click
 from belle_compile.runtime.cli import options
 from belle_compile.runtime.errors import PROGRAM, BelleError, EngineError
 from belle_compile.runtime.options_file import config_option
-from belle_compile.runtime.usage import version_option
+from belle_compile.runtime.usage import json_option, show_error, version_option
 
 if TYPE_CHECKING:
     from belle_compile.runtime.engine import Engine, Prompt
@@ -67,6 +67,7 @@ def command() -> click.Command:
 @options.encoding
 @options.loading
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
+@json_option("Print one JSON object in the end: how many answers there are, and the error of a command that fails.")
 def _batch(engine: Path, requests: Path, output: Path, force: bool, **given: Any) -> None:
     """Answer the requests in the file IN with the engine in directory ENGINE; each answer is a line of OUT.
 
@@ -85,6 +86,7 @@ def _batch(engine: Path, requests: Path, output: Path, force: bool, **given: Any
         lambda: _answer_all(engine, requests, output, force, given),
         ranks_requested=given["count"],
         rank_timeout_s=given["rank_timeout"],
+        as_json=given["as_json"],
     )
     sys.exit(code)
 
@@ -101,14 +103,17 @@ def _answer_all(directory: Path, requests: Path, output: Path, force: bool, give
             try:
                 asyncio.run(run.answer(answers, not given["quiet"]))
             except KeyboardInterrupt:
-                message = f"{len(answers)} answers are in {output}; the same command goes on from there"
-                click.echo(f"{PROGRAM}: interrupted: {message}.", err=True)
+                message, remedy = f"{len(answers)} answers are in {output}", "the same command goes on from there"
+                show_error(EngineError("interrupted", message, remedy=remedy), given["as_json"])
                 return 130
             answers.sort()
-    if not answers.failed:
-        return 0
-    click.echo(f'{PROGRAM}: batch: {answers.failed} of {len(answers)} requests failed; see "error" in {output}.', err=True)
-    return 1
+    if answers.failed:
+        message, remedy = f"{answers.failed} of {len(answers)} requests failed", f'see "error" in {output}'
+        show_error(EngineError(STAGE, message, remedy=remedy), given["as_json"])
+        return 1
+    if given["as_json"]:
+        click.echo(json.dumps({"answers": len(answers), "output": str(output)}, ensure_ascii=False))
+    return 0
 
 
 class _Run:

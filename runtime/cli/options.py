@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from belle_compile.runtime.distributed import ranks
-from belle_compile.runtime.errors import PROGRAM, BelleError, EngineError
+from belle_compile.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from belle_compile.runtime.serving.grammar.source import Grammar
@@ -85,19 +84,13 @@ loading = _together(
 
 
 def check_engine(directory: Path) -> None:
-    """End the program with one sentence where there is no engine, before anything slow is imported. What one of several ranks
-    finds is reported by `run_command`."""
+    """Raise `EngineError` where there is no engine, before anything slow is imported. What one of several ranks finds is
+    reported by `run_command`."""
     if ranks.place() is not None:
         return
     from belle_compile.runtime.artifact import read_manifest
 
-    try:
-        read_manifest(directory)
-    except BelleError as error:
-        if os.environ.get("BELLE_TRACEBACK"):
-            raise
-        click.echo(f"{PROGRAM}: {error}", err=True)
-        sys.exit(1)
+    read_manifest(directory)
 
 
 def load_arguments(given: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.launcher import INTERRUPT, Launcher
-from belle_compile.runtime.errors import PROGRAM, BelleError
+from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.loading import check_ranks
+from belle_compile.runtime.usage import show_error, show_json
 
 
 def run_command(
@@ -22,12 +23,13 @@ def run_command(
     ranks_requested: int | None,
     rank_timeout_s: float,
     handled_signals: frozenset[signal.Signals] = INTERRUPT,
+    as_json: bool = False,
 ) -> int:
     """Run `work` once for an engine of one rank, else in as many processes as it has ranks; returns the exit code.
 
     Each process runs the command line of this one again. `work` returns the exit code of rank 0. Of several ranks, the others
     end within it. Signals in `handled_signals` are passed on to rank 0, where `work` handles them; others end all ranks. What
-    goes wrong is printed on stderr, in one sentence.
+    goes wrong is printed on stderr, in one sentence, and with `as_json` as an object on stdout too.
     """
     os.environ[ranks.TIMEOUT] = str(rank_timeout_s)  # read by `Engine.load`
     place = ranks.place()
@@ -35,7 +37,10 @@ def run_command(
     try:
         count = _count(engine, ranks_requested)
         if count > 1 and place is None:
-            code = Launcher(count, [sys.executable, *sys.orig_argv[1:]], rank_timeout_s, handled_signals).run()
+            launcher = Launcher(count, [sys.executable, *sys.orig_argv[1:]], rank_timeout_s, handled_signals)
+            code = launcher.run()
+            if launcher.error:
+                show_error(launcher.error, as_json)
         else:
             code = work()
     except BelleError as error:
@@ -43,12 +48,14 @@ def run_command(
             raise
         code = 1
         if line:
-            line.say("error", str(error))
+            line.say("error", error.parts())
         else:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
+            show_error(error, as_json)
     except KeyboardInterrupt:
         code = 130
         print(file=sys.stderr)
+        if as_json:
+            show_json(EngineError("interrupted", "stopped by Ctrl-C").to_plain())
     except SystemExit as ended:  # how a rank other than 0 ends
         code = int(ended.code or 0)
     if line:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.runtime.distributed.ranks import LAUNCHER, TIMEOUT, place
-from belle_compile.runtime.errors import PROGRAM, EngineError, install
+from belle_compile.runtime.errors import BelleError, EngineError, install
 
 INTERRUPT = frozenset({signal.SIGINT})
 _TICK_S = 0.1
@@ -89,7 +89,7 @@ class Launcher:
         self._count, self._command, self._timeout_s = ranks, list(command), timeout_s
         self._handled = handled_signals
         self._ranks: dict[int, _Rank] = {}
-        self._error = ""
+        self.error: BelleError | None = None
         self._output: list[str] = []  # the last lines of mpiexec and of ranks other than 0
         self._partial_line = b""
         self._signals: list[int] = []  # received and not yet handled
@@ -98,7 +98,7 @@ class Launcher:
         self._select = selectors.DefaultSelector()
 
     def run(self) -> int:
-        """Run to the end; returns the exit code. Prints what went wrong on stderr, in one sentence."""
+        """Run to the end; returns the exit code. What went wrong is `error` then."""
         with tempfile.TemporaryDirectory(prefix="belle-ranks-", dir=_folder_of_sockets()) as directory, self._handled_signals():
             self._address = str(Path(directory) / "line")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -111,10 +111,7 @@ class Launcher:
                 finally:
                     self._end_all()
                     self._select.close()
-        if self._error:
-            print(f"{PROGRAM}: {self._error}", file=sys.stderr, flush=True)
-            return code or 1
-        return code
+        return code or int(self.error is not None)
 
     def _start(self) -> None:
         # MPI must yield the core while it polls, or ranks that outnumber the cores keep each other from running. Within a job
@@ -133,7 +130,7 @@ class Launcher:
     def _watch(self) -> int:
         """Supervise the ranks until all have ended or something went wrong; returns the exit code."""
         last, waited = time.monotonic(), 0.0
-        while not self._error:
+        while not self.error:
             ended = self._mpiexec.poll() is not None  # asked first: all messages sent before that are read below
             self._read_messages(0 if ended else _TICK_S)
             # Time counts by at most a second, since this process may have been stopped itself.
@@ -148,11 +145,11 @@ class Launcher:
                 self._release_parents()
                 return first.exit
             if ended or any(rank.lost for rank in self._ranks.values()):
-                self._error = self._error or self._end_error()
+                self.error = self.error or self._end_error()
             elif self._absent():
                 waited += passed
                 if waited > self._timeout_s:
-                    self._error = self._late_error()
+                    self.error = self._late_error()
             else:
                 self._check_alive(passed)
         return 1
@@ -196,7 +193,7 @@ class Launcher:
             elif rank := self._rank_of(line):  # which a message before this one may have introduced
                 rank.silent_s = 0.0
                 if kind == "error":
-                    self._error = self._error or str(value)
+                    self.error = self.error or BelleError(**value)
                 elif kind == "exit":
                     rank.exit = int(value)
                 elif kind == "ended":
@@ -256,33 +253,33 @@ class Launcher:
             # The others may be silent because they wait for one that was stopped.
             rank = next((rank for rank in silent if _is_stopped(rank.process)), silent[0])
             state = "it is stopped" if _is_stopped(rank.process) else f"nothing for {self._timeout_s:g} s"
-            self._error = str(EngineError("ranks", f"{rank.name} does not answer", found=state))
+            self.error = EngineError("ranks", f"{rank.name} does not answer", found=state)
 
-    def _late_error(self) -> str:
+    def _late_error(self) -> BelleError:
         what = f"{_names(self._absent())} did not start"
         remedy = "look at what holds it up, or give it more time with --rank-timeout"
         # The last output is all that there is to show of a rank that failed early: mpiexec reports nothing about it.
         found = self._last_output() or f"nothing within {self._timeout_s:g} s"
-        return str(EngineError("ranks", what, found=found, remedy=remedy))
+        return EngineError("ranks", what, found=found, remedy=remedy)
 
     def _ranks_have_ended(self) -> bool:
         """Whether rank 0 has ended and, if it succeeded, the others too; if it failed, they may be waiting for it."""
         return all(rank.ended is not None for number, rank in self._ranks.items() if number == 0 or not self._ranks[0].exit)
 
-    def _end_error(self) -> str:
+    def _end_error(self) -> BelleError:
         """The error for the rank that ended first, which is known, since its parent keeps MPI from ending the others."""
         self._wait(_LAST_OUTPUT_S, lambda: any(rank.lost and rank.ended is not None for rank in self._ranks.values()))
         first = min((rank for rank in self._ranks.values() if rank.lost), key=lambda rank: rank.ended_s, default=None)
         absent = self._absent()
         self._release_parents()
-        if self._error:
-            return self._error  # a rank has sent one in the meantime
+        if self.error:
+            return self.error  # a rank has sent one in the meantime
         if not self._ranks:
             found = self._last_output() or f"exit code {self._mpiexec.returncode}"
-            return str(EngineError("ranks", "mpiexec could not start them", found=found))
+            return EngineError("ranks", "mpiexec could not start them", found=found)
         name, how = (first.name, first.how_it_ended) if first else ("one of them", "ended unexpectedly")
         early, found = (" before all had started", self._last_output()) if absent else ("", "")
-        return str(EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it"))
+        return EngineError("ranks", f"{name} {how}{early}", found=found, remedy="the other ranks were ended with it")
 
     def _release_parents(self) -> None:
         """Let the parents of ranks end, which kill the ranks that still run. Then mpiexec ends, and its last output is read."""

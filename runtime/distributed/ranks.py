@@ -84,7 +84,7 @@ class Line:
         threading.Thread(target=self._answer, name="launcher", daemon=True).start()
 
     def say(self, what: str, value: object = None) -> None:
-        """Send the launcher "hello" with the rank's number, "alive", "error" with its text, or "exit" with a code."""
+        """Send the launcher "hello" with the rank's number, "alive", "error" with its parts, or "exit" with a code."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps([what, value]).encode() + b"\n")
 

@@ -156,6 +156,40 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -
     assert err.endswith(f"see `belle-compile {command}".rstrip() + " --help`.\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what", "remedy"),
+    [
+        (["build", "--json"], "Missing argument 'CHECKPOINT'", "see `belle-compile build --help`"),
+        (["inspect", "x", "--oops", "--json"], "No such option '--oops'", "see `belle-compile inspect --help`"),
+        (["plan", "x", "--json", "--quant", "int3"], "Invalid value for '--quant': 'int3' is not one of", "plan --help`"),
+        (["nothing", "--json"], "No such command 'nothing'", "see `belle-compile --help`"),
+        (["build", "x", "-o", "y", "-v", "-q", "--json"], "--verbose and --quiet exclude each other", "build --help`"),
+    ],
+)
+def test_wrong_usage_as_json(capsys: pytest.CaptureFixture[str], arguments: list[str], what: str, remedy: str) -> None:
+    status, out, err = run(capsys, *arguments)
+    error = json.loads(out)["error"]
+    assert status == 2 and err == f"belle-compile: {error['message']}\n"
+    assert error["stage"] == "usage" and error["what"].replace(": --oops", " '--oops'").startswith(what), error["what"]
+    assert error["remedy"].endswith(remedy) and error["found"] == error["expected"] == ""
+
+
+def test_wrong_options_in_files_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text("kernel = true\n")
+    status, out, _ = run(capsys, "inspect", "x", "--config", file, "--json")
+    error = json.loads(out)["error"]
+    assert status == 2 and (error["stage"], error["found"], error["remedy"]) == ("options", "kernel", "did you mean kernels")
+    file.write_text('json = true\nkernels = "all"\n')
+    assert run(capsys, "inspect", "--config", file)[:2] == (2, ""), "a file that is wrong sets nothing"
+
+
+def test_json_by_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BELLE_INSPECT_AS_JSON", "1")
+    assert json.loads(run(capsys, "inspect")[1])["error"]["stage"] == "usage"
+    assert json.loads(run(capsys, "inspect", "missing")[1])["error"]["stage"] == "engine"
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and err.startswith("Usage: belle-compile") and "Examples:" in err

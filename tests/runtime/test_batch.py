@@ -142,3 +142,15 @@ def test_requests_that_cannot_be_answered_have_an_error(engine: Path, tmp_path: 
     for answer, (_, message) in zip(found, wrong, strict=False):
         assert message in answer["error"]["message"]
     assert found[7]["id"] == "long" and "text" in found[8]
+
+
+def test_the_end_as_json(engine: Path, requests: Path) -> None:
+    output = str(engine.parent / "out.jsonl")
+    assert json.loads(run(engine, requests, "--json").stdout) == {"answers": len(REQUESTS), "output": output}
+    requests.write_text('"hello"\n[]\n', encoding="utf-8")
+    failed = run(engine, requests, "--json", "--force")
+    error = json.loads(failed.stdout)["error"]
+    assert failed.exit_code == 1 and failed.stderr.endswith(f"belle-run: {error['message']}\n")
+    assert (error["what"], error["remedy"]) == ("1 of 2 requests failed", f'see "error" in {output}')
+    foreign = json.loads(run(engine, requests, "--json", temperature="1").stdout)["error"]
+    assert "has answers to other requests" in foreign["what"] and foreign["remedy"]

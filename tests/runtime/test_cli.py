@@ -306,6 +306,48 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments: list[str], engin
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["none", "x"], 1, {"stage": "engine", "what": "none is not an engine", "found": "nothing there"}),
+        (["ENGINE", "x", "--top-p", "3"], 1, {"stage": "sampling", "expected": "above 0 and at most 1"}),
+        (["ENGINE", "x" * 400], 1, {"stage": "request", "what": "the prompt and one token are too long"}),
+        (["ENGINE", "-f", "none"], 1, {"stage": "prompt", "found": "No such file or directory"}),
+        (["ENGINE", "x", "--oops"], 2, {"stage": "usage", "remedy": "see `belle-run --help`"}),
+        (["ENGINE", "x", "-f", "y"], 2, {"stage": "usage", "what": "give either PROMPT or --file"}),
+        (["ENGINE", "x", "--regex", "a", "--json-schema", "{}"], 2, {"stage": "usage"}),
+        ([], 2, {"stage": "usage", "what": "Missing argument 'ENGINE'"}),
+        (["batch", "ENGINE"], 2, {"stage": "usage", "remedy": "see `belle-run batch --help`"}),
+        (["batch", "ENGINE", "none", "-o", "x"], 2, {"stage": "usage", "what": "none: there is no such file"}),
+        (["batch", "none", "in", "-o", "x"], 1, {"stage": "engine"}),
+    ],
+)
+def test_errors_as_json(arguments: list[str], code: int, parts: dict[str, str]) -> None:
+    result = CliRunner().invoke(main, [*(str(ENGINE[-1]) if word == "ENGINE" else word for word in arguments), "--json"])
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == code and result.stderr == f"belle-run: {error['message']}\n"
+    assert {key: error[key] for key in parts} == parts and error.keys() >= {"stage", "what", "found", "expected", "remedy"}
+    asked_before = CliRunner().invoke(main, ["--json", "--", "--json", "x"])
+    assert asked_before.exit_code == 1 and json.loads(asked_before.stdout)
+    assert CliRunner().invoke(main, [str(ENGINE[-1]), "--oops", "--", "--json"]).stdout == "", "a prompt asks for nothing"
+
+
+@pytest.mark.usefixtures("loads")
+def test_bad_turns_inputs_bugs_and_interrupts_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = map(json.loads, run("--json", stdin="first\n" + "x" * 400).stdout.splitlines())
+    assert first["text"] == ANSWER and last["error"]["stage"] == "request"
+    assert json.loads(run("--json", stdin="诗写一首\n".encode("gb18030")).stdout)["error"]["stage"] == "input"
+    for raised, code, stage in ((ZeroDivisionError, 1, "internal error"), (KeyboardInterrupt, 130, "interrupted")):
+
+        def load(*_: Any, raised: type[BaseException] = raised, **__: Any) -> Engine:
+            raise raised
+
+        monkeypatch.setattr(Engine, "load", load)
+        result = run("x", "--json")
+        assert (result.exit_code, json.loads(result.stdout)["error"]["stage"]) == (code, stage)
+
+
 @pytest.mark.parametrize("command", [[], ["batch"], ["serve"]])
 def test_every_command_has_a_version(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--version"])

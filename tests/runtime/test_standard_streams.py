@@ -86,7 +86,7 @@ def test_files_do_not_take_the_place_of_closed_streams(tmp_path: Path) -> None:
 )
 def test_inputs_that_are_no_utf8(text: str, environment: dict[str, str]) -> None:
     code, _, errors = run(stdin=text.encode("gb18030"), **environment)
-    assert code == 1 and errors.startswith("begun\nprog: the input cannot be read: found byte 0x")
+    assert code == 1 and errors.startswith("begun\nprog: input: it cannot be read: found byte 0x")
     assert errors.endswith(", which is no UTF-8 there; convert it, for example with iconv -f GB18030 -t UTF-8.\n")
 
 
@@ -118,6 +118,6 @@ def test_the_command_reads_texts_with_a_mark_and_refuses_other_encodings(tmp_pat
     ids = [result.stdout.partition('"prompt_token_ids": ')[2].partition("]")[0] for result in (marked, plain)]
     assert ids[0] == ids[1]
     refused = prompts("诗写一首\n".encode("gb18030"))
-    assert refused.exit_code == 1 and "belle-run: the input cannot be read: found byte 0x" in refused.stderr
+    assert refused.exit_code == 1 and "belle-run: input: it cannot be read: found byte 0x" in refused.stderr
     half = CliRunner().invoke(main, [engine, "a\udcca", "--max-new-tokens", "1"])
     assert half.exit_code == 1 and "the prompt: found half of a surrogate pair (U+DCCA) as character 1" in half.stderr

@@ -184,6 +184,13 @@ def test_a_rank_that_started_and_ended_between_two_looks(monkeypatch: pytest.Mon
         assert run._ranks[1].name == "rank 1 (process 8)" and run._ranks[1].how_it_ended == how
 
 
+def test_errors_of_ranks_as_json(engines: dict[int, Path]) -> None:
+    code, out, errors = belle_run(engines[2], "--top-p", 3, *SHORT).end()
+    error = json.loads(out)["error"]
+    assert (code, errors) == (1, f"belle-run: {error['message']}\n")
+    assert (error["stage"], error["what"], error["expected"]) == ("sampling", "top_p", "above 0 and at most 1")
+
+
 def test_a_rank_that_hangs_before_it_reports(engines: dict[int, Path]) -> None:
     stop = "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
     errors = failure(engines[2], stop, "--rank-timeout", 4, *SHORT)
