@@ -9,9 +9,9 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from belle_compile.compiler.checkpoint.generation import changed_defaults
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.engine_directory import is_engine
+from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.report import REPORT_NAME, with_generation
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
 

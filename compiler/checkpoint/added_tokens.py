@@ -8,11 +8,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, ranks_of
 from belle_compile.compiler.checkpoint.special_tokens import word_of
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.json_files import read_json
 from belle_compile.compiler.untrusted import explained
 
 ADDED_TOKENS, TOKENIZER_CONFIG, TOKENS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
 from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
-from belle_compile.compiler.checkpoint.generation import changed_defaults, generation_defaults
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
@@ -20,6 +19,7 @@ from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, ch
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
+from belle_compile.compiler.generation import changed_defaults, generation_defaults
 from belle_compile.compiler.untrusted import explained
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.places import JINJA_SUFFIXES
 from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime import artifact

@@ -10,10 +10,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from belle_compile.compiler.checkpoint.added_tokens import with_added_tokens
-from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, convert, ranks_of, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.json_files import read_json
 from belle_compile.compiler.untrusted import explained, parse_bounded
 
 _MOST_ID = 1 << 22  # ten times as many as the largest vocabularies have

@@ -52,10 +52,11 @@ def edit(engine: Path, generation: tuple[str, ...], as_json: bool) -> None:
       belle-compile edit artifacts/belle-7b-cpu --generation-defaults top_p=0.9 --generation-defaults max_new_tokens=512
       belle-compile edit artifacts/belle-7b-cpu --generation-defaults generation_config.json
     """
+    from belle_compile.compiler.generation import changed_defaults
     from belle_compile.runtime.artifact import read_manifest
     from belle_compile.runtime.schema import to_plain
 
-    read_manifest(engine)
+    changed_defaults(read_manifest(engine).generation, generation)
     from belle_compile.compiler import editing
 
     manifest, notes = editing.edit(engine, generation)

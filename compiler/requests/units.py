@@ -79,8 +79,8 @@ def open_units(tokenizer: str | Path | None) -> Units:
     if tokenizer is None:
         return Characters()
     path = Path(tokenizer).expanduser()
-    from belle_compile.compiler.checkpoint.json_files import read_json
     from belle_compile.compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
+    from belle_compile.compiler.json_files import read_json
 
     if path.is_file() and path.suffix == ".json":
         return Tokens(check_tokenizer(json.dumps(read_json(path), ensure_ascii=False), str(path)), path.name)

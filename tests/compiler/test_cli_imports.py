@@ -12,6 +12,8 @@ from pathlib import Path
 from tests.checkouts import ROOT
 from tests.compiler.engines import write_engine
 
+# Changes of generation defaults that are wrong: a key, values, a file that is missing, and files with something else.
+CHANGES = ("temprature=0", "top_k=1.5", "top_p=2", "missing.json", "list.json", "wrong.json", "text.json", "checkpoint")
 # Commands that are wrong, each with the status; a checkpoint is there as `checkpoint`, an engine as `engine`.
 WRONG = [
     (["build", "missing", "-o", "new"], 1),
@@ -24,6 +26,8 @@ WRONG = [
     (["build", "checkpoint", "-o", "new", "--calibration", "missing"], 1),
     (["build", "checkpoint", "-o", "new", "--template", "missing.jinja"], 1),
     (["build", "checkpoint", "-o", "new", "--size-budget", "1.2"], 1),
+    *((["build", "checkpoint", "-o", "new", "--generation-defaults", change], 1) for change in CHANGES),
+    *((["edit", "engine", "--generation-defaults", change], 1) for change in CHANGES),
     (["build", "checkpoint", "-o", "new", "--min-top1", "2"], 2),
     (["build", "checkpoint"], 2),
     (["repartition", "missing", "-o", "new", "--target", "cpu"], 1),
@@ -56,6 +60,9 @@ EACH = """
 def test_a_wrong_command_line_imports_nothing_that_takes_long(tmp_path: Path) -> None:
     write_engine(tmp_path / "engine")
     (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "wrong.json").write_text('{"do_sample": true, "temperature": "hot"}')
+    (tmp_path / "text.json").write_text("top_k: 1")
     command = [sys.executable, "-c", textwrap.dedent(EACH), json.dumps([each for each, _ in WRONG]), json.dumps(HEAVY)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.untrusted import explained
 
 _MAGIC = b"GGUF"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
-from belle_compile.compiler.checkpoint.generation import settings_of_config
-from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.generation import settings_of_config
+from belle_compile.compiler.json_files import read_json
 
 CONFIG = "config.json"
 OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")

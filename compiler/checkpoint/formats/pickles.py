@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.pickle_checks import MoreThanTensors, check_archive, check_legacy
 from belle_compile.compiler.checkpoint.formats.shards import Storage
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.untrusted import explained
 
 if TYPE_CHECKING:

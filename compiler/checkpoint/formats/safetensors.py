@@ -9,9 +9,9 @@ from typing import Any
 import numpy.typing as npt
 
 from belle_compile.compiler.checkpoint.formats.shards import Storage
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.untrusted import explained, parse_bounded
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, Weights, read_release
-from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, is_buffer, require_float
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.json_files import read_json
 
 OpenFile = Callable[[Path], list[LazyTensor]]
 STATED_KEY = "transformers_weights"  # of config.json: the name of the file to load

@@ -11,8 +11,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.generation import BELLE, GREEDY, changed_defaults, generation_defaults
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.generation import BELLE, GREEDY, changed_defaults, generation_defaults
 from belle_compile.runtime.artifact import GenerationDefaults
 from tests.compiler.checkpoint.models import LLAMA_CONFIG, write_json
 

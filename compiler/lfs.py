@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.places import CHECKPOINT_STAGE as STAGE
 from belle_compile.compiler.untrusted import explained, require_regular
 
 _FIRST_LINE = b"version https://git-lfs.github.com/spec/"

@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.checkpoint.json_files import read_json
-from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.places import CHECKPOINT_STAGE as STAGE
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.request import SamplingParams

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from belle_compile.compiler.checkpoint.lfs import refuse_pointer
-from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.lfs import refuse_pointer
+from belle_compile.compiler.places import CHECKPOINT_STAGE as STAGE
 from belle_compile.compiler.untrusted import parse_bounded, read_bounded
 
 MOST_BYTES = 64 << 20  # of a file; the largest tokenizer.json of a public language model has half of that
