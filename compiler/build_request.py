@@ -30,9 +30,9 @@ class BuildRequest:
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
     the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
     replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
-    compiler does not know, count as absent. `generation` changes the generation defaults (see `changed_defaults`). `tune`
-    measures on this host which kernel variants suit this model's shapes, which takes minutes and may differ from one build to
-    the next.
+    compiler does not know, count as absent. `ignore_adapter` passes over a LoRA adapter beside the weights. `generation`
+    changes the generation defaults (see `changed_defaults`). `tune` measures on this host which kernel variants suit this
+    model's shapes, which takes minutes and may differ from one build to the next.
 
     Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
@@ -55,6 +55,7 @@ class BuildRequest:
     isas: tuple[str, ...] = ()
     template: str | None = None
     ignored_config_keys: tuple[str, ...] = ()
+    ignore_adapter: bool = False
     generation: tuple[str, ...] = ()
     dump_ir: Path | None = None
     force: bool = False

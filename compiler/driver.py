@@ -154,6 +154,7 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
         template=request.template,
         ignored_keys=request.ignored_config_keys,
         generation=request.generation,
+        ignore_adapter=request.ignore_adapter,
     )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
@@ -276,7 +277,8 @@ def _manifest(
 ) -> Manifest:
     first, checkpoint = payloads[0], source.checkpoint
     notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())
-    ignored = {"ignored_config_keys": list(keys)} if (keys := job.request.ignored_config_keys) else {}
+    ignored: dict[str, Any] = {"ignored_config_keys": list(keys)} if (keys := job.request.ignored_config_keys) else {}
+    ignored |= {"ignored_adapter": True} if job.request.ignore_adapter else {}
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | ignored, 0, notes)
     calibrated = job.request.calibration is not None
     return Manifest(

@@ -46,6 +46,7 @@ def rank(
     tokens: int = 2048,
     alone: bool = True,
     ignored_config_keys: Sequence[str] = (),
+    ignore_adapter: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> list[LayerDamage]:
     """Rank the linears of a checkpoint by the damage of quantizing them as a preset does, the most damaging first.
@@ -53,7 +54,8 @@ def rank(
     With `alone`, the damage of a linear is the KL divergence of the predictions on up to `tokens` tokens of requests when it
     alone is quantized; without, it is the error of the linear's outputs."""
     on_progress("open", 0, 0)
-    opened, recipe = open_checkpoint(checkpoint, ignored_keys=ignored_config_keys), find_preset(quantization).recipe
+    opened = open_checkpoint(checkpoint, ignored_keys=ignored_config_keys, ignore_adapter=ignore_adapter)
+    recipe = find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)
     graph = build_graph(opened)

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
-from belle_compile.compiler.checkpoint.formats.registry import read_contents, weight_patterns
+from belle_compile.compiler.checkpoint.formats.registry import adapter_notes, read_contents, weight_patterns
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
@@ -30,17 +30,19 @@ def open_checkpoint(
     overlays: Sequence[Overlay] = (),
     ignored_keys: Sequence[str] = (),
     generation: Sequence[str] = (),
+    ignore_adapter: bool | None = False,
 ) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
     `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent.
-    `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
+    `generation` changes the generation defaults: see `changed_defaults`. An adapter beside the weights is refused, passed over
+    (`ignore_adapter`) or, where no weights are wanted, not looked for (None). Raises CompileError for everything that cannot be
     read.
     """
     expected = "a checkpoint as save_pretrained or llama.cpp's converter writes it"
     with explained(STAGE, f"files of {path}", expected=expected, remedy="download them again"):
-        return _open(path, template, overlays, ignored_keys, generation)
+        return _open(path, template, overlays, ignored_keys, generation, ignore_adapter)
 
 
 def _open(
@@ -49,9 +51,11 @@ def _open(
     overlays: Sequence[Overlay],
     ignored_keys: Sequence[str],
     generation: Sequence[str],
+    ignore_adapter: bool | None,
 ) -> Checkpoint:
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
+    adapters = [] if ignore_adapter is None else adapter_notes(files, ignore_adapter)
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, ignored_keys, family.keys.used)
     chosen = choose_template(template, contents.template, family, contents.config)
@@ -71,8 +75,8 @@ def _open(
     source, settings = contents.sampling
     own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)
     defaults, of_changes = changed_defaults(own, generation)
-    sampling = [*unsupported, *of_changes]
-    notes = [*files.notes, *ignored, *contents.notes, *left_out, *vocabulary, *disagreements, *sampling, *overlaid.notes]
+    notes = [*files.notes, *ignored, *adapters, *contents.notes, *left_out, *vocabulary, *disagreements]
+    notes += [*unsupported, *of_changes, *overlaid.notes]
     return Checkpoint(
         path=files.path,
         family=family.name,

@@ -30,6 +30,7 @@ _WHAT = options.together(
     ),
     options.generation_defaults(),
     options.ignored_config_keys,
+    options.ignore_adapter,
 )  # fmt: skip
 _CALIBRATION = options.together(
     click.option(

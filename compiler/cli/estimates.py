@@ -36,6 +36,7 @@ def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path
 )
 @click.option("--output-errors", is_flag=True, help="Measure only the error of each layer's outputs, in one run; no KL.")
 @options.ignored_config_keys
+@options.ignore_adapter
 @click.option(
     "-o", "--output", type=options.PATH, callback=_ranking_file, help="Write all layers to a .json file, or as an .svg plot."
 )
@@ -49,6 +50,7 @@ def sensitivity(
     tokens: int,
     output_errors: bool,
     ignored_config_keys: tuple[str, ...],
+    ignore_adapter: bool,
     output: Path | None,
     run: Run,
     as_json: bool,
@@ -73,7 +75,8 @@ def sensitivity(
     with run.following() as progress:
         ranked = layers.rank(
             checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, tokens=tokens,
-            alone=not output_errors, ignored_config_keys=ignored_config_keys, on_progress=progress,
+            alone=not output_errors, ignored_config_keys=ignored_config_keys, ignore_adapter=ignore_adapter,
+            on_progress=progress,
         )  # fmt: skip
     ranking = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:

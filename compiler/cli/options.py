@@ -43,6 +43,11 @@ ignored_config_keys = click.option(
     help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records it.",
 )  # fmt: skip
 
+ignore_adapter = click.option(
+    "--ignore-adapter", is_flag=True,
+    help="Build the base model where a LoRA adapter (adapter_config.json) lies beside its weights. The manifest records it.",
+)  # fmt: skip
+
 
 def together(*options: Decorator) -> Decorator:
     """One decorator for several options, which the help shows in this order."""

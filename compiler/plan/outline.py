@@ -29,7 +29,7 @@ def outline(path: str | Path, ignored_keys: Sequence[str] = ()) -> Checkpoint:
     `ignored_keys` of config.json count as absent."""
     path = Path(path)
     if path.suffix != ".json":
-        return open_checkpoint(path, template=RAW, ignored_keys=ignored_keys)
+        return open_checkpoint(path, template=RAW, ignored_keys=ignored_keys, ignore_adapter=None)
     config = _read(path)
     family = registry.by_config(config, path)
     config, _ = without_keys(config, ignored_keys, family.keys.used)

@@ -403,9 +403,9 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     fail(capsys, "build", "tests", "-o", "engine-new", *arguments)
     given = {"methods": ("rotate", "smooth"), "gate": Gate(min_top1=0.9), "backend": "tvm", "calibration": Path("README.md")}
     assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print, **given)
-    keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3"
+    keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3", "--ignore-adapter"
     fail(capsys, "build", "tests", "-o", "engine-new", *keys)
-    assert (seen[0].ignored_config_keys, seen.pop().generation) == (("a", "b"), ("top_k=3",))
+    assert (seen[0].ignored_config_keys, seen[0].generation, seen.pop().ignore_adapter) == (("a", "b"), ("top_k=3",), True)
     fail(capsys, "build", "tests", "-o", "engine-new", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 
@@ -429,7 +429,7 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", "--ignore-config-key", *REPORTING,
+        "--tune", "--drift", "--force", "--generation-defaults", "--ignore-config-key", "--ignore-adapter", *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {
@@ -440,7 +440,8 @@ OPTIONS = {
     "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
     "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
-        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output", "--ignore-config-key",
+        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output",
+        "--ignore-config-key", "--ignore-adapter",
         *REPORTING,
     },
     "verify": REPORTING,

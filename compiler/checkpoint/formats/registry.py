@@ -6,7 +6,7 @@ from pathlib import Path
 
 from belle_compile.compiler.checkpoint.formats.base import Contents, Format
 from belle_compile.compiler.checkpoint.formats.gguf import Gguf
-from belle_compile.compiler.checkpoint.formats.huggingface import require_config
+from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, require_config
 from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
 from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
 from belle_compile.compiler.checkpoint.formats.shards import Indexed, Numbered, Release, Single, Stated
@@ -36,6 +36,8 @@ NOT_YET = (
     ("*.pt", "a GPTQ .pt file", "quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from"),
     ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
 )
+# The file by which PEFT knows an adapter. Beside a config.json, Transformers loads the model and the adapter on top of it.
+_ADAPTER = "adapter_config.json"
 # Shards of a distributed checkpoint, which Transformers prefers to every other weights.
 _DISTRIBUTED = "shard-[0-9][0-9][0-9][0-9][0-9]-model-*-of-*.safetensors"
 # Files that look like weights: those of every framework, and what a trainer keeps beside them.
@@ -65,6 +67,29 @@ def read_contents(files: Files) -> Contents:
     contents = chosen.read(files)
     contents.notes += _passed_over(files, contents)
     return contents
+
+
+def adapter_notes(files: Files, ignored: bool) -> list[str]:
+    """A note on an adapter beside a model's weights that was passed over, if the user asked for that (`ignored`).
+
+    Raises CompileError for an adapter otherwise: with PEFT installed, Transformers would load another model, the one with the
+    adapter. Weights of an adapter without its config are files like any other, for Transformers too.
+    """
+    there = [file for name in (_ADAPTER, CONFIG) for file in files.matching(name)] if files.directory is not None else []
+    if len(there) < 2:
+        if ignored:
+            found = f"no {_ADAPTER} beside the weights"
+            raise CompileError(STAGE, "--ignore-adapter", found=found, remedy="leave the option out")
+        return []
+    if ignored:
+        return [f"the adapter of {_ADAPTER} was passed over because --ignore-adapter asked for it: the model is its base"]
+    raise CompileError(
+        STAGE,
+        f"weights in {files.path}",
+        found=f"a model and, by {_ADAPTER}, a LoRA adapter that Transformers loads on top of it",
+        expected="one of them",
+        remedy="merge the adapter (PEFT's merge_and_unload) and give the result, or pass --ignore-adapter for the base model",
+    )
 
 
 def _passed_over(files: Files, contents: Contents) -> list[str]:

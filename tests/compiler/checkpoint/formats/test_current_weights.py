@@ -124,6 +124,21 @@ def test_weights_of_other_programs_are_noted_and_a_trainer_s_files_are_not(llama
     )
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", ""])
+def test_an_adapter_beside_the_weights_is_refused_or_passed_over(llama: Path, weights: str) -> None:
+    if weights:
+        (llama / weights).touch()
+    with pytest.raises(CompileError, match=r"--ignore-adapter: found no adapter_config\.json .*; leave the option out\.$"):
+        open_checkpoint(llama, ignore_adapter=True)
+    write_json(llama / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"})
+    with pytest.raises(CompileError, match=r"by adapter_config\.json, a LoRA adapter .*; merge .* or pass --ignore-adapter"):
+        open_checkpoint(llama)
+    plain = open_checkpoint(llama, ignore_adapter=None)
+    base = open_checkpoint(llama, ignore_adapter=True)
+    note = "the adapter of adapter_config.json was passed over because --ignore-adapter asked for it: the model is its base"
+    assert note in base.notes and note not in plain.notes and base.tensors.keys() == plain.tensors.keys()
+
+
 def test_a_distributed_checkpoint_is_refused(llama: Path) -> None:
     (llama / "shard-00001-model-00001-of-00002.safetensors").touch()
     with pytest.raises(CompileError, match=r"a shard of a distributed checkpoint, .*; load it with Transformers and save it"):
