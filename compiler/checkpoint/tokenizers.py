@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from belle_compile.compiler.checkpoint.added_tokens import with_added_tokens
 from belle_compile.compiler.checkpoint.sentencepiece_model import carry_ranks, convert, ranks_of, special_words
 from belle_compile.compiler.checkpoint.tensors import STAGE
+from belle_compile.compiler.checkpoint.tokenizer_trial import reason_against
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
 from belle_compile.compiler.untrusted import explained, parse_bounded
@@ -77,11 +78,16 @@ def _add(tokenizer: Tokenizer, index: int, token: Mapping[str, Any], directory: 
 def check_tokenizer(text: str, source: str) -> str:
     """Return the text of a tokenizer.json without truncation and padding, which would alter prompts.
 
-    Raises CompileError, which names `source`, if the tokenizers library cannot read it.
+    Raises CompileError, which names `source`, if the tokenizers library cannot read it, and for one that hostile texts would
+    occupy for long (see `tokenizer_trial`).
     """
     found = "a file that the tokenizers library cannot read"
     with explained(STAGE, f"tokenizer {source}", found=found, expected="a tokenizer.json", remedy="download it again"):
-        model = parse_bounded(text.encode()).get("model") or {}
+        content = parse_bounded(text.encode())
+        if reason := reason_against(content):
+            expected, remedy = "one whose time and memory are in proportion to the text", "take that of the model's release"
+            raise CompileError(STAGE, f"tokenizer {source}", found=f"that {reason}", expected=expected, remedy=remedy)
+        model = content.get("model") or {}
         if model.get("type") == "BPE" and not model.get("continuing_subword_prefix"):
             merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             check_merges(model["vocab"], merges)
