@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -60,8 +60,29 @@ class _Files:
 
     def by_post_processor(self, kind: str) -> list[int]:
         """The token that tokenizer.json puts before every text."""
-        word = _first_word(self.stated.tokenizer_json) if kind == "bos" else ""
-        return self._existing([self.tokenizer.token_to_id(word)]) if word else []
+        return self._existing([*self.added[0][:1]]) if kind == "bos" else []
+
+    @cached_property
+    def added(self) -> tuple[list[int], list[int]]:
+        """The ids that Transformers puts before and after every text that is no chat.
+
+        Where there is a tokenizer.json, its post-processor alone decides: Transformers 5 then drops add_bos_token and
+        add_eos_token of tokenizer_config.json (`PreTrainedTokenizerBase._from_pretrained`). Otherwise these keys decide. A
+        tokenizer.model without them adds BOS, as in Transformers 4, for which such releases were made, and not in 5.
+        """
+        stated = self.stated
+        if not stated.metadata_of and "add_bos_token" not in stated.implied:
+            plain, whole = (self.tokenizer.encode("a", add_special_tokens=each).ids for each in (False, True))
+            starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+            start = next(starts, len(whole))
+            return whole[:start], whole[start + len(plain) :]
+        sources = (stated.tokenizer_config, stated.implied)
+        first, last = (
+            next((value for source in sources if isinstance(value := source.get(f"add_{kind}_token"), bool)), False)
+            for kind in ("bos", "eos")
+        )
+        bos, eos = (_first(_stating(self, (*_WORDS, *_NUMBERS), kind)) for kind in ("bos", "eos"))
+        return [bos] if first and bos is not None else [], [eos] if last and eos is not None else []
 
     def class_words(self) -> Object:
         name = self.stated.tokenizer_config.get("tokenizer_class")
@@ -145,7 +166,8 @@ def special_tokens(stated: Statements, *, raw_template: bool, own_template: bool
     ]
     numbers = [(name, ids) for name, ids in numbers if ids]
     eos = list(dict.fromkeys([*(numbers[0][1] if numbers else []), *([eos_word] if eos_word is not None else [])]))
-    add_bos_raw = bos is not None and _adds_bos(stated)
+    before, after = files.added
+    add_bos_raw = bos is not None and before == [bos]
     if own_template:
         first_bos, first_eos = (_first(_stating(files, _RENDERED, kind)) for kind in ("bos", "eos"))
     else:
@@ -164,6 +186,7 @@ def special_tokens(stated: Statements, *, raw_template: bool, own_template: bool
         *_disagreement(files, "bos", bos_sources, [] if bos is None else [bos]),
         *_disagreement(files, "eos", _stating(files, (*_WORDS, *_NUMBERS), "eos"), eos),
         *_disagreement(files, "pad", pad_sources, [] if pad is None else [pad]),
+        *(_not_added(files, [] if add_bos_raw else before, after) if raw_template else []),
     ]
     return special, notes
 
@@ -221,19 +244,7 @@ def _disagreement(files: _Files, kind: str, sources: list[tuple[str, list[int]]]
     return [f"{_TITLES[kind]} is {files.shown(used)}, and files disagree: {stated}"]
 
 
-def _adds_bos(stated: Statements) -> bool:
-    for source in (stated.tokenizer_config, stated.implied):
-        if isinstance(value := source.get("add_bos_token"), bool):
-            return value
-    return bool(_first_word(stated.tokenizer_json))
-
-
-def _first_word(tokenizer_json: str) -> str:
-    """The special token that the post-processor of a tokenizer.json puts before every text; empty if there is none."""
-    processor = json.loads(tokenizer_json).get("post_processor")
-    if processor is None:
-        return ""
-    for step in processor.get("processors", [processor]):
-        if step.get("type") == "TemplateProcessing" and (token := step.get("single", [{}])[0].get("SpecialToken")):
-            return str(token.get("id", ""))
-    return ""
+def _not_added(files: _Files, before: list[int], after: list[int]) -> list[str]:
+    """A note on tokens that Transformers puts around texts, and engines do not."""
+    each = [f"{files.shown(ids)} {where}" for ids, where in ((before, "before"), (after, "after")) if ids]
+    return [f"Transformers puts {' and '.join(each)} every text that is no chat; engines do not"] if each else []

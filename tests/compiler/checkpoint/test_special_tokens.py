@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from tests.compiler.checkpoint.models import LLAMA_CONFIG, byte_tokenizer, write_json, write_small_files
+from tests.compiler.checkpoint.test_sentencepiece_model import LLAMA_STYLE, train
 
 TOKENIZER = byte_tokenizer().to_str()
 
@@ -77,18 +78,56 @@ def test_added_tokens_beyond_the_embedding_count_as_absent() -> None:
     assert found({"vocab_size": 3}, {}, {"pad_token": "<pad>"})["pad_token_id"] is None
 
 
-@pytest.mark.parametrize(("stated", "raw"), [({"add_bos_token": True}, True), ({"add_bos_token": False}, False), ({}, True)])
-def test_bos_goes_before_raw_text_only(stated: dict[str, Any], raw: bool) -> None:
+@pytest.mark.parametrize("stated", [{"add_bos_token": True}, {"add_bos_token": False}, {}], ids=str)
+def test_bos_goes_before_raw_text_only(stated: dict[str, Any]) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     for template_is_raw in (False, True):
         special = found({"bos_token_id": 1}, {}, stated, raw=template_is_raw, json=tokenizer.to_str())
-        assert special["add_bos_raw"] is raw and special["add_bos"] is (raw and template_is_raw)
+        assert special["add_bos_raw"] is True and special["add_bos"] is template_is_raw
+
+
+_TOKENS = {"<s>": 1, "</s>": 2, "<pad>": 3}
+
+
+@pytest.mark.parametrize("single", [None, "$A", "<s> $A", "<s> $A </s>", "$A </s>", "<pad> $A", "<s> <pad> $A"])
+@pytest.mark.parametrize("tokenizer_class", [None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_tokens_around_a_text_are_those_of_transformers(llama: Path, single: str | None, tokenizer_class: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    if single is not None:
+        tokens = [(word, number) for word, number in _TOKENS.items() if word in single]
+        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    (llama / "tokenizer.json").write_text(tokenizer.to_str())
+    words = {"bos_token": "<s>", "eos_token": "</s>"} | ({"tokenizer_class": tokenizer_class} if tokenizer_class else {})
+    for keys in ({}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False, "add_eos_token": False}):
+        write_json(llama / "tokenizer_config.json", words | keys)
+        expected = AutoTokenizer.from_pretrained(llama)("a").input_ids
+        checkpoint = open_checkpoint(llama, template="raw")
+        ours = [*([1] if checkpoint.special["add_bos"] else []), *tokenizer.encode("a", add_special_tokens=False).ids]
+        noted = any("every text that is no chat; engines do not" in note for note in checkpoint.notes)
+        assert noted == (ours != expected) and noted == (single not in (None, "$A", "<s> $A"))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_eos", [True, False])
+def test_a_sentencepiece_model_has_what_the_keys_say(llama: Path, adds_bos: bool, adds_eos: bool) -> None:
+    (llama / "tokenizer.json").unlink()
+    train(llama, **LLAMA_STYLE)
+    write_json(llama / "config.json", LLAMA_CONFIG | {"vocab_size": 420})
+    keys = {"add_bos_token": adds_bos, "add_eos_token": adds_eos, "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(llama / "tokenizer_config.json", keys)
+    ids = AutoTokenizer.from_pretrained(llama)("a").input_ids
+    checkpoint = open_checkpoint(llama, template="raw")
+    assert checkpoint.special["add_bos"] == (ids[0] == 1) == adds_bos
+    assert any("'</s>' (2) after every text" in note for note in checkpoint.notes) == (ids[-1] == 2) == adds_eos
 
 
 def test_a_directory(llama: Path) -> None:
     write_json(llama / "generation_config.json", {"eos_token_id": [2, 3]})
-    write_json(llama / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>"})
+    write_json(llama / "tokenizer_config.json", {"bos_token": "<s>"})
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    (llama / "tokenizer.json").write_text(tokenizer.to_str())
     assert open_checkpoint(llama).special["eos_token_ids"] == [2, 3]
     assert open_checkpoint(llama).special["add_bos"] is False
     assert open_checkpoint(llama, template="raw").special["add_bos"] is True
