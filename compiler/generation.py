@@ -22,20 +22,21 @@ GREEDY = GenerationDefaults()
 # What Transformers samples with where a setting is left out (GenerationConfig._get_default_generation_params).
 SAMPLING = replace(GREEDY, temperature=1.0, top_k=50)
 CARRIED = tuple(field.name for field in fields(GenerationDefaults))
+# Names that Transformers has for some.
+_NAMES = {"min_new_tokens": "min_tokens", "stop_strings": "stop"}
+_FIELDS: Mapping[str, str] = {name: name for name in CARRIED if name not in _NAMES.values()} | _NAMES
+_OF_GREEDY = ("max_new_tokens", "min_tokens", "stop")  # settings of greedy and of sampled answers
 _OPTION = "--generation-defaults"
 
 # Settings that engines do not carry, with the values at which they change nothing; null changes nothing in any of them.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "max_length": (20,),  # Transformers' default; it counts the prompt too
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "early_stopping": (False,),
     "max_time": (),
-    "stop_strings": ([],),
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0.0,),
-    "min_p": (0.0,),
     "top_h": (),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -71,7 +72,7 @@ _NO_SETTING = re.compile(
 
 def settings_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The generation settings in a config.json, which count where there is no generation_config.json."""
-    return {key: value for key, value in config.items() if key in CARRIED or key in NEUTRAL or key == "do_sample"}
+    return {key: value for key, value in config.items() if key in _FIELDS or key in NEUTRAL or key == "do_sample"}
 
 
 def generation_defaults(
@@ -84,15 +85,19 @@ def generation_defaults(
     which hold token ids only, the defaults are the model card's for BELLE's prompt templates (`belle`), else greedy. Raises
     CompileError for a value that `SamplingParams` refuses.
     """
-    given = {key: _checked(key, value, source) for key in CARRIED if (value := stated.get(key)) is not None}
-    settings = [key for key in given if key != "max_new_tokens"]
+    given = {
+        key: _checked(key, value, f"key {name} of {source}")
+        for name, key in _FIELDS.items()
+        if (value := stated.get(name)) is not None
+    }
+    settings = [key for key in given if key not in _OF_GREEDY]
     do_sample = stated.get("do_sample")
     notes = _not_carried(stated, source)
     if belle and do_sample is None and not settings:
         return replace(BELLE, **given), notes
     if do_sample is True:
         return replace(SAMPLING, **given), notes
-    greedy = {key: given[key] for key in ("max_new_tokens", "repetition_penalty") if key in given}
+    greedy = {key: given[key] for key in (*_OF_GREEDY, "repetition_penalty") if key in given}
     if unused := [key for key in settings if key not in greedy and given[key] != getattr(SAMPLING, key)]:
         without = "with do_sample false" if do_sample is False else "without do_sample"
         notes.append(f"{source} states {_listed(given, unused)} {without}: answers are greedy, as in Transformers")
@@ -111,7 +116,7 @@ def changed_defaults(defaults: GenerationDefaults, changes: Sequence[str]) -> tu
         if not equals or Path(change).is_file():
             defaults, of_file = generation_defaults(read_json(Path(change)), belle=False, source=Path(change).name)
             notes += of_file
-        elif key in CARRIED:
+        elif (key := _NAMES.get(key, key)) in CARRIED:
             defaults = replace(defaults, **{key: _checked(key, _parsed(value), f"{_OPTION} {change}")})
         else:
             raise CompileError(STAGE, f"{_OPTION} {change}", found=f"the key {key!r}", expected=f"one of {', '.join(CARRIED)}")
@@ -122,7 +127,7 @@ def _not_carried(stated: Mapping[str, Any], source: str) -> list[str]:
     rest = [
         key
         for key, value in stated.items()
-        if value is not None and key not in CARRIED and not _NO_SETTING.fullmatch(key) and value not in NEUTRAL.get(key, ())
+        if value is not None and key not in _FIELDS and not _NO_SETTING.fullmatch(key) and value not in NEUTRAL.get(key, ())
     ]
     return [f"settings of {source} that engines do not carry: {_listed(stated, rest)}"] if rest else []
 
@@ -142,16 +147,23 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _checked(key: str, value: Any, source: str) -> Any:
-    """The value of a setting, in the type of the manifest's field."""
-    is_whole = isinstance(getattr(BELLE, key), int)
-    expected = "a whole number" if is_whole else "a number"
-    if type(value) in (int, float) and (not is_whole or float(value).is_integer()):
-        try:
+def _texts(value: Any) -> Any:
+    """What `SamplingParams` takes for the text or list of texts that a file states."""
+    return value if isinstance(value, str) and value else tuple(value)
+
+
+def _checked(key: str, value: Any, what: str) -> Any:
+    """The value of a setting, in the type of the manifest's field; `what` names it in errors."""
+    default = getattr(BELLE, key)
+    expected = {int: "a whole number", float: "a number", tuple: "a text, or a list of texts"}[type(default)]
+    try:
+        if isinstance(default, tuple):
+            if isinstance(value, (str, list)):
+                return SamplingParams(stop=_texts(value)).stop
+        elif type(value) in (int, float) and (isinstance(default, float) or float(value).is_integer()):
             SamplingParams(**{key: value})
-            return int(value) if is_whole else float(value)
-        except EngineError as error:
-            expected = error.expected
-    what = source if source.startswith(_OPTION) else f"key {key} of {source}"
-    remedy = "" if source.startswith(_OPTION) else "correct the file or remove the key"
+            return type(default)(value)
+    except EngineError as error:
+        expected = error.expected or expected
+    remedy = "" if what.startswith(_OPTION) else "correct the file or remove the key"
     raise CompileError(STAGE, what, found=repr(value), expected=expected, remedy=remedy)

@@ -1,7 +1,8 @@
 """The engine directory's manifest: what an engine is, what it needs, and the digest of each of its files.
 
 Compatibility: `format_version` is one integer. A runtime reads the versions in `READABLE_VERSIONS` and no others. Any new,
-removed or re-interpreted field makes a new version, so within a version every field must be present and no other may be.
+removed or re-interpreted field makes a new version, so within a version every field must be present and no other may be. Fields
+that are `OPTIONAL` are left out at their defaults, and so may be added within a version.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, parse_json, refuse_from, to_plain
+from belle_compile.runtime.schema import OPTIONAL, canonical_json, from_plain, json_schema, parse_json, refuse_from, to_plain
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (3,)
@@ -109,13 +110,17 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Values of the sampling parameters that a request leaves open. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """Values of the sampling parameters that a request leaves open. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and
+    min_tokens 0 are off. `stop` ends answers as end-of-sequence tokens do, besides a request's own stop strings."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    min_p: float = field(default=0.0, metadata=OPTIONAL)
+    min_tokens: int = field(default=0, metadata=OPTIONAL)
+    stop: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
     for name, value, expected, fits in _generation_ranges(manifest.generation):
         if not fits:
             raise refuse(f"generation.{name}", str(value), expected)
+    if not all(manifest.generation.stop):
+        raise refuse("generation.stop", "an empty text", "texts")
     if manifest.target.ranks < 1:
         raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 
@@ -221,6 +228,8 @@ def _generation_ranges(generation: GenerationDefaults) -> Iterator[tuple[str, fl
     yield "top_k", generation.top_k, "0 (off) or more", generation.top_k >= 0
     yield "top_p", generation.top_p, "above 0 and at most 1", 0 < generation.top_p <= 1
     yield "repetition_penalty", generation.repetition_penalty, "above 0", 0 < generation.repetition_penalty < math.inf
+    yield "min_p", generation.min_p, "0 (off) to 1", 0 <= generation.min_p <= 1
+    yield "min_tokens", generation.min_tokens, "0 (off) or more", generation.min_tokens >= 0
 
 
 def verify_files(

@@ -22,6 +22,10 @@ _PHRASES = {
     "boolean": "true or false",
 }
 
+# Metadata of a field that is left out where it has its default, so that it may be added without another format: what was
+# written before it was there is read, and written again, as it was.
+OPTIONAL: Mapping[str, Any] = {"optional": True}
+
 # Makes the caller's error for one field: (field, found, expected).
 Refuse = Callable[[str, str, str], EngineError]
 
@@ -56,7 +60,11 @@ def refuse_from(stage: str, remedy: str) -> Refuse:
 def to_plain(value: Any) -> Any:
     """Turn dataclasses, tuples and mappings into the dicts and lists of JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (_is_optional(field) and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,28 +73,34 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], value: Any, refuse: Refuse, where: str = "") -> T:
-    """Make a dataclass `cls` from decoded JSON. Every field must be present and of its type; no other field may be.
+    """Make a dataclass `cls` from decoded JSON. Every field but `OPTIONAL` ones must be present, and each of its type; no other
+    field may be.
 
     At the first field that does not fit, raises what `refuse(field, found, expected)` returns. `where` prefixes the fields.
     """
     if not isinstance(value, dict):
         raise refuse(where or "(whole file)", _kind(value), "an object")
     hints = _hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
     prefix = f"{where}." if where else ""
-    for name in names:
+    for name in (field.name for field in fields if not _is_optional(field)):
         if name not in value:
             raise refuse(prefix + name, "nothing", _describe(hints[name]))
     for name in value:
         if name not in hints:
             raise refuse(prefix + name, "an unknown field", "one of " + ", ".join(names))
-    return cls(**{name: _read(hints[name], value[name], refuse, prefix + name) for name in names})
+    return cls(**{name: _read(hints[name], value[name], refuse, prefix + name) for name in names if name in value})
 
 
 def json_schema(cls: type, title: str = "") -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a dataclass, for documentation and other tools."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title or cls.__name__}
     return schema | _schema(cls)
+
+
+def _is_optional(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("optional"))
 
 
 def _hints(cls: Any) -> dict[str, Any]:
@@ -131,10 +145,10 @@ def _schema(hint: Any) -> dict[str, Any]:
     if origin is dict:
         return {"type": "object", "additionalProperties": _schema(typing.get_args(hint)[1])}
     if dataclasses.is_dataclass(hint):
-        names = [field.name for field in dataclasses.fields(hint)]
         hints = _hints(typing.cast("type[Any]", hint))
-        properties = {name: _schema(hints[name]) for name in names}
-        return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+        properties = {field.name: _schema(hints[field.name]) for field in dataclasses.fields(hint)}
+        required = [field.name for field in dataclasses.fields(hint) if not _is_optional(field)]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return {"type": SCALARS[hint]}
 
 

@@ -106,7 +106,7 @@ def sampling_params(settings: Mapping[str, Any], default_max_tokens: int, sample
     lengths = [int(settings[name]) for name in _LENGTHS if settings.get(name) is not None]
     until = settings.get("until") or ()
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    neutral: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 1234}
+    neutral: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0, "seed": 1234}
     params = SamplingParams(
         temperature=temperature, max_new_tokens=lengths[0] if lengths else default_max_tokens, stop=stop, **neutral | chosen
     )

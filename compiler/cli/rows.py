@@ -78,9 +78,12 @@ def _self_test(golden: Mapping[str, Any]) -> str:
     return f"{golden['prompts']} prompts, {golden['tokens']} tokens" if golden["prompts"] else f"none: {golden['reason']}"
 
 
-def generation_words(defaults: Mapping[str, float]) -> str:
+def generation_words(defaults: Mapping[str, Any]) -> str:
     """The generation defaults in words."""
-    return ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {' '.join(map(repr, value))}"
+        for name, value in defaults.items()
+    )
 
 
 def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 import jinja2
+from markupsafe import escape
 
 from belle_compile.compiler.report import views
 from belle_compile.compiler.report.data import Report
@@ -15,7 +16,7 @@ _TEMPLATE = "report.html.jinja"
 
 def with_generation(page: str, old: GenerationDefaults, new: GenerationDefaults) -> str | None:
     """A rendered page with other generation defaults; None if it does not show the old ones once, as this version does."""
-    before, after = (f">{views.generation(defaults)}<" for defaults in (old, new))
+    before, after = (f">{escape(views.generation(defaults))}<" for defaults in (old, new))
     return page.replace(before, after) if page.count(before) == 1 else None
 
 

@@ -11,6 +11,7 @@ from belle_compile.compiler.report.figures import Bar, number, percent, phrase, 
 from belle_compile.compiler.tilings import tiling_rows
 from belle_compile.compiler.units import size
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, PassRecord
+from belle_compile.runtime.schema import to_plain
 
 View = dict[str, Any]
 
@@ -76,7 +77,7 @@ def built(report: Report) -> View:
 
 def generation(defaults: GenerationDefaults) -> str:
     """The generation defaults in words."""
-    return phrase({words(name): value for name, value in vars(defaults).items()})
+    return phrase({words(name): value for name, value in to_plain(defaults).items()})
 
 
 def _pass(record: PassRecord) -> View:

@@ -54,14 +54,12 @@ sampling = _together(
     click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0 is off."),
     click.option("--top-p", type=float, help="Sample among the likeliest tokens of this mass; 1 is off."),
     click.option("--repetition-penalty", type=float, help="Above 1 makes tokens of prompt and answer less likely."),
-    click.option(
-        "--min-p", type=float, default=0.0, help="Drop tokens below this share of the best one's probability; 0 is off."
-    ),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the best one's probability; 0 is off."),
     click.option("--presence-penalty", type=float, default=0.0, help="Above 0 makes tokens that the answer has less likely."),
     click.option("--frequency-penalty", type=float, default=0.0, help="The same, as many times as the answer has the token."),
     click.option("--seed", type=int, help="The same seed gives the same answer."),
     click.option("--max-new-tokens", type=int, help="End the answer after this many tokens."),
-    click.option("--min-tokens", type=int, default=0, help="Do not choose an end-of-sequence token before this many tokens."),
+    click.option("--min-tokens", type=int, help="Do not choose an end-of-sequence token before this many tokens."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times."),
     click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
     click.option("--prompt-lookup", type=int, default=0, metavar="N", help="Guess up to N tokens a step from earlier text."),

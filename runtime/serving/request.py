@@ -42,7 +42,8 @@ class SamplingParams:
 
     `temperature` 0 takes the most likely token. `top_k` 0 and `top_p` 1 are off. `repetition_penalty` counts prompt and
     answer. `seed` makes a request repeatable, whatever it is batched with. An answer ends after `max_new_tokens`, at an
-    end-of-sequence token unless `ignore_eos`, or before the first of the `stop` strings, which is left out of the text.
+    end-of-sequence token unless `ignore_eos`, or before the first of the `stop` strings, which is left out of the text. The
+    engine's own stop strings, if it has any, go with its end-of-sequence tokens: they end answers too, unless `ignore_eos`.
     A stop string may contain the names of special tokens, though these have no text in an answer.
     `prompt_lookup` is the number of tokens that may be guessed per step from prompt and answer so far (0: none): answers that
     quote become faster, and no answer changes.
@@ -75,11 +76,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prompt_lookup: int = 0
-    min_p: float = 0.0
+    min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | Biases = ()
-    min_tokens: int = 0
+    min_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -96,10 +97,10 @@ class SamplingParams:
         _check_whole("seed", self.seed, 0, MAX_SEED, "0 or more, below 2 to the power of 64", optional=True)
         _check_whole("max_new_tokens", self.max_new_tokens, 1, math.inf, "1 or more", optional=True)
         _check_whole("prompt_lookup", self.prompt_lookup, 0, math.inf, "0 (off) or more")
-        _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 (off) to 1")
+        _check_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 (off) to 1", optional=True)
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), lambda v: -2 <= v <= 2, "-2 to 2")
-        _check_whole("min_tokens", self.min_tokens, 0, math.inf, "0 (off) or more")
+        _check_whole("min_tokens", self.min_tokens, 0, math.inf, "0 (off) or more", optional=True)
         for name in ("logprobs", "prompt_logprobs"):
             _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS} alternatives", optional=True)
         _check_whole("n", self.n, 1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers")
@@ -195,15 +196,17 @@ class Request:
         """Return the first of the answers that `params` asks for, with what it leaves open filled in.
 
         Raises `EngineError` when prompt and answer are too long, and for token ids outside of the vocabulary. A
-        `max_new_tokens` of `params` is kept or refused. The engine's default is cut to the room after the prompt.
+        `max_new_tokens` of `params` is kept or refused, and so is `min_tokens`. The engine's defaults are cut to the room after
+        the prompt, and to the longest answer.
         """
         generation, limits = defaults.generation, defaults.limits
         limits.check(len(prompt) + 1, "the prompt and one token are too long")
         room = limits.capacity - len(prompt)
         max_new_tokens = min(generation.max_new_tokens, room) if params.max_new_tokens is None else int(params.max_new_tokens)
         limits.check(len(prompt) + max_new_tokens, "prompt and max_new_tokens are too long")
-        if params.min_tokens > max_new_tokens:
-            raise _refusal("min_tokens", params.min_tokens, f"at most {max_new_tokens}, the longest answer")
+        min_tokens = min(generation.min_tokens, max_new_tokens) if params.min_tokens is None else int(params.min_tokens)
+        if min_tokens > max_new_tokens:
+            raise _refusal("min_tokens", min_tokens, f"at most {max_new_tokens}, the longest answer")
         biases, vocab_size = cast(Biases, params.logit_bias), defaults.vocab_size
         _check_vocabulary("logit_bias", [token for token, _ in biases], vocab_size)
         _check_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
@@ -220,14 +223,14 @@ class Request:
             top_p=float(resolved("top_p")),
             repetition_penalty=float(resolved("repetition_penalty")),
             seed=None if params.seed is None else int(params.seed),
-            stop=params.stop,
+            stop=params.stop if params.ignore_eos else tuple(dict.fromkeys((*params.stop, *generation.stop))),
             eos_ids=() if params.ignore_eos else tuple(defaults.eos_ids),
             prompt_lookup=int(params.prompt_lookup),
-            min_p=float(params.min_p),
+            min_p=float(resolved("min_p")),
             presence_penalty=float(params.presence_penalty),
             frequency_penalty=float(params.frequency_penalty),
             logit_bias=tuple((token, bias) for token, bias in biases if bias),
-            min_tokens=int(params.min_tokens),
+            min_tokens=min_tokens,
             stop_token_ids=params.stop_token_ids,
             logprobs=None if params.logprobs is None else int(params.logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else int(params.prompt_logprobs),

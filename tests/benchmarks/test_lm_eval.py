@@ -28,7 +28,9 @@ from benchmarks.lm_eval.translate import (
 )
 from tests.runtime.fakes import EOS, FakeExecutor, hash_rule, make_engine, script_rule, special_tokens
 
-GREEDY = SamplingParams(temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256, seed=1234)
+GREEDY = SamplingParams(
+    min_p=0.0, min_tokens=0, temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256, seed=1234
+)
 
 
 def log_probability(context: list[int], continuation: list[int]) -> tuple[float, bool]:

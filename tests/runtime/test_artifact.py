@@ -141,9 +141,43 @@ def test_other_format_version(directory: Path, version: object, found: str) -> N
         read_manifest(directory)
 
 
+def test_manifests_without_optional_fields_are_read_and_written_as_they_are(tmp_path: Path) -> None:
+    fields = {"max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"}  # those of the first engines
+    text = manifest_text(manifest())
+    assert json.loads(text)["generation"].keys() == fields
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    read = read_manifest(tmp_path)
+    assert (read.generation.min_p, read.generation.min_tokens, read.generation.stop) == (0.0, 0, ())
+    changed = replace(read, generation=replace(read.generation, min_p=0.1, stop=("x",)))
+    (tmp_path / "manifest.json").write_text(manifest_text(changed), encoding="utf-8")
+    again = read_manifest(tmp_path)
+    assert again.generation == changed.generation and again.digest != read.digest
+    assert json.loads(manifest_text(again))["generation"].keys() == fields | {"min_p", "stop"}
+    schema = manifest_schema()["properties"]["generation"]
+    assert set(schema["required"]) == fields and schema["properties"].keys() == fields | {"min_p", "min_tokens", "stop"}
+
+
+@pytest.mark.parametrize("stop", [[""], "x", [5], None])
+def test_stop_strings_of_a_manifest_that_are_none(directory: Path, stop: object) -> None:
+    generation = json.loads((directory / "manifest.json").read_text())["generation"]
+    edit(directory, generation=generation | {"stop": stop})
+    with pytest.raises(EngineError, match=r"field generation\.stop(\[0\])? does not fit: found"):
+        read_manifest(directory)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("repetition_penalty", 0.0)],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.5),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("min_p", 1.5),
+        ("min_p", -0.1),
+        ("min_tokens", -1),
+    ],
 )
 def test_generation_defaults_that_no_request_could_have(directory: Path, name: str, value: float) -> None:
     generation = json.loads((directory / "manifest.json").read_text())["generation"]

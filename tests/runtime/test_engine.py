@@ -402,3 +402,14 @@ def test_pieces_carry_the_tokens_that_came_since_the_one_before() -> None:
                 ids = None if delta.logprobs is None else tuple(entry.token_id for entry in delta.logprobs)
                 assert ids == (delta.token_ids if params.logprobs == 0 else None)
         assert deltas[-1].text == "" and deltas[-1].token_ids == (EOS,)
+
+
+def test_the_engine_s_own_stop_strings_end_answers() -> None:
+    greedy = SamplingParams(temperature=0)
+    with make_engine() as plain, make_engine(generation=GenerationDefaults(stop=("好",))) as engine:
+        (whole,) = plain.generate(["hello"], greedy)
+        (cut,) = engine.generate(["hello"], greedy)
+        (other,) = engine.generate(["hello"], SamplingParams(temperature=0, stop=("=",)))
+        (off,) = engine.generate(["hello"], SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=12))
+    assert (cut.text, cut.finish_reason) == (whole.text.partition("好")[0], "stop") and "好" in whole.text
+    assert other.text == whole.text.partition("=")[0] and "好" in off.text

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.generation import BELLE, GREEDY, changed_defaults, generation_defaults
+from belle_compile.compiler.generation import BELLE, GREEDY, SAMPLING, changed_defaults, generation_defaults
 from belle_compile.runtime.artifact import GenerationDefaults
 from tests.compiler.checkpoint.models import LLAMA_CONFIG, write_json
 
@@ -92,13 +92,32 @@ def test_the_model_card_belongs_to_the_templates_of_belle(llama: Path, template:
 
 def test_a_model_with_a_template_of_its_own_has_no_values_of_belle(llama: Path) -> None:
     write_json(llama / "tokenizer_config.json", OWN_TEMPLATE)
-    plain = {"max_new_tokens": 256, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    assert open_checkpoint(llama).generation == plain
+    assert GenerationDefaults(**open_checkpoint(llama).generation) == GREEDY
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"do_sample": True, "min_p": 0.05}, replace(SAMPLING, min_p=0.05)),
+        ({"min_new_tokens": 5, "stop_strings": ["Human:", "###"]}, replace(GREEDY, min_tokens=5, stop=("Human:", "###"))),
+        ({"do_sample": True, "min_new_tokens": 2.0, "min_p": 0}, replace(SAMPLING, min_tokens=2)),
+        ({"stop_strings": "###", "do_sample": False}, replace(GREEDY, stop=("###",))),
+        ({"stop_strings": [], "min_new_tokens": 0, "min_p": 0.0}, GREEDY),
+    ],
+)
+def test_settings_that_transformers_names_otherwise(stated: dict[str, Any], expected: GenerationDefaults) -> None:
+    assert generation_defaults(stated, belle=False) == (expected, [])
+
+
+def test_only_sampling_settings_take_belle_s_values_away() -> None:
+    stated = {"min_new_tokens": 1, "stop_strings": "x"}
+    assert generation_defaults(stated, belle=True)[0] == replace(BELLE, min_tokens=1, stop=("x",))
+    defaults, notes = generation_defaults({"min_p": 0.1}, belle=True)
+    assert defaults == GREEDY and notes[0].startswith("generation_config.json states min_p 0.1 without do_sample")
 
 
 NOT_CARRIED = {
-    "min_p": 0.05, "no_repeat_ngram_size": 3, "num_beams": 4, "suppress_tokens": [7], "min_new_tokens": 5,
-    "stop_strings": ["x"],
+    "no_repeat_ngram_size": 3, "num_beams": 4, "suppress_tokens": [7], "min_tokens": 5, "stop": ["x"],
     "typical_p": 0.9, "max_length": 4096, "guidance_scale": 1.5, "chat_format": "chatml", "bad_words_ids": [[5]],
 }  # fmt: skip
 
@@ -129,8 +148,8 @@ def test_the_defaults_of_transformers_give_no_note() -> None:
 
 
 def test_notes_reach_the_checkpoint(llama: Path) -> None:
-    write_json(llama / "generation_config.json", {"min_p": 0.1})
-    assert open_checkpoint(llama).notes == ("settings of generation_config.json that engines do not carry: min_p 0.1",)
+    write_json(llama / "generation_config.json", {"num_beams": 2})
+    assert open_checkpoint(llama).notes == ("settings of generation_config.json that engines do not carry: num_beams 2",)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +162,11 @@ def test_notes_reach_the_checkpoint(llama: Path) -> None:
         ("top_p", 0.0, "0.0, expected above 0 and at most 1"),
         ("repetition_penalty", float("nan"), "nan, expected above 0"),
         ("max_new_tokens", True, "True, expected a whole number"),
+        ("min_p", 1.5, r"1.5, expected 0 \(off\) to 1"),
+        ("min_new_tokens", -1, r"-1, expected 0 \(off\) or more"),
+        ("stop_strings", 5, "5, expected a text, or a list of texts"),
+        ("stop_strings", ["a", 5], r"\['a', 5\], expected text, or several"),
+        ("stop_strings", [""], r"\[''\], expected a text, or a list of texts"),
     ],
 )
 def test_values_no_request_may_have_are_refused(key: str, value: object, found: str) -> None:
@@ -156,11 +180,15 @@ def test_values_no_request_may_have_are_refused(key: str, value: object, found: 
 
 def test_changes_apply_in_their_order(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    write_json(file, {"do_sample": True, "top_p": 0.9, "min_p": 0.1})
+    write_json(file, {"do_sample": True, "top_p": 0.9, "num_beams": 2})
     defaults, notes = changed_defaults(BELLE, ["top_k=5", str(file), "temperature=0.5", "max_new_tokens=64"])
     assert defaults == GenerationDefaults(64, 0.5, 50, 0.9, 1.0)
-    assert notes == ["settings of mine.json that engines do not carry: min_p 0.1"]
+    assert notes == ["settings of mine.json that engines do not carry: num_beams 2"]
     assert changed_defaults(BELLE, ["top_k=5"]) == (replace(BELLE, top_k=5), [])
+    several = ["min_p=0.2", "min_new_tokens=3", 'stop=["a", "b"]']
+    assert changed_defaults(BELLE, several) == (replace(BELLE, min_p=0.2, min_tokens=3, stop=("a", "b")), [])
+    assert changed_defaults(BELLE, ["stop=Human:"])[0].stop == ("Human:",)
+    assert changed_defaults(replace(BELLE, stop=("a",)), ["stop="])[0].stop == ()
     assert changed_defaults(BELLE, []) == (BELLE, [])
 
 

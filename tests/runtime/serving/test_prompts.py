@@ -111,7 +111,7 @@ def test_other_arguments(engine: Engine, options: dict[str, Any], message: str) 
         ({"temperature": 1j}, "temperature: found 1j"),
         ({"top_k": [5]}, r"top_k: found \[5\] \(list\)"),
         ({"seed": "1"}, "seed: found '1'"),
-        ({"max_new_tokens": None, "min_tokens": None}, "min_tokens: found None"),
+        ({"max_new_tokens": None, "n": None}, "n: found None"),
         ({"stop": None}, "stop: found None"),
         ({"stop": 5}, "stop: found 5"),
         ({"stop": b"x"}, "stop: found "),

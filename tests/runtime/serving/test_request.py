@@ -45,6 +45,20 @@ def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
     )
 
 
+def test_defaults_that_are_usually_off() -> None:
+    defaults = GenerationDefaults(200, min_p=0.1, min_tokens=3, stop=("x", "y"))
+    params = SamplingParams()
+    request = make_request([1], params, defaults=defaults)
+    off = make_request([1], SamplingParams(min_p=0, min_tokens=0, ignore_eos=True), defaults=defaults)
+    assert (request.min_p, request.min_tokens, request.stop) == (0.1, 3, ("x", "y"))
+    assert (off.min_p, off.min_tokens, off.stop) == (0, 0, ())
+    assert make_request([1], SamplingParams(stop=("z", "x")), defaults=defaults).stop == ("z", "x", "y")
+    assert make_request([1], SamplingParams(max_new_tokens=2), defaults=defaults).min_tokens == 2, "a default gives way"
+    changes: list[dict[str, Any]] = [{}, {"min_p": 0.2}, {"min_tokens": 4}, {"stop": ("x",)}]
+    each = [make_request([1], params, defaults=dataclasses.replace(defaults, **change)) for change in changes]
+    assert len({request.key(ENGINE) for request in each}) == 4, "what the defaults resolve to is in the key"
+
+
 def test_values_that_mean_off_are_kept() -> None:
     defaults = GenerationDefaults(200, 0.35, 30, 0.85, 1.2)
     off = SamplingParams(temperature=0, top_k=0, top_p=1, repetition_penalty=1)
@@ -201,7 +215,6 @@ def test_order_and_types_are_in_the_key(one: dict[str, Any], other: dict[str, An
         ({"ignore_eos": "no"}, r"ignore_eos: found 'no' \(str\), expected True or False"),
         ({"prompt_lookup": None}, r"prompt_lookup: found None \(NoneType\), expected a whole number"),
         ({"min_p": 1.01}, r"min_p: found 1\.01, expected 0 \(off\) to 1"),
-        ({"min_p": None}, r"min_p: found None \(NoneType\)"),
         ({"min_p": float("nan")}, "min_p: found nan"),
         ({"presence_penalty": 2.1}, r"presence_penalty: found 2\.1, expected -2 to 2"),
         ({"frequency_penalty": -2.1}, r"frequency_penalty: found -2\.1, expected -2 to 2"),
