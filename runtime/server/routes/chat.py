@@ -8,13 +8,14 @@ from starlette.responses import Response
 
 from belle_compile.runtime.server.answers import answer
 from belle_compile.runtime.server.calls import read_call
+from belle_compile.runtime.server.direct_route import DirectRoute
 from belle_compile.runtime.server.formats import ChatFormat
 from belle_compile.runtime.server.openapi import operation
 from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.responses import ChatCompletion, ChatCompletionChunk
 from belle_compile.runtime.server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post("/v1/chat/completions", **operation("Continue a chat.", ChatCompletion, body=ChatBody, event=ChatCompletionChunk))
