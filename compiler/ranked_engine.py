@@ -24,6 +24,7 @@ from belle_compile.runtime.distributed.launcher import Launcher
 from belle_compile.runtime.engine import Engine, Result
 from belle_compile.runtime.errors import PROGRAM, BelleError, EngineError
 from belle_compile.runtime.serving.request import SamplingParams
+from belle_compile.runtime.usage import show_error
 
 _TIMEOUT_S = 60.0  # for a rank to start, to give a sign of life and to end: a build may leave the host busy
 
@@ -106,8 +107,7 @@ def _answer(engine: Engine) -> None:
             result = engine.max_context if what == "max_context" else getattr(engine, what)(*arguments, **options)
             answer = True, result
         except BelleError as error:
-            names = ("stage", "what", "found", "expected", "remedy", "node")
-            answer = False, {name: getattr(error, name) for name in names}
+            answer = False, error.parts()
         pickle.dump(answer, answers)
         answers.flush()
 
@@ -119,7 +119,7 @@ def _rank(directory: Path, isa: str | None, here: ranks.Place) -> int:
         with Engine.load(directory, isa=isa, prefix_cache=False) as engine:  # measurements repeat prompts
             _answer(engine)
     except BelleError as error:
-        line.say("error", str(error))
+        line.say("error", error.parts())
         code = 1
     except SystemExit as ended:  # raised by a rank that has served the steps of rank 0
         code = int(ended.code or 0)
@@ -133,7 +133,11 @@ def main() -> int:
     here = ranks.place()
     if here is not None and ranks.supervised():
         return _rank(directory, isa, here)
-    return Launcher(count, [sys.executable, *sys.orig_argv[1:]], _TIMEOUT_S).run()
+    launcher = Launcher(count, [sys.executable, *sys.orig_argv[1:]], _TIMEOUT_S)
+    code = launcher.run()
+    if launcher.error:
+        show_error(launcher.error, as_json=False)
+    return code
 
 
 if __name__ == "__main__":
