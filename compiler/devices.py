@@ -84,10 +84,12 @@ CPU = Device(
     "cpu", "x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
     isas=("amx", "avx512vnni", "avx2"), arch="x86_64",
 )  # fmt: skip
+ARM = Device("arm64", "64-bit Arm, such as Graviton and Ampere", max_ranks=1, isas=("neon",), arch="aarch64")
 # Bandwidths are from NVIDIA's data sheets. Memory is what the driver reports, in whole GiB, which may be less than the data
 # sheet gives.
 _ALL = (
     CPU,
+    ARM,
     _gpu("a100-40g", "NVIDIA A100 40 GB, SXM", "8.0", 40 * GIB, 1555 * GB, _NVLINK_3, 624e12, 312e12),
     _gpu("a100-80g", "NVIDIA A100 80 GB, SXM", "8.0", 80 * GIB, 2039 * GB, _NVLINK_3, 624e12, 312e12),
     _gpu("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, 1979e12, 989e12),

@@ -103,11 +103,16 @@ def memory_bytes() -> int:
     return total if limit is None else min(total, limit)
 
 
-def last_level_cache_bytes() -> int:
-    """Size in bytes of the largest cache of the first CPU; 0 where the system does not report it."""
-    sizes = [0]
+def cache_bytes() -> list[int]:
+    """Sizes in bytes of the caches of the first CPU, smallest first; empty where the system does not report them."""
+    sizes = []
     for file in CACHES.glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
             text = file.read_text().strip()
             sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
-    return max(sizes)
+    return sorted(sizes)
+
+
+def last_level_cache_bytes() -> int:
+    """Size in bytes of the largest cache of the first CPU; 0 where the system does not report it."""
+    return max(cache_bytes(), default=0)

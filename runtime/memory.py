@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import math
 import mmap
@@ -25,16 +26,30 @@ _MAP_NORESERVE = 0x4000  # Linux's value; the module mmap has the name only sinc
 _REMEDY = "copy the engine again or rebuild it"
 
 
-def anonymous(size: int) -> NDArray[np.uint8]:
+def anonymous(size: int, huge_pages: bool = True) -> NDArray[np.uint8]:
     """Allocate `size` zero bytes, aligned to a page. Pages take no memory until they are touched; large mappings request huge
-    pages. Raises `EngineError` where there is too little address space."""
+    pages, or refuse them. Raises `EngineError` where there is too little address space."""
     try:
         mapped = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError as error:
         remedy = "load with less memory for the KV cache, or on a larger host"
         raise EngineError("cpu", "memory", found=f"{error} for {size / 2**30:.1f} GiB", remedy=remedy) from None
-    _request_huge_pages(mapped)
+    if huge_pages:
+        _request_huge_pages(mapped)
+    elif hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            mapped.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(mapped, np.uint8)
+
+
+def give_back(array: NDArray[np.float32]) -> None:
+    """Give the memory of a contiguous part of an anonymous mapping back to the system, as far as it is whole pages; these hold
+    zeros afterwards."""
+    page = mmap.PAGESIZE
+    start = -(-array.ctypes.data // page) * page
+    stop = (array.ctypes.data + array.nbytes) // page * page
+    if start < stop and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def _request_huge_pages(mapped: mmap.mmap) -> None:

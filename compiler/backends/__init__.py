@@ -1,7 +1,7 @@
 """Backends: they compile the graphs of all ranks to the content of the engine's directories.
 
-TVM compiles programs for CPUs, Triton for NVIDIA GPUs. The order of registration decides which is the default, see
-`base.register`.
+TVM compiles programs for CPUs, Triton for NVIDIA GPUs; ONNX Runtime runs whole graphs. The order of registration decides which
+is the default, see `base.register`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from belle_compile.compiler.backends.base import (
     register,
     serving,
 )
+from belle_compile.compiler.backends.onnxruntime import OnnxRuntimeBackend
 from belle_compile.compiler.backends.triton import TritonBackend
 from belle_compile.compiler.backends.tvm import TvmBackend
 
@@ -44,3 +45,4 @@ __all__ = [
 
 register(TvmBackend())
 register(TritonBackend())
+register(OnnxRuntimeBackend())

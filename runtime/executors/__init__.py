@@ -12,6 +12,7 @@ from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.cpu_factory import CpuFactory
 from belle_compile.runtime.executors.cuda_factory import CudaFactory
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest
+from belle_compile.runtime.executors.onnxruntime_factory import OnnxRuntimeFactory
 from belle_compile.runtime.schema import refuse_from
 
 __all__ = [
@@ -27,7 +28,11 @@ __all__ = [
 ]
 
 # The factories, by `target.backend` of the manifest.
-EXECUTORS: dict[str, ExecutorFactory] = {"tvm": CpuFactory(), "triton": CudaFactory()}
+EXECUTORS: dict[str, ExecutorFactory] = {
+    "tvm": CpuFactory(),
+    "triton": CudaFactory(),
+    "onnxruntime": OnnxRuntimeFactory(),
+}
 
 
 def register_executor(backend: str, factory: ExecutorFactory) -> None:

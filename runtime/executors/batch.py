@@ -17,6 +17,12 @@ class StepBatch:
     `logit_rows` [max_rows]: the first `rows` entries are indices of the tokens whose logits are requested.
     `candidates` [max_rows], None where the executor always returns whole rows: how many of a row's largest logits are needed,
     together with those equal to the smallest of them; the executor may leave out the others. 0 requests the whole row.
+    `prompt_lengths` [max_sequences]: how many of the first tokens of each sequence are its prompt; the others are its answer.
+    With `answers_apart`, the bits that the executor computes for a token may differ by whether it is in a prompt or in an
+    answer, though never by the step; the executor computes tokens of an answer one at a time. Then blocks with tokens of an
+    answer must not be used for the prompt of another sequence.
+    With `blocks_per_row`, the executor has memory for as many blocks of all rows of the block table together as the cache has:
+    one that several rows share counts for each of them.
     `copies` are pairs (source, destination) of blocks of the KV cache, at most `max_sequences`. The executor copies them, one
     after the other, before it writes the keys and values of the step's tokens.
     """
@@ -29,6 +35,8 @@ class StepBatch:
         block_table: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
         candidates: NDArray[np.int32] | None = None,
+        answers_apart: bool = False,
+        blocks_per_row: bool = False,
     ) -> None:
         self.token_ids = token_ids
         self.positions = positions
@@ -36,6 +44,9 @@ class StepBatch:
         self.block_table = block_table
         self.logit_rows = logit_rows
         self.candidates = candidates
+        self.prompt_lengths = np.zeros(len(block_table), np.int32)
+        self.answers_apart = answers_apart
+        self.blocks_per_row = blocks_per_row
         self.copies: list[tuple[int, int]] = []
         self.tokens = 0
         self.rows = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -21,28 +22,30 @@ class BlockPool:
     without references, until the room is needed.
 
     `take` prefers free blocks, and then evicts the cached block that lost its last reference first. `evictions` counts these.
+    With `most_references`, blocks have no more references together than that.
     Misuse (a release too many, a take where no block is available) is an AssertionError.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, most_references: int | None = None) -> None:
         self.num_blocks = num_blocks
         self.evictions = 0
         # The block freed last is taken next, because its pages are in memory already; unused blocks are taken from the low end.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
+        self.references_left = math.inf if most_references is None else most_references
         self._kept: set[int] = set()  # blocks that stay cached when they lose their last reference
         self._cached: OrderedDict[int, None] = OrderedDict()  # kept blocks without references, in the order of eviction
         self._on_eviction: Callable[[int], None] = lambda block: None
 
     @property
     def available(self) -> int:
-        """Blocks that can be taken now: free ones and cached ones."""
-        return len(self._free) + len(self._cached)
+        """Blocks that can be taken now: free ones and cached ones, as far as there may be further references."""
+        return int(min(len(self._free) + len(self._cached), self.references_left))
 
     @property
     def used(self) -> int:
         """Blocks with references."""
-        return self.num_blocks - self.available
+        return self.num_blocks - len(self._free) - len(self._cached)
 
     @property
     def cached(self) -> int:
@@ -64,6 +67,7 @@ class BlockPool:
             self.evictions += 1
             self._on_eviction(block)
         self._references[block] = 1
+        self.references_left -= 1
         return block
 
     def acquire(self, block: int) -> None:
@@ -72,11 +76,13 @@ class BlockPool:
             assert block in self._cached, f"free block {block} is shared"
             del self._cached[block]
         self._references[block] += 1
+        self.references_left -= 1
 
     def release(self, block: int) -> None:
         """Remove a reference. After the last one the block is free, or cached if it is kept."""
         assert self._references[block] > 0, f"block {block} is released without a reference"
         self._references[block] -= 1
+        self.references_left += 1
         if self._references[block] == 0:
             if block in self._kept:
                 self._cached[block] = None

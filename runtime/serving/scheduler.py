@@ -56,7 +56,7 @@ class Scheduler:
         """
         options = options or SchedulerOptions()
         self.batch = batch
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, num_blocks if batch.blocks_per_row else None)
         self.prefixes = PrefixCache(self.pool, identity) if identity and options.prefix_cache else None
         if self.prefixes:
             batch.copies = self.prefixes.copies
@@ -105,6 +105,8 @@ class Scheduler:
         rope_from = self._dynamic_rope_from
         long_prompt = sequence.prompt_length > rope_from
         sequence.exact_length = rope_from // self._fixed_chunk * self._fixed_chunk if long_prompt else rope_from
+        if self.batch.answers_apart:
+            sequence.exact_length = min(sequence.exact_length, sequence.prompt_length)
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -254,7 +256,8 @@ class Scheduler:
         slot, found = self._free_slots[-1], 0
         table = BlockTable(self.pool, self.batch.block_table[slot])
         if prefix and self.prefixes and sequence.chain:
-            if blocks_for(sequence.length) - len(prefix.blocks) > self.pool.available:
+            needed = blocks_for(sequence.length)
+            if needed - len(prefix.blocks) > self.pool.available or needed > self.pool.references_left:
                 return False
             if not self.prefixes.adopt(sequence.chain, table, prefix):
                 return False
@@ -268,6 +271,7 @@ class Scheduler:
         self._take(sequence)
         self._free_slots.pop()
         sequence.slot, sequence.blocks, sequence.computed, sequence.publish_at = slot, table, found, 0
+        self.batch.prompt_lengths[slot] = sequence.prompt_length
         insort(self.running, sequence, key=lambda other: other.rank)
         if sequence.preemptions:
             self.recomputed_tokens += max(0, sequence.lost - found)
@@ -294,7 +298,7 @@ class Scheduler:
         tokens, rows = batch.max_tokens - batch.tokens - self._reserved, batch.max_rows - batch.rows
         room = min(tokens, rows) - self._unscheduled()
         # The step's last logits give one more token, which is never computed if it is the answer's last.
-        end = min(sequence.max_length - 1, self._dynamic_rope_from)
+        end = 0 if batch.answers_apart else min(sequence.max_length - 1, self._dynamic_rope_from)
         count = min(room, end - sequence.length)
         if sequence.length + count > table.capacity and count > 0 and not table.grow(sequence.length + min(count, lookup.most)):
             count = table.capacity - sequence.length
@@ -309,6 +313,8 @@ class Scheduler:
         batch, first = self.batch, sequence.computed
         room = batch.max_tokens - batch.tokens
         rows = 1 + batch.max_rows - batch.rows - self._unscheduled()
+        if batch.answers_apart:  # an answer that was preempted is computed anew as it was computed first
+            room = min(room, max(1, sequence.prompt_length - first))
         if sequence.length > self._dynamic_rope_from:
             if first >= sequence.exact_length:
                 count = self._fixed_end(sequence) - first

@@ -190,3 +190,14 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(deadline=None, max_examples=50)
+
+
+def test_references_can_be_limited() -> None:
+    pool = BlockPool(6, most_references=6)
+    first, second = (BlockTable(pool, np.zeros(8, np.int32)) for _ in range(2))
+    assert first.grow(4 * BLOCK_SIZE) and (pool.available, pool.used) == (2, 4)
+    second.share(first.blocks[0])
+    assert (pool.available, pool.used, pool.references_left) == (1, 4, 1), "a shared block counts twice"
+    assert not second.grow(3 * BLOCK_SIZE) and second.grow(2 * BLOCK_SIZE) and pool.available == 0
+    second.free()
+    assert (pool.available, pool.references_left) == (2, 2)

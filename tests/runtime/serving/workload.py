@@ -39,6 +39,23 @@ class DynamicExecutor(FakeExecutor):
         return logits
 
 
+class ApartExecutor(DynamicExecutor):
+    """Keys of tokens of an answer differ from those of the same tokens in a prompt, and answers come token by token."""
+
+    def __init__(self, rope_from: int, rule: Rule = hash_rule, **limits: int) -> None:
+        super().__init__(rope_from, rule, **limits)
+        self.batch.answers_apart = True
+
+    def step(self, batch: StepBatch) -> Any:
+        plain, tokens = batch.token_ids[: batch.tokens].copy(), slice(batch.tokens)
+        answers = batch.positions[tokens] >= batch.prompt_lengths[batch.sequences[tokens]]
+        assert len(set(batch.sequences[tokens][answers].tolist())) == answers.sum(), "an answer has several tokens in a step"
+        batch.token_ids[tokens] += 100_000 * answers.astype(np.int32)
+        logits = super().step(batch)
+        batch.token_ids[: batch.tokens] = plain
+        return logits
+
+
 class Streamed(Generation):
     """An answer whose pieces are kept."""
 

@@ -1,0 +1,1 @@
+"""Graphs as standard ONNX: for the `onnxruntime` backend, and for exports to ONNX Runtime GenAI."""
