@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # noqa: TID251 (the engines that this executor runs need it)
 from numpy.typing import NDArray
 
 from belle_compile.runtime import host
@@ -67,7 +67,7 @@ class TorchScriptExecutor:
         numbers = [torch.from_numpy(array.astype(np.int64)) for array in graph_inputs]
         numbers += [torch.from_numpy(array) for array in plan.arrays()]
         # Without optimizations: a module would be specialized to the shapes of the first steps, which takes seconds.
-        with torch.inference_mode(), torch.jit.optimized_execution(False):
+        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             try:
                 logits = self._module(*numbers, *self._pools)
             except RuntimeError as error:
@@ -120,7 +120,7 @@ def _load(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         try:
-            return torch.jit.load(str(path), map_location="cpu").eval()
+            return torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
             what = f"PyTorch {torch.__version__} cannot load {path}"
             raise EngineError(STAGE, what, found=_last_line(error), remedy=REMEDY) from error

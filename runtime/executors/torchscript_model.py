@@ -21,7 +21,7 @@ REMEDY = "copy the engine again or rebuild it"
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor of weights.safetensors, where it is one padded row: the module's attribute that it becomes, its type and shape."""
+    """A tensor that weights.safetensors holds as a padded row: the module's attribute that it becomes, its type and shape."""
 
     attribute: str
     dtype: str

@@ -29,8 +29,9 @@ class StepPlan:
 
     `slots` [T]: the place of each token in the KV cache, block * BLOCK_SIZE + offset. `lengths` [T]: the length of its sequence
     at the end of the step. A cell is a position of a tile: `cells` [C] is the token in it, or any other one where it has none;
-    `cell_positions` [C] its position, and `cell_of` [T] the cell of each token. `groups` [G, 3]: tiles, sequences (1, or one for
-    each tile) and keys of each group, in the order of cells and `blocks`, the blocks of each sequence of each group.
+    `cell_positions` [C] its position, and `cell_of` [T] the cell of each token. `groups` [G, 3]: for each group the numbers of
+    its tiles, sequences (1, or one for each tile) and keys; cells are in the order of groups, and so are `blocks`, which are
+    those of each sequence of each group.
     """
 
     slots: Indices

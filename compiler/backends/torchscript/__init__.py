@@ -54,8 +54,8 @@ class TorchScriptBackend(Backend, Repartitionable):
         return [self._payload(graph, options) for graph in graphs]
 
     def _payload(self, graph: ir.Model, options: CompileOptions) -> Payload:
-        from belle_compile.compiler.backends.torchscript.weights import facts_text, footprint, stored_weights
         from belle_compile.compiler.backends.torchscript.module import trace
+        from belle_compile.compiler.backends.torchscript.weights import facts_text, footprint, stored_weights
 
         options.on_kernels(0, 1)
         needed = footprint(graph, options.kv_cache)

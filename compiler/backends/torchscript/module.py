@@ -83,8 +83,8 @@ class GraphModule(torch.nn.Module):
             return self._attention(node, options, step, values, masks)
         function = ops.OPS.get(node.op_type)
         if function is None:
-            expected = ", ".join(sorted(SUPPORTED))
-            raise CompileError("torchscript", f"op {node.op_type}", node=str(node.name), found="no meaning in torch", expected=expected)
+            what, expected = f"op {node.op_type}", ", ".join(sorted(SUPPORTED))
+            raise CompileError("torchscript", what, node=str(node.name), found="no meaning in torch", expected=expected)
         return function(*(self._value(value, step, values) for _, value in spec.operands(node)), **options)
 
     def _value(self, value: ir.Value | None, step: Mapping[str, Tensor], values: Mapping[ir.Value, Any]) -> Any:
@@ -110,9 +110,9 @@ class GraphModule(torch.nn.Module):
         if (table := operand(node, Role.ROTARY)) is not None:
             cos_sin = values[table]
             q, k = ops.rotate(q, cos_sin), ops.rotate(k, cos_sin)
-        keys, values_, *scales = (step[name].select(0, layer) for name in ("keys", "values", "key_scales", "value_scales"))
+        keys, stored, *scales = (step[name].select(0, layer) for name in ("keys", "values", "key_scales", "value_scales"))
         keys = scripted.append(keys, scales[0], step["slots"], k)
-        values_ = scripted.append(values_, scales[1], step["slots"], v)
+        stored = scripted.append(stored, scales[1], step["slots"], v)
         slopes = operand(node, Role.SLOPE)
         if slopes not in masks:
             found = self._value(slopes, step, values)
@@ -120,7 +120,7 @@ class GraphModule(torch.nn.Module):
                 step["cell_positions"], step["groups"], found, kv_heads, heads // kv_heads, self._tile
             )
         attended: Tensor = scripted.attend(
-            q, keys, values_, *scales, *(step[name] for name in ("cells", "cell_of", "groups", "blocks")), masks[slopes],
+            q, keys, stored, *scales, *(step[name] for name in ("cells", "cell_of", "groups", "blocks")), masks[slopes],
             1 if slopes is None else kv_heads, self._tile, options["scale"],
         )  # fmt: skip
         return attended
@@ -135,7 +135,9 @@ def trace(graph: ir.Model, facts: str) -> bytes:
     module = GraphModule(graph).eval()
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, see above
-        traced = torch.jit.trace(module, _example(graph), check_trace=False, _store_inputs=False)
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+            module, _example(graph), check_trace=False, _store_inputs=False
+        )
         for attribute in module.attributes.values():
             setattr(traced, attribute, torch.empty(0, dtype=getattr(module, attribute).dtype))
         buffer = io.BytesIO()
@@ -173,4 +175,3 @@ def _normalized(archive: bytes) -> bytes:
                     content, member = _MANGLED.sub(b"", content), _MANGLED.sub(b"", member.encode()).decode()
                 target.writestr(zipfile.ZipInfo(f"model/{member}"), content)
     return result.getvalue()
-

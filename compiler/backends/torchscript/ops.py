@@ -123,9 +123,7 @@ def quantized_embedding(token_ids: Tensor, wq: Tensor, ws: Tensor, first: None) 
     return gather(wq, token_ids).to(torch.float32) * gather(ws, token_ids).unsqueeze(-1)
 
 
-def add_norm(
-    x: Tensor, r: Tensor, scale: Tensor, bias: Tensor | None, *, kind: str, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, r: Tensor, scale: Tensor, bias: Tensor | None, *, kind: str, epsilon: float) -> tuple[Tensor, Tensor]:
     """x + r, and the norm of this sum."""
     total = x + r
     return total, norm(total, scale, bias, kind=kind, epsilon=epsilon)
@@ -156,8 +154,8 @@ def rotary_table(
     original_max: int,
     base: float,
 ) -> Tensor:
-    """[T, D]: cosines and sines as `meanings.rotary_table` defines them; `lengths` are those of the tokens' sequences at the end
-    of the step. The frequencies of dynamic RoPE are computed in float64, by `exp` and `log`."""
+    """[T, D]: cosines and sines as `meanings.rotary_table` defines them. `lengths` are those of the sequences of the tokens at
+    the end of the step. The frequencies of dynamic RoPE are computed in float64, by `exp` and `log`."""
     frequencies = inv_freq.unsqueeze(0)
     if dynamic_factor:
         dim = 2 * inv_freq.shape[0]

@@ -4,13 +4,24 @@ A trace records shapes that Python computes as constants; a scripted function ke
 functions once, when this file is imported, and a module carries those that its graph calls.
 """
 
-from typing import List, Optional
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@torch.jit.script
+def script(function: Callable[..., Any]) -> Any:
+    """Compile a function, without the warning that torch.jit is deprecated, which module.py answers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(function)
+
+
+@script
 def tiled_linear(x: Tensor, weight: Tensor, tile: int) -> Tensor:
     """x @ weight.T in products of `tile` rows each: kernels add in another order for fewer rows."""
     rows, width = x.size(0), x.size(1)
@@ -20,7 +31,7 @@ def tiled_linear(x: Tensor, weight: Tensor, tile: int) -> Tensor:
     return torch.bmm(padded.view(tiles, tile, width), factors).view(tiles * tile, weight.size(0)).narrow(0, 0, rows)
 
 
-@torch.jit.script
+@script
 def block_hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """left @ (signs * block) @ right for each block of x, as a matrix [left's rows, right's columns]."""
     outer, inner = left.size(0), right.size(0)
@@ -30,11 +41,11 @@ def block_hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Ten
     return torch.bmm(half, right.unsqueeze(0).expand(count, inner, inner)).view(x.size(0), x.size(1))
 
 
-@torch.jit.script
+@script
 def append(pool: Tensor, scales: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     """Write rows x [T, heads, head_dim] to a pool [blocks, tokens, heads, head_dim] in place, rounded to its type, and return
-    the pool; an int8 pool has a scale per token and head. Values beyond those of float16 become its largest: infinity would spoil later sequences in
-    the same block, whose masked keys have the weight 0."""
+    the pool; an int8 pool has a scale per token and head. Values beyond those of float16 become its largest: infinity would
+    spoil later sequences in the same block, whose masked keys have the weight 0."""
     rows = pool.view(-1, pool.size(2), pool.size(3))
     if pool.dtype == torch.int8:
         absmax = x.abs().amax(-1, True)
@@ -48,7 +59,7 @@ def append(pool: Tensor, scales: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     return pool
 
 
-@torch.jit.script
+@script
 def read(pool: Tensor, scales: Tensor, blocks: Tensor, sequences: int, keys: int) -> Tensor:
     """The first `keys` tokens of sequences in a pool as float32 [sequences, heads, keys, head_dim]."""
     found = pool.index_select(0, blocks).to(torch.float32)
@@ -57,12 +68,12 @@ def read(pool: Tensor, scales: Tensor, blocks: Tensor, sequences: int, keys: int
     return found.view(sequences, keys, pool.size(2), pool.size(3)).transpose(1, 2)
 
 
-@torch.jit.script
-def masks(cell_positions: Tensor, groups: Tensor, slopes: Optional[Tensor], kv_heads: int, per_kv_head: int, tile: int) -> Tensor:
+@script
+def masks(cell_positions: Tensor, groups: Tensor, slopes: Tensor | None, kv_heads: int, per_kv_head: int, tile: int) -> Tensor:
     """What is added to the scores of all groups, one group after the other in one row: minus infinity for later keys, for
     others 0, or with ALiBi slope * (key - position), which softmax makes the same as slope * key."""
-    parts: List[Tensor] = []
-    plan: List[int] = groups.view(-1).tolist()
+    parts: list[Tensor] = []
+    plan: list[int] = groups.view(-1).tolist()
     cell = 0
     for group in range(groups.size(0)):
         tiles, keys = plan[3 * group], plan[3 * group + 2]
@@ -79,7 +90,7 @@ def masks(cell_positions: Tensor, groups: Tensor, slopes: Optional[Tensor], kv_h
     return torch.cat(parts)
 
 
-@torch.jit.script
+@script
 def attend(
     q: Tensor,
     keys_pool: Tensor,
@@ -98,8 +109,8 @@ def attend(
     """Attention of queries [T, heads, head_dim] to the pools of a layer, group by group; returns [T, heads * head_dim]."""
     heads, head_dim, kv_heads = q.size(1), q.size(2), keys_pool.size(2)
     rows = heads // kv_heads * tile
-    parts: List[Tensor] = []
-    plan: List[int] = groups.view(-1).tolist()
+    parts: list[Tensor] = []
+    plan: list[int] = groups.view(-1).tolist()
     cell, block, masked = 0, 0, 0
     for group in range(groups.size(0)):
         tiles, sequences, keys = plan[3 * group], plan[3 * group + 1], plan[3 * group + 2]

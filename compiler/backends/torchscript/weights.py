@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from belle_compile.compiler.backends.base import FIXED_BYTES, PROCESS_BYTES, Array, Footprint, KVCache, tensor_bytes
 from belle_compile.compiler.backends.weights_header import weights_header
-from belle_compile.compiler.ir.ops import spec_of
-from belle_compile.compiler.ir.signature import dtype_name
+from belle_compile.compiler.ir.ops import operand, spec_of
+from belle_compile.compiler.ir.signature import Role, dtype_name
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.executors.torchscript_model import (
     STEP_ROWS,
@@ -110,17 +110,19 @@ def footprint(graph: ir.Model, kv_cache: str) -> Footprint:
 def _activation_bytes(graph: ir.Model, facts: dict[str, int]) -> int:
     """An estimate of what PyTorch allocates in the largest step: some results of the widest layer, masks for all keys, the
     keys and values of a group, and logits."""
-    widest = max(int(value.shape[-1]) for node in graph.graph for value in node.outputs if _is_inner(graph, value))
+    widest = max(_width(value) for node in graph.graph for value in node.outputs if not value.is_graph_output())
     keys = padded_keys(facts["max_position"])
-    slopes = any(node.op_type == "Attention" and len(node.inputs) > 7 and node.inputs[7] is not None for node in graph.graph)
+    slopes = any(operand(node, Role.SLOPE) is not None for node in graph.graph)
     masked_heads = facts["num_heads"] if slopes else facts["num_heads"] // facts["num_kv_heads"]
     gathered = max(GATHERED_BYTES, 4 * keys * facts["num_kv_heads"] * facts["head_dim"])
     rows = STEP_TOKENS * (_VALUES_KEPT * widest + 2 * masked_heads * keys) + 2 * STEP_ROWS * facts["vocab_size"]
     return 4 * rows + 3 * gathered
 
 
-def _is_inner(graph: ir.Model, value: ir.Value) -> bool:
-    return value.shape is not None and isinstance(value.shape[-1], int) and not value.is_graph_output()
+def _width(value: ir.Value) -> int:
+    """The last dimension of a value; 1 for a number per row."""
+    width = value.shape[-1] if value.shape is not None else None
+    return width if isinstance(width, int) else 1
 
 
 def _flat(name: str, tensor: ir.TensorProtocol) -> FlatTensor:
