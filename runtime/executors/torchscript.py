@@ -33,8 +33,8 @@ from belle_compile.runtime.program import BLOCK_SIZE, WEIGHTS_NAME
 class TorchScriptExecutor:
     """One module with its weights and KV cache.
 
-    Weights are read where the file is mapped. Keys and values of a layer are a tensor [blocks, tokens, heads, head_dim] each,
-    which the module writes in place.
+    The int8 weights of products are packed for PyTorch's kernels; other weights are read where the file is mapped. The keys of
+    a layer are a tensor [blocks, tokens, heads, head_dim], and so are its values; the module writes to them in place.
     """
 
     def __init__(self, directory: Path, facts: ModelFacts, *, threads: int, kv_memory: KvMemory) -> None:
@@ -45,7 +45,7 @@ class TorchScriptExecutor:
         self._weights.require(facts.weights, facts.weights_header)
         self._module = _load(directory / MODEL_NAME)
         for name, weight in facts.weights.items():
-            setattr(self._module, weight.attribute, self._tensor(name, weight))
+            self._set(name, weight)
         max_blocks = -(-facts.max_position // BLOCK_SIZE)
         self.num_blocks = self._blocks(kv_memory, STEP_SEQUENCES * max_blocks)
         self._pools = self._allocate()
@@ -63,7 +63,7 @@ class TorchScriptExecutor:
         if torch.get_num_threads() != self.threads:  # a number of each thread, and of other executors
             torch.set_num_threads(self.threads)
         plan = plan_step(batch, self._facts.tile, self._facts.num_kv_heads, self._facts.head_dim)
-        graph_inputs = batch.token_ids[: batch.tokens], batch.positions[: batch.tokens], batch.logit_rows[: batch.rows]
+        graph_inputs = batch.token_ids[: batch.tokens], batch.positions[: batch.tokens], batch.logit_rows[: max(batch.rows, 1)]
         numbers = [torch.from_numpy(array.astype(np.int64)) for array in graph_inputs]
         numbers += [torch.from_numpy(array) for array in plan.arrays()]
         # Without optimizations: a module would be specialized to the shapes of the first steps, which takes seconds.
@@ -73,7 +73,7 @@ class TorchScriptExecutor:
             except RuntimeError as error:
                 raise EngineError(STAGE, "PyTorch cannot run the step", found=_last_line(error)) from error
         result: NDArray[np.float32] = logits.numpy()
-        return result
+        return result[: batch.rows]  # kernels take no empty matrices
 
     def close(self) -> None:
         """Drop module, weights and cache. Memory is unmapped with the last tensor over it."""
@@ -95,6 +95,16 @@ class TorchScriptExecutor:
         dtype = getattr(torch, facts.kv_dtype)
         scales = shape if facts.kv_dtype == "int8" else (facts.num_layers, 0, *shape[2:])
         return [_zeros((*shape, facts.head_dim), dtype) for _ in range(2)] + [_zeros(scales, torch.float32) for _ in range(2)]
+
+    def _set(self, name: str, weight: StoredWeight) -> None:
+        """Give the module a weight: a tensor over the mapped file, or a packed copy, after which mapped pages are released."""
+        tensor = self._tensor(name, weight)
+        if weight.attribute:
+            setattr(self._module, weight.attribute, tensor)
+        if weight.packed:
+            setattr(self._module, weight.packed, torch.ops.onednn.qlinear_prepack(tensor, None))
+            if not weight.attribute:
+                self._weights.release(name)
 
     def _tensor(self, name: str, weight: StoredWeight) -> torch.Tensor:
         """A tensor over the mapped file, of which only the padding is left out."""

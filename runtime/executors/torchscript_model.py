@@ -15,15 +15,17 @@ STAGE = "torchscript"
 MODEL_NAME = "model.ts"
 FACTS_NAME = "belle.json"  # an extra file of the module, which libtorch reads too
 FACTS_MEMBER = f"model/extra/{FACTS_NAME}"
-STEP_TOKENS, STEP_ROWS, STEP_SEQUENCES = 512, 64, 64
+STEP_TOKENS, STEP_ROWS, STEP_SEQUENCES = 256, 64, 64
 REMEDY = "copy the engine again or rebuild it"
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor that weights.safetensors holds as a padded row: the module's attribute that it becomes, its type and shape."""
+    """A tensor that weights.safetensors holds as a padded row: its type and shape, and the module's attributes that it becomes.
+    It is `attribute` as it is, and `packed` by `onednn::qlinear_prepack`; "" where there is no such attribute."""
 
     attribute: str
+    packed: str
     dtype: str
     shape: tuple[int, ...]
 

@@ -19,8 +19,8 @@ from belle_compile.runtime.program import BLOCK_SIZE
 
 Indices = NDArray[np.int64]
 
-_FINE, _COARSE = 64, 256  # keys of short and of long sequences are padded to multiples of these
-GATHERED_BYTES = 16 << 20  # of keys of several sequences that are read together: more would leave the processor's cache
+_FINE, _COARSE = 64, 256  # keys of sequences of up to 512, and of longer ones, are padded to multiples of these
+GATHERED_BYTES = 2 << 20  # of keys of several sequences that are read together: more would leave the processor's cache
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StepPlan:
 
 def padded_keys(positions: int) -> int:
     """The number of keys that are read for a tile of which `positions` is the last position plus 1."""
-    step = _FINE if positions <= _COARSE else _COARSE
+    step = _FINE if positions <= 2 * _COARSE else _COARSE
     return -(-positions // step) * step
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from belle_compile.compiler.backends.torchscript import ops, scripted
-from belle_compile.compiler.backends.torchscript.weights import attribute_names, graph_tile, read_weights
+from belle_compile.compiler.backends.torchscript.weights import graph_tile, is_packed, module_weights
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.ops import attributes_of, operand, spec_of
 from belle_compile.compiler.ir.signature import Role, dtype_name
@@ -47,10 +47,14 @@ class GraphModule(torch.nn.Module):
         self._nodes = list(graph.graph)
         self._output = graph.graph.outputs[0]
         self._tile = graph_tile(graph)
-        self.attributes = attribute_names(graph)
-        for name, tensor in read_weights(graph):
-            zero = torch.zeros((), dtype=getattr(torch, dtype_name(tensor.dtype)))
-            self.register_buffer(self.attributes[name], zero.expand(tuple(tensor.shape.numpy())))  # takes no memory
+        self._weights = {weight.name: weight for weight in module_weights(graph)}
+        for weight in self._weights.values():
+            zero = torch.zeros((), dtype=getattr(torch, dtype_name(weight.tensor.dtype)))
+            zeros = zero.expand(tuple(weight.tensor.shape.numpy()))  # takes no memory
+            if weight.attribute:
+                self.register_buffer(weight.attribute, zeros)
+            if weight.packed:
+                self.register_buffer(weight.packed, torch.ops.onednn.qlinear_prepack(zeros.contiguous(), None))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         step = dict(zip(INPUTS, inputs, strict=True))
@@ -81,6 +85,12 @@ class GraphModule(torch.nn.Module):
             return ops.rotary_table(step["positions"], step["lengths"], frequencies, **options)
         if node.op_type == "Attention":
             return self._attention(node, options, step, values, masks)
+        if is_packed(node):
+            xq, xs, weight, ws, bias = (value for _, value in spec.operands(node))
+            assert weight is not None, "verified"
+            packed = getattr(self, self._weights[str(weight.name)].packed)
+            given = (self._value(value, step, values) for value in (xs, ws, bias))
+            return ops.packed_linear(values[xq], packed, *given)
         function = ops.OPS.get(node.op_type)
         if function is None:
             what, expected = f"op {node.op_type}", ", ".join(sorted(SUPPORTED))
@@ -92,7 +102,7 @@ class GraphModule(torch.nn.Module):
         if value is None:
             return None
         if value.is_initializer():
-            return getattr(self, self.attributes[str(value.name)])
+            return getattr(self, self._weights[str(value.name)].attribute)
         return step[str(value.name)] if value.is_graph_input() else values[value]
 
     def _attention(
@@ -138,8 +148,8 @@ def trace(graph: ir.Model, facts: str) -> bytes:
         traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
             module, _example(graph), check_trace=False, _store_inputs=False
         )
-        for attribute in module.attributes.values():
-            setattr(traced, attribute, torch.empty(0, dtype=getattr(module, attribute).dtype))
+        for attribute, _ in module.named_buffers():
+            setattr(traced, attribute, torch.empty(0))
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer, _extra_files={FACTS_NAME: facts})
     return _normalized(buffer.getvalue())

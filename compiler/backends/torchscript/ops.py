@@ -8,7 +8,8 @@ PyTorch's kernels decide what can be used (measured with 2.13 on a processor wit
   do not: the last elements of each thread's part are computed by other code.
 - Norms and maxima are computed row by row.
 
-The integers of an activation are int8 or int16 [T, K], its scales float32 [T, 1]. NumPy's `meanings` are the oracle.
+The integers of an activation are [T, K]: uint8 with 128 added, which the kernels take, or int16. Its scales are float32
+[T, 1], or [1, 1] for all tokens. NumPy's `meanings` are the oracle.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Tensor = torch.Tensor
 Quantized = tuple[Tensor, Tensor]
 
 LINEAR_ROWS = 16  # rows of a product of floats
+_LEAST_SCALE = 1e-30  # of a row of zeros
 
 
 def gather(table: Tensor, indices: Tensor) -> Tensor:
@@ -82,13 +84,14 @@ def _hadamard(size: int) -> Tensor:
 
 def quantize_tokens(x: Tensor, step: Tensor | None = None, *, bits: int = 8) -> Quantized:
     """Integers and their scales: one for each token, or `step` for all."""
-    limit, dtype = float(meanings.LIMITS[bits]), torch.int8 if bits == 8 else torch.int16
-    if step is not None:
-        integers = (x * (1.0 / step)).round_().clamp_(-limit, limit).to(dtype)
-        return integers, step.view(1, 1)
-    absmax = x.abs().amax(-1, True)
-    inverse = (limit / absmax).masked_fill(absmax == 0, 0.0)
-    return (x * inverse).round_().to(dtype), absmax / limit
+    limit = float(meanings.LIMITS[bits])
+    if step is None:
+        scales = (x.abs().amax(-1, True) / limit).clamp_min_(_LEAST_SCALE)
+        integers = (x / scales).round_()
+    else:
+        scales = step.view(1, 1)
+        integers = (x / scales).round_().clamp_(-limit, limit)
+    return integers.add_(128.0).to(torch.uint8) if bits == 8 else integers.to(torch.int16), scales
 
 
 def rotate_quantize(x: Tensor, step: Tensor | None, bits: int, block: int) -> Quantized:
@@ -97,9 +100,10 @@ def rotate_quantize(x: Tensor, step: Tensor | None, bits: int, block: int) -> Qu
 
 
 def integer_linear(xq: Tensor, wq: Tensor) -> Tensor:
-    """xq @ wq.T, exact: int32, or float64 for int16 xq, which is multiplied as a plane of high and one of low bytes."""
-    if xq.dtype == torch.int8:
-        return torch._int_mm(xq, wq.t())
+    """The integers times wq.T, exact: int32, or float64 for 16 bits, which are multiplied as a plane of high and one of low
+    bytes."""
+    if xq.dtype == torch.uint8:
+        return torch._int_mm((xq ^ 128).to(torch.int8), wq.t())
     high = (xq + 128) >> 8
     planes = torch.cat([high, xq - high * 256]).to(torch.int8)
     sums = torch._int_mm(planes, wq.t()).to(torch.float64)
@@ -116,6 +120,13 @@ def dequantize(acc: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None) -> Tens
 def quantized_linear(xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None) -> Tensor:
     """The product of integers, scaled."""
     return dequantize(integer_linear(xq, wq), xs, ws, bias)
+
+
+def packed_linear(xq: Tensor, packed: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None) -> Tensor:
+    """`quantized_linear` of int8 activations and a weight that `onednn::qlinear_prepack` packed."""
+    scaled = scripted.packed_linear(xq, packed, ws).mul_(xs)
+    result: Tensor = scaled if bias is None else scaled.add_(bias)
+    return result
 
 
 def quantized_embedding(token_ids: Tensor, wq: Tensor, ws: Tensor, first: None) -> Tensor:

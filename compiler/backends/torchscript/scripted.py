@@ -32,6 +32,14 @@ def tiled_linear(x: Tensor, weight: Tensor, tile: int) -> Tensor:
 
 
 @script
+def packed_linear(xq: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """(xq - 128) @ weight.T in integers, times the scale of each output; xq is uint8, and the weight packed by
+    `onednn::qlinear_prepack`."""
+    zeros = torch.zeros_like(scales, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(xq, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+@script
 def block_hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """left @ (signs * block) @ right for each block of x, as a matrix [left's rows, right's columns]."""
     outer, inner = left.size(0), right.size(0)

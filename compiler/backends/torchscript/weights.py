@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -44,24 +44,46 @@ class FlatTensor:
     pack: Callable[[], Array]
 
 
-def read_weights(graph: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """The weights that a node reads, by name; the sizes of Split are constants of the trace."""
+@dataclass(frozen=True)
+class ModuleWeight:
+    """A weight that a node reads, and the module's attributes that it becomes, as in `StoredWeight`."""
+
+    name: str
+    tensor: ir.TensorProtocol
+    attribute: str
+    packed: str
+
+
+def module_weights(graph: ir.Model) -> list[ModuleWeight]:
+    """The weights that nodes read; the sizes of Split are constants of the trace."""
+    found = []
     for name, value in graph.graph.initializers.items():
         if value.uses() and value.dtype != ir.DataType.INT64:
             assert value.const_value is not None, "verified"
-            yield name, value.const_value
+            packing = [is_packed(node) and operand(node, Role.WEIGHT) is value for node in value.consumers()]
+            plain, identifier = not all(packing), re.sub(r"\W", "_", name)
+            found.append(
+                ModuleWeight(
+                    name,
+                    value.const_value,
+                    f"weight_{identifier}" if plain else "",
+                    f"packed_{identifier}" if any(packing) else "",
+                )
+            )
+    names = [attribute for weight in found for attribute in (weight.attribute, weight.packed) if attribute]
+    assert len(set(names)) == len(names), "names that differ in punctuation alone"
+    return found
 
 
-def attribute_names(graph: ir.Model) -> dict[str, str]:
-    """The module's attribute for each weight, by the weight's name."""
-    names = {name: "weight_" + re.sub(r"\W", "_", name) for name, _ in read_weights(graph)}
-    assert len(set(names.values())) == len(names), "names that differ in punctuation alone"
-    return names
+def is_packed(node: ir.Node) -> bool:
+    """Whether a node multiplies int8 activations by a weight that is packed when the module is loaded. Activations of 16 bits
+    need the integers of their products, which PyTorch gives for plain weights only."""
+    return node.op_type == "QuantizedLinear" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.INT8
 
 
 def stored_weights(graph: ir.Model) -> list[FlatTensor]:
     """The tensors of weights.safetensors."""
-    return [_flat(name, tensor) for name, tensor in read_weights(graph)]
+    return [_flat(weight.name, weight.tensor) for weight in module_weights(graph)]
 
 
 def unpack(packed: Array, shape: tuple[int, ...]) -> Array:
@@ -77,7 +99,6 @@ def graph_tile(graph: ir.Model) -> int:
 
 def facts_text(graph: ir.Model, kv_dtype: str) -> str:
     """The facts about a graph's module, as JSON."""
-    attributes = attribute_names(graph)
     facts = ModelFacts(
         torch=version("torch"),
         **{name: int(graph.metadata_props[name]) for name in _FACTS},
@@ -85,8 +106,10 @@ def facts_text(graph: ir.Model, kv_dtype: str) -> str:
         tile=graph_tile(graph),
         weights_header=hashlib.sha256(weights_header(stored_weights(graph))).hexdigest(),
         weights={
-            name: StoredWeight(attributes[name], dtype_name(tensor.dtype), tuple(tensor.shape.numpy()))
-            for name, tensor in read_weights(graph)
+            weight.name: StoredWeight(
+                weight.attribute, weight.packed, dtype_name(weight.tensor.dtype), tuple(weight.tensor.shape.numpy())
+            )
+            for weight in module_weights(graph)
         },
     )
     return canonical_json(to_plain(facts))
