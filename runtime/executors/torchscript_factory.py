@@ -29,8 +29,7 @@ class TorchScriptFactory(ExecutorFactory):
             raise cannot_run(target, missing, f"one of {', '.join(target.requires.isa)}", remedy)
         check_memory(target, ranks_here)
         if installed() is None:
-            remedy = "pip install torch, from https://download.pytorch.org/whl/cpu for a build without CUDA"
-            raise cannot_run(target, "no PyTorch", "the package torch", remedy)
+            raise cannot_run(target, "no PyTorch", "the package torch", "pip install 'belle-compile[torchscript]'")
 
     def usable_isas(self, target: TargetInfo) -> list[str]:
         """The instruction sets that processor and engine have in common."""

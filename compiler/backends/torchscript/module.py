@@ -87,7 +87,7 @@ class GraphModule(torch.nn.Module):
             return self._attention(node, options, step, values, masks)
         if is_packed(node):
             xq, xs, weight, ws, bias = (value for _, value in spec.operands(node))
-            assert weight is not None, "verified"
+            assert xq is not None and weight is not None, "verified"
             packed = getattr(self, self._weights[str(weight.name)].packed)
             given = (self._value(value, step, values) for value in (xs, ws, bias))
             return ops.packed_linear(values[xq], packed, *given)

@@ -36,7 +36,10 @@ def packed_linear(xq: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """(xq - 128) @ weight.T in integers, times the scale of each output; xq is uint8, and the weight packed by
     `onednn::qlinear_prepack`."""
     zeros = torch.zeros_like(scales, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(xq, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        xq, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
 
 
 @script

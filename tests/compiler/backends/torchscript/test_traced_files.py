@@ -144,7 +144,9 @@ def host_error(engine: Path) -> str:
 
 def test_hosts_without_pytorch(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchscript_factory, "installed", lambda: None)
-    assert re.search(r"found no PyTorch, expected the package torch; pip install torch", host_error(engine))
+    assert re.search(
+        r"found no PyTorch, expected the package torch; pip install 'belle-compile\[torchscript\]'", host_error(engine)
+    )
 
 
 def test_hosts_with_an_older_pytorch(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
