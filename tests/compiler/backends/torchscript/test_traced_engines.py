@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import find_preset
 from belle_compile.runtime import Engine, SamplingParams
+from benchmarks.invariance.requests import cases, longest
+from benchmarks.invariance.ways import Answer, answer, ways
 from tests.compiler.backends.torchscript.harness import FIXTURE, Engines, logits_of, needs_vnni
 from tests.parity.copies import logits_over_copies
 from tests.parity.engines import EngineStepper
@@ -77,6 +80,18 @@ def test_copied_blocks_hold_keys_and_values(kv_cache: str, engines: Engines) -> 
             np.testing.assert_array_equal(found, expected)
 
 
+def test_answers_are_the_same_in_every_way(engines: Engines, tmp_path: Path) -> None:
+    """Alone, together, preempted, from prefixes, over HTTP and from the result cache: tokens and log probabilities."""
+    directory = engines.engine("trained", "int8")
+    lines = (FIXTURE / "heldout-zh.txt").read_text(encoding="utf-8").splitlines()
+    calls = cases([line for line in lines if line.strip()], 12, 32)
+    expected: list[Answer] = []
+    for name, way in ways(f"sqlite:{tmp_path}/answers.db").items():
+        answers, facts = answer(way, partial(Engine.load, directory, threads=1), calls, longest(directory, calls))
+        expected = expected or answers
+        assert [one.same(other) for one, other in zip(expected, answers, strict=True)] == [True] * len(answers), (name, facts)
+
+
 def test_a_step_without_logits(engines: Engines) -> None:
     with Engine.load(engines.engine("llama_gqa", "int8", "int8"), threads=1, kv_tokens=512) as engine:
         batch = engine.executor.batch
@@ -91,7 +106,7 @@ def test_int8_is_as_close_to_the_model_as_tvms(engines: Engines) -> None:
     reference, kl = torch.from_numpy(hf_logits(FIXTURE, ids)), {}
     for backend in ("torchscript", "tvm"):
         comparison = Comparison()
-        with Engine.load(engines.engine("trained", "int8", "auto", backend), threads=2, kv_tokens=512) as engine:
+        with Engine.load(engines.engine("trained", "int8", "auto", backend), threads=1, kv_tokens=512) as engine:
             comparison.add(reference, torch.from_numpy(np.array(engine.logits(ids))), ids)
         kl[backend] = comparison.means()["kl"]
     assert 0 < kl["torchscript"] <= 1.1 * kl["tvm"], kl
