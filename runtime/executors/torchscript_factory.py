@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 from belle_compile.runtime import host
 from belle_compile.runtime.artifact import TargetInfo
@@ -34,11 +32,6 @@ class TorchScriptFactory(ExecutorFactory):
     def usable_isas(self, target: TargetInfo) -> list[str]:
         """The instruction sets that processor and engine have in common."""
         return [isa for isa in host.host_isas() if isa in target.isas]
-
-    def kernels(self, directory: Path) -> dict[str, Any]:
-        """The version of PyTorch that traced the module, and the tensors that it reads."""
-        facts = read_facts(directory / MODEL_NAME)
-        return {"torch": facts.torch, "weights": len(facts.weights), "kv_cache": facts.kv_dtype}
 
     def load(self, request: LoadRequest) -> Executor:
         """Load the module, for as many threads as there are usable cores by default."""
