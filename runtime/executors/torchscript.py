@@ -41,6 +41,8 @@ class TorchScriptExecutor:
         """Load the module in `directory` (ENGINE/rank0); by default the cache gets half of the memory beside the weights."""
         self._facts, self.threads = facts, threads
         self.vocab_size, self.kv_block_bytes = facts.vocab_size, facts.block_bytes
+        if any(weight.packed for weight in facts.weights.values()):
+            check_products()
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
         self._weights.require(facts.weights, facts.weights_header)
         self._module = _load(directory / MODEL_NAME)
@@ -117,6 +119,23 @@ class TorchScriptExecutor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nothing writes to it, though torch has no read-only tensors
             return torch.from_numpy(array)
+
+
+def check_products() -> None:
+    """Raise `EngineError` where PyTorch's sums of int8 products overflow: with kernels for processors without VNNI, which an
+    environment variable selects too."""
+    largest, scales = torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16)
+    packed, zeros = torch.ops.onednn.qlinear_prepack(largest, None), torch.zeros(16, dtype=torch.int32)
+    for rows in (1, 8):
+        unsigned = torch.full((rows, 64), 255, dtype=torch.uint8)
+        found = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        expected = 127 * 127 * 64
+        if not bool((found == expected).all()):
+            what = "PyTorch's products of int8 matrices overflow on this host"
+            remedy = "unset ONEDNN_MAX_CPU_ISA if it is set, or build the engine with --backend tvm"
+            raise EngineError(STAGE, what, found=f"{found.flatten()[0]:.0f}", expected=str(expected), remedy=remedy)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -95,7 +95,7 @@ def masks(cell_positions: Tensor, groups: Tensor, slopes: Tensor | None, kv_head
             bias = slopes.view(1, kv_heads, per_kv_head, 1, 1) * distances.to(torch.float32)
             parts.append(bias.masked_fill(later, -float("inf")).view(-1))
         else:
-            zeros = torch.zeros([tiles, 1, 1, tile, keys])
+            zeros = torch.zeros([tiles, 1, 1, tile, keys], dtype=torch.float32)
             parts.append(zeros.masked_fill(later, -float("inf")).expand(tiles, 1, per_kv_head, tile, keys).reshape(-1))
         cell += tiles * tile
     return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -162,6 +163,15 @@ def test_hosts_with_an_older_pytorch(engine: Path, monkeypatch: pytest.MonkeyPat
 def test_hosts_without_vnni(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchscript_factory.host, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
     assert re.search(r"found avx512vnni lacks .*, expected one of avx512vnni; run it on a newer CPU", host_error(engine))
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("AVX2", "overflow on this host: found "), ("DEFAULT", "exact")])
+def test_kernels_whose_sums_overflow(isa: str, expected: str) -> None:
+    code = "from belle_compile.runtime.executors.torchscript import check_products\ncheck_products()\nprint('exact')"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert expected in done.stdout + done.stderr
 
 
 def test_another_instruction_set_than_the_engines(engine: Path) -> None:
