@@ -16,6 +16,7 @@ _PARTS = (
     ("kernels", ".so"),
     ("kernels", ".zip"),
     ("program", "program.json"),
+    ("module", "model.ts"),
     ("tokenizer", "tokenizer.json"),
     ("graph", "graph.onnx"),
     ("report", "report.html"),

@@ -109,6 +109,13 @@ class WeightsFile:
         """The address of a tensor in memory."""
         return int(self._bytes.ctypes.data) + self._offsets[name]
 
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages, which are read from the file again where they are used again."""
+        start = -(-self._offsets[name] // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (self._offsets[name] + self.sizes[name] - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, size)
+
     def require(self, names: Iterable[str], header: str) -> None:
         """Raise `EngineError` when the header's SHA-256 is not `header`, or one of these tensors is missing."""
         if self.header_digest != header:

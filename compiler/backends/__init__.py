@@ -1,7 +1,7 @@
 """Backends: they compile the graphs of all ranks to the content of the engine's directories.
 
-TVM compiles programs for CPUs, Triton for NVIDIA GPUs; ONNX Runtime runs whole graphs. The order of registration decides which
-is the default, see `base.register`.
+TVM compiles programs for CPUs, Triton for NVIDIA GPUs; ONNX Runtime and PyTorch run whole graphs. The order of registration
+decides which is the default, see `base.register`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from belle_compile.compiler.backends.base import (
     serving,
 )
 from belle_compile.compiler.backends.onnxruntime import OnnxRuntimeBackend
+from belle_compile.compiler.backends.torchscript import TorchScriptBackend
 from belle_compile.compiler.backends.triton import TritonBackend
 from belle_compile.compiler.backends.tvm import TvmBackend
 
@@ -46,3 +47,4 @@ __all__ = [
 register(TvmBackend())
 register(TritonBackend())
 register(OnnxRuntimeBackend())
+register(TorchScriptBackend())

@@ -123,6 +123,28 @@ def test_another_header_than_the_programs(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2", reason="needs overcommit")
+def test_released_pages_are_read_again(tmp_path: Path) -> None:
+    """Also those of a tensor that is smaller than a page, of which there is nothing to release."""
+    tensors = {"small": TENSORS["a"], "large": np.arange(1 << 20, dtype=np.float32), "last": TENSORS["b"]}
+    weights = WeightsFile(write_weights(tmp_path / "w", tensors))
+    for _ in range(2):
+        for name, tensor in tensors.items():
+            assert ctypes.string_at(weights.address(name), tensor.nbytes) == tensor.tobytes()
+        assert mapped_bytes(tmp_path / "w") >= 4 << 20
+        for name in tensors:
+            weights.release(name)
+        assert mapped_bytes(tmp_path / "w") < 1 << 20
+
+
+def mapped_bytes(path: Path) -> int:
+    """The bytes of a file that this process has in memory."""
+    lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+    raise AssertionError(f"{path} is not mapped")
+
+
 def test_anonymous_memory_is_zero_writable_and_free_until_touched() -> None:
     small = anonymous(100)
     assert small.ctypes.data % 64 == 0 and not small.any() and len(small) == 100
