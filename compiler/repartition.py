@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler import backends, targets
-from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Passes, Payload, Repartitionable
+from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Payload, Repartitionable
 from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
 from belle_compile.compiler.devices import Target
-from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.engine_graph import fusions_of, graph_of, reader_of
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.golden import golden_answers
-from belle_compile.compiler.ir.text import from_onnx
 from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.manifests import pass_records, target_info
 from belle_compile.compiler.report import REPORT_NAME, Effects, Report, memory_of_ranks, render
 from belle_compile.compiler.stages import divided, unfused_calls
-from belle_compile.compiler.unpacking import WholeWeights
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import FUSION, run_for
@@ -29,7 +27,7 @@ from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 from belle_compile.runtime.selftest import SELF_TEST_NAME
 
 if TYPE_CHECKING:
-    from belle_compile.passes.base import Pass
+    pass
 
 _TOKENIZER = "tokenizer.json"
 _PARTITION = PartitionTensors(0, 1).name
@@ -74,11 +72,7 @@ def repartition(request: RepartitionRequest) -> Path:
     with EngineWriter(request.output, force=request.force) as writer:
         verify_files(request.engine, job.old, full=True, progress=lambda file, done, total: on_progress("digest", done, total))
         on_progress("optimize", 0, 0)
-        weights = WholeWeights(request.engine, job.reader)
-        graph_bytes = (request.engine / GRAPH_NAME).read_bytes()
-        graph = from_onnx(graph_bytes, weights.tensor)
-        fusions = _fusions(job.old, backend)
-        weights.find(divided(graph, _fusions(job.old), job.old.target.ranks))
+        graph, fusions = graph_of(request.engine, job.old, job.reader), fusions_of(job.old, backend)
         kv_cache = backend.nearest_kv_type(job.reader.kv_type(request.engine / "rank0"))
 
         def footprints(ranks: int) -> list[Footprint]:
@@ -94,7 +88,7 @@ def repartition(request: RepartitionRequest) -> Path:
         payloads = backend.compile(graphs, target, options)
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
         writer.write(_TOKENIZER, (request.engine / _TOKENIZER).read_bytes())
-        writer.write(GRAPH_NAME, graph_bytes)
+        writer.write(GRAPH_NAME, (request.engine / GRAPH_NAME).read_bytes())
         write_ranks(writer, payloads, lambda done, total: on_progress("weights", done, total))
         manifest = _manifest(job, records, payloads)
         on_progress("self-test", 0, 0)
@@ -111,27 +105,15 @@ def _resolve(request: RepartitionRequest) -> _Job:
     """Read the engine's manifest and look up the names in the request. If the backend stays the same, the new engine is for
     those of the old one's instruction sets that the target has."""
     old = read_manifest(request.engine)
-    reader = backends.get(old.target.backend)
-    rebuild = "build it again from its checkpoint"
-    if not isinstance(reader, Repartitionable):
-        found = f"weights of the backend {reader.name}, which cannot be read back"
-        raise CompileError("repartition", f"engine {request.engine}", found=found, remedy=rebuild)
-    if GRAPH_NAME not in old.files:
-        raise CompileError("repartition", f"engine {request.engine}", found=f"no {GRAPH_NAME}", remedy=rebuild)
+    reader = reader_of(request.engine, old, "repartition")
     device, *_ = targets.resolve(request.target)
-    name = request.backend or (reader.name if reader.isas(device) else None)
+    own = backends.get(old.target.backend)
+    name = request.backend or (own.name if own.isas(device) else None)
     target, backend = targets.choose(request.target, name)
-    if backend is reader:
+    if backend is own:
         target = target.carrying([isa for isa in old.target.isas if isa in target.isas])
     backends.check(backend, target, UNQUANTIZED)
     return _Job(old, reader, target, backend)
-
-
-def _fusions(manifest: Manifest, backend: Backend | None = None) -> list[Pass]:
-    """The fusing passes that the manifest records; with a backend, only those whose results it can compile."""
-    passes = Passes() if backend is None else backend.passes(UNQUANTIZED)
-    known = {step.name: step for step in FUSION if passes.carries_fusion(step.name)}
-    return [known[record.name] for record in manifest.passes if record.name in known]
 
 
 def _manifest(job: _Job, records: Sequence[dict[str, Any]], payloads: Sequence[Payload]) -> Manifest:

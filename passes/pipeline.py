@@ -35,11 +35,14 @@ from belle_compile.passes.quantization.static_activations import StaticActivatio
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
+from belle_compile.passes.rotation.rotate_centered_residual import RotateCenteredResidual
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
-# What uses a pass of no method: every recipe, recipes with integer weights, recipes with scales for groups of inputs
-ALWAYS, INTEGERS, GROUPS = "always", "integers", "groups"
+# What uses a pass of no method: every recipe, recipes with integer weights, recipes with scales for groups of inputs; and
+# exports with a rotation of a residual stream that norms of these ops read, and with integers in embedding and head
+ALWAYS, INTEGERS, GROUPS, TABLES = "always", "integers", "groups", "tables"
+RMS_NORM, LAYER_NORM = "RMSNormalization", "LayerNormalization"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,23 @@ PIPELINE: tuple[Step, ...] = (
     Step(FuseActivationQuantize, INTEGERS),
 )
 
+# The passes of exports, after which a graph still has the architecture of its checkpoint: norms stay as they are, nothing is
+# computed at run time that the architecture does not compute, and nothing is fused.
+EXPORT_PIPELINE: tuple[Step, ...] = (
+    Step(RemoveIdentities),
+    Step(MergeDuplicates),
+    Step(RemoveUnused),
+    Step(SmoothActivations, "smooth", ("data",)),
+    # Rotate: RMSNorms by any rotation, LayerNorms by one that leaves the all-ones vector in place.
+    Step(RotateResidual, RMS_NORM),
+    Step(RotateCenteredResidual, LAYER_NORM),
+    Step(RotateValues, "rotate"),
+    # Quantize, as in engines. Runtimes that keep embedding and head in floats need no integers there.
+    Step(GptqRounding, "gptq", ("data", "keep", "weights")),
+    Step(QuantizeLinears, INTEGERS, ("keep", "activation_bits")),
+    Step(QuantizeEmbedding, TABLES),
+)
+
 FUSION: tuple[Pass, ...] = tuple(step.pass_class() for step in PIPELINE if step.pass_class.phase is Phase.FUSION)
 
 
@@ -120,6 +140,29 @@ def passes_of(
     uses |= {INTEGERS} if recipe.quantizes else set()
     uses |= {GROUPS} if recipe.weights.group is not None else set()
     return tuple(step.with_options(options) for step in PIPELINE if step.used_by in uses)
+
+
+def export_passes_of(
+    recipe: Recipe,
+    data: CalibrationData | None = None,
+    keep: tuple[str, ...] = (),
+    *,
+    norm: str = "",
+    integers: bool = True,
+    tables: bool = False,
+) -> tuple[Pass, ...]:
+    """The passes of an export with a recipe, in order; `data` and `keep` are those of `passes_of`.
+
+    `norm` is the op of the norms that read a residual stream which the method `rotate` may rotate; if it is empty, that method
+    rotates the attention's values only. Without `integers`, nothing is rounded. With
+    `tables`, embedding and head get integers too.
+    """
+    options = Options(data, keep, 1, recipe.weights, recipe.activation_bits)
+    uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
+    uses |= {norm} if "rotate" in uses else set()
+    uses |= {INTEGERS} if integers else set()
+    uses |= {TABLES} if integers and tables else set()
+    return tuple(step.with_options(options) for step in EXPORT_PIPELINE if step.used_by in uses)
 
 
 def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:

@@ -14,6 +14,22 @@ from typing import Any
 from belle_compile.compiler.errors import CompileError
 from belle_compile.passes.quantization.scheme import FLOAT32, INT4, INT8, WeightScheme
 
+__all__ = [
+    "DEFAULT_PRESET",
+    "INT8",
+    "METHODS",
+    "PRESETS",
+    "UNQUANTIZED",
+    "Method",
+    "Preset",
+    "Recipe",
+    "WeightScheme",
+    "activation_words",
+    "find_preset",
+    "manifest_words",
+    "recipe_of",
+]
+
 _STAGE = "quantization"
 
 

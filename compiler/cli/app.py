@@ -16,6 +16,7 @@ from belle_compile.compiler.cli.build import build, repartition
 from belle_compile.compiler.cli.calibration import calibrate_set
 from belle_compile.compiler.cli.engines import edit, inspect, targets, verify
 from belle_compile.compiler.cli.estimates import plan, sensitivity
+from belle_compile.compiler.cli.export import export
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.options_file import config_option
@@ -57,7 +58,7 @@ def _explained(callback: Callable[..., Any]) -> Callable[..., Any]:
     return explained
 
 
-for _command in (build, calibrate_set, edit, inspect, plan, repartition, sensitivity, targets, verify):
+for _command in (build, calibrate_set, edit, export, inspect, plan, repartition, sensitivity, targets, verify):
     assert _command.callback is not None
     _command.callback = _explained(_command.callback)
     _command.params += [config_option("options"), version_option()]

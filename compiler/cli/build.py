@@ -25,19 +25,13 @@ _WHAT = options.together(
     options.kv_cache(),
     options.backend("the first that `belle-compile targets` lists for the device"),
     click.option("--isa", "isas", multiple=True, metavar="NAME", help="Compile for this instruction set only; repeatable."),
-    click.option(
-        "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
-    ),
+    options.template,
     options.generation_defaults(),
     options.ignored_config_keys,
     options.ignore_adapter,
 )  # fmt: skip
 _CALIBRATION = options.together(
-    click.option(
-        "--calibration", type=options.PATH, metavar="FILE|SET",
-        help="Requests to calibrate with (JSON Lines or text, .gz or .zst), or a set made by `belle-compile calibrate-set`. "
-        "Some are held out, and the engine must pass the gate on them.",
-    ),
+    options.calibration("the engine"),
     options.raw_requests,
     options.gate,
     click.option(

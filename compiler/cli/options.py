@@ -37,7 +37,9 @@ raw_requests = click.option(
     "--raw-requests", is_flag=True, help="Take the texts of the requests as they are, without the prompt template."
 )
 
-
+template = click.option(
+    "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
+)
 ignored_config_keys = click.option(
     "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
     help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records it.",
@@ -108,6 +110,15 @@ def output(what: str) -> Decorator:
     )
 
 
+def calibration(what: str) -> Decorator:
+    """--calibration: requests for methods that need some, and for the gate that `what` ("the engine") must pass."""
+    return click.option(
+        "--calibration", type=PATH, metavar="FILE|SET",
+        help="Requests to calibrate with (JSON Lines or text, .gz or .zst), or a set made by `belle-compile calibrate-set`. "
+        f"Some are held out, and {what} must pass the gate on them.",
+    )  # fmt: skip
+
+
 def target(*, required: bool = False) -> Decorator:
     """--target: the device and the number of ranks."""
     default: dict[str, Any] = {"required": True} if required else {"default": "cpu", "show_default": True}
@@ -156,16 +167,15 @@ def kv_cache(*, help: str = "") -> Decorator:
     )  # fmt: skip
 
 
-class _BackendName(_ParamType):
-    """The name of a backend. The registry is read when a name is given or `--help` shows the choices, not at every start."""
+class _Registered(_ParamType):
+    """A name in a registry, which is read when a name is given or `--help` shows the choices, not at every start."""
 
-    name = "backend"
+    def __init__(self, name: str, names: Callable[[], list[str]]) -> None:
+        self.name, self._names = name, names
 
     @property
     def _choice(self) -> Any:
-        from belle_compile.compiler.backends.base import registered
-
-        return click.Choice([backend.name for backend in registered()])
+        return click.Choice(self._names())
 
     def get_metavar(self, *arguments: Any, **named: Any) -> Any:
         return self._choice.get_metavar(*arguments, **named)
@@ -174,9 +184,29 @@ class _BackendName(_ParamType):
         return self._choice.convert(value, param, ctx)
 
 
+def _backends() -> list[str]:
+    from belle_compile.compiler.backends.base import registered
+
+    return [backend.name for backend in registered()]
+
+
+def _formats() -> list[str]:
+    from belle_compile.compiler import exports
+
+    return [format.name for format in exports.registered()]
+
+
+def export_format() -> Decorator:
+    """--format: the format of an export."""
+    help = "What is written; `belle-compile targets --backends` lists the formats and what they carry."
+    return click.option("--format", "format", type=_Registered("format", _formats), required=True, help=help)
+
+
 def backend(default: str) -> Decorator:
     """--backend: the backend that compiles or that a plan is for. `default` describes in the help the one used without it."""
-    return click.option("--backend", type=_BackendName(), help=f"The backend that compiles.  [default: {default}]")
+    return click.option(
+        "--backend", type=_Registered("backend", _backends), help=f"The backend that compiles.  [default: {default}]"
+    )
 
 
 def _sentences(summaries: dict[str, str]) -> str:

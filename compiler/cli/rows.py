@@ -59,6 +59,22 @@ def headline(engine: dict[str, Any], spent: str) -> Rows:
     return rows
 
 
+def export_headline(made: dict[str, Any], spent: str) -> Rows:
+    """The rows that an export ends with, for its record with the path of its directory."""
+    total = sum(file["bytes"] for file in made["files"].values())
+    quantization = ", ".join(f"{name} {_phrase(value)}" for name, value in made["quantization"].items())
+    accuracy = made["accuracy"]
+    verdict = f"{_verdict(accuracy)}; {accuracy['how']}" if "limits" in accuracy else accuracy["how"]
+    rows = [
+        ("export", f"{made['export']}, {size(total)}, made in {spent}"),
+        ("format", f"{made['format']}, for {made['runtimes']}"),
+        ("model", f"{made['model']['name']}: {made['model']['family']}"),
+        ("quantization", quantization),
+        ("accuracy", verdict),
+    ]
+    return [*rows, *(("note", note) for note in made["notes"])]
+
+
 def _verdict(accuracy: Mapping[str, Any] | None) -> str:
     """The measured accuracy of an engine that passed the gate, with the limits."""
     if accuracy is None:

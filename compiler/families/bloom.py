@@ -16,6 +16,8 @@ from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import ModelConfig
+from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.ir.ops import attributes_of
 
 if TYPE_CHECKING:
     from belle_compile.compiler.checkpoint.tensors import LazyTensor
@@ -176,6 +178,54 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     }
 
 
+def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of the graph of an engine, in the keys of Transformers' BloomConfig."""
+    norm = next(node for node in graph if node.op_type == "LayerNormalization")
+    adds = [node for node in graph if node.op_type == "Add"]
+    sources = [value.producer() for value in adds[0].inputs if value is not None]
+    return {
+        "vocab_size": dimensions["vocab_size"],
+        "hidden_size": dimensions["hidden_size"],
+        "n_layer": dimensions["num_layers"],
+        "n_head": dimensions["num_heads"],
+        "seq_length": dimensions["max_position"],
+        "layer_norm_epsilon": attributes_of(norm)["epsilon"],
+        "apply_residual_connection_post_layernorm": any(
+            source is not None and str(source.name).endswith("input_layernorm") for source in sources
+        ),
+    }
+
+
+def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a GGUF file, as llama.cpp's converter writes it, from config.json."""
+    read = read_config(config)
+    if read.residual_after_norm:
+        found, expected = "true", "false, which is the only graph that llama.cpp has"
+        raise Reader(config).error("apply_residual_connection_post_layernorm", found, expected, "use another --format")
+    return {
+        "context_length": read.max_position,
+        "embedding_length": read.hidden_size,
+        "feed_forward_length": read.intermediate_size,
+        "block_count": read.num_layers,
+        "attention.head_count": read.num_heads,
+        "attention.head_count_kv": read.num_heads,
+        "attention.layer_norm_epsilon": read.epsilon,
+    }
+
+
+def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the present names of what old releases call n_embed and num_attention_heads."""
+    read = read_config(config)
+    named = {
+        "hidden_size": read.hidden_size,
+        "n_layer": read.num_layers,
+        "n_head": read.num_heads,
+        "vocab_size": read.vocab_size,
+    }
+    old = ("n_embed", "n_inner", "num_hidden_layers", "num_attention_heads")
+    return {key: value for key, value in config.items() if key not in old} | named
+
+
 GGUF_MODULES = {
     "token_embd": "word_embeddings",
     "token_embd_norm": "word_embeddings_layernorm",
@@ -198,11 +248,19 @@ FAMILY = Family(
     build=build,
     keys=KEYS,
     template="belle-bloom",
+    release=Release(
+        norm="LayerNormalization",
+        prefix="transformer.",
+        grouped=("self_attention.query_key_value",),
+        config=release_config,
+        config_of_graph=config_of_graph,
+    ),
     gguf=GgufLayout(
         architectures=("bloom",),
         read_config=gguf_config,
         modules=GGUF_MODULES,
         layers="h",
         separated_heads={"attn_qkv": "n_head"},
+        write_config=gguf_metadata,
     ),
 )

@@ -13,6 +13,7 @@ from belle_compile.compiler.families.config import Keys
 from belle_compile.compiler.families.gguf import GgufLayout
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import ModelConfig
+from belle_compile.compiler.families.release import Release
 
 C = TypeVar("C", bound=ModelConfig)
 
@@ -37,7 +38,8 @@ class Family(Generic[C]):
 
     `keys` says which keys of config.json are known; a key that it reads cannot be ignored on request.
 
-    `gguf` describes the family's GGUF files; None if they are not supported.
+    `gguf` describes the family's GGUF files; None if they are not supported. `release` describes the files that Transformers
+    loads; None if the family cannot be exported.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Family(Generic[C]):
     template_by_vocabulary: Mapping[int, str] = field(default_factory=dict)
     keys: Keys = field(default_factory=Keys)
     gguf: GgufLayout | None = None
+    release: Release | None = None
 
     @property
     def names(self) -> frozenset[str]:

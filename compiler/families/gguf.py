@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class GgufLayout:
     with the two halves of every head interleaved to the key of config.json that holds their number of heads. `separated_heads`
     does so for parts that hold q, k and v of one head after another in Hugging Face checkpoints, and all q, all k, all v here.
     `rope_divisors` names a tensor that divides the rotary frequencies; its values become `rope_divisors` of config.json.
+
+    For exports, `write_config(config)` returns the metadata of a config.json, without the architecture before its keys, and
+    `write_divisors` the divisors of its rotary frequencies (none: they are not divided); both raise CompileError for a config
+    that llama.cpp does not compute.
     """
 
     architectures: tuple[str, ...]
@@ -93,6 +97,8 @@ class GgufLayout:
     interleaved_heads: Mapping[str, str] = field(default_factory=dict)
     separated_heads: Mapping[str, str] = field(default_factory=dict)
     rope_divisors: str = ""
+    write_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    write_divisors: Callable[[Mapping[str, Any]], Sequence[float]] = lambda config: ()
 
     def canonical_name(self, stored: str) -> str | None:
         """The canonical name of a stored tensor; None if the family has no such tensor."""

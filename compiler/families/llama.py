@@ -16,6 +16,9 @@ from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import STAGE, ModelConfig
+from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.ir.ops import attributes_of, operand
+from belle_compile.compiler.ir.signature import Role
 
 KEYS = Keys(
     used=rope.KEYS.union(
@@ -203,6 +206,69 @@ def _gguf_rope_scaling(header: GgufHeader) -> dict[str, Any] | None:
     return scaling | ({"original_max_position_embeddings": original} if original is not None else {})
 
 
+def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of the graph of an engine, in the keys of Transformers' LlamaConfig."""
+    nodes = {str(node.name): node for node in graph}
+    norm = next(node for node in graph if node.op_type == "RMSNormalization")
+    biased = {
+        part: operand(nodes[f"model.layers.0.{part}"], Role.BIAS) is not None for part in ("self_attn.q_proj", "mlp.up_proj")
+    }
+    table = nodes["model.rotary_emb"]
+    frequencies = operand(table, Role.FREQUENCY)
+    assert frequencies is not None and frequencies.const_value is not None
+    return {
+        "vocab_size": dimensions["vocab_size"],
+        "hidden_size": dimensions["hidden_size"],
+        "intermediate_size": dimensions["intermediate_size"],
+        "num_hidden_layers": dimensions["num_layers"],
+        "num_attention_heads": dimensions["num_heads"],
+        "num_key_value_heads": dimensions["num_kv_heads"],
+        "head_dim": dimensions["head_dim"],
+        "hidden_act": "silu",
+        "rms_norm_eps": attributes_of(norm)["epsilon"],
+        "attention_bias": biased["self_attn.q_proj"],
+        "mlp_bias": biased["mlp.up_proj"],
+    } | rope.config_of(frequencies.const_value.numpy(), attributes_of(table), dimensions["max_position"])
+
+
+def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a GGUF file, as llama.cpp's converter writes it, from config.json."""
+    read = read_config(config)
+    if read.rope.dynamic_factor:
+        expected = "default, linear or llama3 rope parameters, which are those that llama.cpp computes"
+        raise Reader(config).error("rope_scaling", "dynamic", expected, "use another --format")
+    scaling = rope.linear_factor(config)
+    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": scaling} if scaling else {}
+    return {
+        "vocab_size": read.vocab_size,
+        "context_length": rope.stated_length(config),
+        "embedding_length": read.hidden_size,
+        "feed_forward_length": read.intermediate_size,
+        "block_count": read.num_layers,
+        "attention.head_count": read.num_heads,
+        "attention.head_count_kv": read.num_kv_heads,
+        "attention.key_length": read.head_dim,
+        "attention.value_length": read.head_dim,
+        "attention.layer_norm_rms_epsilon": read.epsilon,
+        "rope.dimension_count": read.head_dim,
+        "rope.freq_base": rope.stated_base(config),
+    } | scaled
+
+
+def gguf_divisors(config: Mapping[str, Any]) -> list[float]:
+    """The divisors of the rotary frequencies in a GGUF file: those that config.json has, or those that make llama3's."""
+    return rope.divisors(config, read_config(config).head_dim)
+
+
+def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as it is; raises CompileError for rotary frequencies of a GGUF file that no key of it expresses."""
+    if config.get("rope_divisors") is not None:
+        expected = "rope parameters in config.json"
+        remedy = "give the Hugging Face checkpoint of this model"
+        raise Reader(config).error("rope_divisors", "divisors of a GGUF file", expected, remedy)
+    return {key: value for key, value in config.items() if value is not None}
+
+
 GGUF_MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -228,6 +294,7 @@ FAMILY = Family(
     keys=KEYS,
     template="belle-llama",
     template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
+    release=Release(norm="RMSNormalization", config=release_config, config_of_graph=config_of_graph),
     gguf=GgufLayout(
         architectures=("llama",),
         read_config=gguf_config,
@@ -235,5 +302,7 @@ FAMILY = Family(
         layers="model.layers",
         interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
         rope_divisors="rope_freqs.weight",  # of Llama 3.1 and later
+        write_config=gguf_metadata,
+        write_divisors=gguf_divisors,
     ),
 )

@@ -90,6 +90,67 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     return Rope(_llama3(inv_freq, factor, low, high, original), max_position)
 
 
+def _parameters(config: Mapping[str, Any]) -> tuple[Reader, Reader, str]:
+    """The readers of a config.json and of its rope parameters, and the rope type."""
+    outer = Reader(config)
+    inner = Reader(outer.get("rope_scaling", "rope_parameters") or {}, "the rope parameters in config.json")
+    return outer, inner, inner.get("rope_type", "type") or "default"
+
+
+def stated_length(config: Mapping[str, Any]) -> int:
+    """max_position_embeddings, which with linear scaling is the length before it."""
+    return Reader(config).integer("max_position_embeddings", default=2048)
+
+
+def stated_base(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies of a config that `read_rope` has read."""
+    outer, inner, _ = _parameters(config)
+    return _theta(outer, inner)
+
+
+def linear_factor(config: Mapping[str, Any]) -> float:
+    """The factor of linear scaling of a config that `read_rope` has read; 0 without such scaling."""
+    _, inner, kind = _parameters(config)
+    return inner.number("factor") if kind == "linear" else 0.0
+
+
+def divisors(config: Mapping[str, Any], head_dim: int) -> list[float]:
+    """What the rotary frequencies of a config are divided by beside any linear factor; empty where they are not."""
+    _, _, kind = _parameters(config)
+    if kind != "llama3":
+        return list(config.get("rope_divisors") or ())
+    quotients: npt.NDArray[np.float32] = (
+        inverse_frequencies(stated_base(config), head_dim) / read_rope(config, head_dim).inv_freq
+    )
+    return [float(value) for value in quotients]
+
+
+def config_of(inv_freq: Floats, attributes: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+    """The keys of config.json that give these frequencies and this longest sequence; frequencies that neither a base nor linear
+    scaling gives become `rope_divisors`."""
+    if factor := attributes["dynamic_factor"]:
+        scaling = {"rope_type": "dynamic", "factor": factor}
+        return {"rope_theta": attributes["base"], "rope_scaling": scaling} | {
+            "max_position_embeddings": attributes["original_max"]
+        }
+    head_dim, linear = 2 * len(inv_freq), round(1 / float(inv_freq[0]), 6)
+    unscaled = inv_freq.astype(np.float64) * linear
+    exact = unscaled[1] ** (-head_dim / 2) if len(unscaled) > 1 else 10000.0
+    candidates = [float(f"{exact:.{digits}g}") for digits in range(1, 8)]
+    bases = [base for base in candidates if np.array_equal(inverse_frequencies(base, head_dim) / np.float32(linear), inv_freq)]
+    base = (
+        bases[0]
+        if bases
+        else next(base for base in candidates if inverse_frequencies(base, head_dim)[1] == np.float32(unscaled[1]))
+    )
+    config: dict[str, Any] = {"rope_theta": base, "max_position_embeddings": round(max_position / linear)}
+    if linear != 1:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": linear}
+    if not bases:
+        config["rope_divisors"] = [float(value) for value in inverse_frequencies(base, head_dim) / inv_freq]
+    return config
+
+
 def _scaled(length: int, factor: float, inner: Reader) -> int:
     if length * factor > MOST_INTEGER:
         raise inner.error("factor", f"{factor:g}", f"a number with which {length} positions become at most {MOST_INTEGER}")

@@ -121,6 +121,15 @@ class ActivationStream:
             elif keep and not last:
                 self._write(number + 1, index, values)
 
+    def logits(self, sequence: int, weights: Weights, on_linear: OnLinear | None = None) -> Tensor:
+        """float32 [tokens, vocabulary]: the logits of the sequence with this number, from the seam of the last segment, whose
+        `weights` these are."""
+        last = len(self.segments) - 1
+        index, batch = next((index, batch) for index, batch in enumerate(self.batches) if sequence in batch.numbers)
+        values = run(self.segments[last], weights, batch.inputs(self.device), self._read(last, index), on_linear)
+        rows = torch.split(values[self.segments[last].gives[0]].cpu(), list(batch.lengths))
+        return rows[batch.numbers.index(sequence)]
+
     def drop(self, number: int) -> None:
         """Remove the files of a seam."""
         shutil.rmtree(self._seam(number), ignore_errors=True)

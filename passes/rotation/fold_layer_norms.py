@@ -50,14 +50,14 @@ class FoldLayerNorms(Pass):
             bias = operand(norm, Role.BIAS)
             if bias is not None and bias.const_value is not None:
                 for reader in list(norm.outputs[0].consumers()):
-                    _add_bias(reader, bias.const_value, graph)
+                    add_bias(reader, bias.const_value, graph)
             rms = make_node("RMSNormalization", norm.inputs[:2], str(norm.name),
                             attributes={"epsilon": attributes_of(norm)["epsilon"]})  # fmt: skip
             apply(Replacement([norm], [rms], {norm.outputs[0]: rms.outputs[0]}), graph)
         return PassResult(len(stream.norms))
 
 
-def _add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> None:
+def add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> None:
     """Let a linear add what the bias of the norm before it contributed: Gemm(n + shift, W, c) = Gemm(n, W, c + W shift)."""
     weight, old, index = operand(reader, Role.WEIGHT), operand(reader, Role.BIAS), spec_of(reader).index(Role.BIAS)
     assert weight is not None and weight.const_value is not None and index is not None

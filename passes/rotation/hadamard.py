@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+_LEAST = 1e-6  # squared length below which a vector counts as 0
 _CHUNK = 1024  # rows or columns rotated at a time, so that temporaries stay small beside the weight
 
 
@@ -69,6 +70,45 @@ class Rotation:
         mixer, triangle = np.linalg.qr(random.standard_normal((blocks, blocks)))
         # QR is unique up to the signs of the rows of R, which LAPACK chooses: making R's diagonal positive fixes them.
         return signs, (mixer * np.sign(np.diag(triangle))).T.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class CenteredRotation:
+    """An orthogonal matrix Q of `size` rows whose rows and columns each add up to 1, which `seed` determines.
+
+    Q = R (I - 2 w w^T / w^T w) for the rotation R of that seed: the reflection takes 1 R back to 1, where w = 1 R - 1. A vector
+    has the same mean before and after it.
+    """
+
+    size: int
+    seed: int
+
+    def right(self, weight: Floats, *, scale: Floats | None = None, out: Floats | None = None) -> Floats:
+        """weight @ diag(scale) @ Q for a weight [rows, size]; `out` may be the weight itself."""
+        result, w = self._rotation.right(weight, scale=scale, out=out), self._mirror
+        for start in range(0, len(result), _CHUNK):
+            rows = result[start : start + _CHUNK]
+            rows -= np.outer(rows @ w, w)
+        return result
+
+    def left(self, weight: Floats) -> Floats:
+        """Q.T @ weight for a weight [size, columns]; Q.T @ b for a vector is `right` of it."""
+        result, w = self._rotation.left(weight), self._mirror
+        result -= np.outer(w, w @ result)
+        return result
+
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation(self.size, self.seed)
+
+    @property
+    def _mirror(self) -> Floats:
+        """float32 [size]: w sqrt(2 / w^T w), which is 0 where R leaves 1 in place."""
+        ones = np.ones((1, self.size), np.float32)
+        w = self._rotation.right(ones).astype(np.float64)[0] - 1
+        length = float(w @ w)
+        mirror: Floats = (w * np.sqrt(2 / length) if length > _LEAST else w * 0).astype(np.float32)
+        return mirror
 
 
 @cache

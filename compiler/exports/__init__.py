@@ -1,0 +1,14 @@
+"""Exports: the calibrated integers of a model as a checkpoint of another runtime. A format is one file and one line here."""
+
+from __future__ import annotations
+
+from belle_compile.compiler.exports.base import register, registered
+from belle_compile.compiler.exports.compressed_tensors import CompressedTensors
+from belle_compile.compiler.exports.gguf import Gguf
+from belle_compile.compiler.exports.safetensors import Safetensors
+
+__all__ = ["registered"]
+
+register(CompressedTensors())
+register(Gguf())
+register(Safetensors())

@@ -1,0 +1,156 @@
+"""The interface of export formats, what a format can carry, and the registry.
+
+A new format is a subclass of `Format` and a call of `register`. Code outside of a format never branches on its name. This
+module imports neither torch nor onnx_ir: the command line reads the registry before it knows that the arguments are right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports.directory import STAGE
+from belle_compile.passes.presets import METHODS, PRESETS, Recipe, WeightScheme
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from belle_compile.compiler.exports.model import ExportedModel
+    from belle_compile.compiler.exports.runtimes import ForeignRuntime
+
+
+@dataclass(frozen=True)
+class Carries:
+    """What the files of a format can hold.
+
+    `methods` are those of passes.presets whose results can be stored. `weights` and `activation_bits` are those of recipes that
+    the format's runtimes compute as the recipe says (None: any, because the format stores no integers). `reasons` say why
+    another method cannot be carried, as a phrase.
+    """
+
+    methods: frozenset[str]
+    weights: WeightScheme | None = None
+    activation_bits: int | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, recipe: Recipe) -> str:
+        """The reason, as a phrase, why a recipe cannot be exported; empty if it can. Methods are those that were asked for."""
+        if self.weights is not None and recipe.weights != self.weights:
+            return f"{recipe.weights} weights, and the format holds {self.weights}"
+        if self.activation_bits is not None and recipe.activation_bits != self.activation_bits:
+            return (
+                f"{recipe.activation_bits}-bit activations, and the format's runtimes compute with {self.activation_bits} bits"
+            )
+        missing = [self.method_refusal(name) for name in recipe.methods if name not in self.methods]
+        return "; ".join(missing)
+
+    def method_refusal(self, name: str) -> str:
+        """The reason, as a phrase, why a method cannot be carried; empty if it can."""
+        if name in self.methods:
+            return ""
+        return f"the method {name}, {self.reasons.get(name, 'which the format has no place for')}"
+
+
+class Format(ABC):
+    """A kind of checkpoint of other runtimes. `summary` is for the command line's help, and `runtimes` names who loads it.
+
+    With `integers`, linears have INT8 weights with a scale for each output channel; `quantizes_tables` says whether the
+    embedding and the head have too. `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
+    has them). `tied_only` maps names of families whose runtimes load no head of its own to the reason.
+    """
+
+    name: str
+    summary: str
+    runtimes: str
+    carries: Carries
+    integers: bool
+    quantizes_tables: bool = False
+    default_dtype: str = ""
+    tied_only: Mapping[str, str] = {}
+
+    @abstractmethod
+    def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Write the files of a model into `folder`; returns the names of files with `weights`,
+        and `notes`. `on_progress` is called with
+        the bytes of weights written so far and in all. Raises CompileError for a model that the format cannot hold."""
+
+    @abstractmethod
+    def stored_bytes(self, model: ExportedModel) -> int:
+        """The bytes that the weights of a model take on disk."""
+
+    def runtime(self) -> ForeignRuntime | None:
+        """The runtime that the gate runs an export in; None for a format that is for looking at."""
+        return None
+
+    def read_back(self, folder: Path) -> ir.Model:
+        """The float32 graph that the files of an export stand for, for a format with a runtime."""
+        raise NotImplementedError
+
+    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
+        """An input [tokens, width] of a linear of `read_back`'s graph as the format's runtime rounds it, for such a format."""
+        raise NotImplementedError
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register(format: Format) -> None:
+    """Add a format under its name."""
+    known = _FORMATS.setdefault(format.name, format)
+    assert type(known) is type(format), f"there is another format of the name {format.name}"
+
+
+def registered() -> tuple[Format, ...]:
+    """All formats in the order in which they were registered."""
+    return tuple(_FORMATS.values())
+
+
+def get(name: str) -> Format:
+    """The format called `name`; raises CompileError if there is none."""
+    if name not in _FORMATS:
+        raise CompileError(STAGE, "unknown format", found=repr(name), expected=" or ".join(_FORMATS))
+    return _FORMATS[name]
+
+
+def check(format: Format, recipe: Recipe) -> None:
+    """Raise CompileError if a format cannot carry a recipe; the error says which presets or formats would do."""
+    if not (reason := format.carries.refusal(recipe)):
+        return
+    presets = [preset.name for preset in PRESETS.values() if not format.carries.refusal(_carried(format, preset.recipe))]
+    others = [other.name for other in registered() if not other.carries.refusal(recipe)]
+    ways = [f"use --quant {' or '.join(presets)}"] if presets else []
+    if [name for name in recipe.methods if name not in format.carries.methods]:
+        known = [name for name in METHODS if name in format.carries.methods]
+        ways = [f"use --methods {','.join(known)} or fewer"]
+    ways += [f"use --format {' or '.join(others)}"] if others else []
+    raise CompileError(STAGE, f"format {format.name} cannot carry this", found=reason, remedy=", or ".join(ways))
+
+
+def carried(format: Format, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """A preset's recipe with only those methods that a format carries, and a note on each that is left out."""
+    notes = [
+        f"left out: {format.carries.method_refusal(name)}" for name in recipe.methods if name not in format.carries.methods
+    ]
+    return _carried(format, recipe), notes
+
+
+def _carried(format: Format, recipe: Recipe) -> Recipe:
+    return replace(recipe, methods=tuple(name for name in recipe.methods if name in format.carries.methods))
+
+
+def listing() -> list[dict[str, Any]]:
+    """Every format with the presets and methods that it carries, and the reason for each that it does not."""
+    return [
+        {
+            "name": format.name,
+            "runtimes": format.runtimes,
+            "presets": {preset.name: format.carries.refusal(_carried(format, preset.recipe)) for preset in PRESETS.values()},
+            "methods": {name: format.carries.method_refusal(name) for name in METHODS},
+        }
+        for format in registered()
+    ]

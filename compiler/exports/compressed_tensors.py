@@ -1,0 +1,90 @@
+"""compressed-tensors: W8A8 INT8 as vLLM and SGLang load it, with the integers and scales of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from belle_compile.compiler.exports.base import Carries, Format
+from belle_compile.passes.presets import INT8
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from belle_compile.compiler.exports.model import ExportedModel
+    from belle_compile.compiler.exports.runtimes import ForeignRuntime
+
+NO_HEAD = "vLLM's BLOOM loads no head of its own"
+
+
+class CompressedTensors(Format):
+    """The format `int-quantized`: int8 `weight` [out, in] and float32 `weight_scale` [out, 1], activations quantized for each
+    token while running. Embedding and head keep floats."""
+
+    name = "compressed-tensors"
+    summary = "W8A8 INT8 for vLLM and SGLang"
+    runtimes = "vLLM, SGLang"
+    integers = True
+    carries = Carries(
+        methods=frozenset({"smooth", "rotate", "gptq"}),
+        weights=INT8,
+        activation_bits=8,
+        reasons={
+            "rotate-online": "which needs a transform of activations that vLLM does not compute reliably",
+            "static": "since activations get a scale for each token",
+        },
+    )
+    tied_only: Mapping[str, str] = {"bloom": NO_HEAD}
+
+    def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        from belle_compile.compiler.exports.release import stored_tensors, tokenizer_notes, write_release
+        from belle_compile.compiler.exports.shards import SHARD_BYTES, write_shards
+
+        write_release(model, folder, quantization_config(model))
+        files = write_shards(folder, stored_tensors(model), SHARD_BYTES, on_progress)
+        return {"weights": files, "notes": tokenizer_notes(model.tokenizer_json)}
+
+    def stored_bytes(self, model: ExportedModel) -> int:
+        from belle_compile.compiler.exports.release import stored_tensors
+
+        return sum(tensor.bytes for tensor in stored_tensors(model))
+
+    def runtime(self) -> ForeignRuntime | None:
+        from belle_compile.compiler.exports.runtimes import VLLM
+
+        return VLLM
+
+    def read_back(self, folder: Path) -> ir.Model:
+        from belle_compile.compiler.exports.read_back import graph_of
+
+        return graph_of(folder)
+
+    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
+        """Each row is rounded to 8 bits with a scale of its own; the head reads floats."""
+        from belle_compile.compiler.ir.stream import quantized
+
+        return x if node.outputs[0].is_graph_output() else quantized(x, 8)
+
+
+def quantization_config(model: ExportedModel) -> dict[str, Any]:
+    """The quantization_config of config.json, as llm-compressor writes it for W8A8."""
+    from belle_compile.compiler.exports.model import HEAD, Integers
+    from belle_compile.compiler.exports.release import stored_name
+
+    linears = [module for module in model.modules if not (module.is_norm or module.is_table)]
+    kept = [stored_name(model, module.name) for module in linears if not isinstance(module.weight, Integers)]
+    common = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "block_structure": None, "actorder": None}
+    activations = common | {"strategy": "token", "dynamic": True, "observer": None, "observer_kwargs": {}}
+    weights = common | {"strategy": "channel", "dynamic": False, "observer": "minmax", "observer_kwargs": {}}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(dict.fromkeys([HEAD, *kept])),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

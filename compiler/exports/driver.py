@@ -1,0 +1,231 @@
+"""An export from checkpoint or engine to a directory of another runtime: every step is one call here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from belle_compile import __version__
+from belle_compile.compiler.calibration import Calibration, read_calibration
+from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.checkpoint.tensors import FLOAT_DTYPES
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports import from_engine, judging
+from belle_compile.compiler.exports.directory import STAGE, output_directory, write_record
+from belle_compile.compiler.exports.model import HEAD, ExportedModel, modules_of, release_of
+from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve, with_methods
+from belle_compile.compiler.families import build_graph, registry
+from belle_compile.compiler.work_folder import work_folder
+from belle_compile.passes.calibration.data import CalibrationData
+from belle_compile.passes.pipeline import export_passes_of, run_pipeline
+from belle_compile.passes.presets import METHODS, UNQUANTIZED, manifest_words
+from belle_compile.runtime.schema import to_plain
+
+if TYPE_CHECKING:
+    from belle_compile.passes.base import Pass
+
+_SMOOTH, _ROTATE = "smooth", "rotate"
+_SPARE_BYTES = 32 << 20  # tokenizer, configs, record
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The job as this checkpoint allows it, and whether the residual stream is rotated."""
+
+    job: ExportJob
+    residual: bool
+
+
+def export(request: ExportRequest) -> dict[str, Any]:
+    """Write the export of a checkpoint or an engine, whole or not at all; returns its record.
+
+    Raises CompileError for a source, format or output that cannot be exported, and for an export that misses a limit of the
+    gate. The same request and checkpoint give the same bytes. Peak memory is a few tensors.
+    """
+    job = resolve(request)
+    if job.from_engine:
+        return _export_engine(job)
+    with output_directory(request.output, force=request.force) as directory, work_folder(request.output) as folder:
+        job.begin("open")
+        checkpoint = open_checkpoint(
+            request.source, template=request.template, ignored_keys=request.ignored_config_keys, generation=request.generation
+        )
+        graph = build_graph(checkpoint)
+        plan = _plan(job, checkpoint, graph)
+        job = plan.job
+        calibration = None
+        if request.calibration is not None:
+            calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
+        digests = checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
+
+        job.begin("optimize")
+        transformed = graph.clone()
+        data = _calibration_data(job, calibration, digests, folder)
+        records = run_pipeline(transformed, _passes(plan, checkpoint, data))
+        model = _model(job, checkpoint, transformed)
+
+        job.begin("write")
+        directory.check_space(job.format.stored_bytes(model) + _SPARE_BYTES)
+        try:
+            facts = job.format.write(model, directory.path, job.progress("write"))
+        except OSError as error:
+            raise directory.explain(error) from error
+        judged = judging.judge(job, directory.path, graph, calibration, folder)
+        if request.gate is not None and judged.accuracy is not None:
+            if misses := request.gate.misses(judged.accuracy):
+                raise request.gate.missed(judged.accuracy, misses, (), 1.0, "no export was written")
+        notes = [
+            *job.notes,
+            *checkpoint.notes,
+            *(calibration.notes if calibration else ()),
+            *facts["notes"],
+            *_refusals(records),
+        ]
+        words = _words(job, calibrated=calibration is not None, rotated=_rotated(plan))
+        record = _record(job, model, digests, words, records) | {"notes": notes, "weights": facts["weights"]}
+        record["accuracy"] = judged.to_plain(request.gate)
+        complete = write_record(directory.path, record)
+        directory.commit()
+    return complete
+
+
+def _plan(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> _Plan:
+    """Decide whether the residual stream can be rotated, which gives a tied head a weight of its own."""
+    family = registry.by_name(checkpoint.family, checkpoint.path)
+    tied = family.read_config(checkpoint.config).tied_head
+    must_tie = job.format.tied_only.get(family.name, "")
+    if must_tie and not tied:
+        raise CompileError(
+            STAGE, f"format {job.format.name}", found=f"a head that is not the embedding in {checkpoint.path}",
+            expected=f"one that is, since {must_tie}", remedy="use another --format",
+        )  # fmt: skip
+    if _ROTATE not in job.recipe.methods or not tied:
+        return _Plan(job, residual=True)
+    if not (job.request.keep_tied or must_tie):
+        return _Plan(job, residual=True)
+    reason = "--keep-tied asks for it" if job.request.keep_tied else must_tie
+    notes = [f"the residual stream is not rotated, because the head stays tied to the embedding: {reason}"]
+    methods = job.recipe.methods
+    if job.request.methods is None and job.request.calibration is not None:
+        methods = tuple(name for name in METHODS if name == _SMOOTH or name in methods)
+        notes.append("outliers are smoothed instead")
+    return _Plan(with_methods(job, methods, notes), residual=False)
+
+
+def _calibration_data(
+    job: ExportJob, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
+) -> CalibrationData | None:
+    if calibration is None:
+        return None
+    source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
+    sequences = tuple(sample.tokens for sample in calibration.calibration)
+    return CalibrationData(sequences, calibration.digest, source, folder, job.progress("calibrate"))
+
+
+def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -> tuple[Pass, ...]:
+    format = plan.job.format
+    family = registry.by_name(checkpoint.family, checkpoint.path)
+    return export_passes_of(
+        plan.job.recipe,
+        data,
+        keep=() if format.quantizes_tables else (HEAD,),
+        norm=release_of(family).norm if plan.residual else "",
+        integers=format.integers,
+        tables=format.quantizes_tables,
+    )
+
+
+def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedModel:
+    family = registry.by_name(checkpoint.family, checkpoint.path)
+    modules, tied = modules_of(graph.graph, release_of(family))
+    return ExportedModel(
+        name=_name(checkpoint.path),
+        family=family,
+        config=checkpoint.config,
+        dimensions=family.read_config(checkpoint.config),
+        modules=modules,
+        tied_head=tied,
+        float_dtype=_float_dtype(job, checkpoint),
+        tokenizer_json=checkpoint.tokenizer_json,
+        special=checkpoint.special,
+        template=checkpoint.template,
+        generation=checkpoint.generation,
+    )
+
+
+def _name(path: Path) -> str:
+    return (path.stem if path.suffix == ".gguf" else path.name) or path.resolve().name
+
+
+def _float_dtype(job: ExportJob, checkpoint: Checkpoint) -> str:
+    """The type of tensors that keep floats: what was asked for, the format's, or 16 bits of the checkpoint's kind."""
+    if job.request.dtype != AUTO_DTYPE:
+        return job.request.dtype
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1} & FLOAT_DTYPES
+    return job.format.default_dtype or ("bfloat16" if stored == {"bfloat16"} else "float16")
+
+
+def _export_engine(job: ExportJob) -> dict[str, Any]:
+    """Write the export of an engine's integers; returns its record."""
+    request, engine = job.request, Path(job.request.source)
+    with output_directory(request.output, force=request.force) as directory:
+        job.begin("open")
+        source = from_engine.open_engine(engine, job)
+        model, manifest = source.model, source.manifest
+        job.begin("write")
+        directory.check_space(job.format.stored_bytes(model) + _SPARE_BYTES)
+        try:
+            facts = job.format.write(model, directory.path, job.progress("write"))
+        except OSError as error:
+            raise directory.explain(error) from error
+        digests = {name: file.sha256 for name, file in manifest.files.items()}
+        record = _record(job, model, digests, dict(manifest.quantization), to_plain(manifest.passes))
+        record |= {
+            "notes": [*job.notes, *facts["notes"]],
+            "weights": facts["weights"],
+            "accuracy": {"how": from_engine.UNMEASURED},
+        }
+        complete = write_record(directory.path, record)
+        directory.commit()
+    return complete
+
+
+def _refusals(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What passes refused to change, apart from the head, which formats keep in floats."""
+    return [f"{record['name']}: {reason}" for record in records for reason in record["refusals"] if HEAD not in reason]
+
+
+def _rotated(plan: _Plan) -> str:
+    """What is rotated, in words; empty where nothing is."""
+    if _ROTATE not in plan.job.recipe.methods:
+        return ""
+    return "residual stream and values" if plan.residual else "values"
+
+
+def _words(job: ExportJob, *, calibrated: bool, rotated: str) -> dict[str, Any]:
+    """The entries on weights, activations and methods."""
+    words = manifest_words(job.recipe if job.format.integers else UNQUANTIZED, calibrated)
+    return words | ({"rotations": f"{rotated}, folded into the weights"} if rotated else {})
+
+
+def _record(
+    job: ExportJob, model: ExportedModel, digests: Mapping[str, str], words: Mapping[str, Any], passes: Sequence[Any]
+) -> dict[str, Any]:
+    """The record of an export, without notes, weights and accuracy."""
+    dimensions = {key: int(value) for key, value in model.dimensions.metadata.items() if value.isdecimal()}
+    return {
+        "format": job.format.name,
+        "runtimes": job.format.runtimes,
+        "model": {"family": model.family.name, "name": model.name, "source_digests": dict(digests), "dimensions": dimensions},
+        "quantization": dict(words),
+        "float_dtype": model.float_dtype,
+        "head": "tied to the embedding" if model.tied_head else "of its own",
+        "passes": list(passes),
+        "made_by": {"belle-compile": __version__},
+    }

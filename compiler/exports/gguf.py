@@ -1,0 +1,67 @@
+"""GGUF: Q8_0 for llama.cpp, whose blocks carry the integers of engines and the scales of their channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from belle_compile.compiler.exports.base import Carries, Format
+from belle_compile.passes.presets import INT8
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from belle_compile.compiler.exports.model import ExportedModel
+    from belle_compile.compiler.exports.runtimes import ForeignRuntime
+
+
+class Gguf(Format):
+    """All matrices are Q8_0: each block of 32 integers has the scale of its output channel as float16. Norms and biases are
+    float32. llama.cpp rounds activations to 8 bits in blocks of 32 while running."""
+
+    name = "gguf"
+    summary = "Q8_0 for llama.cpp"
+    runtimes = "llama.cpp"
+    integers = True
+    quantizes_tables = True
+    default_dtype = "float32"
+    carries = Carries(
+        methods=frozenset({"smooth", "rotate", "gptq"}),
+        weights=INT8,
+        activation_bits=8,
+        reasons={
+            "rotate-online": "which llama.cpp does not compute",
+            "static": "since llama.cpp chooses the scales of activations itself",
+        },
+    )
+
+    def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        from belle_compile.compiler.exports.gguf_file import write_gguf
+
+        file = folder / f"{model.name}-Q8_0.gguf"
+        notes = write_gguf(model, file, on_progress)
+        return {"weights": [file.name], "notes": notes}
+
+    def stored_bytes(self, model: ExportedModel) -> int:
+        from belle_compile.compiler.exports.gguf_file import planned_tensors
+
+        return sum(tensor.bytes for tensor in planned_tensors(model))
+
+    def runtime(self) -> ForeignRuntime | None:
+        from belle_compile.compiler.exports.runtimes import LLAMA_CPP
+
+        return LLAMA_CPP
+
+    def read_back(self, folder: Path) -> ir.Model:
+        from belle_compile.compiler.checkpoint import open_checkpoint
+        from belle_compile.compiler.families import build_graph
+
+        return build_graph(open_checkpoint(folder))
+
+    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
+        """Blocks of 32 neighbours are rounded to 8 bits with a float16 scale each."""
+        from belle_compile.compiler.exports.gguf_file import rounded_blocks
+
+        return rounded_blocks(x)

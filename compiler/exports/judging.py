@@ -1,0 +1,94 @@
+"""Judge an export on held-out requests beside the unquantized model, in its own runtime where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample
+from belle_compile.compiler.calibration import Calibration
+from belle_compile.compiler.exports.request import ExportJob
+from belle_compile.compiler.gate import Gate
+from belle_compile.compiler.ir.stream import ActivationStream, OnLinear
+
+Logits = Callable[[int], torch.Tensor]  # the logits of the sequence with this number
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The accuracy of an export, None where it was not measured, and `how` it was measured, or why not, in words."""
+
+    accuracy: Accuracy | None
+    how: str
+
+    def to_plain(self, gate: Gate | None) -> dict[str, Any]:
+        """The entry in the record of an export."""
+        if self.accuracy is None or gate is None:
+            return {"how": self.how}
+        measured = self.accuracy.to_plain()
+        del measured["greedy_prefix"]  # no answers are continued
+        return measured | {"how": self.how, "limits": gate.to_plain()}
+
+
+def judge(job: ExportJob, exported: Path, graph: ir.Model, calibration: Calibration | None, folder: Path) -> Judgement:
+    """Compare the export in the folder `exported` with the float32 `graph` of its checkpoint on held-out requests.
+
+    It runs in the format's runtime. Where that is not installed, the files are read back and their arithmetic is simulated.
+    Raises CompileError if the runtime cannot run it.
+    """
+    runtime, request = job.format.runtime(), job.request
+    if runtime is None:
+        return Judgement(None, "not measured: nothing is quantized")
+    if request.gate is None:
+        return Judgement(None, f"not measured, and not run in {runtime.title}: --no-gate")
+    if calibration is None:
+        return Judgement(None, f"not measured, and not run in {runtime.title}, since that needs requests")
+    job.begin("gate")
+    sequences = [sample.tokens for sample in calibration.holdout]
+    version = runtime.version(request.runtime_python)
+    if version:
+        with runtime.start(exported, max(map(len, sequences)), request.runtime_python) as running:
+            how = f"run in {runtime.title} {version}"
+            return Judgement(
+                _compared(
+                    graph, calibration.holdout, lambda i: torch.from_numpy(running.logits(sequences[i]).copy()), folder, job
+                ),
+                how,
+            )
+    simulated = simulate(job.format.read_back(exported), sequences, folder / "simulated", job.format.simulated_input)
+    how = f"not run in {runtime.title}, which is not installed here; its arithmetic was simulated on the files' weights"
+    return Judgement(_compared(graph, calibration.holdout, simulated, folder, job), how)
+
+
+def simulate(graph: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, on_linear: OnLinear) -> Logits:
+    """Run sequences through a float graph up to its last segment, with inputs of linears as `on_linear` returns them; returns a
+    function that computes the logits of one sequence."""
+    stream = ActivationStream(graph, sequences, folder)
+    last = len(stream.segments) - 1
+    for number in range(last):
+        stream.forward(number, stream.load(number), on_linear=on_linear)
+        stream.drop(number)
+    weights = stream.load(last)
+    return lambda sequence: stream.logits(sequence, weights, on_linear)
+
+
+def _compared(graph: ir.Model, samples: Sequence[Sample], other: Logits, folder: Path, job: ExportJob) -> Accuracy:
+    """The accuracy of the logits `other` over the samples, with the float32 graph run segment by segment."""
+    stream = ActivationStream(graph, [sample.tokens for sample in samples], folder / "gate")
+    comparison = Comparison()
+
+    def compare(number: int, logits: torch.Tensor) -> None:
+        sample = samples[number]
+        comparison.add(logits, other(number), sample.tokens, len(sample.answer))
+
+    for number in range(len(stream.segments)):
+        job.progress("gate")(number, len(stream.segments))
+        stream.forward(number, stream.load(number), on_logits=compare)
+        stream.drop(number)
+    job.progress("gate")(len(stream.segments), len(stream.segments))
+    return comparison.result(len(samples), sum(bool(sample.answer) for sample in samples))

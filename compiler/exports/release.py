@@ -1,0 +1,135 @@
+"""A directory that Transformers loads: tensors under their stored names, config.json, tokenizer, template, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from belle_compile.compiler.checkpoint.formats.gguf_rows import separated_parts
+from belle_compile.compiler.checkpoint.sentencepiece_model import SAMPLES
+from belle_compile.compiler.exports.model import HEAD, ExportedModel, Integers, Module, Order, chunks
+from belle_compile.compiler.exports.shards import StoredTensor
+from belle_compile.runtime.schema import canonical_json
+from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
+
+Plain = dict[str, Any]
+# Keys of config.json that describe how another release was made or stored.
+_DROPPED = frozenset({"_name_or_path", "torch_dtype", "auto_map", "quantization_config", "rope_divisors", "chat_template"})
+
+
+def stored_tensors(model: ExportedModel) -> list[StoredTensor]:
+    """The tensors of a model under their names in Transformers, integers with a `weight_scale` [N, 1] beside them."""
+    stored: list[StoredTensor] = []
+    for module in model.modules:
+        name, order = stored_name(model, module.name), _order(model, module)
+        weight = module.weight
+        if isinstance(weight, Integers):
+            rows = module.shape[0]
+            stored.append(StoredTensor(f"{name}.weight", "int8", module.shape, partial(chunks, weight.integers, order)))
+            stored.append(StoredTensor(f"{name}.weight_scale", "float32", (rows, 1), partial(chunks, weight.scales, order)))
+        else:
+            stored.append(StoredTensor(f"{name}.weight", model.float_dtype, module.shape, partial(chunks, weight, order)))
+        if module.bias is not None:
+            shape = tuple(module.bias.shape.numpy())
+            stored.append(StoredTensor(f"{name}.bias", model.float_dtype, shape, partial(chunks, module.bias, order)))
+    return stored
+
+
+def stored_name(model: ExportedModel, name: str) -> str:
+    """The name of a module in Transformers."""
+    return name if name == HEAD else model.release.prefix + name
+
+
+def _order(model: ExportedModel, module: Module) -> Order | None:
+    """The row of the graph that each row of the file holds; None where they are the same."""
+    if not module.name.endswith(model.release.grouped or ("\0",)):
+        return None
+    heads = model.dimensions.num_heads
+    rows = module.shape[0]
+    order: Order = separated_parts(heads, rows // (3 * heads))(np.arange(rows))
+    return order
+
+
+def write_release(model: ExportedModel, folder: Path, quantization: Plain | None = None) -> None:
+    """Write all files but the weights; `quantization` becomes quantization_config of config.json."""
+    files: dict[str, str] = {
+        "config.json": canonical_json(_config(model) | ({"quantization_config": quantization} if quantization else {})),
+        "generation_config.json": canonical_json(_generation(model)),
+        "tokenizer.json": model.tokenizer_json,
+        "tokenizer_config.json": canonical_json(_tokenizer_config(model)),
+        "chat_template.jinja": model.template.jinja,
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _config(model: ExportedModel) -> Plain:
+    special = model.special
+    ids = {"bos_token_id": special["bos_token_id"], "pad_token_id": special["pad_token_id"]}
+    stated = model.release.config(model.config)
+    kept = {key: value for key, value in stated.items() if key not in _DROPPED}
+    return kept | ids | {
+        "architectures": [model.family.architectures[0]],
+        "model_type": model.family.name,
+        "dtype": model.float_dtype,
+        "tie_word_embeddings": model.tied_head,
+        "eos_token_id": _one_or_all(special["eos_token_ids"]),
+    }  # fmt: skip
+
+
+def _generation(model: ExportedModel) -> Plain:
+    """generation_config.json: greedy where the defaults have temperature 0, as engines and Transformers' `do_sample` false."""
+    special, settings = model.special, dict(model.generation)
+    ids = {"bos_token_id": special["bos_token_id"], "pad_token_id": special["pad_token_id"]}
+    ids["eos_token_id"] = _one_or_all(special["eos_token_ids"])
+    sampling = {"do_sample": settings["temperature"] > 0}
+    if settings["temperature"] <= 0:
+        settings = {key: settings[key] for key in ("max_new_tokens", "repetition_penalty")}
+    return {key: value for key, value in (ids | sampling | settings).items() if value is not None}
+
+
+def _one_or_all(ids: list[int]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def _tokenizer_config(model: ExportedModel) -> Plain:
+    """tokenizer_config.json of the class that takes tokenizer.json as it is."""
+    words = _words(model.tokenizer_json, model.special)
+    return words | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(model.special["add_bos_raw"]),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.dimensions.max_position,
+        "padding_side": "left",
+    }
+
+
+def _words(tokenizer_json: str, special: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by their names in tokenizer_config.json, without those that a checkpoint lacks."""
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    pad = special["pad_token_id"]
+    words = {
+        "bos_token": special["bos_token"],
+        "eos_token": special["eos_token"],
+        "pad_token": "" if pad is None else tokenizer.id_to_token(pad),
+        "unk_token": getattr(tokenizer.model, "unk_token", None),
+    }
+    return {name: word for name, word in words.items() if word}
+
+
+def tokenizer_notes(text: str) -> list[str]:
+    """A note if the ids of a text depend on sentencepiece's rule, which Transformers does not apply either."""
+    if RANKS_KEY not in text:
+        return []
+    ours, plain = load(text), tokenizers.Tokenizer.from_str(text)
+    for sample in SAMPLES:
+        if ours.encode(sample, add_special_tokens=False).ids != plain.encode(sample, add_special_tokens=False).ids:
+            return [
+                f"pieces of the tokenizer share a score: texts such as {sample!r} get other ids from Transformers than here"
+            ]
+    return []

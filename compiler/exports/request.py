@@ -1,0 +1,112 @@
+"""The arguments of an export, and the checks of them that need neither the checkpoint nor the packages that exports need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from belle_compile.compiler.engine_directory import is_engine
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports import base
+from belle_compile.compiler.exports.base import Format
+from belle_compile.compiler.exports.directory import STAGE, output_directory
+from belle_compile.compiler.gate import DEFAULT_GATE, Gate
+from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
+
+AUTO_DTYPE = "auto"
+DTYPES = (AUTO_DTYPE, "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The arguments of an export: `source` is a checkpoint, or an engine whose integers are exported as they are.
+
+    `quantization`, `methods`, `template`, `ignored_config_keys`, `generation`, `calibration`, `raw_requests`, `gate`, `force`
+    and `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
+    format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
+    head that is tied to the embedding stays so, and the residual stream is not rotated. `dtype` is the type of tensors that
+    keep floats. `runtime_python` is the Python interpreter in whose environment the gate looks for the format's runtime (None:
+    this one).
+    """
+
+    source: str | Path
+    output: Path
+    format: str
+    quantization: str = DEFAULT_PRESET
+    methods: tuple[str, ...] | None = None
+    keep_tied: bool = False
+    dtype: str = AUTO_DTYPE
+    template: str | None = None
+    ignored_config_keys: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
+    calibration: Path | None = None
+    raw_requests: bool = False
+    gate: Gate | None = DEFAULT_GATE
+    force: bool = False
+    runtime_python: Path | None = None
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A checked request, with the format and the recipe that its names stand for, and notes on methods that are left out."""
+
+    request: ExportRequest
+    format: Format
+    recipe: Recipe
+    notes: tuple[str, ...]
+    from_engine: bool = False
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        """The callback with which a stage reports (done, total)."""
+        return lambda done, total: self.request.on_progress(stage, done, total)
+
+    def begin(self, stage: str) -> None:
+        self.progress(stage)(0, 0)
+
+
+def resolve(request: ExportRequest) -> ExportJob:
+    """Look up the names in the request, and look whether its files are there; raises CompileError for everything that can be
+    refused before the checkpoint is opened. It imports no package of the extra `build`."""
+    format = base.get(request.format)
+    output_directory(request.output, force=request.force).check_output()
+    check_file(STAGE, request.runtime_python, "a Python interpreter")
+    if is_engine(Path(request.source)):
+        _check_engine_options(request)
+        return ExportJob(request, format, Recipe(), (), from_engine=True)
+    calibrated = request.calibration is not None
+    recipe = recipe_of(request.quantization, request.methods, calibrated=calibrated)
+    notes: list[str] = []
+    if request.methods is None:
+        recipe, notes = base.carried(format, recipe)
+    base.check(format, recipe)
+    check_checkpoint(request.source)
+    check_template(request.template)
+    check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
+    return ExportJob(request, format, recipe.applied(calibrated), tuple(notes))
+
+
+def _check_engine_options(request: ExportRequest) -> None:
+    """Raise CompileError for options that change a model: an engine's is exported as it is."""
+    default = ExportRequest(request.source, request.output, request.format)
+    changing = {
+        "quantization": "--quant",
+        "methods": "--methods",
+        "calibration": "--calibration",
+        "template": "--template",
+        "ignored_config_keys": "--ignore-config-key",
+        "generation": "--generation-defaults",
+    }
+    given = [option for name, option in changing.items() if getattr(request, name) != getattr(default, name)]
+    if given:
+        raise CompileError(
+            STAGE, f"option {', '.join(given)}", found=f"the engine {request.source}, whose integers are exported as they are",
+            expected="a checkpoint", remedy="leave it out, or export the checkpoint that the engine was built from",
+        )  # fmt: skip
+
+
+def with_methods(job: ExportJob, methods: tuple[str, ...], notes: list[str]) -> ExportJob:
+    """The job with other methods, and more notes."""
+    return replace(job, recipe=replace(job.recipe, methods=methods), notes=(*job.notes, *notes))
