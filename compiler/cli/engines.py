@@ -8,7 +8,7 @@ import click
 
 from belle_compile.compiler.cli import options, terminal
 from belle_compile.compiler.cli.progress import Run
-from belle_compile.compiler.cli.rows import device_rows, engine_rows, generation_words, kernel_rows
+from belle_compile.compiler.cli.rows import carrying_rows, device_rows, engine_rows, generation_words, kernel_rows
 from belle_compile.compiler.units import size
 
 
@@ -87,8 +87,9 @@ def verify(engine: Path, run: Run, as_json: bool) -> None:
 
 
 @click.command(short_help="List the devices that engines are built for.")
+@click.option("--backends", "of_backends", is_flag=True, help="List what backends and export formats carry, and nothing else.")
 @options.as_json
-def targets(as_json: bool) -> None:
+def targets(of_backends: bool, as_json: bool) -> None:
     """List the devices that --target names, which of them can be built for, and the backends that do.
 
     \b
@@ -102,9 +103,16 @@ def targets(as_json: bool) -> None:
     Examples:
       belle-compile targets
       belle-compile targets --json
+      belle-compile targets --backends
       belle-compile build /models/BELLE-7B-2M --target cpux4 -o artifacts/belle-7b-cpux4
       belle-compile build /models/BELLE-7B-2M --target server.toml -o artifacts/belle-7b
     """
+    if of_backends:
+        from belle_compile.compiler import carrying
+
+        carried = carrying.listing()
+        terminal.show(carried, carrying_rows(carried), as_json)
+        return
     from belle_compile.compiler.devices import ALIASES
     from belle_compile.compiler.targets import listing
 

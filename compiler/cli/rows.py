@@ -140,6 +140,21 @@ def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -
     return rows + [(alias, f"the same as {name}") for alias, name in aliases.items()]
 
 
+def carrying_rows(listing: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
+    """The rows of `targets --backends`: for each backend and format what it carries, and a row for each reason why not."""
+    rows = []
+    for kind, members in (("backend", listing["backends"]), ("format", listing["formats"])):
+        for member in members:
+            carried = [
+                f"{title} {', '.join(name for name, reason in member[title].items() if not reason) or 'none'}"
+                for title in ("presets", "methods")
+            ]
+            rows.append((f"{kind} {member['name']}", f"{member['runtimes']}: {'; '.join(carried)}"))
+            reasons = [(name, reason) for title in ("presets", "methods") for name, reason in member[title].items() if reason]
+            rows += [(f"  not {name}", reason) for name, reason in reasons]
+    return rows
+
+
 def set_rows(made: dict[str, Any]) -> Rows:
     """The rows of `calibrate-set`, for the result of `compiler.requests.write_set` with the set's path."""
     source, coverage = made["source"], made["coverage"]
