@@ -74,10 +74,14 @@ class Format(ABC):
     tied_only: Mapping[str, str] = {}
 
     @abstractmethod
+    def check_model(self, model: ExportedModel) -> None:
+        """Raise CompileError for a model, not quantized yet, that the format or its runtimes have no place for."""
+
+    @abstractmethod
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Write the files of a model into `folder`; returns the names of files with `weights`,
-        and `notes`. `on_progress` is called with
-        the bytes of weights written so far and in all. Raises CompileError for a model that the format cannot hold."""
+        and `notes`. `on_progress` is called with the bytes of weights written so far and in all. The model is
+        one that `check_model` accepts."""
 
     @abstractmethod
     def stored_bytes(self, model: ExportedModel) -> int:

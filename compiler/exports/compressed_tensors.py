@@ -38,6 +38,9 @@ class CompressedTensors(Format):
     )
     tied_only: Mapping[str, str] = {"bloom": NO_HEAD}
 
+    def check_model(self, model: ExportedModel) -> None:
+        model.release.config(model.config)
+
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         from belle_compile.compiler.exports.release import stored_tensors, tokenizer_notes, write_release
         from belle_compile.compiler.exports.shards import SHARD_BYTES, write_shards

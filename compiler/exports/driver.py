@@ -57,6 +57,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
             request.source, template=request.template, ignored_keys=request.ignored_config_keys, generation=request.generation
         )
         graph = build_graph(checkpoint)
+        job.format.check_model(_model(job, checkpoint, graph))
         plan = _plan(job, checkpoint, graph)
         job = plan.job
         calibration = None

@@ -71,6 +71,7 @@ def open_engine(engine: Path, job: ExportJob) -> EngineSource:
         template=PromptTemplate(template.name, template.jinja),
         generation=to_plain(manifest.generation),
     )
+    job.format.check_model(model)
     return EngineSource(manifest, model)
 
 

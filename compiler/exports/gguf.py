@@ -37,6 +37,11 @@ class Gguf(Format):
         },
     )
 
+    def check_model(self, model: ExportedModel) -> None:
+        from belle_compile.compiler.exports.gguf_file import check_model
+
+        check_model(model)
+
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         from belle_compile.compiler.exports.gguf_file import write_gguf
 

@@ -18,7 +18,7 @@ import torch
 from belle_compile.compiler.checkpoint.formats.gguf_rows import interleaved_halves
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.directory import STAGE
-from belle_compile.compiler.exports.gguf_vocabulary import add_value, add_vocabulary
+from belle_compile.compiler.exports.gguf_vocabulary import add_value, add_vocabulary, vocabulary_of
 from belle_compile.compiler.exports.model import ExportedModel, Integers, Order, chunks
 from belle_compile.compiler.families.gguf import GgufLayout
 
@@ -44,12 +44,23 @@ class PlannedTensor:
         return count // BLOCK * BLOCK_BYTES if self.kind == gguf.GGMLQuantizationType.Q8_0 else 4 * count
 
 
-def write_gguf(model: ExportedModel, file: Path, on_progress: Callable[[int, int], None]) -> list[str]:
-    """Write the file, one tensor in memory at a time; returns notes.
+def check_model(model: ExportedModel) -> None:
+    """Raise CompileError for a model that llama.cpp has no architecture, no rows of whole blocks or no tokenizer for."""
+    layout = _layout(model)
+    layout.write_config(model.config)
+    names = {module: part for part, module in layout.modules.items()}
+    for module in model.modules:
+        if not module.is_norm and module.shape[1] % BLOCK:
+            raise CompileError(
+                STAGE, f"tensor {_stored_name(layout, names, module.name)}.weight", found=f"rows of {module.shape[1]} values",
+                expected=f"a multiple of {BLOCK}, the block of Q8_0", remedy="use another --format",
+            )  # fmt: skip
+    vocabulary_of(model)
 
-    `on_progress` is called with the bytes of tensors written so far and in all. Raises CompileError for a model that llama.cpp
-    has no architecture, no rows of whole blocks or no tokenizer for.
-    """
+
+def write_gguf(model: ExportedModel, file: Path, on_progress: Callable[[int, int], None]) -> list[str]:
+    """Write the file of a model that `check_model` accepts, one tensor in memory at a time; returns notes. `on_progress` is
+    called with the bytes of tensors written so far and in all."""
     layout = _layout(model)
     writer = gguf.GGUFWriter(str(file), layout.architectures[0])
     tensors = planned_tensors(model)
@@ -79,7 +90,7 @@ def write_gguf(model: ExportedModel, file: Path, on_progress: Callable[[int, int
 
 
 def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
-    """The tensors of the file in their order; raises CompileError for a matrix without whole blocks."""
+    """The tensors of the file in their order."""
     layout = _layout(model)
     names = {module: part for part, module in layout.modules.items()}
     planned: list[PlannedTensor] = []
@@ -91,11 +102,6 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
         order = _order(model, layout, stored, module.shape[0])
         weight = module.weight
         if isinstance(weight, Integers):
-            if module.shape[1] % BLOCK:
-                raise CompileError(
-                    STAGE, f"tensor {stored}.weight", found=f"rows of {module.shape[1]} values",
-                    expected=f"a multiple of {BLOCK}, the block of Q8_0", remedy="use another --format",
-                )  # fmt: skip
             data = partial(_blocks, f"{stored}.weight", weight, order)
             planned.append(PlannedTensor(f"{stored}.weight", gguf.GGMLQuantizationType.Q8_0, module.shape, data))
         else:

@@ -55,7 +55,7 @@ _ADDERS: Mapping[type, Any] = {
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
+class Vocabulary:
     """The tokens in the order of their ids, one for each row of the embedding, with their types and, for sentencepiece, their
     scores (else None) or their merges and the rule that splits texts."""
 
@@ -68,13 +68,16 @@ class _Vocabulary:
     pre: str = "default"
 
 
-def add_vocabulary(writer: Any, model: ExportedModel) -> list[str]:
-    """Add all metadata on tokens to a writer; returns a note on each text that llama.cpp would encode otherwise.
-
-    Raises CompileError for a tokenizer that llama.cpp has no rules for."""
+def vocabulary_of(model: ExportedModel) -> Vocabulary:
+    """The vocabulary of a model; raises CompileError for a tokenizer that llama.cpp has no rules for."""
     plain = json.loads(model.tokenizer_json)
     rows = model.dimensions.vocab_size
-    made = _sentencepiece(plain, rows) if _is_sentencepiece(plain) else _byte_level(plain, rows)
+    return _sentencepiece(plain, rows) if _is_sentencepiece(plain) else _byte_level(plain, rows)
+
+
+def add_vocabulary(writer: Any, model: ExportedModel) -> list[str]:
+    """Add all metadata on tokens to a writer; returns a note on a text that llama.cpp would encode otherwise."""
+    plain, made = json.loads(model.tokenizer_json), vocabulary_of(model)
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": made.model,
         "tokenizer.ggml.pre": made.pre,
@@ -106,7 +109,7 @@ def _is_sentencepiece(plain: Mapping[str, Any]) -> bool:
     return bool(plain["model"].get("byte_fallback")) and plain["model"]["type"] == "BPE"
 
 
-def _sentencepiece(plain: Mapping[str, Any], rows: int) -> _Vocabulary:
+def _sentencepiece(plain: Mapping[str, Any], rows: int) -> Vocabulary:
     """Scores that merge in the order of the merges: the better, the earlier the first merge that makes a piece."""
     tokens, types = _tokens(plain, rows)
     vocabulary: Mapping[str, int] = plain["model"]["vocab"]
@@ -120,7 +123,7 @@ def _sentencepiece(plain: Mapping[str, Any], rows: int) -> _Vocabulary:
     scores = [-float(ranks[index]) if index in ranks else worst for index in range(rows)]
     scores = [score if kind == NORMAL else 0.0 for score, kind in zip(scores, types, strict=True)]
     types = [BYTE if kind == NORMAL and _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
-    return _Vocabulary(SENTENCEPIECE, tokens, types, scores=scores, space_prefix=_prepends_space(plain))
+    return Vocabulary(SENTENCEPIECE, tokens, types, scores=scores, space_prefix=_prepends_space(plain))
 
 
 def _is_byte(token: str) -> bool:
@@ -136,7 +139,7 @@ def _prepends_space(plain: Mapping[str, Any]) -> bool:
     )
 
 
-def _byte_level(plain: Mapping[str, Any], rows: int) -> _Vocabulary:
+def _byte_level(plain: Mapping[str, Any], rows: int) -> Vocabulary:
     tokens, types = _tokens(plain, rows)
     steps = tuple(_step(step) for step in _flat(plain.get("pre_tokenizer"), "pretokenizers"))
     if plain["model"]["type"] != "BPE" or steps not in _PRE:
@@ -146,7 +149,7 @@ def _byte_level(plain: Mapping[str, Any], rows: int) -> _Vocabulary:
             remedy="use another --format",
         )  # fmt: skip
     merges = tuple(" ".join(merge) for merge in _pairs(plain))
-    return _Vocabulary(BYTE_LEVEL, tokens, types, merges=merges, pre=_PRE[steps])
+    return Vocabulary(BYTE_LEVEL, tokens, types, merges=merges, pre=_PRE[steps])
 
 
 def _flat(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

@@ -39,7 +39,13 @@ def w8a8_scheme(config: dict[str, Any]) -> tuple[Any, ...]:
     return (
         (config["quant_method"], config["format"], group["targets"], config["ignore"]),
         (weights["num_bits"], weights["type"], weights["strategy"], weights["symmetric"], weights["dynamic"]),
-        (activations["num_bits"], activations["type"], activations["strategy"], activations["symmetric"], activations["dynamic"]),
+        (
+            activations["num_bits"],
+            activations["type"],
+            activations["strategy"],
+            activations["symmetric"],
+            activations["dynamic"],
+        ),
     )
 
 
@@ -51,7 +57,10 @@ def test_a_llama_as_vllm_loads_it(tmp_path: Path) -> None:
     out, record = export(source, "compressed-tensors", calibration=requests(source), gate=None)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is False
-    assert w8a8_scheme(config["quantization_config"]) == (("compressed-tensors", "int-quantized", ["Linear"], ["lm_head"]), *W8A8)
+    assert w8a8_scheme(config["quantization_config"]) == (
+        ("compressed-tensors", "int-quantized", ["Linear"], ["lm_head"]),
+        *W8A8,
+    )
     tensors = load_file(out / "model.safetensors")
     assert "rounding" in record["quantization"]
     linears = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
@@ -101,7 +110,9 @@ def test_bfloat16_stays_and_float16_that_overflows_is_refused(tmp_path: Path) ->
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CompileError, match=r"model\.norm\.weight: found a magnitude of 1,000,000, expected finite float16; give"):
+    with pytest.raises(
+        CompileError, match=r"model\.norm\.weight: found a magnitude of 1,000,000, expected finite float16; give"
+    ):
         export(source, "compressed-tensors", quantization="int8-plain")
 
 

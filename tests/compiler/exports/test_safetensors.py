@@ -41,7 +41,7 @@ def test_smoothing_and_a_tied_head_are_kept(tmp_path: Path) -> None:
     assert record["head"] == "tied to the embedding" and "smoothing" not in record["quantization"]
     assert any("--keep-tied" in note for note in record["notes"])
     with safe_open(out / "model.safetensors", framework="np") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()
 
 
 def test_the_residual_connection_after_the_norm_keeps_its_stream(tmp_path: Path) -> None:

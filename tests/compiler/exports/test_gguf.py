@@ -1,0 +1,172 @@
+"""GGUF: blocks that carry our integers and scales, read by this project's reader and by the gguf package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports.gguf_file import rounded_blocks
+from belle_compile.compiler.gate import Gate
+from tests.compiler.exports.models import bloom, content, export, llama, requests
+from tests.parity.variants import hf_logits, load_hf, random_ids
+
+METHODS = ("smooth", "gptq")  # of both formats, for a BLOOM too
+
+
+def blocks(file: Path) -> dict[str, tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
+    """The integers [N, K] and the scales [N, K / 32] of the Q8_0 tensors of a file, as llama.cpp reads them."""
+    found = {}
+    for tensor in gguf.GGUFReader(str(file)).tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            stored = tensor.data.reshape(len(tensor.data), -1, 34)
+            scales = np.ascontiguousarray(stored[..., :2]).view(np.float16)[..., 0]
+            found[tensor.name] = stored[..., 2:].view(np.int8).reshape(len(stored), -1), scales
+    return found
+
+
+def file_of(folder: Path) -> Path:
+    (file,) = folder.glob("*.gguf")
+    return file
+
+
+def metadata(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(str(file)).fields.items()}
+
+
+@pytest.mark.parametrize("make", [llama, bloom])
+def test_blocks_have_the_integers_and_scales_of_channels(make: Any, tmp_path: Path) -> None:
+    source = make(tmp_path / "model")
+    calibration = requests(source)
+    common = {"calibration": calibration, "gate": None, "methods": METHODS}
+    stored = blocks(file_of(export(source, "gguf", **common)[0]))
+    tensors = load_file(export(source, "compressed-tensors", **common)[0] / "model.safetensors")
+    heads, count = load_hf(source).config.num_attention_heads, 0
+    for name, ours in {"attn_q": "self_attn.q_proj", "ffn_down": "mlp.down_proj", "attn_qkv": "self_attention.query_key_value",
+                       "ffn_up": "mlp.dense_h_to_4h"}.items():  # fmt: skip
+        prefix = next((key.removesuffix(f"1.{ours}.weight") for key in tensors if key.endswith(f"1.{ours}.weight")), None)
+        if prefix is None:
+            continue
+        weight, scale = (tensors[f"{prefix}1.{ours}.{kind}"].numpy() for kind in ("weight", "weight_scale"))
+        if name == "attn_q":  # llama.cpp pairs neighbours: the halves of each head are interleaved
+            weight, scale = (x.reshape(heads, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape) for x in (weight, scale))
+        if name == "attn_qkv":  # all q, all k, all v
+            weight, scale = (x.reshape(heads, 3, -1, x.shape[1]).swapaxes(0, 1).reshape(x.shape) for x in (weight, scale))
+        integers, scales = stored[f"blk.1.{name}.weight"]
+        assert np.array_equal(integers, weight)
+        assert np.array_equal(scales, np.broadcast_to(scale.astype(np.float16), scales.shape))
+        count += 1
+    assert count == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (llama, {}),
+        (llama, {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True}),
+        (llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}),
+        (llama, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+        (bloom, {}),
+        (bloom, {"tie_word_embeddings": False}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("quantization", ["int8", "int8-plain"])
+def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization: str, tmp_path: Path) -> None:
+    """Read back by this project's reader and written as floats, it computes the model but for the rounding to 8 bits."""
+    source = make(tmp_path / "model", **changes)
+    out, record = export(source, "gguf", quantization=quantization)
+    plain = tmp_path / "plain"
+    if "llama3" in str(changes):  # a GGUF has divisors in place of parameters, which config.json cannot express
+        with pytest.raises(CompileError, match=r"rope_divisors .* give the Hugging Face checkpoint"):
+            export(out, "safetensors", quantization="none")
+        assert np.allclose(open_checkpoint(out).config["rope_divisors"][-1], 8.0)
+        return
+    plain, _ = export(out, "safetensors", quantization="none")
+    ids = random_ids(source, 24)
+    expected, got = hf_logits(source, ids), hf_logits(plain, ids)
+    assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
+    untied = quantization == "int8" or not load_hf(source).config.tie_word_embeddings
+    assert record["head"] == ("of its own" if untied else "tied to the embedding")
+
+
+def test_metadata_of_a_llama(tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama")
+    (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5, "eos_token_id": [2, 3]}))
+    out, _ = export(source, "gguf", quantization="int8-plain")
+    values = metadata(file_of(out))
+    assert values["general.architecture"] == "llama" and values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert values["llama.attention.head_count_kv"] == 2 and values["llama.context_length"] == 128
+    assert values["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert values["tokenizer.ggml.model"] == "llama" and len(values["tokenizer.ggml.tokens"]) == 311
+    assert values["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 3, 6] and values["tokenizer.ggml.tokens"][310] == "[PAD310]"
+    ends = [values[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "eot", "padding", "unknown")]
+    assert ends == [1, 2, 3, 3, 0]
+    assert values["tokenizer.ggml.add_bos_token"] is False and "Human" in values["tokenizer.chat_template"]
+    assert values["general.sampling.temp"] == 0.5
+    vectors = [tensor for tensor in gguf.GGUFReader(str(file_of(out))).tensors if len(tensor.shape) == 1]
+    assert {tensor.tensor_type for tensor in vectors} == {gguf.GGMLQuantizationType.F32}
+
+
+@pytest.mark.parametrize("make", [llama, bloom])
+def test_the_tokenizer_comes_back(make: Any, tmp_path: Path) -> None:
+    source = make(tmp_path / "model")
+    out, record = export(source, "gguf", quantization="int8-plain")
+    ours, theirs = (Tokenizer.from_str(open_checkpoint(path).tokenizer_json) for path in (out, source))
+    for text in ("the and ing helo", "  你好 世界, x.\n", "<s> the </s>", "🙂 1234"):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
+    assert not [note for note in record["notes"] if "encode texts" in note]
+
+
+def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
+    source = bloom(tmp_path / "bloom")
+    assert content(export(source, "gguf")[0]) == content(export(source, "gguf")[0])
+
+
+def test_activations_are_rounded_in_blocks() -> None:
+    x = torch.linspace(-1, 1, 64).reshape(1, 64) * torch.tensor([1.0] * 32 + [100.0] * 32)
+    error = (rounded_blocks(x) - x).abs()
+    assert 0 < error[0, :32].max() < 0.005 and 0.1 < error[0, 32:].max() < 0.45
+    assert torch.equal(rounded_blocks(torch.zeros(2, 32)), torch.zeros(2, 32))
+
+
+def test_the_gate_reads_the_file_back(tmp_path: Path) -> None:
+    source = bloom(tmp_path / "bloom")
+    accuracy = export(source, "gguf", calibration=requests(source), gate=Gate(1.2, 0.5))[1]["accuracy"]
+    assert accuracy["how"].startswith("not run in llama.cpp") and 0 < accuracy["kl"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (bloom, {"hidden_size": 72, "n_head": 3}, r"token_embd\.weight: found rows of 72 values, expected a multiple of 32"),
+        (llama, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}},
+         r"key rope_scaling .* found dynamic, expected default, linear or llama3"),
+        (bloom, {"apply_residual_connection_post_layernorm": True},
+         r"key apply_residual_connection_post_layernorm .* found true, expected false"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_has_no_place_for_is_refused(make: Any, changes: Any, message: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "model", **changes)
+    with pytest.raises(CompileError, match=message):
+        export(source, "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_without_rules_in_llama_cpp_is_refused(tmp_path: Path) -> None:
+    source = bloom(tmp_path / "bloom")
+    plain = json.loads((source / "tokenizer.json").read_text())
+    plain["pre_tokenizer"] = {"type": "Whitespace"}
+    (source / "tokenizer.json").write_text(json.dumps(plain))
+    with pytest.raises(CompileError, match=r"BPE of texts that are split by Whitespace, expected a rule that llama\.cpp has"):
+        export(source, "gguf")
