@@ -55,7 +55,18 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
     for command in ([], *([name] for name in cli.cli.commands)):
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0 and "Examples:" in out and f"belle-compile {' '.join(command)}" in out
-    commands = ["build", "calibrate-set", "edit", "inspect", "plan", "repartition", "sensitivity", "targets", "verify"]
+    commands = [
+        "build",
+        "calibrate-set",
+        "edit",
+        "export",
+        "inspect",
+        "plan",
+        "repartition",
+        "sensitivity",
+        "targets",
+        "verify",
+    ]
     assert sorted(cli.cli.commands) == commands
 
 
@@ -73,6 +84,16 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert [device["name"] for device in found["targets"] if device["builds"]] == [name for name in served if served[name]]
     assert served["cpu"][0] == "tvm" and served["h100"][0] == "triton" and served["t4"] == []
     assert found["aliases"] == {"a100": "a100-40g"}
+
+
+def test_targets_lists_what_backends_and_formats_carry(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "targets", "--backends", "--json")[1])
+    assert [member["name"] for member in found["backends"]] == [backend.name for backend in registered()]
+    formats = {member["name"]: member for member in found["formats"]}
+    assert {name for name, reason in formats["gguf"]["presets"].items() if not reason} == {"int8", "int8-plain"}
+    assert {name for name, reason in formats["safetensors"]["methods"].items() if not reason} == {"smooth", "rotate"}
+    text = run(capsys, "targets", "--backends")[1]
+    assert "not rotate-online" in text and "which llama.cpp does not compute" in text
 
 
 def test_inspect_says_what_the_engine_is(capsys: pytest.CaptureFixture[str], engine: Path) -> None:

@@ -61,11 +61,19 @@ def test_an_unquantized_engine_is_its_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "format", "found"),
     [
-        ({"methods": None}, "gguf", r"found the method rotate-online, which llama\.cpp does not compute; export its checkpoint"),
+        (
+            {"methods": None},
+            "gguf",
+            r"found the method rotate-online, which llama\.cpp does not compute; export its checkpoint",
+        ),
         ({"methods": None, "quantization": "int8-accurate"}, "gguf", "found 16-bit activations"),
         ({"methods": None, "quantization": "int4"}, "compressed-tensors", r"found int4 in groups of 128"),
         ({"methods": ("rotate",)}, "safetensors", "found integers, and the format holds floats"),
-        ({"methods": ("rotate",)}, "compressed-tensors", r"found the op RMSNormalization, which the architecture does not have"),
+        (
+            {"methods": ("rotate",)},
+            "compressed-tensors",
+            r"found the op RMSNormalization, which the architecture does not have",
+        ),
     ],
 )
 def test_an_engine_that_a_format_cannot_carry_is_refused(
