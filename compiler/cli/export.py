@@ -22,7 +22,11 @@ _WHAT = options.together(
     options.output("export"),
     options.preset(),
     options.methods,
-    click.option("--keep-tied", is_flag=True, help="Keep a head that is tied to the embedding so; rotations fit in less."),
+    click.option(
+        "--keep-tied/--untie", default=None,
+        help="Keep a head tied to the embedding, which leaves the residual stream as it is, or let the rotation give it a "
+        "table of its own.  [default: the format's]",
+    ),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True,
         help="Type of tensors that keep floats. auto: the format's, or 16 bits as in the checkpoint.",

@@ -30,13 +30,14 @@ class Carries:
 
     `methods` are those of passes.presets whose results can be stored. `weights` and `activation_bits` are those of recipes that
     the format's runtimes compute as the recipe says (None: any, because the format stores no integers). `reasons` say why
-    another method cannot be carried, as a phrase.
+    another method cannot be carried, as a phrase, and `substitutes` which method takes its place in a preset.
     """
 
     methods: frozenset[str]
     weights: WeightScheme | None = None
     activation_bits: int | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    substitutes: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, recipe: Recipe) -> str:
         """The reason, as a phrase, why a recipe cannot be exported; empty if it can. Methods are those that were asked for."""
@@ -61,7 +62,8 @@ class Format(ABC):
 
     With `integers`, linears have INT8 weights with a scale for each output channel; `quantizes_tables` says whether the
     embedding and the head have too. `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
-    has them). `tied_only` maps names of families whose runtimes load no head of its own to the reason.
+    has them). `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
+    residual stream is rotated), and `tied_only` maps names of families whose runtimes load no head of its own to the reason.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Format(ABC):
     integers: bool
     quantizes_tables: bool = False
     default_dtype: str = ""
+    keeps_tied: str = ""
     tied_only: Mapping[str, str] = {}
 
     @abstractmethod
@@ -136,7 +139,8 @@ def check(format: Format, recipe: Recipe) -> None:
 
 
 def carried(format: Format, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """A preset's recipe with only those methods that a format carries, and a note on each that is left out."""
+    """A preset's recipe with only those methods that a format carries, and with those that take the place of others; and a note
+    on each that is left out."""
     notes = [
         f"left out: {format.carries.method_refusal(name)}" for name in recipe.methods if name not in format.carries.methods
     ]
@@ -144,7 +148,9 @@ def carried(format: Format, recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def _carried(format: Format, recipe: Recipe) -> Recipe:
-    return replace(recipe, methods=tuple(name for name in recipe.methods if name in format.carries.methods))
+    substitutes = {format.carries.substitutes.get(name) for name in recipe.methods}
+    kept = {*recipe.methods, *substitutes} & format.carries.methods
+    return replace(recipe, methods=tuple(name for name in METHODS if name in kept))
 
 
 def listing() -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ class CompressedTensors(Format):
             "rotate-online": "which needs a transform of activations that vLLM does not compute reliably",
             "static": "since activations get a scale for each token",
         },
+        substitutes={"rotate-online": "smooth"},  # the inputs of the feed-forward's second linear have outliers otherwise
     )
     tied_only: Mapping[str, str] = {"bloom": NO_HEAD}
 

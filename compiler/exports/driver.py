@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,18 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports import from_engine, judging
 from belle_compile.compiler.exports.directory import STAGE, output_directory, write_record
 from belle_compile.compiler.exports.model import HEAD, ExportedModel, modules_of, release_of
-from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve, with_methods
+from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve
 from belle_compile.compiler.families import build_graph, registry
 from belle_compile.compiler.work_folder import work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import export_passes_of, run_pipeline
-from belle_compile.passes.presets import METHODS, UNQUANTIZED, manifest_words
+from belle_compile.passes.presets import UNQUANTIZED, manifest_words
 from belle_compile.runtime.schema import to_plain
 
 if TYPE_CHECKING:
     from belle_compile.passes.base import Pass
 
-_SMOOTH, _ROTATE = "smooth", "rotate"
+_ROTATE = "rotate"
 _SPARE_BYTES = 32 << 20  # tokenizer, configs, record
 
 
@@ -108,15 +108,11 @@ def _plan(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> _Plan:
         )  # fmt: skip
     if _ROTATE not in job.recipe.methods or not tied:
         return _Plan(job, residual=True)
-    if not (job.request.keep_tied or must_tie):
+    asked = {None: job.format.keeps_tied, True: "--keep-tied asks for it", False: ""}[job.request.keep_tied]
+    if not (reason := must_tie or asked):
         return _Plan(job, residual=True)
-    reason = "--keep-tied asks for it" if job.request.keep_tied else must_tie
     notes = [f"the residual stream is not rotated, because the head stays tied to the embedding: {reason}"]
-    methods = job.recipe.methods
-    if job.request.methods is None and job.request.calibration is not None:
-        methods = tuple(name for name in METHODS if name == _SMOOTH or name in methods)
-        notes.append("outliers are smoothed instead")
-    return _Plan(with_methods(job, methods, notes), residual=False)
+    return _Plan(replace(job, notes=(*job.notes, *notes)), residual=False)
 
 
 def _calibration_data(

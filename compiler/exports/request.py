@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from belle_compile.compiler.engine_directory import is_engine
@@ -26,9 +26,9 @@ class ExportRequest:
     `quantization`, `methods`, `template`, `ignored_config_keys`, `generation`, `calibration`, `raw_requests`, `gate`, `force`
     and `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
     format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
-    head that is tied to the embedding stays so, and the residual stream is not rotated. `dtype` is the type of tensors that
-    keep floats. `runtime_python` is the Python interpreter in whose environment the gate looks for the format's runtime (None:
-    this one).
+    head that is tied to the embedding stays so, and the residual stream is not rotated (None: as the format does by default).
+    `dtype` is the type of tensors that keep floats. `runtime_python` is the Python interpreter in whose environment the gate
+    looks for the format's runtime (None: this one).
     """
 
     source: str | Path
@@ -36,7 +36,7 @@ class ExportRequest:
     format: str
     quantization: str = DEFAULT_PRESET
     methods: tuple[str, ...] | None = None
-    keep_tied: bool = False
+    keep_tied: bool | None = None
     dtype: str = AUTO_DTYPE
     template: str | None = None
     ignored_config_keys: tuple[str, ...] = ()
@@ -105,8 +105,3 @@ def _check_engine_options(request: ExportRequest) -> None:
             STAGE, f"option {', '.join(given)}", found=f"the engine {request.source}, whose integers are exported as they are",
             expected="a checkpoint", remedy="leave it out, or export the checkpoint that the engine was built from",
         )  # fmt: skip
-
-
-def with_methods(job: ExportJob, methods: tuple[str, ...], notes: list[str]) -> ExportJob:
-    """The job with other methods, and more notes."""
-    return replace(job, recipe=replace(job.recipe, methods=methods), notes=(*job.notes, *notes))

@@ -96,8 +96,22 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     ids = random_ids(source, 24)
     expected, got = hf_logits(source, ids), hf_logits(plain, ids)
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
-    untied = quantization == "int8" or not load_hf(source).config.tie_word_embeddings
-    assert record["head"] == ("of its own" if untied else "tied to the embedding")
+    tied = load_hf(source).config.tie_word_embeddings
+    assert record["head"] == ("tied to the embedding" if tied else "of its own")
+
+
+@pytest.mark.parametrize("make", [llama, bloom])
+def test_a_tied_head_is_untied_on_request(make: Any, tmp_path: Path) -> None:
+    source = make(tmp_path / "model", tie_word_embeddings=True)
+    tied, record = export(source, "gguf")
+    assert "token_embd.weight" in blocks(file_of(tied)) and "output.weight" not in blocks(file_of(tied))
+    assert any("stays tied" in note for note in record["notes"]) and record["quantization"]["rotations"].startswith("values")
+    untied, record = export(source, "gguf", keep_tied=False)
+    assert "output.weight" in blocks(file_of(untied)) and record["quantization"]["rotations"].startswith("residual stream")
+    plain, _ = export(untied, "safetensors", quantization="none")
+    ids = random_ids(source, 24)
+    expected, got = hf_logits(source, ids), hf_logits(plain, ids)
+    assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
 
 
 def test_metadata_of_a_llama(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Exports in the runtimes that they are for, beside each runtime's own quantizer: teacher-forced against float32.
+
+    python -m benchmarks.exports --vllm PYTHON --llama PYTHON [--model smollm2-135m] [--only NAME ...]
+
+PYTHON are interpreters of environments of their own, in which vLLM's CPU build and llama-cpp-python are installed (see
+benchmarks/peers/README.md). Exports are made once, under build/exports, and measured on text that no calibration saw. vLLM's
+own quantizer is round-to-nearest W8A8 in the same format, llama.cpp's is its Q8_0. Results of earlier runs stay in exports.json
+unless they are measured again. The machine may be busy: nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM
+
+from belle_compile.compiler.accuracy import Comparison
+from belle_compile.compiler.exports import driver
+from belle_compile.compiler.exports.request import ExportRequest
+from belle_compile.compiler.exports.runtimes import LLAMA_CPP, VLLM, ForeignRuntime, RunningRuntime
+from benchmarks import machine
+from benchmarks.fetch_smollm2 import fetch
+from benchmarks.peers.convert import FILE_TYPES, QUANTIZE
+from benchmarks.text import windows
+
+RESULTS = Path(__file__).parent / "results" / "exports.json"
+FOLDER = Path("build/exports")
+TRAINED_BLOOM = Path("tests/fixtures/tiny-bloom-trained")
+WINDOW, CALIBRATED, HELD_OUT = 160, 24, 12  # tokens of a held-out window, windows to calibrate with and held out
+CALIBRATION_WINDOW = 256
+PROMPT = {"smollm2-135m": "The capital of France is", "tiny-bloom-trained": "The class has"}
+CONTINUED = 12  # tokens of a greedy answer that is shown
+
+
+@dataclass(frozen=True)
+class Row:
+    """An export (`options` of ExportRequest; None: by the runtime's own quantizer), and the runtime that runs it."""
+
+    name: str
+    runtime: ForeignRuntime
+    format: str
+    options: dict[str, Any] | None
+
+
+ROWS = (
+    Row("vllm-nearest", VLLM, "compressed-tensors", {"quantization": "int8-plain"}),
+    Row("vllm", VLLM, "compressed-tensors", {"calibrated": True}),
+    Row("vllm-tied", VLLM, "compressed-tensors", {"calibrated": True, "keep_tied": True}),
+    Row("llama.cpp-own", LLAMA_CPP, "gguf", None),
+    Row("llama.cpp", LLAMA_CPP, "gguf", {"calibrated": True}),
+    Row("llama.cpp-untied", LLAMA_CPP, "gguf", {"calibrated": True, "keep_tied": False}),
+)
+
+
+class Source:
+    """A float32 checkpoint in Transformers' format, made of what the model is released as, and text in its tokens."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = FOLDER / name / "float"
+        if not self.path.exists():
+            released = TRAINED_BLOOM if name == TRAINED_BLOOM.name else fetch(Path("build/smollm2"))
+            driver.export(ExportRequest(released, self.path, "safetensors", quantization="none"))
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        self.calibration, self.held_out = self._texts()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def requests(self) -> Path:
+        """The file of requests to calibrate with."""
+        file = FOLDER / self.name / "requests.jsonl"
+        file.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in self.calibration), encoding="utf-8")
+        return file
+
+    def reference(self) -> list[npt.NDArray[np.float32]]:
+        """The logits of Transformers in float32 on each held-out window."""
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return [model(torch.tensor([ids])).logits[0].numpy() for ids in self.held_out]
+
+    def _texts(self) -> tuple[list[list[int]], list[list[int]]]:
+        calibration, held_out = windows(self.encode, CALIBRATED, HELD_OUT)
+        if self.name == TRAINED_BLOOM.name:  # it was trained on that text, and has its own that it was not
+            ids = [self.encode((TRAINED_BLOOM / f"heldout-{language}.txt").read_text("utf-8")) for language in ("en", "zh")]
+            held_out = [part[i * WINDOW :] for part in ids for i in range(min(HELD_OUT // 2, len(part) // WINDOW))]
+        return [ids[:CALIBRATION_WINDOW] for ids in calibration], [ids[:WINDOW] for ids in held_out]
+
+
+def made(row: Row, source: Source, llama: Path) -> Path:
+    """The export of a row, made where it is missing."""
+    out = FOLDER / source.name / row.name
+    if out.exists():
+        return out
+    if row.options is None:
+        return _own_q8_0(source, out, llama)
+    options = {key: value for key, value in row.options.items() if key != "calibrated"}
+    if "calibrated" in row.options:
+        options |= {"calibration": source.requests(), "gate": None}
+    driver.export(ExportRequest(source.path, out, row.format, **options))
+    return out
+
+
+def _own_q8_0(source: Source, out: Path, llama: Path) -> Path:
+    """llama.cpp's Q8_0 of the float32 model."""
+    script, full = Path(__file__).parent / "peers" / "gguf_from_hf.py", out.parent / "float32.gguf"
+    subprocess.run([sys.executable, str(script), str(source.path), str(full)], check=True, capture_output=True)
+    out.mkdir()
+    command = [str(llama), "-c", QUANTIZE, str(full), str(out / "model.gguf"), str(FILE_TYPES["q8_0"]), "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    full.unlink()
+    return out
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+
+
+def compared(source: Source, reference: Sequence[npt.NDArray[np.float32]], running: RunningRuntime) -> dict[str, Any]:
+    """The means over all held-out windows, and a greedy answer as text."""
+    comparison = Comparison()
+    for ids, expected in zip(source.held_out, reference, strict=True):
+        logits = torch.from_numpy(running.logits(ids).copy())
+        comparison.add(torch.from_numpy(expected), logits, ids)
+    prompt = source.encode(PROMPT[source.name])
+    ids = list(prompt)
+    for _ in range(CONTINUED):
+        ids.append(int(running.logits(ids)[-1].argmax()))
+    return comparison.means() | {"answer": source.tokenizer.decode(ids[len(prompt) :])}
+
+
+def measure(row: Row, source: Source, reference: Callable[[], Sequence[Any]], pythons: dict[str, Path]) -> dict[str, Any]:
+    """One result: the model, the runtime, how it was quantized, its size and its accuracy."""
+    python = pythons[row.runtime.title]
+    folder = made(row, source, python)
+    with row.runtime.start(folder, WINDOW + CONTINUED, python) as running:
+        means = compared(source, reference(), running)
+    record = folder / "export.json"
+    quantization = json.loads(record.read_text())["quantization"] if record.exists() else {"by": "llama.cpp"}
+    return {
+        "model": source.name,
+        "row": row.name,
+        "runtime": f"{row.runtime.title} {row.runtime.version(python)}",
+        "quantization": quantization,
+        "weight_bytes": weight_bytes(folder),
+        **means,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--llama", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--model", action="append", choices=list(PROMPT))
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
+    arguments = parser.parse_args()
+    pythons = {VLLM.title: arguments.vllm, LLAMA_CPP.title: arguments.llama}
+    known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
+    results = {(result["model"], result["row"]): result for result in known}
+    for name in arguments.model or list(PROMPT):
+        source = Source(name)
+        logits: list[Any] = []
+
+        def reference(source: Source = source, logits: list[Any] = logits) -> Sequence[Any]:
+            logits[:] = logits or source.reference()
+            return logits
+
+        for row in (row for row in ROWS if row.name in arguments.only):
+            result = measure(row, source, reference, pythons)
+            results[name, row.name] = result
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+            text = f"{HELD_OUT} windows of {WINDOW} tokens that no calibration saw"
+            report = {"text": text, "results": list(results.values()), "machine": machine.describe()}
+            RESULTS.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
