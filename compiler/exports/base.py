@@ -62,7 +62,8 @@ class Format(ABC):
 
     With `integers`, linears have INT8 weights with a scale for each output channel; `quantizes_tables` says whether the
     embedding and the head have too. `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
-    has them). `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
+    has them). `activations` are the record's words on how runtimes round activations (empty: as the recipe says).
+    `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
     residual stream is rotated), and `tied_only` maps names of families whose runtimes load no head of its own to the reason.
     """
 
@@ -74,6 +75,7 @@ class Format(ABC):
     quantizes_tables: bool = False
     default_dtype: str = ""
     keeps_tied: str = ""
+    activations: str = ""
     tied_only: Mapping[str, str] = {}
 
     @abstractmethod

@@ -182,7 +182,8 @@ def _export_engine(job: ExportJob) -> dict[str, Any]:
         except OSError as error:
             raise directory.explain(error) from error
         digests = {name: file.sha256 for name, file in manifest.files.items()}
-        record = _record(job, model, digests, dict(manifest.quantization), to_plain(manifest.passes))
+        own = {"activations": job.format.activations} if job.format.activations else {}
+        record = _record(job, model, digests, dict(manifest.quantization) | own, to_plain(manifest.passes))
         record |= {
             "notes": [*job.notes, *facts["notes"]],
             "weights": facts["weights"],
@@ -208,6 +209,7 @@ def _rotated(plan: _Plan) -> str:
 def _words(job: ExportJob, *, calibrated: bool, rotated: str) -> dict[str, Any]:
     """The entries on weights, activations and methods."""
     words = manifest_words(job.recipe if job.format.integers else UNQUANTIZED, calibrated)
+    words |= {"activations": job.format.activations} if job.format.activations else {}
     return words | ({"rotations": f"{rotated}, folded into the weights"} if rotated else {})
 
 
