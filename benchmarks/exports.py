@@ -59,6 +59,7 @@ ROWS = (
     Row("vllm-tied", VLLM, "compressed-tensors", {"calibrated": True, "keep_tied": True}),
     Row("llama.cpp-own", LLAMA_CPP, "gguf", None),
     Row("llama.cpp", LLAMA_CPP, "gguf", {"calibrated": True}),
+    Row("llama.cpp-blocks", LLAMA_CPP, "gguf", {"calibrated": True, "block_scales": True}),
     Row("llama.cpp-untied", LLAMA_CPP, "gguf", {"calibrated": True, "keep_tied": False}),
 )
 

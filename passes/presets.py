@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.passes.quantization.scheme import FLOAT32, INT4, INT8, WeightScheme
+from belle_compile.passes.quantization.scheme import FLOAT32, INT4, INT8, INT8_BLOCKS, WeightScheme
 
 __all__ = [
     "DEFAULT_PRESET",
     "INT8",
+    "INT8_BLOCKS",
     "METHODS",
     "PRESETS",
     "UNQUANTIZED",

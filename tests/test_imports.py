@@ -70,7 +70,17 @@ def test_passes_import_only_the_ir_and_the_errors() -> None:
     )
 
 
-_DRIVERS = ("driver", "engine_graph", "exports/driver", "layers", "plan/work", "repartition", "stages", "work_folder")
+_DRIVERS = (
+    "driver",
+    "engine_graph",
+    "exports/driver",
+    "exports/model",
+    "layers",
+    "plan/work",
+    "repartition",
+    "stages",
+    "work_folder",
+)
 
 
 def test_only_the_driver_imports_passes() -> None:

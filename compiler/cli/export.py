@@ -28,6 +28,11 @@ _WHAT = options.together(
         "table of its own.  [default: the format's]",
     ),
     click.option(
+        "--block-scales", is_flag=True,
+        help="With gguf: a scale for each block of 32 weights, as in llama.cpp's own Q8_0. Nearer to the model than the "
+        "integers and channel scales of engines, at the same size.",
+    ),
+    click.option(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True,
         help="Type of tensors that keep floats. auto: the format's, or 16 bits as in the checkpoint.",
     ),

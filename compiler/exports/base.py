@@ -61,7 +61,8 @@ class Format(ABC):
     """A kind of checkpoint of other runtimes. `summary` is for the command line's help, and `runtimes` names who loads it.
 
     With `integers`, linears have INT8 weights with a scale for each output channel; `quantizes_tables` says whether the
-    embedding and the head have too. `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
+    embedding and the head have too, and `has_blocks`, whether weights may have a scale for each block of inputs instead.
+    `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
     has them). `activations` are the record's words on how runtimes round activations (empty: as the recipe says).
     `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
     residual stream is rotated), and `tied_only` maps names of families whose runtimes load no head of its own to the reason.
@@ -73,6 +74,7 @@ class Format(ABC):
     carries: Carries
     integers: bool
     quantizes_tables: bool = False
+    has_blocks: bool = False
     default_dtype: str = ""
     keeps_tied: str = ""
     activations: str = ""

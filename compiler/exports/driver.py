@@ -133,7 +133,7 @@ def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -
         data,
         keep=() if format.quantizes_tables else (HEAD,),
         norm=release_of(family).norm if plan.residual else "",
-        integers=format.integers,
+        integers=format.integers and not plan.job.request.block_scales,
         tables=format.quantizes_tables,
     )
 

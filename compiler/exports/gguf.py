@@ -26,6 +26,7 @@ class Gguf(Format):
     runtimes = "llama.cpp"
     integers = True
     quantizes_tables = True
+    has_blocks = True
     default_dtype = "float32"
     activations = "int8, one scale for 32 channels of a token, found while running"
     keeps_tied = "llama.cpp rounds activations in blocks of 32, where the rotation is worth less than a second table costs"

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from belle_compile.compiler.checkpoint.formats.gguf_rows import interleaved_halves
@@ -103,9 +104,10 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
         weight = module.weight
         if isinstance(weight, Integers):
             data = partial(_blocks, f"{stored}.weight", weight, order)
-            planned.append(PlannedTensor(f"{stored}.weight", gguf.GGMLQuantizationType.Q8_0, module.shape, data))
         else:
-            planned.append(_floats(f"{stored}.weight", module.shape, partial(chunks, weight, order)))
+            data = partial(_nearest_blocks if not module.is_norm else chunks, weight, order)
+        kind = gguf.GGMLQuantizationType.F32 if module.is_norm else gguf.GGMLQuantizationType.Q8_0
+        planned.append(PlannedTensor(f"{stored}.weight", kind, module.shape, data))
         if module.bias is not None:
             shape = tuple(module.bias.shape.numpy())
             planned.append(_floats(f"{stored}.bias", shape, partial(chunks, module.bias, order)))
@@ -122,6 +124,13 @@ def rounded_blocks(x: torch.Tensor) -> torch.Tensor:
 
 def _floats(name: str, shape: tuple[int, ...], data: Callable[[], Iterator[Array]]) -> PlannedTensor:
     return PlannedTensor(name, gguf.GGMLQuantizationType.F32, shape, data)
+
+
+def _nearest_blocks(weight: ir.TensorProtocol, order: Order | None) -> Iterator[Array]:
+    """Rows of Q8_0 blocks with the integers nearest to the floats of a matrix, as llama.cpp rounds them."""
+    for part in chunks(weight, order):
+        packed: Array = gguf.quants.quantize(np.ascontiguousarray(part, np.float32), gguf.GGMLQuantizationType.Q8_0)
+        yield packed
 
 
 def _layout(model: ExportedModel) -> GgufLayout:
@@ -167,7 +176,7 @@ def _blocks(name: str, weight: Integers, order: Order | None) -> Iterator[Array]
         rows = rows if order is None else order[rows]
         blocks = integers[rows].reshape(len(rows), -1, BLOCK)
         packed = np.empty((*blocks.shape[:2], BLOCK_BYTES), np.uint8)
-        packed[..., :2] = scales[rows].astype(np.float16).view(np.uint8).reshape(-1, 1, 2)
+        packed[..., :2] = scales[rows].astype(np.float16).reshape(len(rows), -1, 1).view(np.uint8)
         packed[..., 2:] = blocks.view(np.uint8)
         yield packed.reshape(len(rows), -1)
 

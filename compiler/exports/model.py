@@ -19,6 +19,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.lazy import has_rows, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
+from belle_compile.passes.quantization.weights import rounded_weight
 
 Array = npt.NDArray[Any]
 Order = npt.NDArray[np.intp]
@@ -32,7 +33,7 @@ _PLAIN = frozenset({"Gather", "Split", "Add", "Gelu", "SwiGLU", "RotaryTable", "
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight as int8 `integers` [N, K] and float32 `scales` [N]."""
+    """A weight as int8 `integers` [N, K] and `scales`: float32 [N], or float16 [N, G] for groups of inputs."""
 
     integers: ir.TensorProtocol
     scales: ir.TensorProtocol
@@ -124,7 +125,7 @@ def modules_of(graph: ir.Graph, release: Release) -> tuple[tuple[Module, ...], b
         name = str(node.name)
         if name == HEAD and bias is not None:
             raise _other_architecture(node)
-        tensors = [_tensor(value) for value in values]
+        tensors = rounded_weight(values[0]) or [_tensor(value) for value in values]
         weight = Integers(*tensors) if len(tensors) > 1 else tensors[0]
         modules[name] = Module(name, node.op_type, weight, None if bias is None else _tensor(bias))
         weights[name] = values[0]

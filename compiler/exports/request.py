@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from belle_compile.compiler.engine_directory import is_engine
@@ -13,7 +13,7 @@ from belle_compile.compiler.exports.base import Format
 from belle_compile.compiler.exports.directory import STAGE, output_directory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.places import check_checkpoint, check_file, check_template
-from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
+from belle_compile.passes.presets import DEFAULT_PRESET, INT8_BLOCKS, Recipe, recipe_of
 
 AUTO_DTYPE = "auto"
 DTYPES = (AUTO_DTYPE, "float32", "float16", "bfloat16")
@@ -27,6 +27,7 @@ class ExportRequest:
     and `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
     format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
     head that is tied to the embedding stays so, and the residual stream is not rotated (None: as the format does by default).
+    With `block_scales`, weights get a scale for each block of inputs of the format, in place of one for each output channel.
     `dtype` is the type of tensors that keep floats. `runtime_python` is the Python interpreter in whose environment the gate
     looks for the format's runtime (None: this one).
     """
@@ -37,6 +38,7 @@ class ExportRequest:
     quantization: str = DEFAULT_PRESET
     methods: tuple[str, ...] | None = None
     keep_tied: bool | None = None
+    block_scales: bool = False
     dtype: str = AUTO_DTYPE
     template: str | None = None
     ignored_config_keys: tuple[str, ...] = ()
@@ -82,10 +84,21 @@ def resolve(request: ExportRequest) -> ExportJob:
     if request.methods is None:
         recipe, notes = base.carried(format, recipe)
     base.check(format, recipe)
+    if request.block_scales:
+        _check_blocks(format)
+        recipe = replace(recipe, weights=INT8_BLOCKS)
     check_checkpoint(request.source)
     check_template(request.template)
     check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return ExportJob(request, format, recipe.applied(calibrated), tuple(notes))
+
+
+def _check_blocks(format: Format) -> None:
+    """Raise CompileError for a format whose weights have no blocks."""
+    if not format.has_blocks:
+        names = " or ".join(other.name for other in base.registered() if other.has_blocks)
+        found = "one scale for each output channel" if format.integers else "floats"
+        raise CompileError(STAGE, f"scales of blocks in the format {format.name}", found=found, expected=f"--format {names}")
 
 
 def _check_engine_options(request: ExportRequest) -> None:
@@ -94,6 +107,7 @@ def _check_engine_options(request: ExportRequest) -> None:
     changing = {
         "quantization": "--quant",
         "methods": "--methods",
+        "block_scales": "--block-scales",
         "calibration": "--calibration",
         "template": "--template",
         "ignored_config_keys": "--ignore-config-key",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,14 +46,21 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 @torch.inference_mode()
 def round_weight(
-    weight: Tensor, hessian: Tensor, damping: float, clips: tuple[float, ...] = CLIPS, *, group: int | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    damping: float,
+    clips: tuple[float, ...] = CLIPS,
+    *,
+    group: int | None = None,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Round a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
-    Returns int8 integers [N, K] and float32 scales [N]; with `group`, integers within INT4's range and float16 scales [N, G],
-    one for every `group` inputs. Inputs are rounded in descending order of their second moment. The error of each is subtracted
-    from the weights of later ones, as far as these can compensate for it, before they are rounded. Scales are chosen before the
-    first rounding: groups are neighbours in the order in which inputs lie, not in the order in which they are rounded.
+    Returns int8 integers [N, K] and float32 scales [N]; with `group`, integers of `bits` bits, 4 or 8, and float16 scales
+    [N, G], one for every `group` inputs. Inputs are rounded in descending order of their second moment. The error of each is
+    subtracted from the weights of later ones, as far as these can compensate for it, before they are rounded. Scales are chosen
+    before the first rounding: groups are neighbours in the order in which inputs lie, not in the order in which they are
+    rounded.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
@@ -64,8 +72,10 @@ def round_weight(
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         part = weight[rows]
-        scales[rows] = groups.group_scales(part, importance, group) if group else scales_of(part, importance, clips)[:, None]
-        steps, to_integers = scales[rows].T.contiguous(), groups.nearest if group else _integers
+        scales[rows] = (
+            groups.group_scales(part, importance, group, bits) if group else scales_of(part, importance, clips)[:, None]
+        )
+        steps, to_integers = scales[rows].T.contiguous(), partial(groups.nearest, bits=bits) if group else _integers
         integers[rows, order] = _round_rows(part[:, order].T.contiguous(), factor, steps, group_of, to_integers).T
     return integers, scales.half() if group else scales[:, 0]
 

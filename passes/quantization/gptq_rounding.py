@@ -24,7 +24,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
 from belle_compile.passes.quantization.groups import in_groups
-from belle_compile.passes.quantization.scheme import INT4, INT8, WeightScheme
+from belle_compile.passes.quantization.scheme import INT4, INT8, INT8_BLOCKS, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, check_groups, product
 
 _SUFFIX = "rounded"
@@ -37,10 +37,11 @@ class GptqRounding(Pass):
     The calibration sequences run through the model segment by segment, with the weights of earlier segments rounded. The second
     moments of a linear's inputs say which errors matter, and later weights of a row compensate for earlier ones (GPTQ).
     QuantizeLinears keeps these integers; where `weights` are INT4 in groups, QuantizeGroups keeps those of all linears but the
-    head. Linears whose names match a glob pattern of `keep` keep their float32 weights; the others are rounded as if these were
-    rounded too. Results of finished segments are stored in the data's folder, so that the next run, with another `keep` too,
-    continues where a killed one stopped. Refuses a weight with another reader (a tied head), which QuantizeLinears rounds to
-    nearest. Needs a graph of float32 ops.
+    head. INT8 in groups is for exports, which find the integers in the meta of the weights. Linears whose names match a glob
+    pattern of `keep` keep their float32 weights; the others are rounded as if these were rounded too. Results of finished
+    segments are stored in the data's folder, so that the next run, with another `keep` too, continues where a killed one
+    stopped. Refuses a weight with another reader (a tied head), which QuantizeLinears rounds to nearest. Needs a graph of
+    float32 ops.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -50,7 +51,7 @@ class GptqRounding(Pass):
     weights: WeightScheme = INT8
 
     def __post_init__(self) -> None:
-        if self.weights != INT8 and not self.weights.is_grouped_int4:
+        if self.weights not in (INT8, INT8_BLOCKS) and not self.weights.is_grouped_int4:
             expected = f"{INT8} or {INT4}"
             raise CompileError("quantize", "option weights of GPTQ", found=str(self.weights), expected=expected)
 
@@ -107,7 +108,9 @@ class GptqRounding(Pass):
                 _check(weights[weight], node)
                 if group:
                     check_groups(weights[weight], f"the weight of {node.name}")
-            integers, scales = round_weight(weights[weight], moments[node.inputs[0]], self.damping, group=group)
+            integers, scales = round_weight(
+                weights[weight], moments[node.inputs[0]], self.damping, group=group, bits=self.weights.bits
+            )
             save_file({"integers": integers.cpu(), "scales": scales.cpu()}, files[node])
             weights[weight] = product(integers, scales, group)
         if number + 1 < len(stream.segments):

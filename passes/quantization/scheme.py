@@ -42,9 +42,11 @@ class WeightScheme:
         zeros = " with zero points" if self.zero_points else ""
         if self.group is None:
             return f"int{self.bits} per output channel{zeros}"
-        return f"int{self.bits} in groups of {self.group} inputs{zeros}, int8 embedding and head"
+        tables = ", int8 embedding and head" if self.bits < INT8.bits else ""
+        return f"int{self.bits} in groups of {self.group} inputs{zeros}{tables}"
 
 
 FLOAT32 = WeightScheme(32)
 INT8 = WeightScheme(8)
+INT8_BLOCKS = WeightScheme(8, 32)  # llama.cpp's Q8_0
 INT4 = WeightScheme(4, GROUP)

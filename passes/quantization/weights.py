@@ -58,6 +58,20 @@ def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Va
     return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]
 
 
+def rounded_weight(weight: ir.Value) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
+    """The int8 integers [N, K] that a pass has chosen for a float32 weight, and their scales: float32 [N], or float16 [N, G] of
+    groups. None for a weight that no pass has rounded."""
+    source, grouped = weight.const_value, GROUPED in weight.meta
+    both = weight.meta.get(GROUPED) or weight.meta.get(INTEGERS)
+    if both is None or source is None:
+        return None
+    shape = tuple(source.shape.numpy())
+    scales_shape, dtype = (tuple(both[1].shape), ir.DataType.FLOAT16) if grouped else (shape[:1], ir.DataType.FLOAT)
+    integers = lazy(f"{weight.name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source])
+    scales = lazy(f"{weight.name}.scales", lambda: both[1], scales_shape, dtype, step="scales", sources=[source])
+    return integers, scales
+
+
 def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Quantize a tensor as `quantize_rows` does; where rows can be read alone, it is not in memory as a whole in float32."""
     if not has_rows(weight):

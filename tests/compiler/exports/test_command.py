@@ -57,6 +57,10 @@ def test_an_export_ends_with_a_headline_and_force_replaces_it(
         (("--quant", "int8-accurate"), "found 16-bit activations, and the format's runtimes compute with 8 bits; use --quant"),
         (("--quant", "none"), "found float32 weights, and the format holds int8 per output channel; use --quant int8 or"),
         (("--methods", "rotate-online"), "found the method rotate-online, which llama.cpp does not compute; use --methods"),
+        (
+            ("--format", "safetensors", "--block-scales"),
+            "scales of blocks in the format safetensors: found floats, expected --f",
+        ),
         (("--methods", "gptq"), "method gptq: found no requests to calibrate with; give some with --calibration"),
         (("--calibration", "nowhere.jsonl"), "calibration: path nowhere.jsonl: found nothing there"),
         (("--runtime-python", "nowhere/python"), "export: path nowhere/python: found nothing there"),

@@ -114,6 +114,27 @@ def test_a_tied_head_is_untied_on_request(make: Any, tmp_path: Path) -> None:
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
 
 
+def test_scales_of_blocks_are_nearer_than_those_of_channels(tmp_path: Path) -> None:
+    """Beside llama.cpp's own rounding, of the gguf package: without requests the bytes are the same."""
+    source = bloom(tmp_path / "bloom")
+    plain, record = export(source, "gguf", block_scales=True, methods=())
+    assert record["quantization"]["weights"] == "int8 in groups of 32 inputs"
+    weights, stored = load_hf(source).state_dict(), gguf.GGUFReader(str(file_of(plain))).tensors
+    found = {tensor.name: tensor.data for tensor in stored}
+    for name, module in {"token_embd": "word_embeddings", "blk.1.ffn_down": "h.1.mlp.dense_4h_to_h"}.items():
+        own = gguf.quants.quantize(weights[f"transformer.{module}.weight"].numpy(), gguf.GGMLQuantizationType.Q8_0)
+        assert np.array_equal(found[f"{name}.weight"], own)
+    ids, errors = random_ids(source, 48), []
+    expected = hf_logits(source, ids)
+    calibration = requests(source, 32)
+    for options in ({"block_scales": True}, {"block_scales": False}):
+        out, _ = export(source, "gguf", calibration=calibration, gate=None, keep_tied=False, methods=("gptq",), **options)
+        (scales,) = {blocks(file_of(out))["blk.1.ffn_down.weight"][1].shape}
+        assert scales == (64, 8)
+        errors.append(np.square(hf_logits(export(out, "safetensors", quantization="none")[0], ids) - expected).mean())
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_metadata_of_a_llama(tmp_path: Path) -> None:
     source = llama(tmp_path / "llama")
     (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5, "eos_token_id": [2, 3]}))
