@@ -17,12 +17,10 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that logits can be taken where they are computed
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of the function that apply_model is given, in this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_USE_TRITON_SAMPLER", "0")
     from vllm import LLM, SamplingParams
 
-    dtype = os.environ.get("BELLE_VLLM_DTYPE", "auto")
     llm = LLM(
-        model=str(model), dtype=dtype, enforce_eager=True, enable_prefix_caching=False, max_num_seqs=1, seed=0,
+        model=str(model), enforce_eager=True, enable_prefix_caching=False, max_num_seqs=1, seed=0,
         max_model_len=longest + 1, max_num_batched_tokens=max(longest + 1, 2048), disable_log_stats=True,
     )  # fmt: skip
     captured: list[Any] = []
