@@ -53,14 +53,15 @@ class Row:
     options: dict[str, Any] | None
 
 
+# A head that is tied to the embedding stays so in all but those that are called untied, which are larger therefore.
 ROWS = (
     Row("vllm-nearest", VLLM, "compressed-tensors", {"quantization": "int8-plain"}),
-    Row("vllm", VLLM, "compressed-tensors", {"calibrated": True}),
-    Row("vllm-tied", VLLM, "compressed-tensors", {"calibrated": True, "keep_tied": True}),
+    Row("vllm", VLLM, "compressed-tensors", {"calibrated": True, "keep_tied": True, "methods": ("smooth", "rotate")}),
+    Row("vllm-untied", VLLM, "compressed-tensors", {"calibrated": True, "methods": ("rotate", "gptq")}),
     Row("llama.cpp-own", LLAMA_CPP, "gguf", None),
-    Row("llama.cpp", LLAMA_CPP, "gguf", {"calibrated": True}),
-    Row("llama.cpp-blocks", LLAMA_CPP, "gguf", {"calibrated": True, "block_scales": True}),
-    Row("llama.cpp-untied", LLAMA_CPP, "gguf", {"calibrated": True, "keep_tied": False}),
+    Row("llama.cpp", LLAMA_CPP, "gguf", {"calibrated": True, "methods": ("rotate", "gptq")}),
+    Row("llama.cpp-blocks", LLAMA_CPP, "gguf", {"calibrated": True, "block_scales": True, "methods": ("rotate", "gptq")}),
+    Row("llama.cpp-untied", LLAMA_CPP, "gguf", {"keep_tied": False, "block_scales": True, "methods": ("rotate",)}),
 )
 
 

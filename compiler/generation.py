@@ -104,6 +104,17 @@ def generation_defaults(
     return replace(GREEDY, **greedy), notes
 
 
+def generation_config(defaults: GenerationDefaults) -> dict[str, Any]:
+    """The settings of a generation_config.json that state these defaults, without those that are off."""
+    names = {field: name for name, field in _FIELDS.items()}
+    sampled = defaults.temperature > 0
+    stated = [key for key in CARRIED if sampled or key in (*_OF_GREEDY, "repetition_penalty")]
+    off = [key for key in ("min_p", "min_tokens", "stop") if getattr(defaults, key) == getattr(GREEDY, key)]
+    values = {names[key]: getattr(defaults, key) for key in stated if key not in off}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {"do_sample": sampled} | settings
+
+
 def changed_defaults(defaults: GenerationDefaults, changes: Sequence[str]) -> tuple[GenerationDefaults, list[str]]:
     """Apply the values of --generation-defaults in their order; returns the new defaults and notes on what is not carried.
 

@@ -25,6 +25,7 @@ from belle_compile.compiler.work_folder import work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import export_passes_of, run_pipeline
 from belle_compile.passes.presets import UNQUANTIZED, manifest_words
+from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.schema import to_plain
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedM
         tokenizer_json=checkpoint.tokenizer_json,
         special=checkpoint.special,
         template=checkpoint.template,
-        generation=checkpoint.generation,
+        generation=GenerationDefaults(**checkpoint.generation),
     )
 
 

@@ -20,7 +20,6 @@ from belle_compile.compiler.families import registry
 from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.passes.presets import METHODS, PRESETS, Recipe, activation_words
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
-from belle_compile.runtime.schema import to_plain
 
 UNMEASURED = "not measured: made from an engine, without the model's own logits"
 
@@ -69,7 +68,7 @@ def open_engine(engine: Path, job: ExportJob) -> EngineSource:
             "add_bos_raw": special.add_bos,
         },
         template=PromptTemplate(template.name, template.jinja),
-        generation=to_plain(manifest.generation),
+        generation=manifest.generation,
     )
     job.format.check_model(model)
     return EngineSource(manifest, model)

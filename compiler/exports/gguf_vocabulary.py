@@ -42,6 +42,7 @@ _SAMPLING = {
     "temperature": "add_sampling_temp",
     "top_k": "add_sampling_top_k",
     "top_p": "add_sampling_top_p",
+    "min_p": "add_sampling_min_p",
     "repetition_penalty": "add_sampling_penalty_repeat",
 }
 # The method of a writer that adds a value, by the value's type in Python.
@@ -93,9 +94,9 @@ def add_vocabulary(writer: Any, model: ExportedModel) -> list[str]:
     for key, value in metadata.items():
         add_value(writer, key, value)
     writer.add_chat_template(model.template.jinja)
-    if model.generation["temperature"] > 0:
+    if model.generation.temperature > 0:
         for name, method in _SAMPLING.items():
-            getattr(writer, method)(model.generation[name])
+            getattr(writer, method)(getattr(model.generation, name))
     return _differences(model, metadata)
 
 

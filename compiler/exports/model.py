@@ -20,6 +20,7 @@ from belle_compile.compiler.ir.lazy import has_rows, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.quantization.weights import rounded_weight
+from belle_compile.runtime.artifact import GenerationDefaults
 
 Array = npt.NDArray[Any]
 Order = npt.NDArray[np.intp]
@@ -91,7 +92,7 @@ class ExportedModel:
     tokenizer_json: str
     special: Mapping[str, Any]
     template: PromptTemplate
-    generation: Mapping[str, Any]
+    generation: GenerationDefaults
 
     @property
     def release(self) -> Release:

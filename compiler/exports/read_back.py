@@ -14,10 +14,10 @@ import onnx_ir as ir
 from safetensors import safe_open
 
 from belle_compile.compiler.checkpoint import Checkpoint
-from belle_compile.compiler.checkpoint.json_files import read_json
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.families import build_graph, registry
+from belle_compile.compiler.json_files import read_json
 
 _SCALE = "_scale"
 _CODES = {"I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}

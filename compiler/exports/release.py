@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from belle_compile.compiler.checkpoint.formats.gguf_rows import separated_parts
 from belle_compile.compiler.checkpoint.sentencepiece_model import SAMPLES
 from belle_compile.compiler.exports.model import HEAD, ExportedModel, Integers, Module, Order, chunks
 from belle_compile.compiler.exports.shards import StoredTensor
+from belle_compile.compiler.generation import generation_config
 from belle_compile.runtime.schema import canonical_json
 from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 
@@ -60,7 +62,7 @@ def write_release(model: ExportedModel, folder: Path, quantization: Plain | None
     files: dict[str, str] = {
         "config.json": canonical_json(_config(model) | ({"quantization_config": quantization} if quantization else {})),
         "generation_config.json": canonical_json(_generation(model)),
-        "tokenizer.json": model.tokenizer_json,
+        "tokenizer.json": _with_bos(model.tokenizer_json, model.special),
         "tokenizer_config.json": canonical_json(_tokenizer_config(model)),
         "chat_template.jinja": model.template.jinja,
     }
@@ -83,18 +85,32 @@ def _config(model: ExportedModel) -> Plain:
 
 
 def _generation(model: ExportedModel) -> Plain:
-    """generation_config.json: greedy where the defaults have temperature 0, as engines and Transformers' `do_sample` false."""
-    special, settings = model.special, dict(model.generation)
+    """generation_config.json, with the ids of special tokens."""
+    special = model.special
     ids = {"bos_token_id": special["bos_token_id"], "pad_token_id": special["pad_token_id"]}
     ids["eos_token_id"] = _one_or_all(special["eos_token_ids"])
-    sampling = {"do_sample": settings["temperature"] > 0}
-    if settings["temperature"] <= 0:
-        settings = {key: settings[key] for key in ("max_new_tokens", "repetition_penalty")}
-    return {key: value for key, value in (ids | sampling | settings).items() if value is not None}
+    return {key: value for key, value in ids.items() if value is not None} | generation_config(model.generation)
 
 
 def _one_or_all(ids: list[int]) -> int | list[int] | None:
     return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def _with_bos(text: str, special: Mapping[str, Any]) -> str:
+    """The text of a tokenizer.json that puts BOS before raw texts where the checkpoint does: Transformers 5 looks at nothing
+    else."""
+    bos, word = special["bos_token_id"], special["bos_token"]
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    if not special["add_bos_raw"] or not word or tokenizer.encode("a").ids[:1] == [bos]:
+        return text
+    plain = json.loads(text)
+    parts = [[{"Sequence": {"id": name, "type_id": index}} for index, name in enumerate(names)] for names in ("A", "AB")]
+    single, pair = ([{"SpecialToken": {"id": word, "type_id": 0}}, *part] for part in parts)
+    tokens = {word: {"id": word, "ids": [bos], "tokens": [word]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+    before = [plain["post_processor"]] if plain.get("post_processor") else []
+    plain["post_processor"] = {"type": "Sequence", "processors": [*before, template]} if before else template
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
 
 
 def _tokenizer_config(model: ExportedModel) -> Plain:

@@ -70,13 +70,45 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert np.abs(hf_logits(out, ids) - hf_logits(source, ids)).max() < 1e-4
 
 
+def test_a_gguf_file_becomes_a_release_that_adds_bos_where_it_does(tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama")
+    (source / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    plain = json.loads((source / "tokenizer.json").read_text())
+    plain["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(plain))
+    file, _ = export(source, "gguf", quantization="int8-plain")
+    out, _ = export(file, "safetensors", quantization="none")
+    ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
+    assert ours.encode("the helo") == theirs.encode("the helo") and ours.encode("the")[0] == 1
+    chat = [{"role": "user", "content": "helo"}]
+    assert (
+        ours.apply_chat_template(chat, return_dict=True)["input_ids"]
+        == theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+    )
+
+
 @pytest.mark.parametrize("make", [llama, bloom])
 def test_transformers_loads_tokenizer_template_and_generation(make: object, tmp_path: Path) -> None:
     source = make(tmp_path / "model")  # type: ignore[operator]
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     (source / "chat_template.jinja").write_text(template)
     (source / "generation_config.json").write_text(
-        json.dumps({"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "eos_token_id": [2, 3]})
+        json.dumps(
+            {
+                "do_sample": True,
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "max_new_tokens": 7,
+                "eos_token_id": [2, 3],
+                "min_p": 0.1,
+                "stop_strings": ["END"],
+            }
+        )
     )
     out, _ = export(source, "safetensors")
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
@@ -89,3 +121,4 @@ def test_transformers_loads_tokenizer_template_and_generation(make: object, tmp_
     generation = load_hf(out).generation_config
     assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.5, 0.9)
     assert generation.eos_token_id == [2, 3] and generation.max_new_tokens == 7
+    assert generation.min_p == 0.1 and generation.stop_strings == ["END"]
