@@ -1,6 +1,7 @@
 """Exports in the runtimes that they are for, beside each runtime's own quantizer: teacher-forced against float32.
 
     python -m benchmarks.exports --vllm PYTHON --llama PYTHON [--model smollm2-135m] [--only NAME ...]
+    python -m benchmarks.exports --table      # the table of docs/accuracy.md, from the results
 
 PYTHON are interpreters of environments of their own, in which vLLM's CPU build and llama-cpp-python are installed (see
 benchmarks/peers/README.md). Exports are made once, under build/exports, and measured on text that no calibration saw. vLLM's
@@ -45,9 +46,11 @@ CONTINUED = 12  # tokens of a greedy answer that is shown
 
 @dataclass(frozen=True)
 class Row:
-    """An export (`options` of ExportRequest; None: by the runtime's own quantizer), and the runtime that runs it."""
+    """An export (`options` of ExportRequest; None: by the runtime's own quantizer), and the runtime that runs it. `title` is
+    what the table calls it."""
 
     name: str
+    title: str
     runtime: ForeignRuntime
     format: str
     options: dict[str, Any] | None
@@ -55,13 +58,43 @@ class Row:
 
 # A head that is tied to the embedding stays so in all but those that are called untied, which are larger therefore.
 ROWS = (
-    Row("vllm-nearest", VLLM, "compressed-tensors", {"quantization": "int8-plain"}),
-    Row("vllm", VLLM, "compressed-tensors", {"calibrated": True, "keep_tied": True, "methods": ("smooth", "rotate")}),
-    Row("vllm-untied", VLLM, "compressed-tensors", {"calibrated": True, "methods": ("rotate", "gptq")}),
-    Row("llama.cpp-own", LLAMA_CPP, "gguf", None),
-    Row("llama.cpp", LLAMA_CPP, "gguf", {"calibrated": True, "methods": ("rotate", "gptq")}),
-    Row("llama.cpp-blocks", LLAMA_CPP, "gguf", {"calibrated": True, "block_scales": True, "methods": ("rotate", "gptq")}),
-    Row("llama.cpp-untied", LLAMA_CPP, "gguf", {"keep_tied": False, "block_scales": True, "methods": ("rotate",)}),
+    Row("vllm-nearest", "W8A8, rounded to nearest", VLLM, "compressed-tensors", {"quantization": "int8-plain"}),
+    Row(
+        "vllm",
+        "ours: SmoothQuant, R2",
+        VLLM,
+        "compressed-tensors",
+        {"calibrated": True, "keep_tied": True, "methods": ("smooth", "rotate")},
+    ),
+    Row(
+        "vllm-untied",
+        "ours: R1, R2, GPTQ; head of its own",
+        VLLM,
+        "compressed-tensors",
+        {"calibrated": True, "methods": ("rotate", "gptq")},
+    ),
+    Row("llama.cpp-own", "llama.cpp's Q8_0", LLAMA_CPP, "gguf", None),
+    Row(
+        "llama.cpp",
+        "ours: R2, GPTQ, scales of channels",
+        LLAMA_CPP,
+        "gguf",
+        {"calibrated": True, "methods": ("rotate", "gptq")},
+    ),
+    Row(
+        "llama.cpp-blocks",
+        "ours: R2, GPTQ, scales of blocks",
+        LLAMA_CPP,
+        "gguf",
+        {"calibrated": True, "block_scales": True, "methods": ("rotate", "gptq")},
+    ),
+    Row(
+        "llama.cpp-untied",
+        "ours: R1, R2, scales of blocks; head of its own",
+        LLAMA_CPP,
+        "gguf",
+        {"keep_tied": False, "block_scales": True, "methods": ("rotate",)},
+    ),
 )
 
 
@@ -161,16 +194,35 @@ def measure(row: Row, source: Source, reference: Callable[[], Sequence[Any]], py
     }
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as a Markdown table, in the order of ROWS."""
+    lines = [
+        "| model | runtime | quantized by | MB | KL | top-1 agreement | perplexity ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in PROMPT:
+        for row in ROWS:
+            for found in (found for found in results if (found["model"], found["row"]) == (model, row.name)):
+                figures = f"{found['kl']:.5f} | {found['top1_agreement']:.3f} | {found['perplexity_ratio']:.3f}"
+                megabytes = f"{found['weight_bytes'] / 1e6:.1f}"
+                lines.append(f"| {model} | {found['runtime']} | {row.title} | {megabytes} | {figures} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", type=Path, required=True, metavar="PYTHON")
-    parser.add_argument("--llama", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--vllm", type=Path, default=Path(sys.executable), metavar="PYTHON")
+    parser.add_argument("--llama", type=Path, default=Path(sys.executable), metavar="PYTHON")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--model", action="append", choices=list(PROMPT))
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
     arguments = parser.parse_args()
     pythons = {VLLM.title: arguments.vllm, LLAMA_CPP.title: arguments.llama}
     known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     results = {(result["model"], result["row"]): result for result in known}
+    if arguments.table:
+        print(table(known))
+        return
     for name in arguments.model or list(PROMPT):
         source = Source(name)
         logits: list[Any] = []

@@ -21,7 +21,7 @@ from belle_compile.compiler.exports.directory import STAGE, output_directory, wr
 from belle_compile.compiler.exports.model import HEAD, ExportedModel, modules_of, release_of
 from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve
 from belle_compile.compiler.families import build_graph, registry
-from belle_compile.compiler.work_folder import work_folder
+from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import export_passes_of, run_pipeline
 from belle_compile.passes.presets import UNQUANTIZED, manifest_words
@@ -81,7 +81,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
         judged = judging.judge(job, directory.path, graph, calibration, folder)
         if request.gate is not None and judged.accuracy is not None:
             if misses := request.gate.misses(judged.accuracy):
-                raise request.gate.missed(judged.accuracy, misses, (), 1.0, "no export was written")
+                raise judging.missed(judged, misses, kept_words(folder))
         notes = [
             *job.notes,
             *checkpoint.notes,

@@ -12,8 +12,9 @@ import torch
 
 from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample
 from belle_compile.compiler.calibration import Calibration
+from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.request import ExportJob
-from belle_compile.compiler.gate import Gate
+from belle_compile.compiler.gate import FEW_REQUESTS, Gate
 from belle_compile.compiler.ir.stream import ActivationStream, OnLinear
 
 Logits = Callable[[int], torch.Tensor]  # the logits of the sequence with this number
@@ -63,6 +64,24 @@ def judge(job: ExportJob, exported: Path, graph: ir.Model, calibration: Calibrat
     simulated = simulate(job.format.read_back(exported), sequences, folder / "simulated", job.format.simulated_input)
     how = f"not run in {runtime.title}, which is not installed here; its arithmetic was simulated on the files' weights"
     return Judgement(_compared(graph, calibration.holdout, simulated, folder, job), how)
+
+
+def missed(judged: Judgement, misses: Sequence[tuple[str, str]], kept: str) -> CompileError:
+    """The error of an export that misses limits; `kept` says in words what stays of it."""
+    assert judged.accuracy is not None, "only what was measured misses"
+    few = ", which are few" if judged.accuracy.requests < FEW_REQUESTS else ""
+    remedy = (
+        "give more requests to calibrate with, keep the methods of the preset, set other limits with --max-ppl-ratio, "
+        "--min-top1 or --min-accuracy-kept, or build an engine"
+    )
+    requests = f"{judged.accuracy.requests} held-out requests{few}"
+    return CompileError(
+        "gate",
+        f"the export is too far from the unquantized model over {requests} ({judged.how})",
+        found=", ".join(found for found, _ in misses),
+        expected=", ".join(expected for _, expected in misses),
+        remedy="; ".join(filter(None, [remedy, kept])),
+    )
 
 
 def simulate(graph: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, on_linear: OnLinear) -> Logits:
