@@ -56,7 +56,7 @@ class Row:
     options: dict[str, Any] | None
 
 
-# A head that is tied to the embedding stays so in all but those that are called untied, which are larger therefore.
+# A head that is tied to the embedding stays so, but in the rows with one of its own, which are larger therefore.
 ROWS = (
     Row("vllm-nearest", "W8A8, rounded to nearest", VLLM, "compressed-tensors", {"quantization": "int8-plain"}),
     Row(
@@ -72,6 +72,13 @@ ROWS = (
         VLLM,
         "compressed-tensors",
         {"calibrated": True, "methods": ("rotate", "gptq")},
+    ),
+    Row(
+        "vllm-default",
+        "ours: the default, SmoothQuant, R1 where it can, R2, GPTQ",
+        VLLM,
+        "compressed-tensors",
+        {"calibrated": True},
     ),
     Row("llama.cpp-own", "llama.cpp's Q8_0", LLAMA_CPP, "gguf", None),
     Row(
