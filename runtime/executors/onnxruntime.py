@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,12 @@ from belle_compile.runtime.executors.onnxruntime_sizes import (
     STEP_SEQUENCES,
     STEP_TOKENS,
 )
+from belle_compile.runtime.executors.segments import Segment, divided, segments_of
 from belle_compile.runtime.program import BLOCK_SIZE, WEIGHTS_NAME
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 PROVIDERS = ("CPUExecutionProvider",)
 _BINDINGS = 256  # ranges of slots whose bindings are kept
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring tokens of one sequence in a step: they begin at index `at` of the step and at position `start`. The last
-    token of the sequence in the step has the position `last`."""
-
-    row: int
-    at: int
-    start: int
-    count: int
-    last: int
-
-    def part(self, offset: int, count: int) -> Segment:
-        """`count` of its tokens after the first `offset`."""
-        return Segment(self.row, self.at + offset, self.start + offset, count, self.last)
 
 
 class OnnxRuntimeExecutor:
@@ -86,17 +70,10 @@ class OnnxRuntimeExecutor:
         for source, destination in batch.copies:
             self._cache.copy_block(source, destination)
         requested = batch.logit_rows[: batch.rows]
-        answers: list[list[Segment]] = []  # the first token of each answer in the step, then the second ones, ...
-        segments = list(_segments(batch))
-        self._cache.make_room({segment.row: blocks_for(segment.last + 1) for segment in segments})
-        for segment in segments:
-            prompt = min(max(int(batch.prompt_lengths[segment.row]) - segment.start, 0), segment.count)
-            for offset in range(0, prompt, CHUNK_TOKENS):
-                self._run_prompt(batch, segment.part(offset, min(CHUNK_TOKENS, prompt - offset)), requested)
-            for offset in range(prompt, segment.count):
-                if len(answers) == offset - prompt:
-                    answers.append([])
-                answers[offset - prompt].append(segment.part(offset, 1))
+        self._cache.make_room({segment.row: blocks_for(segment.last + 1) for segment in segments_of(batch)})
+        prompts, answers = divided(batch, CHUNK_TOKENS)
+        for segment in prompts:
+            self._run_prompt(batch, segment, requested)
         for tokens in answers:
             self._run_answers(batch, tokens, requested)
         return self._logits[: batch.rows]
@@ -196,16 +173,6 @@ class _Kept:
     def __exit__(self, *error: object) -> None:
         for (slot, position), values in zip(self._places, self._values, strict=True):
             self._slots[:, :, slot, :, position] = values
-
-
-def _segments(batch: StepBatch) -> Iterator[Segment]:
-    sequences = batch.sequences[: batch.tokens]
-    ends = [*(np.flatnonzero(sequences[1:] != sequences[:-1]) + 1).tolist(), batch.tokens]
-    at = 0
-    for end in ends:
-        start = int(batch.positions[at])
-        yield Segment(int(sequences[at]), at, start, end - at, start + end - at - 1)
-        at = end
 
 
 def _processor_digest() -> str:

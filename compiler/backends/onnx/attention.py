@@ -49,7 +49,7 @@ def _turned_apart(node: ir.Node) -> bool:
 
 
 def rotary_table(t: Translation, node: ir.Node, attributes: Attributes) -> None:
-    """Nothing: attention reads tables of its own, or appends the nodes that compute them; see `_rotated`."""
+    """Nothing: attention reads tables of its own, or appends the nodes that compute them; see `rotated`."""
 
 
 def attention(t: Translation, node: ir.Node, attributes: Attributes) -> None:
@@ -61,7 +61,7 @@ def attention(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     tables: list[ir.Value | None] = [None, None]
     apart = _turned_apart(node)
     if turned is not None and apart:
-        operands[:2] = [_rotated(t, node, x, heads) for x, heads in zip(operands, ("num_heads", "num_kv_heads"), strict=False)]
+        operands[:2] = [rotated(t, node, x, heads) for x, heads in zip(operands, ("num_heads", "num_kv_heads"), strict=False)]
     elif turned is not None:
         tables = list(_tables(t, turned.producer()))
     head_dim = attributes["head_dim"]
@@ -120,7 +120,7 @@ def _tables(t: Translation, node: ir.Node | None) -> tuple[ir.Value, ir.Value]:
     return cos, sin
 
 
-def _rotated(t: Translation, node: ir.Node, x: ir.Value | None, heads: str) -> ir.Value:
+def rotated(t: Translation, node: ir.Node, x: ir.Value | None, heads: str) -> ir.Value:
     """Queries or keys, turned by their positions."""
     table = operand(node, Role.ROTARY)
     assert table is not None
@@ -178,7 +178,7 @@ def _dynamic(t: Translation, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     powers = graph.op("Pow", base, graph.constant(f"{name}.exponents", exponents, "float32"), name=f"{name}.periods")
     stretched = graph.op("Reciprocal", powers, name=f"{name}.frequencies.stretched")
     long = graph.op("Greater", length, t.number(f"{name}.original", original), name=f"{name}.long")
-    plain = t.stored(inv_freq)
+    plain = t.stored(inv_freq, "float32")
     frequencies = graph.op("Where", long, stretched, plain, name=f"{name}.frequencies")
     middle = graph.op("Unsqueeze", frequencies, graph.constant("one", [1], "int64"), name=f"{name}.frequencies.rows")
     positions = graph.op("Cast", _positions(t), name=f"{name}.positions", to=int(ir.DataType.FLOAT))

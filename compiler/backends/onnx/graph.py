@@ -22,7 +22,10 @@ MICROSOFT = "com.microsoft"  # domain of the ops that only ONNX Runtime has; the
 IR_VERSION = 11
 
 Dims = Sequence[int | str]
-_DTYPES = {"float32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "int32": ir.DataType.INT32, "int64": ir.DataType.INT64}
+_DTYPES = {
+    "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8, "int32": ir.DataType.INT32,
+    "int64": ir.DataType.INT64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class OnnxGraph:
     """Appends inputs, constants and nodes; names must be unique. Types are stated for inputs and outputs only, since ONNX
     infers the others."""
 
-    def __init__(self, name: str) -> None:
-        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, MICROSOFT: 1})
+    def __init__(self, name: str, opset: int = OPSET) -> None:
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset, MICROSOFT: 1})
         self._stored: dict[str, StoredTensor] = {}
         self._constants: dict[str, ir.Value] = {}
 

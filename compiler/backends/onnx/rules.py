@@ -117,13 +117,13 @@ def block_hadamard(t: Translation, node: ir.Node, attributes: Attributes) -> Non
     outer = 1 << (block.bit_length() - 1) // 2
     inner = block // outer
     graph = t.graph
-    signs = graph.constant(f"hadamard.signs.{width}.{block}", np.tile(golay_signs(block), width // block), "float32")
+    signs = graph.constant(f"hadamard.signs.{width}.{block}", np.tile(golay_signs(block), width // block), t.floats)
     signed = graph.op("Mul", t.value(x), signs, name=f"{name}.signed")
     shape = graph.constant(f"hadamard.shape.{width}.{block}", [0, 0, width // block, outer, inner], "int64")
     blocks = graph.op("Reshape", signed, shape, name=f"{name}.blocks")
-    second = graph.constant(f"hadamard.{inner}", hadamard(inner), "float32")
+    second = graph.constant(f"hadamard.{inner}", hadamard(inner), t.floats)
     half = graph.op("MatMul", blocks, second, name=f"{name}.half")
-    first = graph.constant(f"hadamard.{outer}.{block}", hadamard(outer) * np.float32(block**-0.5), "float32")
+    first = graph.constant(f"hadamard.{outer}.{block}", hadamard(outer) * np.float32(block**-0.5), t.floats)
     whole = graph.op("MatMul", first, half, name=f"{name}.whole")
     t.values[node.outputs[0]] = graph.op("Reshape", whole, graph.constant("rows.flat", [0, 0, -1], "int64"), name=name)
 
@@ -223,11 +223,11 @@ class _Tensors:
 
     def rows(self, start: int, stop: int) -> _Tensors:
         """The constants of the outputs start..stop."""
-        scale, bias = (tensor and _rows(tensor, start, stop) for tensor in (self.scale, self.bias))
-        return _Tensors(_rows(self.weight, start, stop), scale, bias)
+        scale, bias = (tensor and rows_of(tensor, start, stop) for tensor in (self.scale, self.bias))
+        return _Tensors(rows_of(self.weight, start, stop), scale, bias)
 
 
-def _rows(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtocol:
+def rows_of(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtocol:
     for piece in pieces_of(tensor):
         if piece.at == start and piece.ranges == ((0, stop - start),) and piece.axis == 0:
             return piece.tensor

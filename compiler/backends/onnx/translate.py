@@ -13,17 +13,8 @@ from belle_compile.compiler.backends.onnx.graph import OnnxModel
 from belle_compile.compiler.backends.onnx.interface import Interface
 from belle_compile.compiler.backends.onnx.rules import RULES
 from belle_compile.compiler.backends.onnx.translation import Translation
-from belle_compile.compiler.ir.ops import attributes_of
 
 
 def translate(source: ir.Model, interface: Interface) -> OnnxModel:
     """The ONNX model of a verified graph of one rank; raises CompileError for an op that has no translation."""
-    translation = Translation(source, interface)
-    for node in source.graph:
-        if node in translation.skipped:
-            continue
-        rule = RULES.get(node.op_type)
-        if rule is None:
-            raise translation.refuse(node, "no translation")
-        rule(translation, node, attributes_of(node))
-    return translation.finish(translation.value(source.graph.outputs[0]))
+    return Translation(source, interface).run(RULES)

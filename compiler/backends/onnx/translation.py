@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from belle_compile.compiler.backends.base import Array
-from belle_compile.compiler.backends.onnx.graph import Dims, OnnxGraph, OnnxModel, StoredTensor
+from belle_compile.compiler.backends.onnx.graph import OPSET, Dims, OnnxGraph, OnnxModel, StoredTensor
 from belle_compile.compiler.backends.onnx.interface import Interface
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.compiler.ir.signature import TensorSpec
 
 STAGE = "onnx"
 Attributes = dict[str, Any]
-Rule = Callable[["Translation", ir.Node, Attributes], None]
+Rule = Callable[[Any, ir.Node, Attributes], None]  # of a Translation, or of the subclass that its backend uses
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Translation:
     bits.
     """
 
-    def __init__(self, source: ir.Model, interface: Interface) -> None:
-        self.source, self.interface = source, interface
+    def __init__(self, source: ir.Model, interface: Interface, opset: int = OPSET, floats: str = "float32") -> None:
+        """`floats` is the type of weights, activations, keys and values that are no integers."""
+        self.source, self.interface, self.floats = source, interface, floats
         self.facts = source.metadata_props
-        self.graph = OnnxGraph(str(source.graph.name))
+        self.graph = OnnxGraph(str(source.graph.name), opset)
         dynamic = "dynamic_rope_from" in self.facts
         self.step = interface.begin(self.graph, dynamic)
         self.values: dict[ir.Value, ir.Value] = {}
@@ -73,12 +75,13 @@ class Translation:
         return self.graph.constant(name, value, "float32")
 
     def stored(
-        self, tensor: ir.TensorProtocol, dtype: str = "float32", source: str = "", dims: tuple[int, ...] | None = None
+        self, tensor: ir.TensorProtocol, dtype: str = "", source: str = "", dims: tuple[int, ...] | None = None
     ) -> ir.Value:
-        """A weight as it is, or with the shape `dims`. `source` is that of `StoredTensor`, by default the weight itself."""
+        """A weight as it is, or with the shape `dims`; by default of the type `floats`. `source` is that of `StoredTensor`, by
+        default the weight itself."""
         name = str(tensor.name)
         shape = tuple(tensor.shape.numpy()) if dims is None else dims
-        return self.graph.weight(StoredTensor(name, dtype, shape, lambda: tensor.numpy(), source or name))
+        return self.graph.weight(StoredTensor(name, dtype or self.floats, shape, lambda: tensor.numpy(), source or name))
 
     def matrix(self, tensor: ir.TensorProtocol, dtype: str) -> ir.Value:
         """The weight of a linear, [inputs, outputs] in place of [outputs, inputs]."""
@@ -91,12 +94,23 @@ class Translation:
         """The error of a node that has no translation."""
         return CompileError(STAGE, f"op {node.op_type}", node=str(node.name), found=found, remedy=remedy)
 
+    def run(self, rules: Mapping[str, Rule]) -> OnnxModel:
+        """Translate all ops, each by its rule; raises CompileError for an op that has none."""
+        for node in self.source.graph:
+            if node in self.skipped:
+                continue
+            rule = rules.get(node.op_type)
+            if rule is None:
+                raise self.refuse(node, "no translation")
+            rule(self, node, attributes_of(node))
+        return self.finish(self.value(self.source.graph.outputs[0]))
+
     def finish(self, logits: ir.Value) -> OnnxModel:
         """The complete model."""
         dims: Dims = [*self.interface.logits_dims, width_of(self.source.graph.outputs[0])]
         self.graph.output(logits, "logits", "float32", dims)
         for value, name, kv_dims in self.presents:
-            self.graph.output(value, name, "float32", kv_dims)
+            self.graph.output(value, name, self.floats, kv_dims)
         return self.graph.finish(self.facts)
 
 
