@@ -89,13 +89,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make virtual environments: run 'apt install python3-venv' (Debian, Ubuntu) and try again." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,test,ranks,redis,serve,clients]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,tensorrt,test,ranks,redis,serve,clients]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,test,ranks,redis,serve,clients,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,tensorrt,test,ranks,redis,serve,clients,dev]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,test,ranks,redis,serve,clients,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,tensorrt,test,ranks,redis,serve,clients,bench]'
 	@touch $@

@@ -78,7 +78,8 @@ def _gpu(
 
 
 # Links: bytes a second of one device one way, and the approximate latency in seconds of an NCCL all-reduce over eight devices.
-_NVLINK_3, _NVLINK_4, _PCIE_4, _PCIE_3 = (300 * GB, 15e-6), (450 * GB, 15e-6), (32 * GB, 30e-6), (16 * GB, 30e-6)
+_NVLINK_3, _NVLINK_4 = (300 * GB, 15e-6), (450 * GB, 15e-6)
+_PCIE_5, _PCIE_4, _PCIE_3 = (64 * GB, 30e-6), (32 * GB, 30e-6), (16 * GB, 30e-6)
 
 CPU = Device(
     "cpu", "x86-64 with AVX2 or better; the runtime picks the best kernels the host can run",
@@ -95,7 +96,9 @@ _ALL = (
     _gpu("h100", "NVIDIA H100 80 GB, SXM", "9.0", 79 * GIB, 3350 * GB, _NVLINK_4, 1979e12, 989e12),
     _gpu("h200", "NVIDIA H200 141 GB, SXM", "9.0", 140 * GIB, 4800 * GB, _NVLINK_4, 1979e12, 989e12),
     _gpu("l40s", "NVIDIA L40S 48 GB", "8.9", 44 * GIB, 864 * GB, _PCIE_4, 733e12, 362e12),
+    _gpu("rtx3090", "NVIDIA GeForce RTX 3090 24 GB", "8.6", 23 * GIB, 936 * GB, _PCIE_4, 284e12, 71e12),
     _gpu("rtx4090", "NVIDIA GeForce RTX 4090 24 GB", "8.9", 23 * GIB, 1008 * GB, _PCIE_4, 661e12, 165e12),
+    _gpu("rtx5090", "NVIDIA GeForce RTX 5090 32 GB", "12.0", 31 * GIB, 1792 * GB, _PCIE_5, 838e12, 210e12),
     _gpu("t4", "NVIDIA T4 16 GB", "7.5", 15 * GIB, 320 * GB, _PCIE_3, 130e12, 65e12),
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}

@@ -285,7 +285,9 @@ def _manifest(
         model=model,
         target=target_info(job.target, job.backend, payloads),
         passes=(opened, *pass_records(records), *((first.tuning,) if first.tuning else ())),
-        quantization=manifest_words(job.recipe, calibrated) | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},
+        quantization=manifest_words(job.recipe, calibrated)
+        | dict(first.quantization)
+        | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},
         kernel_calls=first.kernel_calls,
         prompt_template=prompt_template(checkpoint),
         special_tokens=special_tokens(checkpoint),

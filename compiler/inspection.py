@@ -15,6 +15,7 @@ _PARTS = (
     ("weights", ".safetensors"),
     ("kernels", ".so"),
     ("kernels", ".zip"),
+    ("plan", ".plan"),
     ("program", "program.json"),
     ("module", "model.ts"),
     ("tokenizer", "tokenizer.json"),
@@ -26,8 +27,8 @@ _PARTS = (
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """The manifest of the engine in `directory`, with the sizes of its parts, the size of its self-test and, for GPUs,
-    its kernels; reads no weights. Raises EngineError if the directory has no valid manifest."""
+    """The manifest of the engine in `directory`, with the sizes of its parts, the size of its self-test, and its kernels or
+    layers where its backend describes them; reads no weights. Raises EngineError if the directory has no valid manifest."""
     manifest = artifact.read_manifest(directory)
     sizes: dict[str, int] = {}
     for path, record in manifest.files.items():
@@ -35,7 +36,8 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         sizes[part] = sizes.get(part, 0) + record.bytes
     plain: dict[str, Any] = to_plain(manifest)
     kernels = executor_of(manifest).kernels(Path(directory) / "rank0")
-    reported = {"kernels": kernels} if kernels else {}
+    layers = executor_of(manifest).layers(Path(directory) / "rank0")
+    reported = ({"kernels": kernels} if kernels else {}) | ({"layers": layers} if layers else {})
     golden = read_golden_answers(Path(directory), manifest)
     self_test = {"prompts": len(golden.answers), "tokens": golden.tokens, "reason": golden.reason}
     described = {"engine": str(directory), "bytes": sum(sizes.values()), "bytes_by_part": sizes, "self_test": self_test}

@@ -23,6 +23,7 @@ from belle_compile.compiler.backends.base import (
     serving,
 )
 from belle_compile.compiler.backends.onnxruntime import OnnxRuntimeBackend
+from belle_compile.compiler.backends.tensorrt import TensorRtBackend
 from belle_compile.compiler.backends.torchscript import TorchScriptBackend
 from belle_compile.compiler.backends.triton import TritonBackend
 from belle_compile.compiler.backends.tvm import TvmBackend
@@ -48,3 +49,4 @@ register(TvmBackend())
 register(TritonBackend())
 register(OnnxRuntimeBackend())
 register(TorchScriptBackend())
+register(TensorRtBackend())

@@ -133,7 +133,8 @@ class Payload:
     are none. They come in groups, the same number for every rank: groups with the same index are packed together, so that a
     tensor of which several ranks have a part is computed once. `kernel_calls` are those of one decoding step, before and after
     fusion, `toolchain` maps the tools that made the files to their versions, and `tuning` is the manifest's record of the
-    kernels measured for this build.
+    kernels measured for this build. `quantization` are the entries of the manifest's words on quantization in which the engine
+    differs from its recipe.
     """
 
     files: Mapping[str, bytes | memoryview]
@@ -142,6 +143,7 @@ class Payload:
     kernel_calls: KernelCalls
     toolchain: Mapping[str, str] = field(default_factory=dict)
     tuning: PassRecord | None = None
+    quantization: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[PackedTensor]:
@@ -292,9 +294,10 @@ def choose(device: Device, name: str | None = None) -> Backend:
 
 
 def estimator(device: Device, name: str | None = None) -> Backend:
-    """The backend that estimates a model's memory on a device, which may be one that no engine can be made for yet; arguments
-    and errors are those of `choose`."""
-    return _among(tuple(backend for backend in registered() if backend.estimates(device)), device, name)
+    """The backend that estimates a model's memory on a device: one that makes engines for it if there is any. Arguments and
+    errors are those of `choose`."""
+    estimating = (backend for backend in registered() if backend.estimates(device))
+    return _among(tuple(dict.fromkeys((*serving(device), *estimating))), device, name)
 
 
 def _among(candidates: Sequence[Backend], device: Device, name: str | None) -> Backend:

@@ -33,7 +33,7 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     ]
     rows.append(("self-test", _self_test(engine["self_test"])))
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
-    rows += kernel_rows(engine.get("kernels", {}))
+    rows += kernel_rows(engine.get("kernels", {})) + _layer_rows(engine.get("layers", {}))
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
     if each:
         weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]
@@ -120,6 +120,14 @@ def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:
         facts = [f"{used} registers", f"{size(shared)} shared", f"{size(local)} local"]
         rows.append((f"kernel {name}", ", ".join([*count, *facts, *cores])))
     return rows
+
+
+def _layer_rows(layers: Mapping[str, Mapping[str, int]]) -> Rows:
+    """The numbers of kernels of each kind, a row for each thing that is run."""
+    return [
+        (f"layers of {run}", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count))
+        for run, counts in layers.items()
+    ]
 
 
 def device_rows(devices: Sequence[dict[str, Any]], aliases: Mapping[str, str]) -> Rows:

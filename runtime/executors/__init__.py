@@ -13,6 +13,7 @@ from belle_compile.runtime.executors.cpu_factory import CpuFactory
 from belle_compile.runtime.executors.cuda_factory import CudaFactory
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest
 from belle_compile.runtime.executors.onnxruntime_factory import OnnxRuntimeFactory
+from belle_compile.runtime.executors.tensorrt_factory import TensorRtFactory
 from belle_compile.runtime.executors.torchscript_factory import TorchScriptFactory
 from belle_compile.runtime.schema import refuse_from
 
@@ -34,6 +35,7 @@ EXECUTORS: dict[str, ExecutorFactory] = {
     "triton": CudaFactory(),
     "onnxruntime": OnnxRuntimeFactory(),
     "torchscript": TorchScriptFactory(),
+    "tensorrt": TensorRtFactory(),
 }
 
 

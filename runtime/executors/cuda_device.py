@@ -11,7 +11,7 @@ import numpy as np
 
 from belle_compile.runtime.distributed.nccl import ID_BYTES, Nccl
 from belle_compile.runtime.errors import EngineError, install
-from belle_compile.runtime.executors.device import Bytes
+from belle_compile.runtime.executors.device import Box, Bytes, Pitches
 from belle_compile.runtime.program import Launch
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ class CudaDevice:
         allowed.programmaticStreamSerializationAllowed = 1
         self._overlapping.value = allowed
         self._nccl: Nccl | None = None
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream on which everything is enqueued."""
+        return int(self._stream)
 
     def enter(self) -> None:
         """Make this the calling thread's device."""
@@ -174,6 +179,14 @@ class CudaDevice:
     def copy(self, target: int, source: int, size: int) -> None:
         """Enqueue a copy within the device's memory."""
         self._call("cuMemcpyDtoDAsync", target, source, size, self._stream)
+
+    def copy_box(self, target: int, target_pitches: Pitches, source: int, source_pitches: Pitches, box: Box) -> None:
+        """Enqueue a copy of planes of rows within the device's memory."""
+        copy, kind = self._driver.CUDA_MEMCPY3D(), self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcMemoryType, copy.srcDevice, copy.srcHeight, copy.srcPitch = kind, source, *source_pitches
+        copy.dstMemoryType, copy.dstDevice, copy.dstHeight, copy.dstPitch = kind, target, *target_pitches
+        copy.Depth, copy.Height, copy.WidthInBytes = box
+        self._call("cuMemcpy3DAsync", copy, self._stream)
 
     def record(self, run: Callable[[], None]) -> Any:
         """Make a CUDA graph of what `run` enqueues."""

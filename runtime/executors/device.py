@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
 
 Bytes = NDArray[np.uint8]
+Box = tuple[int, int, int]  # planes, rows of a plane, and bytes of a row
+Pitches = tuple[int, int]  # rows from a plane to the next one, and bytes from a row to the next one
 Function = Any  # a loaded kernel, by the device's own type
 Recorded = Any  # a recorded step, likewise
 
@@ -25,6 +27,11 @@ class Device(Protocol):
     arch: str  # "sm_80"
     memory_bytes: int  # free when the device was opened
     shared_bytes: int  # bytes of shared memory that a block of threads may have
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream on which everything is enqueued."""
+        ...
 
     def enter(self) -> None:
         """Make this the calling thread's device."""
@@ -60,6 +67,10 @@ class Device(Protocol):
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Enqueue a copy of `size` bytes within the device's memory; the two places do not overlap."""
+        ...
+
+    def copy_box(self, target: int, target_pitches: Pitches, source: int, source_pitches: Pitches, box: Box) -> None:
+        """Enqueue a copy of planes of rows within the device's memory."""
         ...
 
     def record(self, run: Callable[[], None]) -> Recorded:

@@ -65,6 +65,10 @@ class ExecutorFactory(ABC):
         """Facts about the kernels in a rank's directory, by name, for reports; empty by default."""
         return {}
 
+    def layers(self, directory: Path) -> dict[str, dict[str, int]]:
+        """The numbers of kernels of each kind in a rank's directory, by what is run, for reports; empty by default."""
+        return {}
+
     @abstractmethod
     def load(self, request: LoadRequest) -> Executor:
         """Load one rank, whose host and files have been checked."""

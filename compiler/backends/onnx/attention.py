@@ -13,8 +13,6 @@ from belle_compile.compiler.backends.onnx.translation import Attributes, Transla
 from belle_compile.compiler.ir.meanings import rotary_table as rotary_meaning
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.runtime.program import BLOCK_SIZE
-from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 _HEAD_UNIT = 8  # GroupQueryAttention takes heads whose size is a multiple of this,
 _FUSED_HEAD = 16  # and turns them itself where it is a multiple of this
@@ -101,11 +99,10 @@ def _cut(t: Translation, x: ir.Value, head_dim: int, name: str) -> ir.Value:
 
 
 def _tables(t: Translation, node: ir.Node | None) -> tuple[ir.Value, ir.Value]:
-    """The cosines and sines of all positions, each [positions, head_dim / 2]. There is one block more than the longest sequence
-    needs, because the executor may compute a token behind the last one."""
+    """The cosines and sines of all positions, each [positions, head_dim / 2]."""
     assert node is not None
     attributes, inv_freq = attributes_of(node), tensor_of(node.inputs[2])
-    positions, half = (blocks_for(t.fact("max_position")) + 1) * BLOCK_SIZE, inv_freq.shape.numpy()[0]
+    positions, half = t.positions, inv_freq.shape.numpy()[0]
 
     def columns(part: slice) -> Array:
         at = np.arange(positions, dtype=np.int32)

@@ -60,10 +60,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A complete model: the bytes of the ONNX file, and the tensors of weights.safetensors in their order."""
+    """A complete model: the bytes of the ONNX file, the tensors of weights.safetensors in their order, and the dimensions of
+    inputs by name."""
 
     content: bytes
     weights: Sequence[StoredTensor]
+    inputs: Mapping[str, Dims]
 
 
 class OnnxGraph:
@@ -137,13 +139,19 @@ class OnnxGraph:
             offset += prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         model = ir.Model(self._graph, ir_version=IR_VERSION, producer_name="belle-compile", metadata_props=dict(metadata))
         content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-        return OnnxModel(content, weights)
+        inputs = {str(value.name): _dims(value) for value in self._graph.inputs}
+        return OnnxModel(content, weights, inputs)
 
     def _register(self, value: ir.Value, tensor: ir.TensorProtocol | None) -> ir.Value:
         assert tensor is not None
         value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         self._graph.register_initializer(value)
         return value
+
+
+def _dims(value: ir.Value) -> Dims:
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
 
 
 def _typed(name: str, dtype: str, dims: Dims) -> ir.Value:

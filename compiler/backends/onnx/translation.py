@@ -15,6 +15,8 @@ from belle_compile.compiler.backends.onnx.interface import Interface
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.ops import attributes_of
 from belle_compile.compiler.ir.signature import TensorSpec
+from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 STAGE = "onnx"
 Attributes = dict[str, Any]
@@ -69,6 +71,12 @@ class Translation:
     def fact(self, name: str) -> int:
         """A number of the model's metadata."""
         return int(self.facts[name])
+
+    @property
+    def positions(self) -> int:
+        """The positions that tables by position have: one block more than the longest sequence needs, because the executor may
+        compute a token behind the last one."""
+        return (blocks_for(self.fact("max_position")) + 1) * BLOCK_SIZE
 
     def number(self, name: str, value: float) -> ir.Value:
         """A float32 scalar."""

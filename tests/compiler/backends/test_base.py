@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ ROOT = Path(__file__).parents[3]
 def test_each_device_has_the_default_that_was_registered_first() -> None:
     assert [backend.name for backend in registered()][:2] == ["tvm", "triton"]
     assert backends.choose(DEVICES["cpu"]).name == "tvm" and backends.choose(DEVICES["h100"]).name == "triton"
+    assert backends.choose(DEVICES["t4"]).name == backends.estimator(DEVICES["t4"]).name == "tensorrt", "the only one"
+    older = replace(DEVICES["t4"], isas=("sm_70",), compute_capability="7.0")
     with pytest.raises(CompileError, match=r"^backend: backend for t4: found none, expected another device; see"):
-        backends.choose(DEVICES["t4"])
-    assert backends.estimator(DEVICES["t4"]).name == "triton", "its memory and times can be predicted all the same"
+        backends.choose(older)
+    assert backends.estimator(older).name == "triton", "its memory and times can be predicted all the same"
 
 
 def test_a_name_belongs_to_one_backend() -> None:

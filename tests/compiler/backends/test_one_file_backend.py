@@ -109,7 +109,10 @@ def test_the_same_request_gives_the_same_bytes(engine: Path, checkpoint: Path, t
             r"^backend: numpy cannot build this for cpu: found no support for the method rotate-online \(supported: rotate\); "
             r"use --backend tvm( or \w+)*\.$",
         ),
-        ({"target": "a100x1"}, r"^backend: backend for a100-40g: found numpy, expected triton; see `belle-compile targets`\.$"),
+        (
+            {"target": "a100x1"},
+            r"^backend: backend for a100-40g: found numpy, expected triton or tensorrt; see `belle-compile targets`\.$",
+        ),
         (
             {"target": "cpux2", "quantization": "none"},
             r"found several ranks, where it runs in one process; use --back",

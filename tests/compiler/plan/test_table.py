@@ -54,9 +54,9 @@ def test_ranks_on_one_host_share_its_memory_and_cores(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    found = plan(written(BELLE_7B, tmp_path), "t4", "none", Load(1, 2048))
+    found = plan(written(BELLE_7B, tmp_path), "rtx4090", "none", Load(1, 2048))
     assert [line["fits"] for line in found["plan"]] == [False, True, True, True]
-    assert found["plan"][0]["needed_bytes"] > DEVICES["t4"].memory
+    assert found["plan"][0]["needed_bytes"] > DEVICES["rtx4090"].memory
 
 
 def test_a_file_describes_another_device(tmp_path: Path) -> None:
