@@ -373,9 +373,11 @@ def _check_number(name: str, value: Any, holds: Callable[[float], bool], expecte
 
 
 def _check_whole(name: str, value: Any, least: int, most: float, expected: str, *, optional: bool = False) -> None:
+    if (type(value) is int and least <= value <= most) or (value is None and optional):  # most of them, quickly
+        return
     whole = f"a whole number, {expected}"
     _check_number(name, value, lambda v: isinstance(value, Integral) or v.is_integer(), whole, optional=optional)
-    if value is not None and not least <= value <= most:
+    if not least <= value <= most:
         raise _refusal(name, value, expected)
 
 

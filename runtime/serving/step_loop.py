@@ -137,7 +137,7 @@ class StepLoop:
         options = options or SchedulerOptions()
         self.executor = executor
         self.owner = Owner()
-        self.arrivals = Arrivals()
+        self.arrivals = Arrivals(executor.batch.max_tokens)
         self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity)
         # What is done with a job whose time is over, which may be one that was not submitted here but only watched.
         self.give_up: Callable[[Job, EngineError], None] = self.withdraw
@@ -169,6 +169,7 @@ class StepLoop:
         submitted = tuple(jobs)
         sequences = [job.sequence for job in submitted]
         self._send(_Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
+        self.arrivals.submitted(sum(sequence.length for sequence in sequences))
 
     def withdraw(self, job: Job, error: EngineError | None = None) -> None:
         """Drop a job before the next step; it ends with `error`, by default `Withdrawn`.
@@ -333,6 +334,7 @@ class StepLoop:
 
     def _step(self) -> None:
         started = time.monotonic()
+        self.arrivals.taken()
         scheduler, batch, jobs = self.scheduler, self.executor.batch, self._jobs
         sequences_needing_logits = scheduler.schedule()
         for sequence in scheduler.begun:

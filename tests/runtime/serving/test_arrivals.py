@@ -40,6 +40,21 @@ def test_the_first_step_has_what_was_announced(refused: bool, monkeypatch: pytes
     assert executor.steps[0] == ((1, 1) if refused else (3, 2))
 
 
+def test_a_full_step_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "ARRIVALS_S", 10 * WAIT_S)
+    executor = FakeExecutor()
+    loop, jobs = StepLoop(executor), [generation([3] * (executor.batch.max_tokens - 1)), generation([4])]
+    for _ in range(2):
+        loop.arrivals.begin()
+    for job in jobs:
+        assert not executor.steps
+        loop.submit([job])
+    for job in jobs:
+        assert job.done.wait(WAIT_S)
+    loop.stop()
+    assert executor.steps[0] == (executor.batch.max_tokens, 2) and loop.arrivals.announced == 2
+
+
 def test_what_is_announced_and_never_submitted_holds_up_nobody() -> None:
     loop, job = StepLoop(FakeExecutor()), generation([3])
     loop.arrivals.begin()
