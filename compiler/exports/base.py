@@ -65,7 +65,7 @@ class Format(ABC):
     `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
     has them). `activations` are the record's words on how runtimes round activations (empty: as the recipe says).
     `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
-    residual stream is rotated), and `tied_only` maps names of families whose runtimes load no head of its own to the reason.
+    residual stream is rotated).
     """
 
     name: str
@@ -78,7 +78,6 @@ class Format(ABC):
     default_dtype: str = ""
     keeps_tied: str = ""
     activations: str = ""
-    tied_only: Mapping[str, str] = {}
 
     @abstractmethod
     def check_model(self, model: ExportedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from belle_compile.compiler.exports.model import ExportedModel
     from belle_compile.compiler.exports.runtimes import ForeignRuntime
-
-NO_HEAD = "vLLM's BLOOM loads no head of its own"
 
 
 class CompressedTensors(Format):
@@ -37,7 +35,6 @@ class CompressedTensors(Format):
         },
         substitutes={"rotate-online": "smooth"},  # the inputs of the feed-forward's second linear have outliers otherwise
     )
-    tied_only: Mapping[str, str] = {"bloom": NO_HEAD}
 
     def check_model(self, model: ExportedModel) -> None:
         model.release.config(model.config)

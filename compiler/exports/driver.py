@@ -101,7 +101,7 @@ def _plan(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> _Plan:
     """Decide whether the residual stream can be rotated, which gives a tied head a weight of its own."""
     family = registry.by_name(checkpoint.family, checkpoint.path)
     tied = family.read_config(checkpoint.config).tied_head
-    must_tie = job.format.tied_only.get(family.name, "")
+    must_tie = release_of(family).tied_only.get(job.format.name, "")
     if must_tie and not tied:
         raise CompileError(
             STAGE, f"format {job.format.name}", found=f"a head that is not the embedding in {checkpoint.path}",

@@ -45,7 +45,7 @@ def open_engine(engine: Path, job: ExportJob) -> EngineSource:
     verify_files(engine, manifest, full=True, progress=lambda file, done, total: job.progress("digest")(done, total))
     graph = graph_of(engine, manifest, reader)
     modules, tied = modules_of(graph.graph, release_of(family))
-    if (reason := job.format.tied_only.get(family.name, "")) and not tied:
+    if (reason := release_of(family).tied_only.get(job.format.name, "")) and not tied:
         raise _refusal(engine, job.format, f"a head that is not the embedding, and {reason}")
     config = release_of(family).config_of_graph(graph.graph, manifest.model.dimensions) | {"tie_word_embeddings": tied}
     special, template = manifest.special_tokens, manifest.prompt_template

@@ -254,6 +254,7 @@ FAMILY = Family(
         grouped=("self_attention.query_key_value",),
         config=release_config,
         config_of_graph=config_of_graph,
+        tied_only={"compressed-tensors": "vLLM's BLOOM loads no head of its own"},
     ),
     gguf=GgufLayout(
         architectures=("bloom",),

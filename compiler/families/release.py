@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ class Release:
     norms. The modules whose names end with one of `grouped` hold all q, all k, all v in the graph, and q, k and v of one head
     after another in the files. `config` makes config.json from the one that a checkpoint had, in keys that all versions read.
     `config_of_graph` makes one from the graph of an engine and the dimensions in its manifest, without tokens and tied head.
+    `tied_only` maps names of formats whose runtimes load no head of its own for this architecture to the reason.
     """
 
     norm: str
@@ -24,3 +25,4 @@ class Release:
     grouped: tuple[str, ...] = ()
     config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     config_of_graph: Callable[[ir.Graph, Mapping[str, int]], dict[str, Any]] = lambda graph, dimensions: {}
+    tied_only: Mapping[str, str] = field(default_factory=dict)

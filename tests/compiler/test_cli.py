@@ -457,6 +457,11 @@ OPTIONS = {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
         "--similarity", "--max-length", "--force", *REPORTING,
     },
+    "export": {
+        "--format", "-o", "--output", "--quant", "--methods", "--template", "--calibration", "--raw-requests",
+        "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--force", "--dtype",
+        "--generation-defaults", "--ignore-config-key", "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
+    },
     "inspect": {"--kernels"},
     "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
     "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
@@ -465,6 +470,7 @@ OPTIONS = {
         "--ignore-config-key", "--ignore-adapter",
         *REPORTING,
     },
+    "targets": {"--backends"},
     "verify": REPORTING,
 }  # fmt: skip
 
