@@ -75,7 +75,7 @@ def test_ranks_that_somebody_else_started(engines: dict[int, Path]) -> None:
     mine = (launcher.mpiexec(), "-n", "2")
     assert tokens(engines[2], *SHORT, before=mine) == tokens(engines[1], *SHORT)
     code, out, errors = belle_run(engines[1], *SHORT, before=mine).end()
-    assert code == 1 and out == ""
+    assert code == 1 and json.loads(out)["error"]["found"] == "2"
     assert errors.count("engine: ranks: found 2, expected 1, what the engine was built for") == 1
 
 
@@ -130,7 +130,7 @@ def until(terminal: int, text: str, seen: str = "") -> str:
 def test_another_number_of_ranks(engines: dict[int, Path]) -> None:
     code, out, errors = belle_run(engines[2], "--ranks", 3, *SHORT).end()
     remedy = "run it with 2, or make an engine for 3 with belle-compile repartition"
-    assert (code, out) == (1, "")
+    assert code == 1 and json.loads(out)["error"]["remedy"] == remedy
     assert errors == f"belle-run: engine: ranks: found 3, expected 2, what the engine was built for; {remedy}.\n"
     assert tokens(engines[2], "--ranks", 2, *SHORT) == tokens(engines[1], "--ranks", 1, *SHORT)
 
