@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -182,12 +180,11 @@ def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
 def _calibration_data(
     job: Job, calibration: Calibration | None, digests: Mapping[str, str], folder: Path
 ) -> CalibrationData | None:
-    """The requests for the passes that calibrate, with the digests by which a continued build recognizes their results."""
+    """The requests for the passes that calibrate."""
     if calibration is None:
         return None
-    source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
     sequences = tuple(sample.tokens for sample in calibration.calibration)
-    return CalibrationData(sequences, calibration.digest, source, folder, job.progress("calibrate"))
+    return CalibrationData.of_files(sequences, calibration.digest, digests, folder, job.progress("calibrate"))
 
 
 def _kept(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +119,8 @@ def _calibration_data(
 ) -> CalibrationData | None:
     if calibration is None:
         return None
-    source = hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
     sequences = tuple(sample.tokens for sample in calibration.calibration)
-    return CalibrationData(sequences, calibration.digest, source, folder, job.progress("calibrate"))
+    return CalibrationData.of_files(sequences, calibration.digest, digests, folder, job.progress("calibrate"))
 
 
 def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -> tuple[Pass, ...]:

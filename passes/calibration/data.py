@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,20 @@ class CalibrationData:
     checkpoint: str
     folder: Path
     on_progress: Callable[[int, int], None] = _quiet
+
+    @classmethod
+    def of_files(
+        cls,
+        sequences: tuple[tuple[int, ...], ...],
+        digest: str,
+        files: Mapping[str, str],
+        folder: Path,
+        on_progress: Callable[[int, int], None],
+    ) -> CalibrationData:
+        """The data for a checkpoint of `files`, whose digests are given by their names: by these, a build that continues
+        recognizes the results of the one that was killed."""
+        checkpoint = hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
+        return cls(sequences, digest, checkpoint, folder, on_progress)
 
     @property
     def tokens(self) -> int:

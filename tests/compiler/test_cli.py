@@ -445,42 +445,6 @@ def test_defaults_of_calibrate_set_are_those_of_its_options(
     assert selections == [SelectOptions()]
 
 
-REPORTING = {"-v", "--verbose", "-q", "--quiet", "--log"}
-OPTIONS = {
-    "build": {
-        "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
-        "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", "--ignore-config-key", "--ignore-adapter", *REPORTING,
-    },
-    "edit": {"--generation-defaults"},
-    "calibrate-set": {
-        "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
-        "--similarity", "--max-length", "--force", *REPORTING,
-    },
-    "export": {
-        "--format", "-o", "--output", "--quant", "--methods", "--template", "--calibration", "--raw-requests",
-        "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--force", "--dtype",
-        "--generation-defaults", "--ignore-config-key", "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
-    },
-    "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
-    "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
-    "sensitivity": {
-        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output",
-        "--ignore-config-key", "--ignore-adapter",
-        *REPORTING,
-    },
-    "targets": {"--backends"},
-    "verify": REPORTING,
-}  # fmt: skip
-
-
-def test_options_are_these_and_no_more() -> None:
-    for name, command in cli.cli.commands.items():
-        options = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
-        assert options == OPTIONS.get(name, set()) | {"--json", "--config", "--version"}
-
-
 def test_layers_are_ranked_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     checkpoint = VARIANTS["llama_gqa"](tmp_path / "checkpoint")
     requests = tmp_path / "requests.txt"
