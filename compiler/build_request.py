@@ -18,6 +18,7 @@ from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
@@ -29,10 +30,9 @@ class BuildRequest:
     Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
     the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
-    replaces the checkpoint's prompt template, by name or as a Jinja file. `ignored_config_keys` of config.json, which this
-    compiler does not know, count as absent. `ignore_adapter` passes over a LoRA adapter beside the weights. `generation`
-    changes the generation defaults (see `changed_defaults`). `tune` measures on this host which kernel variants suit this
-    model's shapes, which takes minutes and may differ from one build to the next.
+    replaces the checkpoint's prompt template, by name or as a Jinja file. `reading` holds what else says how the checkpoint is
+    read. `generation` changes the generation defaults (see `changed_defaults`). `tune` measures on this host which kernel
+    variants suit this model's shapes, which takes minutes and may differ from one build to the next.
 
     Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
@@ -54,8 +54,7 @@ class BuildRequest:
     backend: str | None = None
     isas: tuple[str, ...] = ()
     template: str | None = None
-    ignored_config_keys: tuple[str, ...] = ()
-    ignore_adapter: bool = False
+    reading: Reading = PLAIN
     generation: tuple[str, ...] = ()
     dump_ir: Path | None = None
     force: bool = False

@@ -150,9 +150,8 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
     checkpoint = open_checkpoint(
         request.checkpoint,
         template=request.template,
-        ignored_keys=request.ignored_config_keys,
+        reading=request.reading,
         generation=request.generation,
-        ignore_adapter=request.ignore_adapter,
     )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
@@ -274,9 +273,7 @@ def _manifest(
 ) -> Manifest:
     first, checkpoint = payloads[0], source.checkpoint
     notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())
-    ignored: dict[str, Any] = {"ignored_config_keys": list(keys)} if (keys := job.request.ignored_config_keys) else {}
-    ignored |= {"ignored_adapter": True} if job.request.ignore_adapter else {}
-    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | ignored, 0, notes)
+    opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | job.request.reading.facts, 0, notes)
     calibrated = job.request.calibration is not None
     return Manifest(
         model=model,

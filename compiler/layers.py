@@ -15,6 +15,7 @@ from belle_compile.compiler.calibration import Calibration, read_calibration
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
@@ -45,8 +46,7 @@ def rank(
     raw_requests: bool = False,
     tokens: int = 2048,
     alone: bool = True,
-    ignored_config_keys: Sequence[str] = (),
-    ignore_adapter: bool = False,
+    reading: Reading = PLAIN,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> list[LayerDamage]:
     """Rank the linears of a checkpoint by the damage of quantizing them as a preset does, the most damaging first.
@@ -54,7 +54,7 @@ def rank(
     With `alone`, the damage of a linear is the KL divergence of the predictions on up to `tokens` tokens of requests when it
     alone is quantized; without, it is the error of the linear's outputs."""
     on_progress("open", 0, 0)
-    opened = open_checkpoint(checkpoint, ignored_keys=ignored_config_keys, ignore_adapter=ignore_adapter)
+    opened = open_checkpoint(checkpoint, reading=reading)
     recipe = find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)

@@ -20,6 +20,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
 from belle_compile.compiler.generation import changed_defaults, generation_defaults
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.untrusted import explained
 
 
@@ -28,36 +29,33 @@ def open_checkpoint(
     *,
     template: str | None = None,
     overlays: Sequence[Overlay] = (),
-    ignored_keys: Sequence[str] = (),
+    reading: Reading = PLAIN,
     generation: Sequence[str] = (),
-    ignore_adapter: bool | None = False,
 ) -> Checkpoint:
     """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
-    `choose_template`. `overlays` change tensors in the order given. `ignored_keys` of config.json count as absent.
-    `generation` changes the generation defaults: see `changed_defaults`. An adapter beside the weights is refused, passed over
-    (`ignore_adapter`) or, where no weights are wanted, not looked for (None). Raises CompileError for everything that cannot be
+    `choose_template`. `overlays` change tensors in the order given. `reading` holds what else says how files are read.
+    `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
     read.
     """
     expected = "a checkpoint as save_pretrained or llama.cpp's converter writes it"
     with explained(STAGE, f"files of {path}", expected=expected, remedy="download them again"):
-        return _open(path, template, overlays, ignored_keys, generation, ignore_adapter)
+        return _open(path, template, overlays, reading, generation)
 
 
 def _open(
     path: str | Path,
     template: str | None,
     overlays: Sequence[Overlay],
-    ignored_keys: Sequence[str],
+    reading: Reading,
     generation: Sequence[str],
-    ignore_adapter: bool | None,
 ) -> Checkpoint:
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
-    adapters = [] if ignore_adapter is None else adapter_notes(files, ignore_adapter)
+    adapters = [] if reading.ignore_adapter is None else adapter_notes(files, reading.ignore_adapter)
     family = registry.by_config(contents.config, files.path)
-    contents.config, ignored = without_keys(contents.config, ignored_keys, family.keys.used)
+    contents.config, ignored = without_keys(contents.config, reading.ignored_config_keys, family.keys.used)
     chosen = choose_template(template, contents.template, family, contents.config)
     tensors, left_out = canonical(contents.tensors, family)
     overlaid = apply_overlays(tensors, overlays)

@@ -27,8 +27,7 @@ _WHAT = options.together(
     click.option("--isa", "isas", multiple=True, metavar="NAME", help="Compile for this instruction set only; repeatable."),
     options.template,
     options.generation_defaults(),
-    options.ignored_config_keys,
-    options.ignore_adapter,
+    options.reading,
 )  # fmt: skip
 _CALIBRATION = options.together(
     options.calibration("the engine"),

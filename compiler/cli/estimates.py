@@ -9,6 +9,7 @@ import click
 from belle_compile.compiler.cli import layer_ranking, options, terminal
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import plan_text
+from belle_compile.compiler.reading import Reading
 from belle_compile.passes.presets import PRESETS
 
 _SHOWN = 20  # layers of the ranking that are printed
@@ -35,8 +36,7 @@ def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path
     "--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Run at most this many tokens of requests."
 )
 @click.option("--output-errors", is_flag=True, help="Measure only the error of each layer's outputs, in one run; no KL.")
-@options.ignored_config_keys
-@options.ignore_adapter
+@options.reading
 @click.option(
     "-o", "--output", type=options.PATH, callback=_ranking_file, help="Write all layers to a .json file, or as an .svg plot."
 )
@@ -49,8 +49,7 @@ def sensitivity(
     quantization: str,
     tokens: int,
     output_errors: bool,
-    ignored_config_keys: tuple[str, ...],
-    ignore_adapter: bool,
+    reading: Reading,
     output: Path | None,
     run: Run,
     as_json: bool,
@@ -75,8 +74,7 @@ def sensitivity(
     with run.following() as progress:
         ranked = layers.rank(
             checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, tokens=tokens,
-            alone=not output_errors, ignored_config_keys=ignored_config_keys, ignore_adapter=ignore_adapter,
-            on_progress=progress,
+            alone=not output_errors, reading=reading, on_progress=progress,
         )  # fmt: skip
     ranking = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:
@@ -94,7 +92,7 @@ def _load(batch: int, context: int) -> tuple[int, int]:
 @options.preset(help="The preset, as for build.")
 @options.kv_cache(help="Type of the KV cache, as for build.")
 @options.backend("the device's, as for build")
-@options.ignored_config_keys
+@options.reading
 @options.collected(
     "load",
     _load,
@@ -108,7 +106,7 @@ def plan(
     quantization: str,
     kv_cache: str,
     backend: str | None,
-    ignored_config_keys: tuple[str, ...],
+    reading: Reading,
     load: tuple[int, int],
     as_json: bool,
 ) -> None:
@@ -129,5 +127,5 @@ def plan(
     check_checkpoint(checkpoint)
     from belle_compile.compiler.plan import table
 
-    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, ignored_config_keys)
+    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, reading)
     terminal.write(terminal.to_json(predicted) if as_json else plan_text(predicted))

@@ -38,7 +38,7 @@ _WHAT = options.together(
     ),
     options.template,
     options.generation_defaults(),
-    options.ignored_config_keys,
+    options.reading,
 )  # fmt: skip
 _CALIBRATION = options.together(
     options.calibration("the export"),

@@ -13,6 +13,7 @@ import click
 
 from belle_compile.compiler.cli.progress import NORMAL, QUIET, VERBOSE, Run
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
+from belle_compile.compiler.reading import Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.usage import json_option
@@ -40,15 +41,6 @@ raw_requests = click.option(
 template = click.option(
     "--template", metavar="NAME|FILE", help="Prompt template in place of the checkpoint's, by name or as a Jinja file."
 )
-ignored_config_keys = click.option(
-    "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
-    help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records it.",
-)  # fmt: skip
-
-ignore_adapter = click.option(
-    "--ignore-adapter", is_flag=True,
-    help="Build the base model where a LoRA adapter (adapter_config.json) lies beside its weights. The manifest records it.",
-)  # fmt: skip
 
 
 def together(*options: Decorator) -> Decorator:
@@ -75,6 +67,22 @@ def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> 
         return together(*options)(with_record)
 
     return decorate
+
+
+reading = collected(
+    "reading",
+    Reading,
+    click.option(
+        "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
+        help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records "
+        "it.",
+    ),
+    click.option(
+        "--ignore-adapter", is_flag=True,
+        help="Read the base model where a LoRA adapter (adapter_config.json) lies beside its weights. An engine's manifest "
+        "records it.",
+    ),
+)  # fmt: skip
 
 
 def _run(verbose: bool, quiet: bool, log: Path | None) -> Run:

@@ -53,7 +53,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
     with output_directory(request.output, force=request.force) as directory, work_folder(request.output) as folder:
         job.begin("open")
         checkpoint = open_checkpoint(
-            request.source, template=request.template, ignored_keys=request.ignored_config_keys, generation=request.generation
+            request.source, template=request.template, reading=request.reading, generation=request.generation
         )
         graph = build_graph(checkpoint)
         job.format.check_model(_model(job, checkpoint, graph))

@@ -14,6 +14,7 @@ from belle_compile.compiler.exports.directory import STAGE, output_directory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, INT8_BLOCKS, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
@@ -25,8 +26,8 @@ DTYPES = (AUTO_DTYPE, "float32", "float16", "bfloat16")
 class ExportRequest:
     """The arguments of an export: `source` is a checkpoint, or an engine whose integers are exported as they are.
 
-    `quantization`, `methods`, `template`, `ignored_config_keys`, `generation`, `calibration`, `raw_requests`, `gate`, `force`
-    and `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
+    `quantization`, `methods`, `template`, `reading`, `generation`, `calibration`, `raw_requests`, `gate`, `force` and
+    `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
     format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
     head that is tied to the embedding stays so, and the residual stream is not rotated (None: as the format does by default).
     With `block_scales`, weights get a scale for each block of inputs of the format, in place of one for each output channel.
@@ -43,7 +44,7 @@ class ExportRequest:
     block_scales: bool = False
     dtype: str = AUTO_DTYPE
     template: str | None = None
-    ignored_config_keys: tuple[str, ...] = ()
+    reading: Reading = PLAIN
     generation: tuple[str, ...] = ()
     calibration: Path | None = None
     raw_requests: bool = False
@@ -113,10 +114,10 @@ def _check_engine_options(request: ExportRequest) -> None:
         "block_scales": "--block-scales",
         "calibration": "--calibration",
         "template": "--template",
-        "ignored_config_keys": "--ignore-config-key",
         "generation": "--generation-defaults",
     }
     given = [option for name, option in changing.items() if getattr(request, name) != getattr(default, name)]
+    given += request.reading.options
     if given:
         raise CompileError(
             STAGE, f"option {', '.join(given)}", found=f"the engine {request.source}, whose integers are exported as they are",

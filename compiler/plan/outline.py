@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
 from belle_compile.compiler.families.layers import HEAD
+from belle_compile.compiler.reading import PLAIN, Reading
 
 
 class Outline(Checkpoint):
@@ -24,15 +25,15 @@ class Outline(Checkpoint):
         return _unread(name, shape, self.path)
 
 
-def outline(path: str | Path, ignored_keys: Sequence[str] = ()) -> Checkpoint:
+def outline(path: str | Path, reading: Reading = PLAIN) -> Checkpoint:
     """Open a checkpoint for a plan; `path` may be its config.json alone. A plan renders no prompts, so the template is RAW.
-    `ignored_keys` of config.json count as absent."""
+    An adapter beside the weights, which would not change a plan, is not looked for."""
     path = Path(path)
     if path.suffix != ".json":
-        return open_checkpoint(path, template=RAW, ignored_keys=ignored_keys, ignore_adapter=None)
+        return open_checkpoint(path, template=RAW, reading=replace(reading, ignore_adapter=reading.ignore_adapter or None))
     config = _read(path)
     family = registry.by_config(config, path)
-    config, _ = without_keys(config, ignored_keys, family.keys.used)
+    config, _ = without_keys(config, reading.ignored_config_keys, family.keys.used)
     head = {} if family.read_config(config).tied_head else {HEAD: _unread(HEAD, (), path)}
     template = choose_template(RAW, None, family, config)
     return Outline(path, family.name, config, head, "", {}, template, {}, ())

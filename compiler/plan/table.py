@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
 from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
 from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.targets import resolve
 from belle_compile.passes.presets import find_preset
 
@@ -39,17 +39,17 @@ def plan(
     load: Load,
     kv_cache: str = AUTO,
     backend: str | None = None,
-    ignored_config_keys: Sequence[str] = (),
+    reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Predict memory and times of a checkpoint, or of the dimensions in a config.json, on a target's device.
 
     The plan has one line for 1, 2, 4 and 8 ranks each and for the number in the target's name. A line holds bytes and seconds,
     or the reason why the model cannot be divided among that many ranks. Times are None where the backend (None: the device's
-    default) predicts none. `ignored_config_keys` count as absent. Raises CompileError for wrong arguments."""
+    default) predicts none. `reading` says how the checkpoint is read. Raises CompileError for wrong arguments."""
     device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    graph, recipe = build_graph(outline(path, ignored_config_keys)), find_preset(quantization).recipe
+    graph, recipe = build_graph(outline(path, reading)), find_preset(quantization).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:

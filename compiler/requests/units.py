@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import Reading
 from belle_compile.compiler.requests.request import STAGE, Request
 from belle_compile.runtime.sentencepiece_rule import load
 
@@ -89,4 +90,4 @@ def open_units(tokenizer: str | Path | None) -> Units:
     from belle_compile.compiler.checkpoint import open_checkpoint
     from belle_compile.compiler.checkpoint.templates import RAW
 
-    return Tokens(open_checkpoint(path, template=RAW).tokenizer_json, path.name)
+    return Tokens(open_checkpoint(path, template=RAW, reading=Reading(ignore_adapter=None)).tokenizer_json, path.name)

@@ -20,6 +20,7 @@ from belle_compile.compiler.backends.base import registered, serving
 from belle_compile.compiler.devices import DEVICES
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
+from belle_compile.compiler.reading import Reading
 from belle_compile.compiler.requests import SelectOptions
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS
 from belle_compile.runtime import artifact, host
@@ -426,7 +427,10 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print, **given)
     keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3", "--ignore-adapter"
     fail(capsys, "build", "tests", "-o", "engine-new", *keys)
-    assert (seen[0].ignored_config_keys, seen[0].generation, seen.pop().ignore_adapter) == (("a", "b"), ("top_k=3",), True)
+    assert (seen[0].reading, seen.pop().generation) == (
+        Reading(ignored_config_keys=("a", "b"), ignore_adapter=True),
+        ("top_k=3",),
+    )
     fail(capsys, "build", "tests", "-o", "engine-new", "--no-gate", "--methods", "none")
     assert (seen[0].gate, seen[0].methods) == (None, ())
 

@@ -7,11 +7,12 @@ import click
 from belle_compile.compiler import cli
 
 REPORTING = {"-v", "--verbose", "-q", "--quiet", "--log"}
+READING = {"--ignore-config-key", "--ignore-adapter"}
 OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", "--ignore-config-key", "--ignore-adapter", *REPORTING,
+        "--tune", "--drift", "--force", "--generation-defaults", *READING, *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {
@@ -21,15 +22,14 @@ OPTIONS = {
     "export": {
         "--format", "-o", "--output", "--quant", "--methods", "--template", "--calibration", "--raw-requests",
         "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--force", "--dtype",
-        "--generation-defaults", "--ignore-config-key", "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
+        "--generation-defaults", *READING, "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", "--ignore-config-key"},
+    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", *READING},
     "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
         "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output",
-        "--ignore-config-key", "--ignore-adapter",
-        *REPORTING,
+        *READING, *REPORTING,
     },
     "targets": {"--backends"},
     "verify": REPORTING,

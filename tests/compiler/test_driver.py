@@ -25,6 +25,7 @@ from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.plan.table import Load, plan
+from belle_compile.compiler.reading import Reading
 from belle_compile.compiler.report.effects import TOKENS
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 from belle_compile.runtime.program_json import read_program
@@ -239,7 +240,7 @@ def test_keys_ignored_on_request_are_recorded(llama: Path, tmp_path: Path) -> No
     (checkpoint / "config.json").write_text(json.dumps(config | {"qk_scale": 2, "gates": [1]}))
     with pytest.raises(CompileError, match=r"pass --ignore-config-key qk_scale --ignore-config-key gates\.$"):
         build(BuildRequest(checkpoint, tmp_path / "engine"))
-    manifest = manifest_of(BuildRequest(checkpoint, tmp_path / "engine", ignored_config_keys=("qk_scale", "gates")))
+    manifest = manifest_of(BuildRequest(checkpoint, tmp_path / "engine", reading=Reading(("qk_scale", "gates"))))
     opened = manifest.passes[0]
     assert opened.options["ignored_config_keys"] == ["qk_scale", "gates"]
     assert "key qk_scale of config.json, 2, was ignored because --ignore-config-key asked for it" in opened.refusals

@@ -13,6 +13,7 @@ from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
+from belle_compile.compiler.reading import Reading
 from tests.compiler.exports.models import bloom, export, llama, requests
 from tests.parity.variants import hf_logits, random_ids
 
@@ -89,3 +90,5 @@ def test_options_that_change_a_model_are_refused(tmp_path: Path) -> None:
     made = engine(llama(tmp_path / "llama"))
     with pytest.raises(CompileError, match=r"option --quant, --methods: found the engine .* exported as they are"):
         driver.export(ExportRequest(made, tmp_path / "out", "gguf", quantization="int8-plain", methods=("rotate",)))
+    with pytest.raises(CompileError, match=r"option --ignore-config-key, --ignore-adapter: found the engine"):
+        driver.export(ExportRequest(made, tmp_path / "out", "gguf", reading=Reading(("a",), ignore_adapter=True)))

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import Reading
 from tests.compiler.checkpoint.models import (
     LLAMA_CONFIG,
     llama_tensors,
@@ -129,12 +130,12 @@ def test_an_adapter_beside_the_weights_is_refused_or_passed_over(llama: Path, we
     if weights:
         (llama / weights).touch()
     with pytest.raises(CompileError, match=r"--ignore-adapter: found no adapter_config\.json .*; leave the option out\.$"):
-        open_checkpoint(llama, ignore_adapter=True)
+        open_checkpoint(llama, reading=Reading(ignore_adapter=True))
     write_json(llama / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"})
     with pytest.raises(CompileError, match=r"by adapter_config\.json, a LoRA adapter .*; merge .* or pass --ignore-adapter"):
         open_checkpoint(llama)
-    plain = open_checkpoint(llama, ignore_adapter=None)
-    base = open_checkpoint(llama, ignore_adapter=True)
+    plain = open_checkpoint(llama, reading=Reading(ignore_adapter=None))
+    base = open_checkpoint(llama, reading=Reading(ignore_adapter=True))
     note = "the adapter of adapter_config.json was passed over because --ignore-adapter asked for it: the model is its base"
     assert note in base.notes and note not in plain.notes and base.tensors.keys() == plain.tensors.keys()
 

@@ -1,0 +1,38 @@
+"""How a checkpoint is read: what its files do not say, and the user does.
+
+The command line imports this module before it knows that the arguments are right: it needs no package of the extra `build`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_OPTION = "option"  # the key of a field's metadata that holds the option of the command line
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What says how a checkpoint is read, besides its files; every command that opens one takes these options.
+
+    `ignored_config_keys` of config.json, which this compiler does not know, count as absent. With `ignore_adapter`, a LoRA
+    adapter beside the weights is passed over, which is refused otherwise; None is for readers of small files, who do not look
+    for one.
+    """
+
+    ignored_config_keys: tuple[str, ...] = field(default=(), metadata={_OPTION: "--ignore-config-key"})
+    ignore_adapter: bool | None = field(default=False, metadata={_OPTION: "--ignore-adapter"})
+
+    @property
+    def options(self) -> list[str]:
+        """The options of the command line by which this reading differs from the one without any."""
+        return [each.metadata[_OPTION] for each in fields(self) if getattr(self, each.name) != getattr(PLAIN, each.name)]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an engine's manifest records of it, as the options of the step that opened the checkpoint."""
+        ignored: dict[str, Any] = {"ignored_config_keys": list(self.ignored_config_keys)} if self.ignored_config_keys else {}
+        return ignored | ({"ignored_adapter": True} if self.ignore_adapter else {})
+
+
+PLAIN = Reading()
