@@ -17,7 +17,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.kv_types import AUTO
-from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
@@ -103,6 +103,7 @@ def resolve(request: BuildRequest) -> Job:
     check_output(request.output, force=request.force)
     check_checkpoint(request.checkpoint)
     check_template(request.template)
+    check_reading(request.reading)
     changed_defaults(GenerationDefaults(), request.generation)  # those of the checkpoint are not known yet
     check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return Job(request, target, backend, recipe, applied)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from belle_compile.compiler.engine_directory import is_engine
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import Reading
 
 # Owner and name and, for one of several models in a repository, the path of its file: owner/name/q4/model.gguf.
 _HUB_NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.gguf))?")
@@ -31,6 +33,17 @@ def check_checkpoint(name: str | Path) -> None:
         remedy = "give the checkpoint that it was built from; belle-compile repartition makes one for other ranks from it"
         expected = "a checkpoint"
         raise CompileError(CHECKPOINT_STAGE, f"path {path}", found="an engine directory", expected=expected, remedy=remedy)
+
+
+def check_reading(reading: Reading) -> None:
+    """Raise CompileError for a file or directory that does not exist, and for an adapter's scale that is no number."""
+    for adapter in reading.adapters:
+        path = Path(adapter.place).expanduser()
+        if not math.isfinite(adapter.scale):
+            found, expected = f"{adapter.scale}", "a number"
+            raise CompileError(CHECKPOINT_STAGE, f"scale of adapter {path}", found=found, expected=expected)
+        if path.exists() or hub_name(adapter.place) is None:
+            check_file(CHECKPOINT_STAGE, path, "the directory of an adapter, or its name on the Hugging Face Hub")
 
 
 def no_checkpoint(name: str | Path) -> CompileError:

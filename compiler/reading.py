@@ -6,9 +6,28 @@ The command line imports this module before it knows that the arguments are righ
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 _OPTION = "option"  # the key of a field's metadata that holds the option of the command line
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter to merge: its directory or its name on the Hugging Face Hub, and what its changes are multiplied with."""
+
+    place: str
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return Path(self.place).expanduser().resolve().name
+
+    @property
+    def words(self) -> str:
+        """Its name and scale, for a manifest."""
+        return self.name if self.scale == 1 else f"{self.name} at {self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -17,11 +36,12 @@ class Reading:
 
     `ignored_config_keys` of config.json, which this compiler does not know, count as absent. With `ignore_adapter`, a LoRA
     adapter beside the weights is passed over, which is refused otherwise; None is for readers of small files, who do not look
-    for one.
+    for one. `adapters` are merged in turn.
     """
 
     ignored_config_keys: tuple[str, ...] = field(default=(), metadata={_OPTION: "--ignore-config-key"})
     ignore_adapter: bool | None = field(default=False, metadata={_OPTION: "--ignore-adapter"})
+    adapters: tuple[AdapterChoice, ...] = field(default=(), metadata={_OPTION: "--adapter"})
 
     @property
     def options(self) -> list[str]:
@@ -31,8 +51,9 @@ class Reading:
     @property
     def facts(self) -> dict[str, Any]:
         """What an engine's manifest records of it, as the options of the step that opened the checkpoint."""
-        ignored: dict[str, Any] = {"ignored_config_keys": list(self.ignored_config_keys)} if self.ignored_config_keys else {}
-        return ignored | ({"ignored_adapter": True} if self.ignore_adapter else {})
+        facts: dict[str, Any] = {"ignored_config_keys": list(self.ignored_config_keys)} if self.ignored_config_keys else {}
+        facts |= {"ignored_adapter": True} if self.ignore_adapter else {}
+        return facts | ({"adapters": [adapter.words for adapter in self.adapters]} if self.adapters else {})
 
 
 PLAIN = Reading()

@@ -10,12 +10,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint.checkpoint import Checkpoint
+from belle_compile.compiler.checkpoint.formats.huggingface import take_tokenizer, template_of
 from belle_compile.compiler.checkpoint.formats.registry import adapter_notes, read_contents, weight_patterns
 from belle_compile.compiler.checkpoint.names import canonical
+from belle_compile.compiler.checkpoint.overlays.adapter import Adapter, fetch_adapter
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
-from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, choose_template
+from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, PromptTemplate, choose_template
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
@@ -53,12 +55,17 @@ def _open(
 ) -> Checkpoint:
     files = fetch(path, weight_patterns())
     contents = read_contents(files)
-    adapters = [] if reading.ignore_adapter is None else adapter_notes(files, reading.ignore_adapter)
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, reading.ignored_config_keys, family.keys.used)
-    chosen = choose_template(template, contents.template, family, contents.config)
     tensors, left_out = canonical(contents.tensors, family)
-    overlaid = apply_overlays(tensors, overlays)
+    base_names = frozenset({Path(path).name, files.path.resolve().name, Path(path).stem, *_own_name(contents.config)})
+    adapters = [fetch_adapter(choice, family, base_names) for choice in reading.adapters]
+    beside = adapter_notes(files, reading.ignore_adapter, [adapter.directory for adapter in adapters])
+    overlaid = apply_overlays(tensors, contents.config, [*adapters, *overlays])
+    contents.config = dict(overlaid.config)
+    if overlaid.tokenizer is not None:
+        take_tokenizer(contents, overlaid.tokenizer)
+    chosen = choose_template(template, contents.template, family, contents.config)
     stated = Statements(
         config=contents.config,
         tokenizer_json=contents.tokenizer_json,
@@ -73,8 +80,8 @@ def _open(
     source, settings = contents.sampling
     own, unsupported = generation_defaults(settings, belle=chosen.jinja in BELLE_TEMPLATES, source=source)
     defaults, of_changes = changed_defaults(own, generation)
-    notes = [*files.notes, *ignored, *adapters, *contents.notes, *left_out, *vocabulary, *disagreements]
-    notes += [*unsupported, *of_changes, *overlaid.notes]
+    notes = [*files.notes, *ignored, *beside, *contents.notes, *left_out, *vocabulary, *disagreements]
+    notes += [*unsupported, *of_changes, *overlaid.notes, *_template_notes(adapters, chosen, template)]
     return Checkpoint(
         path=files.path,
         family=family.name,
@@ -87,6 +94,22 @@ def _open(
         files=(*contents.files, *overlaid.files),
         notes=tuple(notes),
     )
+
+
+def _template_notes(adapters: Sequence[Adapter], chosen: PromptTemplate, argument: str | None) -> list[str]:
+    """A note on each adapter that was trained with another prompt template, unless the user chose one."""
+    own = {adapter.name: found for adapter in adapters if (found := template_of(adapter.directory)) is not None}
+    return [
+        f"adapter {name} has another prompt template, {found.name}, than the one used, {chosen.name}: --template chooses one"
+        for name, found in own.items()
+        if argument is None and found.jinja != chosen.jinja
+    ]
+
+
+def _own_name(config: dict[str, Any]) -> list[str]:
+    """The last part of the name that a config.json has for its model; none if it has none."""
+    name = config.get("_name_or_path")
+    return [name.rstrip("/").rpartition("/")[2]] if isinstance(name, str) else []
 
 
 def _vocabulary_note(config: dict[str, Any], tokenizer_json: str) -> list[str]:

@@ -68,8 +68,10 @@ class LazyTensor:
         return " <- ".join(self.steps)
 
     def changed(self, step: str, load: Load) -> LazyTensor:
-        """The tensor with other float values of the same shape; `step` names what changed them."""
-        return replace(self, load=load, dtype="float32", steps=(step, *self.steps), quantized=None)
+        """The tensor with other float values of the same shape, whose dtype stays where it is one of floats; `step` names what
+        changed them."""
+        dtype = self.dtype if self.dtype in FLOAT_DTYPES else "float32"
+        return replace(self, load=load, dtype=dtype, steps=(step, *self.steps), quantized=None)
 
     def _float32(self, start: int, stop: int, shape: tuple[int, ...]) -> FloatArray:
         found = "a file that changed or cannot be read"

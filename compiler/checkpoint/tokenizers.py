@@ -20,6 +20,11 @@ from belle_compile.compiler.untrusted import explained, parse_bounded
 _MOST_ID = 1 << 22  # ten times as many as the largest vocabularies have
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a tokenizer that `load_tokenizer` reads."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[Path], list[str], dict[str, Any]]:
     """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
 

@@ -65,9 +65,10 @@ def sensitivity(
       belle-compile sensitivity model.gguf --calibration requests.jsonl
       belle-compile sensitivity /models/BELLE-7B-2M --calibration set/ --output-errors -o layers.svg
     """
-    from belle_compile.compiler.places import check_checkpoint, check_file
+    from belle_compile.compiler.places import check_checkpoint, check_file, check_reading
 
     check_checkpoint(checkpoint)
+    check_reading(reading)
     check_file("calibration", calibration, "requests, or a set made by belle-compile calibrate-set")
     from belle_compile.compiler import layers
 
@@ -122,9 +123,10 @@ def plan(
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
     """
-    from belle_compile.compiler.places import check_checkpoint
+    from belle_compile.compiler.places import check_checkpoint, check_reading
 
     check_checkpoint(checkpoint)
+    check_reading(reading)
     from belle_compile.compiler.plan import table
 
     predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, reading)

@@ -13,7 +13,7 @@ import click
 
 from belle_compile.compiler.cli.progress import NORMAL, QUIET, VERBOSE, Run
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
-from belle_compile.compiler.reading import Reading
+from belle_compile.compiler.reading import AdapterChoice, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.usage import json_option
@@ -69,9 +69,28 @@ def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> 
     return decorate
 
 
+def _reading(
+    ignored_config_keys: tuple[str, ...], ignore_adapter: bool, adapters: tuple[str, ...], scales: tuple[float, ...]
+) -> Reading:
+    if scales and len(scales) != len(adapters):
+        found = f"{len(scales)} --adapter-scale for {len(adapters)} --adapter: give a scale for each adapter, in their order"
+        raise click.UsageError(found, click.get_current_context())
+    chosen = tuple(map(AdapterChoice, adapters, scales or (1.0,) * len(adapters)))
+    return Reading(ignored_config_keys, ignore_adapter, chosen)
+
+
 reading = collected(
     "reading",
-    Reading,
+    _reading,
+    click.option(
+        "--adapter", "adapters", multiple=True, metavar="DIR",
+        help="Merge a LoRA adapter of PEFT, by its directory or its name on the Hugging Face Hub. Repeatable: adapters are "
+        "merged in turn.",
+    ),
+    click.option(
+        "--adapter-scale", "scales", multiple=True, type=float, metavar="FACTOR",
+        help="Multiply the changes of an adapter by this; once for each --adapter, in their order.  [default: 1]",
+    ),
     click.option(
         "--ignore-config-key", "ignored_config_keys", multiple=True, metavar="NAME",
         help="Take a key of config.json that this compiler does not know as absent; repeatable. An engine's manifest records "

@@ -120,7 +120,9 @@ def _calibration_data(
     if calibration is None:
         return None
     sequences = tuple(sample.tokens for sample in calibration.calibration)
-    return CalibrationData.of_files(sequences, calibration.digest, digests, folder, job.progress("calibrate"))
+    return CalibrationData.of_files(
+        sequences, calibration.digest, digests, job.request.reading.facts, folder, job.progress("calibrate")
+    )
 
 
 def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -> tuple[Pass, ...]:

@@ -13,7 +13,7 @@ from belle_compile.compiler.exports.base import Format
 from belle_compile.compiler.exports.directory import STAGE, output_directory
 from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
-from belle_compile.compiler.places import check_checkpoint, check_file, check_template
+from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, INT8_BLOCKS, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
@@ -92,6 +92,7 @@ def resolve(request: ExportRequest) -> ExportJob:
         recipe = replace(recipe, weights=INT8_BLOCKS)
     check_checkpoint(request.source)
     check_template(request.template)
+    check_reading(request.reading)
     changed_defaults(GenerationDefaults(), request.generation)  # those of the checkpoint are not known yet
     check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return ExportJob(request, format, recipe.applied(calibrated), tuple(notes))

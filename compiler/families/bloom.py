@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_POSITION = 2048  # BLOOM's training length; ALiBi sets no limit of its own
 
+EMBEDDING = "word_embeddings"
 KEYS = Keys(
     used=frozenset(
         """vocab_size hidden_size n_embed n_layer num_hidden_layers n_head num_attention_heads layer_norm_epsilon
@@ -83,9 +84,9 @@ def read_config(config: Mapping[str, Any]) -> BloomConfig:
 def build(layers: Layers, config: BloomConfig) -> ir.Value:
     """Append the whole model to the graph; returns the logits [R, vocabulary]."""
     b, hidden, epsilon = layers.builder, config.hidden_size, config.epsilon
-    table, head = layers.embedding_and_head("word_embeddings", (config.vocab_size, hidden), tied=config.tied_head)
+    table, head = layers.embedding_and_head(EMBEDDING, (config.vocab_size, hidden), tied=config.tied_head)
     slopes = b.weight("alibi_slopes", alibi_slopes(config.num_heads))
-    x = b.op("Gather", table, b.inputs.token_ids, name="word_embeddings", axis=0)
+    x = b.op("Gather", table, b.inputs.token_ids, name=EMBEDDING, axis=0)
     x = layers.layer_norm(x, "word_embeddings_layernorm", hidden, epsilon)
     for layer in range(config.num_layers):
         x = _block(layers, config, x, slopes, layer)
@@ -227,7 +228,7 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 GGUF_MODULES = {
-    "token_embd": "word_embeddings",
+    "token_embd": EMBEDDING,
     "token_embd_norm": "word_embeddings_layernorm",
     "output_norm": "ln_f",
     "output": "lm_head",
@@ -246,6 +247,7 @@ FAMILY = Family(
     renames=((r"^transformer\.", ""),),  # BloomForCausalLM has this prefix, BloomModel and some releases do not
     read_config=read_config,
     build=build,
+    embedding=EMBEDDING,
     keys=KEYS,
     template="belle-bloom",
     release=Release(

@@ -29,6 +29,8 @@ class Family(Generic[C]):
     `read_config` reads config.json and raises CompileError for what the graph would not compute. `build(layers, config)`
     appends the model to the graph that `layers` adds to, from the step's inputs to the logits, which it returns.
 
+    `embedding` is the module of the token embedding, by the name that `build` gives it.
+
     `renames` make a stored tensor name canonical, which is the name that `build` asks for: each is a regular expression and
     the replacement of its first match, applied one after the other. They must leave canonical names as they are.
 
@@ -46,6 +48,7 @@ class Family(Generic[C]):
     title: str
     read_config: Callable[[Mapping[str, Any]], C]
     build: Callable[[Layers, C], ir.Value]
+    embedding: str
     architectures: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()

@@ -20,6 +20,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
 
+EMBEDDING = "model.embed_tokens"
 KEYS = Keys(
     used=rope.KEYS.union(
         """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -104,8 +105,8 @@ def build(layers: Layers, config: LlamaConfig) -> ir.Value:
     """Append the whole model to the graph; returns the logits [R, vocabulary]."""
     b = layers.builder
     vocabulary = config.vocab_size, config.hidden_size
-    table, head = layers.embedding_and_head("model.embed_tokens", vocabulary, tied=config.tied_head)
-    x = b.op("Gather", table, b.inputs.token_ids, name="model.embed_tokens", axis=0)
+    table, head = layers.embedding_and_head(EMBEDDING, vocabulary, tied=config.tied_head)
+    x = b.op("Gather", table, b.inputs.token_ids, name=EMBEDDING, axis=0)
     cos_sin = b.op(
         "RotaryTable",
         b.inputs.positions,
@@ -270,7 +271,7 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 GGUF_MODULES = {
-    "token_embd": "model.embed_tokens",
+    "token_embd": EMBEDDING,
     "output_norm": "model.norm",
     "output": "lm_head",
     "attn_norm": "input_layernorm",
@@ -291,6 +292,7 @@ FAMILY = Family(
     renames=((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # files saved from LlamaModel lack the prefix
     read_config=read_config,
     build=build,
+    embedding=EMBEDDING,
     keys=KEYS,
     template="belle-llama",
     template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones

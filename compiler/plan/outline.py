@@ -31,6 +31,9 @@ def outline(path: str | Path, reading: Reading = PLAIN) -> Checkpoint:
     path = Path(path)
     if path.suffix != ".json":
         return open_checkpoint(path, template=RAW, reading=replace(reading, ignore_adapter=reading.ignore_adapter or None))
+    if reading.adapters:
+        found, remedy = "a config.json alone", "give the directory of the model, or leave --adapter out"
+        raise CompileError("plan", "a plan with adapters", found=found, expected="a checkpoint", remedy=remedy)
     config = _read(path)
     family = registry.by_config(config, path)
     config, _ = without_keys(config, reading.ignored_config_keys, family.keys.used)

@@ -38,12 +38,13 @@ class CalibrationData:
         sequences: tuple[tuple[int, ...], ...],
         digest: str,
         files: Mapping[str, str],
+        reading: Mapping[str, Any],
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> CalibrationData:
-        """The data for a checkpoint of `files`, whose digests are given by their names: by these, a build that continues
-        recognizes the results of the one that was killed."""
-        checkpoint = hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
+        """The data for a checkpoint of `files`, whose digests are given by their names, and facts on how they are read, such as
+        the scales of adapters: by these, a build that continues recognizes the results of the one that was killed."""
+        checkpoint = hashlib.sha256(json.dumps([dict(sorted(files.items())), dict(reading)]).encode()).hexdigest()
         return cls(sequences, digest, checkpoint, folder, on_progress)
 
     @property

@@ -5,14 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from belle_compile.compiler.reading import PLAIN, Reading
+from belle_compile.compiler.reading import PLAIN, AdapterChoice, Reading
 
 
 def test_options_and_facts_are_those_that_were_given() -> None:
     assert (PLAIN.options, PLAIN.facts) == ([], {})
-    reading = Reading(("qk_scale", "gates"), ignore_adapter=True)
-    assert reading.options == ["--ignore-config-key", "--ignore-adapter"]
-    assert reading.facts == {"ignored_config_keys": ["qk_scale", "gates"], "ignored_adapter": True}
+    adapters = (AdapterChoice("/models/lora/chat/"), AdapterChoice("group/style", 0.5))
+    reading = Reading(("qk_scale", "gates"), ignore_adapter=True, adapters=adapters)
+    assert reading.options == ["--ignore-config-key", "--ignore-adapter", "--adapter"]
+    assert reading.facts == {
+        "ignored_config_keys": ["qk_scale", "gates"],
+        "ignored_adapter": True,
+        "adapters": ["chat", "style at 0.5"],
+    }
 
 
 def test_requests_with_it_need_no_package_of_builds() -> None:

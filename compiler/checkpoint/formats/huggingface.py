@@ -44,8 +44,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
         )
     tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory, rows_of(config))
     weights = open_weights(directory)
-    files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
-    optional = {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
+    files, optional = _optional_files(directory)
     stated = "generation_config" in files  # Transformers reads config.json only where this file is missing
     own = "generation_config.json", optional["generation_config"]
     sampling = own if stated else (CONFIG, settings_of_config(config))
@@ -63,6 +62,33 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
         files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
         notes=[*notes, *weights.notes],
     )
+
+
+def take_tokenizer(contents: Contents, directory: Path) -> None:
+    """Put the tokenizer of another directory in the place of that in `contents`, with the files beside it that are about
+    tokens, and the chat template if it has one."""
+    contents.tokenizer_json, tokenizer_files, notes, contents.implied = load_tokenizer(directory, rows_of(contents.config))
+    files, optional = _optional_files(directory)
+    contents.tokenizer_config, contents.tokens_map = optional["tokenizer_config"], optional["special_tokens_map"]
+    contents.metadata_of = ""
+    template, template_files = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
+    contents.template = template or contents.template
+    read = [files[name] for name in ("tokenizer_config", "special_tokens_map", "chat_template") if name in files]
+    contents.files = list(dict.fromkeys([*contents.files, *tokenizer_files, *read, *template_files]))
+    contents.notes += notes
+
+
+def template_of(directory: Path) -> PromptTemplate | None:
+    """The chat template of a directory; None if it has none."""
+    _, optional = _optional_files(directory)
+    template, _ = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
+    return template
+
+
+def _optional_files(directory: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """The files of `OPTIONAL_FILES` that a directory has, and the content of each, empty if it is missing."""
+    files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
+    return files, {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
 
 
 def rows_of(config: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from belle_compile.compiler.checkpoint.formats.base import Contents, Format
@@ -13,6 +14,7 @@ from belle_compile.compiler.checkpoint.formats.shards import Indexed, Numbered, 
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.json_files import read_json
 
 # The first format that recognises the files reads them; a note names the weights that it passes over.
 FORMATS: tuple[Format, ...] = (
@@ -31,7 +33,7 @@ FORMATS: tuple[Format, ...] = (
 _HUGGING_FACE = "model.safetensors or pytorch_model.bin, single or sharded"
 # Files in releases of these families that cannot be read: pattern, description and remedy.
 NOT_YET = (
-    ("adapter_model.*", "a LoRA adapter", "merge it into its base model (PEFT's merge_and_unload) and give the result"),
+    ("adapter_model.*", "a LoRA adapter", "give its base model, and this directory with --adapter"),
     ("*.enc", "an XOR-encrypted release", "decrypt it first with models/decrypt.py of the BELLE repository"),
     ("*.pt", "a GPTQ .pt file", "quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from"),
     ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
@@ -69,12 +71,16 @@ def read_contents(files: Files) -> Contents:
     return contents
 
 
-def adapter_notes(files: Files, ignored: bool) -> list[str]:
-    """A note on an adapter beside a model's weights that was passed over, if the user asked for that (`ignored`).
+def adapter_notes(files: Files, ignored: bool | None, merged: Collection[Path] = ()) -> list[str]:
+    """A note on an adapter beside a model's weights that was passed over, if the user asked for that (`ignored`); nothing is
+    looked for where that is None.
 
-    Raises CompileError for an adapter otherwise: with PEFT installed, Transformers would load another model, the one with the
-    adapter. Weights of an adapter without its config are files like any other, for Transformers too.
+    Raises CompileError for an adapter otherwise, unless it is in one of the directories that are `merged`: with PEFT installed,
+    Transformers would load another model, the one with the adapter. Weights of an adapter without its config are files like any
+    other, for Transformers too.
     """
+    if ignored is None or (not ignored and any(directory.samefile(files.path) for directory in merged)):
+        return []
     there = [file for name in (_ADAPTER, CONFIG) for file in files.matching(name)] if files.directory is not None else []
     if len(there) < 2:
         if ignored:
@@ -88,7 +94,7 @@ def adapter_notes(files: Files, ignored: bool) -> list[str]:
         f"weights in {files.path}",
         found=f"a model and, by {_ADAPTER}, a LoRA adapter that Transformers loads on top of it",
         expected="one of them",
-        remedy="merge the adapter (PEFT's merge_and_unload) and give the result, or pass --ignore-adapter for the base model",
+        remedy=f"pass --adapter {files.path} to merge the adapter, or --ignore-adapter for the base model",
     )
 
 
@@ -120,6 +126,7 @@ def _unrecognised(files: Files) -> CompileError:
             expected="a checkpoint directory or a .gguf file",
             remedy=f"give the directory that holds it: {files.path.parent}",
         )
+    _refuse_adapter(files.directory)
     require_config(files.directory)
     for pattern, kind, remedy in NOT_YET:
         if matching := files.matching(pattern):
@@ -130,6 +137,21 @@ def _unrecognised(files: Files) -> CompileError:
         "only " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
         f"{_HUGGING_FACE}, or one .gguf file",
         "download the weight files into this directory",
+    )
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """Raise CompileError for a directory with an adapter and no model."""
+    if not (file := directory / _ADAPTER).is_file() or (directory / CONFIG).is_file():
+        return
+    stated = read_json(file).get("base_model_name_or_path")
+    base = stated if isinstance(stated, str) and stated.isprintable() and stated else "BASE"
+    raise CompileError(
+        STAGE,
+        f"directory {directory}",
+        found="a LoRA adapter without the model that it changes",
+        expected="a model",
+        remedy=f"belle-compile build {base} --adapter {directory}",
     )
 
 

@@ -50,10 +50,10 @@ class Source(Protocol):
 def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
     """The SHA-256 of every file by name, computed by streaming.
 
-    The name of a file below `root` is relative to `root`. For other files it is the file name, prefixed by the directory's name
-    if the file name alone is taken. `progress` is called after every chunk with (file, bytes done, bytes of all files).
+    The name of a file below `root` is relative to `root`. For other files it is the file name, prefixed by the names of
+    directories as long as it is taken. `progress` is called after every chunk with (file, bytes done, bytes of all files).
     """
-    files = list(files)
+    files = list(dict.fromkeys(files))
     total = sum(file.stat().st_size for file in files)
     done = 0
     result: dict[str, str] = {}
@@ -66,7 +66,11 @@ def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, in
                 if progress is not None:
                     progress(file, done, total)
         name = _relative(file, root)
-        result[name if name not in result else f"{file.parent.name}/{name}"] = digest.hexdigest()
+        for parent in file.parents:
+            if name not in result:
+                break
+            name = f"{parent.name}/{name}"
+        result[name] = digest.hexdigest()
     return result
 
 

@@ -29,6 +29,7 @@ GGUF = GgufLayout(
 )
 
 FAMILY = Family(
+    embedding="model.embed_tokens",
     name="tinyqwen",
     title="TinyQwen",
     aliases=("qwen2",),

@@ -132,7 +132,9 @@ def test_an_adapter_beside_the_weights_is_refused_or_passed_over(llama: Path, we
     with pytest.raises(CompileError, match=r"--ignore-adapter: found no adapter_config\.json .*; leave the option out\.$"):
         open_checkpoint(llama, reading=Reading(ignore_adapter=True))
     write_json(llama / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"})
-    with pytest.raises(CompileError, match=r"by adapter_config\.json, a LoRA adapter .*; merge .* or pass --ignore-adapter"):
+    with pytest.raises(
+        CompileError, match=r"by adapter_config\.json, a LoRA adapter .*; pass --adapter .* or --ignore-adapter"
+    ):
         open_checkpoint(llama)
     plain = open_checkpoint(llama, reading=Reading(ignore_adapter=None))
     base = open_checkpoint(llama, reading=Reading(ignore_adapter=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ class LowRank:
     file: Path
     target: str = UP
 
-    def apply(self, tensors: Mapping[str, LazyTensor]) -> Overlaid:
+    def apply(self, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Overlaid:
         base = tensors.get(self.target)
         if base is None:
             raise CompileError(

@@ -12,6 +12,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.formats.registry import weight_patterns
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import AdapterChoice, Reading
 from tests.compiler.checkpoint.models import write_llama
 
 
@@ -102,6 +103,15 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         open_checkpoint("BelleGroup/BELLE-7B-2M")
     Hub(monkeypatch, error=ConnectionError("no route"), cached=tmp_path)
     assert fetch("BelleGroup/BELLE-7B-2M", weight_patterns()).path == tmp_path
+
+
+def test_adapters_of_the_hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["README.md", "adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"]
+    hub = Hub(monkeypatch, files=files, cached=tmp_path)
+    reading = Reading(adapters=(AdapterChoice("BelleGroup/BELLE-LLaMA-LoRA"),))
+    with pytest.raises(CompileError, match=r"adapter .*: found a directory without adapter_config\.json"):
+        open_checkpoint(llama, reading=reading)
+    assert hub.patterns == ["*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors"]
 
 
 QUANTS = ["README.md", "m-Q4_0.gguf", "m-Q8_0.gguf", "big/m-F16-00001-of-00002.gguf", "big/m-F16-00002-of-00002.gguf"]
