@@ -17,7 +17,7 @@ _PARTS = (
     ("kernels", ".zip"),
     ("plan", ".plan"),
     ("program", "program.json"),
-    ("module", "model.ts"),
+    ("module", ".ts"),
     ("tokenizer", "tokenizer.json"),
     ("graph", "graph.onnx"),
     ("report", "report.html"),

@@ -27,17 +27,17 @@ def install() -> None:
     if hasattr(compile_functions, "compiles"):
         return
 
-    def look_first(functions: Mapping[str, Any], isa: Any) -> bytes:
+    def look_first(functions: Mapping[str, Any], isa: Any, source: str = "") -> bytes:
         if not os.environ.get(FOLDER):
-            return compile_functions(functions, isa)
+            return compile_functions(functions, isa, source)
         native = b"".join(source.read_bytes() for source in sorted(library.NATIVE.iterdir()))
-        depends = hashlib.sha256(f"{isa!r} {library._c_compiler()} {library._FLAGS}".encode() + native)
+        depends = hashlib.sha256(f"{isa!r} {library._c_compiler()} {library._FLAGS}{source}".encode() + native)
         for name, function in sorted(functions.items()):
             depends.update(f"\0{name}\0{tvm.ir.save_json(function)}".encode())
         file = Path(os.environ[FOLDER]) / depends.hexdigest()
         if not file.is_file():
             partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(compile_functions(functions, isa))
+            partial.write_bytes(compile_functions(functions, isa, source))
             partial.replace(file)
         return file.read_bytes()
 

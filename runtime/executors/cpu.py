@@ -89,7 +89,7 @@ class CpuExecutor:
         self._scratch = anonymous(program.scratch_bytes)
         self._kv = anonymous(self.num_blocks * program.kv.block_bytes)
         self._kv_blocks = self._kv.reshape(self.num_blocks, -1)  # keys and values of all layers side by side
-        self._inputs = _allocate_inputs(program)
+        self._inputs = allocate_inputs(program)
         self._tokens, self._rows = self._inputs["T"], self._inputs["R"]
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
@@ -271,7 +271,7 @@ def _check_rank(program: Program, directory: Path, collectives: Collectives | No
         raise EngineError("engine", f"program of {directory}", found=f"this process is {ranks[0]}", expected=ranks[1])
 
 
-def _allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
+def allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
     """Int32 buffers for every input, 64-byte aligned, in one mapping."""
     sizes = dict.fromkeys(("token_ids", "positions", "sequences"), program.max_tokens) | {
         "block_table": program.max_sequences * program.max_blocks,

@@ -11,141 +11,85 @@ import numpy as np
 import torch  # noqa: TID251 (the engines that this executor runs need it)
 from numpy.typing import NDArray
 
-from belle_compile.runtime import host
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.batch import StepBatch
+from belle_compile.runtime.executors.cpu import allocate_inputs, choose_isa, kernels_path, kv_blocks
 from belle_compile.runtime.executors.kv_memory import KvMemory
-from belle_compile.runtime.executors.torchscript_model import (
-    MODEL_NAME,
-    REMEDY,
-    STAGE,
-    STEP_ROWS,
-    STEP_SEQUENCES,
-    STEP_TOKENS,
-    ModelFacts,
-    StoredWeight,
-)
-from belle_compile.runtime.executors.torchscript_plan import plan_step
+from belle_compile.runtime.executors.native import KernelLibrary
+from belle_compile.runtime.executors.torchscript_model import INPUTS, REMEDY, STAGE, attribute_of, model_name
 from belle_compile.runtime.memory import WeightsFile, anonymous
-from belle_compile.runtime.program import BLOCK_SIZE, WEIGHTS_NAME
+from belle_compile.runtime.program import WEIGHTS_NAME
+from belle_compile.runtime.program_json import check_seal, read_program
 
 
 class TorchScriptExecutor:
-    """One module with its weights and KV cache.
+    """One module with its weights, arena and KV cache.
 
-    The int8 weights of products are packed for PyTorch's kernels; other weights are read where the file is mapped. The keys of
-    a layer are a tensor [blocks, tokens, heads, head_dim], and so are its values; the module writes to them in place.
+    The engine's library makes its kernels operators of PyTorch, which the module calls. All memory is mapped here; the module
+    gets tensors over it, and writes to them in place.
     """
 
-    def __init__(self, directory: Path, facts: ModelFacts, *, threads: int, kv_memory: KvMemory) -> None:
-        """Load the module in `directory` (ENGINE/rank0); by default the cache gets half of the memory beside the weights."""
-        self._facts, self.threads = facts, threads
-        self.vocab_size, self.kv_block_bytes = facts.vocab_size, facts.block_bytes
-        if any(weight.packed for weight in facts.weights.values()):
-            check_products()
+    def __init__(
+        self, directory: Path, carried: tuple[str, ...], *, threads: int, isa: str | None, kv_memory: KvMemory
+    ) -> None:
+        """Load the module in `directory` (ENGINE/rank0) of an engine with kernels for the `carried` instruction sets; `isa` and
+        `kv_memory` are as for `CpuExecutor`."""
+        self.isa, self.threads = choose_isa(carried, isa), threads
+        program = read_program(directory)
+        path = kernels_path(directory, self.isa)
+        check_seal(directory, path)
+        self.vocab_size, self.kv_block_bytes = program.vocab_size, program.kv.block_bytes
         self._weights = WeightsFile(directory / WEIGHTS_NAME)
-        self._weights.require(facts.weights, facts.weights_header)
-        self._module = _load(directory / MODEL_NAME)
-        for name, weight in facts.weights.items():
-            self._set(name, weight)
-        max_blocks = -(-facts.max_position // BLOCK_SIZE)
-        self.num_blocks = self._blocks(kv_memory, STEP_SEQUENCES * max_blocks)
-        self._pools = self._allocate()
-        capability = torch.backends.cpu.get_cpu_capability()
-        self.kernels = " ".join([f"torch-{torch.__version__}", capability, *host.host_isas()[:1], host.processor()]).strip()
-        tokens, positions, sequences = (np.zeros(STEP_TOKENS, np.int32) for _ in range(3))
-        table = np.zeros((STEP_SEQUENCES, max_blocks), np.int32)
-        self.batch = StepBatch(tokens, positions, sequences, table, np.zeros(STEP_ROWS, np.int32))
+        self._weights.require(program.weight_names(), program.weights_header)
+        self.num_blocks = kv_blocks(program, kv_memory, self._weights.total_bytes, 1)
+        self.kernels = path.stem  # a tuned library may add in another order than the general one
+        KernelLibrary(path)
+        self._module = _load(directory / model_name(path.name))
+        for name in program.weight_names():
+            setattr(self._module, attribute_of(name), self._tensor(name))
+        inputs = allocate_inputs(program)
+        self._tokens, self._rows = inputs["T"], inputs["R"]
+        table = inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
+        self.batch = StepBatch(inputs["token_ids"], inputs["positions"], inputs["sequences"], table, inputs["logit_rows"])
+        cache = anonymous(self.num_blocks * program.kv.block_bytes)
+        self._kv_blocks = cache[: self.num_blocks * program.kv.block_bytes].reshape(self.num_blocks, -1)
+        memories = {"arena": anonymous(program.arena_bytes).view(np.float32), "cache": cache} | inputs
+        self._tensors = [torch.from_numpy(memories[name]) for name in INPUTS]
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Run `batch`; return float32 logits [rows, vocabulary]."""
+        """Run `batch`; return float32 logits [rows, vocabulary] in the arena, valid until the next step."""
+        self._tokens[0], self._rows[0] = batch.tokens, batch.rows
         for source, destination in batch.copies:
-            for pool in filter(torch.Tensor.numel, self._pools):
-                pool[:, destination] = pool[:, source]
+            self._kv_blocks[destination] = self._kv_blocks[source]
         if torch.get_num_threads() != self.threads:  # a number of each thread, and of other executors
             torch.set_num_threads(self.threads)
-        plan = plan_step(batch, self._facts.tile, self._facts.num_kv_heads, self._facts.head_dim)
-        graph_inputs = batch.token_ids[: batch.tokens], batch.positions[: batch.tokens], batch.logit_rows[: max(batch.rows, 1)]
-        numbers = [torch.from_numpy(array.astype(np.int64)) for array in graph_inputs]
-        numbers += [torch.from_numpy(array) for array in plan.arrays()]
-        # Without optimizations: a module would be specialized to the shapes of the first steps, which takes seconds.
+        # Without optimizations: there is nothing to fuse, and PyTorch would look for it in the first steps.
         with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             try:
-                logits = self._module(*numbers, *self._pools)
+                logits = self._module(*self._tensors)
             except RuntimeError as error:
                 raise EngineError(STAGE, "PyTorch cannot run the step", found=_last_line(error)) from error
         result: NDArray[np.float32] = logits.numpy()
-        return result[: batch.rows]  # kernels take no empty matrices
+        return result[: batch.rows]
 
     def close(self) -> None:
         """Drop module, weights and cache. Memory is unmapped with the last tensor over it."""
-        for name in ("_module", "_pools", "_weights", "batch"):
+        for name in ("_module", "_tensors", "_kv_blocks", "_weights", "_tokens", "_rows", "batch"):
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
-    def _blocks(self, kv_memory: KvMemory, most: int) -> int:
-        """The number of blocks of the KV cache."""
-        weights = self._weights.total_bytes
-        free = host.memory_bytes() - weights
-        asked = kv_memory.blocks(STAGE, free, f"the weights ({weights / 2**30:.2f} GiB)", self.kv_block_bytes)
-        return asked if asked is not None else max(1, min(max(free, 0) // 2 // self.kv_block_bytes, most))
-
-    def _allocate(self) -> list[torch.Tensor]:
-        """Keys, values and their scales, for all layers each. Fresh memory holds zeros: masked keys must be finite."""
-        facts = self._facts
-        shape = (facts.num_layers, self.num_blocks, BLOCK_SIZE, facts.num_kv_heads)
-        dtype = getattr(torch, facts.kv_dtype)
-        scales = shape if facts.kv_dtype == "int8" else (facts.num_layers, 0, *shape[2:])
-        return [_zeros((*shape, facts.head_dim), dtype) for _ in range(2)] + [_zeros(scales, torch.float32) for _ in range(2)]
-
-    def _set(self, name: str, weight: StoredWeight) -> None:
-        """Give the module a weight: a tensor over the mapped file, or a packed copy, after which mapped pages are released."""
-        tensor = self._tensor(name, weight)
-        if weight.attribute:
-            setattr(self._module, weight.attribute, tensor)
-        if weight.packed:
-            setattr(self._module, weight.packed, torch.ops.onednn.qlinear_prepack(tensor, None))
-            if not weight.attribute:
-                self._weights.release(name)
-
-    def _tensor(self, name: str, weight: StoredWeight) -> torch.Tensor:
-        """A tensor over the mapped file, of which only the padding is left out."""
-        at, dtype = self._weights.offset(name), np.dtype(weight.dtype)
-        size = dtype.itemsize * int(np.prod(weight.shape))
-        if size > self._weights.sizes[name]:
-            found, expected = f"{self._weights.sizes[name]} bytes", f"{weight.dtype}{list(weight.shape)}"
-            raise EngineError(STAGE, f"tensor {name} of {self._weights.path}", found=found, expected=expected, remedy=REMEDY)
-        array = self._weights.contents[at : at + size].view(dtype).reshape(weight.shape)
+    def _tensor(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor in the mapped file."""
+        start, size = self._weights.offset(name), self._weights.sizes[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nothing writes to it, though torch has no read-only tensors
-            return torch.from_numpy(array)
-
-
-def check_products() -> None:
-    """Raise `EngineError` where PyTorch's sums of int8 products overflow: with kernels for processors without VNNI, which an
-    environment variable selects too."""
-    largest, scales = torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16)
-    packed, zeros = torch.ops.onednn.qlinear_prepack(largest, None), torch.zeros(16, dtype=torch.int32)
-    for rows in (1, 8):
-        unsigned = torch.full((rows, 64), 255, dtype=torch.uint8)
-        found = torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        expected = 127 * 127 * 64
-        if not bool((found == expected).all()):
-            what = "PyTorch's products of int8 matrices overflow on this host"
-            remedy = "unset ONEDNN_MAX_CPU_ISA if it is set, or build the engine with --backend tvm"
-            raise EngineError(STAGE, what, found=f"{found.flatten()[0]:.0f}", expected=str(expected), remedy=remedy)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor whose pages take memory once they are written."""
-    size = dtype.itemsize * int(np.prod(shape))
-    return torch.from_numpy(anonymous(size)[:size]).view(dtype).reshape(shape)
+            return torch.from_numpy(self._weights.contents[start : start + size])
 
 
 def _load(path: Path) -> Any:
     """The module of an engine; raises `EngineError` where PyTorch cannot read it."""
+    if not path.is_file():
+        raise EngineError("engine", f"file {path} is missing", remedy=REMEDY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         try:

@@ -9,41 +9,28 @@ from belle_compile.runtime import host
 from belle_compile.runtime.artifact import TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
-from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine, check_memory
-from belle_compile.runtime.executors.torchscript_model import MODEL_NAME, STAGE, ModelFacts, read_facts
+from belle_compile.runtime.executors.cpu_factory import CpuFactory
+from belle_compile.runtime.executors.factory import LoadRequest, cannot_run
+from belle_compile.runtime.executors.torchscript_model import STAGE
 
 
-class TorchScriptFactory(ExecutorFactory):
-    """Loads `TorchScriptExecutor`s. PyTorch chooses kernels itself; an engine names the instruction set that they must have."""
-
-    isas = tuple(host.ISA_FLAGS)
+class TorchScriptFactory(CpuFactory):
+    """Loads `TorchScriptExecutor`s."""
 
     def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
         """Check the machine, its instruction sets and memory, and that PyTorch is installed."""
-        check_machine(target)
-        if not set(self.usable_isas(target)) & set(target.requires.isa):
-            missing = "; ".join(f"{isa} lacks {', '.join(host.missing_flags(isa))}" for isa in target.requires.isa)
-            remedy = "run it on a newer CPU, or rebuild it with --backend tvm"
-            raise cannot_run(target, missing, f"one of {', '.join(target.requires.isa)}", remedy)
-        check_memory(target, ranks_here)
+        super().check_host(target, ranks_here)
         if installed() is None:
             raise cannot_run(target, "no PyTorch", "the package torch", "pip install 'belle-compile[torchscript]'")
 
-    def usable_isas(self, target: TargetInfo) -> list[str]:
-        """The instruction sets that processor and engine have in common."""
-        return [isa for isa in host.host_isas() if isa in target.isas]
-
     def load(self, request: LoadRequest) -> Executor:
-        """Load the module, for as many threads as there are usable cores by default."""
-        facts, isas = read_facts(request.directory / MODEL_NAME), request.manifest.target.isas
-        check_version(facts)
-        if request.isa is not None and request.isa not in isas:
-            remedy = "PyTorch chooses kernels itself: leave the option out"
-            raise EngineError(STAGE, "instruction set", found=request.isa, expected=" or ".join(isas), remedy=remedy)
+        """Load kernels and module, for as many threads as there are usable cores by default."""
+        check_version(request.manifest.toolchain.get("torch", ""))
         from belle_compile.runtime.executors.torchscript import TorchScriptExecutor
 
         threads = len(host.usable_cores()) if request.threads is None else request.threads
-        return TorchScriptExecutor(request.directory, facts, threads=threads, kv_memory=request.kv_memory)
+        isas = request.manifest.target.isas
+        return TorchScriptExecutor(request.directory, isas, threads=threads, isa=request.isa, kv_memory=request.kv_memory)
 
 
 def installed() -> str | None:
@@ -54,12 +41,13 @@ def installed() -> str | None:
         return None
 
 
-def check_version(facts: ModelFacts) -> None:
-    """Raise `EngineError` where PyTorch is older than the one that traced the module, whose operators it may lack."""
+def check_version(traced: str) -> None:
+    """Raise `EngineError` where PyTorch is older than the version `traced` that made the module, whose format and extensions it
+    may not know."""
     found = installed() or "none"
-    if _release(found) < _release(facts.torch):
-        major, minor = _release(facts.torch)
-        expected, remedy = f"{major}.{minor} or later", f"install torch {facts.torch}, which traced it, or rebuild the engine"
+    if _release(found) < _release(traced):
+        major, minor = _release(traced)
+        expected, remedy = f"{major}.{minor} or later", f"install torch {traced}, which traced it, or rebuild the engine"
         raise EngineError(STAGE, "PyTorch is too old for this module", found=found, expected=expected, remedy=remedy)
 
 

@@ -1,83 +1,62 @@
-"""The TorchScript backend: a rank's graph as a traced module, for hosts that have PyTorch or libtorch.
+"""The TorchScript backend: a rank's program as a traced module, for hosts that have PyTorch or libtorch.
 
-The module computes with PyTorch's own kernels. Its int8 products are exact, with the scale of each token: in those of
-`quantized::linear_dynamic` all tokens of a step have one scale, so that an answer would depend on its neighbours.
+The module calls the kernels of the TVM backend, which the engine's libraries register as operators of libtorch. PyTorch's own
+int8 products do not do: `quantized::linear_dynamic` has one scale for all tokens of a step, so that an answer would depend on
+its neighbours, and `onednn::qlinear_pointwise`, which is exact, is slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from belle_compile.compiler.backends.base import Array, Backend, CompileOptions, Footprint, Passes, Payload, Repartitionable
-from belle_compile.compiler.devices import Device, Target
-from belle_compile.compiler.kv_types import AUTO
-from belle_compile.runtime.artifact import KernelCalls
-from belle_compile.runtime.executors.torchscript_model import MODEL_NAME, read_facts
+from belle_compile.compiler.backends.base import CompileOptions, Payload
+from belle_compile.compiler.backends.tvm import TvmBackend, versions
+from belle_compile.compiler.backends.tvm.isa import ISAS
+from belle_compile.compiler.devices import Target
+from belle_compile.runtime.executors.torchscript_model import model_name
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
     import onnx_ir as ir
 
+    from belle_compile.compiler.backends.program.lowering import LoweredGraph
+    from belle_compile.compiler.backends.tvm.tuning.table import TilingTable
     from belle_compile.passes.presets import Recipe
 
-_EXACT = ("amx", "avx512vnni")  # instruction sets with which PyTorch's int8 products are exact
+_TORCH_BYTES = 256 << 20  # host memory of PyTorch's libraries
 
 
-class TorchScriptBackend(Backend, Repartitionable):
-    """Makes engines for x86-64 processors with VNNI that run where PyTorch is installed; one rank."""
+class TorchScriptBackend(TvmBackend):
+    """Makes engines for x86-64 processors that run where PyTorch is installed; one rank.
+
+    `plan` predicts no times: those of the TVM backend are without PyTorch's dispatcher.
+    """
 
     name = "torchscript"
-    kv_types = ("float32", "bfloat16", "float16", "int8")
-
-    def isas(self, device: Device) -> tuple[str, ...]:
-        return tuple(isa for isa in device.isas if isa in _EXACT)
-
-    def passes(self, recipe: Recipe) -> Passes:
-        return Passes()
+    reached = None
+    process_bytes = TvmBackend.process_bytes + _TORCH_BYTES
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:
             return "several ranks, where a module runs in one process"
-        if recipe.weights.group is not None:
-            return f"weights in {recipe.weights}, for which PyTorch has no product with integer activations"
         return super().refusal(target, recipe)
 
-    def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
-        from belle_compile.compiler.backends.torchscript.weights import footprint
-
-        return [footprint(graph, kv_cache) for graph in graphs]
-
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
-        return [self._payload(graph, options) for graph in graphs]
+        payloads = super().compile(graphs, target, options)
+        return [replace(payload, toolchain={**payload.toolchain, "torch": version("torch")}) for payload in payloads]
 
-    def _payload(self, graph: ir.Model, options: CompileOptions) -> Payload:
-        from belle_compile.compiler.backends.torchscript.module import trace
-        from belle_compile.compiler.backends.torchscript.weights import facts_text, footprint, stored_weights
+    def files(self, rank: LoweredGraph, table: TilingTable) -> dict[str, bytes]:
+        """The library of the rank's kernels, which registers them as operators, and the module that calls these."""
+        from belle_compile.compiler.backends.torchscript.module import in_namespace, trace
+        from belle_compile.compiler.backends.torchscript.operators import namespace_of, operators_of, source_of
+        from belle_compile.compiler.backends.tvm.library import compile_library
 
-        options.on_kernels(0, 1)
-        needed = footprint(graph, options.kv_cache)
-        model = trace(graph, facts_text(graph, needed.kv.dtype))
-        options.on_kernels(1, 1)
-        return Payload(
-            files={MODEL_NAME: model},
-            weights=[stored_weights(graph)],
-            footprint=needed,
-            kernel_calls=KernelCalls(options.unfused_calls, self.kernel_calls(graph)),
-            toolchain={"torch": version("torch")},
-        )
-
-    def has_kernels(self, graph: ir.Model) -> bool:
-        from belle_compile.compiler.backends.torchscript.module import SUPPORTED
-
-        return all(node.op_type in SUPPORTED for node in graph.graph)
-
-    def kv_type(self, rank: Path) -> str:
-        return read_facts(rank / MODEL_NAME).kv_dtype
-
-    def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
-        from belle_compile.compiler.backends.torchscript.weights import unpack
-
-        return unpack(packed, shape)
+        operators = operators_of(rank.program, rank.kernels)
+        toolchain = ", ".join(f"{name} {found}" for name, found in versions().items())
+        namespace = namespace_of(operators, repr(rank.program), table.to_json(), toolchain)
+        library = compile_library(rank.kernels, ISAS[table.isa], table, source_of(operators, namespace))
+        module = in_namespace(trace(rank.program, operators, rank.weights), namespace)
+        return {table.library: library, model_name(table.library): module}

@@ -46,7 +46,7 @@ class TvmBackend(ProgramBackend):
 
     name = "tvm"
     kv_types = ("float32", "bfloat16", "float16", "int8")
-    reached = _REACHED
+    reached: Reached | None = _REACHED
     process_bytes = PROCESS_BYTES
 
     def isas(self, device: Device) -> tuple[str, ...]:
@@ -62,29 +62,33 @@ class TvmBackend(ProgramBackend):
 
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
         """Compile each rank; ranks with the same kernels share their libraries."""
-        from belle_compile.compiler.backends.tvm.library import compile_library
-
         ranks = [self.lower(graph, options.unfused_calls, options.kv_cache) for graph in graphs]
         tuned = _tune([(rank.program, rank.kernels) for rank in ranks], target.isas, options.tune) if options.tune else None
         record = tuning_record(tuned) if tuned else None
-        distinct = {frozenset(rank.kernels): rank.kernels for rank in ranks}
-        tables_of = {key: _tables(kernels, target.isas, tuned) for key, kernels in distinct.items()}
-        done, total = 0, sum(len(distinct[key]) * len(tables) for key, tables in tables_of.items())
+        distinct = {frozenset(rank.kernels): rank for rank in ranks}
+        tables_of = {key: _tables(rank.kernels, target.isas, tuned) for key, rank in distinct.items()}
+        done, total = 0, sum(len(key) * len(tables) for key, tables in tables_of.items())
         compiled: dict[frozenset[Kernel], dict[str, bytes]] = {}
-        for key, kernels in distinct.items():
+        for key, rank in distinct.items():
             compiled[key] = {}
             for table in tables_of[key]:
                 options.on_kernels(done, total)
-                compiled[key][table.library] = compile_library(kernels, ISAS[table.isa], table)
-                done += len(kernels)
+                compiled[key] |= self.files(rank, table)
+                done += len(rank.kernels)
         options.on_kernels(done, total)
         payloads = []
         for rank in ranks:
             key = frozenset(rank.kernels)
             tables = tables_of[key]
-            toolchain = _versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
+            toolchain = versions() | {"kernel tilings": "; ".join(table.describe() for table in tables)}
             payloads.append(self.payload(rank, rank.program, partial(_sealed, compiled[key]), toolchain, record))
         return payloads
+
+    def files(self, rank: LoweredGraph, table: TilingTable) -> dict[str, bytes]:
+        """The files of a rank for one instruction set by name: the library of its kernels."""
+        from belle_compile.compiler.backends.tvm.library import compile_library
+
+        return {table.library: compile_library(rank.kernels, ISAS[table.isa], table)}
 
     def unpack(self, packed: Array, shape: tuple[int, ...], dtype: str) -> Array:
         from belle_compile.compiler.backends.tvm.packing import unpack
@@ -92,9 +96,9 @@ class TvmBackend(ProgramBackend):
         return unpack(packed, shape, dtype)
 
 
-def _sealed(libraries: Mapping[str, bytes], seal: bytes) -> Mapping[str, bytes]:
-    """Libraries with a seal behind their last section, where loaders of ELF files do not look."""
-    return {name: library + seal for name, library in libraries.items()}
+def _sealed(files: Mapping[str, bytes], seal: bytes) -> Mapping[str, bytes]:
+    """Libraries with a seal behind their last section, where loaders of ELF files do not look; other files as they are."""
+    return {name: content + seal if name.endswith(".so") else content for name, content in files.items()}
 
 
 def tuning_record(tuned: TilingTable) -> PassRecord:
@@ -103,7 +107,7 @@ def tuning_record(tuned: TilingTable) -> PassRecord:
     return PassRecord(TUNING, tuned.to_plain(), len(tuned.entries), notes)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions of the tools that compile the libraries."""
     from belle_compile.compiler.backends.tvm.library import compiler_version
 

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer
 
-from belle_compile.compiler.accuracy import Comparison
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.families import build_graph
 from belle_compile.passes.pipeline import passes_of, run_pipeline
@@ -18,13 +15,13 @@ from belle_compile.passes.presets import find_preset
 from belle_compile.runtime import Engine, SamplingParams
 from benchmarks.invariance.requests import cases, longest
 from benchmarks.invariance.ways import Answer, answer, ways
-from tests.compiler.backends.torchscript.harness import FIXTURE, Engines, logits_of, needs_vnni
+from tests.compiler.backends.torchscript.harness import FIXTURE, Engines, logits_of, needs_avx2
 from tests.parity.copies import logits_over_copies
 from tests.parity.engines import EngineStepper
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import VARIANTS, hf_greedy, hf_logits, hf_step_logits, random_ids
 
-pytestmark = needs_vnni
+pytestmark = needs_avx2
 
 TOLERANCE = 1e-5  # of the largest logit; the promise is 1e-4
 GREEDY = 64
@@ -50,12 +47,9 @@ def test_unquantized_logits_and_answers(variant: str, engines: Engines) -> None:
 
 
 CASES = [
-    ("bloom", "none", "auto"),
     ("llama_gqa", "none", "auto"),
-    ("llama_tied", "none", "auto"),
     ("trained", "int8", "auto"),
     ("llama_gqa", "int8", "int8"),
-    ("llama", "int8-accurate", "float16"),
     ("bloom", "int8-accurate", "float32"),
 ]
 
@@ -100,16 +94,14 @@ def test_a_step_without_logits(engines: Engines) -> None:
         assert engine.executor.step(batch).shape == (0, engine.executor.vocab_size)
 
 
-def test_int8_is_as_close_to_the_model_as_tvms(engines: Engines) -> None:
-    tokenizer = Tokenizer.from_file(str(FIXTURE / "tokenizer.json"))
-    ids = tokenizer.encode((FIXTURE / "heldout-en.txt").read_text(encoding="utf-8")).ids[:256]
-    reference, kl = torch.from_numpy(hf_logits(FIXTURE, ids)), {}
-    for backend in ("torchscript", "tvm"):
-        comparison = Comparison()
-        with Engine.load(engines.engine("trained", "int8", "auto", backend), threads=1, kv_tokens=512) as engine:
-            comparison.add(reference, torch.from_numpy(np.array(engine.logits(ids))), ids)
-        kl[backend] = comparison.means()["kl"]
-    assert 0 < kl["torchscript"] <= 1.1 * kl["tvm"], kl
+@pytest.mark.parametrize(("variant", "quantization"), [("trained", "int8"), ("llama_gqa", "int4")])
+def test_logits_are_those_of_the_tvm_backend(variant: str, quantization: str, engines: Engines) -> None:
+    """Bit for bit: the kernels are the same, whoever divides their loops among threads."""
+    ids = random_ids(engines.checkpoint(variant), 45)
+    steps = [{0: ids[:30]}, {0: ids[30:31]}, {0: ids[31:]}]
+    expected = logits_of(engines.engine(variant, quantization, backend="tvm"), steps, 0)
+    for threads in (1, 2, 3):
+        np.testing.assert_array_equal(logits_of(engines.engine(variant, quantization), steps, 0, threads), expected)
 
 
 @pytest.mark.parametrize("variant", ["bloom", "llama"])
@@ -125,5 +117,5 @@ def test_the_integers_are_those_of_the_passes(variant: str, engines: Engines) ->
 def test_two_builds_give_the_same_bytes(engines: Engines, tmp_path: Path) -> None:
     first, second = engines.engine("llama_gqa", "int8"), Engines(tmp_path).engine("llama_gqa", "int8")
     names = {str(path.relative_to(first)) for path in first.rglob("*") if path.is_file()}
-    assert {"rank0/model.ts", "rank0/weights.safetensors", "manifest.json", "selftest.json"} <= names
+    assert {"rank0/model-avx2.ts", "rank0/kernels-avx2.so", "rank0/weights.safetensors", "manifest.json"} <= names
     assert [name for name in sorted(names) if (first / name).read_bytes() != (second / name).read_bytes()] == []
