@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tokenizers
 
+from belle_compile.runtime.program import PROGRAM_NAME
 from benchmarks.engines import SHAPES, cost
 from benchmarks.peers.home import ENGINES, LOGS, MODELS, PeersError, check_space, remove, run_logged, venv_python
 from benchmarks.peers.models import tensor_shapes, untied_embedding, weights_read
@@ -51,8 +52,10 @@ class Ready:
 def prepare(row: Row, model: Path) -> Ready:
     """Make the row's engine where it is missing; raises PeersError where that fails."""
     if row.is_ours:
-        engine = _ours(model, row.format)
-        return Ready(row, Path(sys.executable), engine, cost(engine).weight_bytes)
+        engine = _ours(model, row.format, row.backend)
+        has_program = (engine / "rank0" / PROGRAM_NAME).is_file()
+        read = cost(engine).weight_bytes if has_program else weights_read(model) * row.bits / 8
+        return Ready(row, Path(sys.executable), engine, read)
     python = venv_python(row.peer)
     if row.peer == "hf":
         return Ready(row, python, model, weights_read(model) * row.bits / 8)
@@ -63,10 +66,10 @@ def prepare(row: Row, model: Path) -> Ready:
     return Ready(row, python, engine, float(json.loads(note.read_text())["bytes_per_token"]))
 
 
-def engine_path(peer: str, shape: str, form: str) -> Path:
+def engine_path(peer: str, shape: str, form: str, backend: str = "") -> Path:
     """Where an engine lies."""
     if peer == OURS:
-        return Path("build/engines") / (f"peers-{shape}" if form == "int8" else f"peers-{shape}-{form}")
+        return Path("build/engines") / "-".join(["peers", shape, *([] if form == "int8" else [form]), *filter(None, [backend])])
     return ENGINES / (f"{shape}-{form}.gguf" if peer == "llama" else f"{peer}-{shape}-{form}")
 
 
@@ -82,9 +85,9 @@ def sources_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _ours(model: Path, form: str) -> Path:
+def _ours(model: Path, form: str, backend: str = "") -> Path:
     """An engine of a preset; "PRESET+calibrated": by text that nothing is judged with."""
-    engine = engine_path(OURS, model.name, form).absolute()
+    engine = engine_path(OURS, model.name, form, backend).absolute()
     stamp = engine.with_name(engine.name + ".sources")
     if (engine / "manifest.json").is_file() and stamp.is_file() and stamp.read_text().strip() == sources_digest():
         return engine
@@ -105,6 +108,7 @@ def _ours(model: Path, form: str) -> Path:
         "-o",
         engine,
     ]
+    command += ["--backend", backend] if backend else []
     if calibrated:
         requests = LOGS / f"requests-{model.name}.jsonl"
         write_requests(model, requests)

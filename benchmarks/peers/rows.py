@@ -42,6 +42,7 @@ class Row:
     option: str = ""
     only_for: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    backend: str = ""  # of ours, where it is not the default one
 
     @property
     def is_ours(self) -> bool:
@@ -89,7 +90,16 @@ def choose(rows: Sequence[Row], shape: str, only: Sequence[str] = (), ours: Sequ
 
 
 def _row(spec: dict[str, Any], config: Path) -> Row:
-    keys = {"name": str, "peer": str, "bits": (int, float), "format": str, "option": str, "only_for": list, "skip": list}
+    keys = {
+        "name": str,
+        "peer": str,
+        "bits": (int, float),
+        "format": str,
+        "backend": str,
+        "option": str,
+        "only_for": list,
+        "skip": list,
+    }
     name = spec.get("name", "without a name")
     for key, value in spec.items():
         if key not in keys or not isinstance(value, keys[key]):  # type: ignore[arg-type]
@@ -100,6 +110,8 @@ def _row(spec: dict[str, Any], config: Path) -> Row:
         raise PeersError(f"{config}: row {name!r}: unknown peer {spec['peer']!r}; known: {', '.join(ADAPTERS)}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
     row = Row(**values)
+    if row.backend and not row.is_ours:
+        raise PeersError(f"{config}: row {name!r}: only rows of peer {OURS!r} have a backend")
     if row.format not in FORMATS[row.peer]:
         known = ", ".join(map(repr, FORMATS[row.peer]))
         raise PeersError(f"{config}: row {name!r}: {row.peer} has no format {row.format!r}; it has {known}")

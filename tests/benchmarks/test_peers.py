@@ -44,6 +44,15 @@ def test_committed_rows() -> None:
         assert ("ort" in peers) == shape.startswith(("llama", "smollm2"))
 
 
+@pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
+def test_rows_of_other_backends(backend: str) -> None:
+    """Ours first, and beside it what that runtime's users would run."""
+    config = home.FOLDER / f"{backend.removesuffix('script')}.toml"
+    ours, *peers = rows.read_rows(config)
+    assert ours.is_ours and ours.backend == backend and peers and not any(row.is_ours for row in peers)
+    assert convert.engine_path(ours.peer, "llama-1b", ours.format, ours.backend).name == f"peers-llama-1b-{backend}"
+
+
 def test_rows_of_a_shape() -> None:
     only, skip = Row("a", "hf", 8, only_for=("llama-1b",)), Row("b", "ov", 8, "int8", skip=("llama-1b",))
     found = [OURS, only, skip]
@@ -68,6 +77,7 @@ def test_rows_of_a_shape() -> None:
         ("[[row]]\nname = 'a'\npeer = 'llama'\nbits = 8\nformat = 'q9'", "llama has no format 'q9'; it has 'q8_0'"),
         ("[[row]]\nname = 'a'\npeer = 'hf'\nbits = 8\nthreads = 2", "threads = 2; expected some of name, peer"),
         ("[[row]]\nname = 'a'\npeer = 'hf'\nbits = '8'", "bits = '8'; expected"),
+        ("[[row]]\nname = 'a'\npeer = 'hf'\nbits = 8\nbackend = 'tvm'", "row 'a': only rows of peer 'belle' have a backend"),
         ("[[row]\n", "rows.toml: "),
     ],
 )
