@@ -92,6 +92,7 @@ class SlottedCache:
         self._memory = memory
         self._slot_of = np.arange(rows)  # by row of the block table
         self._held = np.full((rows, places), -1)  # the block at each place of a slot
+        self._places_held = 0  # places with a block
         self._held_version = np.zeros_like(self._held)
         self._version = np.zeros(blocks, np.int64)  # grows when a block is written
         self._written_in = np.full((blocks, 2), -1)  # slot and place of a block that the pool does not have yet
@@ -148,6 +149,7 @@ class SlottedCache:
         if self._held[slot, place] != block:
             self._release(slot, place)
             self._held[slot, place] = block
+            self._places_held += 1
         self._version[block] += 1
         self._held_version[slot, place] = self._version[block]
         self._written_in[block] = slot, place
@@ -157,13 +159,17 @@ class SlottedCache:
         self._release(slot, place)
         self._memory.load(block, slot, place)
         self._held[slot, place], self._held_version[slot, place] = block, self._version[block]
+        self._places_held += 1
 
     def _release(self, slot: int, place: int) -> None:
         """Store the block at a place whose contents are about to be replaced, if the pool does not have it."""
         block = int(self._held[slot, place])
-        if block >= 0 and (self._written_in[block] == (slot, place)).all():
+        if block < 0:
+            return
+        if (self._written_in[block] == (slot, place)).all():
             self._store(block)
         self._held[slot, place] = -1
+        self._places_held -= 1
 
     def _store(self, block: int) -> None:
         """Copy a block from the slot in which it was written last to the pool, if the pool does not have it."""
@@ -186,7 +192,7 @@ class KvSlots(SlottedCache):
         """Have room for the first `needed` blocks of rows: if the slots held more blocks than the pool then, give back all
         others. Blocks that the pool does not have are stored first."""
         missing = sum(count - np.count_nonzero(self._held[self.slot(row), :count] >= 0) for row, count in needed.items())
-        if np.count_nonzero(self._held >= 0) + missing <= self._blocks:
+        if self._places_held + missing <= self._blocks:
             return
         for row in range(len(self._slot_of)):
             slot, kept = self.slot(row), needed.get(row, 0)
