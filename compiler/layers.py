@@ -44,6 +44,7 @@ def rank(
     *,
     quantization: str = DEFAULT_PRESET,
     raw_requests: bool = False,
+    template: str | None = None,
     tokens: int = 2048,
     alone: bool = True,
     reading: Reading = PLAIN,
@@ -54,7 +55,7 @@ def rank(
     With `alone`, the damage of a linear is the KL divergence of the predictions on up to `tokens` tokens of requests when it
     alone is quantized; without, it is the error of the linear's outputs."""
     on_progress("open", 0, 0)
-    opened = open_checkpoint(checkpoint, reading=reading)
+    opened = open_checkpoint(checkpoint, template=template, reading=reading)
     recipe = find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)

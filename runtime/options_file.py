@@ -1,4 +1,5 @@
-"""Options of commands in a TOML file: --config, whose values go behind the command line and the environment."""
+"""Options of commands in the environment and in a TOML file (--config): the command line goes before the environment, and the
+environment before the file. All three call an option by its long name."""
 
 from __future__ import annotations
 
@@ -21,6 +22,18 @@ def config_option(stage: str) -> click.Option:
         [f"--{_NAME}"], type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
         callback=lambda context, parameter, path: _read_file(context, path, stage), help="TOML file of options.",
     )  # fmt: skip
+
+
+def name_variables(command: click.Command, prefix: str) -> None:
+    """Let each option of a command be set by the environment variable `prefix`_ and its long name: `BELLE_BUILD_QUANT` for
+    --quant. Variables that an option has of its own go before it.
+
+    Click would name them after the parameters that a command's function has, which no user sees.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.allow_from_autoenv:
+            own = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+            option.envvar = [*own, f"{prefix}_{_flag(option).replace('-', '_').upper()}"]
 
 
 def _read_file(context: click.Context, path: Path | None, stage: str) -> None:

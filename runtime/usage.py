@@ -72,7 +72,8 @@ def usage_sentence(error: click.ClickException, program: str) -> str:
         return message
     path: str = context.command_path if context is not None else program
     command = path.removeprefix(program).strip()
-    return f"{program}: {command + ': ' if command else ''}{message.rstrip('.')}; see `{path} --help`."
+    link = " See" if message.rstrip(")").endswith("?") else "; see"
+    return f"{program}: {command + ': ' if command else ''}{message.rstrip('.')}{link} `{path} --help`."
 
 
 def version_option() -> click.Option:

@@ -19,12 +19,12 @@ from belle_compile.compiler.cli.estimates import plan, sensitivity
 from belle_compile.compiler.cli.export import export
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.runtime.errors import BelleError
-from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.options_file import config_option, name_variables
 from belle_compile.runtime.standard_streams import standard_streams
 from belle_compile.runtime.usage import asks_for_json, usage_error, usage_sentence, version_option
 
 
-@click.group(context_settings={"auto_envvar_prefix": "BELLE", "help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name=terminal.NAME)
 def cli() -> None:
     """Compile BELLE checkpoints (BLOOM and LLaMA families) to engines for CPUs and NVIDIA GPUs.
@@ -62,6 +62,7 @@ for _command in (build, calibrate_set, edit, export, inspect, plan, repartition,
     assert _command.callback is not None
     _command.callback = _explained(_command.callback)
     _command.params += [config_option("options"), version_option()]
+    name_variables(_command, f"BELLE_{str(_command.name).replace('-', '_').upper()}")
     cli.add_command(_command)
 
 

@@ -8,13 +8,13 @@ import click
 
 from belle_compile.compiler.cli import options, terminal
 from belle_compile.compiler.cli.progress import Run
-from belle_compile.compiler.cli.rows import carrying_rows, device_rows, engine_rows, generation_words, kernel_rows
+from belle_compile.compiler.cli.rows import carrying_rows, device_rows, engine_rows, generation_words, kernel_rows, layer_rows
 from belle_compile.compiler.units import size
 
 
 @click.command(short_help="Show what an engine is and what it needs.")
 @options.engine
-@click.option("--kernels", "only_kernels", is_flag=True, help="Show every kernel of an engine for GPUs, and nothing else.")
+@click.option("--kernels", "only_kernels", is_flag=True, help="Show every kernel that the engine lists, and nothing else.")
 @options.as_json
 def inspect(engine: Path, only_kernels: bool, as_json: bool) -> None:
     """Show what ENGINE is and what it needs, from its manifest; no weights are read.
@@ -29,9 +29,11 @@ def inspect(engine: Path, only_kernels: bool, as_json: bool) -> None:
 
     inspected = inspection.inspect(engine)
     if only_kernels:
-        kernels = inspected.get("kernels", {})
-        rows = kernel_rows(kernels, each=True) or [("kernels", "one library, for CPUs")]
-        terminal.show({"kernels": kernels}, rows, as_json)
+        kernels, layers = inspected.get("kernels", {}), inspected.get("layers", {})
+        backend = inspected["target"]["backend"]
+        rows = kernel_rows(kernels, each=True) + layer_rows(layers)
+        rows = rows or [("kernels", f"engines of the backend {backend} have no list of their kernels")]
+        terminal.show({"kernels": kernels} | ({"layers": layers} if layers else {}), rows, as_json)
     else:
         terminal.show(inspected, engine_rows(inspected), as_json)
 

@@ -28,6 +28,7 @@ def _ranking_file(context: click.Context, parameter: click.Parameter, path: Path
     "--calibration", required=True, type=options.PATH, metavar="FILE|SET", help="Requests that the layers are ranked by."
 )
 @options.raw_requests
+@options.template
 @options.preset(
     (preset for preset in PRESETS.values() if preset.recipe.quantizes),
     help="The preset whose rotations and widths of weights and activations are tried.",
@@ -46,6 +47,7 @@ def sensitivity(
     checkpoint: Path,
     calibration: Path,
     raw_requests: bool,
+    template: str | None,
     quantization: str,
     tokens: int,
     output_errors: bool,
@@ -65,17 +67,18 @@ def sensitivity(
       belle-compile sensitivity model.gguf --calibration requests.jsonl
       belle-compile sensitivity /models/BELLE-7B-2M --calibration set/ --output-errors -o layers.svg
     """
-    from belle_compile.compiler.places import check_checkpoint, check_file, check_reading
+    from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 
     check_checkpoint(checkpoint)
+    check_template(template)
     check_reading(reading)
     check_file("calibration", calibration, "requests, or a set made by belle-compile calibrate-set")
     from belle_compile.compiler import layers
 
     with run.following() as progress:
         ranked = layers.rank(
-            checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, tokens=tokens,
-            alone=not output_errors, reading=reading, on_progress=progress,
+            checkpoint, calibration, quantization=quantization, raw_requests=raw_requests, template=template,
+            tokens=tokens, alone=not output_errors, reading=reading, on_progress=progress,
         )  # fmt: skip
     ranking = [layer_ranking.to_plain(layer) for layer in ranked]
     if output is not None:
@@ -91,6 +94,7 @@ def _load(batch: int, context: int) -> tuple[int, int]:
 @options.checkpoint
 @options.target()
 @options.preset(help="The preset, as for build.")
+@options.methods
 @options.kv_cache(help="Type of the KV cache, as for build.")
 @options.backend("the device's, as for build")
 @options.reading
@@ -105,6 +109,7 @@ def plan(
     checkpoint: Path,
     target: str,
     quantization: str,
+    methods: tuple[str, ...] | None,
     kv_cache: str,
     backend: str | None,
     reading: Reading,
@@ -122,6 +127,7 @@ def plan(
       belle-compile plan /models/BELLE-7B-2M --target a100-80g --batch 32
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
+      belle-compile plan /models/BELLE-LLaMA-7B --target rtx5090 --backend tensorrt --methods rotate,static
     """
     from belle_compile.compiler.places import check_checkpoint, check_reading
 
@@ -129,5 +135,5 @@ def plan(
     check_reading(reading)
     from belle_compile.compiler.plan import table
 
-    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, reading)
+    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, reading, methods)
     terminal.write(terminal.to_json(predicted) if as_json else plan_text(predicted))

@@ -33,7 +33,7 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     ]
     rows.append(("self-test", _self_test(engine["self_test"])))
     rows += [("report", f"{engine['engine']}/report.html")] if "report.html" in engine["files"] else []
-    rows += kernel_rows(engine.get("kernels", {})) + _layer_rows(engine.get("layers", {}))
+    rows += kernel_rows(engine.get("kernels", {})) + layer_rows(engine.get("layers", {}))
     rows += [(f"size of {part}", size(count)) for part, count in engine["bytes_by_part"].items()]
     if each:
         weights = [engine["files"][f"rank{rank}/weights.safetensors"]["bytes"] for rank in range(target["ranks"])]
@@ -122,7 +122,7 @@ def kernel_rows(kernels: Mapping[str, Any], *, each: bool = False) -> Rows:
     return rows
 
 
-def _layer_rows(layers: Mapping[str, Mapping[str, int]]) -> Rows:
+def layer_rows(layers: Mapping[str, Mapping[str, int]]) -> Rows:
     """The numbers of kernels of each kind, a row for each thing that is run."""
     return [
         (f"layers of {run}", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from belle_compile.compiler.plan.rates import host_bandwidth, rates_of
 from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.targets import resolve
-from belle_compile.passes.presets import find_preset
+from belle_compile.passes.presets import recipe_of
 
 RANKS = (1, 2, 4, 8)
 # Keys of the predicted times in a line of the plan
@@ -40,23 +41,27 @@ def plan(
     kv_cache: str = AUTO,
     backend: str | None = None,
     reading: Reading = PLAIN,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Predict memory and times of a checkpoint, or of the dimensions in a config.json, on a target's device.
 
     The plan has one line for 1, 2, 4 and 8 ranks each and for the number in the target's name. A line holds bytes and seconds,
     or the reason why the model cannot be divided among that many ranks. Times are None where the backend (None: the device's
-    default) predicts none. `reading` says how the checkpoint is read. Raises CompileError for wrong arguments."""
+    default) predicts none. `reading` says how the checkpoint is read. `methods` are those of a build with calibration; None
+    stands for the preset's own in a build without. Raises CompileError for wrong arguments.
+    """
     device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    graph, recipe = build_graph(outline(path, reading)), find_preset(quantization).recipe
+    recipe = recipe_of(quantization, methods, calibrated=True).applied(calibrated=methods is not None)
+    graph = build_graph(outline(path, reading))
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:
             continue
         on_ranks = Target(device.name, isas or device.isas, 1, device).with_ranks(ranks)
         try:
-            backends.check(chosen, on_ranks, recipe.applied(calibrated=False))
+            backends.check(chosen, on_ranks, recipe)
             plans = plans_of(graph, recipe, chosen, on_ranks, kv_cache)
         except CompileError as error:
             lines.append({"ranks": ranks, "refused": str(error)})
@@ -73,6 +78,7 @@ def plan(
         "backend": chosen.name,
         "device": asdict(device),
         "quantization": quantization,
+        "methods": list(recipe.methods),
         "batch": load.batch,
         "context": load.context,
         "rates": source,

@@ -15,7 +15,7 @@ from belle_compile import __version__
 from belle_compile.runtime.cli import options
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.errors import PROGRAM, BelleError
-from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.options_file import config_option, name_variables
 from belle_compile.runtime.standard_streams import input_error, is_of_output, standard_streams
 from belle_compile.runtime.usage import Output, asks_for_json, json_option, show_error, show_json, usage_error, usage_sentence
 
@@ -93,10 +93,8 @@ def _as_belle_error(error: Exception) -> BelleError:
     PROGRAM,
     cls=_Command,
     epilog=EXAMPLES,
-    context_settings={
-        "auto_envvar_prefix": "BELLE_RUN", "help_option_names": ["-h", "--help"], "max_content_width": 110,
-    },
-)  # fmt: skip
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name=PROGRAM)
 @options.engine
 @click.argument("prompt", required=False)
@@ -139,3 +137,4 @@ def main(engine: Path, prompt: str | None, **given: Any) -> None:
 
 
 main.params.append(config_option("options"))
+name_variables(main, "BELLE_RUN")

@@ -23,7 +23,7 @@ import click
 
 from belle_compile.runtime.cli import options
 from belle_compile.runtime.errors import PROGRAM, BelleError, EngineError
-from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.options_file import config_option, name_variables
 from belle_compile.runtime.usage import json_option, show_error, version_option
 
 if TYPE_CHECKING:
@@ -49,12 +49,10 @@ Examples:
 def command() -> click.Command:
     """The command `belle-run batch`."""
     decorated = click.command(
-        "batch", epilog=_EPILOG,
-        context_settings={
-            "auto_envvar_prefix": "BELLE_BATCH", "help_option_names": ["-h", "--help"], "max_content_width": 110,
-        },
-    )(_batch)  # fmt: skip
+        "batch", epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    )(_batch)
     decorated.params += [config_option("options"), version_option()]
+    name_variables(decorated, "BELLE_BATCH")
     return decorated
 
 

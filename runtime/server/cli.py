@@ -17,7 +17,7 @@ from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.command import run_command
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.errors import EngineError, install
-from belle_compile.runtime.options_file import config_option
+from belle_compile.runtime.options_file import config_option, name_variables
 from belle_compile.runtime.server.options import STAGE, EngineOptions, ServerOptions, option_name
 from belle_compile.runtime.usage import version_option
 
@@ -53,12 +53,12 @@ def command() -> click.Command:
         config_option(STAGE),
         version_option(),
     ]  # fmt: skip
-    return click.Command(
+    serve = click.Command(
         "serve", params=params, callback=_serve, help=_serve.__doc__, epilog=EPILOG,
-        context_settings={
-            "auto_envvar_prefix": ENVIRONMENT, "help_option_names": ["-h", "--help"], "max_content_width": 110,
-        },
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )  # fmt: skip
+    name_variables(serve, ENVIRONMENT)
+    return serve
 
 
 def records(params: dict[str, Any]) -> tuple[ServerOptions, EngineOptions]:

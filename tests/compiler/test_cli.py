@@ -108,6 +108,18 @@ def test_inspect_says_what_the_engine_is(capsys: pytest.CaptureFixture[str], eng
     assert set(found["bytes_by_part"]) == {"weights", "kernels", "program", "tokenizer"}
 
 
+def test_kernels_of_an_engine_that_lists_none(capsys: pytest.CaptureFixture[str], engine: Path) -> None:
+    status, out, _ = run(capsys, "inspect", engine, "--kernels")
+    assert status == 0 and out.split() == "kernels engines of the backend tvm have no list of their kernels".split()
+    assert json.loads(run(capsys, "inspect", engine, "--kernels", "--json")[1]) == {"kernels": {}}
+
+
+def test_names_that_are_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "buidl")[2].endswith("Did you mean 'build'? See `belle-compile --help`.\n")
+    assert run(capsys, "build", "--trget", "cpu")[2].endswith("'--tune'?) See `belle-compile build --help`.\n")
+    assert run(capsys, "build", "--no-such")[2].endswith("No such option '--no-such'; see `belle-compile build --help`.\n")
+
+
 def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "is not an engine: found no manifest.json" in fail(capsys, "inspect", tmp_path)
 
@@ -207,7 +219,7 @@ def test_wrong_options_in_files_as_json(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_json_by_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BELLE_INSPECT_AS_JSON", "1")
+    monkeypatch.setenv("BELLE_INSPECT_JSON", "1")
     assert json.loads(run(capsys, "inspect")[1])["error"]["stage"] == "usage"
     assert json.loads(run(capsys, "inspect", "missing")[1])["error"]["stage"] == "engine"
 
@@ -396,6 +408,8 @@ def test_options_from_the_environment_and_a_file(
     assert (seen[-1].quantization, seen[-1].target, seen[-1].isas, seen[-1].gate) == ("int8-accurate", "cpux2", ("avx2",), None)
     monkeypatch.setenv("BELLE_BUILD_TARGET", "cpux4")
     monkeypatch.setenv("BELLE_BUILD_QUANT", "none")
+    fail(capsys, *command)
+    assert seen[-1].quantization == "none"
     fail(capsys, *command, "--quant", "int8")
     assert (seen[-1].quantization, seen[-1].target) == ("int8", "cpux4")
     file.write_text("size-budget = true\n")

@@ -25,10 +25,10 @@ OPTIONS = {
         "--generation-defaults", *READING, "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--kv-cache", "--backend", "--batch", "--context", *READING},
+    "plan": {"--target", "--quant", "--methods", "--kv-cache", "--backend", "--batch", "--context", *READING},
     "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
-        "--calibration", "--raw-requests", "--quant", "--tokens", "--output-errors", "-o", "--output",
+        "--calibration", "--raw-requests", "--template", "--quant", "--tokens", "--output-errors", "-o", "--output",
         *READING, *REPORTING,
     },
     "targets": {"--backends"},

@@ -79,6 +79,17 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     assert json.loads(as_json.output)["plan"][0]["ranks"] == 1
 
 
+def test_methods_that_a_backend_needs(tmp_path: Path) -> None:
+    path = str(written(SMALL, tmp_path))
+    command = ["plan", path, "--target", "rtx4090", "--backend", "tensorrt", "--json"]
+    without = json.loads(CliRunner().invoke(cli, command).output)["plan"][0]
+    assert "add static to --methods" in without["refused"]
+    planned = json.loads(CliRunner().invoke(cli, [*command, "--methods", "rotate,static"]).output)
+    assert planned["methods"] == ["rotate", "static"] and planned["plan"][0]["needed_bytes"] > 0
+    wrong = CliRunner().invoke(cli, [*command, "--methods", "statik"])
+    assert wrong.exit_code == 1 and "unknown method: found statik" in str(wrong.exception)
+
+
 @pytest.mark.parametrize(("target", "message"), [("a10", "NVIDIA A10"), ("tpu", "unknown target")])
 def test_unknown_devices(target: str, message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["plan", str(written(SMALL, tmp_path)), "--target", target])
