@@ -84,13 +84,13 @@ def _values(key: str, shape: tuple[int, ...], torch: Any) -> Any:
 
 
 def _write_tokenizer(out: Path, size: int) -> None:
-    """Bytes as tokens, filled up to `size`."""
+    """Bytes and a pair of them as tokens, since llama.cpp loads no vocabulary without merges, filled up to `size`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<unk>", "<s>", "</s>", "<pad>", *alphabet]
+    words = ["<unk>", "<s>", "</s>", "<pad>", *alphabet, "th"]
     words += [f"<extra_{i}>" for i in range(len(words), size)]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(out / "tokenizer.json"))

@@ -34,6 +34,7 @@ from belle_compile.passes.quantization.smooth_activations import SmoothActivatio
 from belle_compile.passes.quantization.static_activations import StaticActivations
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
+from belle_compile.passes.rotation.reorder_channels import ReorderChannels
 from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from belle_compile.passes.rotation.rotate_centered_residual import RotateCenteredResidual
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
@@ -84,8 +85,9 @@ PIPELINE: tuple[Step, ...] = (
     Step(RemoveIdentities),
     Step(MergeDuplicates),
     Step(RemoveUnused),
-    # Smooth: move outliers of activations into weights, channel by channel.
-    Step(SmoothActivations, "smooth", ("data",)),
+    # Reorder, then smooth: outliers of activations move together, and into weights, channel by channel.
+    Step(ReorderChannels, "reorder", ("data",)),
+    Step(SmoothActivations, "smooth", ("data", "weights")),
     # Rotate: spread outliers over all channels before anything is rounded. LayerNorm models become RMSNorm models first.
     Step(FoldEmbeddingNorm, "rotate"),
     Step(FoldLayerNorms, "rotate"),
@@ -116,7 +118,8 @@ EXPORT_PIPELINE: tuple[Step, ...] = (
     Step(RemoveIdentities),
     Step(MergeDuplicates),
     Step(RemoveUnused),
-    Step(SmoothActivations, "smooth", ("data",)),
+    Step(ReorderChannels, "reorder", ("data",)),
+    Step(SmoothActivations, "smooth", ("data", "weights")),
     # Rotate: RMSNorms by any rotation, LayerNorms by one that leaves the all-ones vector in place.
     Step(RotateResidual, RMS_NORM),
     Step(RotateCenteredResidual, LAYER_NORM),

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.passes.quantization.scheme import FLOAT32, INT4, INT8, INT8_BLOCKS, WeightScheme
+from belle_compile.passes.quantization.scheme import BLOCK, FLOAT32, INT4, INT8, INT8_BLOCKS, WeightScheme
 
 __all__ = [
+    "BLOCK",
     "DEFAULT_PRESET",
     "INT8",
     "INT8_BLOCKS",
@@ -88,6 +89,14 @@ class Preset:
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
+        Method(
+            "reorder",
+            "channels of similar size beside each other",
+            "Channels of the residual stream and of the feed-forward are sorted by the size of their activations, at no cost "
+            "at run time, so that values that share a scale are of similar size: for formats with scales of blocks of inputs.",
+            manifest=("order of channels", "sorted by the size of activations"),
+            needs_requests=True,
+        ),
         Method(
             "smooth",
             "SmoothQuant",

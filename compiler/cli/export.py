@@ -28,9 +28,10 @@ _WHAT = options.together(
         "table of its own.  [default: the format's]",
     ),
     click.option(
-        "--block-scales", is_flag=True,
-        help="With gguf: a scale for each block of 32 weights, as in llama.cpp's own Q8_0. Nearer to the model than the "
-        "integers and channel scales of engines, at the same size.",
+        "--granularity", type=click.Choice(["block", "channel"]), default=None,
+        help="Which weights share a scale. block: each 32 of an output channel, as in llama.cpp's own Q8_0; with gguf only. "
+        "channel: all of an output channel, with the integers of engines.  [default: the format's first: gguf block, others "
+        "channel; an engine's integers keep their channels' scales]",
     ),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True,

@@ -157,6 +157,8 @@ def carrying_rows(listing: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
                 f"{title} {', '.join(name for name, reason in member[title].items() if not reason) or 'none'}"
                 for title in ("presets", "methods")
             ]
+            scales = member.get("granularities", ())
+            carried += [f"a scale for each {' or '.join(scales)} of weights"] if scales else []
             rows.append((f"{kind} {member['name']}", f"{member['runtimes']}: {'; '.join(carried)}"))
             reasons = [(name, reason) for title in ("presets", "methods") for name, reason in member[title].items() if reason]
             rows += [(f"  not {name}", reason) for name, reason in reasons]

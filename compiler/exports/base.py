@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.directory import STAGE
-from belle_compile.passes.presets import METHODS, PRESETS, Recipe, WeightScheme
+from belle_compile.passes.presets import INT8, INT8_BLOCKS, METHODS, PRESETS, Recipe, WeightScheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,20 +24,25 @@ if TYPE_CHECKING:
     from belle_compile.compiler.exports.runtimes import ForeignRuntime
 
 
+# Which weights of a linear share a scale: those of an output channel, as in engines, or neighbouring ones of it.
+CHANNEL, BLOCK = "channel", "block"
+GRANULARITIES: Mapping[str, WeightScheme] = {CHANNEL: INT8, BLOCK: INT8_BLOCKS}
+
+
 @dataclass(frozen=True)
 class Carries:
     """What the files of a format can hold.
 
     `methods` are those of passes.presets whose results can be stored. `weights` and `activation_bits` are those of recipes that
     the format's runtimes compute as the recipe says (None: any, because the format stores no integers). `reasons` say why
-    another method cannot be carried, as a phrase, and `substitutes` which method takes its place in a preset.
+    another method cannot be carried, as a phrase, and `substitutes` which methods take its place in a preset.
     """
 
     methods: frozenset[str]
     weights: WeightScheme | None = None
     activation_bits: int | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
-    substitutes: Mapping[str, str] = field(default_factory=dict)
+    substitutes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def refusal(self, recipe: Recipe) -> str:
         """The reason, as a phrase, why a recipe cannot be exported; empty if it can. Methods are those that were asked for."""
@@ -60,8 +65,8 @@ class Carries:
 class Format(ABC):
     """A kind of checkpoint of other runtimes. `summary` is for the command line's help, and `runtimes` names who loads it.
 
-    With `integers`, linears have INT8 weights with a scale for each output channel; `quantizes_tables` says whether the
-    embedding and the head have too, and `has_blocks`, whether weights may have a scale for each block of inputs instead.
+    With `integers`, linears have INT8 weights; `quantizes_tables` says whether the embedding and the head have too.
+    `granularities` are those of the weights' scales that the format holds, keys of `GRANULARITIES`; the first is the default.
     `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
     has them). `activations` are the record's words on how runtimes round activations (empty: as the recipe says).
     `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
@@ -74,7 +79,7 @@ class Format(ABC):
     carries: Carries
     integers: bool
     quantizes_tables: bool = False
-    has_blocks: bool = False
+    granularities: tuple[str, ...] = ()
     default_dtype: str = ""
     keeps_tied: str = ""
     activations: str = ""
@@ -151,17 +156,19 @@ def carried(format: Format, recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def _carried(format: Format, recipe: Recipe) -> Recipe:
-    substitutes = {format.carries.substitutes.get(name) for name in recipe.methods}
+    substitutes = [other for name in recipe.methods for other in format.carries.substitutes.get(name, ())]
     kept = {*recipe.methods, *substitutes} & format.carries.methods
     return replace(recipe, methods=tuple(name for name in METHODS if name in kept))
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every format with the presets and methods that it carries, and the reason for each that it does not."""
+    """Every format with the granularities of scales that it holds, the default first, the presets and methods that it carries,
+    and the reason for each that it does not."""
     return [
         {
             "name": format.name,
             "runtimes": format.runtimes,
+            "granularities": list(format.granularities),
             "presets": {preset.name: format.carries.refusal(_carried(format, preset.recipe)) for preset in PRESETS.values()},
             "methods": {name: format.carries.method_refusal(name) for name in METHODS},
         }

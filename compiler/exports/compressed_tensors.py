@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.compiler.exports.base import Carries, Format
+from belle_compile.compiler.exports.base import CHANNEL, Carries, Format
 from belle_compile.passes.presets import INT8
 
 if TYPE_CHECKING:
@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from belle_compile.compiler.exports.runtimes import ForeignRuntime
 
 
+# Ops whose results are hardly ever negative: half the levels of a symmetric scale would stand for values that do not occur.
+_ONE_SIDED = frozenset({"Gelu"})
+_LEAST_SCALE = 1e-12  # of a row whose values are all the same
+
+
 class CompressedTensors(Format):
     """The format `int-quantized`: int8 `weight` [out, in] and float32 `weight_scale` [out, 1], activations quantized for each
-    token while running. Embedding and head keep floats."""
+    token while running, with a zero point where an activation function makes nearly all of them positive. Embedding and head
+    keep floats."""
 
     name = "compressed-tensors"
     summary = "W8A8 INT8 for vLLM and SGLang"
     runtimes = "vLLM, SGLang"
     integers = True
+    granularities = (CHANNEL,)
+    keeps_tied = "without the online rotation, SmoothQuant alone loses less, and a second table costs memory"
     carries = Carries(
         methods=frozenset({"smooth", "rotate", "gptq"}),
         weights=INT8,
@@ -32,8 +40,9 @@ class CompressedTensors(Format):
         reasons={
             "rotate-online": "which needs a transform of activations that vLLM does not compute reliably",
             "static": "since activations get a scale for each token",
+            "reorder": "which changes nothing where a whole row shares a scale",
         },
-        substitutes={"rotate-online": "smooth"},  # the inputs of the feed-forward's second linear have outliers otherwise
+        substitutes={"rotate-online": ("smooth",)},  # the inputs of the feed-forward's second linear have outliers otherwise
     )
 
     def check_model(self, model: ExportedModel) -> None:
@@ -63,10 +72,21 @@ class CompressedTensors(Format):
         return graph_of(folder)
 
     def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
-        """Each row is rounded to 8 bits with a scale of its own; the head reads floats."""
+        """Each row is rounded to 8 bits with a scale of its own, or a scale and a zero point; the head reads floats."""
+        from belle_compile.compiler.exports.model import source_of
         from belle_compile.compiler.ir.stream import quantized
 
-        return x if node.outputs[0].is_graph_output() else quantized(x, 8)
+        if node.outputs[0].is_graph_output():
+            return x
+        return _rounded_from_zero_point(x) if source_of(node) in _ONE_SIDED else quantized(x, 8)
+
+
+def _rounded_from_zero_point(x: Tensor) -> Tensor:
+    """x [rows, width] after rounding to 256 levels from the least to the greatest value of each row, as float32."""
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    scale = ((high - low) / 255).clamp(min=_LEAST_SCALE)
+    zero = (-128 - low / scale).round()
+    return (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
 
 
 def quantization_config(model: ExportedModel) -> dict[str, Any]:
@@ -80,11 +100,16 @@ def quantization_config(model: ExportedModel) -> dict[str, Any]:
     activations = common | {"strategy": "token", "dynamic": True, "observer": None, "observer_kwargs": {}}
     weights = common | {"strategy": "channel", "dynamic": False, "observer": "minmax", "observer_kwargs": {}}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    groups = {"group_0": group}
+    one_sided = [module for module in linears if module.source in _ONE_SIDED and isinstance(module.weight, Integers)]
+    if one_sided:  # names go before classes of modules
+        names = [stored_name(model, module.name) for module in one_sided]
+        groups["group_1"] = group | {"targets": names, "input_activations": activations | {"symmetric": False}}
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": list(dict.fromkeys([HEAD, *kept])),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

@@ -22,7 +22,7 @@ from belle_compile.compiler.families import build_graph, registry
 from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import export_passes_of, run_pipeline
-from belle_compile.passes.presets import UNQUANTIZED, manifest_words
+from belle_compile.passes.presets import INT8, UNQUANTIZED, manifest_words
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.schema import to_plain
 
@@ -133,7 +133,7 @@ def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -
         data,
         keep=() if format.quantizes_tables else (HEAD,),
         norm=release_of(family).norm if plan.residual else "",
-        integers=format.integers and not plan.job.request.block_scales,
+        integers=format.integers and plan.job.recipe.weights == INT8,
         tables=format.quantizes_tables,
     )
 

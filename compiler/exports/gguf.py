@@ -1,4 +1,4 @@
-"""GGUF: Q8_0 for llama.cpp, whose blocks carry the integers of engines and the scales of their channels."""
+"""GGUF: Q8_0 for llama.cpp, with a scale for each block, or with the integers of engines and the scales of their channels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.compiler.exports.base import Carries, Format
+from belle_compile.compiler.exports.base import BLOCK, CHANNEL, Carries, Format
+from belle_compile.passes.presets import BLOCK as Q8_0_BLOCK
 from belle_compile.passes.presets import INT8
 
 if TYPE_CHECKING:
@@ -18,26 +19,29 @@ if TYPE_CHECKING:
 
 
 class Gguf(Format):
-    """All matrices are Q8_0: each block of 32 integers has the scale of its output channel as float16. Norms and biases are
-    float32. llama.cpp rounds activations to 8 bits in blocks of 32 while running."""
+    """All matrices are Q8_0: blocks of 32 integers with a float16 scale each, which is that of the output channel where scales
+    are those of channels. Norms and biases are float32. llama.cpp rounds activations to 8 bits in blocks of 32 while running,
+    so that outliers harm their neighbours only: reordered and smoothed channels lose less there than rotated ones.
+    """
 
     name = "gguf"
     summary = "Q8_0 for llama.cpp"
     runtimes = "llama.cpp"
     integers = True
     quantizes_tables = True
-    has_blocks = True
+    granularities = (BLOCK, CHANNEL)
     default_dtype = "float32"
     activations = "int8, one scale for 32 channels of a token, found while running"
     keeps_tied = "llama.cpp rounds activations in blocks of 32, where the rotation is worth less than a second table costs"
     carries = Carries(
-        methods=frozenset({"smooth", "rotate", "gptq"}),
+        methods=frozenset({"reorder", "smooth", "rotate", "gptq"}),
         weights=INT8,
         activation_bits=8,
         reasons={
             "rotate-online": "which llama.cpp does not compute",
             "static": "since llama.cpp chooses the scales of activations itself",
         },
+        substitutes={"rotate-online": ("reorder", "smooth")},
     )
 
     def check_model(self, model: ExportedModel) -> None:
@@ -70,6 +74,6 @@ class Gguf(Format):
 
     def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
         """Blocks of 32 neighbours are rounded to 8 bits with a float16 scale each."""
-        from belle_compile.compiler.exports.gguf_file import rounded_blocks
+        from belle_compile.compiler.ir.stream import rounded_blocks
 
-        return rounded_blocks(x)
+        return rounded_blocks(x, Q8_0_BLOCK)

@@ -14,18 +14,18 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
 from belle_compile.compiler.checkpoint.formats.gguf_rows import interleaved_halves
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.directory import STAGE
 from belle_compile.compiler.exports.gguf_vocabulary import add_value, add_vocabulary, vocabulary_of
-from belle_compile.compiler.exports.model import ExportedModel, Integers, Order, chunks
+from belle_compile.compiler.exports.model import ExportedModel, Integers, Order, chunks, nearest_integers
 from belle_compile.compiler.families.gguf import GgufLayout
+from belle_compile.passes.presets import BLOCK
 
 Array = npt.NDArray[Any]
 
-BLOCK, BLOCK_BYTES = 32, 34  # integers that share a float16 scale, and their bytes
+BLOCK_BYTES = BLOCK + 2  # of integers and the float16 scale that they share
 _ROWS = 4096  # rows of a matrix that are packed at a time
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -104,8 +104,10 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
         weight = module.weight
         if isinstance(weight, Integers):
             data = partial(_blocks, f"{stored}.weight", weight, order)
+        elif module.is_norm:
+            data = partial(chunks, weight, order)
         else:
-            data = partial(_nearest_blocks if not module.is_norm else chunks, weight, order)
+            data = partial(_nearest_blocks, f"{stored}.weight", weight, order)
         kind = gguf.GGMLQuantizationType.F32 if module.is_norm else gguf.GGMLQuantizationType.Q8_0
         planned.append(PlannedTensor(f"{stored}.weight", kind, module.shape, data))
         if module.bias is not None:
@@ -114,23 +116,16 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
     return planned
 
 
-def rounded_blocks(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, width] after rounding blocks of 32 neighbours to 8 bits with a float16 scale, as float32."""
-    blocks = x.view(len(x), -1, BLOCK)
-    scales = (blocks.abs().amax(dim=-1, keepdim=True) / 127).half().float()
-    integers = torch.round(blocks / torch.where(scales > 0, scales, 1))
-    return (integers * scales).view(x.shape)
-
-
 def _floats(name: str, shape: tuple[int, ...], data: Callable[[], Iterator[Array]]) -> PlannedTensor:
     return PlannedTensor(name, gguf.GGMLQuantizationType.F32, shape, data)
 
 
-def _nearest_blocks(weight: ir.TensorProtocol, order: Order | None) -> Iterator[Array]:
-    """Rows of Q8_0 blocks with the integers nearest to the floats of a matrix, as llama.cpp rounds them."""
+def _nearest_blocks(name: str, weight: ir.TensorProtocol, order: Order | None) -> Iterator[Array]:
+    """Rows of Q8_0 blocks of the floats of a matrix: the nearest integers for scales with the least squared error."""
     for part in chunks(weight, order):
-        packed: Array = gguf.quants.quantize(np.ascontiguousarray(part, np.float32), gguf.GGMLQuantizationType.Q8_0)
-        yield packed
+        for start in range(0, len(part), _ROWS):
+            rows = np.ascontiguousarray(part[start : start + _ROWS], np.float32)
+            yield _packed(*nearest_integers(rows, name, BLOCK))
 
 
 def _layout(model: ExportedModel) -> GgufLayout:
@@ -174,11 +169,16 @@ def _blocks(name: str, weight: Integers, order: Order | None) -> Iterator[Array]
     for start in range(0, len(integers), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(integers)))
         rows = rows if order is None else order[rows]
-        blocks = integers[rows].reshape(len(rows), -1, BLOCK)
-        packed = np.empty((*blocks.shape[:2], BLOCK_BYTES), np.uint8)
-        packed[..., :2] = scales[rows].astype(np.float16).reshape(len(rows), -1, 1).view(np.uint8)
-        packed[..., 2:] = blocks.view(np.uint8)
-        yield packed.reshape(len(rows), -1)
+        yield _packed(integers[rows], scales[rows].astype(np.float16).reshape(len(rows), -1))
+
+
+def _packed(integers: Array, scales: Array) -> Array:
+    """Rows of Q8_0 blocks, uint8 [rows, bytes], from int8 integers [rows, K] and float16 scales: [rows, 1], or one a block."""
+    blocks = integers.reshape(len(integers), -1, BLOCK)
+    packed = np.empty((*blocks.shape[:2], BLOCK_BYTES), np.uint8)
+    packed[..., :2] = scales[..., None].view(np.uint8)
+    packed[..., 2:] = blocks.view(np.uint8)
+    return packed.reshape(len(packed), -1)
 
 
 def _sync(file: Path) -> None:

@@ -150,6 +150,9 @@ def _byte_level(plain: Mapping[str, Any], rows: int) -> Vocabulary:
             remedy="use another --format",
         )  # fmt: skip
     merges = tuple(" ".join(merge) for merge in _pairs(plain))
+    if not merges:
+        expected = "some, since llama.cpp loads no vocabulary of bytes without"
+        raise CompileError(STAGE, "merges of the tokenizer", found="none", expected=expected, remedy="use another --format")
     return Vocabulary(BYTE_LEVEL, tokens, types, merges=merges, pre=_PRE[steps])
 
 

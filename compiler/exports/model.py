@@ -19,7 +19,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.lazy import has_rows, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.passes.quantization.weights import rounded_weight
+from belle_compile.passes.quantization.weights import quantize_groups, rounded_weight
 from belle_compile.runtime.artifact import GenerationDefaults
 
 Array = npt.NDArray[Any]
@@ -46,7 +46,8 @@ class Integers:
 
 @dataclass(frozen=True)
 class Module:
-    """A linear, a norm or an embedding table under its name in the graph; `op` is that of its node.
+    """A linear, a norm or an embedding table under its name in the graph; `op` is that of its node, and `source` the op that
+    computes what a linear reads (empty for others).
 
     A `weight` has one of two forms. `bias` is None where there is none.
     """
@@ -55,6 +56,7 @@ class Module:
     op: str
     weight: ir.TensorProtocol | Integers
     bias: ir.TensorProtocol | None = None
+    source: str = ""
 
     @property
     def is_norm(self) -> bool:
@@ -128,12 +130,23 @@ def modules_of(graph: ir.Graph, release: Release) -> tuple[tuple[Module, ...], b
             raise _other_architecture(node)
         tensors = rounded_weight(values[0]) or [_tensor(value) for value in values]
         weight = Integers(*tensors) if len(tensors) > 1 else tensors[0]
-        modules[name] = Module(name, node.op_type, weight, None if bias is None else _tensor(bias))
+        modules[name] = Module(name, node.op_type, weight, None if bias is None else _tensor(bias), source_of(node))
         weights[name] = values[0]
     tied = any(module.is_table and weights[name] is weights[HEAD] for name, module in modules.items())
     if tied:
         del modules[HEAD]
     return tuple(modules.values()), tied
+
+
+def source_of(linear: ir.Node) -> str:
+    """The op that computes the activation which a linear reads, before it is rounded; empty for a node that is no linear."""
+    accumulator = operand(linear, Role.ACCUMULATOR)
+    multiply = linear if accumulator is None else accumulator.producer()
+    read = None if multiply is None else operand(multiply, Role.ACTIVATION)
+    source = None if read is None else read.producer()
+    if source is not None and source.op_type == "QuantizeTokens":
+        source = source.inputs[0].producer() if source.inputs[0] is not None else None
+    return source.op_type if source is not None else ""
 
 
 def _weight_of(node: ir.Node) -> tuple[tuple[ir.Value, ...], ir.Value | None] | None:
@@ -183,3 +196,9 @@ def chunks(tensor: ir.TensorProtocol, order: Order | None = None) -> Iterator[Ar
     step = max(1, _CHUNK_BYTES // (4 * shape[1]))
     for start in range(0, shape[0], step):
         yield read_rows(tensor, start, min(start + step, shape[0]))
+
+
+def nearest_integers(rows: Array, name: str, block: int) -> tuple[Array, Array]:
+    """int8 integers [N, K] nearest to the rows of a float matrix, and float16 scales [N, G] of `block` inputs with the least
+    squared error. Raises CompileError where the matrix `name` holds NaN, infinity or a value too large for such a scale."""
+    return quantize_groups(rows, name, block, bits=8)

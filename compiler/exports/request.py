@@ -15,7 +15,7 @@ from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 from belle_compile.compiler.reading import PLAIN, Reading
-from belle_compile.passes.presets import DEFAULT_PRESET, INT8_BLOCKS, Recipe, recipe_of
+from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
 AUTO_DTYPE = "auto"
@@ -30,9 +30,9 @@ class ExportRequest:
     `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
     format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
     head that is tied to the embedding stays so, and the residual stream is not rotated (None: as the format does by default).
-    With `block_scales`, weights get a scale for each block of inputs of the format, in place of one for each output channel.
-    `dtype` is the type of tensors that keep floats. `runtime_python` is the Python interpreter in whose environment the gate
-    looks for the format's runtime (None: this one).
+    `granularity` says which weights share a scale: those of an output channel, or of a block of inputs (None: the format's
+    first; an engine's are those of channels). `dtype` is the type of tensors that keep floats. `runtime_python` is the Python
+    interpreter in whose environment the gate looks for the format's runtime (None: this one).
     """
 
     source: str | Path
@@ -41,7 +41,7 @@ class ExportRequest:
     quantization: str = DEFAULT_PRESET
     methods: tuple[str, ...] | None = None
     keep_tied: bool | None = None
-    block_scales: bool = False
+    granularity: str | None = None
     dtype: str = AUTO_DTYPE
     template: str | None = None
     reading: Reading = PLAIN
@@ -87,9 +87,8 @@ def resolve(request: ExportRequest) -> ExportJob:
     if request.methods is None:
         recipe, notes = base.carried(format, recipe)
     base.check(format, recipe)
-    if request.block_scales:
-        _check_blocks(format)
-        recipe = replace(recipe, weights=INT8_BLOCKS)
+    if granularity := _granularity(request, format):
+        recipe = replace(recipe, weights=base.GRANULARITIES[granularity])
     check_checkpoint(request.source)
     check_template(request.template)
     check_reading(request.reading)
@@ -98,12 +97,19 @@ def resolve(request: ExportRequest) -> ExportJob:
     return ExportJob(request, format, recipe.applied(calibrated), tuple(notes))
 
 
-def _check_blocks(format: Format) -> None:
-    """Raise CompileError for a format whose weights have no blocks."""
-    if not format.has_blocks:
-        names = " or ".join(other.name for other in base.registered() if other.has_blocks)
-        found = "one scale for each output channel" if format.integers else "floats"
-        raise CompileError(STAGE, f"scales of blocks in the format {format.name}", found=found, expected=f"--format {names}")
+def _granularity(request: ExportRequest, format: Format) -> str:
+    """Which weights share a scale; empty for a format of floats. Raises CompileError for what the format does not hold."""
+    asked = request.granularity
+    if asked is None:
+        return next(iter(format.granularities), "")
+    if asked not in base.GRANULARITIES:
+        expected = " or ".join(base.GRANULARITIES)
+        raise CompileError(STAGE, "unknown granularity", found=repr(asked), expected=expected)
+    if asked not in format.granularities:
+        names = " or ".join(other.name for other in base.registered() if asked in other.granularities)
+        found = f"scales per {' or '.join(format.granularities)}" if format.granularities else "floats"
+        raise CompileError(STAGE, f"scales per {asked} in the format {format.name}", found=found, expected=f"--format {names}")
+    return asked
 
 
 def _check_engine_options(request: ExportRequest) -> None:
@@ -112,7 +118,7 @@ def _check_engine_options(request: ExportRequest) -> None:
     changing = {
         "quantization": "--quant",
         "methods": "--methods",
-        "block_scales": "--block-scales",
+        "granularity": "--granularity",
         "calibration": "--calibration",
         "template": "--template",
         "generation": "--generation-defaults",

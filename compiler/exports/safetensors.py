@@ -21,7 +21,7 @@ class Safetensors(Format):
     integers = False
     default_dtype = "float32"
     carries = Carries(
-        methods=frozenset({"smooth", "rotate"}),
+        methods=frozenset({"reorder", "smooth", "rotate"}),
         reasons={
             "rotate-online": "since the architecture computes no rotation",
             "gptq": "since nothing is rounded",

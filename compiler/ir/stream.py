@@ -197,6 +197,16 @@ def quantized(x: Tensor, bits: int) -> Tensor:
     return torch.round(x * inverse) * (absmax / limit)
 
 
+def rounded_blocks(x: Tensor, block: int) -> Tensor:
+    """x [rows, width] after rounding each `block` of neighbours to INT8 with a float16 scale, as float32; a last block may be
+    shorter. llama.cpp rounds activations so."""
+    width = x.shape[1]
+    blocks = torch.nn.functional.pad(x, (0, -width % block)).view(len(x), -1, block)
+    scales = (blocks.abs().amax(dim=-1, keepdim=True) / LIMITS[8]).half().float()
+    integers = torch.round(blocks / torch.where(scales > 0, scales, 1))
+    return (integers * scales).view(len(x), -1)[:, :width]
+
+
 def linears(segment: Segment) -> Iterator[ir.Node]:
     """The float linears of a segment whose weights are known."""
     for node in segment.nodes:

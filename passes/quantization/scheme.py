@@ -46,7 +46,8 @@ class WeightScheme:
         return f"int{self.bits} in groups of {self.group} inputs{zeros}{tables}"
 
 
+BLOCK = 32  # inputs of llama.cpp's Q8_0 that share a scale
 FLOAT32 = WeightScheme(32)
 INT8 = WeightScheme(8)
-INT8_BLOCKS = WeightScheme(8, 32)  # llama.cpp's Q8_0
+INT8_BLOCKS = WeightScheme(8, BLOCK)
 INT4 = WeightScheme(4, GROUP)

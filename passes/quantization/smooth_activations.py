@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized, rounded_blocks
 from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
+from belle_compile.passes.quantization.rounding_error import least_expected_error
+from belle_compile.passes.quantization.scheme import BLOCK, INT8, INT8_BLOCKS, WeightScheme
 from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 
@@ -55,17 +57,20 @@ class SmoothActivations(Pass):
     s = max|n|^alpha / max|W|^(1 - alpha) for each channel, with the maxima over calibration requests, so that a part of n's
     outliers moves into W. Likewise for LayerNorm (before BLOOM's fused projection and before the linear that feeds its GELU),
     between the values and the attention's output projection, and between up and down of a SwiGLU; nothing can be moved through
-    a GELU. With alpha None, each place takes the alpha from 0.3 to 0.9 with the least INT8 error of its linears' outputs.
+    a GELU. With alpha None, each place takes the alpha from 0.3 to 0.9 with the least INT8 error of its linears' outputs: with
+    scales per token and output channel, or where `weights` are INT8_BLOCKS, with scales for blocks of inputs of both.
     Refuses a place with other readers.
     """
 
     phase: ClassVar[Phase] = Phase.OUTLIERS
     data: CalibrationData = field(repr=False)
     alpha: float | None = None
+    weights: WeightScheme = INT8
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.data.describe() | {"alpha": "searched" if self.alpha is None else self.alpha}
+        alpha = {"alpha": "searched" if self.alpha is None else self.alpha}
+        return self.data.describe() | alpha | (self.weights.unusual if self.weights == INT8_BLOCKS else {})
 
     def run(self, model: ir.Model) -> PassResult:
         places, refusals = _places(model.graph)
@@ -116,13 +121,25 @@ class SmoothActivations(Pass):
         exact = [x @ matrix.T for matrix in matrices]
 
         def error(factors: Tensor) -> float:
-            rounded = quantized(x / factors, 8)
+            rounded = self._rounded(x / factors)
             return sum(
-                float((rounded @ quantized(matrix * factors, 8).T - outputs).square().sum())
+                float((rounded @ self._rounded(matrix * factors).T - outputs).square().sum())
                 for matrix, outputs in zip(matrices, exact, strict=True)
             )
 
-        return min(candidates.values(), key=error)
+        best = min(candidates.values(), key=error)
+        return min(best, self._refined(place, best, x, matrices), key=error)
+
+    def _refined(self, place: _Place, factors: Tensor, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        """Factors near the given ones with the least error that rounding is expected to cause."""
+        block = self.weights.group if self.weights == INT8_BLOCKS else None
+        start = factors if place.repeat == 1 else factors.view(-1, place.repeat, place.width)[:, 0].reshape(-1)
+        expand = (lambda shared: shared) if place.repeat == 1 else partial(_expanded, place)
+        return least_expected_error(start, x, torch.cat(matrices), block, expand)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """x [rows, width] after rounding to INT8: by rows, or by blocks where weights have some."""
+        return rounded_blocks(x, BLOCK) if self.weights == INT8_BLOCKS else quantized(x, 8)
 
 
 def _smoothing(place: _Place, absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
@@ -137,6 +154,11 @@ def _shared(place: _Place, values: Tensor) -> Tensor:
     """[K]: for each channel the largest of the values that share its factor; K = groups * repeat * width."""
     grouped = values.view(-1, place.repeat, place.width)
     return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def _expanded(place: _Place, shared: Tensor) -> Tensor:
+    """[K]: the factor of each channel, where runs of channels share some."""
+    return shared.view(-1, 1, place.width).expand(-1, place.repeat, -1).reshape(-1)
 
 
 def _places(graph: ir.Graph) -> tuple[list[_Place], tuple[str, ...]]:

@@ -105,8 +105,10 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) ->
     return integers, scales
 
 
-def quantize_groups(weight: npt.NDArray[np.float32], name: str, group: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return int8 integers in INT4's range, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
+def quantize_groups(
+    weight: npt.NDArray[np.float32], name: str, group: int, bits: int = 4
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return int8 integers of `bits` bits, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
 
     Scales are chosen for the least squared error. Raises CompileError where the weight holds NaN, infinity, or a value that is
     too large for a float16 scale.
@@ -119,8 +121,8 @@ def quantize_groups(weight: npt.NDArray[np.float32], name: str, group: int) -> t
         rows = slice(start, start + _ROWS)
         block = torch.from_numpy(np.array(weight[rows]))
         check_groups(block, f"tensor {name}")
-        steps = groups.group_scales(block, equal, group)
-        integers[rows] = groups.nearest(block, groups.every_input(steps, inputs, group)).numpy()
+        steps = groups.group_scales(block, equal, group, bits)
+        integers[rows] = groups.nearest(block, groups.every_input(steps, inputs, group), bits).numpy()
         scales[rows] = steps.numpy()
     return integers, scales
 

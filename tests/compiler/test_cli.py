@@ -92,9 +92,13 @@ def test_targets_lists_what_backends_and_formats_carry(capsys: pytest.CaptureFix
     assert [member["name"] for member in found["backends"]] == [backend.name for backend in registered()]
     formats = {member["name"]: member for member in found["formats"]}
     assert {name for name, reason in formats["gguf"]["presets"].items() if not reason} == {"int8", "int8-plain"}
-    assert {name for name, reason in formats["safetensors"]["methods"].items() if not reason} == {"smooth", "rotate"}
+    assert {name for name, reason in formats["safetensors"]["methods"].items() if not reason} == {
+        "reorder", "smooth", "rotate",
+    }  # fmt: skip
+    assert formats["gguf"]["granularities"] == ["block", "channel"] and formats["safetensors"]["granularities"] == []
     text = run(capsys, "targets", "--backends")[1]
     assert "not rotate-online" in text and "which llama.cpp does not compute" in text
+    assert "a scale for each block or channel of weights" in text
 
 
 def test_inspect_says_what_the_engine_is(capsys: pytest.CaptureFixture[str], engine: Path) -> None:

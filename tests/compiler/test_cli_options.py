@@ -22,7 +22,7 @@ OPTIONS = {
     "export": {
         "--format", "-o", "--output", "--quant", "--methods", "--template", "--calibration", "--raw-requests",
         "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate", "--force", "--dtype",
-        "--generation-defaults", *READING, "--keep-tied", "--block-scales", "--runtime-python", *REPORTING,
+        "--generation-defaults", *READING, "--keep-tied", "--granularity", "--runtime-python", *REPORTING,
     },
     "inspect": {"--kernels"},
     "plan": {"--target", "--quant", "--methods", "--kv-cache", "--backend", "--batch", "--context", *READING},

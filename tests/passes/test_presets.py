@@ -94,7 +94,8 @@ def test_methods_in_place_of_a_presets_own() -> None:
     ("preset", "methods", "sentence"),
     [
         ("int3", None, "unknown preset: found 'int3', expected int8 or int8-accurate or int8-plain or int4 or none."),
-        ("int8", ("round",), "unknown method: found round, expected some of smooth, rotate, rotate-online, gptq, static."),
+        ("int8", ("round",), "unknown method: found round, expected some of reorder, smooth, rotate, rotate-online, gptq, "
+         "static."),
         ("none", ("rotate",), "methods: found rotate, expected none with --quant none."),
         ("int8", ("rotate", "gptq", "static"), "method gptq, static: found no requests to calibrate with; give some with "
          "--calibration."),

@@ -58,8 +58,8 @@ def test_an_export_ends_with_a_headline_and_force_replaces_it(
         (("--quant", "none"), "found float32 weights, and the format holds int8 per output channel; use --quant int8 or"),
         (("--methods", "rotate-online"), "found the method rotate-online, which llama.cpp does not compute; use --methods"),
         (
-            ("--format", "safetensors", "--block-scales"),
-            "scales of blocks in the format safetensors: found floats, expected --f",
+            ("--format", "safetensors", "--granularity", "block"),
+            "scales per block in the format safetensors: found floats, expected --format gguf",
         ),
         (("--methods", "gptq"), "method gptq: found no requests to calibrate with; give some with --calibration"),
         (("--calibration", "nowhere.jsonl"), "calibration: path nowhere.jsonl: found nothing there"),

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports.compressed_tensors import CompressedTensors
+from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.gate import Gate
 from tests.compiler.exports.models import bloom, export, llama, requests
 from tests.parity.variants import hf_logits, random_ids
@@ -54,7 +57,7 @@ W8A8 = (8, "int", "channel", True, False), (8, "int", "token", True, True)
 
 def test_a_llama_as_vllm_loads_it(tmp_path: Path) -> None:
     source = llama(tmp_path / "llama", tie_word_embeddings=True)
-    out, record = export(source, "compressed-tensors", calibration=requests(source), gate=None)
+    out, record = export(source, "compressed-tensors", calibration=requests(source), gate=None, keep_tied=False)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is False
     assert w8a8_scheme(config["quantization_config"]) == (
@@ -87,6 +90,13 @@ def test_a_bloom_as_vllm_loads_it(tmp_path: Path) -> None:
     assert tensors["transformer.h.0.self_attention.query_key_value.bias"].shape == (192,)
     assert tensors["transformer.word_embeddings.weight"].dtype == torch.float16
     assert "smoothing" in record["quantization"] and record["quantization"]["rotations"].startswith("values")
+    groups = config["quantization_config"]["config_groups"]
+    assert groups["group_0"]["targets"] == ["Linear"] and groups["group_0"]["input_activations"]["symmetric"]
+    assert groups["group_1"]["targets"] == [f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in range(2)]
+    assert groups["group_1"] == groups["group_0"] | {
+        "targets": groups["group_1"]["targets"],
+        "input_activations": groups["group_0"]["input_activations"] | {"symmetric": False},
+    }, "hardly any result of a GELU is negative"
     assert any("vLLM's BLOOM loads no head of its own" in note for note in record["notes"])
 
 
@@ -99,6 +109,19 @@ def test_integers_times_scales_compute_the_model(make: Any, quantization: str, t
     ids = random_ids(source, 24)
     expected, got = hf_logits(source, ids), hf_logits(dequantized(out, tmp_path / "plain"), ids)
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.04
+
+
+def test_the_simulation_gives_a_zero_point_to_what_a_gelu_computes(tmp_path: Path) -> None:
+    graph = build_graph(open_checkpoint(bloom(tmp_path / "bloom"))).graph
+    nodes = {str(node.name).removeprefix("h.0."): node for node in graph}
+    x = torch.nn.functional.gelu(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    errors = {
+        name: float((CompressedTensors().simulated_input(nodes[name], x) - x).square().mean())
+        for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "lm_head")
+    }
+    assert errors["lm_head"] == 0 < errors["mlp.dense_4h_to_h"] < 0.5 * errors["mlp.dense_h_to_4h"]
+    constant = torch.full((1, 64), 0.5)
+    assert torch.allclose(CompressedTensors().simulated_input(nodes["mlp.dense_4h_to_h"], constant), constant, atol=0.01)
 
 
 def test_bfloat16_stays_and_float16_that_overflows_is_refused(tmp_path: Path) -> None:

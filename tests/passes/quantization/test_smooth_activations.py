@@ -13,6 +13,7 @@ from belle_compile.passes.base import PassResult
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import output_errors
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.quantization.scheme import INT8_BLOCKS
 from belle_compile.passes.quantization.smooth_activations import SmoothActivations
 from tests.passes.helpers import VOCABULARY, Tiny, assert_same_results, bloom, check_pass, llama, side_by_side
 
@@ -53,6 +54,20 @@ def test_the_function_stays(make: Callable[[], ir.Model], alpha: float | None, t
     before, result = check_pass(smooth(tmp_path, alpha), model)
     assert result.changes
     assert_same_results(before, model, rtol=2e-5)
+
+
+def test_blocks_have_factors_of_their_own(tmp_path: Path) -> None:
+    data = CalibrationData(SEQUENCES, "a set", "a model", tmp_path / "blocks")
+    step = SmoothActivations(data, weights=INT8_BLOCKS)
+    model, other = llama(last_norm=True), llama(last_norm=True)
+    before, result = check_pass(step, model)
+    assert result.changes and step.options["group"] == 32 and "group" not in smooth(tmp_path).options
+    assert_same_results(before, model, rtol=2e-5)
+    smooth(tmp_path / "rows", None).run(other)
+    rows, blocks = (next(node for node in each.graph if node.name == "layers.0.mlp.down").inputs[1] for each in (other, model))
+    assert rows is not None and rows.const_value is not None and blocks is not None and blocks.const_value is not None
+    ratio = blocks.const_value.numpy() / rows.const_value.numpy()
+    assert np.abs(ratio - 1).max() > 0.01, "its 48 inputs are two blocks"
 
 
 def test_what_cannot_be_smoothed_in_bloom(tmp_path: Path) -> None:
