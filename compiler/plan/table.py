@@ -10,6 +10,7 @@ from belle_compile.compiler import backends
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.integers import integer_plan
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
@@ -49,7 +50,8 @@ def plan(
     device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    graph, recipe = build_graph(outline(path, reading)), find_preset(quantization).recipe
+    graph = build_graph(outline(path, reading))
+    recipe = integer_plan(graph, find_preset(quantization).recipe, None).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:
