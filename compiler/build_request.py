@@ -6,7 +6,7 @@ The command line imports this module before it knows that the arguments are righ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from belle_compile.compiler import backends, targets
@@ -78,6 +78,10 @@ class Job:
     backend: Backend
     recipe: Recipe
     applied: Recipe
+
+    def following(self, recipe: Recipe) -> Job:
+        """The job with another recipe, such as one that suits the checkpoint."""
+        return replace(self, recipe=recipe, applied=recipe.applied(calibrated=self.request.calibration is not None))
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """The callback with which a stage reports (done, total)."""

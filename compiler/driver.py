@@ -18,12 +18,14 @@ from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.golden import golden_answers
+from belle_compile.compiler.integers import IntegerPlan, damage_record, integer_plan
 from belle_compile.compiler.ir.lazy import describe
 from belle_compile.compiler.ir.text import to_onnx
 from belle_compile.compiler.judging import accuracy_of
 from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.layers import Unquantized
 from belle_compile.compiler.manifests import pass_records, target_info, toolchain
+from belle_compile.compiler.places import checkpoint_name
 from belle_compile.compiler.report import (
     REPORT_NAME,
     Effects,
@@ -58,11 +60,13 @@ _WORST = 5  # layers that the gate's error names
 
 @dataclass(frozen=True)
 class _Source:
-    """The input of a build. `graph` is the float32 graph; no stage changes it, they all work on copies."""
+    """The input of a build. `graph` is the float32 graph; no stage changes it, they all work on copies. `integers` says what
+    becomes of integers that the checkpoint holds."""
 
     checkpoint: Checkpoint
     calibration: Calibration | None
     graph: ir.Model
+    integers: IntegerPlan
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def build(request: BuildRequest) -> Path:
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         job.begin("open")
         source = _open(job, writer)
+        job = job.following(source.integers.recipe)
         planned = _plan(job, source.graph)
         digests = source.checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
         model = _model_info(request, source, digests)
@@ -112,7 +117,7 @@ def build(request: BuildRequest) -> Path:
             _describe_weights(optimized.ranks, request.on_weight)
         write_ranks(writer, payloads, job.progress("weights"))
 
-        manifest = _manifest(job, source, model, optimized.records, payloads)
+        manifest = _manifest(job, source, model, optimized, payloads)
         damage = _damage(job, source.calibration, optimized.unquantized, folder)
         coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
         memory, ranks = memory_of_ranks(payloads)
@@ -157,7 +162,8 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
     calibration = None
     if request.calibration is not None:
         calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
-    return _Source(checkpoint, calibration, build_graph(checkpoint))
+    graph = build_graph(checkpoint)
+    return _Source(checkpoint, calibration, graph, integer_plan(graph, job.recipe, request.methods))
 
 
 def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
@@ -263,24 +269,23 @@ def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str])
     path, checkpoint, graph = Path(request.checkpoint), source.checkpoint, source.graph
     return ModelInfo(
         family=checkpoint.family,
-        name=(path.stem if path.suffix == ".gguf" else path.name) or path.resolve().name,
+        name=checkpoint_name(path),
         parameters=sum(prod(t.shape) for name, t in checkpoint.tensors.items() if name in graph.graph.initializers),
         dimensions={name: int(value) for name, value in sorted(graph.metadata_props.items()) if value.isdecimal()},
         source_digests=digests,
     )
 
 
-def _manifest(
-    job: Job, source: _Source, model: ModelInfo, records: Sequence[Mapping[str, Any]], payloads: Sequence[Payload]
-) -> Manifest:
+def _manifest(job: Job, source: _Source, model: ModelInfo, optimized: _Optimized, payloads: Sequence[Payload]) -> Manifest:
     first, checkpoint = payloads[0], source.checkpoint
-    notes = *checkpoint.notes, *(source.calibration.notes if source.calibration else ())
+    notes = *checkpoint.notes, *source.integers.notes, *(source.calibration.notes if source.calibration else ())
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | job.request.reading.facts, 0, notes)
+    damage = damage_record(optimized.whole)
     calibrated = job.request.calibration is not None
     return Manifest(
         model=model,
         target=target_info(job.target, job.backend, payloads),
-        passes=(opened, *pass_records(records), *((first.tuning,) if first.tuning else ())),
+        passes=(opened, *pass_records(optimized.records), *filter(None, (damage, first.tuning))),
         quantization=manifest_words(job.recipe, calibrated)
         | dict(first.quantization)
         | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},

@@ -15,6 +15,7 @@ from belle_compile.compiler.calibration import Calibration, read_calibration
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.integers import integer_plan
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
@@ -61,7 +62,7 @@ def rank(
     sequences = _first_tokens(requests, tokens)
     graph = build_graph(opened)
     on_progress("optimize", 0, 0)
-    linears = before_linears(passes_of(recipe))
+    linears = before_linears(passes_of(integer_plan(graph, recipe, None).recipe))
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:
         measure = damage_alone if alone else output_errors

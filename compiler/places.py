@@ -11,8 +11,9 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.reading import Reading
 
 # Owner and name and, for one of several models in a repository, the path of its file: owner/name/q4/model.gguf.
-_HUB_NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.gguf))?")
+_HUB_NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>([\w.+-]+/)*[\w.+-]+\.(gguf|pt)))?")
 CHECKPOINT_STAGE = "checkpoint"
+MODEL_SUFFIXES = (".gguf", ".pt")  # a file with one is a model
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")  # a prompt template with one is a file
 
 
@@ -21,6 +22,11 @@ def hub_name(name: str) -> re.Match[str] | None:
     directory of this host whose file is missing."""
     match = _HUB_NAME.fullmatch(name)
     return None if match is None or (match["file"] and Path(Path(name).parts[0]).exists()) else match
+
+
+def checkpoint_name(path: Path) -> str:
+    """The name of the model in a checkpoint: that of its directory, or of its file without the suffix."""
+    return (path.stem if path.suffix in MODEL_SUFFIXES else path.name) or path.resolve().name
 
 
 def check_checkpoint(name: str | Path) -> None:
@@ -52,7 +58,7 @@ def no_checkpoint(name: str | Path) -> CompileError:
         CHECKPOINT_STAGE,
         f"path {Path(name).expanduser()}",
         found="nothing there",
-        expected="a checkpoint directory, a .gguf file or a Hub name",
+        expected="a checkpoint directory, a .gguf or .pt file or a Hub name",
         remedy="check the path",
     )
 

@@ -26,6 +26,7 @@ from belle_compile.passes.fusion.fuse_projections import FuseProjections
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.presets import Recipe
 from belle_compile.passes.quantization.gptq_rounding import GptqRounding
+from belle_compile.passes.quantization.keep_integers import KeepIntegers
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
@@ -40,9 +41,10 @@ from belle_compile.passes.rotation.rotate_centered_residual import RotateCentere
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
-# What uses a pass of no method: every recipe, recipes with integer weights, recipes with scales for groups of inputs; and
-# exports with a rotation of a residual stream that norms of these ops read, and with integers in embedding and head
-ALWAYS, INTEGERS, GROUPS, TABLES = "always", "integers", "groups", "tables"
+# What uses a pass of no method: every recipe, recipes with integer weights, with scales for groups of inputs, and with integers
+# that the checkpoint holds; and exports with a rotation of a residual stream that norms of these ops read, and with integers in
+# embedding and head
+ALWAYS, INTEGERS, GROUPS, TABLES, KEPT = "always", "integers", "groups", "tables", "kept integers"
 RMS_NORM, LAYER_NORM = "RMSNormalization", "LayerNormalization"
 
 
@@ -68,8 +70,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Step:
-    """A place in the pipeline: the class of a pass, what uses it (a method of `passes.presets`, or `ALWAYS`, `INTEGERS` or
-    `GROUPS`), and the fields of `Options` that its constructor takes."""
+    """A place in the pipeline: the class of a pass, what uses it (a method of `passes.presets`, or `ALWAYS`, `INTEGERS`,
+    `GROUPS` or `KEPT`), and the fields of `Options` that its constructor takes."""
 
     pass_class: type[Pass]
     used_by: str = ALWAYS
@@ -95,6 +97,8 @@ PIPELINE: tuple[Step, ...] = (
     Step(RotateValues, "rotate"),
     # A rotation that no weight can absorb costs a little time in every step; 8-bit activations are worth it.
     Step(RotateActivations, "rotate-online", ("ranks", "group")),
+    # Integers of the checkpoint come first: other passes choose those of the weights that are left.
+    Step(KeepIntegers, KEPT, ("keep", "weights", "activation_bits")),
     # Calibrate: choose integers of weights and scales of activations by requests, while everything is float32.
     Step(GptqRounding, "gptq", ("data", "keep", "weights")),
     Step(StaticActivations, "static", ("data", "activation_bits")),
@@ -125,6 +129,7 @@ EXPORT_PIPELINE: tuple[Step, ...] = (
     Step(RotateCenteredResidual, LAYER_NORM),
     Step(RotateValues, "rotate"),
     # Quantize, as in engines. Runtimes that keep embedding and head in floats need no integers there.
+    Step(KeepIntegers, KEPT, ("keep", "weights", "activation_bits")),
     Step(GptqRounding, "gptq", ("data", "keep", "weights")),
     Step(QuantizeLinears, INTEGERS, ("keep", "activation_bits")),
     Step(QuantizeEmbedding, TABLES),
@@ -142,6 +147,7 @@ def passes_of(
     uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
     uses |= {INTEGERS} if recipe.quantizes else set()
     uses |= {GROUPS} if recipe.weights.group is not None else set()
+    uses |= {KEPT} if recipe.keeps_integers else set()
     return tuple(step.with_options(options) for step in PIPELINE if step.used_by in uses)
 
 
@@ -165,6 +171,7 @@ def export_passes_of(
     uses |= {norm} if "rotate" in uses else set()
     uses |= {INTEGERS} if integers else set()
     uses |= {TABLES} if integers and tables else set()
+    uses |= {KEPT} if recipe.keeps_integers else set()
     return tuple(step.with_options(options) for step in EXPORT_PIPELINE if step.used_by in uses)
 
 

@@ -40,7 +40,8 @@ class Method:
     """A way to make quantized models more accurate.
 
     `summary` is for the command line's help, `description` for the documentation. `manifest` is the key and the text that the
-    manifests of engines with this method have. A method with `needs_requests` is applied in calibrated builds only.
+    manifests of engines with this method have. A method with `needs_requests` is applied in calibrated builds only. One that
+    `changes_weights` gives weights other values before they are rounded, so that integers of a checkpoint cannot be kept.
     """
 
     name: str
@@ -48,15 +49,19 @@ class Method:
     description: str
     manifest: tuple[str, str]
     needs_requests: bool = False
+    changes_weights: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a build does to a model: how weights are stored, the bits of activations (32 for float32), and names of methods."""
+    """What a build does to a model: how weights are stored, the bits of activations (32 for float32), and names of methods.
+
+    With `keeps_integers`, weights that the checkpoint holds as integers keep these where they can be stored so."""
 
     weights: WeightScheme = INT8
     activation_bits: int = 8
     methods: tuple[str, ...] = ()
+    keeps_integers: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -66,6 +71,11 @@ class Recipe:
     def methods_used(self, calibrated: bool) -> tuple[str, ...]:
         """The methods that are applied: without requests (`calibrated` False), those that need none."""
         return tuple(name for name in self.methods if calibrated or not METHODS[name].needs_requests)
+
+    def keeping_integers(self) -> Recipe:
+        """The recipe that keeps the integers of a checkpoint, with only those of its methods that do not change weights."""
+        methods = tuple(name for name in self.methods if not METHODS[name].changes_weights)
+        return replace(self, methods=methods, keeps_integers=True)
 
     def applied(self, calibrated: bool) -> Recipe:
         """The recipe with only those of its methods that are applied."""
@@ -96,6 +106,7 @@ METHODS: Mapping[str, Method] = {
             "at run time, so that values that share a scale are of similar size: for formats with scales of blocks of inputs.",
             manifest=("order of channels", "sorted by the size of activations"),
             needs_requests=True,
+            changes_weights=True,
         ),
         Method(
             "smooth",
@@ -103,6 +114,7 @@ METHODS: Mapping[str, Method] = {
             "SmoothQuant: outliers of activations move into the weights, channel by channel.",
             manifest=("smoothing", "outliers of activations moved into weights, channel by channel"),
             needs_requests=True,
+            changes_weights=True,
         ),
         Method(
             "rotate",
@@ -110,12 +122,14 @@ METHODS: Mapping[str, Method] = {
             "Rotations R1 and R2 of the residual stream and of the attention's values, folded into the weights: they cost "
             "nothing at run time.",
             manifest=("rotations", "residual stream and values, folded into the weights"),
+            changes_weights=True,
         ),
         Method(
             "rotate-online",
             "a rotation of the feed-forward activations at run time",
             "Rotation R4 of the feed-forward activations, computed in every step, because no weight can absorb it.",
             manifest=("online rotations", "feed-forward activations, while running"),
+            changes_weights=True,
         ),
         Method(
             "gptq",
@@ -205,11 +219,16 @@ def manifest_words(recipe: Recipe, calibrated: bool) -> dict[str, Any]:
     if not recipe.quantizes:
         return {"scheme": "none", "weights": str(recipe.weights), "activations": activation_words(recipe, ())}
     used = recipe.methods_used(calibrated)
-    return {
-        "scheme": f"w{recipe.weights.bits}a{recipe.activation_bits}",
-        "weights": str(recipe.weights),
-        "activations": activation_words(recipe, used),
-    } | dict(METHODS[name].manifest for name in used)
+    kept = {"integers": "those of the checkpoint, where weights can be stored so"} if recipe.keeps_integers else {}
+    return (
+        {
+            "scheme": f"w{recipe.weights.bits}a{recipe.activation_bits}",
+            "weights": str(recipe.weights),
+            "activations": activation_words(recipe, used),
+        }
+        | kept
+        | dict(METHODS[name].manifest for name in used)
+    )
 
 
 def activation_words(recipe: Recipe, used: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,6 @@ FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 # Causal masks, which old releases store as buffers of their attention layers
 MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
-GPTQ_SUFFIXES = (".qweight", ".qzeros", ".g_idx")
 _AS_OPENED, _AGAIN = "the file the build began with", "start the build again"
 
 FloatArray = npt.NDArray[np.float32]
@@ -36,9 +36,11 @@ Load = Callable[[int, int], npt.NDArray[Any]]
 class LazyTensor:
     """Name, shape and stored dtype of one tensor; `read` and `rows` fetch float32 values and keep none.
 
-    `load(start, stop)` returns rows start..stop of axis 0 (the whole tensor if it is a scalar) in any float dtype. `steps`
-    describe the origin of the values: the latest change first, the file and the name stored in it last (by default `file` and
-    `name`). `quantized` is set if the file holds integers with scales in place of floats; `load` then dequantizes them.
+    `load(start, stop)` returns rows start..stop of axis 0 (the whole tensor if it is a scalar) in any float dtype, or integers
+    as they are stored. `steps` describe the origin of the values: the latest change first, the file and the name stored in it
+    last (by default `file` and `name`). `quantized` is set if the file holds integers with scales in place of floats; `load`
+    then dequantizes them. `spare` says that files have this tensor, filled with zeros, also for models without such a
+    parameter.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LazyTensor:
     load: Load = field(repr=False, compare=False)
     steps: tuple[str, ...] = ()
     quantized: QuantizedTensor | None = field(default=None, repr=False, compare=False)
+    spare: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -63,6 +66,11 @@ class LazyTensor:
             raise IndexError(f"rows {start}..{stop} of {self.name} with shape {list(self.shape)}")
         return self._float32(start, stop, (stop - start, *self.shape[1:]))
 
+    def stored(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start..stop of axis 0 as `load` returns them."""
+        with self._reading():
+            return self.load(start, stop)
+
     def describe(self) -> str:
         """The origin of the values, such as "adapter <- model-00001-of-00002.safetensors: lm_head.weight"."""
         return " <- ".join(self.steps)
@@ -74,10 +82,13 @@ class LazyTensor:
         return replace(self, load=load, dtype=dtype, steps=(step, *self.steps), quantized=None)
 
     def _float32(self, start: int, stop: int, shape: tuple[int, ...]) -> FloatArray:
-        found = "a file that changed or cannot be read"
-        with explained(STAGE, f"weights {self.file}", found=found, expected=_AS_OPENED, remedy=_AGAIN):
+        with self._reading():
             values: FloatArray = np.ascontiguousarray(self.load(start, stop), dtype=np.float32).reshape(shape)
             return values
+
+    def _reading(self) -> AbstractContextManager[None]:
+        found = "a file that changed or cannot be read"
+        return explained(STAGE, f"weights {self.file}", found=found, expected=_AS_OPENED, remedy=_AGAIN)
 
 
 def changed(file: Path, found: str) -> CompileError:
@@ -93,28 +104,19 @@ def changed(file: Path, found: str) -> CompileError:
 
 def is_buffer(tensor: LazyTensor) -> bool:
     """Whether a tensor holds integers and is no weight by its name, such as position ids or a causal mask."""
-    if tensor.dtype in FLOAT_DTYPES or tensor.name.endswith(GPTQ_SUFFIXES):
+    if tensor.dtype in FLOAT_DTYPES:
         return False
     return MASKS.search(tensor.name) is not None or not tensor.name.endswith((".weight", ".bias", ".scales"))
 
 
 def require_float(tensor: LazyTensor) -> None:
-    """Raise CompileError unless the tensor holds plain floating-point weights."""
-    name, dtype, file = tensor.name, tensor.dtype, tensor.file
-    if dtype in FLOAT_DTYPES:
+    """Raise CompileError unless the tensor holds floats, or integers whose scales are known."""
+    if tensor.dtype in FLOAT_DTYPES or tensor.quantized is not None:
         return
-    if name.endswith(GPTQ_SUFFIXES):
-        raise CompileError(
-            STAGE,
-            f"tensor {name} in {file}",
-            found=f"{dtype}, a packed GPTQ weight",
-            expected="float32, float16 or bfloat16 weights",
-            remedy="quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from",
-        )
     raise CompileError(
         STAGE,
-        f"tensor {name} in {file}",
-        found=f"dtype {dtype}",
+        f"tensor {tensor.name} in {tensor.file}",
+        found=f"dtype {tensor.dtype}",
         expected="float32, float16 or bfloat16",
         remedy="convert the checkpoint to one of these",
     )

@@ -57,7 +57,7 @@ _HOW = options.together(
 @_HOW
 @options.as_json
 def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **request: Any) -> None:
-    """Compile CHECKPOINT, a directory or a .gguf file, to an engine directory.
+    """Compile CHECKPOINT, a directory, a .gguf or a .pt file, to an engine directory.
 
     The engine appears at OUTPUT complete or not at all, with a report.html that shows what was built and what each pass did.
     The same checkpoint, options and toolchain give the same bytes.

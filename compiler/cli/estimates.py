@@ -118,9 +118,9 @@ def plan(
 ) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
 
-    CHECKPOINT is a directory or a .gguf file, or a config.json alone: no weight is read. The time of a step follows from what
-    it reads, computes and exchanges, at rates that kernels were measured to reach; the output names their source. The target
-    cpu is this host.
+    CHECKPOINT is a directory, a .gguf or a .pt file, or a config.json alone: no weight is read. The time of a step follows from
+    what it reads, computes and exchanges, at rates that kernels were measured to reach; the output names their source. The
+    target cpu is this host.
 
     \b
     Examples:

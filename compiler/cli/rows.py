@@ -224,7 +224,8 @@ def _pass_rows(record: dict[str, Any]) -> Rows:
     """One row for a pass, with its changes, options and refusals; for the tuning of kernels, a row for each measured range."""
     if record["name"] == "tune-kernels" and record["options"].get("entries"):
         return tiling_rows(record["options"]["entries"])
-    options = ", ".join(f"{name}={_phrase(value)}" for name, value in record["options"].items() if value not in ([], {}))
+    shown = {name: value for name, value in record["options"].items() if name != "relative_errors"}  # as many as weights
+    options = ", ".join(f"{name}={_phrase(value)}" for name, value in shown.items() if value not in ([], {}))
     line = f"{record['changes']} changes" + (f" ({options})" if options else "")
     first, count = next(iter(record["refusals"]), ""), len(record["refusals"])
     line += f"; {count} {'notes, the first' if count > 1 else 'note'}: {first}" if count else ""

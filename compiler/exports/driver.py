@@ -19,6 +19,8 @@ from belle_compile.compiler.exports.directory import STAGE, output_directory, wr
 from belle_compile.compiler.exports.model import HEAD, ExportedModel, modules_of, release_of
 from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve
 from belle_compile.compiler.families import build_graph, registry
+from belle_compile.compiler.integers import damage_record, integer_plan
+from belle_compile.compiler.places import checkpoint_name
 from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import export_passes_of, run_pipeline
@@ -57,6 +59,8 @@ def export(request: ExportRequest) -> dict[str, Any]:
         )
         graph = build_graph(checkpoint)
         job.format.check_model(_model(job, checkpoint, graph))
+        integers = integer_plan(graph, job.recipe if job.format.integers else UNQUANTIZED, request.methods)
+        job = replace(job, recipe=integers.recipe) if job.format.integers else job
         plan = _plan(job, checkpoint, graph)
         job = plan.job
         calibration = None
@@ -83,12 +87,15 @@ def export(request: ExportRequest) -> dict[str, Any]:
         notes = [
             *job.notes,
             *checkpoint.notes,
+            *integers.notes,
             *(calibration.notes if calibration else ()),
             *facts["notes"],
             *_refusals(records),
         ]
         words = _words(job, calibrated=calibration is not None, rotated=_rotated(plan))
-        record = _record(job, model, digests, words, records) | {"notes": notes, "weights": facts["weights"]}
+        damage = damage_record(transformed)
+        passes = [*records, *([to_plain(damage)] if damage else [])]
+        record = _record(job, model, digests, words, passes) | {"notes": notes, "weights": facts["weights"]}
         record["accuracy"] = judged.to_plain(request.gate)
         complete = write_record(directory.path, record)
         directory.commit()
@@ -142,7 +149,7 @@ def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedM
     family = registry.by_name(checkpoint.family, checkpoint.path)
     modules, tied = modules_of(graph.graph, release_of(family))
     return ExportedModel(
-        name=_name(checkpoint.path),
+        name=checkpoint_name(checkpoint.path),
         family=family,
         config=checkpoint.config,
         dimensions=family.read_config(checkpoint.config),
@@ -154,10 +161,6 @@ def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedM
         template=checkpoint.template,
         generation=GenerationDefaults(**checkpoint.generation),
     )
-
-
-def _name(path: Path) -> str:
-    return (path.stem if path.suffix == ".gguf" else path.name) or path.resolve().name
 
 
 def _float_dtype(job: ExportJob, checkpoint: Checkpoint) -> str:

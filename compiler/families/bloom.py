@@ -20,7 +20,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.ops import attributes_of
 
 if TYPE_CHECKING:
-    from belle_compile.compiler.checkpoint.tensors import LazyTensor
+    pass
 
 DEFAULT_MAX_POSITION = 2048  # BLOOM's training length; ALiBi sets no limit of its own
 
@@ -100,10 +100,8 @@ def _block(layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, l
     normed = layers.layer_norm(x, f"{prefix}.input_layernorm", hidden, config.epsilon)
     residual = normed if config.residual_after_norm else x
 
-    def by_part(tensor: LazyTensor) -> npt.NDArray[np.float32]:
-        return ungrouped(tensor, heads, head_dim)
-
-    qkv = layers.linear(normed, f"{prefix}.self_attention.query_key_value", (3 * hidden, hidden), bias=True, reorder=by_part)
+    order = order_of_parts(heads, head_dim)
+    qkv = layers.linear(normed, f"{prefix}.self_attention.query_key_value", (3 * hidden, hidden), bias=True, order=order)
     q, k, v = b.split(qkv, [hidden, hidden, hidden], f"{prefix}.self_attention.qkv")
     step = b.inputs
     attended = b.op(
@@ -133,17 +131,11 @@ def _block(layers: Layers, config: BloomConfig, x: ir.Value, slopes: ir.Value, l
     return b.op("Add", outer, residual, name=f"{prefix}.mlp.residual")
 
 
-def ungrouped(tensor: LazyTensor, num_heads: int, head_dim: int) -> npt.NDArray[np.float32]:
-    """Read query_key_value with its rows in the order [all q; all k; all v]; the file has q, k and v of one head after another.
-
-    Rows are [num_heads, 3, head_dim] in the file and [3, num_heads, head_dim] in the result. They are read head by head, so
-    that only the result is ever whole in memory.
-    """
-    result = np.empty((3, num_heads, head_dim, *tensor.shape[1:]), np.float32)
-    for head in range(num_heads):
-        rows = tensor.rows(head * 3 * head_dim, (head + 1) * 3 * head_dim)
-        result[:, head] = rows.reshape(3, head_dim, *tensor.shape[1:])
-    return result.reshape(tensor.shape)
+def order_of_parts(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
+    """The rows of query_key_value in the order [all q; all k; all v]; the file has q, k and v of one head after another."""
+    stored = np.arange(num_heads * 3 * head_dim).reshape(num_heads, 3, head_dim)
+    order: npt.NDArray[np.intp] = stored.transpose(1, 0, 2).reshape(-1)
+    return order
 
 
 def alibi_slopes(num_heads: int) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head.weight"
 COMPARED_BYTES = 1 << 25  # bytes read at a time from each of two tables that are compared
+_ORDERED, _ORDERED_BYTES = "reordered", 1 << 25  # the name of a step, and the bytes that it reads at a time
 
-Reorder = Callable[["LazyTensor"], npt.NDArray[np.float32]]
+Order = npt.NDArray[np.intp]
 
 
 class TensorSource(Protocol):
@@ -47,21 +48,26 @@ class Layers:
         self.checkpoint, self.builder = checkpoint, builder
         self._taken: set[str] = set()
 
-    def weight(self, name: str, shape: tuple[int, ...], reorder: Reorder | None = None) -> ir.Value:
-        """Add a float32 initializer that reads a tensor of the checkpoint, through `reorder` if that is given."""
+    def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None) -> ir.Value:
+        """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file."""
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         sources = [tensor.describe()]
-        if reorder is None:
+        if order is None:
             made = lazy(name, tensor.read, shape, np.float32, tensor.rows, sources=sources, quantized=tensor.quantized)
+        elif tensor.quantized is None:
+            made = lazy(name, lambda: _ordered(tensor, order), shape, np.float32, step=_ORDERED, sources=sources)
         else:
-            made = lazy(name, lambda: reorder(tensor), shape, np.float32, step="reordered", sources=sources)
+            integers = tensor.quantized.reordered(order)
+            made = lazy(
+                name, integers.numpy, shape, np.float32, integers.rows, step=_ORDERED, sources=sources, quantized=integers
+            )
         return self.builder.weight(name, made)
 
-    def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, reorder: Reorder | None = None) -> ir.Value:
+    def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, order: Order | None = None) -> ir.Value:
         """Append x @ weight.T + bias; `sizes` are (outputs, inputs), the shape of the weight."""
-        weight = self.weight(f"{name}.weight", sizes, reorder)
-        addend = self.weight(f"{name}.bias", sizes[:1], reorder) if bias else None
+        weight = self.weight(f"{name}.weight", sizes, order)
+        addend = self.weight(f"{name}.bias", sizes[:1], order) if bias else None
         return self.builder.op("Gemm", x, weight, addend, name=name, transB=1)
 
     def layer_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
@@ -97,8 +103,9 @@ class Layers:
         return shared, shared
 
     def check_all_taken(self) -> None:
-        """Raise CompileError if the checkpoint has a tensor that no layer took."""
-        unused = sorted(self.checkpoint.tensors.keys() - self._taken)
+        """Raise CompileError if the checkpoint has a tensor that no layer took, apart from `spare` ones that hold zeros."""
+        tensors = self.checkpoint.tensors
+        unused = sorted(name for name in tensors.keys() - self._taken if not tensors[name].spare or tensors[name].read().any())
         if unused:
             names = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             remedy = "the weights do not belong to this config.json, or are of another architecture"
@@ -108,6 +115,16 @@ class Layers:
 
     def _error(self, what: str, found: str, expected: str, remedy: str) -> CompileError:
         return CompileError(STAGE, f"{what} of {self.checkpoint.path}", found=found, expected=expected, remedy=remedy)
+
+
+def _ordered(tensor: LazyTensor, order: Order) -> npt.NDArray[np.float32]:
+    """The rows of a tensor in another order. They are read as they lie, a part at a time."""
+    values, places = np.empty(tensor.shape, np.float32), np.argsort(order)
+    step = max(1, _ORDERED_BYTES * len(order) // values.nbytes)
+    for start in range(0, len(order), step):
+        part = slice(start, min(start + step, len(order)))
+        values[places[part]] = tensor.rows(part.start, part.stop)
+    return values
 
 
 def _equal(a: LazyTensor, b: LazyTensor) -> bool:

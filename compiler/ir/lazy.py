@@ -138,6 +138,12 @@ def quantized_source(value: ir.Value) -> QuantizedTensor | None:
     return quantized
 
 
+def has_integers(tensor: ir.TensorProtocol) -> bool:
+    """Whether a checkpoint holds integers for a tensor, or for one that it is computed from."""
+    sources = (source for source in _step_of(tensor).sources if not isinstance(source, str))
+    return _QUANTIZED in tensor.meta or any(map(has_integers, sources))
+
+
 def has_rows(tensor: ir.TensorProtocol) -> bool:
     """Whether rows of a tensor can be read without computing all of it."""
     return _ROWS in tensor.meta

@@ -23,8 +23,9 @@ Sums = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 # low with a high byte within +-127 and a low one from -128 on, which is what the kernels multiply.
 LIMITS = {8: 127, 16: 32_639}
 # By the bits of activations, the largest number of inputs whose products an int32 accumulator sums without overflow, whatever
-# their values: a product is that of an activation's byte (within +-127, or from -128 on) and a weight within +-127.
-MAX_INPUTS = {8: (2**31 - 1) // (127 * 127), 16: (2**31 - 1) // (128 * 127)}
+# their values. With 8 bits, a product is that of an activation within +-127 and a weight from -128 on; with 16 bits, that of an
+# activation's byte (within +-127, or from -128 on) and a weight within +-127.
+MAX_INPUTS = {8: (2**31 - 1) // (127 * 128), 16: (2**31 - 1) // (128 * 127)}
 _EXACT_INPUTS = 2**24 // 128**2  # products of two bytes whose sums, whatever they are, float32 represents
 
 

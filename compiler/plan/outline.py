@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.checkpoint.packed.registry import packed_by, without_statements
 from belle_compile.compiler.checkpoint.templates import RAW, choose_template
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.errors import CompileError
@@ -35,6 +36,8 @@ def outline(path: str | Path, reading: Reading = PLAIN) -> Checkpoint:
         found, remedy = "a config.json alone", "give the directory of the model, or leave --adapter out"
         raise CompileError("plan", "a plan with adapters", found=found, expected="a checkpoint", remedy=remedy)
     config = _read(path)
+    packed_by(config, path)  # raises for weights that no build reads
+    config = without_statements(config)
     family = registry.by_config(config, path)
     config, _ = without_keys(config, reading.ignored_config_keys, family.keys.used)
     head = {} if family.read_config(config).tied_head else {HEAD: _unread(HEAD, (), path)}

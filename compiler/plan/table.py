@@ -11,6 +11,7 @@ from belle_compile.compiler import backends
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.integers import integer_plan
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.plan.predict import Rates, Step, predict
@@ -53,8 +54,9 @@ def plan(
     device, named_ranks, isas = resolve(target)
     chosen = backends.estimator(device, backend)
     backends.check_kv_cache(chosen, kv_cache)
-    recipe = recipe_of(quantization, methods, calibrated=True).applied(calibrated=methods is not None)
     graph = build_graph(outline(path, reading))
+    asked = recipe_of(quantization, methods, calibrated=True).applied(calibrated=methods is not None)
+    recipe = integer_plan(graph, asked, methods).recipe
     lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:

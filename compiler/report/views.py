@@ -84,8 +84,17 @@ def _pass(record: PassRecord) -> View:
     options, notes = dict(record.options), list(record.refusals)
     if isinstance(entries := options.pop("entries", None), list):  # only tune-kernels has entries
         notes = [f"{name}: {line}" for name, line in tiling_rows(entries)] + notes
+    if isinstance(errors := options.pop("relative_errors", None), dict):  # only quantize-again has these
+        notes += _largest(errors)
     shown = {words(name): value for name, value in options.items() if value not in ([], {}, "")}
     return {"name": record.name, "changes": number(record.changes), "options": phrase(shown), "notes": notes}
+
+
+def _largest(errors: Mapping[str, float]) -> list[str]:
+    """Errors by name, the largest first, in words."""
+    ranked = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
+    more = [f"and {len(ranked) - MOST_LAYERS} more"] if len(ranked) > MOST_LAYERS else []
+    return [f"{name}: {number(error)}" for name, error in ranked[:MOST_LAYERS]] + more
 
 
 def effects(measured: Effects) -> View | None:

@@ -25,7 +25,7 @@ from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.scheme import INT4, INT8, INT8_BLOCKS, WeightScheme
-from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, check_groups, product
+from belle_compile.passes.quantization.weights import BEFORE, GROUPED, INTEGERS, check_groups, product
 
 _SUFFIX = "rounded"
 
@@ -144,6 +144,7 @@ def _replace(node: ir.Node, file: Path, graph: ir.Graph, group: int | None) -> N
     tensor = lazy(name, partial(_product, file, group), shape, ir.DataType.FLOAT, step=_SUFFIX, sources=sources)
     value = make_initializer(tensor)
     value.meta[INTEGERS if group is None else GROUPED] = integers_and_scales
+    value.meta[BEFORE] = old.const_value
     graph.register_initializer(value)
     node.replace_input_with(index, value)
     if not old.uses():

@@ -1,61 +1,49 @@
-"""Factors between activations and weights for which rounding both to INT8 is expected to change a linear's outputs least."""
+"""How far integers that a build chose again lie from the weights that its checkpoint holds as integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 
-Tensor = torch.Tensor
+Array = npt.NDArray[Any]
 
-_STEPS, _RATE = 60, 0.08  # of Adam, on logarithms of factors
-_POWER = 16  # the norm that stands for a maximum, so that all large channels have a gradient
-_ROWS = 128  # rows of activations and weights whose maxima are computed
-
-_LEAST = 1e-12  # magnitude that stands for 0
+ROUNDING_ERROR = "rounding error"  # key in the meta of a tensor of integers; the value is a RoundingError
 
 
-def least_expected_error(
-    start: Tensor, x: Tensor, weight: Tensor, block: int | None, expand: Callable[[Tensor], Tensor] = lambda factors: factors
-) -> Tensor:
-    """float32 [K]: factors s near `expand(start)` that minimize the expected error of (x / s) @ (weight * s).T after rounding.
+class RoundingError:
+    """The error of the integers that take the place of a weight `before`, relative to the weight.
 
-    Values that share a scale have a rounding error with the variance (largest / 127)^2 / 12 each: those of a row of x [T, K] or
-    of the weight [N, K], or of `block` neighbours in it. Errors of x are multiplied by weights, and those of weights by x, so
-    that the expected error is a sum of products of powers of s: a convex function of their logarithms, which gradient descent
-    minimizes from any start. Factors that are shared are computed once: `expand` makes [K] of them.
+    It is measured while the integers are computed, so that nothing is read for it: whoever rounds the weight calls `add` for
+    its rows in order. Where the integers were chosen earlier, the weight is read again, and `rounded()`, which returns the
+    product of integers and scales, float32 [N, K].
     """
-    outputs, inputs = weight.shape
-    size = block or inputs
-    energy = _blocks(weight.square().sum(dim=0)[None], size)[0]
-    power = _blocks(x.square().sum(dim=0)[None], size)[0]
-    parts = [each[:: max(1, len(each) // _ROWS)] for each in (x, weight)]
-    activations, weights = (_blocks(part.abs() + _LEAST, size).log() for part in parts)
-    of_x, of_weight = len(x) / len(parts[0]), outputs / len(parts[1])
 
-    def error(logarithms: Tensor) -> Tensor:
-        each = _blocks(expand(logarithms)[None], size)[0]
-        of_activations = of_x * _maxima(activations - each) * (energy * (2 * each).exp()).sum(dim=-1)
-        of_weights = of_weight * _maxima(weights + each) * (power * (-2 * each).exp()).sum(dim=-1)
-        return (of_activations + of_weights).sum().log()
+    def __init__(self, before: ir.TensorProtocol) -> None:
+        self._before = before
+        self.rounded: Callable[[], Array] | None = None
+        self._sums: tuple[float, float] | None = None  # of the squares of the differences, and of the weights
 
-    with torch.inference_mode(False), torch.enable_grad():
-        logarithms = start.clone().log().requires_grad_()
-        optimizer = torch.optim.Adam([logarithms], lr=_RATE)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, _STEPS)
-        for _ in range(_STEPS):
-            (logarithms.grad,) = torch.autograd.grad(error(logarithms), logarithms)
-            optimizer.step()
-            schedule.step()
-    return expand(logarithms.detach().exp())
+    def add(self, first: int, weight: Array, rounded: Array) -> None:
+        """Add rows of the weight from the row `first` on, float32 [n, K], and what their integers stand for."""
+        of_differences, of_weights = self._sums if first and self._sums else (0.0, 0.0)
+        self._sums = of_differences + _squares(rounded - weight), of_weights + _squares(weight)
+
+    @property
+    def value(self) -> float:
+        """The root of the sum of squared differences over that of the squared weights; 0 for a weight of zeros."""
+        if self._sums is None:
+            assert self.rounded is not None, "a measurement belongs to a tensor of integers"
+            rounded = self.rounded()  # where that rounds the weight, it calls `add`
+            if self._sums is None:
+                self.add(0, self._before.numpy(), rounded)
+        of_differences, of_weights = self._sums or (0.0, 0.0)
+        return sqrt(of_differences / of_weights) if of_weights else 0.0
 
 
-def _blocks(rows: Tensor, size: int) -> Tensor:
-    """[rows, blocks, size]: a last block is filled with zeros."""
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % size)).view(len(rows), -1, size)
-
-
-def _maxima(logarithms: Tensor) -> Tensor:
-    """[blocks]: the sum over rows of the square of each block's maximum, as a norm of high power, of values given by their
-    logarithms [rows, blocks, size]."""
-    return (torch.logsumexp(_POWER * logarithms, dim=-1) * (2 / _POWER)).exp().sum(dim=0)
+def _squares(values: Array) -> float:
+    return float(np.einsum("nk,nk->n", values, values, dtype=np.float64).sum())

@@ -20,8 +20,8 @@ from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, 
 from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
-from belle_compile.passes.quantization.rounding_error import least_expected_error
 from belle_compile.passes.quantization.scheme import BLOCK, INT8, INT8_BLOCKS, WeightScheme
+from belle_compile.passes.quantization.smoothing_factors import least_expected_error
 from belle_compile.passes.rotation.stream import has_float_weight, projection_of
 from belle_compile.passes.rotation.weights import replace_weight
 

@@ -11,12 +11,14 @@ import torch
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_initializer
-from belle_compile.compiler.ir.lazy import Shared, has_rows, lazy, read_rows
+from belle_compile.compiler.ir.lazy import Shared, has_integers, has_rows, lazy, read_rows
 from belle_compile.passes.quantization import groups
+from belle_compile.passes.quantization.rounding_error import ROUNDING_ERROR, RoundingError
 
 # Keys in the meta of a float32 weight that a pass has rounded. The value is a Shared of integers [N, K] and scales: float32
 # [N], or float16 [N, G] for groups.
 INTEGERS, GROUPED = "integers", "grouped integers"
+BEFORE = "before rounding"  # key beside these: the tensor whose values the integers take the place of, if they changed them
 _ROWS = 1024  # rows quantized at a time, so that temporaries stay small beside the weight
 
 
@@ -30,9 +32,11 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     assert source is not None
     shape = source.shape.numpy()
     if f"{name}.int8" not in graph.initializers:
-        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_tensor(source, name))
+        error = _rounding_error(weight)
+        both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_tensor(source, name, error))
         integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source])
         scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT, step="scale", sources=[source])
+        _measured(integers, error, both, None)
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
     return graph.initializers[f"{name}.int8"], graph.initializers[f"{name}.scale"]
@@ -48,14 +52,30 @@ def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Va
     assert source is not None
     outputs, inputs = source.shape.numpy()
     if f"{name}.int4" not in graph.initializers:
-        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group))
+        error = _rounding_error(weight)
+        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group, error))
         int4 = ir.DataType.INT4
         shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // group))
         integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source])
         scales = lazy(f"{name}.scales", lambda: both[1], groups_shape, ir.DataType.FLOAT16, step="scales", sources=[source])
+        _measured(integers, error, both, group)
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
     return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]
+
+
+def _rounding_error(weight: ir.Value) -> RoundingError | None:
+    """A new measurement for a weight that its checkpoint holds as integers; None where there are none, or they are kept."""
+    chosen = bool({INTEGERS, GROUPED} & weight.meta.keys())
+    before = weight.meta.get(BEFORE) if chosen else weight.const_value
+    return RoundingError(before) if before is not None and has_integers(before) else None
+
+
+def _measured(integers: ir.LazyTensor, error: RoundingError | None, both: Shared, group: int | None) -> None:
+    """Let a tensor of integers tell its error."""
+    if error is not None:
+        error.rounded = lambda: product(torch.tensor(both[0]), torch.tensor(both[1]), group).numpy()
+        integers.meta[ROUNDING_ERROR] = error
 
 
 def rounded_weight(weight: ir.Value) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
@@ -72,23 +92,28 @@ def rounded_weight(weight: ir.Value) -> tuple[ir.TensorProtocol, ir.TensorProtoc
     return integers, scales
 
 
-def quantize_tensor(weight: ir.TensorProtocol, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def quantize_tensor(
+    weight: ir.TensorProtocol, name: str, error: RoundingError | None = None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Quantize a tensor as `quantize_rows` does; where rows can be read alone, it is not in memory as a whole in float32."""
     if not has_rows(weight):
-        return quantize_rows(weight.numpy(), name)
+        return quantize_rows(weight.numpy(), name, error=error)
     count, inputs = weight.shape.numpy()
     integers, scales = np.empty((count, inputs), np.int8), np.empty(count, np.float32)
     for start in range(0, count, _ROWS):
         rows = slice(start, min(start + _ROWS, count))
-        integers[rows], scales[rows] = quantize_rows(read_rows(weight, rows.start, rows.stop), name, start)
+        block = read_rows(weight, rows.start, rows.stop)
+        integers[rows], scales[rows] = quantize_rows(block, name, start, error)
     return integers, scales
 
 
-def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def quantize_rows(
+    weight: npt.NDArray[np.float32], name: str, first: int = 0, error: RoundingError | None = None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return int8 weight / scale, rounded half to even and within +-127, and the scale of each row, float32 absmax / 127.
 
-    Zero rows give zeros. `first` is the number of the first row in the whole weight `name`. Raises CompileError where a row
-    holds NaN or infinity.
+    Zero rows give zeros. `first` is the number of the first row in the whole weight `name`; `error` measures what rounding
+    changes. Raises CompileError where a row holds NaN or infinity.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty(len(weight), np.float32)
@@ -102,16 +127,18 @@ def quantize_rows(weight: npt.NDArray[np.float32], name: str, first: int = 0) ->
         scales[rows] = absmax / np.float32(127)
         divisors = np.where(scales[rows] > 0, scales[rows], np.float32(1))[:, None]
         integers[rows] = np.clip(np.rint(block / divisors), -127, 127)
+        if error is not None:
+            error.add(first + start, block, integers[rows] * scales[rows, None])
     return integers, scales
 
 
 def quantize_groups(
-    weight: npt.NDArray[np.float32], name: str, group: int, bits: int = 4
+    weight: npt.NDArray[np.float32], name: str, group: int, error: RoundingError | None = None, bits: int = 4
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return int8 integers of `bits` bits, the nearest to weight / scale, and float16 scales [N, G] of `group` inputs each.
 
-    Scales are chosen for the least squared error. Raises CompileError where the weight holds NaN, infinity, or a value that is
-    too large for a float16 scale.
+    Scales are chosen for the least squared error; `error` measures it. Raises CompileError where the weight holds NaN,
+    infinity, or a value that is too large for a float16 scale.
     """
     outputs, inputs = weight.shape
     integers = np.empty(weight.shape, np.int8)
@@ -124,6 +151,9 @@ def quantize_groups(
         steps = groups.group_scales(block, equal, group, bits)
         integers[rows] = groups.nearest(block, groups.every_input(steps, inputs, group), bits).numpy()
         scales[rows] = steps.numpy()
+        if error is not None:
+            rounded = product(torch.from_numpy(integers[rows]), torch.from_numpy(scales[rows]), group)
+            error.add(start, block.numpy(), rounded.numpy())
     return integers, scales
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,9 +85,9 @@ def test_each_weight_is_quantized_once_for_all_ranks(variant: str, tmp_path: Pat
     """And as often as for one: linears that are fused are read together on all ranks."""
     read: list[str] = []
 
-    def quantize_rows(weight: Floats, name: str, first: int = 0) -> tuple[Floats, Floats]:
+    def quantize_rows(weight: Floats, name: str, *rest: Any, **options: Any) -> tuple[Floats, Floats]:
         read.append(name)
-        return original(weight, name, first)
+        return original(weight, name, *rest, **options)
 
     original = weights.quantize_rows
     monkeypatch.setattr(weights, "quantize_rows", quantize_rows)

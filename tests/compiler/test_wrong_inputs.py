@@ -147,7 +147,11 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "key hidden_act of config.json: found 'gelu', expected no value or 'silu'",
     ),
     "unknown key": (configure(num_experts=8), "key num_experts of config.json: found 8, expected a key this compiler knows"),
-    "quantised": (configure(quantization_config={"quant_method": "gptq"}), "quantised GPTQ checkpoints are not yet supported"),
+    "quantised": (configure(quantization_config={"quant_method": "hqq"}), "quantised HQQ checkpoints are not supported: give "),
+    "not quantised": (
+        configure(quantization_config={"quant_method": "gptq"}),
+        "found no packed weights, expected tensors called ",
+    ),
 }
 
 

@@ -10,6 +10,9 @@ from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 
+# Files that look like weights and are what a trainer keeps beside them.
+TRAINER_FILES = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
+
 
 @dataclass
 class Contents:

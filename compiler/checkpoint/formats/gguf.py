@@ -32,7 +32,6 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Weights of other formats: a directory that has some of these beside a .gguf file is read in their format.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
-
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # kinds of tokens and their names in the metadata
 _NAMED = 12  # files that an error names

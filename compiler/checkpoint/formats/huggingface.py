@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
+from belle_compile.compiler.checkpoint.packed.registry import packed_by, weights_of, without_statements
 from belle_compile.compiler.checkpoint.templates import PromptTemplate, read_template
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, is_buffer, require_float
 from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.generation import settings_of_config
@@ -21,29 +22,31 @@ OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config",
 
 @dataclass
 class Weights:
-    """Tensors under their stored names, the files that were read for them, and notes."""
+    """Tensors under their stored names, the files that were read for them, and notes. `packed` says that a format is for packed
+    weights alone."""
 
     tensors: list[LazyTensor]
     files: list[Path]
     notes: list[str] = field(default_factory=list)
+    packed: bool = False
 
 
 def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Contents:
     """The contents of a directory in the layout of `save_pretrained`, with the weights that `open_weights(directory)` returns.
-    Raises CompileError for a quantized checkpoint and for missing or damaged files."""
+
+    Tensors hold floats, or integers with scales (`LazyTensor.quantized`). Raises CompileError for missing or damaged files, and
+    for weights that are quantized in another way than those of checkpoint/packed."""
     config_file = require_config(directory)
     config = read_json(config_file)
-    if quantization := config.get("quantization_config"):
-        method = str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown").upper()
-        raise CompileError(
-            STAGE,
-            f"config {config_file}",
-            found=f"a checkpoint quantised with {method}",
-            expected="float32, float16 or bfloat16 weights",
-            remedy=f"quantised {method} checkpoints are not yet supported: give the one it was made from",
-        )
+    packed = packed_by(config, config_file)
+    config = without_statements(config)
     tokenizer_json, tokenizer_files, notes, implied = load_tokenizer(directory, rows_of(config))
     weights = open_weights(directory)
+    tensors, of_packing = weights_of(weights.tensors, packed, config_file, required=weights.packed)
+    for tensor in tensors:
+        if not tensor.name.endswith(DERIVED_BUFFERS) and not is_buffer(tensor):
+            require_float(tensor)
+    stated_files = [packed.stated.file] if packed else []
     files, optional = _optional_files(directory)
     stated = "generation_config" in files  # Transformers reads config.json only where this file is missing
     own = "generation_config.json", optional["generation_config"]
@@ -51,7 +54,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
     template, template_files = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
     return Contents(
         config=config,
-        tensors=weights.tensors,
+        tensors=tensors,
         tokenizer_json=tokenizer_json,
         tokenizer_config=optional["tokenizer_config"],
         implied=implied,
@@ -59,8 +62,10 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
         generation=optional["generation_config"],
         sampling=sampling,
         template=template,
-        files=list(dict.fromkeys([config_file, *weights.files, *tokenizer_files, *files.values(), *template_files])),
-        notes=[*notes, *weights.notes],
+        files=list(
+            dict.fromkeys([config_file, *stated_files, *weights.files, *tokenizer_files, *files.values(), *template_files])
+        ),
+        notes=[*notes, *weights.notes, *of_packing],
     )
 
 

@@ -92,7 +92,8 @@ class _Loader:
             raise changed(self.file, f"no tensor {self.name}")
         tensor = state[self.name]
         part = tensor[start:stop] if tensor.ndim else tensor
-        values: npt.NDArray[Any] = part.detach().to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
+        dtype = torch.float32 if part.is_floating_point() else part.dtype
+        values: npt.NDArray[Any] = part.detach().to(dtype, copy=True).numpy()  # a copy, since the mapping is closed
         return values
 
 

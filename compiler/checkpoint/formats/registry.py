@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from belle_compile.compiler.checkpoint.formats.base import Contents, Format
+from belle_compile.compiler.checkpoint.formats.base import TRAINER_FILES, Contents, Format
 from belle_compile.compiler.checkpoint.formats.gguf import Gguf
+from belle_compile.compiler.checkpoint.formats.gptq_file import GptqFile
 from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, require_config
 from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
 from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
@@ -29,23 +30,22 @@ FORMATS: tuple[Format, ...] = (
     Release(SAFETENSORS, Numbered()),
     Release(PICKLES, Numbered()),
     Gguf(),
+    GptqFile(),
 )
 _HUGGING_FACE = "model.safetensors or pytorch_model.bin, single or sharded"
 # Files in releases of these families that cannot be read: pattern, description and remedy.
 NOT_YET = (
     ("adapter_model.*", "a LoRA adapter", "give its base model, and this directory with --adapter"),
     ("*.enc", "an XOR-encrypted release", "decrypt it first with models/decrypt.py of the BELLE repository"),
-    ("*.pt", "a GPTQ .pt file", "quantised GPTQ checkpoints are not yet supported: give the checkpoint it was made from"),
     ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
 )
 # The file by which PEFT knows an adapter. Beside a config.json, Transformers loads the model and the adapter on top of it.
 _ADAPTER = "adapter_config.json"
 # Shards of a distributed checkpoint, which Transformers prefers to every other weights.
 _DISTRIBUTED = "shard-[0-9][0-9][0-9][0-9][0-9]-model-*-of-*.safetensors"
-# Files that look like weights: those of every framework, and what a trainer keeps beside them.
+# Files that look like weights: those of every framework.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt", "*.pth", "*.h5",
                  "*.msgpack")  # fmt: skip
-_TRAINER_FILES = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
 _NAMED = 4  # files that a note names
 
 
@@ -102,7 +102,7 @@ def _passed_over(files: Files, contents: Contents) -> list[str]:
     """A note on the weights in the directory that were not read; none if all were."""
     patterns = dict.fromkeys([*_WEIGHT_FILES, *(pattern for format in FORMATS for pattern in format.weights)])
     there = {file for pattern in patterns for file in files.matching(pattern)}
-    ignored = {file for pattern in _TRAINER_FILES for file in files.matching(pattern)}
+    ignored = {file for pattern in TRAINER_FILES for file in files.matching(pattern)}
     rest = sorted(there - ignored - set(contents.files))
     if not rest:
         return []
@@ -123,7 +123,7 @@ def _unrecognised(files: Files) -> CompileError:
             STAGE,
             f"path {files.path}",
             found="a file",
-            expected="a checkpoint directory or a .gguf file",
+            expected="a checkpoint directory, a .gguf file or a .pt file of GPTQ",
             remedy=f"give the directory that holds it: {files.path.parent}",
         )
     _refuse_adapter(files.directory)
@@ -135,7 +135,7 @@ def _unrecognised(files: Files) -> CompileError:
     return _no_weights(
         files.directory,
         "only " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
-        f"{_HUGGING_FACE}, or one .gguf file",
+        f"{_HUGGING_FACE}, or one .gguf or .pt file",
         "download the weight files into this directory",
     )
 

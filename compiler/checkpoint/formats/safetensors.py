@@ -82,7 +82,8 @@ class _Loader:
         with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
             part = f.get_slice(self.name)
             tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
-            values: npt.NDArray[Any] = tensor.to(torch.float32, copy=True).numpy()  # a copy, since the mapping is closed
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            values: npt.NDArray[Any] = tensor.to(dtype, copy=True).numpy()  # a copy, since the mapping is closed
             return values
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from belle_compile.compiler.checkpoint.formats.base import Contents
 from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, Weights, read_release
 from belle_compile.compiler.checkpoint.sources.base import Files
-from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, is_buffer, require_float
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
 
@@ -150,15 +150,7 @@ class Release:
         return files.directory is not None and self.layout.recognises(files.directory, self.storage)
 
     def read(self, files: Files) -> Contents:
-        return read_release(files.path, self._open)
-
-    def _open(self, directory: Path) -> Weights:
-        """All tensors, which must hold floats."""
-        weights = self.layout.open(directory, self.storage)
-        for tensor in weights.tensors:
-            if not tensor.name.endswith(DERIVED_BUFFERS) and not is_buffer(tensor):
-                require_float(tensor)
-        return weights
+        return read_release(files.path, lambda directory: self.layout.open(directory, self.storage))
 
 
 def _open_indexed(directory: Path, index: Path, storage: Storage) -> Weights:

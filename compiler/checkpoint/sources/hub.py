@@ -10,7 +10,7 @@ from pathlib import Path
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.places import hub_name
+from belle_compile.compiler.places import MODEL_SUFFIXES, hub_name
 
 _PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf$")
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -18,7 +18,7 @@ _NAMED = 20  # files that an error names
 
 
 class Hub:
-    """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M, or one of its .gguf files."""
+    """A model on the Hub, given by its owner and name, such as BelleGroup/BELLE-7B-2M, or one of its .gguf or .pt files."""
 
     def recognises(self, name: str) -> bool:
         return hub_name(name) is not None
@@ -51,16 +51,17 @@ class Hub:
 
 
 def _patterns(name: str, files: Sequence[str], weights: Sequence[Sequence[str]]) -> list[str]:
-    """Patterns of the small files and of the weights of the preferred format; raises CompileError for several GGUF models."""
+    """Patterns of the small files and of the weights of the preferred format; raises CompileError for several models in files
+    of their own (GGUF, GPTQ's .pt)."""
     there = next((each for each in weights if each and any(fnmatchcase(file, each[0]) for file in files)), ())
-    ggufs = [file for file in files if file.endswith(".gguf")]
-    models = {_PART.sub(".gguf", file) for file in ggufs}
-    if ggufs and len(models) > 1 and (not there or fnmatchcase(ggufs[0], there[0])):
-        first = [file for file in sorted(ggufs) if not _PART.search(file) or "-00001-of-" in file]
+    singles = [file for file in files if file.endswith(MODEL_SUFFIXES) and (not there or fnmatchcase(file, there[0]))]
+    models = {_PART.sub(".gguf", file) for file in singles}
+    if len(models) > 1:
+        first = [file for file in sorted(singles) if not _PART.search(file) or "-00001-of-" in file]
         raise CompileError(
             STAGE,
             f"checkpoint {name}",
-            found=f"{len(models)} GGUF models: {', '.join(first[:_NAMED])}" + (", ..." if len(first) > _NAMED else ""),
+            found=f"{len(models)} models: {', '.join(first[:_NAMED])}" + (", ..." if len(first) > _NAMED else ""),
             expected="one of them",
             remedy=f"give its file too, such as {name}/{first[0]}",
         )
@@ -70,15 +71,18 @@ def _patterns(name: str, files: Sequence[str], weights: Sequence[Sequence[str]])
 def _file_patterns(name: str, file: str, files: Sequence[str]) -> list[str]:
     """The pattern of a file, or of all parts of its model; raises CompileError if the repository does not have it."""
     if file not in files:
-        others = [other for other in files if other.endswith(".gguf")]
+        others = [other for other in files if other.endswith(MODEL_SUFFIXES)]
         raise CompileError(
             STAGE,
             f"checkpoint {name}",
             found=f"no {file} in the repository",
-            expected=f"one of {', '.join(others[:_NAMED])}" if others else "a repository with GGUF files",
+            expected=f"one of {', '.join(others[:_NAMED])}"
+            if others
+            else f"a repository with {' or '.join(MODEL_SUFFIXES)} files",
             remedy="check the spelling",
         )
-    return [_PART.sub(r"-*-of-\g<count>.gguf", file)]
+    small = [] if file.endswith(".gguf") else SMALL_FILES  # a GGUF file holds config and tokenizer
+    return [*small, _PART.sub(r"-*-of-\g<count>.gguf", file)]
 
 
 def _cached(name: str, model: str, error: Exception) -> Path:

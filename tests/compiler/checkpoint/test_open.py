@@ -103,8 +103,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model_type": ({"model_type": "gpt2"}, r"model_type of .*: found 'gpt2', expected bloom or llama; give a BELLE checkpoint"),
     "no model_type": ({"model_type": "", "architectures": []}, r"found none, expected bloom or llama"),
     "quantised": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        r"found a checkpoint quantised with GPTQ, .*; quantised GPTQ checkpoints are not yet supported",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        r"found a checkpoint quantised with BITSANDBYTES, expected floats, or integers of GPTQ, AWQ, ",
     ),
 }
 
@@ -135,7 +135,10 @@ def test_no_config(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.0.self_attn.q_proj.qweight", r"q_proj\.qweight in .*: found int32, a packed GPTQ weight, .* not yet"),
+        (
+            "model.layers.0.self_attn.q_proj.qweight",
+            r"integers of model\.layers\.0\.self_attn\.q_proj in .*: found no qzeros, ",
+        ),
         ("model.norm.weight", r"tensor model\.norm\.weight in .*: found dtype int32, expected float32, float16 or bfloat16"),
     ],
 )

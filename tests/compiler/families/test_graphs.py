@@ -15,7 +15,9 @@ from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import bloom, build_graph
+from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.registry import REGISTRY
+from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.text import to_text
 from tests.compiler.families.helpers import fake_checkpoint, rewrite_config, rewrite_tensors
 from tests.parity.stepping import Stepper, relative_error
@@ -49,11 +51,13 @@ def test_alibi_slopes_are_those_of_transformers(num_heads: int) -> None:
 def test_query_key_value_rows_are_ungrouped_and_stay_lazy() -> None:
     heads, head_dim, hidden = 3, 2, 6
     shapes = {"qkv.weight": (18, hidden), "qkv.bias": (18,)}
-    tensors = fake_checkpoint("bloom", {}, shapes).tensors
-    weight = bloom.ungrouped(tensors["qkv.weight"], heads, head_dim)
+    layers = Layers(fake_checkpoint("bloom", {}, shapes), GraphBuilder())
+    order = bloom.order_of_parts(heads, head_dim)
+    values = {name: layers.weight(name, shape, order).const_value for name, shape in shapes.items()}
+    weight, bias = (tensor.numpy() for tensor in values.values() if tensor is not None)
     rows = [0, 1, 6, 7, 12, 13, 2, 3, 8, 9, 14, 15, 4, 5, 10, 11, 16, 17]
     assert weight[:, 0].tolist() == [row * hidden for row in rows] and weight.dtype == np.float32
-    assert bloom.ungrouped(tensors["qkv.bias"], heads, head_dim).tolist() == rows
+    assert bias.tolist() == rows
 
 
 def test_building_reads_no_weights_and_reading_keeps_none(tmp_path: Path) -> None:

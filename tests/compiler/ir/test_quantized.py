@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,3 +50,31 @@ def test_rows_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(tensor.rows(1, 4), held.dequantized()[1:4])
     np.testing.assert_array_equal(tensor.read().integers, held.integers)
     assert tensor.rows(2, 2).shape == (0, 8) and tensor.axis == 1
+
+
+def test_inputs_in_an_order_of_their_own() -> None:
+    plain = rows(zero_points=True, offsets=True)
+    ordered = replace(plain, group_of=np.array([1, 0, 0, 1, 1, 0, 1, 0]))
+    values = ordered.dequantized()
+    assert plain.zero_points is not None and plain.offsets is not None and ordered.group_of is not None
+    for n, k in np.ndindex(5, 8):
+        at = n, ordered.group_of[k]
+        shifted = np.float32(plain.integers[n, k]) - np.float32(plain.zero_points[at])
+        assert values[n, k] == shifted * np.float32(plain.scales[at]) + np.float32(plain.offsets[at])
+
+
+@pytest.mark.parametrize("by_inputs", [False, True])
+def test_outputs_in_another_order(by_inputs: bool) -> None:
+    held = rows(zero_points=True, offsets=False)
+
+    def load(start: int, stop: int) -> QuantizedRows:
+        grid = held.grid.taken(np.arange(start, stop))
+        return QuantizedRows(held.integers[start:stop], grid.scales, grid.zero_points)
+
+    order = np.array([3, 0, 4, 1, 2])
+    tensor = QuantizedTensor((5, 8), 4, 4, load, by_inputs=by_inputs).reordered(order)
+    np.testing.assert_array_equal(tensor.numpy(), held.dequantized()[order])
+    np.testing.assert_array_equal(tensor.rows(1, 4), held.dequantized()[order[1:4]])
+    assert tensor.rows(2, 2).shape == (0, 8)
+    assert held.zero_points is not None
+    np.testing.assert_array_equal(tensor.grid().zero_points, held.zero_points[order])

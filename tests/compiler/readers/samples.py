@@ -27,6 +27,7 @@ from tests.compiler.checkpoint.models import (
     write_small_files,
 )
 from tests.compiler.checkpoint.test_sentencepiece_model import train
+from tests.quantized_releases import Release, compressed_tensors, gptq
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -63,7 +64,10 @@ class Sample:
 def make_samples(directory: Path) -> dict[str, Sample]:
     """The samples by name, in folders of their own."""
     samples = {name: _json_sample(directory / name, name) for name in _JSON_FILES}
-    samples["safetensors header"] = _safetensors(directory / "header")
+    samples["safetensors header"] = _header(_llama(directory / "header"))
+    samples["gptq config.json"] = _file(_packed(directory / "gptq config", gptq, bits=4, group=16), "config.json")
+    samples["gptq header"] = _header(_packed(directory / "gptq header", gptq, bits=4, group=16))
+    samples["packed header"] = _header(_packed(directory / "packed header", compressed_tensors, layout="pack-quantized"))
     samples["model.safetensors"] = _file(_llama(directory / "safetensors"), "model.safetensors")
     samples["chat_template.jinja"] = _template(directory / "jinja")
     samples["index"] = _index(directory / "index")
@@ -123,9 +127,14 @@ def _json_sample(directory: Path, name: str) -> Sample:
     return _file(directory, name)
 
 
-def _safetensors(directory: Path) -> Sample:
-    """The JSON header, in a file whose data stay as they are."""
-    file = _llama(directory) / "model.safetensors"
+def _packed(directory: Path, write: Callable[..., Release], **options: Any) -> Path:
+    """A LLaMA whose linears are integers."""
+    return write(_llama(directory / "source"), directory / "release", **options).directory
+
+
+def _header(directory: Path) -> Sample:
+    """The JSON header of model.safetensors, in a file whose data stay as they are."""
+    file = directory / "model.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]

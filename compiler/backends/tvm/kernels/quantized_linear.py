@@ -3,12 +3,14 @@
 Weights are panels of 16 outputs: [outputs/16][inputs/4][16][4] (inputs padded with zeros to 64). This is what vpdpbusd takes
 (16 outputs x 4 inputs in one register) and also the B tile of AMX. Activations are stored as uint8 = int8 + 128; subtracting
 `correction[n]` = 128 * sum of the weights of output n removes what the 128 adds. AVX2 has no exact unsigned product, so its
-kernels return to signed bytes and multiply |a| by w with the sign of a: with |a| <= 128 and |w| <= 127 no sum of a pair
+kernels return to signed bytes and multiply |w| by a with the sign of w: with |a| <= 127 and |w| <= 128 no sum of a pair
 overflows 16 bits.
 
 Activations of 16 bits are two planes of such bytes, a = 256 * high + low: a row has the bytes of `high` in its first half and
-those of `low` in its second. Each weight is loaded once and multiplied twice. The two sums, each exact in int32 for up to
-`meanings.MAX_INPUTS` inputs, are combined in float64, which is exact too, and rounded to float32 once.
+those of `low` in its second. Bytes of `low` go down to -128, so that AVX2 multiplies |a| by w with the sign of a; weights must
+lie within +-127 there, see passes/quantization/keep_integers.py. Each weight is loaded once and multiplied twice. The two sums,
+each exact in int32 for up to `meanings.MAX_INPUTS` inputs, are combined in float64, which is exact too, and rounded to float32
+once.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class _Body:
 
     def __init__(self, layer: QuantizedLinear, isa: Isa, named: dict[str, Buffer]) -> None:
         self.layer, self.isa, self.named = layer, isa, named
-        self.sums_of = VnniBlock if isa.dot == "vnni" else MaddubsBlock
+        of_bytes = MaddubsBlock if layer.planes == 1 else PlanesMaddubsBlock
+        self.sums_of = VnniBlock if isa.dot == "vnni" else of_bytes
         self.tiling = layer.tiling or built_in(isa, layer.planes)
         self.panels = round_up(layer.outputs, PANEL) // PANEL
         self.depth = round_up(layer.inputs, INPUT_ALIGNMENT)
@@ -240,7 +243,7 @@ class VnniBlock(SumBlock):
 
 
 class MaddubsBlock(SumBlock):
-    """Products with 256-bit registers: a panel is two halves of 8 outputs."""
+    """Products with 256-bit registers: a panel is two halves of 8 outputs. Magnitudes of weights are the unsigned operand."""
 
     lanes = PANEL // 2
 
@@ -251,9 +254,32 @@ class MaddubsBlock(SumBlock):
         weights = [tir.bind(tir.load(self.weight, base + k * 64 + h * 32, 32)) for base in self.bases for h in range(2)]
         for m, start in enumerate(self.starts):
             signed = tir.bind(T.reinterpret("int8x32", T.bitwise_xor(T.broadcast(self.xq[start + k], half), signs)))
-            absolute = tir.bind(T.max(signed, T.broadcast(T.int8(0), 32) - signed))
             for i, values in enumerate(weights):
-                product = tir.pure("int16x16", "llvm.x86.avx2.pmadd.ub.sw", absolute,
-                                   tir.pure("int8x32", "llvm.x86.avx2.psign.b", values, signed))  # fmt: skip
+                product = self._pairs(values, signed)
                 slot = m * len(weights) + i
                 self.acc[slot] = self.acc[slot] + tir.pure("int32x8", "llvm.x86.avx2.pmadd.wd", product, ones)
+
+    def _pairs(self, values: Expr, signed: Expr) -> Expr:
+        """Sums of two neighbouring products of weights and activations, in 16 bits."""
+        return _maddubs(_absolute(values), _with_signs(signed, values))
+
+
+class PlanesMaddubsBlock(MaddubsBlock):
+    """The same for activations of 16 bits, whose bytes are down to -128: magnitudes of activations are the unsigned operand."""
+
+    def _pairs(self, values: Expr, signed: Expr) -> Expr:
+        return _maddubs(_absolute(signed), _with_signs(values, signed))
+
+
+def _maddubs(unsigned: Expr, signed: Expr) -> Expr:
+    return tir.pure("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
+
+
+def _absolute(values: Expr) -> Expr:
+    """Magnitudes as unsigned bytes: that of -128 is 128."""
+    return tir.bind(T.max(values, T.broadcast(T.int8(0), 32) - values))
+
+
+def _with_signs(values: Expr, signs: Expr) -> Expr:
+    """Values times the signs of other ones; values must not be -128."""
+    return tir.pure("int8x32", "llvm.x86.avx2.psign.b", values, signs)

@@ -77,7 +77,6 @@ def test_a_lost_index_does_no_harm(sharded: Path) -> None:
             r"found only adapter_model\.bin, a LoRA adapter, .*; give its base model, and this directory with --adapter",
         ),
         ("x.0123.enc", "an XOR-encrypted release, .*; decrypt it first"),
-        ("bloom7b-2m-4bit-128g.pt", r"a GPTQ \.pt file, .*; quantised GPTQ checkpoints are not yet supported"),
         ("consolidated.00.pth", "original LLaMA weights, .*; convert them"),
     ],
 )

@@ -23,7 +23,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_a_weight_file_instead_of_its_directory(llama: Path) -> None:
-    message = r"found a file, expected a checkpoint directory or a \.gguf file; give the directory that"
+    message = r"found a file, expected a checkpoint directory, a \.gguf file or a \.pt file of GPTQ; give the directory that"
     with pytest.raises(CompileError, match=message):
         open_checkpoint(llama / "model.safetensors")
 
@@ -120,7 +120,7 @@ QUANTS = ["README.md", "m-Q4_0.gguf", "m-Q8_0.gguf", "big/m-F16-00001-of-00002.g
 def test_a_repository_of_many_gguf_files_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, files=QUANTS, cached=tmp_path)
     message = (
-        r"checkpoint o/m-GGUF: found 3 GGUF models: big/m-F16-00001-of-00002\.gguf, m-Q4_0\.gguf, m-Q8_0\.gguf, expected one "
+        r"checkpoint o/m-GGUF: found 3 models: big/m-F16-00001-of-00002\.gguf, m-Q4_0\.gguf, m-Q8_0\.gguf, expected one "
         r"of them; give its file too, such as o/m-GGUF/big/m-F16-00001-of-00002\.gguf"
     )
     with pytest.raises(CompileError, match=message):
@@ -141,6 +141,18 @@ def test_one_gguf_file_of_many_by_its_name(
     hub = Hub(monkeypatch, files=QUANTS, cached=tmp_path)
     assert fetch(f"o/m-GGUF/{file}", weight_patterns()).path == tmp_path / file
     assert hub.patterns == patterns
+
+
+def test_gptq_files_need_the_small_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["config.json", "bloom7b-0.2m-8bit-128g.pt", "bloom7b-2m-8bit-128g.pt"]
+    hub = Hub(monkeypatch, files=files, cached=tmp_path)
+    with pytest.raises(
+        CompileError, match=r"found 2 models: bloom7b-0\.2m-8bit-128g\.pt, bloom7b-2m-8bit-128g\.pt, expected one"
+    ):
+        fetch("BelleGroup/BELLE-7B-gptq", weight_patterns())
+    found = fetch(f"BelleGroup/BELLE-7B-gptq/{files[2]}", weight_patterns())
+    assert found.path == tmp_path / files[2] and {files[2], "*.json"} <= set(hub.patterns)
+    assert files[1] not in hub.patterns
 
 
 def test_a_gguf_file_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

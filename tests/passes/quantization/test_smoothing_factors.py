@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from belle_compile.compiler.ir.stream import quantized, rounded_blocks
-from belle_compile.passes.quantization.rounding_error import least_expected_error
+from belle_compile.passes.quantization.smoothing_factors import least_expected_error
 
 Tensor = torch.Tensor
 
