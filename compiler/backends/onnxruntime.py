@@ -95,6 +95,7 @@ _PROCESSORS = _Provider("float32", _for_processors, _processor_memory, FIXED_BYT
 _GPUS = _Provider("float16", _for_gpus, _gpu_memory, FIXED_BYTES + GPU_RESERVE_BYTES)
 _PROVIDERS = {VNNI: _PROCESSORS, "neon": _PROCESSORS, CUDA: _GPUS}  # by instruction set
 _ISAS = {"x86_64": (VNNI,), "aarch64": ("neon",)}  # by machine; within these, ONNX Runtime chooses kernels itself
+_GPU_ARCHS = frozenset({"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120"})  # onnxruntime-gpu 1.31 has machine code for
 
 
 class OnnxRuntimeBackend(Backend):
@@ -107,7 +108,7 @@ class OnnxRuntimeBackend(Backend):
     kv_types = ("float32", "float16")
 
     def isas(self, device: Device) -> tuple[str, ...]:
-        return (CUDA,) if device.compute_capability else _ISAS.get(device.arch, ())
+        return (CUDA,) if _GPU_ARCHS.intersection(device.isas) else _ISAS.get(device.arch, ())
 
     def passes(self, recipe: Recipe) -> Passes:
         return Passes(fusions=_FUSIONS)
@@ -120,11 +121,11 @@ class OnnxRuntimeBackend(Backend):
         return super().refusal(target, recipe)
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
-        provider = _provider(target, kv_cache)
+        provider = self._provider(target, kv_cache)
         return [_footprint(graph, provider.translate(graph), provider) for graph in graphs]
 
     def compile(self, graphs: Sequence[ir.Model], target: Target, options: CompileOptions) -> list[Payload]:
-        provider, payloads = _provider(target, options.kv_cache), []
+        provider, payloads = self._provider(target, options.kv_cache), []
         for number, graph in enumerate(graphs):
             options.on_kernels(number, len(graphs))
             model = provider.translate(graph)
@@ -141,16 +142,13 @@ class OnnxRuntimeBackend(Backend):
         options.on_kernels(len(graphs), len(graphs))
         return payloads
 
-
-def _provider(target: Target, kv_cache: str) -> _Provider:
-    """The execution provider of a target; raises CompileError for a type of the KV cache that it does not have."""
-    provider = _PROVIDERS[target.isas[0]]
-    if kv_cache not in (AUTO, provider.floats):
-        what = f"type under ONNX Runtime on {target.device.name}"
-        raise CompileError(
-            "kv cache", what, found=kv_cache, expected=provider.floats, remedy=f"use --kv-cache {provider.floats}"
-        )
-    return provider
+    def _provider(self, target: Target, kv_cache: str) -> _Provider:
+        """The execution provider of a target; raises CompileError for a type of the KV cache that it does not have."""
+        provider = _PROVIDERS[self.isas(target.device)[0]]
+        if kv_cache not in (AUTO, provider.floats):
+            what, remedy = f"type under ONNX Runtime on {target.device.name}", f"use --kv-cache {provider.floats}"
+            raise CompileError("kv cache", what, found=kv_cache, expected=provider.floats, remedy=remedy)
+        return provider
 
 
 def _words(graph: ir.Model, provider: _Provider) -> dict[str, str]:

@@ -29,7 +29,7 @@ class CudaFactory(ExecutorFactory):
         from belle_compile.runtime.executors.cuda import choose_arch
         from belle_compile.runtime.executors.gpu_host import opened_gpu
 
-        with opened_gpu(target) as device:
+        with opened_gpu(target, "build for more ranks") as device:
             return choose_arch(target.isas, device)
 
     def kernels(self, directory: Path) -> dict[str, Any]:

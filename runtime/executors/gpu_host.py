@@ -12,9 +12,9 @@ from belle_compile.runtime.executors.factory import cannot_run
 
 
 @contextmanager
-def opened_gpu(target: TargetInfo) -> Iterator[CudaDevice]:
+def opened_gpu(target: TargetInfo, otherwise: str) -> Iterator[CudaDevice]:
     """The first GPU, until the block ends; raises `EngineError` without a driver or a GPU, and for one that is too small for a
-    rank of the engine."""
+    rank of the engine. `otherwise` is what else can be done then than to end what runs on the GPU."""
     try:
         device = open_device()
     except EngineError as error:
@@ -24,7 +24,7 @@ def opened_gpu(target: TargetInfo) -> Iterator[CudaDevice]:
         needed, free = target.requires.memory_bytes, device.memory_bytes
         if free < needed:
             found, expected = f"{free / 2**30:.1f} GiB of free memory on {device.name}", f"{needed / 2**30:.1f} GiB"
-            raise cannot_run(target, found, expected, "end what else runs on the GPU, or build for more ranks")
+            raise cannot_run(target, found, expected, f"end what else runs on the GPU, or {otherwise}")
         yield device
     finally:
         device.close()

@@ -100,7 +100,7 @@ class _Gpu(_Host):
     def open_device(self, target: TargetInfo) -> None:
         from belle_compile.runtime.executors.gpu_host import opened_gpu
 
-        with opened_gpu(target):
+        with opened_gpu(target, "use a larger one"):
             pass
 
     def load(self, request: LoadRequest) -> Executor:
