@@ -82,7 +82,7 @@ def test_16_bits_are_float16(checkpoint: Path, tmp_path: Path) -> None:
         (
             {"target": "a100"},
             r"^backend: tensorrt cannot build this for a100-40g: found a scale for the activations of each token, .*: add "
-            r"static to --methods, or take int8-accurate, .*; use --backend triton\.$",
+            r"static to --methods, or take int8-accurate, .*; use --backend triton or onnxruntime\.$",
         ),
         ({"quantization": "int4"}, r"found weights int4 in groups of 128 inputs, int8 embedding and head, where Ten"),
         ({"target": "rtx4090x2", "quantization": "none"}, r"found several ranks, where TensorRT for RTX runs on one GPU"),
