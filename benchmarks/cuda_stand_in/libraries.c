@@ -94,6 +94,7 @@ int cudaGetDeviceProperties(char *properties, int device) { /* offsets of cudaDe
   *(int *)(properties + 360) = capability() / 10;
   *(int *)(properties + 364) = capability() % 10;
   *(int *)(properties + 384) = 108; /* multiprocessors */
+  for (int place = 600; place < 760; place += 4) *(int *)(properties + place) = 166912; /* one is shared memory by request */
   return 0;
 }
 
