@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.executors.base import Executor
+from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.kv_blocks import blocks_for
@@ -68,17 +69,19 @@ class Reader:
         return found
 
 
-def plans(prompt: int, length: int, sequences: int, rows: int) -> dict[str, list[Step]]:
-    """Ways to read a prompt and an answer of `length` tokens together: the first one has the logits of every token."""
-    answer, every = length - prompt, range(sequences)
-    thin = [{0: min(rows, prompt - start)} for start in range(0, prompt, rows)]
+def plans(prompt: int, length: int, batch: StepBatch) -> dict[str, list[Step]]:
+    """Ways to read a prompt and an answer, of `length` tokens together, in steps that fit `batch`; the first one has the logits
+    of every token."""
+    answer, every, rows = length - prompt, range(batch.max_sequences), batch.max_rows
+    long = min(batch.max_tokens, 2 * prompt // 3)
+    thin, thick = ([{0: min(size, prompt - start)} for start in range(0, prompt, size)] for size in (rows, long))
     pieces = [{sequence: min(8, prompt - start) for sequence in every} for start in range(0, prompt, 8)]
     return {
         "alone": [*thin, *[{0: 1}] * answer],
-        "in long pieces": [{0: prompt // 3}, {0: prompt - prompt // 3}, *[{0: 1}] * answer],
+        "in long pieces": [*thick, *[{0: 1}] * answer],
         "together": [*pieces, *[dict.fromkeys(every, 1)] * answer],
         "one after the other": [
-            *({0: part} for part in (prompt // 2, prompt - prompt // 2)),
+            *thick,
             *({0: 1, 1: min(8, prompt - start)} for start in range(0, min(prompt, 8 * answer), 8)),
         ],
     }
@@ -95,7 +98,7 @@ def check_small(folder: Path, findings: Findings, prompt: int, limit: Mapping[st
     text = ids + tokens[:-1]
     with closing(executor):
         batch = executor.batch
-        ways = plans(prompt, len(text), batch.max_sequences, batch.max_rows)
+        ways = plans(prompt, len(text), batch)
         found = {name: Reader(executor, text, prompt, batch.max_sequences).read(steps) for name, steps in ways.items()}
     alone = {position: row for (_, position), row in found["alone"].items()}
     different = {

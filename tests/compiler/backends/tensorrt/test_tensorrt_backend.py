@@ -44,7 +44,7 @@ def test_devices_with_a_compute_capability_that_tensorrt_knows() -> None:
     backend = backends.get("tensorrt")
     served = {device["name"]: device["backends"] for device in targets.listing() if "tensorrt" in device["backends"]}
     assert served.keys() >= {"a100-40g", "l40s", "rtx3090", "rtx4090", "rtx5090", "t4"} and not served.keys() & {"cpu", "h100"}
-    assert served["t4"] == ["tensorrt"] and served["a100-40g"][0] == "triton", "the default of a device stays"
+    assert served["t4"][0] == "tensorrt" and served["a100-40g"][0] == "triton", "the default of a device stays"
     assert backend.isas(targets.parse("rtx5090").device) == ("sm_120",)
 
 
