@@ -125,6 +125,26 @@ def test_the_cache_is_updated_in_place(trained: Path, monkeypatch: pytest.Monkey
     executor.close()
 
 
+def test_tokens_that_fill_up_a_prompt_destroy_no_block(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on_the_host(monkeypatch)
+    manifest = read_manifest(trained)
+    executor = executor_of(manifest).load(LoadRequest(trained / "rank0", manifest))
+    batch, ids, blocks = executor.batch, list(range(3, 107)), range(7)
+
+    def prompt(row: int, table: Any, start: int, tokens: list[int]) -> Any:
+        count = len(tokens)
+        batch.block_table[row, : len(table)], batch.prompt_lengths[row] = table, 256
+        batch.token_ids[:count], batch.positions[:count], batch.sequences[:count] = tokens, range(start, start + count), row
+        batch.tokens, batch.rows, batch.logit_rows[0] = count, 1, count - 1
+        return np.array(executor.step(batch))
+
+    prompt(0, blocks, 0, ids[:100])
+    expected = prompt(0, blocks, 100, ids[100:])
+    prompt(0, [20], 0, ids[:5])  # in the slot that alone has the blocks of the longer prompt
+    np.testing.assert_array_equal(prompt(1, blocks, 100, ids[100:]), expected)
+    executor.close()
+
+
 def test_the_size_of_the_cache(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on_the_host(monkeypatch)
     with Engine.load(trained, kv_tokens=64) as loaded:
