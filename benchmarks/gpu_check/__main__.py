@@ -5,8 +5,9 @@
     python -m benchmarks.gpu_check build/gpu-check-h100 --dry-run                 # without a GPU: all but the device
 
 Each check is a process with a time limit, and what it finds is in the JSON from then on: one that hangs or crashes takes
-nothing away. With torch there, its int8 and fp16 products and its int8 and fp16 decoding loops are measured beside ours, and
-with transformers its own. Fails where a check fails or an answer is wrong, whatever the times are.
+nothing away. With onnxruntime-gpu there, engines of its backend are run; with torch, its int8 and fp16 products and its int8
+and fp16 decoding loops are measured beside ours, and with transformers its own. Fails where a check fails or an answer is
+wrong, whatever the times are.
 """
 
 from __future__ import annotations
@@ -29,21 +30,24 @@ from typing import Any
 import numpy as np
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.program import CUBIN, Program
+from belle_compile.runtime.executors.onnxruntime_sizes import MODEL_NAME
+from belle_compile.runtime.program import CUBIN, WEIGHTS_NAME, Program
 from belle_compile.runtime.program_json import read_program
 from benchmarks.gpu_check.checks import DEVICE, EXPECTED, GREEDY, LARGE, PROMPT
 from benchmarks.gpu_check.findings import read, write
+from benchmarks.gpu_check.provider import FOLDER, PACKAGE
 
 PEERS = "peers"
-LIMITS = {DEVICE: 60, LARGE: 240, PEERS: 300}  # seconds
+LIMITS = {DEVICE: 60, LARGE: 240, f"{FOLDER}/{LARGE}": 120, PEERS: 300}  # seconds
 SMALL_LIMIT = 90
-SECONDS = 470  # for all
+SECONDS = 570  # for all
 
 
 def checks_of(bundle: Path, peers: bool) -> dict[str, int]:
     """What is run, in this order, and for how many seconds at most."""
     small = sorted(file.parent.name for file in bundle.glob(f"*/{EXPECTED}"))
-    names = [DEVICE, *small, LARGE, *([PEERS] if peers else [])]
+    of_provider = sorted(f"{FOLDER}/{file.parent.name}" for file in bundle.glob(f"{FOLDER}/*/{EXPECTED}"))
+    names = [DEVICE, *small, LARGE, *of_provider, f"{FOLDER}/{LARGE}", *([PEERS] if peers else [])]
     return {name: LIMITS.get(name, SMALL_LIMIT) for name in names}
 
 
@@ -62,6 +66,7 @@ def dry_run(bundle: Path) -> list[str]:
         if not (folders := sorted(path.parent for path in bundle.rglob("program.json"))):
             raise FileNotFoundError("no program in it")
         said = [_program(folder, arch, bundle) for folder in folders]
+        said += [_model(folder, bundle) for folder in sorted(bundle.glob(f"{FOLDER}/*/rank0"))]
         return said + [_expected(file) for file in sorted(bundle.glob(f"*/{EXPECTED}"))]
     except (OSError, ValueError, KeyError, EngineError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{bundle}: {error}; make it with python -m benchmarks.gpu_check.bundle") from None
@@ -85,6 +90,17 @@ def _program(folder: Path, arch: str, bundle: Path) -> str:
     return f"{folder.relative_to(bundle)}: {len(program.calls)} calls, {kernels} kernels for {arch}, {tensors} tensors"
 
 
+def _model(folder: Path, bundle: Path) -> str:
+    """A model of ONNX Runtime: each of its weights is there."""
+    size, lacking = (
+        (folder / MODEL_NAME).stat().st_size,
+        {"weights.header", WEIGHTS_NAME} - {file.name for file in folder.iterdir()},
+    )
+    if not size or len(lacking) != 1:
+        raise ValueError(f"{folder}: {MODEL_NAME} or its weights are missing")
+    return f"{folder.relative_to(bundle)}: {size} bytes of {MODEL_NAME}"
+
+
 def _expected(file: Path) -> str:
     with np.load(file) as expected:
         ids, tokens, logits = expected["ids"], expected["tokens"], expected["logits"]
@@ -96,7 +112,7 @@ def _expected(file: Path) -> str:
 
 def run(bundle: Path, out: Path, checks: dict[str, int], seconds: float) -> dict[str, Any]:
     """All checks, one after the other; ends with the first where there is no GPU to be used."""
-    packages = {name: _version(name) for name in ("numpy", "cuda-bindings", "torch", "transformers")}
+    packages = {name: _version(name) for name in ("numpy", "cuda-bindings", PACKAGE, "torch", "transformers")}
     found: dict[str, Any] = {
         "about": {"date": date.today().isoformat(), "python": platform.python_version(), "packages": packages}
         | json.loads((bundle / "bundle.json").read_text())

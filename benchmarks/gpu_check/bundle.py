@@ -1,6 +1,6 @@
 """Makes the bundle that a GPU host needs: small engines with the answers expected of them, and a 7B model without weights.
 
-python -m benchmarks.gpu_check.bundle --target h100 build/gpu-check      # 10 minutes on 2 cores, no GPU; 44 MB
+python -m benchmarks.gpu_check.bundle --target h100 build/gpu-check      # 10 minutes on 2 cores, no GPU; 72 MB
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.ir.cache import BLOCK_SIZE, PagedCache
 from belle_compile.compiler.ir.evaluate import evaluate
 from belle_compile.compiler.plan.outline import outline
+from belle_compile.compiler.stages import carried
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import PRESETS
 from benchmarks import checkpoints
 from benchmarks.gpu_check.checks import EXPECTED, GREEDY, LARGE, PROMPT, TOLERANCE
+from benchmarks.gpu_check.provider import FOLDER
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,7 +59,9 @@ def make(out: Path, target: str) -> None:
             checkpoint, ids = _checkpoint(shape, Path(folder))
             for preset in ("none", "int8"):
                 _small(checkpoint, ids, preset, out / f"{shape}-{preset}", target)
-    _large(out / LARGE, target)
+                _of_provider(checkpoint, preset, out, f"{shape}-{preset}", target)
+    _large(out / LARGE, out / LARGE, target)
+    _large(out / LARGE, out / FOLDER / LARGE / "rank0", target, FOLDER)
     arch = targets.parse(target).isas[0]
     (out / "bundle.json").write_text(json.dumps({"target": target, "arch": arch}) + "\n")
 
@@ -119,6 +123,12 @@ def _small(checkpoint: Path, ids: Sequence[int], preset: str, out: Path, target:
     print(f"{out.name}: {len(set(tokens))} different tokens of {len(tokens)}", flush=True)
 
 
+def _of_provider(checkpoint: Path, preset: str, out: Path, name: str, target: str) -> None:
+    """The engine of ONNX Runtime that has the answers of another engine."""
+    build(BuildRequest(checkpoint, out / FOLDER / name, target, preset, backend=FOLDER, drift=False))
+    shutil.copy(out / name / EXPECTED, out / FOLDER / name)
+
+
 def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[Floats, list[int]]:
     """The same by the NumPy meaning of the graph, with a cache of float16."""
     graph = build_graph(open_checkpoint(checkpoint))
@@ -145,15 +155,18 @@ def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[Floats,
     return np.concatenate(logits), answer
 
 
-def _large(out: Path, target: str) -> None:
-    """Program and kernels of a 7B model, and the header of the weights that the GPU host makes up."""
-    out.mkdir()
+def _large(folder: Path, out: Path, target: str, name: str | None = None) -> None:
+    """A backend's files for a 7B model, whose config.json is written to `folder`, and the header of the weights that the GPU
+    host makes up."""
+    out.mkdir(parents=True)
     config = checkpoints.SHAPES[LARGE] | checkpoints.COMMON[checkpoints.SHAPES[LARGE]["model_type"]]
-    (out / "config.json").write_text(json.dumps(config))
-    graph = build_graph(outline(out / "config.json"))
+    (folder / "config.json").write_text(json.dumps(config))
+    graph = build_graph(outline(folder / "config.json"))
     unfused = graph.clone()
-    run_pipeline(graph, passes_of(PRESETS["int8"].recipe))
-    parsed, backend = targets.choose(target)
+    parsed, backend = targets.choose(target, name)
+    recipe = PRESETS["int8"].recipe
+    before, fusions = carried(passes_of(recipe), backend, recipe)
+    run_pipeline(graph, (*before, *fusions))
     (payload,) = backend.compile([graph], parsed, CompileOptions(unfused_calls=backend.kernel_calls(unfused)))
     for name, content in payload.files.items():
         (out / name).write_bytes(content)

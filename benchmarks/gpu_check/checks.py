@@ -27,6 +27,7 @@ from belle_compile.runtime.executors.cuda_device import open_device
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import Program
 from belle_compile.runtime.program_json import read_program
+from benchmarks.gpu_check import provider
 from benchmarks.gpu_check.driving import Plan, Sequences, TimedExecutor, follow, greedy
 from benchmarks.gpu_check.findings import Findings
 
@@ -228,6 +229,7 @@ def linked(folder: Path, work: Path) -> Path:
 
 def make_weights(folder: Path, work: Path) -> Path:
     """A rank's directory with weights of random bytes, and small numbers where they are floats."""
+    work.mkdir(exist_ok=True)
     linked(folder, work)
     header = (folder / "weights.header").read_bytes()
     tensors = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
@@ -269,6 +271,12 @@ def main() -> None:
             check_device(findings)
         elif name == LARGE:
             check_large(bundle / LARGE, arch, findings)
+        elif name == f"{provider.FOLDER}/{LARGE}":
+            with tempfile.TemporaryDirectory(prefix="belle-gpu-check-") as work:
+                made = make_weights(bundle / name / "rank0", Path(work) / "rank0")
+                provider.check_large(made.parent, findings)
+        elif Path(name).parts[0] == provider.FOLDER:
+            provider.check_small(bundle / name, findings, PROMPT)
         else:
             check_small(bundle / name, arch, findings)
 

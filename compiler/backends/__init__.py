@@ -47,6 +47,6 @@ __all__ = [
 
 register(TvmBackend())
 register(TritonBackend())
+register(TensorRtBackend())
 register(OnnxRuntimeBackend())
 register(TorchScriptBackend())
-register(TensorRtBackend())

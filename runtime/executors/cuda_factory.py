@@ -9,7 +9,7 @@ from belle_compile.runtime import host
 from belle_compile.runtime.artifact import STAGE, TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
-from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine
+from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, check_machine
 from belle_compile.runtime.program_json import read_program
 from belle_compile.runtime.schema import to_plain
 
@@ -27,21 +27,10 @@ class CudaFactory(ExecutorFactory):
         """Open the first GPU; raises `EngineError` without a driver or a GPU, and for one of another kind or too small."""
         self.check_host(target)
         from belle_compile.runtime.executors.cuda import choose_arch
-        from belle_compile.runtime.executors.cuda_device import open_device
+        from belle_compile.runtime.executors.gpu_host import opened_gpu
 
-        try:
-            device = open_device()
-        except EngineError as error:
-            found = error.what + (f" ({error.found})" if error.found else "")
-            raise cannot_run(target, found, "an NVIDIA GPU and its driver", error.remedy) from error
-        try:
-            needed, free = target.requires.memory_bytes, device.memory_bytes
-            if free < needed:
-                found, expected = f"{free / 2**30:.1f} GiB of free memory on {device.name}", f"{needed / 2**30:.1f} GiB"
-                raise cannot_run(target, found, expected, "end what else runs on the GPU, or build for more ranks")
+        with opened_gpu(target, "build for more ranks") as device:
             return choose_arch(target.isas, device)
-        finally:
-            device.close()
 
     def kernels(self, directory: Path) -> dict[str, Any]:
         """Each kernel's kind and `program.Launch`, which has registers, memory and tensor-core instructions of its code."""

@@ -26,17 +26,18 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of the cache: `capacity` positions of a slot, which are whole blocks."""
+    """The shape of the cache: `capacity` positions of a slot, which are whole blocks; `item_bytes` of a number."""
 
     layers: int
     kv_heads: int
     head_dim: int
     capacity: int
+    item_bytes: int = 4
 
     @property
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token, all layers together."""
-        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.item_bytes * self.layers * self.kv_heads * self.head_dim
 
 
 class BlockMemory(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.cuda_device import open_device
-from belle_compile.runtime.executors.device import Box, Bytes, Device, Pitches
+from belle_compile.runtime.executors.device import Bytes, Device
+from belle_compile.runtime.executors.device_blocks import DeviceBlocks, DeviceInputs, pool_blocks
 from belle_compile.runtime.executors.kv_memory import KvMemory
-from belle_compile.runtime.executors.kv_slots import SlottedCache
+from belle_compile.runtime.executors.kv_slots import Geometry, SlottedCache
 from belle_compile.runtime.executors.segments import Segment, divided
 from belle_compile.runtime.executors.tensorrt_plan import (
     ANSWERS,
@@ -30,11 +32,9 @@ from belle_compile.runtime.executors.tensorrt_plan import (
     read_facts,
 )
 from belle_compile.runtime.executors.tensorrt_runtime import Plan, TensorRtPlan, check_installed
-from belle_compile.runtime.host import GPU_RESERVE_BYTES
 from belle_compile.runtime.program import BLOCK_SIZE
 
 _ITEM_BYTES = {"float16": 2, "float32": 4}
-_ALIGNMENT = 256  # bytes, of the addresses of inputs
 
 
 class TensorRtExecutor:
@@ -65,9 +65,12 @@ class TensorRtExecutor:
         facts, device = self._facts, self._device
         self.vocab_size = facts.vocab_size
         self.kv_block_bytes = facts.token_bytes * BLOCK_SIZE
-        self.num_blocks = _blocks(facts, kv_memory, device)
+        layers, heads, item_bytes = facts.num_layers, facts.num_kv_heads, _ITEM_BYTES[facts.floats]
+        geometry = Geometry(layers, heads, facts.head_dim, facts.capacity, item_bytes)
+        most = SEQUENCES * facts.max_context // BLOCK_SIZE
+        self.num_blocks = pool_blocks(geometry, SEQUENCES, most, kv_memory, device, ("plan", facts.plan_bytes), STAGE)
         self.kernels = f"tensorrt-rtx-{facts.tensorrt} {facts.arch} {device.name}"
-        self._memory = DeviceBlocks(facts, self.num_blocks, device)
+        self._memory = DeviceBlocks(geometry, SEQUENCES, self.num_blocks, device)
         self._cache = SlottedCache(self._memory, SEQUENCES, self.num_blocks, facts.capacity // BLOCK_SIZE)
         self._runs = [_Run(facts, profile, number, self._plan, device) for number, profile in enumerate(PROFILES)]
         self._bind_cache(PROFILES.index(ANSWERS), 0)
@@ -147,22 +150,17 @@ class _Run:
 
     def __init__(self, facts: PlanFacts, profile: Profile, number: int, plan: Plan, device: Device) -> None:
         self._number, self._plan, self._device = number, plan, device
-        shapes: dict[str, tuple[type[np.signedinteger], int]] = {
-            "input_ids": (np.int32, profile.sequences * profile.tokens),
-            "first_positions": (np.int64, profile.sequences),
-            "logit_rows": (np.int32, profile.rows),
+        shapes: dict[str, tuple[type[np.signedinteger[Any]], tuple[int, ...]]] = {
+            "input_ids": (np.int32, (profile.sequences * profile.tokens,)),
+            "first_positions": (np.int64, (profile.sequences,)),
+            "logit_rows": (np.int32, (profile.rows,)),
         }
         if facts.dynamic_rope:
-            shapes["rope_lengths"] = (np.int32, profile.sequences)
-        places, size = {}, 0
-        for name, (dtype, count) in shapes.items():
-            places[name] = size
-            size += -(-count * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-        self._memory, self._base = device.host_memory(size), device.allocate(size, "inputs")
-        self.inputs: dict[str, NDArray[np.signedinteger]] = {}
-        for name, (dtype, count) in shapes.items():
-            plan.bind(number, name, self._base + places[name])
-            self.inputs[name] = self._memory[places[name] :][: count * np.dtype(dtype).itemsize].view(dtype)
+            shapes["rope_lengths"] = (np.int32, (profile.sequences,))
+        self._inputs = DeviceInputs(shapes, device)
+        self.inputs = self._inputs.arrays
+        for name, address in self._inputs.addresses.items():
+            plan.bind(number, name, address)
         shape = profile.rows, facts.vocab_size
         self._host_logits: Bytes = device.host_memory(4 * prod(shape))
         self._logits = self._host_logits.view(np.float32).reshape(shape)
@@ -171,72 +169,8 @@ class _Run:
 
     def run(self) -> NDArray[np.float32]:
         """Run the profile; returns the logits [rows, vocabulary], valid until the next run."""
-        self._device.upload(self._base, self._memory)
+        self._inputs.upload()
         self._plan.run(self._number)
         self._device.download(self._host_logits, self._device_logits)
         self._device.synchronize()
         return self._logits
-
-
-class DeviceBlocks:
-    """Memory of a GPU for a pool of blocks, [blocks, layers, 2, kv_heads, BLOCK_SIZE, head_dim], and for the slots, [layers, 2,
-    SEQUENCES, kv_heads, capacity, head_dim]. It is zeroed, so that attention multiplies what it does not see by 0."""
-
-    def __init__(self, facts: PlanFacts, blocks: int, device: Device) -> None:
-        self._facts, self._device = facts, device
-        self._head = facts.head_dim * _ITEM_BYTES[facts.floats]
-        self._block_bytes = facts.token_bytes * BLOCK_SIZE
-        self._slot_bytes = facts.num_kv_heads * facts.capacity * self._head  # of one layer, of keys or values
-        self._slots = device.allocate(SEQUENCES * facts.capacity * facts.token_bytes, "the KV cache")
-        self._pool = device.allocate(blocks * self._block_bytes, "the KV cache")
-
-    def address(self, layer: int, part: int, slot: int) -> int:
-        """The address of a slot's keys (`part` 0) or values (1) of a layer; those of the next slots follow."""
-        return self._slots + ((2 * layer + part) * SEQUENCES + slot) * self._slot_bytes
-
-    def copy(self, source: int, destination: int) -> None:
-        self._device.copy(self._in_pool(destination), self._in_pool(source), self._block_bytes)
-
-    def load(self, block: int, slot: int, place: int) -> None:
-        target, source = self._in_slot(slot, place), self._in_pool(block)
-        self._device.copy_box(target, self._slot_pitches, source, self._pool_pitches, self._box)
-
-    def store(self, slot: int, place: int, block: int) -> None:
-        target, source = self._in_pool(block), self._in_slot(slot, place)
-        self._device.copy_box(target, self._pool_pitches, source, self._slot_pitches, self._box)
-
-    @property
-    def _box(self) -> Box:
-        """A block as layers and parts, heads, and bytes that lie together."""
-        return 2 * self._facts.num_layers, self._facts.num_kv_heads, BLOCK_SIZE * self._head
-
-    @property
-    def _slot_pitches(self) -> Pitches:
-        """Heads from a layer's part to the next one, and bytes from a head to the next one."""
-        return SEQUENCES * self._facts.num_kv_heads, self._facts.capacity * self._head
-
-    @property
-    def _pool_pitches(self) -> Pitches:
-        return self._facts.num_kv_heads, BLOCK_SIZE * self._head
-
-    def _in_pool(self, block: int) -> int:
-        return self._pool + block * self._block_bytes
-
-    def _in_slot(self, slot: int, place: int) -> int:
-        return self.address(0, 0, slot) + place * BLOCK_SIZE * self._head
-
-
-def _blocks(facts: PlanFacts, kv_memory: KvMemory, device: Device) -> int:
-    """The number of blocks of the pool, by default what the rest of the device's memory holds; raises `EngineError` where the
-    cache does not fit."""
-    slots, block = SEQUENCES * facts.capacity * facts.token_bytes, facts.token_bytes * BLOCK_SIZE
-    free = device.memory_bytes - facts.plan_bytes - slots - GPU_RESERVE_BYTES
-    most = SEQUENCES * facts.max_context // BLOCK_SIZE
-    if kv_memory == KvMemory():
-        if free >= block:
-            return min(free // block, most)
-        kv_memory = KvMemory(tokens=BLOCK_SIZE)  # the least
-    sizes = f"the plan ({facts.plan_bytes / 2**30:.2f} GiB) and the slots ({slots / 2**30:.2f} GiB) on {device.name}"
-    blocks = kv_memory.blocks(STAGE, free, sizes, block)
-    assert blocks is not None, "a size is asked for"
-    return blocks

@@ -78,12 +78,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in run(capsys, "targets")[1].splitlines()]
     assert lines[0][:3] == ["device", "builds", "backends"] and lines[1][:2] == ["cpu", "now"]
-    assert ["t4", "now", "tensorrt", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"] in [line[:11] for line in lines]
+    t4 = ["t4", "now", "tensorrt,", "onnxruntime", "15", "GiB", "320", "16", "30", "1-8", "7.5", "NVIDIA"]
+    assert t4 in [line[:12] for line in lines]
     found = json.loads(run(capsys, "targets", "--json")[1])
     served = {name: [backend.name for backend in serving(device)] for name, device in DEVICES.items()}
     assert {device["name"]: device["backends"] for device in found["targets"]} == served
     assert [device["name"] for device in found["targets"] if device["builds"]] == [name for name in served if served[name]]
-    assert served["cpu"][0] == "tvm" and served["h100"][0] == "triton" and served["t4"] == ["tensorrt"]
+    assert served["cpu"][0] == "tvm" and served["h100"][0] == "triton" and served["t4"] == ["tensorrt", "onnxruntime"]
     assert found["aliases"] == {"a100": "a100-40g"}
 
 

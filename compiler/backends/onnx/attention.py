@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.backends.base import Array
 from belle_compile.compiler.backends.onnx.graph import MICROSOFT, StoredTensor
+from belle_compile.compiler.backends.onnx.kernels import RuntimeTranslation
 from belle_compile.compiler.backends.onnx.translation import Attributes, Translation, tensor_of
 from belle_compile.compiler.ir.meanings import rotary_table as rotary_meaning
 from belle_compile.compiler.ir.ops import attributes_of, operand
@@ -50,7 +51,7 @@ def rotary_table(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     """Nothing: attention reads tables of its own, or appends the nodes that compute them; see `rotated`."""
 
 
-def attention(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+def attention(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
     name, layer = str(node.outputs[0].name), attributes["layer"]
     graph, step = t.graph, t.step
     slopes, turned = operand(node, Role.SLOPE), operand(node, Role.ROTARY)
@@ -61,13 +62,14 @@ def attention(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     if turned is not None and apart:
         operands[:2] = [rotated(t, node, x, heads) for x, heads in zip(operands, ("num_heads", "num_kv_heads"), strict=False)]
     elif turned is not None:
-        tables = list(_tables(t, turned.producer()))
+        tables = list(_tables(t, turned.producer(), t.kv_floats))
+    operands = [x and t.cast(x, t.kv_floats, f"{name}.{part}.{t.kv_floats}") for x, part in zip(operands, "qkv", strict=True)]
     head_dim = attributes["head_dim"]
     padding = cached_head_dim(head_dim) - head_dim
     if padding:
         operands = [_padded(t, x, head_dim, f"{name}.{part}") for x, part in zip(operands, "qkv", strict=True)]
-    kv_dims = ("B", attributes["num_kv_heads"], "C", head_dim + padding)
-    past = [graph.input(f"past_key_values.{layer}.{part}", "float32", kv_dims) for part in ("key", "value")]
+    kv_dims = ("B", attributes["num_kv_heads"], t.kernels.capacity or "C", head_dim + padding)
+    past = [graph.input(f"past_key_values.{layer}.{part}", t.kv_floats, kv_dims) for part in ("key", "value")]
     bias = None if slopes is None else _alibi(t, slopes, attributes["num_heads"])
     presents = [f"present.{layer}.{part}" for part in ("key", "value")]
     attended = f"{name}.padded" if padding else name
@@ -76,8 +78,16 @@ def attention(t: Translation, node: ir.Node, attributes: Attributes) -> None:
         domain=MICROSOFT, num_heads=attributes["num_heads"], kv_num_heads=attributes["num_kv_heads"],
         scale=attributes["scale"], do_rotary=int(turned is not None and not apart),
     )  # fmt: skip
-    t.values[node.outputs[0]] = _cut(t, outputs[0], head_dim, name) if padding else outputs[0]
+    result = _cut(t, outputs[0], head_dim, name) if padding else outputs[0]
+    t.values[node.outputs[0]] = t.cast(result, "float32", f"{name}.float32", of=t.kv_floats)
     t.presents += [(value, present, kv_dims) for value, present in zip(outputs[1:], presents, strict=True)]
+
+
+def _alibi(t: RuntimeTranslation, slopes: ir.Value, heads: int) -> ir.Value:
+    """What ALiBi adds to the scores; all layers read one value of it."""
+    if (name := f"{slopes.name}.bias") not in t.shared:
+        t.shared[name] = t.kernels.alibi(t, slopes, heads)
+    return t.shared[name]
 
 
 def _padded(t: Translation, x: ir.Value | None, head_dim: int, name: str) -> ir.Value:
@@ -98,7 +108,7 @@ def _cut(t: Translation, x: ir.Value, head_dim: int, name: str) -> ir.Value:
     return graph.op("Reshape", cut, graph.constant("rows.flat", [0, 0, -1], "int64"), name=name)
 
 
-def _tables(t: Translation, node: ir.Node | None) -> tuple[ir.Value, ir.Value]:
+def _tables(t: Translation, node: ir.Node | None, dtype: str = "float32") -> tuple[ir.Value, ir.Value]:
     """The cosines and sines of all positions, each [positions, head_dim / 2]."""
     assert node is not None
     attributes, inv_freq = attributes_of(node), tensor_of(node.inputs[2])
@@ -111,7 +121,7 @@ def _tables(t: Translation, node: ir.Node | None) -> tuple[ir.Value, ir.Value]:
 
     parts = ("cos", slice(None, half)), ("sin", slice(half, None))
     cos, sin = (
-        t.graph.weight(StoredTensor(f"{node.name}.{key}", "float32", (positions, half), partial(columns, part), str(node.name)))
+        t.graph.weight(StoredTensor(f"{node.name}.{key}", dtype, (positions, half), partial(columns, part), str(node.name)))
         for key, part in parts
     )
     return cos, sin
@@ -131,19 +141,9 @@ def rotated(t: Translation, node: ir.Node, x: ir.Value | None, heads: str) -> ir
 
 
 def _positions(t: Translation) -> ir.Value:
-    """int32 [B, S]: the positions of the tokens, which end at the last one of each sequence."""
-    graph, name = t.graph, "step.positions"
-    if name in t.shared:
-        return t.shared[name]
-    length = graph.op("Shape", t.step.token_ids, name="step.length", start=1)
-    count = graph.op("Cast", length, name="step.length.int32", to=int(ir.DataType.INT32))
-    scalar = graph.op("Squeeze", count, graph.constant("zero", [0], "int64"), name="step.length.scalar")
-    zero, one = graph.constant("zero.int32", 0, "int32"), graph.constant("one.scalar", 1, "int32")
-    offsets = graph.op("Range", zero, scalar, one, name="step.offsets")
-    first = graph.op("Sub", t.step.last, count, name="step.before_last")
-    column = graph.op("Unsqueeze", first, graph.constant("last_axis", [-1], "int64"), name="step.before_first")
-    before = graph.op("Add", column, offsets, name="step.positions.before")
-    t.shared[name] = graph.op("Add", before, one, name=name)
+    """int32 [B, S]: the positions of the tokens."""
+    if (name := "step.positions") not in t.shared:
+        t.shared[name] = t.interface.token_positions(t.graph, t.step)
     return t.shared[name]
 
 
@@ -186,19 +186,3 @@ def _dynamic(t: Translation, node: ir.Node) -> tuple[ir.Value, ir.Value]:
         graph.op("Mul", graph.op(op, angles, name=f"{name}.{op}"), scaling, name=f"{name}.{op}.scaled") for op in ("Cos", "Sin")
     )
     return cos, sin
-
-
-def _alibi(t: Translation, slopes: ir.Value, heads: int) -> ir.Value:
-    """[1, heads, S, L]: what ALiBi adds to the scores, slope * position of the key; all layers read one value of it."""
-    name = f"{slopes.name}.bias"
-    if name not in t.shared:
-        graph = t.graph
-        zero, one = graph.constant("zero.int32", 0, "int32"), graph.constant("one.scalar", 1, "int32")
-        keys = graph.op("Range", zero, t.step.total, one, name=f"{name}.keys")
-        positions = graph.op("Cast", keys, name=f"{name}.positions", to=int(ir.DataType.FLOAT))
-        row = graph.op("Mul", t.stored(tensor_of(slopes), dims=(1, heads, 1, 1)), positions, name=f"{name}.row")
-        length = graph.op("Shape", t.step.token_ids, name=f"{name}.length", start=1)
-        count = graph.op("Concat", graph.constant("ones.two", [1, 1], "int64"), length, graph.constant("one", [1], "int64"),
-                         name=f"{name}.shape", axis=0)  # fmt: skip
-        t.shared[name] = graph.op("Expand", row, count, name=name)
-    return t.shared[name]

@@ -22,7 +22,7 @@ MICROSOFT = "com.microsoft"  # domain of the ops that only ONNX Runtime has; the
 IR_VERSION = 11
 
 Dims = Sequence[int | str]
-_DTYPES = {
+DTYPES = {
     "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8, "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
 }  # fmt: skip
@@ -83,9 +83,13 @@ class OnnxGraph:
         self._graph.inputs.append(value)
         return value
 
+    def shared_input(self, name: str, dtype: str, dims: Dims) -> ir.Value:
+        """The input of that name, which is appended when it is asked for first."""
+        return next((value for value in self._graph.inputs if value.name == name), None) or self.input(name, dtype, dims)
+
     def output(self, value: ir.Value, name: str, dtype: str, dims: Dims) -> None:
         """Make a value an output of the model, under that name."""
-        value.name, value.type, value.shape = name, ir.TensorType(_DTYPES[dtype]), ir.Shape(dims)
+        value.name, value.type, value.shape = name, ir.TensorType(DTYPES[dtype]), ir.Shape(dims)
         self._graph.outputs.append(value)
 
     def op(
@@ -132,7 +136,7 @@ class OnnxGraph:
         offset = len(weights_header(weights)) if weights else 0
         for tensor in weights:
             data = ir.ExternalTensor(
-                WEIGHTS_NAME, offset=offset, length=tensor.data_bytes, dtype=_DTYPES[tensor.dtype], shape=ir.Shape(tensor.dims),
+                WEIGHTS_NAME, offset=offset, length=tensor.data_bytes, dtype=DTYPES[tensor.dtype], shape=ir.Shape(tensor.dims),
                 name=tensor.name,
             )  # fmt: skip
             self._register(self._constants[tensor.name], data)
@@ -155,7 +159,7 @@ def _dims(value: ir.Value) -> Dims:
 
 
 def _typed(name: str, dtype: str, dims: Dims) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(dims))
+    return ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(dims))
 
 
 def _attributes(values: Mapping[str, int | float | str | list[int]]) -> list[ir.Attr]:

@@ -38,6 +38,18 @@ class Interface(ABC):
     def begin(self, graph: OnnxGraph, dynamic_rope: bool) -> StepValues:
         """Append the inputs, and nodes that compute the values of the step from them."""
 
+    def token_positions(self, graph: OnnxGraph, step: StepValues) -> ir.Value:
+        """Append what computes the positions of the tokens, int32 [B, S], which end at the last one of each sequence."""
+        length = graph.op("Shape", step.token_ids, name="step.length", start=1)
+        count = graph.op("Cast", length, name="step.length.int32", to=int(ir.DataType.INT32))
+        scalar = graph.op("Squeeze", count, graph.constant("zero", [0], "int64"), name="step.length.scalar")
+        zero, one = graph.constant("zero.int32", 0, "int32"), graph.constant("one.scalar", 1, "int32")
+        offsets = graph.op("Range", zero, scalar, one, name="step.offsets")
+        first = graph.op("Sub", step.last, count, name="step.before_last")
+        column = graph.op("Unsqueeze", first, graph.constant("last_axis", [-1], "int64"), name="step.before_first")
+        before = graph.op("Add", column, offsets, name="step.positions.before")
+        return graph.op("Add", before, one, name="step.positions")
+
     @abstractmethod
     def rows(self, graph: OnnxGraph, hidden: ir.Value, width: int) -> ir.Value:
         """The rows of `hidden` [B, S, width] whose logits are requested."""
@@ -52,10 +64,14 @@ class ServingInterface(Interface):
     def begin(self, graph: OnnxGraph, dynamic_rope: bool) -> StepValues:
         token_ids = graph.input("input_ids", "int32", ("B", "S"))
         last = graph.input("last_positions", "int32", ("B",))
-        total = graph.input("total_length", "int32", ())
+        total = self.total(graph)
         self._logit_rows = graph.input("logit_rows", "int32", ("R",))
         lengths = graph.input("rope_lengths", "int32", ("B",)) if dynamic_rope else last
         return StepValues(token_ids, last, total, lengths)
+
+    def total(self, graph: OnnxGraph) -> ir.Value:
+        """1 + the largest of the last positions."""
+        return graph.input("total_length", "int32", ())
 
     def rows(self, graph: OnnxGraph, hidden: ir.Value, width: int) -> ir.Value:
         flat = graph.op("Reshape", hidden, graph.constant("rows.shape", [-1, width], "int64"), name="rows.tokens")

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from belle_compile.compiler.backends.base import Array
 from belle_compile.compiler.backends.onnx.attention import attention, qkv_reader, rotary_table
 from belle_compile.compiler.backends.onnx.graph import MICROSOFT, StoredTensor
+from belle_compile.compiler.backends.onnx.kernels import RuntimeTranslation
 from belle_compile.compiler.backends.onnx.translation import (
     Attributes,
     Planes,
@@ -25,24 +26,24 @@ from belle_compile.compiler.ir.meanings import LIMITS, golay_signs
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
 
-MIDDLE = 128  # the uint8 that stands for the integer 0 of an activation: ONNX Runtime's kernels are fastest with uint8
 HIGH = 256  # what the integers of the high plane stand for
 # Products with fewer weights take as long on two threads as on one (20 us of 0.9 million on a Zen 5 at one token)
 _SMALL = 4_000_000
 
 
-def gather(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+def gather(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
     """An embedding if the table is a weight, else the rows whose logits are needed."""
     table, _ = node.inputs
     assert table is not None
     if table.is_initializer():
-        rows = _rows_of_table(t, table, str(node.name), "float32")
-        t.values[node.outputs[0]] = rows
+        name, stored = str(node.name), t.kernels.weight_floats
+        rows = _rows_of_table(t, table, name, stored)
+        t.values[node.outputs[0]] = t.cast(rows, "float32", f"{name}.float32", of=stored)
     else:
         t.values[node.outputs[0]] = t.interface.rows(t.graph, t.value(table), width_of(table))
 
 
-def quantized_embedding(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+def quantized_embedding(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
     name = str(node.name)
     table, scales = node.inputs[1], node.inputs[2]
     assert table is not None and scales is not None
@@ -59,7 +60,7 @@ def quantized_embedding(t: Translation, node: ir.Node, attributes: Attributes) -
     t.values[node.outputs[0]] = t.graph.op("Mul", floats, column, name=name)
 
 
-def _rows_of_table(t: Translation, table: ir.Value, name: str, dtype: str) -> ir.Value:
+def _rows_of_table(t: RuntimeTranslation, table: ir.Value, name: str, dtype: str) -> ir.Value:
     """The rows [B, S, width] of a table. A table that a linear reads too is stored once, as the linear takes it: then its rows
     are columns."""
     if not any(spec_of(user).is_linear for user, _ in table.uses()):
@@ -138,7 +139,7 @@ def hadamard(size: int) -> Array:
     return matrix
 
 
-def quantize_tokens(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+def quantize_tokens(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
     """x * (limit / absmax), rounded half to even. A row of zeros may get any integers, since its scale is 0."""
     name, x, step, bits = str(node.name), t.value(node.inputs[0]), operand(node, Role.STEP), attributes["bits"]
     limit, graph = LIMITS[bits], t.graph
@@ -159,17 +160,12 @@ def quantize_tokens(t: Translation, node: ir.Node, attributes: Attributes) -> No
         scaled = graph.op("Mul", x, inverse, name=f"{name}.scaled")
         t.scales[xs] = TokenScale(absmax, lambda: 1 / limit, f"1/{limit}")
     if bits == 8:
-        t.values[xq] = _to_bytes(t, scaled, str(xq.name))
+        t.values[xq] = t.kernels.integers(graph, scaled, str(xq.name))
     else:
         t.planes[xq] = _planes(t, scaled, str(xq.name))
 
 
-def _to_bytes(t: Translation, x: ir.Value, name: str) -> ir.Value:
-    """The integers that are nearest to x, plus MIDDLE, as uint8."""
-    return t.graph.op("QuantizeLinear", x, t.number("one.float", 1), t.graph.constant("middle", MIDDLE, "uint8"), name=name)
-
-
-def _planes(t: Translation, scaled: ir.Value, name: str) -> Planes:
+def _planes(t: RuntimeTranslation, scaled: ir.Value, name: str) -> Planes:
     """16 bits as 256 * high + low: high is rounded so that low lies from -128 to 127."""
     graph = t.graph
     integers = graph.op("Round", scaled, name=f"{name}.integers")
@@ -178,22 +174,26 @@ def _planes(t: Translation, scaled: ir.Value, name: str) -> Planes:
     high = graph.op("Floor", parts, name=f"{name}.high")
     whole = graph.op("Mul", high, t.number("high", HIGH), name=f"{name}.whole")
     low = graph.op("Sub", integers, whole, name=f"{name}.low")
-    return Planes(_to_bytes(t, high, f"{name}.high.bytes"), _to_bytes(t, low, f"{name}.low.bytes"))
+    parts_of_bytes = (t.kernels.integers(graph, part, f"{part.name}.bytes") for part in (high, low))
+    return Planes(*parts_of_bytes)
 
 
-def linear(t: Translation, node: ir.Node, attributes: Attributes) -> None:
-    """x @ weight + bias, of float32."""
-    x, weight, bias = t.value(node.inputs[0]), operand(node, Role.WEIGHT), operand(node, Role.BIAS)
+def linear(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
+    """x @ weight + bias, of floats as weights are stored."""
+    weight, bias, stored = operand(node, Role.WEIGHT), operand(node, Role.BIAS), t.kernels.weight_floats
+    x = t.cast(t.value(node.inputs[0]), stored, f"{node.name}.x.{stored}")
 
     def part(tensors: _Tensors, name: str) -> ir.Value:
-        matrix = t.matrix(tensors.weight, "float32")
-        product = t.graph.op("MatMul", x, matrix, name=name if tensors.bias is None else f"{name}.product")
-        return _with_bias(t, product, tensors.bias, name)
+        whole = name if tensors.bias is None else f"{name}.product"
+        product = t.graph.op(
+            "MatMul", x, t.matrix(tensors.weight, stored), name=whole if stored == "float32" else f"{name}.{stored}"
+        )
+        return _with_bias(t, t.cast(product, "float32", whole, of=stored), tensors.bias, name)
 
     _each_part(t, node, _Tensors(tensor_of(weight), None, None if bias is None else tensor_of(bias)), part)
 
 
-def quantized_linear(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+def quantized_linear(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
     """The exact integer product times the weight's scales, then times the token's, plus the bias."""
     xq, weight, scale, bias = node.inputs[0], operand(node, Role.WEIGHT), operand(node, Role.SCALE), operand(node, Role.BIAS)
     token_scale = operand(node, Role.TOKEN_SCALE)
@@ -236,7 +236,7 @@ def rows_of(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtoc
     return part_of(tensor, [(start, stop)], 0, f"{tensor.name}.{start}")
 
 
-def _each_part(t: Translation, node: ir.Node, tensors: _Tensors, part: Callable[[_Tensors, str], ir.Value]) -> None:
+def _each_part(t: RuntimeTranslation, node: ir.Node, tensors: _Tensors, part: Callable[[_Tensors, str], ir.Value]) -> None:
     """Translate a linear. If a Split alone reads it, each part becomes a linear of its own, because ONNX Runtime would copy
     the parts; but not q, k and v, which attention takes as one value, and no small parts."""
     output = node.outputs[0]
@@ -260,7 +260,9 @@ def _each_part(t: Translation, node: ir.Node, tensors: _Tensors, part: Callable[
     t.values[output] = part(tensors, str(output.name))
 
 
-def _product(t: Translation, integers: ir.Value, tensors: _Tensors, scales: TokenScale, name: str, unit: int = 1) -> ir.Value:
+def _product(
+    t: RuntimeTranslation, integers: ir.Value, tensors: _Tensors, scales: TokenScale, name: str, unit: int = 1
+) -> ir.Value:
     """integers @ weight times the scales of its outputs, which take up the constant part of the activations' scales."""
     assert tensors.scale is not None
     source = str(tensors.weight.name)
@@ -268,10 +270,7 @@ def _product(t: Translation, integers: ir.Value, tensors: _Tensors, scales: Toke
     label = f"{source}.scale*{scales.name}" + (f"*{unit}" if unit > 1 else "")
     outputs = tensors.weight.shape.numpy()[0]
     scale = t.graph.weight(StoredTensor(label, "float32", (outputs,), factor, source))
-    matrix, middle = t.matrix(tensors.weight, "int8"), t.graph.constant("middle", MIDDLE, "uint8")
-    return t.graph.op(
-        "MatMulIntegerToFloat", integers, matrix, t.number("one.float", 1), scale, middle, name=name, domain=MICROSOFT
-    )
+    return t.kernels.integer_product(t.graph, integers, t.matrix(tensors.weight, "int8"), scale, outputs, name)
 
 
 def _times(scale: ir.TensorProtocol, factor: Callable[[], float], unit: int) -> Array:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from belle_compile.compiler.backends.onnx.cpu import CpuKernels
 from belle_compile.compiler.backends.onnx.graph import OnnxModel
 from belle_compile.compiler.backends.onnx.interface import Interface
+from belle_compile.compiler.backends.onnx.kernels import Kernels, RuntimeTranslation
 from belle_compile.compiler.backends.onnx.rules import RULES
-from belle_compile.compiler.backends.onnx.translation import Translation
 
 
-def translate(source: ir.Model, interface: Interface) -> OnnxModel:
-    """The ONNX model of a verified graph of one rank; raises CompileError for an op that has no translation."""
-    return Translation(source, interface).run(RULES)
+def translate(source: ir.Model, interface: Interface, kernels: Kernels | None = None) -> OnnxModel:
+    """The ONNX model of a verified graph of one rank, with `kernels` of the CPU by default; raises CompileError for an op that
+    has no translation."""
+    kernels = kernels or CpuKernels()
+    return RuntimeTranslation(source, interface, kernels).run(RULES | dict(kernels.rules))

@@ -51,6 +51,7 @@ class Translation:
     def __init__(self, source: ir.Model, interface: Interface, opset: int = OPSET, floats: str = "float32") -> None:
         """`floats` is the type of weights, activations, keys and values that are no integers."""
         self.source, self.interface, self.floats = source, interface, floats
+        self.kv_floats = floats  # that of keys and values, where it differs
         self.facts = source.metadata_props
         self.graph = OnnxGraph(str(source.graph.name), opset)
         dynamic = "dynamic_rope_from" in self.facts
@@ -91,11 +92,14 @@ class Translation:
         shape = tuple(tensor.shape.numpy()) if dims is None else dims
         return self.graph.weight(StoredTensor(name, dtype or self.floats, shape, lambda: tensor.numpy(), source or name))
 
-    def matrix(self, tensor: ir.TensorProtocol, dtype: str) -> ir.Value:
-        """The weight of a linear, [inputs, outputs] in place of [outputs, inputs]."""
+    def matrix(self, tensor: ir.TensorProtocol, dtype: str, unit: int = 1) -> ir.Value:
+        """The weight of a linear, [inputs, outputs] in place of [outputs, inputs], with zeros up to a multiple of `unit`
+        outputs."""
         name, (outputs, inputs) = str(tensor.name), tensor.shape.numpy()
+        more = -outputs % unit
+        dims = inputs, outputs + more
         return self.graph.weight(
-            StoredTensor(f"{name}.transposed", dtype, (inputs, outputs), lambda: transposed(tensor.numpy()), name)
+            StoredTensor(f"{name}.transposed", dtype, dims, lambda: transposed(tensor.numpy(), more), name)
         )
 
     def refuse(self, node: ir.Node, found: str, remedy: str = "") -> CompileError:
@@ -118,7 +122,7 @@ class Translation:
         dims: Dims = [*self.interface.logits_dims, width_of(self.source.graph.outputs[0])]
         self.graph.output(logits, "logits", "float32", dims)
         for value, name, kv_dims in self.presents:
-            self.graph.output(value, name, self.floats, kv_dims)
+            self.graph.output(value, name, self.kv_floats, kv_dims)
         return self.graph.finish(self.facts)
 
 
@@ -128,9 +132,9 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
     return value.const_value
 
 
-def transposed(matrix: Array) -> Array:
-    """A copy of the transposed matrix in C order."""
-    return np.ascontiguousarray(matrix.T)
+def transposed(matrix: Array, more: int = 0) -> Array:
+    """A copy of the transposed matrix in C order, with `more` columns of zeros."""
+    return np.pad(matrix.T, ((0, 0), (0, more))) if more else np.ascontiguousarray(matrix.T)
 
 
 def width_of(value: ir.Value | None) -> int:

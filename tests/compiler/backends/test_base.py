@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def test_each_device_has_the_default_that_was_registered_first() -> None:
     assert [backend.name for backend in registered()][:2] == ["tvm", "triton"]
     assert backends.choose(DEVICES["cpu"]).name == "tvm" and backends.choose(DEVICES["h100"]).name == "triton"
-    assert backends.choose(DEVICES["t4"]).name == backends.estimator(DEVICES["t4"]).name == "tensorrt", "the only one"
+    assert backends.choose(DEVICES["t4"]).name == backends.estimator(DEVICES["t4"]).name == "tensorrt", "the first of two"
     older = replace(DEVICES["t4"], isas=("sm_70",), compute_capability="7.0")
     with pytest.raises(CompileError, match=r"^backend: backend for t4: found none, expected another device; see"):
         backends.choose(older)

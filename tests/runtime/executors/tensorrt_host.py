@@ -16,48 +16,13 @@ from belle_compile.compiler.backends.onnx.graph import OnnxModel
 from belle_compile.compiler.backends.tensorrt import build as plans
 from belle_compile.runtime.executors import tensorrt
 from belle_compile.runtime.executors.tensorrt_plan import PROFILES, Profile
+from benchmarks.cuda_stand_in.device import HostDevice
+
+__all__ = ["HostDevice", "OnnxPlan", "build_models", "run_models"]
 
 Array = npt.NDArray[Any]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 PLAN = b"in place of a plan"
-
-
-class HostDevice:
-    """A device whose addresses are those of the host."""
-
-    name, arch, memory_bytes, shared_bytes, stream = "a host", "sm_80", 1 << 30, 0, 0
-
-    def __init__(self) -> None:
-        self.memory: list[npt.NDArray[np.uint8]] = []
-
-    def enter(self) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def close(self) -> None:
-        self.memory.clear()
-
-    def allocate(self, size: int, what: str) -> int:
-        return int(self.host_memory(size).ctypes.data)
-
-    def host_memory(self, size: int) -> npt.NDArray[np.uint8]:
-        self.memory.append(np.zeros(size, np.uint8))
-        return self.memory[-1]
-
-    def upload(self, address: int, source: npt.NDArray[np.uint8]) -> None:
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
-
-    def download(self, target: npt.NDArray[np.uint8], address: int) -> None:
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        ctypes.memmove(target, source, size)
-
-    def copy_box(self, target: int, to: tuple[int, int], source: int, of: tuple[int, int], box: tuple[int, int, int]) -> None:
-        planes, rows, size = box
-        for plane in range(planes):
-            for row in range(rows):
-                begin, end = source + (plane * of[0] + row) * of[1], target + (plane * to[0] + row) * to[1]
-                ctypes.memmove(end, begin, size)
 
 
 class OnnxPlan:

@@ -44,7 +44,9 @@ def test_devices() -> None:
     assert backends.choose(targets.parse("cpu").device).name == "tvm", "the default stays"
     listed = {device["name"]: device["backends"] for device in targets.listing()}
     assert listed["cpu"][:2] == ["tvm", "onnxruntime"]
-    assert listed["arm64"][0] == "onnxruntime" and "onnxruntime" not in listed["h100"]
+    assert listed["arm64"][0] == "onnxruntime"
+    gpus = ("a100-40g", "a100-80g", "h100", "h200", "l40s", "rtx3090", "rtx4090", "rtx5090", "t4")
+    assert all("onnxruntime" in listed[name][1:] for name in gpus), "the default stays"
 
 
 def test_the_engine_says_what_it_is(engine: Path) -> None:
@@ -87,6 +89,38 @@ def test_an_engine_for_arm_is_built_and_refused_here(checkpoint: Path, tmp_path:
         Engine.load(out)
 
 
+@pytest.fixture(scope="module")
+def gpu_engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / "gpu"
+    return build(BuildRequest(checkpoint, out, target="a100", backend="onnxruntime", drift=False))
+
+
+def test_an_engine_for_gpus_says_what_it_needs(gpu_engine: Path) -> None:
+    found = inspection.inspect(gpu_engine)
+    assert found["target"]["isas"] == found["target"]["requires"]["isa"] == ["cuda"] and not found["target"]["requires"]["arch"]
+    assert {name for name in found["files"] if name.startswith("rank0/")} == {"rank0/model.onnx", "rank0/weights.safetensors"}
+    assert found["quantization"]["scheme"] == "w8a8" and found["quantization"]["kv_cache"] == "float16"
+    assert json.loads((gpu_engine / "selftest.json").read_text()), "computed by the meanings"
+
+
+def test_an_engine_for_gpus_needs_what_its_plan_says(gpu_engine: Path, checkpoint: Path) -> None:
+    manifest = read_manifest(gpu_engine)
+    context = min(2048, manifest.model.dimensions["max_position"])
+    one, two, *_ = plan(checkpoint, "a100", "int8", Load(1, context), backend="onnxruntime")["plan"]
+    assert one["needed_bytes"] == manifest.target.requires.memory_bytes and one["fits"]
+    assert "several ranks" in two["refused"]
+    token = one["kv_bytes"] // context
+    assert one["workspace_bytes"] > 8 * context * token, "8 sequences have a place for the longest one, running or not"
+
+
+def test_a_host_without_the_provider_is_told(gpu_engine: Path) -> None:
+    message = r"^engine: this host cannot run the engine built for a100-40g: found ONNX Runtime with .*CPUExecutionProvider, "
+    with pytest.raises(
+        EngineError, match=message + r"expected CUDAExecutionProvider of onnxruntime-gpu 1\.31 or later; uninst"
+    ):
+        Engine.load(gpu_engine)
+
+
 def test_int8_is_as_accurate_as_the_kernels_of_tvm(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -114,7 +148,17 @@ def test_int8_is_as_accurate_as_the_kernels_of_tvm(tmp_path: Path) -> None:
             r"^backend: onnxruntime cannot build this for cpu: found weights int4 .*; use --backend tvm or torchscript\.$",
         ),
         ({"target": "cpux2"}, r"found several ranks, where ONNX Runtime runs in one process; use --backend tvm\.$"),
-        ({"target": "a100x1"}, r"^backend: backend for a100-40g: found onnxruntime, expected triton\b.*; see"),
+        ({"target": "a100x2"}, r"found several ranks, where ONNX Runtime runs in one process; use --backend triton\.$"),
+        (
+            {"target": "a100", "quantization": "int4"},
+            r"for a100-40g: found weights int4 in groups of .*; choose another --quant",
+        ),
+        ({"target": "a100", "isas": ("sm_80",)}, r"^target: instruction set of a100-40g: found sm_80, expected cuda\.$"),
+        (
+            {"target": "h100", "kv_cache": "float32"},
+            r"^kv cache: type under ONNX Runtime on h100: found float32, expected float16; use --kv-cache float16\.$",
+        ),
+        ({"kv_cache": "float16"}, r"^kv cache: type under ONNX Runtime on cpu: found float16, expected float32; use --kv-ca"),
         ({"target": "arm64x2"}, r"^target: ranks of arm64: found 2, expected 1 to 1\.$"),
         ({"target": "arm64", "backend": "tvm"}, r"^backend: backend for arm64: found tvm, expected onnxruntime\b.*; see"),
         (

@@ -44,7 +44,7 @@ def test_devices_with_a_compute_capability_that_tensorrt_knows() -> None:
     backend = backends.get("tensorrt")
     served = {device["name"]: device["backends"] for device in targets.listing() if "tensorrt" in device["backends"]}
     assert served.keys() >= {"a100-40g", "l40s", "rtx3090", "rtx4090", "rtx5090", "t4"} and not served.keys() & {"cpu", "h100"}
-    assert served["t4"] == ["tensorrt"] and served["a100-40g"][0] == "triton", "the default of a device stays"
+    assert served["t4"][0] == "tensorrt" and served["a100-40g"][0] == "triton", "the default of a device stays"
     assert backend.isas(targets.parse("rtx5090").device) == ("sm_120",)
 
 
@@ -82,7 +82,7 @@ def test_16_bits_are_float16(checkpoint: Path, tmp_path: Path) -> None:
         (
             {"target": "a100"},
             r"^backend: tensorrt cannot build this for a100-40g: found a scale for the activations of each token, .*: add "
-            r"static to --methods, or take int8-accurate, .*; use --backend triton\.$",
+            r"static to --methods, or take int8-accurate, .*; use --backend triton or onnxruntime\.$",
         ),
         ({"quantization": "int4"}, r"found weights int4 in groups of 128 inputs, int8 embedding and head, where Ten"),
         ({"target": "rtx4090x2", "quantization": "none"}, r"found several ranks, where TensorRT for RTX runs on one GPU"),
