@@ -19,7 +19,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.lazy import has_rows, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.passes.quantization.weights import quantize_groups, rounded_weight
+from belle_compile.passes.quantization.weights import rounded_weight
 from belle_compile.runtime.artifact import GenerationDefaults
 
 Array = npt.NDArray[Any]
@@ -196,9 +196,3 @@ def chunks(tensor: ir.TensorProtocol, order: Order | None = None) -> Iterator[Ar
     step = max(1, _CHUNK_BYTES // (4 * shape[1]))
     for start in range(0, shape[0], step):
         yield read_rows(tensor, start, min(start + step, shape[0]))
-
-
-def nearest_integers(rows: Array, name: str, block: int) -> tuple[Array, Array]:
-    """int8 integers [N, K] nearest to the rows of a float matrix, and float16 scales [N, G] of `block` inputs with the least
-    squared error. Raises CompileError where the matrix `name` holds NaN, infinity or a value too large for such a scale."""
-    return quantize_groups(rows, name, block, bits=8)

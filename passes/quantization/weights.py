@@ -71,8 +71,8 @@ def _rounding_error(weight: ir.Value) -> RoundingError | None:
     return RoundingError(before) if before is not None and has_integers(before) else None
 
 
-def _measured(integers: ir.LazyTensor, error: RoundingError | None, both: Shared, group: int | None) -> None:
-    """Let a tensor of integers tell its error."""
+def _measured(integers: ir.TensorProtocol, error: RoundingError | None, both: Shared, group: int | None) -> None:
+    """Let a tensor tell the error of the integers `both[0]` with scales `both[1]`."""
     if error is not None:
         error.rounded = lambda: product(torch.tensor(both[0]), torch.tensor(both[1]), group).numpy()
         integers.meta[ROUNDING_ERROR] = error
@@ -89,6 +89,25 @@ def rounded_weight(weight: ir.Value) -> tuple[ir.TensorProtocol, ir.TensorProtoc
     scales_shape, dtype = (tuple(both[1].shape), ir.DataType.FLOAT16) if grouped else (shape[:1], ir.DataType.FLOAT)
     integers = lazy(f"{weight.name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source])
     scales = lazy(f"{weight.name}.scales", lambda: both[1], scales_shape, dtype, step="scales", sources=[source])
+    group = -(-shape[1] // scales_shape[1]) if grouped else None
+    _measured(source, _rounding_error(weight), both, group)
+    return integers, scales
+
+
+def nearest_blocks(
+    rows: npt.NDArray[np.float32], weight: ir.TensorProtocol, start: int, block: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """int8 integers [n, K] nearest to the rows from `start` on of a float matrix, in any order of its rows, and float16 scales
+    [n, G] of `block` inputs with the least squared error.
+
+    If a checkpoint holds the matrix as integers, the tensor `weight` tells the error afterwards. Raises CompileError where the
+    rows hold NaN, infinity or a value too large for such a scale.
+    """
+    if has_integers(weight):
+        weight.meta.setdefault(ROUNDING_ERROR, RoundingError(weight))
+    integers, scales = quantize_groups(rows, str(weight.name), block, bits=8)
+    if error := weight.meta.get(ROUNDING_ERROR):
+        error.add(start, rows, product(torch.from_numpy(integers), torch.from_numpy(scales), block).numpy())
     return integers, scales
 
 
