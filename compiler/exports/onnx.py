@@ -38,9 +38,9 @@ class Onnx(Format):
         genai_model(model.graph)
 
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-        from belle_compile.compiler.backends.onnx.genai import genai_folder
+        from belle_compile.compiler.backends.onnx.genai import NOT_CARRIED, genai_folder
         from belle_compile.compiler.exports.release import text_files, tokenizer_notes
-        from belle_compile.runtime.artifact import SpecialTokens
+        from belle_compile.runtime.artifact import GenerationDefaults, SpecialTokens
 
         special = model.special
         tokens = SpecialTokens(
@@ -51,6 +51,8 @@ class Onnx(Format):
             engine_weights=model.copied, on_progress=on_progress,
         )  # fmt: skip
         notes = [*tokenizer_notes(model.tokenizer_json, self.runtimes), *_splitting_notes(model.tokenizer_json)]
+        if lost := [name for name in NOT_CARRIED if getattr(model.generation, name) != getattr(GenerationDefaults(), name)]:
+            notes.append(f"ONNX Runtime GenAI has no setting for {', '.join(lost)}: they are in generation_config.json only")
         return {"weights": files, "notes": notes}
 
     def stored_bytes(self, model: ExportedModel) -> int:

@@ -24,6 +24,7 @@ from belle_compile.runtime.executors.onnxruntime_sizes import MODEL_NAME
 from belle_compile.runtime.program import WEIGHTS_NAME
 
 CONFIG_NAME = "genai_config.json"
+NOT_CARRIED = ("min_p", "min_tokens", "stop")  # generation defaults that GenAI has no setting for
 # The kind of model by which GenAI chooses its code: that of models with these inputs and outputs, of any architecture.
 _TYPE = "llama"
 _BLOCK = 8 << 20  # bytes that are copied at a time

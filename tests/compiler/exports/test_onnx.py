@@ -193,8 +193,10 @@ def test_the_gate_refuses_an_export_that_misses_it(tmp_path: Path, monkeypatch: 
     assert not [path for path in tmp_path.iterdir() if "-onnx-" in path.name and path.name[0] != "."]
 
 
-def test_a_tokenizer_that_genai_cannot_read_is_noted(tmp_path: Path) -> None:
-    record = driver.export(ExportRequest(FIXTURE, tmp_path / "out", "onnx"))
+def test_what_genai_cannot_read_is_noted(tmp_path: Path) -> None:
+    """BLOOM's way to split texts, and generation defaults that it has no settings for."""
+    record = driver.export(ExportRequest(FIXTURE, tmp_path / "out", "onnx", generation=("min_p=0.1", 'stop=["x"]')))
+    assert "ONNX Runtime GenAI has no setting for min_p, stop: they are in generation_config.json only" in record["notes"]
     assert any("does not know the expression by which this one splits texts: give it token ids" in x for x in record["notes"])
 
 
