@@ -43,7 +43,7 @@ def open_engine(engine: Path, job: ExportJob) -> EngineSource:
     family = registry.by_name(manifest.model.family, engine)
     verify_files(engine, manifest, full=True, progress=lambda file, done, total: job.progress("digest")(done, total))
     graph = graph_without_values(engine, manifest, STAGE) if reader is None else graph_of(engine, manifest, reader)
-    transform_engine(graph, job.format)
+    transform_engine(graph, job.format, recipe_of_engine(manifest))
     special, template = manifest.special_tokens, manifest.prompt_template
     dtype = job.format.default_dtype or "float16"
     model = ExportedModel(

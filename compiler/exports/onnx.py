@@ -79,8 +79,8 @@ def _splitting_notes(tokenizer_json: str) -> list[str]:
 
     step = json.loads(tokenizer_json).get("pre_tokenizer") or {}
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
-    patterns = [step["pattern"].get("Regex", LLAMA3_SPLIT) for step in steps if step.get("type") == "Split"]
-    if all(pattern == LLAMA3_SPLIT for pattern in patterns):
+    expressions = {step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"}
+    if expressions <= {None, LLAMA3_SPLIT}:  # None is a text that is no expression
         return []
     return [
         "ONNX Runtime GenAI's own tokenizer does not know the expression by which this one splits texts: give it token ids, as "

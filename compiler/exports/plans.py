@@ -57,10 +57,10 @@ def plan_of(job: ExportJob, model: ExportedModel) -> Plan:
     return Plan(passes, words, (note,) if tied else ())
 
 
-def transform_engine(graph: ir.Model, format: Format) -> None:
-    """Run the passes on the quantized graph of an engine, which is not fused."""
+def transform_engine(graph: ir.Model, format: Format, recipe: Recipe) -> None:
+    """Run the passes on the quantized graph of an engine with that recipe, which is not fused."""
     if format.backend is not None:
-        run_pipeline(graph, carried(FUSION, format.backend, Recipe())[1])
+        run_pipeline(graph, carried(FUSION, format.backend, recipe)[1])
 
 
 def _of_backend(backend: Backend, recipe: Recipe, data: CalibrationData | None) -> tuple[Pass, ...]:

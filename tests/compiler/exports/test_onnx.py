@@ -60,6 +60,15 @@ def test_logits_are_those_of_transformers(builder: Builder, variant: str, tmp_pa
     assert relative_error(np.concatenate(logits), hf_step_logits(source, steps)) < 1e-5
 
 
+def test_the_worker_gives_the_logits_of_whole_sequences(builder: Builder, tmp_path: Path) -> None:  # noqa: F811
+    source, out = builder.checkpoint("llama_gqa"), tmp_path / "out"
+    driver.export(ExportRequest(source, out, "onnx", quantization="none"))
+    with ONNX_RUNTIME.start(out, 21, None) as running:
+        for count in (21, 5):
+            ids = random_ids(source, count)
+            assert relative_error(running.logits(ids), hf_step_logits(source, [ids])) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
     """A checkpoint, its export with the default preset, and the record of that."""
