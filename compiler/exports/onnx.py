@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler.backends.onnxruntime import OnnxRuntimeBackend
-from belle_compile.compiler.exports.base import Carries, Format
+from belle_compile.compiler.exports.base import CHANNEL, Carries, Format
 from belle_compile.passes.presets import METHODS
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Onnx(Format):
     integers = True
     backend = _BACKEND
     quantizes_tables = True
+    granularities = (CHANNEL,)
     default_dtype = "float32"
     carries = Carries(methods=frozenset(METHODS), refuses=_BACKEND.recipe_refusal)
 
