@@ -1,12 +1,14 @@
 """Exports in the runtimes that they are for, beside each runtime's own quantizer: teacher-forced against float32.
 
-    python -m benchmarks.exports --vllm PYTHON --compressor PYTHON --llama PYTHON [--model smollm2-135m] [--only NAME ...]
+    python -m benchmarks.exports --vllm PYTHON --compressor PYTHON --llama PYTHON --genai PYTHON [--model MODEL]
+                                   [--only NAME ...]
     python -m benchmarks.exports --table      # the table of docs/accuracy.md, from the results
 
 PYTHON are interpreters of environments of their own, in which vLLM's CPU build, llm-compressor and llama-cpp-python are
 installed (see benchmarks/peers/README.md). Exports are made once, under build/exports, and measured on text that no calibration
 saw. vLLM's own quantizer is llm-compressor, to W8A8: rounded to nearest, and with the recipe of its examples, calibrated with
-the same requests as ours. llama.cpp's is its Q8_0. Exports of a model with the dimensions of BLOOM-1b1 and random weights show
+the same requests as ours. llama.cpp's is its Q8_0, and that of ONNX Runtime GenAI the int8 of its model builder
+(benchmarks/genai_own.py). Exports of a model with the dimensions of BLOOM-1b1 and random weights show
 that such files load and answer, and nothing about accuracy. Results of earlier runs stay in exports.json unless they are
 measured again. The machine may be busy: nothing is timed.
 """
@@ -31,9 +33,10 @@ from transformers import AutoModelForCausalLM
 from belle_compile.compiler.accuracy import Comparison
 from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
-from belle_compile.compiler.exports.runtimes import LLAMA_CPP, VLLM, ForeignRuntime, RunningRuntime
+from belle_compile.compiler.exports.runtimes import GENAI, LLAMA_CPP, VLLM, ForeignRuntime, RunningRuntime
 from benchmarks import checkpoints, machine
 from benchmarks.fetch_smollm2 import fetch
+from benchmarks.genai_own import own_int8
 from benchmarks.peers.convert import FILE_TYPES, QUANTIZE
 from benchmarks.text import windows
 
@@ -76,6 +79,13 @@ ROWS = (
     Row(
         "llama.cpp-channels", "ours, calibrated, scales of channels", LLAMA_CPP, "gguf",
         {"calibrated": True, "granularity": "channel"},
+    ),
+    Row("genai-own", "GenAI's int8, float32 embedding", GENAI, "onnx", None),
+    Row("genai-nearest", "ours, without calibration; head of its own", GENAI, "onnx", {}),
+    Row("genai", "**ours, calibrated**; head of its own", GENAI, "onnx", {"calibrated": True}),
+    Row(
+        "genai-accurate", "ours, calibrated, `int8-accurate`; head of its own", GENAI, "onnx",
+        {"calibrated": True, "quantization": "int8-accurate"},
     ),
     Row("vllm-random", "ours, without calibration", VLLM, "compressed-tensors", {}, (RANDOM,)),
     Row("llama.cpp-random", "ours, without calibration", LLAMA_CPP, "gguf", {}, (RANDOM,)),
@@ -126,7 +136,7 @@ def made(row: Row, source: Source, quantizers: dict[str, Path]) -> Path:
     if out.exists():
         return out
     if row.options is None:
-        return _OWN[row.runtime.title](row, source, out, quantizers[row.runtime.title])
+        return OWN[row.runtime.title](row, source, out, quantizers[row.runtime.title])
     options = {key: value for key, value in row.options.items() if key != "calibrated"}
     if "calibrated" in row.options:
         options |= {"calibration": source.requests(), "gate": None}
@@ -154,11 +164,20 @@ def _own_q8_0(row: Row, source: Source, out: Path, llama: Path) -> Path:
     return out
 
 
-_OWN: dict[str, Callable[[Row, Source, Path, Path], Path]] = {VLLM.title: _own_w8a8, LLAMA_CPP.title: _own_q8_0}
+def _own_int8(row: Row, source: Source, out: Path, genai: Path) -> Path:
+    """GenAI's int8 of the float32 model."""
+    return own_int8(source.path, out, genai)
+
+
+OWN: dict[str, Callable[[Row, Source, Path, Path], Path]] = {
+    VLLM.title: _own_w8a8,
+    LLAMA_CPP.title: _own_q8_0,
+    GENAI.title: _own_int8,
+}
 
 
 def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".data"))
 
 
 def compared(source: Source, reference: Sequence[npt.NDArray[np.float32]], running: RunningRuntime) -> dict[str, Any]:
@@ -229,11 +248,12 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, default=Path(sys.executable), metavar="PYTHON")
     parser.add_argument("--compressor", type=Path, default=Path(sys.executable), metavar="PYTHON")
     parser.add_argument("--llama", type=Path, default=Path(sys.executable), metavar="PYTHON")
+    parser.add_argument("--genai", type=Path, default=Path(sys.executable), metavar="PYTHON")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--model", action="append", choices=list(PROMPT))
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
     arguments = parser.parse_args()
-    pythons = {VLLM.title: arguments.vllm, LLAMA_CPP.title: arguments.llama}
+    pythons = {VLLM.title: arguments.vllm, LLAMA_CPP.title: arguments.llama, GENAI.title: arguments.genai}
     quantizers = pythons | {VLLM.title: arguments.compressor}
     if arguments.table:
         print(table(stored()))

@@ -10,13 +10,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-import numpy as np
-
-from belle_compile.compiler.backends.base import Array, PackedTensor, Payload, tensor_bytes
+from belle_compile.compiler.backends.base import PackedTensor, Payload, tensor_bytes
+from belle_compile.compiler.backends.packed import packed_bytes
 from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.engine_directory import output_directory
-from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.lazy import wholes_kept
 from belle_compile.compiler.temporary import TemporaryFiles
 from belle_compile.runtime.artifact import MANIFEST_NAME, FileRecord, Manifest, manifest_text, read_manifest
@@ -28,7 +26,6 @@ GRAPH_NAME = "graph.onnx"  # the quantized graph before it is divided among rank
 # Bytes that one system call writes, at multiples of this size: the file cache then holds them in contiguous pages, which are
 # mapped as huge pages.
 _CHUNK = 8 << 20
-_CHECKED = 1 << 20  # values that are checked at once
 
 
 class EngineWriter:
@@ -83,14 +80,7 @@ class EngineWriter:
 
             def write(tensor: PackedTensor) -> None:
                 assert tensor is next(expected), f"{tensor.name} is not next in the header of {path}"
-                array = np.ascontiguousarray(tensor.pack())
-                if (array.dtype.name, array.shape) != (tensor.dtype, tuple(tensor.shape)):
-                    raise AssertionError(
-                        f"{tensor.name} was announced as {tensor.dtype}{list(tensor.shape)} and packed as "
-                        f"{array.dtype.name}{list(array.shape)}"
-                    )
-                _require_finite(tensor.name, array)
-                file.write(array.reshape(-1).view(np.uint8).data)
+                file.write(packed_bytes(tensor))
 
             yield write
         self.files[path] = file.entry()
@@ -143,19 +133,6 @@ def _write_weights(writer: EngineWriter, ranks: Sequence[Payload], on_progress: 
                         write(tensor)
                         done += tensor_bytes(tensor)
                         on_progress(done, total)
-
-
-def _require_finite(name: str, array: Array) -> None:
-    """Raise CompileError where a tensor holds NaN or infinity, which every answer of the engine would have."""
-    values = array.reshape(-1)
-    if array.dtype.kind in "iub":
-        return
-    for start in range(0, len(values), _CHECKED):
-        finite = np.isfinite(values[start : start + _CHECKED])
-        if not finite.all():
-            row = (start + int(np.argmin(finite))) // (array.shape[-1] if array.ndim > 1 else len(values))
-            place = f" in row {row}" if array.ndim > 1 else ""
-            raise CompileError("write", f"tensor {name}", found=f"NaN or infinity{place}", expected="finite weights")
 
 
 class _File:

@@ -75,6 +75,7 @@ _DRIVERS = (
     "engine_graph",
     "exports/driver",
     "exports/model",
+    "exports/plans",
     "integers",
     "layers",
     "plan/work",

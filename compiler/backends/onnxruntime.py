@@ -116,9 +116,13 @@ class OnnxRuntimeBackend(Backend):
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:
             return "several ranks, where ONNX Runtime runs in one process"
+        return self.recipe_refusal(recipe) or super().refusal(target, recipe)
+
+    def recipe_refusal(self, recipe: Recipe) -> str:
+        """The reason, as a phrase, why a recipe has no translation into standard ONNX; empty if it has one."""
         if recipe.weights.group is not None:
             return f"weights {recipe.weights}, for which ONNX Runtime has no kernels with integer activations"
-        return super().refusal(target, recipe)
+        return ""
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         provider = self._provider(target, kv_cache)

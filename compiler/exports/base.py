@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
+    from belle_compile.compiler.backends import Backend
     from belle_compile.compiler.exports.model import ExportedModel
     from belle_compile.compiler.exports.runtimes import ForeignRuntime
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # Which weights of a linear share a scale: those of an output channel, as in engines, or neighbouring ones of it.
 CHANNEL, BLOCK = "channel", "block"
 GRANULARITIES: Mapping[str, WeightScheme] = {CHANNEL: INT8, BLOCK: INT8_BLOCKS}
+# Options that not every format takes, by their fields of `ExportRequest`.
+OPTIONS: Mapping[str, str] = {"keep_tied": "--keep-tied or --untie", "dtype": "--dtype"}
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,22 @@ class Carries:
     """What the files of a format can hold.
 
     `methods` are those of passes.presets whose results can be stored. `weights` and `activation_bits` are those of recipes that
-    the format's runtimes compute as the recipe says (None: any, because the format stores no integers). `reasons` say why
-    another method cannot be carried, as a phrase, and `substitutes` which methods take its place in a preset.
+    the format's runtimes compute as the recipe says (None: any). `refuses` gives the reason, as a phrase, why a recipe cannot
+    be carried for what these do not say (empty: it can). `reasons` say why another method cannot be carried, and `substitutes`
+    which methods take its place in a preset.
     """
 
     methods: frozenset[str]
     weights: WeightScheme | None = None
     activation_bits: int | None = None
+    refuses: Callable[[Recipe], str] = lambda recipe: ""
     reasons: Mapping[str, str] = field(default_factory=dict)
     substitutes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def refusal(self, recipe: Recipe) -> str:
         """The reason, as a phrase, why a recipe cannot be exported; empty if it can. Methods are those that were asked for."""
+        if reason := self.refuses(recipe):
+            return reason
         if self.weights is not None and recipe.weights != self.weights:
             return f"{recipe.weights} weights, and the format holds {self.weights}"
         if self.activation_bits is not None and recipe.activation_bits != self.activation_bits:
@@ -65,12 +72,14 @@ class Carries:
 class Format(ABC):
     """A kind of checkpoint of other runtimes. `summary` is for the command line's help, and `runtimes` names who loads it.
 
-    With `integers`, linears have INT8 weights; `quantizes_tables` says whether the embedding and the head have too.
-    `granularities` are those of the weights' scales that the format holds, keys of `GRANULARITIES`; the first is the default.
-    `default_dtype` is the type of tensors that keep floats (empty: 16 bits, as the checkpoint
-    has them). `activations` are the record's words on how runtimes round activations (empty: as the recipe says).
-    `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight of its own where the
-    residual stream is rotated).
+    `backend` is the one whose builds make the graph that the format is written from, and whose engines hold the same weights as
+    a file; None for a format that stores the modules of a graph which still has its model's architecture. With `integers`,
+    linears have INT8 weights; `quantizes_tables` says whether the embedding and the head have too. `granularities` are those of
+    the weights' scales that the format holds, keys of `GRANULARITIES`; the first is the default. `options` are the fields of
+    `ExportRequest` among `OPTIONS` that the format takes. `default_dtype` is the type of tensors that keep floats (empty: 16
+    bits, as the checkpoint has them). `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight
+    of its own where the residual stream is rotated). `activations` are the record's words on how runtimes round activations
+    (empty: as the recipe says).
     """
 
     name: str
@@ -78,37 +87,48 @@ class Format(ABC):
     runtimes: str
     carries: Carries
     integers: bool
+    backend: Backend | None = None
     quantizes_tables: bool = False
     granularities: tuple[str, ...] = ()
+    options: frozenset[str] = frozenset()
     default_dtype: str = ""
     keeps_tied: str = ""
     activations: str = ""
 
     @abstractmethod
     def check_model(self, model: ExportedModel) -> None:
-        """Raise CompileError for a model, not quantized yet, that the format or its runtimes have no place for."""
+        """Raise CompileError for a model that the format or its runtimes have no place for: one of a checkpoint before it is
+        transformed, or one of an engine."""
 
     @abstractmethod
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Write the files of a model into `folder`; returns the names of files with `weights`,
-        and `notes`. `on_progress` is called with the bytes of weights written so far and in all. The model is
-        one that `check_model` accepts."""
+        """Write the files of a transformed model into `folder`; returns the names of files with `weights`, and `notes`.
+        `on_progress` is called with the bytes of weights written so far and in all."""
 
     @abstractmethod
     def stored_bytes(self, model: ExportedModel) -> int:
-        """The bytes that the weights of a model take on disk."""
+        """The bytes that the weights of a transformed model take on disk."""
 
     def runtime(self) -> ForeignRuntime | None:
         """The runtime that the gate runs an export in; None for a format that is for looking at."""
         return None
 
-    def read_back(self, folder: Path) -> ir.Model:
-        """The float32 graph that the files of an export stand for, for a format with a runtime."""
-        raise NotImplementedError
+    def stand_in(self) -> ForeignRuntime | None:
+        """A runtime of this environment that computes what `runtime` does, for hosts without that; None if there is none."""
+        return None
 
-    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
-        """An input [tokens, width] of a linear of `read_back`'s graph as the format's runtime rounds it, for such a format."""
-        raise NotImplementedError
+    def simulation(self, folder: Path) -> Simulation | None:
+        """The arithmetic of the format's runtime on the files of an export; None where it can only be run."""
+        return None
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The arithmetic of a runtime: the float32 `graph` that the files of an export stand for, and `on_linear`, which returns an
+    input [tokens, width] of a linear of that graph as the runtime rounds it."""
+
+    graph: ir.Model
+    on_linear: Callable[[ir.Node, Tensor], Tensor]
 
 
 _FORMATS: dict[str, Format] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.compiler.exports.base import CHANNEL, Carries, Format
+from belle_compile.compiler.exports.base import CHANNEL, Carries, Format, Simulation
 from belle_compile.passes.presets import INT8
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class CompressedTensors(Format):
     runtimes = "vLLM, SGLang"
     integers = True
     granularities = (CHANNEL,)
+    options = frozenset({"keep_tied", "dtype"})
     keeps_tied = "without the online rotation, SmoothQuant alone loses less, and a second table costs memory"
     carries = Carries(
         methods=frozenset({"smooth", "rotate", "gptq"}),
@@ -47,6 +48,7 @@ class CompressedTensors(Format):
 
     def check_model(self, model: ExportedModel) -> None:
         model.release.config(model.config)
+        model.check_head(self.name)
 
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         from belle_compile.compiler.exports.release import stored_tensors, tokenizer_notes, write_release
@@ -66,19 +68,20 @@ class CompressedTensors(Format):
 
         return VLLM
 
-    def read_back(self, folder: Path) -> ir.Model:
+    def simulation(self, folder: Path) -> Simulation:
         from belle_compile.compiler.exports.read_back import graph_of
 
-        return graph_of(folder)
+        return Simulation(graph_of(folder), _rounded_input)
 
-    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
-        """Each row is rounded to 8 bits with a scale of its own, or a scale and a zero point; the head reads floats."""
-        from belle_compile.compiler.exports.model import source_of
-        from belle_compile.compiler.ir.stream import quantized
 
-        if node.outputs[0].is_graph_output():
-            return x
-        return _rounded_from_zero_point(x) if source_of(node) in _ONE_SIDED else quantized(x, 8)
+def _rounded_input(node: ir.Node, x: Tensor) -> Tensor:
+    """Each row rounded to 8 bits with a scale of its own, or a scale and a zero point; the head reads floats."""
+    from belle_compile.compiler.exports.model import source_of
+    from belle_compile.compiler.ir.stream import quantized
+
+    if node.outputs[0].is_graph_output():
+        return x
+    return _rounded_from_zero_point(x) if source_of(node) in _ONE_SIDED else quantized(x, 8)
 
 
 def _rounded_from_zero_point(x: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
@@ -13,34 +13,23 @@ from belle_compile import __version__
 from belle_compile.compiler.calibration import Calibration, read_calibration
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
 from belle_compile.compiler.checkpoint.tensors import FLOAT_DTYPES
-from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.exports import from_engine, judging
-from belle_compile.compiler.exports.directory import STAGE, output_directory, write_record
-from belle_compile.compiler.exports.model import HEAD, ExportedModel, modules_of, release_of
+from belle_compile.compiler.exports.directory import output_directory, write_record
+from belle_compile.compiler.exports.model import HEAD, ExportedModel
+from belle_compile.compiler.exports.plans import plan_of
 from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, ExportRequest, resolve
 from belle_compile.compiler.families import build_graph, registry
 from belle_compile.compiler.integers import damage_record, integer_plan
 from belle_compile.compiler.places import checkpoint_name
 from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
-from belle_compile.passes.pipeline import export_passes_of, run_pipeline
-from belle_compile.passes.presets import INT8, UNQUANTIZED, manifest_words
+from belle_compile.passes.pipeline import run_pipeline
+from belle_compile.passes.presets import UNQUANTIZED, manifest_words
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.schema import to_plain
 
-if TYPE_CHECKING:
-    from belle_compile.passes.base import Pass
-
-_ROTATE = "rotate"
 _SPARE_BYTES = 32 << 20  # tokenizer, configs, record
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The job as this checkpoint allows it, and whether the residual stream is rotated."""
-
-    job: ExportJob
-    residual: bool
 
 
 def export(request: ExportRequest) -> dict[str, Any]:
@@ -58,42 +47,36 @@ def export(request: ExportRequest) -> dict[str, Any]:
             request.source, template=request.template, reading=request.reading, generation=request.generation
         )
         graph = build_graph(checkpoint)
-        job.format.check_model(_model(job, checkpoint, graph))
+        source = _model(job, checkpoint, graph)
+        job.format.check_model(source)
         integers = integer_plan(graph, job.recipe if job.format.integers else UNQUANTIZED, request.methods)
         job = replace(job, recipe=integers.recipe) if job.format.integers else job
-        plan = _plan(job, checkpoint, graph)
-        job = plan.job
+        plan = plan_of(job, source)
         calibration = None
         if request.calibration is not None:
             calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         digests = checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
 
         job.begin("optimize")
-        transformed = graph.clone()
-        data = _calibration_data(job, calibration, digests, folder)
-        records = run_pipeline(transformed, _passes(plan, checkpoint, data))
-        model = _model(job, checkpoint, transformed)
-
-        job.begin("write")
-        directory.check_space(job.format.stored_bytes(model) + _SPARE_BYTES)
-        try:
-            facts = job.format.write(model, directory.path, job.progress("write"))
-        except OSError as error:
-            raise directory.explain(error) from error
+        model = replace(source, graph=graph.clone())
+        records = run_pipeline(model.graph, plan.passes(_calibration_data(job, calibration, digests, folder)))
+        facts = _write(job, model, directory)
         judged = judging.judge(job, directory.path, graph, calibration, folder)
         if request.gate is not None and judged.accuracy is not None:
             if misses := request.gate.misses(judged.accuracy):
                 raise judging.missed(judged, misses, kept_words(folder))
         notes = [
             *job.notes,
+            *plan.notes,
             *checkpoint.notes,
             *integers.notes,
             *(calibration.notes if calibration else ()),
             *facts["notes"],
             *_refusals(records),
         ]
-        words = _words(job, calibrated=calibration is not None, rotated=_rotated(plan))
-        damage = damage_record(transformed)
+        recipe = job.recipe if job.format.integers else UNQUANTIZED
+        words = {**manifest_words(recipe, calibration is not None), **plan.words}
+        damage = damage_record(model.graph)
         passes = [*records, *([to_plain(damage)] if damage else [])]
         record = _record(job, model, digests, words, passes) | {"notes": notes, "weights": facts["weights"]}
         record["accuracy"] = judged.to_plain(request.gate)
@@ -102,23 +85,14 @@ def export(request: ExportRequest) -> dict[str, Any]:
     return complete
 
 
-def _plan(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> _Plan:
-    """Decide whether the residual stream can be rotated, which gives a tied head a weight of its own."""
-    family = registry.by_name(checkpoint.family, checkpoint.path)
-    tied = family.read_config(checkpoint.config).tied_head
-    must_tie = release_of(family).tied_only.get(job.format.name, "")
-    if must_tie and not tied:
-        raise CompileError(
-            STAGE, f"format {job.format.name}", found=f"a head that is not the embedding in {checkpoint.path}",
-            expected=f"one that is, since {must_tie}", remedy="use another --format",
-        )  # fmt: skip
-    if _ROTATE not in job.recipe.methods or not tied:
-        return _Plan(job, residual=True)
-    asked = {None: job.format.keeps_tied, True: "--keep-tied asks for it", False: ""}[job.request.keep_tied]
-    if not (reason := must_tie or asked):
-        return _Plan(job, residual=True)
-    notes = [f"the residual stream is not rotated, because the head stays tied to the embedding: {reason}"]
-    return _Plan(replace(job, notes=(*job.notes, *notes)), residual=False)
+def _write(job: ExportJob, model: ExportedModel, directory: AtomicDirectory) -> dict[str, Any]:
+    """Write the files of a transformed model; returns what `Format.write` does."""
+    job.begin("write")
+    directory.check_space(job.format.stored_bytes(model) + _SPARE_BYTES)
+    try:
+        return job.format.write(model, directory.path, job.progress("write"))
+    except OSError as error:
+        raise directory.explain(error) from error
 
 
 def _calibration_data(
@@ -132,29 +106,12 @@ def _calibration_data(
     )
 
 
-def _passes(plan: _Plan, checkpoint: Checkpoint, data: CalibrationData | None) -> tuple[Pass, ...]:
-    format = plan.job.format
-    family = registry.by_name(checkpoint.family, checkpoint.path)
-    return export_passes_of(
-        plan.job.recipe,
-        data,
-        keep=() if format.quantizes_tables else (HEAD,),
-        norm=release_of(family).norm if plan.residual else "",
-        integers=format.integers and plan.job.recipe.weights == INT8,
-        tables=format.quantizes_tables,
-    )
-
-
 def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedModel:
-    family = registry.by_name(checkpoint.family, checkpoint.path)
-    modules, tied = modules_of(graph.graph, release_of(family))
     return ExportedModel(
         name=checkpoint_name(checkpoint.path),
-        family=family,
-        config=checkpoint.config,
-        dimensions=family.read_config(checkpoint.config),
-        modules=modules,
-        tied_head=tied,
+        family=registry.by_name(checkpoint.family, checkpoint.path),
+        graph=graph,
+        stated=checkpoint.config,
         float_dtype=_float_dtype(job, checkpoint),
         tokenizer_json=checkpoint.tokenizer_json,
         special=checkpoint.special,
@@ -178,15 +135,11 @@ def _export_engine(job: ExportJob) -> dict[str, Any]:
         job.begin("open")
         source = from_engine.open_engine(engine, job)
         model, manifest = source.model, source.manifest
-        job.begin("write")
-        directory.check_space(job.format.stored_bytes(model) + _SPARE_BYTES)
-        try:
-            facts = job.format.write(model, directory.path, job.progress("write"))
-        except OSError as error:
-            raise directory.explain(error) from error
+        facts = _write(job, model, directory)
         digests = {name: file.sha256 for name, file in manifest.files.items()}
         own = {"activations": job.format.activations} if job.format.activations else {}
-        record = _record(job, model, digests, dict(manifest.quantization) | own, to_plain(manifest.passes))
+        words = {key: value for key, value in manifest.quantization.items() if key != "kv_cache"}  # which its runtime chooses
+        record = _record(job, model, digests, words | own, to_plain(manifest.passes))
         record |= {
             "notes": [*job.notes, *facts["notes"]],
             "weights": facts["weights"],
@@ -202,29 +155,15 @@ def _refusals(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{record['name']}: {reason}" for record in records for reason in record["refusals"] if HEAD not in reason]
 
 
-def _rotated(plan: _Plan) -> str:
-    """What is rotated, in words; empty where nothing is."""
-    if _ROTATE not in plan.job.recipe.methods:
-        return ""
-    return "residual stream and values" if plan.residual else "values"
-
-
-def _words(job: ExportJob, *, calibrated: bool, rotated: str) -> dict[str, Any]:
-    """The entries on weights, activations and methods."""
-    words = manifest_words(job.recipe if job.format.integers else UNQUANTIZED, calibrated)
-    words |= {"activations": job.format.activations} if job.format.activations else {}
-    return words | ({"rotations": f"{rotated}, folded into the weights"} if rotated else {})
-
-
 def _record(
     job: ExportJob, model: ExportedModel, digests: Mapping[str, str], words: Mapping[str, Any], passes: Sequence[Any]
 ) -> dict[str, Any]:
     """The record of an export, without notes, weights and accuracy."""
-    dimensions = {key: int(value) for key, value in model.dimensions.metadata.items() if value.isdecimal()}
+    source = {"family": model.family.name, "name": model.name, "source_digests": dict(digests), "dimensions": model.facts}
     return {
         "format": job.format.name,
         "runtimes": job.format.runtimes,
-        "model": {"family": model.family.name, "name": model.name, "source_digests": dict(digests), "dimensions": dimensions},
+        "model": source,
         "quantization": dict(words),
         "float_dtype": model.float_dtype,
         "head": "tied to the embedding" if model.tied_head else "of its own",

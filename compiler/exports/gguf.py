@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from belle_compile.compiler.exports.base import BLOCK, CHANNEL, Carries, Format
+from belle_compile.compiler.exports.base import BLOCK, CHANNEL, Carries, Format, Simulation
 from belle_compile.passes.presets import BLOCK as Q8_0_BLOCK
 from belle_compile.passes.presets import INT8
 
@@ -28,6 +28,7 @@ class Gguf(Format):
     summary = "Q8_0 for llama.cpp"
     runtimes = "llama.cpp"
     integers = True
+    options = frozenset({"keep_tied", "dtype"})
     quantizes_tables = True
     granularities = (BLOCK, CHANNEL)
     default_dtype = "float32"
@@ -48,6 +49,7 @@ class Gguf(Format):
         from belle_compile.compiler.exports.gguf_file import check_model
 
         check_model(model)
+        model.check_head(self.name)
 
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         from belle_compile.compiler.exports.gguf_file import write_gguf
@@ -66,14 +68,15 @@ class Gguf(Format):
 
         return LLAMA_CPP
 
-    def read_back(self, folder: Path) -> ir.Model:
+    def simulation(self, folder: Path) -> Simulation:
         from belle_compile.compiler.checkpoint import open_checkpoint
         from belle_compile.compiler.families import build_graph
 
-        return build_graph(open_checkpoint(folder))
+        return Simulation(build_graph(open_checkpoint(folder)), _rounded_input)
 
-    def simulated_input(self, node: ir.Node, x: Tensor) -> Tensor:
-        """Blocks of 32 neighbours are rounded to 8 bits with a float16 scale each."""
-        from belle_compile.compiler.ir.stream import rounded_blocks
 
-        return rounded_blocks(x, Q8_0_BLOCK)
+def _rounded_input(node: ir.Node, x: Tensor) -> Tensor:
+    """Blocks of 32 neighbours rounded to 8 bits with a float16 scale each."""
+    from belle_compile.compiler.ir.stream import rounded_blocks
+
+    return rounded_blocks(x, Q8_0_BLOCK)

@@ -13,9 +13,11 @@ import torch
 from belle_compile.compiler.accuracy import Accuracy, Comparison, Sample
 from belle_compile.compiler.calibration import Calibration
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports.base import Simulation
 from belle_compile.compiler.exports.request import ExportJob
+from belle_compile.compiler.exports.runtimes import ForeignRuntime, RunningRuntime
 from belle_compile.compiler.gate import FEW_REQUESTS, Gate
-from belle_compile.compiler.ir.stream import ActivationStream, OnLinear
+from belle_compile.compiler.ir.stream import ActivationStream
 
 Logits = Callable[[int], torch.Tensor]  # the logits of the sequence with this number
 
@@ -39,7 +41,8 @@ class Judgement:
 def judge(job: ExportJob, exported: Path, graph: ir.Model, calibration: Calibration | None, folder: Path) -> Judgement:
     """Compare the export in the folder `exported` with the float32 `graph` of its checkpoint on held-out requests.
 
-    It runs in the format's runtime. Where that is not installed, the files are read back and their arithmetic is simulated.
+    It runs in the format's runtime. Where that is not installed, another one takes its place, or the arithmetic is simulated on
+    the files' weights, as the format allows.
     Raises CompileError if the runtime cannot run it.
     """
     runtime, request = job.format.runtime(), job.request
@@ -50,20 +53,27 @@ def judge(job: ExportJob, exported: Path, graph: ir.Model, calibration: Calibrat
     if calibration is None:
         return Judgement(None, f"not measured, and not run in {runtime.title}, since that needs requests")
     job.begin("gate")
-    sequences = [sample.tokens for sample in calibration.holdout]
-    version = runtime.version(request.runtime_python)
-    if version:
-        with runtime.start(exported, max(map(len, sequences)), request.runtime_python) as running:
-            how = f"run in {runtime.title} {version}"
-            return Judgement(
-                _compared(
-                    graph, calibration.holdout, lambda i: torch.from_numpy(running.logits(sequences[i]).copy()), folder, job
-                ),
-                how,
-            )
-    simulated = simulate(job.format.read_back(exported), sequences, folder / "simulated", job.format.simulated_input)
-    how = f"not run in {runtime.title}, which is not installed here; its arithmetic was simulated on the files' weights"
-    return Judgement(_compared(graph, calibration.holdout, simulated, folder, job), how)
+    samples = calibration.holdout
+    sequences = [sample.tokens for sample in samples]
+
+    def run(runtime: ForeignRuntime, python: Path | None, how: str) -> Judgement:
+        with runtime.start(exported, max(map(len, sequences)), python) as running:
+            return Judgement(_compared(graph, samples, _logits_of(running, sequences), folder, job), how)
+
+    if version := runtime.version(request.runtime_python):
+        return run(runtime, request.runtime_python, f"run in {runtime.title} {version}")
+    absent = f"not run in {runtime.title}, which is not installed here"
+    if (stand_in := job.format.stand_in()) is not None and (version := stand_in.version(None)):
+        return run(stand_in, None, f"{absent}; run in {stand_in.title} {version}")
+    if (simulation := job.format.simulation(exported)) is None:
+        return Judgement(None, f"not measured, since it was {absent}")
+    simulated = simulate(simulation, sequences, folder / "simulated")
+    how = f"{absent}; its arithmetic was simulated on the files' weights"
+    return Judgement(_compared(graph, samples, simulated, folder, job), how)
+
+
+def _logits_of(running: RunningRuntime, sequences: Sequence[Sequence[int]]) -> Logits:
+    return lambda number: torch.from_numpy(running.logits(sequences[number]).copy())
 
 
 def missed(judged: Judgement, misses: Sequence[tuple[str, str]], kept: str) -> CompileError:
@@ -84,10 +94,10 @@ def missed(judged: Judgement, misses: Sequence[tuple[str, str]], kept: str) -> C
     )
 
 
-def simulate(graph: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, on_linear: OnLinear) -> Logits:
-    """Run sequences through a float graph up to its last segment, with inputs of linears as `on_linear` returns them; returns a
+def simulate(simulation: Simulation, sequences: Sequence[Sequence[int]], folder: Path) -> Logits:
+    """Run sequences through a float graph up to its last segment, with inputs of linears as the runtime rounds them; returns a
     function that computes the logits of one sequence."""
-    stream = ActivationStream(graph, sequences, folder)
+    stream, on_linear = ActivationStream(simulation.graph, sequences, folder), simulation.on_linear
     last = len(stream.segments) - 1
     for number in range(last):
         stream.forward(number, stream.load(number), on_linear=on_linear)

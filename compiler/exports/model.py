@@ -1,9 +1,11 @@
-"""The modules of a transformed graph by their names in Transformers, and all else that an export is written from."""
+"""All that an export is written from: a graph, its modules by their names in Transformers, and what its source says besides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from belle_compile.compiler.exports.directory import STAGE
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.model_config import ModelConfig
 from belle_compile.compiler.families.release import Release
-from belle_compile.compiler.ir.lazy import has_rows, read_rows
+from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.quantization.weights import rounded_weight
@@ -77,45 +79,83 @@ class Module:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A transformed model: its modules in the order of the graph, and what its checkpoint says besides.
+    """A model before or after it is transformed: its graph, and all else that an export is written from.
 
-    `config` is a config.json in the keys of Transformers; `float_dtype` is the type of tensors that keep floats; `special`,
-    `template` and `generation` are those of `Checkpoint`. With `tied_head` the table of the embedding is the head's weight, and
-    `modules` has no head.
+    `stated` is the config.json of a checkpoint, in the keys of Transformers; None for an engine, whose graph says as much.
+    `float_dtype` is the type of tensors that keep floats; `special`, `template` and `generation` are those of `Checkpoint`.
+    With `float_tables`, modules have floats in place of the integers of embedding and head. `copied` is the file of an engine
+    that holds the weights as the format stores them; the tensors of `graph` have no values then.
     """
 
     name: str
     family: Family[Any]
-    config: Mapping[str, Any]
-    dimensions: ModelConfig
-    modules: tuple[Module, ...]
-    tied_head: bool
+    graph: ir.Model
+    stated: Mapping[str, Any] | None
     float_dtype: str
     tokenizer_json: str
     special: Mapping[str, Any]
     template: PromptTemplate
     generation: GenerationDefaults
+    float_tables: bool = False
+    copied: Path | None = None
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The dimensions by their names in the metadata of graphs and in manifests."""
+        return {key: int(value) for key, value in self.graph.metadata_props.items() if value.isdecimal()}
 
     @property
     def release(self) -> Release:
-        return release_of(self.family)
+        """The layout of the family's files in Transformers; raises CompileError for a family without one."""
+        if self.family.release is None:
+            found = "no layout of its files"
+            raise CompileError(STAGE, f"family {self.family.title}", found=found, remedy="build an engine of it")
+        return self.family.release
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The config.json of Transformers."""
+        if self.stated is not None:
+            return self.stated
+        modules_of(self.graph.graph, self.release)  # refuses a graph for which there is none
+        return self.release.config_of_graph(self.graph.graph, self.facts) | {"tie_word_embeddings": self.tied_head}
+
+    @cached_property
+    def dimensions(self) -> ModelConfig:
+        """What `config` says."""
+        dimensions: ModelConfig = self.family.read_config(self.config)
+        return dimensions
+
+    @cached_property
+    def tied_head(self) -> bool:
+        """Whether the table of the embedding is the head's weight; `modules` have no head then."""
+        tables = (operand(node, Role.TABLE) for node in self.graph.graph)
+        weights = [table for table in tables if table is not None and table.is_initializer()]
+        return any(spec_of(user).is_linear for weight in weights for user, _ in weight.uses())
+
+    @cached_property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules in the order of the graph; raises CompileError for a graph that the architecture does not compute."""
+        modules = modules_of(self.graph.graph, self.release)
+        kept = [module for module in modules if not (module.is_head and self.tied_head)]
+        return tuple(_with_float_table(module) if self.float_tables else module for module in kept)
+
+    def check_head(self, format: str) -> None:
+        """Raise CompileError for a head of its own where the runtimes of a format load none for the architecture."""
+        if (reason := self.release.tied_only.get(format, "")) and not self.tied_head:
+            raise CompileError(
+                STAGE, f"format {format}", found=f"a head that is not the embedding in {self.name}",
+                expected=f"one that is, since {reason}",
+                remedy="use another --format, or, where a rotation gave an engine that head, export its checkpoint",
+            )  # fmt: skip
 
     def module(self, name: str) -> Module:
         return next(module for module in self.modules if module.name == name)
 
 
-def release_of(family: Family[Any]) -> Release:
-    """The layout of a family's files in Transformers; raises CompileError for a family without one."""
-    if family.release is None:
-        raise CompileError(STAGE, f"family {family.title}", found="no layout of its files", remedy="build an engine of it")
-    return family.release
-
-
-def modules_of(graph: ir.Graph, release: Release) -> tuple[tuple[Module, ...], bool]:
-    """The modules of a graph before fusion, and whether its head is tied; raises CompileError for a graph that the family's
-    architecture does not compute."""
-    modules: dict[str, Module] = {}
-    weights: dict[str, ir.Value] = {}
+def modules_of(graph: ir.Graph, release: Release) -> list[Module]:
+    """The modules of a graph before fusion; raises CompileError for a graph that the family's architecture does not compute."""
+    modules = []
     for node in graph:
         read = _weight_of(node)
         if read is None:
@@ -130,12 +170,8 @@ def modules_of(graph: ir.Graph, release: Release) -> tuple[tuple[Module, ...], b
             raise _other_architecture(node)
         tensors = rounded_weight(values[0]) or [_tensor(value) for value in values]
         weight = Integers(*tensors) if len(tensors) > 1 else tensors[0]
-        modules[name] = Module(name, node.op_type, weight, None if bias is None else _tensor(bias), source_of(node))
-        weights[name] = values[0]
-    tied = any(module.is_table and weights[name] is weights[HEAD] for name, module in modules.items())
-    if tied:
-        del modules[HEAD]
-    return tuple(modules.values()), tied
+        modules.append(Module(name, node.op_type, weight, None if bias is None else _tensor(bias), source_of(node)))
+    return modules
 
 
 def source_of(linear: ir.Node) -> str:
@@ -184,6 +220,22 @@ def _other_architecture(node: ir.Node) -> CompileError:
         expected="the model's own architecture",
         remedy="export its checkpoint, whose rotations keep the architecture, or an engine built with --methods gptq",
     )
+
+
+def _with_float_table(module: Module) -> Module:
+    """A module whose embedding table or head has floats in place of integers: their product with the scales."""
+    if not isinstance(module.weight, Integers) or not (module.is_table or module.is_head):
+        return module
+    return replace(module, weight=_product(module.name, module.weight))
+
+
+def _product(name: str, weight: Integers) -> ir.TensorProtocol:
+    def compute() -> Array:
+        product: Array = weight.integers.numpy() * weight.scales.numpy()[:, None].astype(np.float32)
+        return product
+
+    sources = [weight.integers, weight.scales]
+    return lazy(f"{name}.float", compute, weight.shape, ir.DataType.FLOAT, step="dequantized", sources=sources)
 
 
 def chunks(tensor: ir.TensorProtocol, order: Order | None = None) -> Iterator[Array]:

@@ -59,15 +59,19 @@ def _order(model: ExportedModel, module: Module) -> Order | None:
 
 def write_release(model: ExportedModel, folder: Path, quantization: Plain | None = None) -> None:
     """Write all files but the weights; `quantization` becomes quantization_config of config.json."""
-    files: dict[str, str] = {
-        "config.json": canonical_json(_config(model) | ({"quantization_config": quantization} if quantization else {})),
+    config = _config(model) | ({"quantization_config": quantization} if quantization else {})
+    for name, text in ({"config.json": canonical_json(config)} | text_files(model)).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def text_files(model: ExportedModel) -> dict[str, str]:
+    """The contents of the files beside config.json: tokenizer, template and generation settings."""
+    return {
         "generation_config.json": canonical_json(_generation(model)),
         "tokenizer.json": _with_bos(model.tokenizer_json, model.special),
         "tokenizer_config.json": canonical_json(_tokenizer_config(model)),
         "chat_template.jinja": model.template.jinja,
     }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _config(model: ExportedModel) -> Plain:
@@ -120,7 +124,7 @@ def _tokenizer_config(model: ExportedModel) -> Plain:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(model.special["add_bos_raw"]),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": model.dimensions.max_position,
+        "model_max_length": model.facts["max_position"],
         "padding_side": "left",
     }
 
@@ -138,14 +142,12 @@ def _words(tokenizer_json: str, special: Mapping[str, Any]) -> dict[str, str]:
     return {name: word for name, word in words.items() if word}
 
 
-def tokenizer_notes(text: str) -> list[str]:
-    """A note if the ids of a text depend on sentencepiece's rule, which Transformers does not apply either."""
+def tokenizer_notes(text: str, runtime: str = "Transformers") -> list[str]:
+    """A note if the ids of a text depend on sentencepiece's rule, which Transformers and others do not apply."""
     if RANKS_KEY not in text:
         return []
     ours, plain = load(text), tokenizers.Tokenizer.from_str(text)
     for sample in SAMPLES:
         if ours.encode(sample, add_special_tokens=False).ids != plain.encode(sample, add_special_tokens=False).ids:
-            return [
-                f"pieces of the tokenizer share a score: texts such as {sample!r} get other ids from Transformers than here"
-            ]
+            return [f"pieces of the tokenizer share a score: texts such as {sample!r} get other ids from {runtime} than here"]
     return []

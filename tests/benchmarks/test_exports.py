@@ -19,3 +19,9 @@ def test_the_table_is_that_of_the_results() -> None:
     table = exports.table(results)
     assert len(table.splitlines()) == 2 + len(results), "every result has a row"
     assert table in (ROOT / "docs/accuracy.md").read_text(encoding="utf-8")
+
+
+def test_every_row_without_an_export_has_a_quantizer() -> None:
+    own = [row.runtime.title for row in exports.ROWS if row.options is None]
+    assert own and set(own) == set(exports.OWN)
+    assert len({row.name for row in exports.ROWS}) == len(exports.ROWS)

@@ -61,6 +61,9 @@ def test_an_export_ends_with_a_headline_and_force_replaces_it(
             ("--format", "safetensors", "--granularity", "block"),
             "scales per block in the format safetensors: found floats, expected --format gguf",
         ),
+        (("--format", "onnx", "--dtype", "float16"), "option --dtype: found the format onnx, which has none, expected"),
+        (("--format", "onnx", "--keep-tied"), "option --keep-tied or --untie: found the format onnx, which has none"),
+        (("--format", "onnx", "--quant", "int4"), "for which ONNX Runtime has no kernels with integer activations; use --q"),
         (("--methods", "gptq"), "method gptq: found no requests to calibrate with; give some with --calibration"),
         (("--calibration", "nowhere.jsonl"), "calibration: path nowhere.jsonl: found nothing there"),
         (("--runtime-python", "nowhere/python"), "export: path nowhere/python: found nothing there"),
@@ -75,7 +78,7 @@ def test_what_a_format_cannot_carry_is_refused_before_work_starts(
 
 def test_other_wrong_inputs(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
     status, _, err = run(capsys, checkpoint, "--format", "onyx", "-o", tmp_path / "out")
-    assert status == 2 and "'onyx' is not one of 'compressed-tensors', 'gguf', 'safetensors'" in err
+    assert status == 2 and "'onyx' is not one of 'compressed-tensors', 'gguf', 'onnx'" in err
     assert "nothing there" in fail(capsys, tmp_path / "nowhere", "--format", "gguf", "-o", tmp_path / "out")
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -86,7 +89,7 @@ def test_other_wrong_inputs(capsys: pytest.CaptureFixture[str], checkpoint: Path
 
 
 def test_a_format_is_a_record_in_the_registry() -> None:
-    assert [format.name for format in base.registered()] == ["compressed-tensors", "gguf", "safetensors"]
+    assert [format.name for format in base.registered()] == ["compressed-tensors", "gguf", "onnx", "safetensors"]
     with pytest.raises(AssertionError, match="another format of the name gguf"):
 
         class Other(base.Format):

@@ -11,10 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.compressed_tensors import CompressedTensors
-from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.gate import Gate
 from tests.compiler.exports.models import bloom, export, llama, requests
 from tests.parity.variants import hf_logits, random_ids
@@ -112,16 +110,16 @@ def test_integers_times_scales_compute_the_model(make: Any, quantization: str, t
 
 
 def test_the_simulation_gives_a_zero_point_to_what_a_gelu_computes(tmp_path: Path) -> None:
-    graph = build_graph(open_checkpoint(bloom(tmp_path / "bloom"))).graph
-    nodes = {str(node.name).removeprefix("h.0."): node for node in graph}
+    simulation = CompressedTensors().simulation(export(bloom(tmp_path / "bloom"), "compressed-tensors")[0])
+    nodes = {str(node.name).removeprefix("h.0."): node for node in simulation.graph.graph}
     x = torch.nn.functional.gelu(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
     errors = {
-        name: float((CompressedTensors().simulated_input(nodes[name], x) - x).square().mean())
+        name: float((simulation.on_linear(nodes[name], x) - x).square().mean())
         for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "lm_head")
     }
     assert errors["lm_head"] == 0 < errors["mlp.dense_4h_to_h"] < 0.5 * errors["mlp.dense_h_to_4h"]
     constant = torch.full((1, 64), 0.5)
-    assert torch.allclose(CompressedTensors().simulated_input(nodes["mlp.dense_4h_to_h"], constant), constant, atol=0.01)
+    assert torch.allclose(simulation.on_linear(nodes["mlp.dense_4h_to_h"], constant), constant, atol=0.01)
 
 
 def test_bfloat16_stays_and_float16_that_overflows_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.parity.variants import hf_greedy, random_ids
 
 TOKENS = SpecialTokens(bos=1, eos=(2, 5), pad=None, add_bos=False)
 GENERATION = GenerationDefaults(max_new_tokens=9, temperature=0.35, top_k=30, top_p=0.85, repetition_penalty=1.2)
-FILES = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+FILES = {"tokenizer.json": "{}", "tokenizer_config.json": "{}"}
 
 
 @pytest.fixture(params=["bloom", "llama_gqa"])
