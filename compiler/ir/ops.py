@@ -169,6 +169,7 @@ _ATTENTION = {
     "num_kv_heads": Attribute(int),
     "head_dim": Attribute(int),
     "scale": Attribute(float),
+    "window": Attribute(int, 0),  # tokens that a token attends to, itself among them; 0: all
 }
 
 SPECS: tuple[OpSpec, ...] = (

@@ -87,6 +87,7 @@ def attention(
     num_kv_heads: int,
     head_dim: int,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of each token over its own sequence, with float32 keys and values instead of a cache."""
     q, k, v = q.view(-1, num_heads, head_dim), k.view(-1, num_kv_heads, head_dim), v.view(-1, num_kv_heads, head_dim)
@@ -97,10 +98,11 @@ def attention(
         rows = slice(start, start + length)
         queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
         mask = None
-        if slopes is not None:
-            bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32, device=q.device)
-            causal = torch.full((length, length), -torch.inf, device=q.device).triu(1)
-            mask = (bias + causal)[None]
+        if slopes is not None or window:
+            everything = torch.full((length, length), -torch.inf, device=q.device)
+            hidden = everything.triu(1) + everything.tril(-window) if window else everything.triu(1)
+            positions = torch.arange(length, dtype=torch.float32, device=q.device)
+            mask = hidden if slopes is None else (slopes[:, None, None] * positions + hidden)[None]
         attended = torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
         )

@@ -5,7 +5,8 @@ A backend's class of the same name derives from the one here and adds how the ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from belle_compile.compiler.backends.program.kernel import Kernel, Pointers, View, optional
@@ -240,8 +241,10 @@ class AppendKV(Kernel):
 
 @dataclass(frozen=True)
 class Attention(Kernel):
-    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence."""
+    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence, or
+    over the last `window` of these."""
 
+    initials: ClassVar[Mapping[str, str]] = {"window": "window"}
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -253,6 +256,7 @@ class Attention(Kernel):
     cache_dtype: str
     rotary: bool
     alibi: bool
+    window: int | None = field(default=None, kw_only=True)
 
     @property
     def group(self) -> int:

@@ -198,6 +198,7 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         attend = kind(
             low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
             low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in appended),
+            window=attributes["window"] or None,
         )  # fmt: skip
         vectors = _optional_vector(low, slopes)
         low.call(attend, node, "T", q, *appended, *where, *table, *vectors, *cache_parts(layer), out, when=when)
