@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.utils import logging as hf_logging
 
 torch.set_num_threads(1)
@@ -64,7 +72,14 @@ LLAMAS: Mapping[str, dict[str, Any]] = {
     },
     "llama3_rope": {"rope_parameters": _LLAMA3, "num_key_value_heads": 2},
 }
-
+# Families whose config has LLaMA's keys, by the classes in Transformers.
+RELATIVES: Mapping[tuple[Any, Any], dict[str, dict[str, Any]]] = {
+    (Qwen2ForCausalLM, Qwen2Config): {
+        "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        # Prompts of the tests are longer than the window of the last two layers.
+        "qwen2_window": {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+}
 
 _SCALES = {"query_key_value.weight": 2.0, "attention.dense.weight": 6.0, "o_proj.weight": 4.0}
 
@@ -92,6 +107,11 @@ def make_relative(model: Any, config: Any, directory: Path, *, name: str, **chan
 VARIANTS: Mapping[str, Maker] = {
     **{name: partial(make_bloom, name=name, **changes) for name, changes in BLOOMS.items()},
     **{name: partial(make_llama, name=name, **changes) for name, changes in LLAMAS.items()},
+    **{
+        name: partial(make_relative, *classes, name=name, **changes)
+        for classes, variants in RELATIVES.items()
+        for name, changes in variants.items()
+    },
 }
 
 

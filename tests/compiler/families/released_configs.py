@@ -89,3 +89,22 @@ LLAMA: dict[str, dict[str, Any]] = {
         "vocab_size": 49152,
     },
 }  # fmt: skip
+
+_QWEN = {"attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+         "initializer_range": 0.02, "rms_norm_eps": 1e-06, "torch_dtype": "bfloat16", "use_cache": True,
+         "use_sliding_window": False}  # fmt: skip
+
+QWEN2: dict[str, dict[str, Any]] = {
+    "Qwen2.5-7B-Instruct": {
+        **_QWEN, "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "transformers_version": "4.43.1", "vocab_size": 152064,
+    },
+    "Qwen2.5-0.5B": {
+        **_QWEN, "architectures": ["Qwen2ForCausalLM"], "eos_token_id": 151643, "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "transformers_version": "4.40.1", "use_mrope": False, "vocab_size": 151936,
+    },
+}  # fmt: skip

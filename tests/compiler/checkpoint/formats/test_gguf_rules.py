@@ -22,7 +22,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.formats.gguf_rules import adds_bos, end_ids, special_id
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama
+from belle_compile.compiler.families import bloom, build_graph, decoder_files, llama
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, byte_tokenizer, llama_tensors
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,7 @@ def interleaved(values: Array, heads: int) -> Array:
 
 def stored_llama(width: int = 32) -> dict[str, Array]:
     """A LLaMA's tensors as llama.cpp stores them; `width` is the length of the rows of the feed-forward layers."""
-    parts = {hf: part for part, hf in llama.GGUF_MODULES.items()}
+    parts = {hf: part for part, hf in decoder_files.GGUF_MODULES.items()}
     stored = {}
     for name, tensor in llama_tensors().items():
         values, stem = tensor.numpy(), name.removesuffix(".weight")
