@@ -38,12 +38,14 @@ class Biases:
 class DecoderConfig(ModelConfig):
     """The configuration of a decoder, from config.json, and its options.
 
-    `windows` has the number of tokens that each layer attends to, a token itself among them; 0 where it attends to all.
+    `windows` has the number of tokens that each layer attends to, a token itself among them; 0 where it attends to all. With
+    `head_norms`, each head of q and k is normalized before it is rotated.
     """
 
     rope: rope.Rope
     biases: Biases
     windows: tuple[int, ...]
+    head_norms: bool
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -53,7 +55,9 @@ class DecoderConfig(ModelConfig):
         return super().metadata | dynamic
 
 
-def read_decoder(config: Mapping[str, Any], *, biases: Biases, windows: Sequence[int] = ()) -> DecoderConfig:
+def read_decoder(
+    config: Mapping[str, Any], *, biases: Biases, windows: Sequence[int] = (), head_norms: bool = False
+) -> DecoderConfig:
     """Read the keys of config.json that all decoders have; the caller checks the other keys and passes the options.
 
     `windows` are those of `DecoderConfig`; none at all stands for no windows. A window as long as the longest sequence has no
@@ -81,6 +85,7 @@ def read_decoder(config: Mapping[str, Any], *, biases: Biases, windows: Sequence
         epsilon=read.number("rms_norm_eps", default=1e-6),
         tied_head=read.flag("tie_word_embeddings", default=False),
         biases=biases,
+        head_norms=head_norms,
         windows=tuple(window if window < rotary.max_position else 0 for window in windows or [0] * layers),
         rope=rotary,
     )
@@ -119,6 +124,9 @@ def _attention(layers: Layers, config: DecoderConfig, x: ir.Value, cos_sin: ir.V
     q = layers.linear(normed, f"{prefix}.self_attn.q_proj", (q_size, hidden), bias=biases.qkv)
     k = layers.linear(normed, f"{prefix}.self_attn.k_proj", (kv_size, hidden), bias=biases.qkv)
     v = layers.linear(normed, f"{prefix}.self_attn.v_proj", (kv_size, hidden), bias=biases.qkv)
+    if config.head_norms:
+        q = layers.head_norm(q, f"{prefix}.self_attn.q_norm", config.head_dim, config.epsilon)
+        k = layers.head_norm(k, f"{prefix}.self_attn.k_norm", config.head_dim, config.epsilon)
     step, window = b.inputs, config.windows[layer]
     attended = b.op(
         "Attention",

@@ -80,6 +80,10 @@ class Layers:
         scale = self.weight(f"{name}.weight", (size,))
         return self.builder.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
+    def head_norm(self, x: ir.Value, name: str, head_dim: int, epsilon: float) -> ir.Value:
+        """Append a HeadNorm, with a scale of shape [head_dim] for all heads."""
+        return self.builder.op("HeadNorm", x, self.weight(f"{name}.weight", (head_dim,)), name=name, epsilon=epsilon)
+
     def embedding_and_head(self, name: str, shape: tuple[int, int], *, tied: bool) -> tuple[ir.Value, ir.Value]:
         """Add the embedding table and the head's weight, both of `shape` [vocabulary, hidden]; a tied head is the table.
 

@@ -64,6 +64,11 @@ def rms_norm(x: Floats, scale: Floats, *, epsilon: float) -> Floats:
     return normed * scale
 
 
+def head_norm(x: Floats, scale: Floats, *, epsilon: float) -> Floats:
+    """`rms_norm` of each head: of every len(scale) neighbours of a row."""
+    return rms_norm(x.reshape(len(x), -1, len(scale)), scale, epsilon=epsilon).reshape(x.shape)
+
+
 def norm(x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> Floats:
     """The norm that `kind` names: "layer" or "rms" (which has no bias)."""
     return layer_norm(x, scale, bias, epsilon=epsilon) if kind == "layer" else rms_norm(x, scale, epsilon=epsilon)

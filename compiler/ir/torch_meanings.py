@@ -36,6 +36,11 @@ def rms_norm(x: Tensor, scale: Tensor, *, epsilon: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], scale, epsilon)
 
 
+def head_norm(x: Tensor, scale: Tensor, *, epsilon: float) -> Tensor:
+    """`rms_norm` of each head."""
+    return rms_norm(x.reshape(len(x), -1, len(scale)), scale, epsilon=epsilon).reshape(x.shape)
+
+
 def gelu(x: Tensor) -> Tensor:
     """Gelu with the tanh approximation."""
     return torch.nn.functional.gelu(x, approximate="tanh")
@@ -118,6 +123,7 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
     "Add": torch.add,
     "LayerNormalization": layer_norm,
     "RMSNormalization": rms_norm,
+    "HeadNorm": head_norm,
     "Gemm": torch.nn.functional.linear,
     "Gelu": gelu,
     "SwiGLU": swiglu,

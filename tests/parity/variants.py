@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.utils import logging as hf_logging
 
@@ -78,6 +80,17 @@ RELATIVES: Mapping[tuple[Any, Any], dict[str, dict[str, Any]]] = {
         "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
         # Prompts of the tests are longer than the window of the last two layers.
         "qwen2_window": {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+    (Qwen3ForCausalLM, Qwen3Config): {
+        "qwen3": {
+            "head_dim": 24,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     },
 }
 

@@ -47,6 +47,21 @@ class Norm(Kernel):
 
 
 @dataclass(frozen=True)
+class HeadNorm(Kernel):
+    """out = x / sqrt(mean(x^2) + epsilon) * scale for each head of `head_dim` channels of a row."""
+
+    kind: ClassVar[str] = "head_norm"
+    width: int
+    head_dim: int
+    epsilon: float
+    x: View
+    out: View
+
+    def pointers(self) -> Pointers:
+        return (_ROWS, _X, ("scale", "float32"), _OUT)
+
+
+@dataclass(frozen=True)
 class Activation(Kernel):
     """out = gelu(x) (`activation` "gelu", tanh form), or silu(x) * up ("swiglu", with the view `up`).
 

@@ -320,7 +320,7 @@ def _alibi(t: TensorRtTranslation, slopes: ir.Value, heads: int, seen: ir.Value)
     return t.shared[name]
 
 
-_SHARED = ("Split", "Add", "LayerNormalization", "RMSNormalization", "Gelu", "BlockHadamard")
+_SHARED = ("Split", "Add", "LayerNormalization", "RMSNormalization", "HeadNorm", "Gelu", "BlockHadamard")
 RULES: Mapping[str, Rule] = {op: shared.RULES[op] for op in _SHARED} | {
     "Gather": gather,
     "Gemm": linear,

@@ -17,11 +17,12 @@ def llama(directory: Path, **changes: Any) -> Path:
     return make_llama(directory, **{"num_key_value_heads": 2, "intermediate_size": 96} | changes)
 
 
-def relative(directory: Path, variant: str) -> Path:
+def relative(directory: Path, variant: str, **changes: Any) -> Path:
     """A variant of a relative of LLaMA, with widths that are multiples of 32."""
     directory.mkdir(parents=True)
     classes = next(classes for classes, variants in RELATIVES.items() if variant in variants)
-    return make_relative(*classes, directory, name=variant, **RELATIVES[classes][variant], intermediate_size=96)
+    changes = {**RELATIVES[classes][variant], "intermediate_size": 96, **changes}
+    return make_relative(*classes, directory, name=variant, **changes)
 
 
 def bloom(directory: Path, **changes: Any) -> Path:

@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaForCausalLM, Qwen2Config
+from transformers import BloomConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama, qwen2
+from belle_compile.compiler.families import bloom, build_graph, llama, qwen2, qwen3
 from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
-from tests.compiler.families.released_configs import BLOOM, LLAMA, QWEN2
+from tests.compiler.families.released_configs import BLOOM, LLAMA, QWEN2, QWEN3
 
-READ: dict[str, Any] = {"bloom": bloom.read_config, "llama": llama.read_config, "qwen2": qwen2.read_config}
+READ: dict[str, Any] = {"bloom": bloom.read_config, "llama": llama.read_config, "qwen2": qwen2.read_config,
+                        "qwen3": qwen3.read_config}  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-BASE["qwen2"] = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+BASE["qwen3"] = BASE["qwen2"] = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
 RELEASED = {("llama", name): (config, HfLlamaConfig) for name, config in LLAMA.items()}
 RELEASED |= {("qwen2", name): (config, Qwen2Config) for name, config in QWEN2.items()}
+RELEASED |= {("qwen3", name): (config, Qwen3Config) for name, config in QWEN3.items()}
 
 
 def refusal(family: str, **changes: Any) -> str:
@@ -67,6 +69,7 @@ _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, (0, 0, 0)),  # from layer 28 on
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "layer_types": _TYPES}, (100, 0, 100)),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}, (0, 0, 0)),  # no effect
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, (0, 0, 64)),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (0, 0, 0)),
     ],
 )
@@ -74,7 +77,10 @@ def test_windows_of_layers(family: str, changes: dict[str, Any], windows: tuple[
     assert READ[family]({**BASE[family], **changes}).windows == windows
 
 
-@pytest.mark.parametrize(("family", "config"), [("bloom", BloomConfig()), ("llama", HfLlamaConfig()), ("qwen2", Qwen2Config())])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("bloom", BloomConfig()), ("llama", HfLlamaConfig()), ("qwen2", Qwen2Config()), ("qwen3", Qwen3Config())],
+)
 def test_everything_that_transformers_5_can_write_is_accepted(family: str, config: Any) -> None:
     READ[family](config.to_dict())
 

@@ -29,6 +29,8 @@ def test_norms() -> None:
         (torch.nn.functional.layer_norm(tensors[0], (32,), tensors[1], None, 1e-3),
          meanings.layer_norm(x, scale, None, epsilon=1e-3)),
         (torch.nn.functional.rms_norm(tensors[0], (32,), tensors[1], 1e-3), meanings.rms_norm(x, scale, epsilon=1e-3)),
+        (torch.nn.functional.rms_norm(tensors[0].view(-1, 4, 8), (8,), tensors[1][:8], 1e-3).flatten(1),
+         meanings.head_norm(x, scale[:8], epsilon=1e-3)),
     ):  # fmt: skip
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-6)

@@ -17,7 +17,7 @@ from belle_compile.compiler.backends.triton.kernels.base import Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
-from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
 from belle_compile.compiler.errors import CompileError
@@ -42,6 +42,7 @@ OTHERS: tuple[Kernel, ...] = (
     FloatEmbedding(32000, 4096, View(4096)),
     Norm("layer", 4096, 1e-5, True, True, View(4096), View(4096), View(4096), View(8192), 2),
     Norm("rms", 4096, 1e-5, False, False, View(4096), None, None, View(4096), step=False),
+    HeadNorm(4096, 128, 1e-6, View(6144), View(4096)),
     Activation("gelu", 16384, True, View(16384), None, View(16384), 1, 512, True),
     BlockHadamard(4096, 256, View(4096), View(4096)),
     QuantizeTokens(4096, View(4096), View(4096)),
