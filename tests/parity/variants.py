@@ -25,6 +25,8 @@ from transformers import (
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -80,6 +82,9 @@ RELATIVES: Mapping[tuple[Any, Any], dict[str, dict[str, Any]]] = {
         "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
         # Prompts of the tests are longer than the window of the last two layers.
         "qwen2_window": {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+    (MistralForCausalLM, MistralConfig): {
+        "mistral": {"sliding_window": 9, "head_dim": 24, "num_key_value_heads": 1},
     },
     (Qwen3ForCausalLM, Qwen3Config): {
         "qwen3": {

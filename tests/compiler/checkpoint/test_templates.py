@@ -12,6 +12,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.bloom import FAMILY as BLOOM
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.llama import FAMILY as LLAMA
+from belle_compile.compiler.families.mistral import FAMILY as MISTRAL
 from belle_compile.compiler.families.qwen2 import FAMILY as QWEN2
 
 ONE = [{"role": "user", "content": "你好\n{x} {{ y }}"}]
@@ -60,11 +61,18 @@ def test_the_texts(name: str, one: str, more: str) -> None:
         (LLAMA, 32000, "belle-llama"),
         (LLAMA, 79458, "belle-llama-ext"),
         (QWEN2, 152064, "chatml"),
+        (MISTRAL, 32000, "mistral"),
     ],
 )
 def test_families(family: Family[Any], vocab_size: int, name: str) -> None:
     assert family_template(family, {"vocab_size": vocab_size}).name == name
     assert choose_template(None, None, family, {"vocab_size": vocab_size}).name == name
+
+
+def test_the_instructions_of_mistral() -> None:
+    template = family_template(MISTRAL, {})
+    assert render(template, ONE, bos_token="<s>", eos_token="</s>") == "<s>[INST] 你好\n{x} {{ y }} [/INST]"
+    assert render(template, MORE, bos_token="<s>", eos_token="</s>") == "<s>[INST] Be brief.\n\na [/INST] b</s>[INST] c [/INST]"
 
 
 def test_order() -> None:

@@ -125,3 +125,24 @@ QWEN3: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }  # fmt: skip
+
+_MISTRAL = {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "initializer_range": 0.02, "model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True}  # fmt: skip
+
+MISTRAL: dict[str, dict[str, Any]] = {
+    "Mistral-7B-Instruct-v0.1": {
+        **_MISTRAL, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_hidden_layers": 32,
+        "rope_theta": 10000.0, "sliding_window": 4096, "transformers_version": "4.34.0.dev0", "vocab_size": 32000,
+    },
+    "Mistral-7B-Instruct-v0.3": {
+        **_MISTRAL, "attention_dropout": 0.0, "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_hidden_layers": 32, "rope_theta": 1000000.0, "sliding_window": None,
+        "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
+    },
+    "Mistral-Nemo-Instruct-2407": {
+        **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "num_hidden_layers": 40, "rope_theta": 1000000.0, "sliding_window": None,
+        "transformers_version": "4.43.0.dev0", "vocab_size": 131072,
+    },
+}  # fmt: skip

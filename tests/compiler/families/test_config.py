@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
+from transformers import BloomConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama, qwen2, qwen3
+from belle_compile.compiler.families import bloom, build_graph, llama, mistral, qwen2, qwen3
 from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
-from tests.compiler.families.released_configs import BLOOM, LLAMA, QWEN2, QWEN3
+from tests.compiler.families.released_configs import BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3
 
-READ: dict[str, Any] = {"bloom": bloom.read_config, "llama": llama.read_config, "qwen2": qwen2.read_config,
-                        "qwen3": qwen3.read_config}  # fmt: skip
+READ: dict[str, Any] = {module.FAMILY.name: module.read_config for module in (bloom, llama, mistral, qwen2, qwen3)}
 BASE: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-BASE["qwen3"] = BASE["qwen2"] = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+BASE["mistral"] = BASE["qwen3"] = BASE["qwen2"] = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
 RELEASED = {("llama", name): (config, HfLlamaConfig) for name, config in LLAMA.items()}
+RELEASED |= {("mistral", name): (config, MistralConfig) for name, config in MISTRAL.items()}
 RELEASED |= {("qwen2", name): (config, Qwen2Config) for name, config in QWEN2.items()}
 RELEASED |= {("qwen3", name): (config, Qwen3Config) for name, config in QWEN3.items()}
 
@@ -54,7 +54,7 @@ def test_released_configs_of_decoders_are_read_as_transformers_reads_them(family
     )  # fmt: skip
     assert (config.epsilon, config.tied_head) == (expected.rms_norm_eps, expected.tie_word_embeddings)
     assert config.rope.max_position == expected.max_position_embeddings
-    assert not any(config.windows)
+    assert set(config.windows) == {getattr(expected, "sliding_window", None) or 0}
 
 
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -69,6 +69,11 @@ _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, (0, 0, 0)),  # from layer 28 on
         ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "layer_types": _TYPES}, (100, 0, 100)),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}, (0, 0, 0)),  # no effect
+        ("mistral", {}, (0, 0, 0)),  # Transformers' default, 4096, is longer than the longest sequence
+        ("mistral", {"sliding_window": 64}, (64, 64, 64)),
+        ("mistral", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3}, (64, 64, 64)),
+        ("mistral", {"max_position_embeddings": 8192}, (4096, 4096, 4096)),
+        ("mistral", {"max_position_embeddings": 8192, "sliding_window": None}, (0, 0, 0)),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, (0, 0, 64)),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (0, 0, 0)),
     ],
@@ -77,12 +82,18 @@ def test_windows_of_layers(family: str, changes: dict[str, Any], windows: tuple[
     assert READ[family]({**BASE[family], **changes}).windows == windows
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [("bloom", BloomConfig()), ("llama", HfLlamaConfig()), ("qwen2", Qwen2Config()), ("qwen3", Qwen3Config())],
-)
+WRITTEN = {
+    "bloom": BloomConfig,
+    "llama": HfLlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+@pytest.mark.parametrize(("family", "config"), WRITTEN.items())
 def test_everything_that_transformers_5_can_write_is_accepted(family: str, config: Any) -> None:
-    READ[family](config.to_dict())
+    READ[family](config().to_dict())
 
 
 def test_bloom_names_of_one_value_must_agree() -> None:
@@ -115,6 +126,7 @@ def test_bloom_names_of_one_value_must_agree() -> None:
         ("llama", "is_causal", False, "found False, expected no value or True"),
         ("llama", "quantization", {"bits": 4}, "quantised checkpoints are not supported"),
         ("llama", "alibi", True, "found True, expected no value or False"),
+        ("mistral", "layer_types", _TYPES, "found full_attention, sliding_attention, expected sliding_attention alone"),
         ("qwen2", "layer_types", ["full_attention"], "expected full_attention or sliding_attention for each of 3 layers"),
         ("qwen2", "layer_types", _TYPES, "expected use_sliding_window and a sliding_window, or full_attention alone"),
         ("qwen2", "use_sliding_window", 1, "found 1, expected true or false"),
