@@ -142,6 +142,26 @@ def gguf_divisors(read_config: ReadConfig, config: Mapping[str, Any]) -> list[fl
     return rope.divisors(config, read_config(config).head_dim)
 
 
+def llama_config(read_config: ReadConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, in the keys of Transformers' LlamaConfig, of a decoder whose graph is that of a LLaMA."""
+    read = read_config(config)
+    assert not any(read.windows) and not read.head_norms and read.biases.qkv == read.biases.o, "the graph of a LLaMA"
+    rotary = {key: value for key, value in config.items() if key in rope.KEYS}
+    return release_config(rotary) | {
+        "vocab_size": read.vocab_size,
+        "hidden_size": read.hidden_size,
+        "intermediate_size": read.intermediate_size,
+        "num_hidden_layers": read.num_layers,
+        "num_attention_heads": read.num_heads,
+        "num_key_value_heads": read.num_kv_heads,
+        "head_dim": read.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": read.epsilon,
+        "attention_bias": read.biases.qkv,
+        "mlp_bias": read.biases.mlp,
+    }
+
+
 def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as it is; raises CompileError for rotary frequencies of a GGUF file that no key of it expresses."""
     if config.get("rope_divisors") is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -37,19 +39,47 @@ class TensorSource(Protocol):
         """Return a tensor; raises CompileError if it is missing or has another shape."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stored tensor: those in `ranges`, in their order, of the tensor `name` with `rows` rows."""
+
+    name: str
+    rows: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start..stop of the part; only these are read from the file."""
+        pieces, done = [], 0
+        for first, last in self.ranges:
+            low, high = max(start - done, 0), min(stop - done, last - first)
+            pieces += [tensor.rows(first + low, first + high)] if low < high else []
+            done += last - first
+        return np.concatenate(pieces) if pieces else tensor.rows(0, 0)
+
+
+def stored_alone(name: str) -> Part | None:
+    """No part, for any tensor."""
+    return None
+
+
 class Layers:
     """Appends layers to the graph of `builder` and records which tensors of the checkpoint they use.
 
     A layer is named after its module in Transformers, and its tensors as in the checkpoint: the layer `h.0.mlp.dense_h_to_4h`
-    uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
+    uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read. `part_of` says of which stored
+    tensor one that the checkpoint lacks is a part.
     """
 
-    def __init__(self, checkpoint: TensorSource, builder: GraphBuilder) -> None:
-        self.checkpoint, self.builder = checkpoint, builder
+    def __init__(
+        self, checkpoint: TensorSource, builder: GraphBuilder, part_of: Callable[[str], Part | None] = stored_alone
+    ) -> None:
+        self.checkpoint, self.builder, self._part_of = checkpoint, builder, part_of
         self._taken: set[str] = set()
 
     def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None) -> ir.Value:
         """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file."""
+        if name not in self.checkpoint.tensors and (part := self._part_of(name)) is not None:
+            return self._unpacked(name, shape, part)
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         sources = [tensor.describe()]
@@ -62,6 +92,13 @@ class Layers:
             made = lazy(
                 name, integers.numpy, shape, np.float32, integers.rows, step=_ORDERED, sources=sources, quantized=integers
             )
+        return self.builder.weight(name, made)
+
+    def _unpacked(self, name: str, shape: tuple[int, ...], part: Part) -> ir.Value:
+        tensor = self.checkpoint.tensor(part.name, (part.rows, *shape[1:]))
+        self._taken.add(part.name)
+        rows, sources = partial(part.read, tensor), [tensor.describe()]
+        made = lazy(name, partial(rows, 0, shape[0]), shape, np.float32, rows, step="unpacked", sources=sources)
         return self.builder.weight(name, made)
 
     def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, order: Order | None = None) -> ir.Value:

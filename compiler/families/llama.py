@@ -59,8 +59,9 @@ def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str,
 FAMILY = Family(
     name="llama",
     title="LLaMA",
-    architectures=("LlamaForCausalLM", "LlamaModel"),
-    renames=(decoder.PREFIX,),
+    architectures=("LlamaForCausalLM", "LlamaModel", "YiForCausalLM"),
+    aliases=("yi",),  # the first releases of Yi, which name two norms otherwise
+    renames=(decoder.PREFIX, (r"\.ln1\.", ".input_layernorm."), (r"\.ln2\.", ".post_attention_layernorm.")),
     read_config=read_config,
     build=decoder.build,
     embedding=decoder.EMBEDDING,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -121,6 +122,44 @@ def make_relative(model: Any, config: Any, directory: Path, *, name: str, **chan
     return _save_tokenizer(_byte_fallback(), directory)
 
 
+REFERENCE = "reference"  # folder in a checkpoint that Transformers has no class for: the same model in a class that it has
+
+
+def make_internlm2(directory: Path, *, name: str = "internlm2", **changes: Any) -> Path:
+    """A random InternLM2 beside the LLaMA that it is: other names, and q, k and v of each key/value head in one tensor."""
+    make_llama(directory, name=name, **changes)
+    reference = directory / REFERENCE
+    reference.mkdir()
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        (directory / file).rename(reference / file)
+    config = json.loads((reference / "config.json").read_text())
+    heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    tensors = load_file(reference / "model.safetensors")
+    for prefix in [key.removesuffix("q_proj.weight") for key in tensors if key.endswith("q_proj.weight")]:
+        for kind in ("weight", "bias"):
+            if f"{prefix}q_proj.{kind}" in tensors:
+                q, k, v = (tensors.pop(f"{prefix}{part}_proj.{kind}") for part in "qkv")
+                grouped = [
+                    part.reshape(kv_heads, count, head_dim, -1) for part, count in ((q, heads // kv_heads), (k, 1), (v, 1))
+                ]
+                packed = np.concatenate(grouped, axis=1)
+                tensors[f"{prefix}wqkv.{kind}"] = packed.reshape(-1, *q.shape[1:])
+    for name, new in _INTERNLM2.items():
+        tensors = {key.replace(name, new): tensor for key, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    kept = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias", "architectures")}
+    kept |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": config["attention_bias"]}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+_INTERNLM2 = {
+    "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo", "self_attn": "attention",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+}  # fmt: skip
+
+
 # Name -> function that makes the checkpoint in a directory and returns that directory.
 VARIANTS: Mapping[str, Maker] = {
     **{name: partial(make_bloom, name=name, **changes) for name, changes in BLOOMS.items()},
@@ -130,6 +169,7 @@ VARIANTS: Mapping[str, Maker] = {
         for classes, variants in RELATIVES.items()
         for name, changes in variants.items()
     },
+    "internlm2": partial(make_internlm2, num_key_value_heads=2, attention_bias=True),
 }
 
 
@@ -167,7 +207,9 @@ def hf_greedy(directory: Path, ids: Sequence[int], n: int) -> list[int]:
 
 def load_hf(directory: Path) -> Any:
     """The model in float32, for inference."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = directory / REFERENCE
+    path = reference if reference.is_dir() else directory
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def random_ids(directory: Path, count: int, seed: int = 0) -> list[int]:

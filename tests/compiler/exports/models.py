@@ -8,7 +8,7 @@ from typing import Any
 
 from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
-from tests.parity.variants import RELATIVES, make_bloom, make_llama, make_relative, random_ids
+from tests.parity.variants import VARIANTS, make_bloom, make_llama, random_ids
 
 
 def llama(directory: Path, **changes: Any) -> Path:
@@ -20,9 +20,7 @@ def llama(directory: Path, **changes: Any) -> Path:
 def relative(directory: Path, variant: str, **changes: Any) -> Path:
     """A variant of a relative of LLaMA, with widths that are multiples of 32."""
     directory.mkdir(parents=True)
-    classes = next(classes for classes, variants in RELATIVES.items() if variant in variants)
-    changes = {**RELATIVES[classes][variant], "intermediate_size": 96, **changes}
-    return make_relative(*classes, directory, name=variant, **changes)
+    return VARIANTS[variant](directory, **{"intermediate_size": 96, **changes})  # type: ignore[call-arg]  # config values
 
 
 def bloom(directory: Path, **changes: Any) -> Path:

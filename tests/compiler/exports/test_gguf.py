@@ -101,7 +101,7 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     assert record["head"] == ("tied to the embedding" if tied else "of its own")
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "internlm2"])
 def test_files_of_other_families_are_those_of_llama_cpp(variant: str, tmp_path: Path) -> None:
     """Names and metadata by the tables of the gguf package; read back, the file computes the model."""
     source = relative(tmp_path / "model", variant, use_sliding_window=False, layer_types=None, head_dim=32)

@@ -146,3 +146,15 @@ MISTRAL: dict[str, dict[str, Any]] = {
         "transformers_version": "4.43.0.dev0", "vocab_size": 131072,
     },
 }  # fmt: skip
+
+INTERNLM2: dict[str, dict[str, Any]] = {
+    "internlm2_5-7b-chat": {
+        "architectures": ["InternLM2ForCausalLM"], "attn_implementation": "eager",
+        "auto_map": {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}, "bias": False, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "internlm2", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 1000000, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.41.0", "use_cache": True, "vocab_size": 92544,
+    },
+}  # fmt: skip

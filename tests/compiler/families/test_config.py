@@ -11,17 +11,19 @@ from transformers import BloomConfig, LlamaForCausalLM, MistralConfig, Qwen2Conf
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama, mistral, qwen2, qwen3
+from belle_compile.compiler.families import bloom, build_graph, internlm2, llama, mistral, qwen2, qwen3
 from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
-from tests.compiler.families.released_configs import BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3
+from tests.compiler.families.released_configs import BLOOM, INTERNLM2, LLAMA, MISTRAL, QWEN2, QWEN3
 
-READ: dict[str, Any] = {module.FAMILY.name: module.read_config for module in (bloom, llama, mistral, qwen2, qwen3)}
+READ: dict[str, Any] = {module.FAMILY.name: module.read_config for module in (bloom, internlm2, llama, mistral, qwen2, qwen3)}
 BASE: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-BASE["mistral"] = BASE["qwen3"] = BASE["qwen2"] = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+BASE |= dict.fromkeys(
+    ("internlm2", "mistral", "qwen2", "qwen3"), {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+)
 RELEASED = {("llama", name): (config, HfLlamaConfig) for name, config in LLAMA.items()}
 RELEASED |= {("mistral", name): (config, MistralConfig) for name, config in MISTRAL.items()}
 RELEASED |= {("qwen2", name): (config, Qwen2Config) for name, config in QWEN2.items()}
@@ -55,6 +57,12 @@ def test_released_configs_of_decoders_are_read_as_transformers_reads_them(family
     assert (config.epsilon, config.tied_head) == (expected.rms_norm_eps, expected.tie_word_embeddings)
     assert config.rope.max_position == expected.max_position_embeddings
     assert set(config.windows) == {getattr(expected, "sliding_window", None) or 0}
+
+
+def test_released_configs_of_internlm2_are_read() -> None:
+    config = internlm2.read_config(INTERNLM2["internlm2_5-7b-chat"])
+    assert (config.num_layers, config.num_kv_heads, config.head_dim, config.biases.qkv) == (32, 8, 128, False)
+    assert (config.max_position, config.rope.dynamic_factor, config.rope.original_max) == (65536, 2.0, 32768)
 
 
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
