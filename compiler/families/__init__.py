@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from belle_compile.compiler.families import bloom, internlm2, llama, mistral, qwen2, qwen3, registry
+from belle_compile.compiler.families import bloom, internlm2, llama, minicpm, mistral, qwen2, qwen3, registry
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.registry import register
@@ -21,6 +21,7 @@ __all__ = ["Family", "build_graph", "register", "registry"]
 register(bloom.FAMILY)
 register(llama.FAMILY)
 register(internlm2.FAMILY)
+register(minicpm.FAMILY)
 register(mistral.FAMILY)
 register(qwen2.FAMILY)
 register(qwen3.FAMILY)

@@ -39,13 +39,16 @@ class DecoderConfig(ModelConfig):
     """The configuration of a decoder, from config.json, and its options.
 
     `windows` has the number of tokens that each layer attends to, a token itself among them; 0 where it attends to all. With
-    `head_norms`, each head of q and k is normalized before it is rotated.
+    `head_norms`, each head of q and k is normalized before it is rotated. `branch_scale` multiplies what attention and MLP add
+    to the residual stream, and `head_scale` the logits; weights absorb both.
     """
 
     rope: rope.Rope
     biases: Biases
     windows: tuple[int, ...]
     head_norms: bool
+    branch_scale: float = 1.0
+    head_scale: float = 1.0
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -112,7 +115,7 @@ def build(layers: Layers, config: DecoderConfig) -> ir.Value:
         x = _attention(layers, config, x, cos_sin, layer)
         x = _feed_forward(layers, config, x, f"model.layers.{layer}")
     x = b.op("Gather", x, b.inputs.logit_rows, name="rows", axis=0)
-    x = layers.rms_norm(x, "model.norm", config.hidden_size, config.epsilon)
+    x = layers.rms_norm(x, "model.norm", config.hidden_size, config.epsilon, scale=config.head_scale)
     return b.op("Gemm", x, head, name="lm_head", transB=1)
 
 
@@ -145,7 +148,7 @@ def _attention(layers: Layers, config: DecoderConfig, x: ir.Value, cos_sin: ir.V
         scale=1 / math.sqrt(config.head_dim),
         **({"window": window} if window else {}),
     )
-    attended = layers.linear(attended, f"{prefix}.self_attn.o_proj", (hidden, q_size), bias=biases.o)
+    attended = layers.linear(attended, f"{prefix}.self_attn.o_proj", (hidden, q_size), bias=biases.o, scale=config.branch_scale)
     return b.op("Add", attended, x, name=f"{prefix}.self_attn.residual")
 
 
@@ -155,5 +158,5 @@ def _feed_forward(layers: Layers, config: DecoderConfig, x: ir.Value, prefix: st
     gate = layers.linear(normed, f"{prefix}.mlp.gate_proj", (inner, hidden), bias=bias)
     up = layers.linear(normed, f"{prefix}.mlp.up_proj", (inner, hidden), bias=bias)
     gated = b.op("SwiGLU", gate, up, name=f"{prefix}.mlp.swiglu")
-    down = layers.linear(gated, f"{prefix}.mlp.down_proj", (hidden, inner), bias=bias)
+    down = layers.linear(gated, f"{prefix}.mlp.down_proj", (hidden, inner), bias=bias, scale=config.branch_scale)
     return b.op("Add", down, x, name=f"{prefix}.mlp.residual")

@@ -76,14 +76,19 @@ class Layers:
         self.checkpoint, self.builder, self._part_of = checkpoint, builder, part_of
         self._taken: set[str] = set()
 
-    def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None) -> ir.Value:
-        """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file."""
+    def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None, *, scale: float = 1.0) -> ir.Value:
+        """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file;
+        with a `scale`, values are multiplied by it."""
+        assert order is None or scale == 1, f"{name}: one change at a time"
         if name not in self.checkpoint.tensors and (part := self._part_of(name)) is not None:
             return self._unpacked(name, shape, part)
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         sources = [tensor.describe()]
-        if order is None:
+        if scale != 1:
+            whole, rows = partial(_scaled, scale, tensor.read), partial(_scaled, scale, tensor.rows)
+            made = lazy(name, whole, shape, np.float32, rows, step="scaled", sources=sources)
+        elif order is None:
             made = lazy(name, tensor.read, shape, np.float32, tensor.rows, sources=sources, quantized=tensor.quantized)
         elif tensor.quantized is None:
             made = lazy(name, lambda: _ordered(tensor, order), shape, np.float32, step=_ORDERED, sources=sources)
@@ -101,10 +106,19 @@ class Layers:
         made = lazy(name, partial(rows, 0, shape[0]), shape, np.float32, rows, step="unpacked", sources=sources)
         return self.builder.weight(name, made)
 
-    def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, order: Order | None = None) -> ir.Value:
-        """Append x @ weight.T + bias; `sizes` are (outputs, inputs), the shape of the weight."""
-        weight = self.weight(f"{name}.weight", sizes, order)
-        addend = self.weight(f"{name}.bias", sizes[:1], order) if bias else None
+    def linear(
+        self,
+        x: ir.Value,
+        name: str,
+        sizes: tuple[int, int],
+        *,
+        bias: bool,
+        order: Order | None = None,
+        scale: float = 1.0,
+    ) -> ir.Value:
+        """Append (x @ weight.T + bias) * scale; `sizes` are (outputs, inputs), the shape of the weight."""
+        weight = self.weight(f"{name}.weight", sizes, order, scale=scale)
+        addend = self.weight(f"{name}.bias", sizes[:1], order, scale=scale) if bias else None
         return self.builder.op("Gemm", x, weight, addend, name=name, transB=1)
 
     def layer_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
@@ -112,10 +126,10 @@ class Layers:
         scale, bias = self.weight(f"{name}.weight", (size,)), self.weight(f"{name}.bias", (size,))
         return self.builder.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=epsilon)
 
-    def rms_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
-        """Append an RMSNormalization of the last axis, with a scale of shape [size]."""
-        scale = self.weight(f"{name}.weight", (size,))
-        return self.builder.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
+    def rms_norm(self, x: ir.Value, name: str, size: int, epsilon: float, *, scale: float = 1.0) -> ir.Value:
+        """Append an RMSNormalization of the last axis, with gains of shape [size], times `scale`."""
+        gain = self.weight(f"{name}.weight", (size,), scale=scale)
+        return self.builder.op("RMSNormalization", x, gain, name=name, axis=-1, epsilon=epsilon)
 
     def head_norm(self, x: ir.Value, name: str, head_dim: int, epsilon: float) -> ir.Value:
         """Append a HeadNorm, with a scale of shape [head_dim] for all heads."""
@@ -165,6 +179,12 @@ def _ordered(tensor: LazyTensor, order: Order) -> npt.NDArray[np.float32]:
     for start in range(0, len(order), step):
         part = slice(start, min(start + step, len(order)))
         values[places[part]] = tensor.rows(part.start, part.stop)
+    return values
+
+
+def _scaled(scale: float, read: Callable[..., npt.NDArray[np.float32]], *rows: int) -> npt.NDArray[np.float32]:
+    """What `read` gives, times `scale`."""
+    values: npt.NDArray[np.float32] = read(*rows) * np.float32(scale)
     return values
 
 

@@ -9,6 +9,7 @@ Tests take a variant by name and a directory:
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -128,11 +131,7 @@ REFERENCE = "reference"  # folder in a checkpoint that Transformers has no class
 def make_internlm2(directory: Path, *, name: str = "internlm2", **changes: Any) -> Path:
     """A random InternLM2 beside the LLaMA that it is: other names, and q, k and v of each key/value head in one tensor."""
     make_llama(directory, name=name, **changes)
-    reference = directory / REFERENCE
-    reference.mkdir()
-    for file in ("model.safetensors", "config.json", "generation_config.json"):
-        (directory / file).rename(reference / file)
-    config = json.loads((reference / "config.json").read_text())
+    reference, config = _as_reference(directory)
     heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     tensors = load_file(reference / "model.safetensors")
     for prefix in [key.removesuffix("q_proj.weight") for key in tensors if key.endswith("q_proj.weight")]:
@@ -153,6 +152,35 @@ def make_internlm2(directory: Path, *, name: str = "internlm2", **changes: Any) 
     return directory
 
 
+def make_minicpm(directory: Path, *, name: str = "minicpm", scale_emb: float, scale_depth: float, dim_model_base: int,
+                 **changes: Any) -> Path:  # fmt: skip
+    """A random MiniCPM beside the Granite that it is."""
+    sizes = {**_LLAMA, **changes}
+    factors = {
+        "embedding_multiplier": scale_emb,
+        "residual_multiplier": scale_depth / sizes["num_hidden_layers"] ** 0.5,
+        "logits_scaling": sizes["hidden_size"] / dim_model_base,
+        "attention_multiplier": (sizes["hidden_size"] // sizes["num_attention_heads"]) ** -0.5,
+    }
+    make_relative(GraniteForCausalLM, GraniteConfig, directory, name=name, **changes, **factors)
+    reference, config = _as_reference(directory)
+    shutil.copy(reference / "model.safetensors", directory)
+    kept = {key: value for key, value in config.items() if key not in (*factors, "mlp_bias", "architectures")}
+    kept |= {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"]}
+    kept |= {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def _as_reference(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Move a model to the folder of the reference, without its tokenizer; returns the folder, and the model's config.json."""
+    reference = directory / REFERENCE
+    reference.mkdir()
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        (directory / file).rename(reference / file)
+    return reference, json.loads((reference / "config.json").read_text())
+
+
 _INTERNLM2 = {
     "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo", "self_attn": "attention",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "feed_forward.w1",
@@ -170,6 +198,7 @@ VARIANTS: Mapping[str, Maker] = {
         for name, changes in variants.items()
     },
     "internlm2": partial(make_internlm2, num_key_value_heads=2, attention_bias=True),
+    "minicpm": partial(make_minicpm, scale_emb=12, scale_depth=1.4, dim_model_base=16, tie_word_embeddings=True),
 }
 
 

@@ -51,7 +51,7 @@ def test_an_engine_has_the_weights_of_its_checkpoint(format: str, tmp_path: Path
         assert float((ours[name].float() - theirs[name].float()).abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("variant", ["bloom", "qwen2_window", "qwen3", "mistral", "internlm2"])
+@pytest.mark.parametrize("variant", ["bloom", "qwen2_window", "qwen3", "mistral", "internlm2", "minicpm"])
 def test_an_unquantized_engine_is_its_checkpoint(variant: str, tmp_path: Path) -> None:
     (tmp_path / variant).mkdir()
     source = VARIANTS[variant](tmp_path / variant)

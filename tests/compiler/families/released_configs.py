@@ -158,3 +158,14 @@ INTERNLM2: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16", "transformers_version": "4.41.0", "use_cache": True, "vocab_size": 92544,
     },
 }  # fmt: skip
+
+MINICPM: dict[str, dict[str, Any]] = {
+    "MiniCPM-2B-sft-bf16": {
+        "architectures": ["MiniCPMForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+        "bos_token_id": 1, "dim_model_base": 256, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2304,
+        "initializer_range": 0.1, "intermediate_size": 5760, "max_position_embeddings": 4096, "model_type": "minicpm",
+        "num_attention_heads": 36, "num_hidden_layers": 40, "num_key_value_heads": 36, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "scale_depth": 1.4, "scale_emb": 12, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0", "use_cache": True, "vocab_size": 122753,
+    },
+}  # fmt: skip

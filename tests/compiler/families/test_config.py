@@ -11,19 +11,20 @@ from transformers import BloomConfig, LlamaForCausalLM, MistralConfig, Qwen2Conf
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, internlm2, llama, mistral, qwen2, qwen3
+from belle_compile.compiler.families import bloom, build_graph, internlm2, llama, minicpm, mistral, qwen2, qwen3
 from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
-from tests.compiler.families.released_configs import BLOOM, INTERNLM2, LLAMA, MISTRAL, QWEN2, QWEN3
+from tests.compiler.families.released_configs import BLOOM, INTERNLM2, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
 
-READ: dict[str, Any] = {module.FAMILY.name: module.read_config for module in (bloom, internlm2, llama, mistral, qwen2, qwen3)}
+READ: dict[str, Any] = {
+    module.FAMILY.name: module.read_config for module in (bloom, internlm2, llama, minicpm, mistral, qwen2, qwen3)
+}
 BASE: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-BASE |= dict.fromkeys(
-    ("internlm2", "mistral", "qwen2", "qwen3"), {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
-)
+LONGER = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+BASE |= {family: LONGER for family in ("internlm2", "minicpm", "mistral", "qwen2", "qwen3")}
 RELEASED = {("llama", name): (config, HfLlamaConfig) for name, config in LLAMA.items()}
 RELEASED |= {("mistral", name): (config, MistralConfig) for name, config in MISTRAL.items()}
 RELEASED |= {("qwen2", name): (config, Qwen2Config) for name, config in QWEN2.items()}
@@ -63,6 +64,13 @@ def test_released_configs_of_internlm2_are_read() -> None:
     config = internlm2.read_config(INTERNLM2["internlm2_5-7b-chat"])
     assert (config.num_layers, config.num_kv_heads, config.head_dim, config.biases.qkv) == (32, 8, 128, False)
     assert (config.max_position, config.rope.dynamic_factor, config.rope.original_max) == (65536, 2.0, 32768)
+
+
+def test_released_configs_of_minicpm_are_read() -> None:
+    config = minicpm.read_config(MINICPM["MiniCPM-2B-sft-bf16"])
+    assert (config.num_layers, config.num_heads, config.head_dim, config.tied_head) == (40, 36, 64, True)
+    assert config.branch_scale == pytest.approx(1.4 / 40**0.5 / 12) and config.head_scale == 256 / 2304
+    assert config.epsilon == pytest.approx(1e-5 / 144)
 
 
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -134,6 +142,9 @@ def test_bloom_names_of_one_value_must_agree() -> None:
         ("llama", "is_causal", False, "found False, expected no value or True"),
         ("llama", "quantization", {"bits": 4}, "quantised checkpoints are not supported"),
         ("llama", "alibi", True, "found True, expected no value or False"),
+        ("minicpm", "num_experts", 8, "expected a key this compiler knows"),
+        ("minicpm", "sparse_config", {"kernel_size": 32}, "expected a key this compiler knows"),
+        ("minicpm", "scale_emb", 0, "found 0, expected a number > 0"),
         ("mistral", "layer_types", _TYPES, "found full_attention, sliding_attention, expected sliding_attention alone"),
         ("qwen2", "layer_types", ["full_attention"], "expected full_attention or sliding_attention for each of 3 layers"),
         ("qwen2", "layer_types", _TYPES, "expected use_sliding_window and a sliding_window, or full_attention alone"),
