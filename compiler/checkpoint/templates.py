@@ -53,13 +53,21 @@ RAW = "raw"
 # A human turn ends with the words that start the answer, so add_generation_prompt adds nothing. An earlier answer ends as it
 # did in training: with EOS in models that were trained on conversations (BELLE-LLaMA, sample_generator.py). For the others, the
 # model cards instruct users to concatenate the turns, which leaves an empty line between them.
-TEMPLATES = {
+BELLE = {
     "belle-bloom": _turns("'Human: ' + text + '\\n\\nAssistant:'", "message['content'] + '\\n\\n'"),
     "belle-llama": _turns("'Human: \\n' + text + '\\n\\nAssistant: \\n'", "message['content'] + eos_token"),
     "belle-llama-ext": _turns("'Human: ' + text + '\\n\\nBelle: '", "message['content'] + '\\n\\n'"),
+}
+TEMPLATES = BELLE | {
+    # Of Qwen, Yi, InternLM2 and many others.
+    "chatml": (
+        "{%- for message in messages -%}"
+        "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    ),
     RAW: "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}",
 }
-BELLE_TEMPLATES = frozenset(text for name, text in TEMPLATES.items() if name != RAW)  # the texts of BELLE's models
+BELLE_TEMPLATES = frozenset(BELLE.values())
 
 
 def family_template(family: Family[Any], config: Mapping[str, Any]) -> PromptTemplate:

@@ -12,7 +12,13 @@ from typing import Any
 import tokenizers
 
 from belle_compile.compiler.checkpoint.formats.gguf_rules import SENTENCEPIECE
-from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import BLOOM_SPLIT, LLAMA3_SPLIT, gguf_tokenizer
+from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import (
+    BLOOM_SPLIT,
+    LLAMA3_SPLIT,
+    QWEN2_SPLIT,
+    TEKKEN_SPLIT,
+    gguf_tokenizer,
+)
 from belle_compile.compiler.checkpoint.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -36,6 +42,8 @@ _PRE: Mapping[tuple[str, ...], str] = {
     ("digits", "bytes of words"): "smollm",
     (BLOOM_SPLIT, "bytes"): "bloom",
     (LLAMA3_SPLIT, "bytes"): "llama-bpe",
+    (QWEN2_SPLIT, "bytes"): "qwen2",
+    (TEKKEN_SPLIT, "bytes"): "tekken",
 }
 # Names of generation settings in the metadata, and the methods of the writer that add them.
 _SAMPLING = {
@@ -146,7 +154,7 @@ def _byte_level(plain: Mapping[str, Any], rows: int) -> Vocabulary:
     if plain["model"]["type"] != "BPE" or steps not in _PRE:
         raise CompileError(
             STAGE, "tokenizer", found=f"{plain['model']['type']} of texts that are split by {', '.join(steps) or 'no rule'}",
-            expected="a rule that llama.cpp has: those of GPT-2, SmolLM, BLOOM and Llama 3, or sentencepiece",
+            expected="a rule that llama.cpp has: those of GPT-2, SmolLM, BLOOM, Llama 3, Qwen2 and Tekken, or sentencepiece",
             remedy="use another --format",
         )  # fmt: skip
     merges = tuple(" ".join(merge) for merge in _pairs(plain))

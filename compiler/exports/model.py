@@ -29,7 +29,8 @@ Order = npt.NDArray[np.intp]
 
 HEAD = "lm_head"
 _CHUNK_BYTES = 64 << 20  # of float32 values in memory at a time, where rows can be read alone
-_NORMS = ("LayerNormalization", "RMSNormalization")
+_STREAM_NORMS = ("LayerNormalization", "RMSNormalization")
+_NORMS = (*_STREAM_NORMS, "HeadNorm")
 # Ops that every architecture has around its modules.
 _PLAIN = frozenset({"Gather", "Split", "Add", "Gelu", "SwiGLU", "RotaryTable", "Attention", "QuantizeTokens", "IntegerLinear"})
 
@@ -163,7 +164,7 @@ def modules_of(graph: ir.Graph, release: Release) -> list[Module]:
                 raise _other_architecture(node)
             continue
         values, bias = read
-        if node.op_type in _NORMS and node.op_type != release.norm:
+        if node.op_type in _STREAM_NORMS and node.op_type != release.norm:
             raise _other_architecture(node)
         name = str(node.name)
         if name == HEAD and bias is not None:

@@ -80,8 +80,8 @@ def _config(model: ExportedModel) -> Plain:
     stated = model.release.config(model.config)
     kept = {key: value for key, value in stated.items() if key not in _DROPPED}
     return kept | ids | {
-        "architectures": [model.family.architectures[0]],
-        "model_type": model.family.name,
+        "architectures": [model.release.architecture or model.family.architectures[0]],
+        "model_type": model.release.model_type or model.family.name,
         "dtype": model.float_dtype,
         "tie_word_embeddings": model.tied_head,
         "eos_token_id": _one_or_all(special["eos_token_ids"]),

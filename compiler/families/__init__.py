@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from belle_compile.compiler.families import bloom, llama, registry
+from belle_compile.compiler.families import bloom, internlm2, llama, minicpm, mistral, qwen2, qwen3, registry
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.registry import register
@@ -19,6 +20,11 @@ __all__ = ["Family", "build_graph", "register", "registry"]
 
 register(bloom.FAMILY)
 register(llama.FAMILY)
+register(internlm2.FAMILY)
+register(minicpm.FAMILY)
+register(mistral.FAMILY)
+register(qwen2.FAMILY)
+register(qwen3.FAMILY)
 
 
 def build_graph(checkpoint: Checkpoint) -> ir.Model:
@@ -30,7 +36,7 @@ def build_graph(checkpoint: Checkpoint) -> ir.Model:
     family = registry.by_name(checkpoint.family, checkpoint.path)
     config = family.read_config(checkpoint.config)
     builder = GraphBuilder(family.name)
-    layers = Layers(checkpoint, builder)
+    layers = Layers(checkpoint, builder, partial(family.part_of, config))
     logits = family.build(layers, config)
     layers.check_all_taken()
     return builder.finish(logits, {"family": family.name} | config.metadata)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.families.config import Keys
 from belle_compile.compiler.families.gguf import GgufLayout
-from belle_compile.compiler.families.layers import Layers
+from belle_compile.compiler.families.layers import Layers, Part
 from belle_compile.compiler.families.model_config import ModelConfig
 from belle_compile.compiler.families.release import Release
 
@@ -34,6 +34,9 @@ class Family(Generic[C]):
     `renames` make a stored tensor name canonical, which is the name that `build` asks for: each is a regular expression and
     the replacement of its first match, applied one after the other. They must leave canonical names as they are.
 
+    `part_of(config, name)` says of which stored tensor the one with this canonical name is a part, where checkpoints may pack
+    several into one.
+
     `template` is the prompt template for checkpoints without one, in a form that --template accepts: a name, Jinja text, or a
     format with {x}. If it is empty, such a checkpoint is refused. `template_by_vocabulary` holds the templates of releases that
     differ from others only in the size of their vocabulary.
@@ -52,6 +55,7 @@ class Family(Generic[C]):
     architectures: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    part_of: Callable[[C, str], Part | None] = lambda config, name: None
     template: str = ""
     template_by_vocabulary: Mapping[int, str] = field(default_factory=dict)
     keys: Keys = field(default_factory=Keys)

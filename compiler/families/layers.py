@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -37,23 +39,56 @@ class TensorSource(Protocol):
         """Return a tensor; raises CompileError if it is missing or has another shape."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stored tensor: those in `ranges`, in their order, of the tensor `name` with `rows` rows."""
+
+    name: str
+    rows: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start..stop of the part; only these are read from the file."""
+        pieces, done = [], 0
+        for first, last in self.ranges:
+            low, high = max(start - done, 0), min(stop - done, last - first)
+            pieces += [tensor.rows(first + low, first + high)] if low < high else []
+            done += last - first
+        return np.concatenate(pieces) if pieces else tensor.rows(0, 0)
+
+
+def stored_alone(name: str) -> Part | None:
+    """No part, for any tensor."""
+    return None
+
+
 class Layers:
     """Appends layers to the graph of `builder` and records which tensors of the checkpoint they use.
 
     A layer is named after its module in Transformers, and its tensors as in the checkpoint: the layer `h.0.mlp.dense_h_to_4h`
-    uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read.
+    uses the tensor `h.0.mlp.dense_h_to_4h.weight`. Tensors stay on disk until they are read. `part_of` says of which stored
+    tensor one that the checkpoint lacks is a part.
     """
 
-    def __init__(self, checkpoint: TensorSource, builder: GraphBuilder) -> None:
-        self.checkpoint, self.builder = checkpoint, builder
+    def __init__(
+        self, checkpoint: TensorSource, builder: GraphBuilder, part_of: Callable[[str], Part | None] = stored_alone
+    ) -> None:
+        self.checkpoint, self.builder, self._part_of = checkpoint, builder, part_of
         self._taken: set[str] = set()
 
-    def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None) -> ir.Value:
-        """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file."""
+    def weight(self, name: str, shape: tuple[int, ...], order: Order | None = None, *, scale: float = 1.0) -> ir.Value:
+        """Add a float32 initializer that reads a tensor of the checkpoint. With an `order`, row i is `order[i]` of the file;
+        with a `scale`, values are multiplied by it."""
+        assert order is None or scale == 1, f"{name}: one change at a time"
+        if name not in self.checkpoint.tensors and (part := self._part_of(name)) is not None:
+            return self._unpacked(name, shape, part)
         tensor = self.checkpoint.tensor(name, shape)
         self._taken.add(name)
         sources = [tensor.describe()]
-        if order is None:
+        if scale != 1:
+            whole, rows = partial(_scaled, scale, tensor.read), partial(_scaled, scale, tensor.rows)
+            made = lazy(name, whole, shape, np.float32, rows, step="scaled", sources=sources)
+        elif order is None:
             made = lazy(name, tensor.read, shape, np.float32, tensor.rows, sources=sources, quantized=tensor.quantized)
         elif tensor.quantized is None:
             made = lazy(name, lambda: _ordered(tensor, order), shape, np.float32, step=_ORDERED, sources=sources)
@@ -64,10 +99,26 @@ class Layers:
             )
         return self.builder.weight(name, made)
 
-    def linear(self, x: ir.Value, name: str, sizes: tuple[int, int], *, bias: bool, order: Order | None = None) -> ir.Value:
-        """Append x @ weight.T + bias; `sizes` are (outputs, inputs), the shape of the weight."""
-        weight = self.weight(f"{name}.weight", sizes, order)
-        addend = self.weight(f"{name}.bias", sizes[:1], order) if bias else None
+    def _unpacked(self, name: str, shape: tuple[int, ...], part: Part) -> ir.Value:
+        tensor = self.checkpoint.tensor(part.name, (part.rows, *shape[1:]))
+        self._taken.add(part.name)
+        rows, sources = partial(part.read, tensor), [tensor.describe()]
+        made = lazy(name, partial(rows, 0, shape[0]), shape, np.float32, rows, step="unpacked", sources=sources)
+        return self.builder.weight(name, made)
+
+    def linear(
+        self,
+        x: ir.Value,
+        name: str,
+        sizes: tuple[int, int],
+        *,
+        bias: bool,
+        order: Order | None = None,
+        scale: float = 1.0,
+    ) -> ir.Value:
+        """Append (x @ weight.T + bias) * scale; `sizes` are (outputs, inputs), the shape of the weight."""
+        weight = self.weight(f"{name}.weight", sizes, order, scale=scale)
+        addend = self.weight(f"{name}.bias", sizes[:1], order, scale=scale) if bias else None
         return self.builder.op("Gemm", x, weight, addend, name=name, transB=1)
 
     def layer_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
@@ -75,10 +126,14 @@ class Layers:
         scale, bias = self.weight(f"{name}.weight", (size,)), self.weight(f"{name}.bias", (size,))
         return self.builder.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=epsilon)
 
-    def rms_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
-        """Append an RMSNormalization of the last axis, with a scale of shape [size]."""
-        scale = self.weight(f"{name}.weight", (size,))
-        return self.builder.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
+    def rms_norm(self, x: ir.Value, name: str, size: int, epsilon: float, *, scale: float = 1.0) -> ir.Value:
+        """Append an RMSNormalization of the last axis, with gains of shape [size], times `scale`."""
+        gain = self.weight(f"{name}.weight", (size,), scale=scale)
+        return self.builder.op("RMSNormalization", x, gain, name=name, axis=-1, epsilon=epsilon)
+
+    def head_norm(self, x: ir.Value, name: str, head_dim: int, epsilon: float) -> ir.Value:
+        """Append a HeadNorm, with a scale of shape [head_dim] for all heads."""
+        return self.builder.op("HeadNorm", x, self.weight(f"{name}.weight", (head_dim,)), name=name, epsilon=epsilon)
 
     def embedding_and_head(self, name: str, shape: tuple[int, int], *, tied: bool) -> tuple[ir.Value, ir.Value]:
         """Add the embedding table and the head's weight, both of `shape` [vocabulary, hidden]; a tied head is the table.
@@ -124,6 +179,12 @@ def _ordered(tensor: LazyTensor, order: Order) -> npt.NDArray[np.float32]:
     for start in range(0, len(order), step):
         part = slice(start, min(start + step, len(order)))
         values[places[part]] = tensor.rows(part.start, part.stop)
+    return values
+
+
+def _scaled(scale: float, read: Callable[..., npt.NDArray[np.float32]], *rows: int) -> npt.NDArray[np.float32]:
+    """What `read` gives, times `scale`."""
+    values: npt.NDArray[np.float32] = read(*rows) * np.float32(scale)
     return values
 
 

@@ -17,10 +17,13 @@ class Release:
     norms. The modules whose names end with one of `grouped` hold all q, all k, all v in the graph, and q, k and v of one head
     after another in the files. `config` makes config.json from the one that a checkpoint had, in keys that all versions read.
     `config_of_graph` makes one from the graph of an engine and the dimensions in its manifest, without tokens and tied head.
+    `architecture` and `model_type` are those of the files where they are written as another family (empty: the family's own).
     `tied_only` maps names of formats whose runtimes load no head of its own for this architecture to the reason.
     """
 
     norm: str
+    architecture: str = ""
+    model_type: str = ""
     prefix: str = ""
     grouped: tuple[str, ...] = ()
     config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict

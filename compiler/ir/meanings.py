@@ -64,6 +64,11 @@ def rms_norm(x: Floats, scale: Floats, *, epsilon: float) -> Floats:
     return normed * scale
 
 
+def head_norm(x: Floats, scale: Floats, *, epsilon: float) -> Floats:
+    """`rms_norm` of each head: of every len(scale) neighbours of a row."""
+    return rms_norm(x.reshape(len(x), -1, len(scale)), scale, epsilon=epsilon).reshape(x.shape)
+
+
 def norm(x: Floats, scale: Floats, bias: Floats | None, *, kind: str, epsilon: float) -> Floats:
     """The norm that `kind` names: "layer" or "rms" (which has no bias)."""
     return layer_norm(x, scale, bias, epsilon=epsilon) if kind == "layer" else rms_norm(x, scale, epsilon=epsilon)
@@ -322,8 +327,11 @@ def attention(
     num_kv_heads: int,
     head_dim: int,
     scale: float,
+    window: int = 0,
 ) -> Floats:
     """Causal attention of each token over its own sequence, after the step's k and v were written to the cache.
+
+    With a window, a token attends to the last `window` tokens, itself among them.
 
     RoPE is applied to q and k where cos_sin is given. `slopes` (ALiBi) add slope * position of the key, as in Transformers'
     BLOOM. Query head h reads key/value head h // (num_heads / num_kv_heads).
@@ -337,11 +345,12 @@ def attention(
     result = np.empty_like(q)
     for token, (position, sequence) in enumerate(zip(positions, sequences, strict=True)):
         length = int(position) + 1
-        keys, values = cache.read(layer, block_table[sequence], length)
+        first = max(0, length - window) if window else 0
+        keys, values = (x[:, first:] for x in cache.read(layer, block_table[sequence], length))
         grouped = q[token].reshape(num_kv_heads, -1, head_dim)  # the query heads of each key/value head
-        scores = (grouped @ keys.transpose(0, 2, 1) * np.float32(scale)).reshape(num_heads, length)
+        scores = (grouped @ keys.transpose(0, 2, 1) * np.float32(scale)).reshape(num_heads, length - first)
         if slopes is not None:
-            scores = scores + slopes[:, None] * np.arange(length, dtype=np.float32)
-        weights = softmax(scores).reshape(num_kv_heads, -1, length)
+            scores = scores + slopes[:, None] * np.arange(first, length, dtype=np.float32)
+        weights = softmax(scores).reshape(num_kv_heads, -1, length - first)
         result[token] = (weights @ values).reshape(num_heads, head_dim)
     return result.reshape(-1, num_heads * head_dim)

@@ -137,6 +137,17 @@ def _group_linear(given: Sequence[TensorSpec | None], node: ir.Node) -> list[Ten
     return inferred
 
 
+def _head_norm(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    spec = spec_of(node)
+    inferred = signature.infer(spec.inputs, spec.outputs, given, {})
+    x, scale = given
+    assert x is not None and scale is not None
+    width, head_dim = x.dims[-1], scale.dims[0]
+    if not isinstance(width, int) or not isinstance(head_dim, int) or width % head_dim:
+        raise CompileError("verify", "input scale", found=str(scale), expected=f"heads that divide the width {width}")
+    return inferred
+
+
 def _identity(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
     assert given[0] is not None
     return [given[0]]
@@ -169,6 +180,7 @@ _ATTENTION = {
     "num_kv_heads": Attribute(int),
     "head_dim": Attribute(int),
     "scale": Attribute(float),
+    "window": Attribute(int, 0),  # tokens that a token attends to, itself among them; 0: all
 }
 
 SPECS: tuple[OpSpec, ...] = (
@@ -187,6 +199,8 @@ SPECS: tuple[OpSpec, ...] = (
     OpSpec("", "Gelu", "x:float32[T,K]", "y:float32[T,K]", meanings.gelu,
            {"approximate": Attribute(str, "none", allowed=("tanh",))}),
     # Ops that ONNX lacks.
+    OpSpec(BELLE, "HeadNorm", "x:float32[T,K] scale@gain:float32[D]", "normed:float32[T,K]", meanings.head_norm,
+           {"epsilon": Attribute(float)}, rule=_head_norm),
     OpSpec(BELLE, "SwiGLU", "gate:float32[T,F] up:float32[T,F]", "y:float32[T,F]", meanings.swiglu),
     OpSpec(BELLE, "BlockHadamard", "x:float32[T,K]", "y:float32[T,K]", meanings.block_hadamard, {"block": Attribute(int)}),
     OpSpec(BELLE, "RotaryTable", "positions@index:int32[T] sequences@index:int32[T] inv_freq@frequency:float32[H]",

@@ -36,6 +36,11 @@ def rms_norm(x: Tensor, scale: Tensor, *, epsilon: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], scale, epsilon)
 
 
+def head_norm(x: Tensor, scale: Tensor, *, epsilon: float) -> Tensor:
+    """`rms_norm` of each head."""
+    return rms_norm(x.reshape(len(x), -1, len(scale)), scale, epsilon=epsilon).reshape(x.shape)
+
+
 def gelu(x: Tensor) -> Tensor:
     """Gelu with the tanh approximation."""
     return torch.nn.functional.gelu(x, approximate="tanh")
@@ -87,6 +92,7 @@ def attention(
     num_kv_heads: int,
     head_dim: int,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of each token over its own sequence, with float32 keys and values instead of a cache."""
     q, k, v = q.view(-1, num_heads, head_dim), k.view(-1, num_kv_heads, head_dim), v.view(-1, num_kv_heads, head_dim)
@@ -97,10 +103,11 @@ def attention(
         rows = slice(start, start + length)
         queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
         mask = None
-        if slopes is not None:
-            bias = slopes[:, None, None] * torch.arange(length, dtype=torch.float32, device=q.device)
-            causal = torch.full((length, length), -torch.inf, device=q.device).triu(1)
-            mask = (bias + causal)[None]
+        if slopes is not None or window:
+            everything = torch.full((length, length), -torch.inf, device=q.device)
+            hidden = everything.triu(1) + everything.tril(-window) if window else everything.triu(1)
+            positions = torch.arange(length, dtype=torch.float32, device=q.device)
+            mask = hidden if slopes is None else (slopes[:, None, None] * positions + hidden)[None]
         attended = torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
@@ -116,6 +123,7 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
     "Add": torch.add,
     "LayerNormalization": layer_norm,
     "RMSNormalization": rms_norm,
+    "HeadNorm": head_norm,
     "Gemm": torch.nn.functional.linear,
     "Gelu": gelu,
     "SwiGLU": swiglu,

@@ -62,9 +62,10 @@ def predict(work: RankWork, rates: Rates, ranks: int, *, sequences: int, tokens:
         rows = sequences * (tokens if product.of_tokens else 1)
         rate = rates.integer if product.integer else rates.floating
         add(product.weight_bytes / (rates.read * _share(rows, rates.several)), rows * product.operations / rate)
-    read = sequences * work.kv.bytes(context) / max(len(work.attention), 1) / rates.read
-    for operations in work.attention:
-        add(read, sequences * tokens * context * operations / rates.floating)
+    for layer in work.attention:
+        seen = layer.seen(context)
+        read = sequences * work.kv.bytes(seen) / len(work.attention) / rates.read
+        add(read, sequences * tokens * seen * layer.operations / rates.floating)
     sums = sum(sum_seconds(sequences * tokens * width * _CHANNEL_BYTES, rates, ranks) for width in work.sums)
     return Step(memory, arithmetic, work.calls * rates.call_s, sums)
 

@@ -31,17 +31,30 @@ class Product:
 
 
 @dataclass(frozen=True)
+class AttentionWork:
+    """The attention of a layer: the operations for a pair of a token and a token of its context, and the number of tokens that
+    a token attends to at most (0: any)."""
+
+    operations: int
+    window: int
+
+    def seen(self, context: int) -> int:
+        """The number of tokens that a token attends to after `context` others."""
+        return min(context, self.window) if self.window else context
+
+
+@dataclass(frozen=True)
 class RankWork:
     """The parts of a step of one rank, of at most `max_tokens` tokens.
 
-    `attention` holds for each layer the operations for a pair of a token and a token of its context, `calls` is the number of
-    kernel calls, and `sums` holds the channels of each sum over ranks. `kv` is the rank's KV cache.
+    `attention` holds the attention of each layer, `calls` is the number of kernel calls, and `sums` holds the channels of each
+    sum over ranks. `kv` is the rank's KV cache.
     """
 
     max_tokens: int
     kv: KVCache
     products: tuple[Product, ...]
-    attention: tuple[int, ...]
+    attention: tuple[AttentionWork, ...]
     calls: int
     sums: tuple[int, ...]
 
@@ -72,15 +85,15 @@ def _work(graph: ir.Model, footprint: Footprint) -> RankWork | None:
         max_tokens=program.max_tokens,
         kv=footprint.kv,
         products=tuple(_products(graph)),
-        attention=tuple(map(_attention_operations, attention)),
+        attention=tuple(map(_attention_work, attention)),
         calls=sum(call.all_reduce is None and call.when != "runs" for call in program.calls),
         sums=tuple(call.all_reduce.width for call in program.calls if call.all_reduce),
     )
 
 
-def _attention_operations(options: dict[str, Any]) -> int:
-    """Operations of scores and of weighted values, counting a multiplication and an addition each."""
-    return 4 * int(options["num_heads"]) * int(options["head_dim"])
+def _attention_work(options: dict[str, Any]) -> AttentionWork:
+    """The operations are those of scores and of weighted values, counting a multiplication and an addition each."""
+    return AttentionWork(4 * int(options["num_heads"]) * int(options["head_dim"]), int(options["window"]))
 
 
 def _products(graph: ir.Model) -> Iterator[Product]:

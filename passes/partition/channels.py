@@ -15,6 +15,7 @@ from belle_compile.passes.partition.shares import CHANNELS, TOKENS, Range, heads
 Ranges = tuple[Range, ...]
 ACTIVATIONS = ("Gelu", "SwiGLU")
 KEEPS_CHANNELS = ("BlockHadamard", "QuantizeTokens")  # ops whose output has the channels of their input
+OF_HEADS = ("HeadNorm",)  # ops that treat each head of queries or keys alone
 
 
 def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, Ranges]:
@@ -42,7 +43,7 @@ def channels_of_rank(graph: ir.Graph, rank: int, ranks: int) -> dict[ir.Value, R
             continue
         if node.op_type == "Split":
             parts[source] = tuple(_fused_channels(node, parts))
-        elif spec_of(node).scales_sums:
+        elif spec_of(node).scales_sums or node.op_type in OF_HEADS:
             parts[source] = parts[node.outputs[0]]
     return parts
 

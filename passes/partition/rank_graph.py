@@ -15,8 +15,10 @@ from belle_compile.compiler.ir.lazy import lazy, part_of
 from belle_compile.compiler.ir.ops import attributes_of, operand, spec_of
 from belle_compile.compiler.ir.signature import OF_GROUPS, OF_OUTPUTS, Role
 from belle_compile.passes.base import is_weight
-from belle_compile.passes.partition.channels import ACTIVATIONS, KEEPS_CHANNELS, Ranges
+from belle_compile.passes.partition.channels import ACTIVATIONS, KEEPS_CHANNELS, OF_HEADS, Ranges
 from belle_compile.passes.partition.shares import TOKENS, share
+
+_PART_BY_PART = (*ACTIVATIONS, *KEEPS_CHANNELS, *OF_HEADS)  # ops that a rank computes for the channels it has
 
 
 @dataclass
@@ -52,7 +54,7 @@ class RankGraph:
             assert old is not None
             sizes = np.asarray([_width(self.parts[value]) for value in node.outputs], np.int64)
             self._append(node, [fused, self._weight(node, ir.Tensor(sizes, name=str(old.name)))])
-        elif (node.op_type in (*ACTIVATIONS, *KEEPS_CHANNELS) and divided_outputs) or not (divided_inputs or divided_outputs):
+        elif (node.op_type in _PART_BY_PART and divided_outputs) or not (divided_inputs or divided_outputs):
             self._append(node, node.inputs)
         else:
             named = ", ".join(str(value.name) for value in divided_outputs or divided_inputs if value is not None)

@@ -141,7 +141,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "found NaN or infinity in row 0, expected finite weights; "
         "while computing model.layers.1.mlp.down_proj.weight.rotated.int8 <- rotated <- model.safetensors: model.layers.1.mlp.",
     ),
-    "unknown architecture": (configure(model_type="gpt2"), "found 'gpt2', expected bloom or llama; give a BELLE checkpoint"),
+    "unknown architecture": (configure(model_type="gpt2"), "found 'gpt2', expected bloom, llama"),
     "unsupported value": (
         configure(hidden_act="gelu"),
         "key hidden_act of config.json: found 'gelu', expected no value or 'silu'",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
@@ -15,7 +16,7 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.passes.pipeline import at_fusion, run_pipeline, run_ranks
 from tests.parity.engines import Builder
 from tests.parity.stepping import RankStepper, Stepper, relative_error
-from tests.parity.variants import VARIANTS, make_bloom, make_llama, random_ids
+from tests.parity.variants import VARIANTS, make_bloom, make_llama, make_relative, random_ids
 from tests.pipelines import PIPELINES
 
 TOLERANCE = 1e-5  # of the largest logit: sums in another order
@@ -28,6 +29,9 @@ REFUSED = {
     ("llama_gqa", 3): "key/value heads for 3 ranks: found 2 of 3 query heads each, .*; build for 2 ranks",
     ("llama_head_dim", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
     ("llama_theta", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
+    ("qwen2", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
+    ("internlm2", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
+    ("qwen3", 3): "key/value heads for 3 ranks: found 2 of 3 query heads each",
     ("llama3_rope", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
 }
 
@@ -72,6 +76,11 @@ def larger(root: Path, family: str) -> Path:
             {"hidden_size": 72, "intermediate_size": 400, "num_attention_heads": 6, "num_key_value_heads": 3,
              "head_dim": 128, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True},
         ),
+        "qwen3": (
+            partial(make_relative, Qwen3ForCausalLM, Qwen3Config, name="qwen3"),
+            {"hidden_size": 72, "intermediate_size": 400, "num_attention_heads": 6, "num_key_value_heads": 3,
+             "head_dim": 128, "num_hidden_layers": 1},
+        ),
     }[family]  # fmt: skip
     return make(root / f"larger-{family}", **sizes)
 
@@ -83,7 +92,7 @@ INT4_BLOOM = "key/value heads for 3 ranks: found 5, in units of 4, expected 3 un
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("preset", QUANTIZED)
-@pytest.mark.parametrize("family", ["bloom", "llama"])
+@pytest.mark.parametrize("family", ["bloom", "llama", "qwen3"])
 def test_quantized_logits_are_nearly_those_of_one_rank(builder: Builder, family: str, preset: str, ranks: int) -> None:
     checkpoint = larger(builder.root, family)
     if (family, preset, ranks) == ("bloom", "int4", 3):

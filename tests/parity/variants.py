@@ -9,6 +9,7 @@ Tests take a variant by name and a directory:
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,8 +19,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging as hf_logging
 
 torch.set_num_threads(1)
@@ -64,7 +80,28 @@ LLAMAS: Mapping[str, dict[str, Any]] = {
     },
     "llama3_rope": {"rope_parameters": _LLAMA3, "num_key_value_heads": 2},
 }
-
+# Families whose config has LLaMA's keys, by the classes in Transformers.
+RELATIVES: Mapping[tuple[Any, Any], dict[str, dict[str, Any]]] = {
+    (Qwen2ForCausalLM, Qwen2Config): {
+        "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        # Prompts of the tests are longer than the window of the last two layers.
+        "qwen2_window": {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+    (MistralForCausalLM, MistralConfig): {
+        "mistral": {"sliding_window": 9, "head_dim": 24, "num_key_value_heads": 1},
+    },
+    (Qwen3ForCausalLM, Qwen3Config): {
+        "qwen3": {
+            "head_dim": 24,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    },
+}
 
 _SCALES = {"query_key_value.weight": 2.0, "attention.dense.weight": 6.0, "o_proj.weight": 4.0}
 
@@ -88,10 +125,80 @@ def make_relative(model: Any, config: Any, directory: Path, *, name: str, **chan
     return _save_tokenizer(_byte_fallback(), directory)
 
 
+REFERENCE = "reference"  # folder in a checkpoint that Transformers has no class for: the same model in a class that it has
+
+
+def make_internlm2(directory: Path, *, name: str = "internlm2", **changes: Any) -> Path:
+    """A random InternLM2 beside the LLaMA that it is: other names, and q, k and v of each key/value head in one tensor."""
+    make_llama(directory, name=name, **changes)
+    reference, config = _as_reference(directory)
+    heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    tensors = load_file(reference / "model.safetensors")
+    for prefix in [key.removesuffix("q_proj.weight") for key in tensors if key.endswith("q_proj.weight")]:
+        for kind in ("weight", "bias"):
+            if f"{prefix}q_proj.{kind}" in tensors:
+                q, k, v = (tensors.pop(f"{prefix}{part}_proj.{kind}") for part in "qkv")
+                grouped = [
+                    part.reshape(kv_heads, count, head_dim, -1) for part, count in ((q, heads // kv_heads), (k, 1), (v, 1))
+                ]
+                packed = np.concatenate(grouped, axis=1)
+                tensors[f"{prefix}wqkv.{kind}"] = packed.reshape(-1, *q.shape[1:])
+    for name, new in _INTERNLM2.items():
+        tensors = {key.replace(name, new): tensor for key, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    kept = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias", "architectures")}
+    kept |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": config["attention_bias"]}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def make_minicpm(directory: Path, *, name: str = "minicpm", scale_emb: float, scale_depth: float, dim_model_base: int,
+                 **changes: Any) -> Path:  # fmt: skip
+    """A random MiniCPM beside the Granite that it is."""
+    sizes = {**_LLAMA, **changes}
+    factors = {
+        "embedding_multiplier": scale_emb,
+        "residual_multiplier": scale_depth / sizes["num_hidden_layers"] ** 0.5,
+        "logits_scaling": sizes["hidden_size"] / dim_model_base,
+        "attention_multiplier": (sizes["hidden_size"] // sizes["num_attention_heads"]) ** -0.5,
+    }
+    make_relative(GraniteForCausalLM, GraniteConfig, directory, name=name, **changes, **factors)
+    reference, config = _as_reference(directory)
+    shutil.copy(reference / "model.safetensors", directory)
+    kept = {key: value for key, value in config.items() if key not in (*factors, "mlp_bias", "architectures")}
+    kept |= {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"]}
+    kept |= {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def _as_reference(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Move a model to the folder of the reference, without its tokenizer; returns the folder, and the model's config.json."""
+    reference = directory / REFERENCE
+    reference.mkdir()
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        (directory / file).rename(reference / file)
+    return reference, json.loads((reference / "config.json").read_text())
+
+
+_INTERNLM2 = {
+    "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo", "self_attn": "attention",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+}  # fmt: skip
+
+
 # Name -> function that makes the checkpoint in a directory and returns that directory.
 VARIANTS: Mapping[str, Maker] = {
     **{name: partial(make_bloom, name=name, **changes) for name, changes in BLOOMS.items()},
     **{name: partial(make_llama, name=name, **changes) for name, changes in LLAMAS.items()},
+    **{
+        name: partial(make_relative, *classes, name=name, **changes)
+        for classes, variants in RELATIVES.items()
+        for name, changes in variants.items()
+    },
+    "internlm2": partial(make_internlm2, num_key_value_heads=2, attention_bias=True),
+    "minicpm": partial(make_minicpm, scale_emb=12, scale_depth=1.4, dim_model_base=16, tie_word_embeddings=True),
 }
 
 
@@ -129,7 +236,9 @@ def hf_greedy(directory: Path, ids: Sequence[int], n: int) -> list[int]:
 
 def load_hf(directory: Path) -> Any:
     """The model in float32, for inference."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = directory / REFERENCE
+    path = reference if reference.is_dir() else directory
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def random_ids(directory: Path, count: int, seed: int = 0) -> list[int]:

@@ -77,6 +77,7 @@ def attention(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> N
         "GroupQueryAttention", *operands, *past, step.last, step.total, *tables, None, bias, outputs=[attended, *presents],
         domain=MICROSOFT, num_heads=attributes["num_heads"], kv_num_heads=attributes["num_kv_heads"],
         scale=attributes["scale"], do_rotary=int(turned is not None and not apart),
+        **({"local_window_size": attributes["window"]} if attributes["window"] else {}),
     )  # fmt: skip
     result = _cut(t, outputs[0], head_dim, name) if padding else outputs[0]
     t.values[node.outputs[0]] = t.cast(result, "float32", f"{name}.float32", of=t.kv_floats)

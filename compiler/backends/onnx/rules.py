@@ -89,6 +89,17 @@ def layer_norm(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     t.values[node.outputs[0]] = t.graph.op(node.op_type, x, *vectors, name=str(node.name), **kept)
 
 
+def head_norm(t: Translation, node: ir.Node, attributes: Attributes) -> None:
+    """The RMS norm of the last axis of the heads [B, S, heads, head_dim]."""
+    gain, name, graph = operand(node, Role.GAIN), str(node.outputs[0].name), t.graph
+    head_dim = tensor_of(gain).shape.numpy()[0]
+    shape = graph.constant(f"heads.{head_dim}", [0, 0, -1, head_dim], "int64")
+    heads = graph.op("Reshape", t.value(node.inputs[0]), shape, name=f"{name}.heads")
+    normed = graph.op("RMSNormalization", heads, t.stored(tensor_of(gain)), name=f"{name}.normed", axis=-1,
+                      epsilon=attributes["epsilon"])  # fmt: skip
+    t.values[node.outputs[0]] = graph.op("Reshape", normed, graph.constant("rows.flat", [0, 0, -1], "int64"), name=name)
+
+
 def add_norm(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     x, r, gain, bias = t.value(node.inputs[0]), t.value(node.inputs[1]), operand(node, Role.GAIN), operand(node, Role.BIAS)
     assert gain is not None
@@ -291,6 +302,7 @@ RULES: dict[str, Rule] = {
     "Gemm": linear,
     "LayerNormalization": layer_norm,
     "RMSNormalization": layer_norm,
+    "HeadNorm": head_norm,
     "AddNorm": add_norm,
     "Gelu": gelu,
     "SwiGLU": swiglu,

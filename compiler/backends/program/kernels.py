@@ -5,7 +5,8 @@ A backend's class of the same name derives from the one here and adds how the ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from belle_compile.compiler.backends.program.kernel import Kernel, Pointers, View, optional
@@ -43,6 +44,21 @@ class Norm(Kernel):
         operands = (_X, *optional(self.r, "r"), ("scale", "float32"), *optional(self.bias, "bias"))
         out = (("xq", self.byte), ("xs", "float32")) if self.quantize else (_OUT,)
         return (_ROWS, *operands, *optional(self.total, "total"), *optional(self.step, "step"), *out)
+
+
+@dataclass(frozen=True)
+class HeadNorm(Kernel):
+    """out = x / sqrt(mean(x^2) + epsilon) * scale for each head of `head_dim` channels of a row."""
+
+    kind: ClassVar[str] = "head_norm"
+    width: int
+    head_dim: int
+    epsilon: float
+    x: View
+    out: View
+
+    def pointers(self) -> Pointers:
+        return (_ROWS, _X, ("scale", "float32"), _OUT)
 
 
 @dataclass(frozen=True)
@@ -240,8 +256,10 @@ class AppendKV(Kernel):
 
 @dataclass(frozen=True)
 class Attention(Kernel):
-    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence."""
+    """out[t] = softmax(scale * q[t] . K (+ slope * position of the key)) V over positions 0..positions[t] of its sequence, or
+    over the last `window` of these."""
 
+    initials: ClassVar[Mapping[str, str]] = {"window": "window"}
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -253,6 +271,7 @@ class Attention(Kernel):
     cache_dtype: str
     rotary: bool
     alibi: bool
+    window: int | None = field(default=None, kw_only=True)
 
     @property
     def group(self) -> int:

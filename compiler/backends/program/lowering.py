@@ -109,6 +109,7 @@ class Kernels:
     FloatEmbedding: Callable[..., Kernel]
     QuantizedEmbedding: Callable[..., Kernel]
     Norm: Callable[..., Kernel]
+    HeadNorm: Callable[..., Kernel]
     Activation: Callable[..., Kernel]
     BlockHadamard: Callable[..., Kernel]
     QuantizeTokens: Callable[..., Kernel]

@@ -147,6 +147,13 @@ def _norm_rule(kind: str | None, adds: bool, quantizes: bool) -> Rule:
     return rule
 
 
+def head_norm(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    x, gain, out = low.place(node.inputs[0]), operand(node, Role.GAIN), low.allocate(node.outputs[0])
+    assert gain is not None and gain.shape is not None
+    kernel = low.kernels.HeadNorm(x.width, gain.shape.numpy()[0], attributes["epsilon"], x.view, out.view)
+    low.call(kernel, node, out.buffer.rows, x, low.vector(gain), out)
+
+
 def _activation_rule(kind: str, quantizes: bool) -> Rule:
     """The rule for a feed-forward activation with or without a quantization after it."""
 
@@ -198,6 +205,7 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         attend = kind(
             low.num_layers, attributes["num_heads"], kv_heads, head_dim, attributes["scale"], q.view, out.view, low.max_blocks,
             low.kv_dtype, cos_sin is not None, slopes is not None, *(place.view for place in appended),
+            window=attributes["window"] or None,
         )  # fmt: skip
         vectors = _optional_vector(low, slopes)
         low.call(attend, node, "T", q, *appended, *where, *table, *vectors, *cache_parts(layer), out, when=when)
@@ -210,6 +218,7 @@ RULES: dict[str, Rule] = {
     "Gemm": linear,
     "LayerNormalization": _norm_rule("layer", adds=False, quantizes=False),
     "RMSNormalization": _norm_rule("rms", adds=False, quantizes=False),
+    "HeadNorm": head_norm,
     "AddNorm": _norm_rule(None, adds=True, quantizes=False),
     "NormQuantize": _norm_rule(None, adds=False, quantizes=True),
     "AddNormQuantize": _norm_rule(None, adds=True, quantizes=True),

@@ -265,7 +265,8 @@ def attention(t: TensorRtTranslation, node: ir.Node, attributes: Attributes) -> 
         present = f"present.{layer}.{side}"
         by_head[part] = graph.op("TensorScatter", past, by_head[part], t.interface.first, name=present, axis=-2)
         t.presents.append((by_head[part], present, kv_dims))
-    mask = _mask(t) if slopes is None else _alibi(t, slopes, heads["q"])
+    seen = _mask(t, attributes["window"])
+    mask = seen if slopes is None else _alibi(t, slopes, heads["q"], seen)
     result = graph.op("Attention", *by_head.values(), mask, name=f"{name}.by_head", scale=attributes["scale"])
     tokens = graph.op("Transpose", result, name=f"{name}.by_token", perm=[0, 2, 1, 3])
     t.values[node.outputs[0]] = graph.op("Reshape", tokens, graph.constant("rows.flat", [0, 0, -1], "int64"), name=name)
@@ -278,13 +279,22 @@ def _by_head(t: TensorRtTranslation, x: ir.Value, heads: int, head_dim: int, nam
     return t.graph.op("Transpose", by_token, name=f"{name}.by_head", perm=[0, 2, 1, 3])
 
 
-def _mask(t: TensorRtTranslation) -> ir.Value:
-    """bool [B, 1, S, C]: whether a key's position is at most the token's own."""
+def _mask(t: TensorRtTranslation, window: int) -> ir.Value:
+    """bool [B, 1, S, C]: whether a key's position is at most the token's own, and with a window one of the last up to there."""
+    graph = t.graph
+    keys = graph.constant("mask.keys", np.arange(t.capacity), "int64")
     if "mask" not in t.shared:
-        graph = t.graph
-        keys = graph.constant("mask.keys", np.arange(t.capacity), "int64")
         t.shared["mask"] = graph.op("LessOrEqual", keys, _query_positions(t), name="mask")
-    return t.shared["mask"]
+    if not window:
+        return t.shared["mask"]
+    name = f"mask.window{window}"
+    if name not in t.shared:
+        before = graph.op(
+            "Sub", _query_positions(t), graph.constant(f"window.{window}", window, "int64"), name=f"{name}.before"
+        )
+        near = graph.op("Greater", keys, before, name=f"{name}.near")
+        t.shared[name] = graph.op("And", t.shared["mask"], near, name=name)
+    return t.shared[name]
 
 
 def _query_positions(t: TensorRtTranslation) -> ir.Value:
@@ -295,10 +305,10 @@ def _query_positions(t: TensorRtTranslation) -> ir.Value:
     return t.shared["mask.queries"]
 
 
-def _alibi(t: TensorRtTranslation, slopes: ir.Value, heads: int) -> ir.Value:
-    """[B, heads, S, C]: what is added to the scores: slope * (position of the key - that of the token), and nothing is seen
-    behind the token. The difference keeps numbers small where they count, so that float16 represents them well."""
-    name = f"{slopes.name}.bias"
+def _alibi(t: TensorRtTranslation, slopes: ir.Value, heads: int, seen: ir.Value) -> ir.Value:
+    """[B, heads, S, C]: what is added to the scores: slope * (position of the key - that of the token), and only keys are seen
+    that the mask `seen` names. The difference keeps numbers small where they count, so that float16 represents them well."""
+    name = f"{slopes.name}.bias.{seen.name}"
     if name not in t.shared:
         graph = t.graph
         keys = graph.constant("mask.keys", np.arange(t.capacity), "int64")
@@ -306,11 +316,11 @@ def _alibi(t: TensorRtTranslation, slopes: ir.Value, heads: int) -> ir.Value:
         distance = graph.op("Cast", apart, name=f"{name}.distance.float32", to=int(ir.DataType.FLOAT))
         added = graph.op("Mul", t.stored(tensor_of(slopes), "float32", dims=(heads, 1, 1)), distance, name=f"{name}.float32")
         hidden = graph.constant(f"hidden.{t.floats}", float(np.finfo(t.floats).min), t.floats)
-        t.shared[name] = graph.op("Where", _mask(t), t.as_floats(added, f"{name}.{t.floats}"), hidden, name=name)
+        t.shared[name] = graph.op("Where", seen, t.as_floats(added, f"{name}.{t.floats}"), hidden, name=name)
     return t.shared[name]
 
 
-_SHARED = ("Split", "Add", "LayerNormalization", "RMSNormalization", "Gelu", "BlockHadamard")
+_SHARED = ("Split", "Add", "LayerNormalization", "RMSNormalization", "HeadNorm", "Gelu", "BlockHadamard")
 RULES: Mapping[str, Rule] = {op: shared.RULES[op] for op in _SHARED} | {
     "Gather": gather,
     "Gemm": linear,

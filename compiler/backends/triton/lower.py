@@ -30,7 +30,7 @@ from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
-from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import (
     DEPTH_ALIGNMENT,
@@ -50,8 +50,8 @@ class TritonLowering(Lowering):
     sizes = STEP
     half = "float16"
     kernels = Kernels(
-        FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
-        RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),
+        FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, HeadNorm, Activation, BlockHadamard,
+        QuantizeTokens, RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),
     )  # fmt: skip
 
     def call(self, kernel: kernel.Kernel, node: ir.Node, rows: Rows, *operands: Operand, when: When = "always") -> None:

@@ -24,7 +24,7 @@ from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding
 from belle_compile.compiler.backends.tvm.kernels.float_linear import FloatLinear
 from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
 from belle_compile.compiler.backends.tvm.kernels.hadamard import BlockHadamard
-from belle_compile.compiler.backends.tvm.kernels.norm import Norm
+from belle_compile.compiler.backends.tvm.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
 from belle_compile.compiler.backends.tvm.kernels.rotary import RotaryTable
@@ -40,8 +40,8 @@ class TvmLowering(Lowering):
     sizes = StepSizes(tokens=512, rows=64, sequences=64)
     half = "bfloat16"
     kernels = Kernels(
-        FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, Activation, BlockHadamard, QuantizeTokens,
-        RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear,
+        FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, HeadNorm, Activation, BlockHadamard,
+        QuantizeTokens, RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear,
     )  # fmt: skip
 
     def row_stride(self, width: int, dtype: str) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 SENTENCEPIECE = "llama"  # tokenizer.ggml.model of sentencepiece vocabularies, whatever the architecture
 # Values of tokenizer.ggml.pre of Llama 3 and its relatives: they put BOS before plain text and ignore merges for whole words.
 LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"})
-_ADDS_BOS = LLAMA3 | {"tekken", "chameleon"}
+TEKKEN = frozenset({"tekken"})  # of Mistral's later models; merges are ignored for whole words here too
+_ADDS_BOS = LLAMA3 | TEKKEN | {"chameleon"}
 # Ids of special tokens that the metadata of a sentencepiece vocabulary leaves out.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 # Tokens that end an answer, whatever the metadata says.

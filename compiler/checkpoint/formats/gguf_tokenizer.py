@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, ends_answer, special_id
+from belle_compile.compiler.checkpoint.formats.gguf_rules import LLAMA3, SENTENCEPIECE, TEKKEN, ends_answer, special_id
 from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer, with_ranks
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
@@ -18,6 +18,7 @@ from belle_compile.compiler.untrusted import explained
 GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo"}
 DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 BLOOM = {"bloom"}
+QWEN2 = {"qwen2", "deepseek-r1-qwen"}
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,8 +26,17 @@ LLAMA3_SPLIT = (
 
 
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
+_ENDS_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_BEGINS_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+TEKKEN_SPLIT = rf"{_ENDS_LOWER}|{_BEGINS_UPPER}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The expression that splits texts for each value of tokenizer.ggml.pre that has one.
+_SPLITS = {
+    **dict.fromkeys(LLAMA3, LLAMA3_SPLIT), **dict.fromkeys(BLOOM, BLOOM_SPLIT), **dict.fromkeys(QWEN2, QWEN2_SPLIT),
+    **dict.fromkeys(TEKKEN, TEKKEN_SPLIT),
+}  # fmt: skip
 _REMEDY = "put the tokenizer.json of the model beside it and give the directory"
-_KNOWN = GPT2 | DIGITS_GPT2 | LLAMA3 | BLOOM
+_KNOWN = GPT2 | DIGITS_GPT2 | _SPLITS.keys()
 
 
 def gguf_tokenizer(file: Path, get: Any) -> str:
@@ -66,10 +76,10 @@ def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Toke
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
     check_merges(vocab, merges)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3))
-    if pre in LLAMA3 | BLOOM:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3 | TEKKEN))
+    if pre in _SPLITS:
         split: list[Any] = [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT if pre in LLAMA3 else BLOOM_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     else:

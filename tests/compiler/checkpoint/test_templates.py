@@ -12,6 +12,8 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.bloom import FAMILY as BLOOM
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.llama import FAMILY as LLAMA
+from belle_compile.compiler.families.mistral import FAMILY as MISTRAL
+from belle_compile.compiler.families.qwen2 import FAMILY as QWEN2
 
 ONE = [{"role": "user", "content": "你好\n{x} {{ y }}"}]
 MORE = [
@@ -37,6 +39,12 @@ OWN = PromptTemplate("own", "{% for m in messages %}{{ m.content }}!{% endfor %}
             "Human: \nBe brief.\na\n\nAssistant: \nb</s>Human: \nc\n\nAssistant: \n",
         ),
         ("belle-llama-ext", "Human: 你好\n{x} {{ y }}\n\nBelle: ", "Human: Be brief.\na\n\nBelle: b\n\nHuman: c\n\nBelle: "),
+        (
+            "chatml",
+            "<|im_start|>user\n你好\n{x} {{ y }}<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n",
+        ),
         ("raw", "你好\n{x} {{ y }}", "Be brief.abc"),
     ],
 )
@@ -48,11 +56,23 @@ def test_the_texts(name: str, one: str, more: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "vocab_size", "name"),
-    [(BLOOM, 250880, "belle-bloom"), (LLAMA, 32000, "belle-llama"), (LLAMA, 79458, "belle-llama-ext")],
+    [
+        (BLOOM, 250880, "belle-bloom"),
+        (LLAMA, 32000, "belle-llama"),
+        (LLAMA, 79458, "belle-llama-ext"),
+        (QWEN2, 152064, "chatml"),
+        (MISTRAL, 32000, "mistral"),
+    ],
 )
 def test_families(family: Family[Any], vocab_size: int, name: str) -> None:
     assert family_template(family, {"vocab_size": vocab_size}).name == name
     assert choose_template(None, None, family, {"vocab_size": vocab_size}).name == name
+
+
+def test_the_instructions_of_mistral() -> None:
+    template = family_template(MISTRAL, {})
+    assert render(template, ONE, bos_token="<s>", eos_token="</s>") == "<s>[INST] 你好\n{x} {{ y }} [/INST]"
+    assert render(template, MORE, bos_token="<s>", eos_token="</s>") == "<s>[INST] Be brief.\n\na [/INST] b</s>[INST] c [/INST]"
 
 
 def test_order() -> None:
@@ -79,7 +99,7 @@ def test_arguments(tmp_path: Path) -> None:
     [
         (
             "alpaca",
-            r"--template 'alpaca': found an unknown name, expected one of belle-bloom, belle-llama, belle-llama-ext, raw",
+            r"--template 'alpaca': found an unknown name, expected one of belle-bloom, belle-llama, .*, chatml, raw",
         ),
         (
             "/nowhere/x.jinja",

@@ -8,13 +8,19 @@ from typing import Any
 
 from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
-from tests.parity.variants import make_bloom, make_llama, random_ids
+from tests.parity.variants import VARIANTS, make_bloom, make_llama, random_ids
 
 
 def llama(directory: Path, **changes: Any) -> Path:
     """A LLaMA with grouped heads whose widths are multiples of 32."""
     directory.mkdir(parents=True)
     return make_llama(directory, **{"num_key_value_heads": 2, "intermediate_size": 96} | changes)
+
+
+def relative(directory: Path, variant: str, **changes: Any) -> Path:
+    """A variant of a relative of LLaMA, with widths that are multiples of 32."""
+    directory.mkdir(parents=True)
+    return VARIANTS[variant](directory, **{"intermediate_size": 96, **changes})  # type: ignore[call-arg]  # config values
 
 
 def bloom(directory: Path, **changes: Any) -> Path:

@@ -15,7 +15,7 @@ from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
 from belle_compile.compiler.reading import Reading
 from tests.compiler.exports.models import bloom, export, llama, requests
-from tests.parity.variants import hf_logits, random_ids
+from tests.parity.variants import VARIANTS, hf_logits, load_hf, random_ids
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
 
@@ -51,12 +51,14 @@ def test_an_engine_has_the_weights_of_its_checkpoint(format: str, tmp_path: Path
         assert float((ours[name].float() - theirs[name].float()).abs().max()) < 0.03
 
 
-def test_an_unquantized_engine_is_its_checkpoint(tmp_path: Path) -> None:
-    source = bloom(tmp_path / "bloom")
+@pytest.mark.parametrize("variant", ["bloom", "qwen2_window", "qwen3", "mistral", "internlm2", "minicpm"])
+def test_an_unquantized_engine_is_its_checkpoint(variant: str, tmp_path: Path) -> None:
+    (tmp_path / variant).mkdir()
+    source = VARIANTS[variant](tmp_path / variant)
     out, record = export(engine(source, quantization="none", methods=None), "safetensors")
     ids = random_ids(source, 24)
     assert np.abs(hf_logits(out, ids) - hf_logits(source, ids)).max() < 1e-4
-    assert record["head"] == "tied to the embedding"
+    assert (record["head"] == "tied to the embedding") == load_hf(source).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(

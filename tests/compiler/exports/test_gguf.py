@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.ir.stream import rounded_blocks
-from tests.compiler.exports.models import bloom, content, export, llama, requests
+from tests.compiler.exports.models import bloom, content, export, llama, relative, requests
 from tests.parity.variants import hf_logits, load_hf, random_ids
 
 METHODS = ("smooth", "gptq")  # of both formats, for a BLOOM too
@@ -98,6 +99,29 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
     tied = load_hf(source).config.tie_word_embeddings
     assert record["head"] == ("tied to the embedding" if tied else "of its own")
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "internlm2"])
+def test_files_of_other_families_are_those_of_llama_cpp(variant: str, tmp_path: Path) -> None:
+    """Names and metadata by the tables of the gguf package; read back, the file computes the model."""
+    source = relative(tmp_path / "model", variant, use_sliding_window=False, layer_types=None, head_dim=32)
+    out, _ = export(source, "gguf")
+    keys = metadata(file_of(out))
+    architecture = keys["general.architecture"]
+    arch = next(member for member, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
+    stored = [tensor.name for tensor in gguf.GGUFReader(str(file_of(out))).tensors]
+    assert {re.sub(r"\.\d+\.", ".{bid}.", name).rpartition(".")[0] for name in stored} <= known
+    config = open_checkpoint(source).config
+    assert keys[f"{architecture}.attention.head_count_kv"] == config["num_key_value_heads"]
+    ids = random_ids(source, 24)
+    expected, got = hf_logits(source, ids), hf_logits(export(out, "safetensors", quantization="none")[0], ids)
+    assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
+
+
+def test_windows_shorter_than_the_longest_sequence_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"key sliding_window .* found 7, expected no windows .*; use another --format"):
+        export(relative(tmp_path / "model", "qwen2_window"), "gguf")
 
 
 @pytest.mark.parametrize("make", [llama, bloom])

@@ -14,7 +14,8 @@ from belle_compile.compiler.exports import shards
 from tests.compiler.exports.models import bloom, content, export, llama, requests
 from tests.parity.variants import VARIANTS, hf_logits, load_hf, random_ids
 
-CHOSEN = ("llama_gqa", "llama_tied", "llama_biases", "llama3_rope", "llama_head_dim", "bloom", "bloom_3_heads", "bloom_untied")
+CHOSEN = ("llama_gqa", "llama_tied", "llama_biases", "llama3_rope", "llama_head_dim", "bloom", "bloom_3_heads", "bloom_untied",
+          "qwen2_window", "qwen3", "mistral", "internlm2", "minicpm")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHOSEN)

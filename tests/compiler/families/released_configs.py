@@ -89,3 +89,83 @@ LLAMA: dict[str, dict[str, Any]] = {
         "vocab_size": 49152,
     },
 }  # fmt: skip
+
+_QWEN = {"attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+         "initializer_range": 0.02, "rms_norm_eps": 1e-06, "torch_dtype": "bfloat16", "use_cache": True,
+         "use_sliding_window": False}  # fmt: skip
+
+QWEN2: dict[str, dict[str, Any]] = {
+    "Qwen2.5-7B-Instruct": {
+        **_QWEN, "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "transformers_version": "4.43.1", "vocab_size": 152064,
+    },
+    "Qwen2.5-0.5B": {
+        **_QWEN, "architectures": ["Qwen2ForCausalLM"], "eos_token_id": 151643, "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "transformers_version": "4.40.1", "use_mrope": False, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+QWEN3: dict[str, dict[str, Any]] = {
+    "Qwen3-8B": {
+        **_QWEN, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_size": 4096,
+        "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "transformers_version": "4.51.0",
+        "vocab_size": 151936,
+    },
+    "Qwen3-0.6B": {
+        **_QWEN, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "transformers_version": "4.51.0",
+        "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+_MISTRAL = {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "initializer_range": 0.02, "model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True}  # fmt: skip
+
+MISTRAL: dict[str, dict[str, Any]] = {
+    "Mistral-7B-Instruct-v0.1": {
+        **_MISTRAL, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_hidden_layers": 32,
+        "rope_theta": 10000.0, "sliding_window": 4096, "transformers_version": "4.34.0.dev0", "vocab_size": 32000,
+    },
+    "Mistral-7B-Instruct-v0.3": {
+        **_MISTRAL, "attention_dropout": 0.0, "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_hidden_layers": 32, "rope_theta": 1000000.0, "sliding_window": None,
+        "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
+    },
+    "Mistral-Nemo-Instruct-2407": {
+        **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "num_hidden_layers": 40, "rope_theta": 1000000.0, "sliding_window": None,
+        "transformers_version": "4.43.0.dev0", "vocab_size": 131072,
+    },
+}  # fmt: skip
+
+INTERNLM2: dict[str, dict[str, Any]] = {
+    "internlm2_5-7b-chat": {
+        "architectures": ["InternLM2ForCausalLM"], "attn_implementation": "eager",
+        "auto_map": {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}, "bias": False, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "internlm2", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 1000000, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.41.0", "use_cache": True, "vocab_size": 92544,
+    },
+}  # fmt: skip
+
+MINICPM: dict[str, dict[str, Any]] = {
+    "MiniCPM-2B-sft-bf16": {
+        "architectures": ["MiniCPMForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+        "bos_token_id": 1, "dim_model_base": 256, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2304,
+        "initializer_range": 0.1, "intermediate_size": 5760, "max_position_embeddings": 4096, "model_type": "minicpm",
+        "num_attention_heads": 36, "num_hidden_layers": 40, "num_key_value_heads": 36, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "scale_depth": 1.4, "scale_emb": 12, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0", "use_cache": True, "vocab_size": 122753,
+    },
+}  # fmt: skip

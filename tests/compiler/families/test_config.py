@@ -7,20 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaForCausalLM
+from transformers import BloomConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 from transformers import LlamaConfig as HfLlamaConfig
 
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama
+from belle_compile.compiler.families import bloom, build_graph, internlm2, llama, minicpm, mistral, qwen2, qwen3
 from belle_compile.compiler.families.config import without_keys
 from tests.compiler.families.helpers import fake_checkpoint
-from tests.compiler.families.released_configs import BLOOM, LLAMA
+from tests.compiler.families.released_configs import BLOOM, INTERNLM2, LLAMA, MINICPM, MISTRAL, QWEN2, QWEN3
 
-READ = {"bloom": bloom.read_config, "llama": llama.read_config}
+READ: dict[str, Any] = {
+    module.FAMILY.name: module.read_config for module in (bloom, internlm2, llama, minicpm, mistral, qwen2, qwen3)
+}
 BASE: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama": {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+LONGER = {**BASE["llama"], "num_hidden_layers": 3, "max_position_embeddings": 512}
+BASE |= {family: LONGER for family in ("internlm2", "minicpm", "mistral", "qwen2", "qwen3")}
+RELEASED = {("llama", name): (config, HfLlamaConfig) for name, config in LLAMA.items()}
+RELEASED |= {("mistral", name): (config, MistralConfig) for name, config in MISTRAL.items()}
+RELEASED |= {("qwen2", name): (config, Qwen2Config) for name, config in QWEN2.items()}
+RELEASED |= {("qwen3", name): (config, Qwen3Config) for name, config in QWEN3.items()}
 
 
 def refusal(family: str, **changes: Any) -> str:
@@ -36,22 +44,72 @@ def test_released_bloom_configs_are_read(name: str) -> None:
     assert config.tied_head and config.max_position == 2048 and config.head_dim == 128
 
 
-@pytest.mark.parametrize("name", LLAMA)
-def test_released_llama_configs_are_read_as_transformers_reads_them(name: str) -> None:
-    config, expected = llama.read_config(LLAMA[name]), HfLlamaConfig(**LLAMA[name])
+@pytest.mark.parametrize(("family", "name"), RELEASED)
+def test_released_configs_of_decoders_are_read_as_transformers_reads_them(family: str, name: str) -> None:
+    values, transformers = RELEASED[family, name]
+    config, expected = READ[family](values), transformers(**values)
+    head_dim = getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
     assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (
         expected.vocab_size, expected.hidden_size, expected.intermediate_size, expected.num_hidden_layers,
     )  # fmt: skip
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (
-        expected.num_attention_heads, expected.num_key_value_heads, expected.head_dim,
+        expected.num_attention_heads, expected.num_key_value_heads, head_dim,
     )  # fmt: skip
     assert (config.epsilon, config.tied_head) == (expected.rms_norm_eps, expected.tie_word_embeddings)
     assert config.rope.max_position == expected.max_position_embeddings
+    assert set(config.windows) == {getattr(expected, "sliding_window", None) or 0}
 
 
-@pytest.mark.parametrize(("family", "config"), [("bloom", BloomConfig()), ("llama", HfLlamaConfig())])
+def test_released_configs_of_internlm2_are_read() -> None:
+    config = internlm2.read_config(INTERNLM2["internlm2_5-7b-chat"])
+    assert (config.num_layers, config.num_kv_heads, config.head_dim, config.biases.qkv) == (32, 8, 128, False)
+    assert (config.max_position, config.rope.dynamic_factor, config.rope.original_max) == (65536, 2.0, 32768)
+
+
+def test_released_configs_of_minicpm_are_read() -> None:
+    config = minicpm.read_config(MINICPM["MiniCPM-2B-sft-bf16"])
+    assert (config.num_layers, config.num_heads, config.head_dim, config.tied_head) == (40, 36, 64, True)
+    assert config.branch_scale == pytest.approx(1.4 / 40**0.5 / 12) and config.head_scale == 256 / 2304
+    assert config.epsilon == pytest.approx(1e-5 / 144)
+
+
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "windows"),
+    [
+        ("qwen2", {}, (0, 0, 0)),
+        ("qwen2", {"sliding_window": 100, "max_window_layers": 0}, (0, 0, 0)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}, (0, 100, 100)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 100}, (0, 0, 0)),  # from layer 28 on
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "layer_types": _TYPES}, (100, 0, 100)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}, (0, 0, 0)),  # no effect
+        ("mistral", {}, (0, 0, 0)),  # Transformers' default, 4096, is longer than the longest sequence
+        ("mistral", {"sliding_window": 64}, (64, 64, 64)),
+        ("mistral", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3}, (64, 64, 64)),
+        ("mistral", {"max_position_embeddings": 8192}, (4096, 4096, 4096)),
+        ("mistral", {"max_position_embeddings": 8192, "sliding_window": None}, (0, 0, 0)),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, (0, 0, 64)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (0, 0, 0)),
+    ],
+)
+def test_windows_of_layers(family: str, changes: dict[str, Any], windows: tuple[int, ...]) -> None:
+    assert READ[family]({**BASE[family], **changes}).windows == windows
+
+
+WRITTEN = {
+    "bloom": BloomConfig,
+    "llama": HfLlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+@pytest.mark.parametrize(("family", "config"), WRITTEN.items())
 def test_everything_that_transformers_5_can_write_is_accepted(family: str, config: Any) -> None:
-    READ[family](config.to_dict())
+    READ[family](config().to_dict())
 
 
 def test_bloom_names_of_one_value_must_agree() -> None:
@@ -84,6 +142,16 @@ def test_bloom_names_of_one_value_must_agree() -> None:
         ("llama", "is_causal", False, "found False, expected no value or True"),
         ("llama", "quantization", {"bits": 4}, "quantised checkpoints are not supported"),
         ("llama", "alibi", True, "found True, expected no value or False"),
+        ("minicpm", "num_experts", 8, "expected a key this compiler knows"),
+        ("minicpm", "sparse_config", {"kernel_size": 32}, "expected a key this compiler knows"),
+        ("minicpm", "scale_emb", 0, "found 0, expected a number > 0"),
+        ("mistral", "layer_types", _TYPES, "found full_attention, sliding_attention, expected sliding_attention alone"),
+        ("qwen2", "layer_types", ["full_attention"], "expected full_attention or sliding_attention for each of 3 layers"),
+        ("qwen2", "layer_types", _TYPES, "expected use_sliding_window and a sliding_window, or full_attention alone"),
+        ("qwen2", "use_sliding_window", 1, "found 1, expected true or false"),
+        ("qwen2", "use_mrope", True, "found True, expected no value or False"),
+        ("qwen2", "attention_bias", False, "expected a key this compiler knows"),
+        ("qwen2", "dual_chunk_attention_config", {"chunk_size": 262144}, "expected a key this compiler knows"),
         ("bloom", "n_inner", 100, "found 100, expected no value, or 128, four times the hidden size"),
         ("bloom", "hidden_act", "relu", "found 'relu'"),
         ("bloom", "n_head", 5, "found 5, expected a divisor of the hidden size, 32"),

@@ -18,6 +18,7 @@ from belle_compile.compiler.families import bloom, build_graph
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.registry import REGISTRY
 from belle_compile.compiler.ir.build import GraphBuilder
+from belle_compile.compiler.ir.lazy import read_rows
 from belle_compile.compiler.ir.text import to_text
 from tests.compiler.families.helpers import fake_checkpoint, rewrite_config, rewrite_tensors
 from tests.parity.stepping import Stepper, relative_error
@@ -74,6 +75,31 @@ def test_building_reads_no_weights_and_reading_keeps_none(tmp_path: Path) -> Non
         table.numpy()
     gc.collect()
     assert reads == ["word_embeddings.weight"] * 2
+
+
+def test_old_releases_of_yi_are_llamas(directory: Path) -> None:
+    """Their norms are called ln1 and ln2."""
+    expected = hf_logits(directory, range(9))
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            stored = name.replace("input_layernorm", "ln1").replace("post_attention_layernorm", "ln2")
+            tensors[stored] = tensors.pop(name)
+
+    rewrite_config(rewrite_tensors(directory, rename), model_type="Yi", architectures=["YiForCausalLM"])
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.family == "llama"
+    assert relative_error(Stepper(build_graph(checkpoint)).step({0: range(9)})[0], expected) < 1e-5
+
+
+def test_packed_rows_are_read_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(VARIANTS["internlm2"](tmp_path))
+    model, packed = build_graph(checkpoint), checkpoint.tensors["model.layers.0.self_attn.wqkv.weight"].read()
+    k, v = (model.graph.initializers[f"model.layers.0.self_attn.{part}_proj.weight"].const_value for part in "kv")
+    assert k is not None and v is not None
+    grouped = packed.reshape(2, 4, 16, 64)
+    np.testing.assert_array_equal(v.numpy(), grouped[:, 3].reshape(32, 64))
+    np.testing.assert_array_equal(read_rows(k, 10, 20), grouped[:, 2].reshape(32, 64)[10:20])
 
 
 def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A new family is one module, `tinyqwen`, and one line, `register(tinyqwen.FAMILY)`: nothing else has to know of it."""
+"""A new family is one module, `tinyseed`, and one line, `register(tinyseed.FAMILY)`: nothing else has to know of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import gguf
 import pytest
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import SeedOssConfig, SeedOssForCausalLM
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.templates import render
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import build_graph, llama, register, registry
+from belle_compile.compiler.families import build_graph, decoder, register, registry
 from belle_compile.compiler.plan.table import Load, plan
 from belle_compile.runtime import Engine, SamplingParams
 from belle_compile.runtime.artifact import read_manifest
-from tests.compiler.families import tinyqwen
+from tests.compiler.families import tinyseed
 from tests.compiler.families.helpers import rewrite_config, rewrite_tensors
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_greedy, hf_logits, make_relative, random_ids
@@ -35,27 +35,27 @@ ONE = [{"role": "user", "content": "hello"}]
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
-    register(tinyqwen.FAMILY)
+    register(tinyseed.FAMILY)
 
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 as Transformers writes it: biases of q, k and v, none of o."""
-    folder = tmp_path_factory.mktemp("qwen2")
-    return make_relative(Qwen2ForCausalLM, Qwen2Config, folder, name="qwen2", num_key_value_heads=2)
+    """A random Seed-OSS as Transformers writes it: biases of q, k and v, none of o."""
+    folder = tmp_path_factory.mktemp("seed_oss")
+    return make_relative(SeedOssForCausalLM, SeedOssConfig, folder, name="seed_oss", head_dim=16, num_key_value_heads=2)
 
 
 @pytest.fixture
 def checkpoint(transformers: Path, tmp_path: Path) -> Path:
-    """The same as tinyqwen, which names some tensors otherwise."""
+    """The same as tinyseed, which names some tensors otherwise."""
 
     def rename(tensors: dict[str, Any]) -> None:
         for name in list(tensors):
             stored = re.sub(r"self_attn\.([qkvo])_proj", r"attention.w\1", name)
             tensors[re.sub(r"^model\.", "tiny.", stored)] = tensors.pop(name)
 
-    shutil.copytree(transformers, tmp_path / "tiny-qwen")
-    return rewrite_config(rewrite_tensors(tmp_path / "tiny-qwen", rename), model_type="tinyqwen")
+    shutil.copytree(transformers, tmp_path / "tiny-seed")
+    return rewrite_config(rewrite_tensors(tmp_path / "tiny-seed", rename), model_type="tinyseed")
 
 
 def logits_error(path: Path, transformers: Path) -> float:
@@ -66,12 +66,12 @@ def logits_error(path: Path, transformers: Path) -> float:
 
 def test_its_checkpoints_are_opened_by_name_alias_and_architecture(checkpoint: Path, transformers: Path) -> None:
     opened, by_alias = open_checkpoint(checkpoint), open_checkpoint(transformers)
-    assert opened.family == by_alias.family == "tinyqwen"
+    assert opened.family == by_alias.family == "tinyseed"
     assert set(opened.tensors) == set(by_alias.tensors)
     biases = {name for name in opened.tensors if name.startswith("model.layers.0.") and name.endswith(".bias")}
     assert biases == {f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"}
-    rewrite_config(checkpoint, model_type=None, architectures=["TinyQwenForCausalLM"])
-    assert open_checkpoint(checkpoint).family == "tinyqwen"
+    rewrite_config(checkpoint, model_type=None, architectures=["TinySeedForCausalLM"])
+    assert open_checkpoint(checkpoint).family == "tinyseed"
 
 
 def test_its_logits_are_those_of_transformers(checkpoint: Path, transformers: Path) -> None:
@@ -82,32 +82,30 @@ def test_its_logits_are_those_of_transformers(checkpoint: Path, transformers: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"o_bias": True}, r"tensor model\.layers\.0\.self_attn\.o_proj\.bias of .*: found no such tensor"),
+        ({"qkv": True, "o": True}, r"tensor model\.layers\.0\.self_attn\.o_proj\.bias of .*: found no such tensor"),
         (
-            {"qkv_bias": False},
+            {"qkv": False},
             r"tensors of .*: found model\.layers\.0\.self_attn\.k_proj\.bias, .*, which the graph does not use",
         ),
     ],
 )
 def test_biases_of_q_k_v_and_of_o_are_apart(checkpoint: Path, change: dict[str, bool], message: str) -> None:
-    def read_config(config: Mapping[str, Any]) -> llama.LlamaConfig:
-        return replace(tinyqwen.read_config(config), **change)  # type: ignore[arg-type]  # names of flags
+    def read_config(config: Mapping[str, Any]) -> decoder.DecoderConfig:
+        return replace(tinyseed.read_config(config), biases=decoder.Biases(**change))
 
-    registry.REGISTRY["tinyqwen"] = replace(tinyqwen.FAMILY, read_config=read_config)
+    registry.REGISTRY["tinyseed"] = replace(tinyseed.FAMILY, read_config=read_config)
     with pytest.raises(CompileError, match=message):
         build_graph(open_checkpoint(checkpoint))
 
 
 def test_its_graph_says_which_family_it_is(checkpoint: Path) -> None:
     model = build_graph(open_checkpoint(checkpoint))
-    assert model.graph.name == model.metadata_props["family"] == "tinyqwen"
+    assert model.graph.name == model.metadata_props["family"] == "tinyseed"
 
 
 def test_its_config_is_read_strictly(checkpoint: Path) -> None:
-    rewrite_config(checkpoint, attention_bias=True)
-    with pytest.raises(
-        CompileError, match=r"key attention_bias of config\.json: found True, expected a key this compiler knows"
-    ):
+    rewrite_config(checkpoint, attention_bias=False)
+    with pytest.raises(CompileError, match=r"key attention_bias of config\.json: found False, expected no value or True"):
         build_graph(open_checkpoint(checkpoint))
 
 
@@ -124,8 +122,8 @@ def test_plans_take_its_config_alone(checkpoint: Path, tied: bool) -> None:
 def write_gguf(checkpoint: Path, file: Path) -> Path:
     """Write the checkpoint as GGUF, its rows in the order of Transformers; its tokenizer.json goes beside it."""
     opened = open_checkpoint(checkpoint)
-    parts = {module: part for part, module in tinyqwen.GGUF.modules.items()}
-    writer, config = gguf.GGUFWriter(file, "tinyqwen"), opened.config
+    parts = {module: part for part, module in tinyseed.GGUF.modules.items()}
+    writer, config = gguf.GGUFWriter(file, "tinyseed"), opened.config
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -149,17 +147,17 @@ def test_its_gguf_files_are_opened_by_their_architecture(checkpoint: Path, trans
     (tmp_path / "gguf").mkdir()
     folder = write_gguf(checkpoint, tmp_path / "gguf" / "m.gguf")
     opened = open_checkpoint(folder)
-    assert opened.family == opened.config["model_type"] == "tinyqwen"
-    assert opened.config["architectures"] == ["TinyQwenForCausalLM"]
+    assert opened.family == opened.config["model_type"] == "tinyseed"
+    assert opened.config["architectures"] == ["TinySeedForCausalLM"]
     assert logits_error(folder, transformers) < TOLERANCE
-    registry.REGISTRY.pop("tinyqwen")
-    with pytest.raises(CompileError, match="found architecture tinyqwen, expected bloom or llama"):
+    registry.REGISTRY.pop("tinyseed")
+    with pytest.raises(CompileError, match="found architecture tinyseed, expected bloom, llama"):
         open_checkpoint(folder)
 
 
 def test_its_template_is_the_default_of_its_checkpoints(checkpoint: Path) -> None:
     template = open_checkpoint(checkpoint).template
-    assert template.name == "tinyqwen"
+    assert template.name == "tinyseed"
     assert render(template, ONE, bos_token="<s>", eos_token="</s>") == "<|user|>hello<|assistant|>"
     assert open_checkpoint(checkpoint, template="belle-bloom").template.name == "belle-bloom"
     (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
@@ -169,9 +167,9 @@ def test_its_template_is_the_default_of_its_checkpoints(checkpoint: Path) -> Non
 
 
 def test_a_family_without_a_template_gets_that_of_no_other(checkpoint: Path) -> None:
-    registry.REGISTRY["tinyqwen"] = replace(tinyqwen.FAMILY, template="")
+    registry.REGISTRY["tinyseed"] = replace(tinyseed.FAMILY, template="")
     message = (
-        r"prompt template: found none in the checkpoint, and no default for the TinyQwen family, expected the template that "
+        r"prompt template: found none in the checkpoint, and no default for the TinySeed family, expected the template that "
         r"this model was trained with; give it with --template NAME\|FILE \(belle-bloom, .*\), or as chat_template\.jinja"
     )
     with pytest.raises(CompileError, match=message):
@@ -185,7 +183,7 @@ def test_a_family_without_a_template_gets_that_of_no_other(checkpoint: Path) -> 
 def test_its_engine_answers_as_transformers(checkpoint: Path, transformers: Path, tmp_path: Path) -> None:
     engine = build(BuildRequest(checkpoint, tmp_path / "engine", quantization="none", isas=("avx2",)))
     manifest = read_manifest(engine)
-    assert (manifest.model.family, manifest.prompt_template.name) == ("tinyqwen", "tinyqwen")
+    assert (manifest.model.family, manifest.prompt_template.name) == ("tinyseed", "tinyseed")
     ids = random_ids(transformers, 9)
     with Engine.load(engine, threads=2, kv_tokens=256) as loaded:
         params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=16, ignore_eos=True)
@@ -199,18 +197,18 @@ def test_its_engine_answers_as_transformers(checkpoint: Path, transformers: Path
         ({"name": "LLAMA"}, "llama"),
         ({"aliases": ("bloom",)}, "bloom"),
         ({"architectures": ("LlamaForCausalLM",)}, "llamaforcausallm"),
-        ({"gguf": replace(tinyqwen.GGUF, architectures=("llama",))}, "llama"),
+        ({"gguf": replace(tinyseed.GGUF, architectures=("llama",))}, "llama"),
     ],
 )
 def test_two_families_have_no_name_in_common(changes: dict[str, Any], taken: str) -> None:
-    registry.REGISTRY.pop("tinyqwen")
+    registry.REGISTRY.pop("tinyseed")
     with pytest.raises(ValueError, match=rf": {taken} belongs to (llama|bloom) already"):
-        register(replace(tinyqwen.FAMILY, **changes))
+        register(replace(tinyseed.FAMILY, **changes))
 
 
 def test_refusals_name_it(checkpoint: Path) -> None:
     with pytest.raises(
-        CompileError, match=r"found 'gpt2', expected bloom, llama or tinyqwen; .*BLOOM, LLaMA or TinyQwen family"
+        CompileError, match=r"found 'gpt2', expected bloom, llama, .* or tinyseed; .*BLOOM, LLaMA, .* or TinySeed family"
     ):
         open_checkpoint(rewrite_config(checkpoint, model_type="gpt2"))
 

@@ -29,6 +29,8 @@ def test_norms() -> None:
         (torch.nn.functional.layer_norm(tensors[0], (32,), tensors[1], None, 1e-3),
          meanings.layer_norm(x, scale, None, epsilon=1e-3)),
         (torch.nn.functional.rms_norm(tensors[0], (32,), tensors[1], 1e-3), meanings.rms_norm(x, scale, epsilon=1e-3)),
+        (torch.nn.functional.rms_norm(tensors[0].view(-1, 4, 8), (8,), tensors[1][:8], 1e-3).flatten(1),
+         meanings.head_norm(x, scale[:8], epsilon=1e-3)),
     ):  # fmt: skip
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-6)
@@ -196,8 +198,8 @@ def test_rotate() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_attention(kv_heads: int, alibi: bool) -> None:
+@pytest.mark.parametrize(("alibi", "window"), [(False, 0), (True, 0), (False, 1), (True, 7)])
+def test_attention(kv_heads: int, alibi: bool, window: int) -> None:
     """Two sequences, tokens interleaved, in two steps, against PyTorch's attention of each whole sequence."""
     heads, dim, lengths = 4, 8, (19, 6)
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32) if alibi else None
@@ -212,12 +214,16 @@ def test_attention(kv_heads: int, alibi: bool) -> None:
             *(np.stack([part[s][p].reshape(-1) for s, p in step]) for part in (q, k, v)),
             np.array([p for _, p in step], np.int32), np.array([s for s, _ in step], np.int32), table, None, slopes,
             cache=cache, layer=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.3,
+            window=window,
         )  # fmt: skip
         for (s, p), row in zip(step, result, strict=True):
             found[s][p] = row.reshape(heads, dim)
     for s, length in enumerate(lengths):
         tensors = [torch.from_numpy(part[s]).transpose(0, 1)[None] for part in (q, k, v)]
         mask = torch.full((length, length), -torch.inf).triu(1).repeat(heads, 1, 1)
+        if window:
+            apart = torch.arange(length)[:, None] - torch.arange(length)
+            mask = mask.masked_fill(apart >= window, -torch.inf)
         if slopes is not None:
             mask = mask + torch.from_numpy(slopes)[:, None, None] * torch.arange(length)
         expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask[None], scale=0.3, enable_gqa=True)

@@ -27,9 +27,18 @@ def rotated(model: ir.Model) -> ir.Model:
     return model
 
 
+def windowed(model: ir.Model) -> ir.Model:
+    """With a sliding window in its first layer."""
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.attributes["window"] = ir.AttrInt64("window", 5)
+    return model
+
+
 MODELS: dict[str, Callable[[], ir.Model]] = {
     "llama": lambda: llama(last_norm=True),
     "bloom": lambda: bloom(last_norm=True),
+    "llama, windowed": lambda: windowed(llama()),
+    "bloom, windowed": lambda: windowed(bloom()),
     "llama, rotated while running": lambda: rotated(llama()),
     "bloom, residual after the norm": lambda: bloom(residual_after_norm=True),
 }

@@ -69,7 +69,7 @@ def wrong_domain(model: ir.Model) -> None:
 
 
 def unknown_attribute(model: ir.Model) -> None:
-    model.graph.node("attn").attributes["window"] = ir.AttrInt64("window", 4)
+    model.graph.node("attn").attributes["sinks"] = ir.AttrInt64("sinks", 4)
 
 
 def missing_attribute(model: ir.Model) -> None:
@@ -126,7 +126,7 @@ CASES: list[tuple[Callable[[ir.Model], None], str]] = [
     (two_nodes_of_one_name, r"Gather node \(node embed\): found a second node"),
     (unknown_op, r"op ai.onnx::Take \(node rows\): expected an op of compiler/ir/ops.py"),
     (wrong_domain, r"op com.microsoft::Attention \(node attn\)"),
-    (unknown_attribute, r"attributes of Attention \(node attn\): found window, expected layer, num_heads"),
+    (unknown_attribute, r"attributes of Attention \(node attn\): found sinks, expected layer, num_heads"),
     (missing_attribute, r"attribute scale of Attention \(node attn\): found None, expected a value of type float"),
     (wrong_attribute_type, r"attribute scale of Attention \(node attn\): found 1, expected a value of type float"),
     (attribute_not_allowed, r"attribute transB of Gemm \(node head\): found 0, expected 1"),

@@ -9,13 +9,13 @@ import pytest
 
 from belle_compile.compiler.backends.base import KVCache
 from belle_compile.compiler.plan.predict import Rates, predict, sum_seconds
-from belle_compile.compiler.plan.work import Product, RankWork
+from belle_compile.compiler.plan.work import AttentionWork, Product, RankWork
 from belle_compile.runtime.program import KVLayout
 
 RATES = Rates(read=100e9, several=0.5, integer=1e12, floating=1e11, call_s=1e-6, latency_s=10e-6, link=10e9)
 LAYER, HEAD = Product(10**8, 2 * 10**8, True, True), Product(10**7, 2 * 10**7, True, False)
 KV = KVCache("float16", KVLayout(1, 8, 64, "float16").block_bytes, 16, 4096)
-WORK = RankWork(512, KV, (LAYER, HEAD), (4 * 8 * 64,), 20, (1000, 1000))
+WORK = RankWork(512, KV, (LAYER, HEAD), (AttentionWork(4 * 8 * 64, 0),), 20, (1000, 1000))
 
 
 def test_one_token_reads_its_weights_once() -> None:
@@ -46,6 +46,8 @@ def test_a_longer_context_reads_more_keys_and_values() -> None:
     short, long = (predict(WORK, RATES, 1, sequences=4, tokens=1, context=context) for context in (160, 1600))
     more = hypot(4 * 90 * WORK.kv.block_bytes / 100e9, 4 * 1440 * 2048 / 1e11)
     assert long.memory_s - short.memory_s == pytest.approx(more)
+    windowed = replace(WORK, attention=(AttentionWork(WORK.attention[0].operations, 160),))
+    assert predict(windowed, RATES, 1, sequences=4, tokens=1, context=1600) == short
 
 
 def test_sums_go_the_faster_way() -> None:

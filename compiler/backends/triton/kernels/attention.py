@@ -98,6 +98,8 @@ def _attend(softmax, queries, tile, tokens, there, SHAPE: tl.constexpr, ALL: tl.
         safe = peak
     else:
         seen = queries.mine[:, None] & there[None, :] & (tokens[None, :] <= queries.last[:, None])
+        if SHAPE.window is not None:
+            seen &= tokens[None, :] > queries.last[:, None] - SHAPE.window
         scores = tl.where(seen, scores, float("-inf"))
         peak = tl.maximum(softmax.peak, tl.max(scores, axis=1))
         # A row that has not attended to any token yet has no peak; its sums are zeros, and its powers become zeros too.
@@ -187,6 +189,17 @@ def _put_together(parts_ptr, tickets_ptr, pair, split, parts, softmax, out, SHAP
 
 
 @triton.jit
+def _tiles_before(position, SHAPE: tl.constexpr):
+    """The first tile of a token's context, and the number of tiles from there up to the token, at least one. Tiles before the
+    window are left out."""
+    BT: tl.constexpr = SHAPE.tokens
+    first = 0
+    if SHAPE.window is not None:
+        first = tl.maximum(position + 1 - SHAPE.window, 0) // BT
+    return first, tl.maximum((position + BT - 1) // BT - first, 1)
+
+
+@triton.jit
 def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, block_table_ptr, cos_sin_ptr, slopes_ptr,
                  kcache_ptr, vcache_ptr, out_ptr, parts_ptr, tickets_ptr, SHAPE: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
@@ -202,7 +215,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     position = tl.load(positions_ptr + row)
     BT: tl.constexpr = SHAPE.tokens
     SPLITS: tl.constexpr = SHAPE.splits
-    tiles = tl.maximum((position + BT - 1) // BT, 1)
+    skipped, tiles = _tiles_before(position, SHAPE)
     each = (tiles + SPLITS - 1) // SPLITS
     parts = (tiles + each - 1) // each
     if (row >= rows) | ((row > 0) & (before == sequence)) | ((row + 1 < rows) & (after == sequence)) | (split >= parts):
@@ -215,7 +228,7 @@ def attend_alone(rows_ptr, q_ptr, k_ptr, v_ptr, positions_ptr, sequences_ptr, bl
     slopes = None
     if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + heads, mask=mine, other=0.0)
-    first_tile, last_tile = split * each, tl.minimum(split * each + each, tiles)
+    first_tile, last_tile = skipped + split * each, skipped + tl.minimum(split * each + each, tiles)
     tokens, end = first_tile * BT + tl.arange(0, BT), tl.minimum(position, last_tile * BT)
     cache = Cache(kcache_ptr, vcache_ptr, block_table_ptr)
     if SHAPE.one:  # earlier steps wrote the keys and values of earlier tokens, so the first tile may be read already
@@ -277,10 +290,20 @@ def attend_runs(rows_ptr, q_ptr, positions_ptr, sequences_ptr, block_table_ptr, 
         queries = Queries(first, second, mine, positions, slopes)
         length = tl.max(tl.where(mine, positions, -1), axis=0) + 1
         softmax = _nothing_seen(BM, SHAPE.columns)
-        # First come the tiles that all queries attend to as a whole, then those that contain the queries' own tokens.
+        # First come the tiles in which windows begin, then those that all queries attend to as a whole, then those that contain
+        # the queries' own tokens.
         first_own = tl.min(tl.where(mine, positions, -1), axis=0) + 1
-        whole = first_own // BT * BT
-        for at_token in range(0, whole, BT):
+        whole, seen_by_all = first_own // BT * BT, 0
+        if SHAPE.window is not None:
+            earliest = tl.min(tl.where(mine, positions, _NONE), axis=0) + 1 - SHAPE.window
+            begin_at = tl.maximum(earliest, 0) // BT * BT
+            whole = tl.maximum(whole, begin_at)
+            seen_by_all = tl.minimum((tl.maximum(length - SHAPE.window, 0) + BT - 1) // BT * BT, whole)
+            for at_token in range(begin_at, seen_by_all, BT):
+                tokens = at_token + tl.arange(0, BT)
+                tile = _read(cache, sequence, head // SHAPE.group, tokens, tokens >= 0, SHAPE)
+                softmax = _attend(softmax, queries, tile, tokens, tokens >= 0, SHAPE, False)
+        for at_token in range(seen_by_all, whole, BT):
             tokens = at_token + tl.arange(0, BT)
             tile = _read(cache, sequence, head // SHAPE.group, tokens, tokens >= 0, SHAPE)
             softmax = _attend(softmax, queries, tile, tokens, tokens >= 0, SHAPE, True)

@@ -1,4 +1,5 @@
-"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass."""
+"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass; RMS normalization
+of each head."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import triton.language as tl
 
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.triton.kernels.base import Kernel, Start, power_of_two, warps_for
-from belle_compile.compiler.backends.triton.kernels.device import await_earlier, let_next_start, quantize_row
+from belle_compile.compiler.backends.triton.kernels.device import await_earlier, begin, let_next_start, quantize_row
 
 
 @triton.jit
@@ -55,3 +56,33 @@ class Norm(Kernel, kernels.Norm):
 
     def start(self) -> Start:
         return Start((1, 1, 1), 1, warps_for(self.width))
+
+
+@triton.jit
+def norm_heads(rows_ptr, x_ptr, scale_ptr, out_ptr, SHAPE: tl.constexpr, OVERLAP: tl.constexpr):
+    rows = begin(rows_ptr, OVERLAP)
+    row = tl.program_id(0)
+    if row < rows:
+        at, first = row.to(tl.int64), tl.program_id(1) * SHAPE.head_dim
+        cols = tl.arange(0, SHAPE.padded)
+        inside = cols < SHAPE.head_dim
+        x = tl.load(x_ptr + at * SHAPE.x.stride + SHAPE.x.offset + first + cols, mask=inside, other=0.0)
+        scale = tl.load(scale_ptr + cols, mask=inside, other=0.0)
+        mean_square = tl.sum(x * x, axis=0) / SHAPE.head_dim
+        x = x * tl.div_rn(1.0, tl.sqrt_rn(mean_square + SHAPE.epsilon)) * scale
+        tl.store(out_ptr + at * SHAPE.out.stride + SHAPE.out.offset + first + cols, x, mask=inside)
+
+
+@dataclass(frozen=True)
+class HeadNorm(Kernel, kernels.HeadNorm):
+    """Each program normalizes a head of one row."""
+
+    function = norm_heads
+
+    @property
+    def padded(self) -> int:
+        """Channels that a program holds, a power of two."""
+        return power_of_two(self.head_dim)
+
+    def start(self) -> Start:
+        return Start((1, self.width // self.head_dim, 1), 1, warps_for(self.head_dim))

@@ -101,7 +101,8 @@ class Attention(Kernel, kernels.Attention):
 
         def measure(row: Expr) -> None:
             most[0] = T.max(most[0], self._extent(named, row).parts)
-            tokens[0] = tokens[0] + tir.i64(named["positions"][row]) + 1
+            context = tir.i64(named["positions"][row]) + 1
+            tokens[0] = tokens[0] + (context if self.window is None else T.min(context, tir.i64(self.window)))
 
         tir.for_range(rows, measure)
         return tir.opaque(most[0]), tokens
@@ -159,32 +160,39 @@ class Attention(Kernel, kernels.Attention):
         tir.parallel(groups * (tile * self.num_kv_heads), task)
 
     def _joins(self, named: dict[str, Buffer], row: Expr) -> Expr:
-        """1 if a row belongs to the tile of the previous row, else 0. All rows of a tile have parts of the same length."""
+        """1 if a row belongs to the tile of the previous row, else 0. All rows of a tile have the same first chunk, and
+        parts of the same length."""
         sequences, positions = named["sequences"], named["positions"]
         answer = tir.scalar(tir.i64(0), "int64")
         with tir.when(T.floormod(row, self.tile_rows) != 0), tir.when(sequences[row] == sequences[row - 1]):
-            with tir.when(self._extent(named, row).chunks_of_part == self._extent(named, row - 1).chunks_of_part):
+            extent, before = self._extent(named, row), self._extent(named, row - 1)
+            alike = extent.chunks_of_part == before.chunks_of_part
+            with tir.when(alike if self.window is None else T.And(alike, extent.first == before.first)):
                 answer[0] = tir.i64(positions[row] == positions[row - 1] + 1)
         return answer[0]
 
     def _extent(self, named: dict[str, Buffer], row: Expr) -> Extent:
-        chunks = tir.opaque(T.floordiv(tir.i64(named["positions"][row]) + CHUNK, CHUNK))
-        return Extent(chunks, tir.opaque(T.floordiv(chunks + (self.most_parts - 1), self.most_parts)))
+        position = tir.i64(named["positions"][row])
+        end, first = tir.opaque(T.floordiv(position + CHUNK, CHUNK)), tir.i64(0)
+        if self.window is not None:
+            first = tir.opaque(T.floordiv(T.max(position - (self.window - 1), tir.i64(0)), CHUNK))
+        return Extent(first, end, tir.opaque(T.floordiv(end - first + (self.most_parts - 1), self.most_parts)))
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The context of a row: its number of chunks, and how many of them make a part."""
+    """The context of a row: the first of its chunks and the one after its last, and how many of them make a part."""
 
-    chunks: Expr
+    first: Expr
+    end: Expr
     chunks_of_part: Expr
 
     @property
     def parts(self) -> Expr:
         """The number of parts; the last may be shorter."""
-        return tir.opaque(T.floordiv(self.chunks + (self.chunks_of_part - 1), self.chunks_of_part))
+        return tir.opaque(T.floordiv(self.end - self.first + (self.chunks_of_part - 1), self.chunks_of_part))
 
     def part(self, index: Expr) -> tuple[Expr, Expr]:
         """The first chunk of a part, and the chunk after its last."""
-        first = tir.opaque(index * self.chunks_of_part)
-        return first, tir.opaque(T.min(first + self.chunks_of_part, self.chunks))
+        first = tir.opaque(self.first + index * self.chunks_of_part)
+        return first, tir.opaque(T.min(first + self.chunks_of_part, self.end))

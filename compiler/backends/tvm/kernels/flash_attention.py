@@ -212,6 +212,14 @@ class FlashAttention(ABC):
         position = self.task.first_position + T.floordiv(m, self.group)
         return tir.opaque(T.cast(position - chunk.start, "int32"), "int32")
 
+    def _visible(self, first: Expr | int, last: Expr, seen: Expr, hidden: Expr) -> Expr:
+        """For LANES tokens from `first` on, in numbers of the chunk: `seen` for those that a query with its own token at `last`
+        attends to, `hidden` for others."""
+        tokens, end = tir.lane_numbers(first), tir.splat(last)
+        if self.shape.window is not None:
+            seen = T.Select(tokens > end - tir.splat_i32(self.shape.window), seen, hidden)
+        return T.Select(tokens <= end, seen, hidden)
+
     def save_part(self, parts: Buffer, start: Expr) -> None:
         """Write the state of every query, one `PartSums` after the other."""
         layout = self.layout

@@ -1,4 +1,5 @@
-"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass."""
+"""Layer and RMS normalization, with the residual addition before and the quantization after in the same pass; RMS normalization
+of each head."""
 
 from __future__ import annotations
 
@@ -70,3 +71,33 @@ class Norm(Kernel, kernels.Norm):
             return value if bias is None else value + tir.load(bias, c, lanes)
 
         return normed
+
+
+@dataclass(frozen=True)
+class HeadNorm(Kernel, kernels.HeadNorm):
+    """One thread normalizes the heads of a row, one after the other."""
+
+    def body(self, isa: Isa, *buffers: Buffer) -> None:
+        rows, x, scale, out = buffers
+        head_dim = self.head_dim
+
+        def normalize(row: Expr, head: Expr) -> None:
+            start, target = (tir.bind(view.row(row) + head * head_dim) for view in (self.x, self.out))
+
+            def square(c: Expr, lanes: int) -> Expr:
+                value = tir.bind(tir.load(x, start + c, lanes))
+                return value * value
+
+            mean_square = row_sum(head_dim, square) / T.float32(head_dim)
+            inverse = tir.bind(T.float32(1.0) / tir.pure("float32", "llvm.sqrt", mean_square + T.float32(self.epsilon)))
+
+            def write(c: Expr, lanes: int) -> None:
+                value = tir.load(x, start + c, lanes) * tir.splat(inverse, lanes) * tir.load(scale, c, lanes)
+                tir.store(out, target + c, value, lanes)
+
+            each(head_dim, write)
+
+        def heads(row: Expr) -> None:
+            tir.for_range(self.width // head_dim, lambda head: normalize(row, head))
+
+        tir.for_rows(tir.rows_of(rows), heads)

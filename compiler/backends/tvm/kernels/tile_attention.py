@@ -158,9 +158,9 @@ class TileAttention(FlashAttention):
             distances = tir.bind(T.cast(tir.lane_numbers() - tir.splat(last), tir.F16))
 
         def hide(v: Expr) -> None:
-            seen = tir.lane_numbers(v * LANES) <= tir.splat(last)
             place = scores + v * LANES
-            tir.store(self.scores, place, T.Select(seen, tir.load(self.scores, place), tir.splat(HIDDEN)))
+            visible = self._visible(v * LANES, last, tir.load(self.scores, place), tir.splat(HIDDEN))
+            tir.store(self.scores, place, visible)
 
         def score(v: int) -> Expr:
             value = tir.load(self.scores, scores + v * LANES)
@@ -170,6 +170,9 @@ class TileAttention(FlashAttention):
 
         with tir.when(last < pairs * 2 * LANES - 1):
             tir.for_range(2 * pairs, hide, start=T.max(T.floordiv(tir.i64(last) + 1, LANES), tir.i64(0)))
+        if self.shape.window is not None:
+            with tir.when(last >= self.shape.window):
+                tir.for_range(T.floordiv(tir.i64(last) - self.shape.window + LANES, LANES), hide)
         values = [score(v) for v in range(2 * pairs)]
         maximum, shrink = self._raise(chunk, m, tir.pairwise(values, lambda a, b: tir.bind(T.max(a, b))))
         weights = [tir.bind(tir.exp2(value - maximum)) for value in values]

@@ -113,23 +113,27 @@ class VectorAttention(FlashAttention):
         def soften(m: Expr) -> None:
             line = tir.bind(m * CHUNK)
             last = self._position_in(chunk, m)
-            tir.either(last >= CHUNK - 1, lambda: self._soften_query(m, line, last, False),
+            whole = last >= CHUNK - 1
+            if self.shape.window is not None:
+                whole = T.And(whole, last < self.shape.window)
+            tir.either(whole, lambda: self._soften_query(m, line, last, False),
                        lambda: self._soften_query(m, line, last, True))  # fmt: skip
 
         tir.for_range(self.task.used, soften)
 
     def _soften_query(self, m: Expr, line: Expr, last: Expr, masked: bool) -> None:
-        """Set scores[m] to exp(score - maximum) times the scale of the value, if any; 0 for tokens after `last`."""
+        """Set scores[m] to exp(score - maximum) times the scale of the value, if any; 0 for tokens after `last`, and for those
+        before the window that ends there."""
 
-        def visible(v: int) -> Expr:
-            return tir.lane_numbers(v * LANES) <= tir.splat(last)
+        def visible(v: int, seen: Expr, hidden: Expr) -> Expr:
+            return self._visible(v * LANES, last, seen, hidden)
 
         def score(v: int) -> Expr:
             value = tir.load(self.scores, line + v * LANES)
             if self.shape.alibi:  # distances instead of positions: the softmax is the same, and no number grows large
                 distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
                 value = value + tir.splat(self.slopes[self.task.first_query + m]) * distance
-            return tir.bind(T.Select(visible(v), value, tir.splat(LOWEST)) if masked else value)
+            return tir.bind(visible(v, value, tir.splat(LOWEST)) if masked else value)
 
         scores = [score(v) for v in range(BLOCKS)]
         old = tir.bind(self.maxima[m])
@@ -137,7 +141,7 @@ class VectorAttention(FlashAttention):
         shrink = tir.bind(tir.exp(old - maximum, 1))
         powers = [tir.bind(tir.exp(value - tir.splat(maximum))) for value in scores]
         if masked:
-            powers = [tir.bind(T.Select(visible(v), power, tir.splat(0.0))) for v, power in enumerate(powers)]
+            powers = [tir.bind(visible(v, power, tir.splat(0.0))) for v, power in enumerate(powers)]
         for v, power in enumerate(powers):
             scale = tir.load(self.scales, v * LANES) if self.cache.quantized else None
             tir.store(self.scores, line + v * LANES, power if scale is None else power * scale)

@@ -37,6 +37,7 @@ class Model:
     head_dim: int
     dtype: str
     rotary: bool
+    window: int | None = None
     reference: PagedCache = field(init=False)
     memory: Array = field(init=False)
 
@@ -65,6 +66,7 @@ class Model:
         expected = meanings.attention(
             q, k, v, *where, self.table, cos_sin, self.slopes, cache=self.reference, layer=LAYER, num_heads=self.heads,
             num_kv_heads=self.kv_heads, head_dim=self.head_dim, scale=self.scale,
+            window=self.window or 0,
         )  # fmt: skip
         together = View(-(-(width + 2 * kv_width) // 64) * 64)
         buffer = place(np.concatenate([q, k, v], axis=1), together)
@@ -82,10 +84,11 @@ class Model:
         )  # fmt: skip
         out = garbage((tokens + 3, 256))
         arrays = (*beyond, self.table, *tables, *biases, self.part("k"), self.part("v"), out)
-        attend = next(kernel for bound, kernel in AttendAlone(*options, *views).variants() if not bound or bound >= tokens)
+        variants = AttendAlone(*options, *views, window=self.window).variants()
+        attend = next(kernel for bound, kernel in variants if not bound or bound >= tokens)
         call(attend, tokens, buffer, buffer, buffer, *arrays, launched=tokens + 3)
         np.testing.assert_array_equal(np.isnan(out[:tokens, 5]), np.logical_not(alone))
-        call(AttendRuns(*options), tokens, buffer, *arrays, launched=tokens + 3)
+        call(AttendRuns(*options, window=self.window), tokens, buffer, *arrays, launched=tokens + 3)
         np.testing.assert_allclose(
             taken(out, View(256, 5), tokens, width), expected, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype]
         )
@@ -112,3 +115,14 @@ def test_a_long_context_is_split_and_put_together() -> None:
     assert 180 > kernel.tokens * 2 and MAX_BLOCKS * BLOCK_SIZE > 180
     model.step([180], [1])
     model.step([0, 181], [0, 1])
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 130])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+def test_tokens_before_the_window_are_not_seen(heads: tuple[int, int], window: int) -> None:
+    model = Model(*heads, 16, "float16", True, window)
+    for start in range(0, 180, 60):
+        model.step([*range(start, start + 60), start // 60], [1] * 60 + [2])
+    model.step([180, *range(3, 40)], [1, *[2] * 37])
+    model.step([181, 182, 40], [1, 1, 2])
+    model.step([183, 0], [1, 0])

@@ -17,7 +17,7 @@ from belle_compile.compiler.backends.triton.kernels.base import Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
-from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
 from belle_compile.compiler.errors import CompileError
@@ -42,14 +42,15 @@ OTHERS: tuple[Kernel, ...] = (
     FloatEmbedding(32000, 4096, View(4096)),
     Norm("layer", 4096, 1e-5, True, True, View(4096), View(4096), View(4096), View(8192), 2),
     Norm("rms", 4096, 1e-5, False, False, View(4096), None, None, View(4096), step=False),
+    HeadNorm(4096, 128, 1e-6, View(6144), View(4096)),
     Activation("gelu", 16384, True, View(16384), None, View(16384), 1, 512, True),
     BlockHadamard(4096, 256, View(4096), View(4096)),
     QuantizeTokens(4096, View(4096), View(4096)),
     RotaryTable(128, 1.0, 2.0, 2048, 10000.0),
     AppendKV(32, 32, 128, View(12288, 4096), View(12288, 8192), 128, "int8", True),
-    AttendAlone(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "int8", True, False, WIDE, WIDE, most_rows=256),
+    AttendAlone(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "int8", True, False, WIDE, WIDE, most_rows=256, window=4096),
     AttendRuns(32, 32, 8, 128, 0.088, WIDE, View(4096), 128, "float32", True, False),
-    AttendRuns(5, 6, 6, 32, 0.177, View(576), View(192), 128, "float16", False, True),
+    AttendRuns(5, 6, 6, 32, 0.177, View(576), View(192), 128, "float16", False, True, window=1024),
     ChunkMaxima(250880, View(250880)),
     Collect(250880, View(250880)),
     FloatLinear(4096, 4096, True, View(4096), View(4096)),

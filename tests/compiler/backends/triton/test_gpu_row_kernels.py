@@ -19,7 +19,7 @@ from belle_compile.compiler.backends.triton.kernels.activation import (
     QuantizeChunks,
     QuantizeTokens,
 )
-from belle_compile.compiler.backends.triton.kernels.norm import Norm
+from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
 from belle_compile.compiler.ir import meanings
@@ -64,6 +64,17 @@ def test_a_fixed_step_clips() -> None:
     call(kernel, ROWS, x, step, xq, xs)
     assert np.abs(xq[:ROWS]).max() == 127
     check_quantized(xq, xs, kernel.out, meanings.quantize_tokens(x, step), 1)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_each_head_is_normalized(head_dim: int) -> None:
+    width = 3 * head_dim
+    x, scale, kernel = floats(ROWS, width), floats(head_dim), HeadNorm(width, head_dim, 1e-5, View(128, 5), View(96, 3))
+    out = garbage((ROWS + BEYOND, 96))
+    call(kernel, ROWS, place(x, kernel.x, BEYOND), scale, out, launched=ROWS + BEYOND)
+    expected = meanings.head_norm(x, scale, epsilon=1e-5)
+    np.testing.assert_allclose(taken(out, kernel.out, ROWS, width), expected, rtol=1e-5, atol=1e-6)
+    assert np.isnan(out[ROWS:]).all()
 
 
 @pytest.mark.parametrize("quantize", [False, True])

@@ -37,6 +37,7 @@ class Case:
     cache: str = "float32"
     rotary: bool = False
     alibi: bool = False
+    window: int | None = None
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -50,7 +51,8 @@ class Case:
     @property
     def attention(self) -> Attention:
         return Attention(LAYERS, self.heads, self.kv_heads, self.dim, self.dim**-0.5, self.views[0],
-                         View.of_width(self.widths[0]), MAX_BLOCKS, self.cache, self.rotary, self.alibi)  # fmt: skip
+                         View.of_width(self.widths[0]), MAX_BLOCKS, self.cache, self.rotary, self.alibi,
+                         window=self.window)  # fmt: skip
 
     @property
     def append(self) -> AppendKV:
@@ -58,6 +60,7 @@ class Case:
 
     def __str__(self) -> str:
         extra = "-rotary" * self.rotary + "-alibi" * self.alibi
+        extra += f"-{self.window}" if self.window else ""
         return f"{self.heads}of{self.kv_heads}x{self.dim}-{self.cache}{extra}"
 
 
@@ -73,6 +76,8 @@ CASES = [
     Case(3, 3, 8, "int8", alibi=True),
     Case(2, 1, 10, "int8"),
     Case(9, 3, 64, "int8", rotary=True),
+    Case(9, 3, 40, rotary=True, alibi=True, window=100),
+    Case(4, 2, 32, "int8", window=260),
 ]
 TILES = [
     Case(3, 3, 32, "bfloat16", alibi=True),
@@ -80,9 +85,11 @@ TILES = [
     Case(8, 1, 96, "bfloat16", rotary=True),
     Case(8, 2, 128, "bfloat16", rotary=True),
     Case(20, 1, 32, "bfloat16"),
+    Case(9, 3, 64, "bfloat16", rotary=True, window=100),
+    Case(16, 2, 32, "bfloat16", alibi=True, window=17),
 ]  # what AMX multiplies in tiles
 EVERY = [(isa, case) for isa in HOST_ISAS for case in CASES] + [(isa, case) for isa in AMX_TEST_ISAS for case in TILES]
-SAME_BITS = [(isa, case) for isa, case in EVERY if isa.amx or CASES.index(case) in (0, 1, 3, 5, 7, 10)]
+SAME_BITS = [(isa, case) for isa, case in EVERY if isa.amx or CASES.index(case) in (0, 1, 3, 5, 7, 10, 11, 12)]
 
 # Steps as (sequence, first position, tokens): prompts, mixed steps, decoding across the borders of blocks and chunks.
 STEPS: dict[str, list[list[tuple[int, int, int]]]] = {
@@ -215,7 +222,8 @@ def test_attention(isa: Isa, case: Case, steps: list[list[tuple[int, int, int]]]
             q, rotation = rotated.astype(np.dtype("bfloat16")).astype(np.float32).reshape(rows, -1) / unit, None
         expected = meanings.attention(
             q, k, v, positions, sequences, table, rotation, biases, cache=stored, layer=0,
-            num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5)  # fmt: skip
+            num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, scale=case.dim**-0.5,
+            window=case.window or 0)  # fmt: skip
         tolerance = 4e-5 if case.alibi else 4e-6  # float32 scores of the oracle grow with slope * position
         if tiles:
             tolerance = 1e-2  # weights are rounded to 8 bits

@@ -17,7 +17,7 @@ from belle_compile.compiler.backends.tvm.kernels.activation import Activation
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel, rows_apart
 from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding, QuantizedEmbedding
 from belle_compile.compiler.backends.tvm.kernels.hadamard import BlockHadamard
-from belle_compile.compiler.backends.tvm.kernels.norm import Norm
+from belle_compile.compiler.backends.tvm.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from belle_compile.compiler.backends.tvm.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.tvm.kernels.rows import Add, GatherRows
@@ -71,6 +71,7 @@ def quantize_tokens(width: int, planes: int, step: bool = False) -> QuantizeToke
 
 NORMS = [norm(kind, width, add=add, planes=planes) for kind in ("layer", "rms") for width in WIDTHS for add in (False, True)
          for planes in (0, *PLANES[width])]  # fmt: skip
+HEAD_NORMS = [HeadNorm(3 * head_dim, head_dim, 1e-3, part(3 * head_dim), own(3 * head_dim)) for head_dim in (5, 16, 72)]
 SUM_UNUSED = norm("rms", 37, add=True, total=False)
 ACTIVATIONS = [activation(f, width, planes) for f in ("gelu", "swiglu") for width in WIDTHS for planes in (0, *PLANES[width])]
 # (width, block): one vector, one visit to memory, two and three; some of them several blocks
@@ -83,7 +84,7 @@ STATIC = [(quantize_tokens(37, planes, step=True), norm("rms", 37, add=True, pla
 ROTARIES = [RotaryTable(8, 1.0, 0.0, 2048, 10000.0), RotaryTable(40, 1.25, 0.0, 2048, 10000.0),
             RotaryTable(64, 1.0, 2.0, 100, 10000.0)]  # fmt: skip
 KERNELS: list[Kernel] = [
-    *NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES, *STATIC[0], *STATIC[1], activation("swiglu", 96),
+    *NORMS, *HEAD_NORMS, SUM_UNUSED, *ACTIVATIONS, *ROTATED, *ROTARIES, *STATIC[0], *STATIC[1], activation("swiglu", 96),
     *[activation(kernel.activation, kernel.width) for kernel in ROTATED],
     *[block_hadamard(*shape) for shape in HADAMARDS],
     *[quantize_tokens(width, planes) for width in WIDTHS for planes in (1, 2)],
@@ -195,6 +196,16 @@ def test_norm(library: Library, kernel: Norm, rows: int) -> None:
         xq, xs = garbage((rows, quantizing.out.stride), np.uint8), garbage(rows)
         library.call(quantizing, ints(rows), place(x, kernel.x), *parts, *map(aligned_copy, weights), *outs, xq, xs)
         assert_quantized(xq, xs, out[:, :width], planes)
+
+
+@pytest.mark.parametrize("kernel", HEAD_NORMS, ids=lambda k: k.name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm_of_each_head(library: Library, kernel: HeadNorm, rows: int) -> None:
+    x, scale = values(rows, kernel.width), values(1, kernel.head_dim, 2)[0]
+    out = garbage((rows, kernel.out.stride))
+    library.call(kernel, ints(rows), place(x, kernel.x), aligned_copy(pack_vector(scale)), out)
+    expected = meanings.head_norm(x, scale, epsilon=kernel.epsilon)
+    np.testing.assert_allclose(out[:, : kernel.width], expected, rtol=5e-6, atol=5e-6 * np.abs(expected).max())
 
 
 def test_norm_in_place_and_with_an_unused_sum(library: Library) -> None:

@@ -15,7 +15,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.formats.gguf_blocks import BLOCK_FORMATS
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
-from belle_compile.compiler.families.llama import GGUF_MODULES
+from belle_compile.compiler.families.decoder_files import GGUF_MODULES
 from belle_compile.compiler.ir.lazy import describe, quantized_source
 from belle_compile.compiler.ir.quantized import QuantizedRows
 from belle_compile.passes.pipeline import run_pipeline
@@ -232,10 +232,12 @@ def test_config_tokenizer_and_template(tmp_path: Path, tied: bool) -> None:
 
 
 def test_tokenizer_json_beside_it_is_preferred(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", pre="qwen2")
+    write_gguf(tmp_path / "m.gguf", pre="gpt-4o")
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert set(open_checkpoint(tmp_path).digests()) == {"m.gguf", "tokenizer.json"}
-    with pytest.raises(CompileError, match=r"found tokenizer\.ggml\.pre 'qwen2', expected .*smollm.*; put the tokenizer\.json"):
+    with pytest.raises(
+        CompileError, match=r"found tokenizer\.ggml\.pre 'gpt-4o', expected .*smollm.*; put the tokenizer\.json"
+    ):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -247,7 +249,7 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "qwen2"}, "found architecture qwen2, expected bloom or llama"),
+        ({"arch": "qwen2moe"}, "found architecture qwen2moe, expected bloom, llama"),
         (
             {"extra": {"split.count": 3}},
             r"found one of 3 parts, expected the name NAME-00001-of-00003\.gguf; download all",

@@ -22,7 +22,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.checkpoint.formats.gguf_rules import adds_bos, end_ids, special_id
 from belle_compile.compiler.checkpoint.formats.gguf_tokenizer import gguf_tokenizer
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families import bloom, build_graph, llama
+from belle_compile.compiler.families import bloom, build_graph, decoder_files, llama
 from tests.compiler.checkpoint.models import HEAD_DIM, HEADS, KV_HEADS, byte_tokenizer, llama_tensors
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,7 @@ def interleaved(values: Array, heads: int) -> Array:
 
 def stored_llama(width: int = 32) -> dict[str, Array]:
     """A LLaMA's tensors as llama.cpp stores them; `width` is the length of the rows of the feed-forward layers."""
-    parts = {hf: part for part, hf in llama.GGUF_MODULES.items()}
+    parts = {hf: part for part, hf in decoder_files.GGUF_MODULES.items()}
     stored = {}
     for name, tensor in llama_tensors().items():
         values, stem = tensor.numpy(), name.removesuffix(".weight")
@@ -248,11 +248,11 @@ def swapped(data: Array, size: int, offsets: tuple[int, ...]) -> Array:
 
 
 def k_quants(kind: str) -> Array:
-    """Rows [96, 256] of any finite values in a K-quant; gguf has no quantizer for them."""
+    """Rows [96, 256] of any finite values in a K-quant or an I-quant; gguf has no quantizer for them."""
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     random = np.random.default_rng(3)
     rows = random.integers(0, 256, (96, size), np.uint8)
-    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]:
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):
         rows[:, at : at + 2] = random.uniform(-1, 1, (96, 1)).astype(np.float16).view(np.uint8)
     return rows
 
@@ -279,7 +279,9 @@ def test_a_type_whose_byte_order_cannot_be_changed(tmp_path: Path) -> None:
         open_checkpoint(file)
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"]
+)
 def test_k_quants(tmp_path: Path, kind: str) -> None:
     block, rows = gguf.GGMLQuantizationType[kind], k_quants(kind)
     rest = {name: values for name, values in stored_llama().items() if name != "output.weight"}
@@ -367,6 +369,23 @@ def test_bloom_gives_the_tensors_and_the_graph_of_its_checkpoint(tmp_path: Path)
     read = bloom.read_config(checkpoint.config)
     assert (read.num_heads, read.head_dim, read.vocab_size, read.tied_head) == (HEADS, HEAD_DIM, 270, True)
     build_graph(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("llama-bpe", ["It", "'s", "Ġ", "123", "ĠnewWORDs", "/Ċ"]),
+        ("qwen2", ["It", "'s", "Ġ", "1", "2", "3", "ĠnewWORDs", "/Ċ"]),
+        ("tekken", ["It", "'s", "Ġ", "1", "2", "3", "Ġnew", "WORDs", "/Ċ"]),
+    ],
+)
+def test_texts_are_split_by_the_rule_of_their_model(pre: str, pieces: list[str]) -> None:
+    alphabet = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
+    words = sorted(alphabet, key=alphabet.__getitem__)
+    get = getter(model="gpt2", pre=pre, tokens=words, token_type=[1] * len(words), merges=[])
+    split = Tokenizer.from_str(gguf_tokenizer(Path("m.gguf"), get)).pre_tokenizer
+    assert split is not None
+    assert [piece for piece, _ in split.pre_tokenize_str("It's 123 newWORDs/\n")] == pieces
 
 
 def test_texts_are_split_as_bloom_splits_them() -> None:
