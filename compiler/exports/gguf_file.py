@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from belle_compile.compiler.checkpoint.formats.gguf_rows import interleaved_halv
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports.directory import STAGE
 from belle_compile.compiler.exports.gguf_vocabulary import add_value, add_vocabulary, vocabulary_of
-from belle_compile.compiler.exports.model import ExportedModel, Integers, Order, chunks
+from belle_compile.compiler.exports.model import ExportedModel, Integers, Order, blocks_of, chunks
 from belle_compile.compiler.families.gguf import GgufLayout
 from belle_compile.passes.presets import BLOCK
-from belle_compile.passes.quantization.weights import nearest_blocks
 
 Array = npt.NDArray[Any]
 
@@ -108,7 +108,7 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
         elif module.is_norm:
             data = partial(chunks, weight, order)
         else:
-            data = partial(_nearest_blocks, weight, order)
+            data = partial(_packed_blocks, weight, order)
         kind = gguf.GGMLQuantizationType.F32 if module.is_norm else gguf.GGMLQuantizationType.Q8_0
         planned.append(PlannedTensor(f"{stored}.weight", kind, module.shape, data))
         if module.bias is not None:
@@ -119,16 +119,6 @@ def planned_tensors(model: ExportedModel) -> list[PlannedTensor]:
 
 def _floats(name: str, shape: tuple[int, ...], data: Callable[[], Iterator[Array]]) -> PlannedTensor:
     return PlannedTensor(name, gguf.GGMLQuantizationType.F32, shape, data)
-
-
-def _nearest_blocks(weight: ir.TensorProtocol, order: Order | None) -> Iterator[Array]:
-    """Rows of Q8_0 blocks of the floats of a matrix: the nearest integers for scales with the least squared error."""
-    done = 0
-    for part in chunks(weight, order):
-        for start in range(0, len(part), _ROWS):
-            rows = np.ascontiguousarray(part[start : start + _ROWS], np.float32)
-            yield _packed(*nearest_blocks(rows, weight, done, BLOCK))
-            done += len(rows)
 
 
 def _layout(model: ExportedModel) -> GgufLayout:
@@ -173,6 +163,11 @@ def _blocks(name: str, weight: Integers, order: Order | None) -> Iterator[Array]
         rows = np.arange(start, min(start + _ROWS, len(integers)))
         rows = rows if order is None else order[rows]
         yield _packed(integers[rows], scales[rows].astype(np.float16).reshape(len(rows), -1))
+
+
+def _packed_blocks(weight: ir.TensorProtocol, order: Order | None) -> Iterator[Array]:
+    """Rows of Q8_0 blocks of the floats of a matrix: the nearest integers for scales with the least squared error."""
+    return starmap(_packed, blocks_of(weight, BLOCK, order))
 
 
 def _packed(integers: Array, scales: Array) -> Array:

@@ -21,7 +21,7 @@ from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.passes.quantization.weights import rounded_weight
+from belle_compile.passes.quantization.weights import nearest_blocks, rounded_weight
 from belle_compile.runtime.artifact import GenerationDefaults
 
 Array = npt.NDArray[Any]
@@ -29,6 +29,7 @@ Order = npt.NDArray[np.intp]
 
 HEAD = "lm_head"
 _CHUNK_BYTES = 64 << 20  # of float32 values in memory at a time, where rows can be read alone
+_ROWS = 4096  # rows of a matrix that are rounded at a time
 _STREAM_NORMS = ("LayerNormalization", "RMSNormalization")
 _NORMS = (*_STREAM_NORMS, "HeadNorm")
 # Ops that every architecture has around its modules.
@@ -249,3 +250,14 @@ def chunks(tensor: ir.TensorProtocol, order: Order | None = None) -> Iterator[Ar
     step = max(1, _CHUNK_BYTES // (4 * shape[1]))
     for start in range(0, shape[0], step):
         yield read_rows(tensor, start, min(start + step, shape[0]))
+
+
+def blocks_of(weight: ir.TensorProtocol, block: int, order: Order | None = None) -> Iterator[tuple[Array, Array]]:
+    """For some rows of a float matrix at a time, in an `order` (None: its own): int8 integers [n, K] nearest to them, and
+    float16 scales [n, G] of `block` inputs; see `nearest_blocks`."""
+    done = 0
+    for part in chunks(weight, order):
+        for start in range(0, len(part), _ROWS):
+            rows = np.ascontiguousarray(part[start : start + _ROWS], np.float32)
+            yield nearest_blocks(rows, weight, done, block)
+            done += len(rows)
