@@ -6,10 +6,10 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.schema import parse_json
 
@@ -48,7 +48,7 @@ def explained(stage: str, what: str, *, found: str = "", expected: str, remedy: 
         raise CompileError(stage, what, found=reason, expected=expected, remedy=remedy) from error
 
 
-def require_regular(stage: str, file: Path) -> int:
+def require_regular(stage: str, file: StoredPath) -> int:
     """Return the size in bytes of a regular file, or of one that a link leads to; raises CompileError for anything else, which
     might never end when it is read, and for a file that cannot be examined."""
     with explained(stage, f"file {file}", expected="a file that can be read", remedy="check its path and permissions"):
@@ -59,7 +59,7 @@ def require_regular(stage: str, file: Path) -> int:
     return found.st_size
 
 
-def read_bounded(stage: str, file: Path, most: int) -> bytes:
+def read_bounded(stage: str, file: StoredPath, most: int) -> bytes:
     """The bytes of a regular file; raises CompileError if it has more than `most`, before it is read, or cannot be read."""
     size = require_regular(stage, file)
     if size > most:

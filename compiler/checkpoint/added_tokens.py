@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -13,6 +12,7 @@ from belle_compile.compiler.checkpoint.special_tokens import word_of
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained
 
 ADDED_TOKENS, TOKENIZER_CONFIG, TOKENS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -21,7 +21,7 @@ _EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the names of T
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str, list[Path], list[str]]:
+def with_added_tokens(text: str, directory: StoredPath, rows: int | None) -> tuple[str, list[StoredPath], list[str]]:
     """The text of a tokenizer.json with the tokens of the files beside it, the files that added some, and notes.
 
     Those are the tokens of added_tokens_decoder in tokenizer_config.json or, if it has none, of added_tokens.json, and the
@@ -34,7 +34,7 @@ def with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str
         return _with_added_tokens(text, directory, rows)
 
 
-def _with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[str, list[Path], list[str]]:
+def _with_added_tokens(text: str, directory: StoredPath, rows: int | None) -> tuple[str, list[StoredPath], list[str]]:
     tokenizer = Tokenizer.from_str(text)
     config, tokens_map = (_optional(directory / name) for name in (TOKENIZER_CONFIG, TOKENS_MAP))
     old = config.get("added_tokens_decoder") is None
@@ -60,7 +60,7 @@ def _with_added_tokens(text: str, directory: Path, rows: int | None) -> tuple[st
     return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes
 
 
-def _optional(file: Path) -> dict[str, Any]:
+def _optional(file: StoredPath) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
@@ -84,7 +84,7 @@ def _as_decoder(encoder: Mapping[str, Any], special: set[str]) -> dict[str, Any]
     }
 
 
-def _decoded(decoder: Any, file: Path) -> list[tuple[int, AddedToken]]:
+def _decoded(decoder: Any, file: StoredPath) -> list[tuple[int, AddedToken]]:
     """The tokens of an added_tokens_decoder with their stated ids, in the order of these."""
     try:
         return sorted(((int(index), _token(token)) for index, token in decoder.items()), key=lambda item: item[0])

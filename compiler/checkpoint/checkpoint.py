@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.sources.base import digests
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.stored_path import StoredPath
 
 _COMPARED = 2000  # names that an unknown one is compared with, which takes a second for ten times as many
 
@@ -26,7 +26,7 @@ class Checkpoint:
     add_special_tokens=False. `notes` are sentences for the manifest and the report: what was ignored or approximated.
     """
 
-    path: Path
+    path: StoredPath
     family: str
     config: dict[str, Any]
     tensors: Mapping[str, LazyTensor]
@@ -34,7 +34,7 @@ class Checkpoint:
     special: dict[str, Any]
     template: PromptTemplate
     generation: dict[str, Any]
-    files: tuple[Path, ...]
+    files: tuple[StoredPath, ...]
     notes: tuple[str, ...] = ()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
@@ -61,6 +61,6 @@ class Checkpoint:
             )
         return tensor
 
-    def digests(self, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
+    def digests(self, progress: Callable[[StoredPath, int, int], None] | None = None) -> dict[str, str]:
         """The SHA-256 by name of every file that this checkpoint was read from; see `sources.base.digests`."""
         return digests(self.files, self.path, progress)

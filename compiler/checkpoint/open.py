@@ -58,7 +58,9 @@ def _open(
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, reading.ignored_config_keys, family.keys.used)
     tensors, left_out = canonical(contents.tensors, family)
-    base_names = frozenset({Path(path).name, files.path.resolve().name, Path(path).stem, *_own_name(contents.config)})
+    base_names = frozenset(
+        {Path(path).name, Path(str(files.path)).resolve().name, Path(path).stem, *_own_name(contents.config)}
+    )
     adapters = [fetch_adapter(choice, family, base_names) for choice in reading.adapters]
     beside = adapter_notes(files, reading.ignore_adapter, [adapter.directory for adapter in adapters])
     overlaid = apply_overlays(tensors, contents.config, [*adapters, *overlays])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -12,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.lfs import refuse_pointer
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 
@@ -31,7 +31,7 @@ SAMPLES = (
 )
 
 
-def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
+def convert(file: StoredPath, *, legacy: bool = True) -> tuple[str, list[str]]:
     """Return the text of a tokenizer.json that encodes as this model does, and notes.
 
     With `legacy`, as in sentencepiece and Transformers' LlamaTokenizer, a space is put before every text and after every
@@ -41,7 +41,7 @@ def convert(file: Path, *, legacy: bool = True) -> tuple[str, list[str]]:
         return _converted(file, _read(file), legacy)
 
 
-def _converted(file: Path, proto: Any, legacy: bool) -> tuple[str, list[str]]:
+def _converted(file: StoredPath, proto: Any, legacy: bool) -> tuple[str, list[str]]:
     import sentencepiece
 
     reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -95,7 +95,7 @@ def carry_ranks(text: str, ranks: list[int | None] | None) -> str:
     return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
 
 
-def special_words(file: Path) -> dict[str, str]:
+def special_words(file: StoredPath) -> dict[str, str]:
     """The words of BOS and EOS in a sentencepiece model, in the keys of tokenizer_config.json; none that it has turned off."""
     with _readable(file):
         spec = _read(file).trainer_spec
@@ -103,7 +103,7 @@ def special_words(file: Path) -> dict[str, str]:
     return {key: piece for key, (index, piece) in words.items() if index >= 0}
 
 
-def _read(file: Path) -> Any:
+def _read(file: StoredPath) -> Any:
     """The ModelProto in a file; raises CompileError if there is none."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -113,7 +113,7 @@ def _read(file: Path) -> Any:
     return proto
 
 
-def _readable(file: Path) -> AbstractContextManager[None]:
+def _readable(file: StoredPath) -> AbstractContextManager[None]:
     found = "a file that sentencepiece cannot read"
     return explained(STAGE, f"tokenizer {file}", found=found, expected="a sentencepiece model", remedy="download it again")
 
@@ -175,7 +175,7 @@ def _merges(pieces: list[tuple[str, float, int]], vocab: dict[str, int]) -> list
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _compare(file: Path, text: str, reference: Any) -> None:
+def _compare(file: StoredPath, text: str, reference: Any) -> None:
     """Raise CompileError if a sample is encoded differently after the conversion."""
     tokenizer = load(text)
     for sample in SAMPLES:

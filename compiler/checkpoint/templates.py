@@ -11,6 +11,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.lfs import refuse_pointer
 from belle_compile.compiler.places import JINJA_SUFFIXES
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained, read_bounded
 from belle_compile.runtime import artifact
 from belle_compile.runtime.errors import EngineError
@@ -119,7 +120,7 @@ def render(template: PromptTemplate, messages: list[dict[str, str]], *, bos_toke
     return ChatTemplate(artifact.PromptTemplate(template.name, template.jinja, bos_token, eos_token)).render(messages)
 
 
-def read_template(file: Path) -> str:
+def read_template(file: StoredPath) -> str:
     """Read a Jinja file; raises CompileError if it is too large, cannot be read or is not UTF-8."""
     with explained(STAGE, f"template {file}", expected="a Jinja file", remedy="check the path"):
         refuse_pointer(file)

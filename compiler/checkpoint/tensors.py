@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,18 @@ import numpy.typing as npt
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.places import CHECKPOINT_STAGE
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained
 
 if TYPE_CHECKING:
     from belle_compile.compiler.ir.quantized import QuantizedTensor
 
 STAGE = CHECKPOINT_STAGE
+# Bytes of a value of each type that files store
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 FLOAT_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 # Tensors that old LLaMA conversions store although they are computed from config.json
@@ -29,6 +35,7 @@ MASKS = re.compile(r"(^|\.)(attention|attn|self_attention)\.(masked_)?bias$")
 _AS_OPENED, _AGAIN = "the file the build began with", "start the build again"
 
 FloatArray = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 Load = Callable[[int, int], npt.NDArray[Any]]
 
 
@@ -46,7 +53,7 @@ class LazyTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: StoredPath
     load: Load = field(repr=False, compare=False)
     steps: tuple[str, ...] = ()
     quantized: QuantizedTensor | None = field(default=None, repr=False, compare=False)
@@ -91,7 +98,7 @@ class LazyTensor:
         return explained(STAGE, f"weights {self.file}", found=found, expected=_AS_OPENED, remedy=_AGAIN)
 
 
-def changed(file: Path, found: str) -> CompileError:
+def changed(file: StoredPath, found: str) -> CompileError:
     """The error for a file that changed after the checkpoint was opened."""
     return CompileError(
         STAGE,
@@ -100,6 +107,73 @@ def changed(file: Path, found: str) -> CompileError:
         expected=_AS_OPENED,
         remedy=_AGAIN,
     )
+
+
+def read_bytes(file: StoredPath, start: int, count: int) -> Bytes:
+    """Bytes start..start + count of a file, which stay with the caller alone; raises CompileError if the file has fewer."""
+    data = np.empty(count, np.uint8)
+    with file.open("rb") as opened:
+        opened.seek(start)
+        done, view = 0, memoryview(data.data)
+        while done < count and (part := opened.readinto(view[done:])):  # type: ignore[attr-defined]  # IO[bytes] lacks it
+            done += part
+    if done < count:
+        raise changed(file, "a file that became shorter")
+    return data
+
+
+def values_of(data: Bytes, dtype: str) -> npt.NDArray[Any]:
+    """The values that little-endian bytes stand for: integers and numbers of 32 or 64 bits as they are, smaller ones as
+    float32."""
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"values of type {dtype}")
+    if dtype not in ("float16", "bfloat16") and not dtype.startswith("float8"):
+        return data.view(dtype)
+    if not data.size:
+        return np.empty(0, np.float32)
+    import torch
+
+    values: FloatArray = torch.from_numpy(data).view(getattr(torch, dtype)).to(torch.float32).numpy()
+    return values
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """Reads rows of a tensor whose values lie in a file; `LazyTensor.load` of the formats that store plain numbers.
+
+    Value (i, j, ...) of a tensor of `shape` is number i * strides[0] + j * strides[1] + ... of those that begin at byte
+    `start`. The file is opened for each read only. `stamp` is what `stamp_of` returned for it when its header was read.
+    """
+
+    file: StoredPath
+    stamp: tuple[int, int]
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
+        if stamp_of(self.file) != self.stamp:
+            raise changed(self.file, "a file that was written meanwhile")
+        shape, first = self.shape, 0
+        if shape:
+            shape, first = (stop - start, *shape[1:]), start * self.strides[0]
+        count = 0 if 0 in shape else 1 + sum((size - 1) * step for size, step in zip(shape, self.strides, strict=True))
+        item_bytes = ITEM_BYTES[self.dtype]
+        values = values_of(read_bytes(self.file, self.start + first * item_bytes, count * item_bytes), self.dtype)
+        strides = [step * values.itemsize for step in self.strides]
+        return np.lib.stride_tricks.as_strided(values, shape, strides)
+
+
+def stamp_of(file: StoredPath) -> tuple[int, int]:
+    """The size of a file and the time of its last change, by which `StoredValues` notices that another one took its place."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose values lie one after the other, in values."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def is_buffer(tensor: LazyTensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -15,17 +14,18 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizer_trial import reason_against
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained, parse_bounded
 
 _MOST_ID = 1 << 22  # ten times as many as the largest vocabularies have
 
 
-def has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: StoredPath) -> bool:
     """Whether a directory has a tokenizer that `load_tokenizer` reads."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[Path], list[str], dict[str, Any]]:
+def load_tokenizer(directory: StoredPath, rows: int | None = None) -> tuple[str, list[StoredPath], list[str], dict[str, Any]]:
     """Return the text of tokenizer.json, the files read, notes, and the tokenizer_config that these files imply.
 
     The text includes the tokens that the files beside it add, as far as an embedding of `rows` rows has any for them (see
@@ -48,7 +48,7 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> tuple[str, list[
     )
 
 
-def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], list[str], dict[str, Any]]:
+def _from_sentencepiece(directory: StoredPath, file: StoredPath) -> tuple[str, list[StoredPath], list[str], dict[str, Any]]:
     """Convert tokenizer.model, with the tokens that fine-tuning added in tokenizer_config.json or added_tokens.json."""
     config_file, added_file = directory / "tokenizer_config.json", directory / "added_tokens.json"
     config = read_json(config_file) if config_file.is_file() else {}
@@ -65,7 +65,7 @@ def _from_sentencepiece(directory: Path, file: Path) -> tuple[str, list[Path], l
     return carry_ranks(str(tokenizer.to_str()), ranks_of(text)), files, notes, implied
 
 
-def _add(tokenizer: Tokenizer, index: int, token: Mapping[str, Any], directory: Path) -> None:
+def _add(tokenizer: Tokenizer, index: int, token: Mapping[str, Any], directory: StoredPath) -> None:
     """Add a token to a converted tokenizer unless it has it; raises CompileError if its id is not the stated one."""
     word = token["content"]
     if tokenizer.token_to_id(word) is None:

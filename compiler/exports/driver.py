@@ -108,7 +108,7 @@ def _calibration_data(
 
 def _model(job: ExportJob, checkpoint: Checkpoint, graph: ir.Model) -> ExportedModel:
     return ExportedModel(
-        name=checkpoint_name(checkpoint.path),
+        name=checkpoint_name(Path(str(checkpoint.path))),
         family=registry.by_name(checkpoint.family, checkpoint.path),
         graph=graph,
         stated=checkpoint.config,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.model_config import STAGE
+from belle_compile.compiler.stored_path import StoredPath
 
 TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
@@ -24,7 +24,7 @@ class GgufHeader:
     add. `shapes` are the tensors' shapes by their names in the file; `title` names the family in errors.
     """
 
-    file: Path
+    file: StoredPath
     architecture: str
     title: str
     get: Callable[..., Any]

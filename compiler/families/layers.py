@@ -17,9 +17,8 @@ from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.lazy import lazy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from belle_compile.compiler.checkpoint.tensors import LazyTensor
+    from belle_compile.compiler.stored_path import StoredPath
 
 HEAD = "lm_head.weight"
 COMPARED_BYTES = 1 << 25  # bytes read at a time from each of two tables that are compared
@@ -32,7 +31,7 @@ class TensorSource(Protocol):
     """The part of a checkpoint that a graph is built from: its tensors by their canonical names."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> StoredPath: ...
     @property
     def tensors(self) -> Mapping[str, LazyTensor]: ...
     def tensor(self, name: str, shape: tuple[int, ...]) -> LazyTensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufLayout
 from belle_compile.compiler.families.model_config import STAGE
+from belle_compile.compiler.stored_path import StoredPath
 
 REGISTRY: dict[str, Family[Any]] = {}
 
@@ -23,14 +23,14 @@ def register(family: Family[Any]) -> None:
     REGISTRY[family.name] = family
 
 
-def by_name(name: str, path: Path) -> Family[Any]:
+def by_name(name: str, path: StoredPath) -> Family[Any]:
     """The family called `name`; raises CompileError, which names the checkpoint at `path`, if there is none."""
     if name not in REGISTRY:
         raise CompileError(STAGE, f"architecture of {path}", found=repr(name), expected=f"one of {', '.join(REGISTRY)}")
     return REGISTRY[name]
 
 
-def by_config(config: Mapping[str, Any], path: Path) -> Family[Any]:
+def by_config(config: Mapping[str, Any], path: StoredPath) -> Family[Any]:
     """The family that a config.json states as its model_type or, in old releases, as its architecture; raises CompileError if
     there is none."""
     stated = config.get("model_type") or (config.get("architectures") or [""])[0]
@@ -47,7 +47,7 @@ def by_config(config: Mapping[str, Any], path: Path) -> Family[Any]:
     )
 
 
-def by_gguf(architecture: Any, file: Path) -> tuple[Family[Any], GgufLayout]:
+def by_gguf(architecture: Any, file: StoredPath) -> tuple[Family[Any], GgufLayout]:
     """The family with a GGUF file's general.architecture, and its layout of GGUF files; raises CompileError if there is
     none."""
     for family in REGISTRY.values():

@@ -16,6 +16,7 @@ from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
 from belle_compile.compiler.families.layers import HEAD
 from belle_compile.compiler.reading import PLAIN, Reading
+from belle_compile.compiler.stored_path import StoredPath
 
 
 class Outline(Checkpoint):
@@ -57,7 +58,7 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _unread(name: str, shape: tuple[int, ...], path: Path) -> LazyTensor:
+def _unread(name: str, shape: tuple[int, ...], path: StoredPath) -> LazyTensor:
     def load(start: int, stop: int) -> NoReturn:
         raise CompileError(
             "plan", f"values of {name}", found=f"only dimensions, in {path}", expected="a checkpoint with weights"

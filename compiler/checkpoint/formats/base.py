@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.templates import PromptTemplate
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
+from belle_compile.compiler.stored_path import StoredPath
 
 # Files that look like weights and are what a trainer keeps beside them.
 TRAINER_FILES = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
@@ -37,7 +37,7 @@ class Contents:
     sampling: tuple[str, dict[str, Any]] = ("generation_config.json", {})
     template: PromptTemplate | None = None
     metadata_of: str = ""
-    files: list[Path] = field(default_factory=list)
+    files: list[StoredPath] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

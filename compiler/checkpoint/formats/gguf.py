@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.ir.quantized import QuantizedRows, QuantizedTensor
+from belle_compile.compiler.stored_path import StoredPath, by_name
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Weights of other formats: a directory that has some of these beside a .gguf file is read in their format.
@@ -60,26 +60,26 @@ class Gguf:
         return open_gguf(file, directory=files.directory)
 
 
-def first_parts(files: Sequence[Path]) -> list[Path]:
+def first_parts(files: Sequence[StoredPath]) -> list[StoredPath]:
     """The files without those that are parts of a model after its first one."""
-    first = {part.with_name(_part_name(part, 1)) for part in files if _PART.fullmatch(part.name)}
-    return sorted({*(file for file in files if not _PART.fullmatch(file.name)), *first})
+    first = {part.parent / _part_name(part, 1) for part in files if _PART.fullmatch(part.name)}
+    return by_name({*(file for file in files if not _PART.fullmatch(file.name)), *first})
 
 
-def _part_name(part: Path, number: int) -> str:
+def _part_name(part: StoredPath, number: int) -> str:
     match = _PART.fullmatch(part.name)
     assert match is not None, f"{part} is no part"
     return f"{match['stem']}-{number:05d}-of-{match['count']}.gguf"
 
 
-def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
+def open_gguf(file: StoredPath, *, directory: StoredPath | None = None) -> Contents:
     """The contents of a .gguf file, or of a model in several parts, of which any may be given; a tokenizer.json in `directory`
     outranks the tokenizer in the metadata.
 
     Raises CompileError if a file is damaged or missing, or of a model that is not supported.
     """
     if _PART.fullmatch(file.name):
-        file = file.with_name(_part_name(file, 1))
+        file = file.parent / _part_name(file, 1)
         _require_part(file)
     first = read_header(file)
     get = first.metadata.get
@@ -121,7 +121,7 @@ def open_gguf(file: Path, *, directory: Path | None = None) -> Contents:
 class _Stored:
     """A tensor, the file that it is in, and whether its numbers have the other byte order than this host's."""
 
-    file: Path
+    file: StoredPath
     tensor: StoredTensor
     swapped: bool
 
@@ -159,7 +159,7 @@ def _divisors(stored: _Stored) -> list[float]:
     return stored.values()
 
 
-def _other_parts(first: Path, count: Any) -> dict[Path, FileHeader]:
+def _other_parts(first: StoredPath, count: Any) -> dict[StoredPath, FileHeader]:
     """The headers of the parts after the first one, by file; raises CompileError if one is missing or of another model."""
     if count in (0, 1):
         return {}
@@ -167,7 +167,7 @@ def _other_parts(first: Path, count: Any) -> dict[Path, FileHeader]:
         raise _incomplete(first, f"one of {count} parts", f"the name NAME-00001-of-{count:0>5}.gguf")
     headers = {}
     for number in range(2, count + 1):
-        part = first.with_name(_part_name(first, number))
+        part = first.parent / _part_name(first, number)
         _require_part(part)
         header = read_header(part)
         if (stated := header.metadata.get("split.no")) != number - 1:
@@ -176,12 +176,12 @@ def _other_parts(first: Path, count: Any) -> dict[Path, FileHeader]:
     return headers
 
 
-def _require_part(part: Path) -> None:
+def _require_part(part: StoredPath) -> None:
     if not part.is_file():
         raise _incomplete(part, "no such file", "every part of the model beside the others")
 
 
-def _incomplete(file: Path, found: str, expected: str) -> CompileError:
+def _incomplete(file: StoredPath, found: str, expected: str) -> CompileError:
     remedy = "download all parts again, or merge them with llama-gguf-split --merge"
     return CompileError(STAGE, f"GGUF {file}", found=found, expected=expected, remedy=remedy)
 

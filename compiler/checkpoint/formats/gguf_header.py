@@ -10,13 +10,13 @@ import mmap
 import struct
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.lfs import refuse_pointer
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained
 
 _MAGIC = b"GGUF"
@@ -61,7 +61,7 @@ class _Bytes(Protocol):
     def __getitem__(self, part: slice) -> bytes: ...
 
 
-def read_header(file: Path) -> FileHeader:
+def read_header(file: StoredPath) -> FileHeader:
     """Read the header of a file; raises CompileError if it is damaged, or no GGUF file."""
     refuse_pointer(file)
     size = file.stat().st_size

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from belle_compile.compiler.checkpoint.tensors import changed
+from belle_compile.compiler.checkpoint.tensors import Bytes, read_bytes
+from belle_compile.compiler.stored_path import StoredPath
 
-Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.intp]
 # Numbers of two bytes or more in a block of each type that llama.cpp's gguf_convert_endian.py converts: the block's size, and
 # their offsets in it; float types are blocks of one number.
@@ -40,7 +39,7 @@ class StoredRows:
     the type of the tensor if its numbers have the other byte order, else empty.
     """
 
-    file: Path
+    file: StoredPath
     offset: int
     row_bytes: int
     order: Callable[[Indices], Indices] | None = None
@@ -59,9 +58,7 @@ class StoredRows:
     def _bytes(self, start: int, stop: int) -> Bytes:
         """Rows start..stop in the order of the file."""
         count = (stop - start) * self.row_bytes
-        data = np.fromfile(self.file, np.uint8, count, offset=self.offset + start * self.row_bytes)
-        if data.size != count:
-            raise changed(self.file, "a file that became shorter")
+        data = read_bytes(self.file, self.offset + start * self.row_bytes, count)
         if self.swapped:
             size, width, offsets = _NUMBERS[self.swapped]
             blocks = data.reshape(-1, size)

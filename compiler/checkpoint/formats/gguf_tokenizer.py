@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -12,6 +11,7 @@ from belle_compile.compiler.checkpoint.sentencepiece_model import CONTROL, NORMA
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.checkpoint.tokenizers import check_merges
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained
 
 # Values of tokenizer.ggml.pre, grouped by how llama.cpp splits texts for them (src/llama-vocab.cpp).
@@ -39,7 +39,7 @@ _REMEDY = "put the tokenizer.json of the model beside it and give the directory"
 _KNOWN = GPT2 | DIGITS_GPT2 | _SPLITS.keys()
 
 
-def gguf_tokenizer(file: Path, get: Any) -> str:
+def gguf_tokenizer(file: StoredPath, get: Any) -> str:
     """Return the text of a tokenizer.json for the metadata, which `get(key, default)` reads; raises CompileError for a
     tokenizer that is not supported."""
     tokens, kind = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.model")
@@ -97,7 +97,7 @@ def _byte_level(tokens: list[str], types: list[int], pre: str, get: Any) -> Toke
     return tokenizer
 
 
-def _unsupported(file: Path, found: str, expected: str) -> CompileError:
+def _unsupported(file: StoredPath, found: str, expected: str) -> CompileError:
     return CompileError(
         STAGE,
         f"tokenizer of {file}",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from belle_compile.compiler.checkpoint.formats.base import TRAINER_FILES, Contents
 from belle_compile.compiler.checkpoint.formats.huggingface import Weights, read_release
 from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
 from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.stored_path import StoredPath
 
 _NAMED = 12  # files that an error names
 
@@ -35,6 +34,6 @@ class GptqFile:
             )
         return read_release(file.parent, lambda _: Weights(PICKLES.opener()(file), [file], PICKLES.notes([file]), packed=True))
 
-    def _found(self, files: Files) -> list[Path]:
+    def _found(self, files: Files) -> list[StoredPath]:
         of_trainers = {file for pattern in TRAINER_FILES for file in files.matching(pattern)}
         return [file for pattern in self.weights for file in files.matching(pattern) if file not in of_trainers]

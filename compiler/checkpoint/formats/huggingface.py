@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
@@ -15,6 +14,7 @@ from belle_compile.compiler.checkpoint.tokenizers import load_tokenizer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.generation import settings_of_config
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath
 
 CONFIG = "config.json"
 OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "chat_template")
@@ -26,12 +26,12 @@ class Weights:
     weights alone."""
 
     tensors: list[LazyTensor]
-    files: list[Path]
+    files: list[StoredPath]
     notes: list[str] = field(default_factory=list)
     packed: bool = False
 
 
-def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Contents:
+def read_release(directory: StoredPath, open_weights: Callable[[StoredPath], Weights]) -> Contents:
     """The contents of a directory in the layout of `save_pretrained`, with the weights that `open_weights(directory)` returns.
 
     Tensors hold floats, or integers with scales (`LazyTensor.quantized`). Raises CompileError for missing or damaged files, and
@@ -69,7 +69,7 @@ def read_release(directory: Path, open_weights: Callable[[Path], Weights]) -> Co
     )
 
 
-def take_tokenizer(contents: Contents, directory: Path) -> None:
+def take_tokenizer(contents: Contents, directory: StoredPath) -> None:
     """Put the tokenizer of another directory in the place of that in `contents`, with the files beside it that are about
     tokens, and the chat template if it has one."""
     contents.tokenizer_json, tokenizer_files, notes, contents.implied = load_tokenizer(directory, rows_of(contents.config))
@@ -83,14 +83,14 @@ def take_tokenizer(contents: Contents, directory: Path) -> None:
     contents.notes += notes
 
 
-def template_of(directory: Path) -> PromptTemplate | None:
+def template_of(directory: StoredPath) -> PromptTemplate | None:
     """The chat template of a directory; None if it has none."""
     _, optional = _optional_files(directory)
     template, _ = _own_template(directory, optional["tokenizer_config"], optional["chat_template"])
     return template
 
 
-def _optional_files(directory: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+def _optional_files(directory: StoredPath) -> tuple[dict[str, StoredPath], dict[str, dict[str, Any]]]:
     """The files of `OPTIONAL_FILES` that a directory has, and the content of each, empty if it is missing."""
     files = {name: file for name in OPTIONAL_FILES if (file := directory / f"{name}.json").is_file()}
     return files, {name: read_json(files[name]) if name in files else {} for name in OPTIONAL_FILES}
@@ -102,7 +102,7 @@ def rows_of(config: Mapping[str, Any]) -> int | None:
     return size if type(size) is int else None
 
 
-def require_config(directory: Path) -> Path:
+def require_config(directory: StoredPath) -> StoredPath:
     """The path of a directory's config.json; raises CompileError if there is none."""
     config_file = directory / CONFIG
     if not config_file.is_file():
@@ -117,8 +117,8 @@ def require_config(directory: Path) -> Path:
 
 
 def _own_template(
-    directory: Path, tokenizer_config: dict[str, Any], chat_template: dict[str, Any]
-) -> tuple[PromptTemplate | None, list[Path]]:
+    directory: StoredPath, tokenizer_config: dict[str, Any], chat_template: dict[str, Any]
+) -> tuple[PromptTemplate | None, list[StoredPath]]:
     """The checkpoint's own chat template; chat_template.jinja outranks tokenizer_config.json, as in Transformers."""
     file = directory / "chat_template.jinja"
     if file.is_file():

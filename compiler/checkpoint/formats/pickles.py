@@ -1,151 +1,199 @@
-"""Pickled PyTorch weights (.bin), read with the restricted unpickler, so that no code in them can run."""
+"""Pickled PyTorch weights (.bin, .pth): no code in them can run, and values stay in the file until they are read."""
 
 from __future__ import annotations
 
-import io
-import pickle
-import threading
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import struct
+import zipfile
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import IO, Any
 
-import numpy.typing as npt
-
-from belle_compile.compiler.checkpoint.formats.pickle_checks import MoreThanTensors, check_archive, check_legacy
-from belle_compile.compiler.checkpoint.formats.shards import Storage
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, changed
+from belle_compile.compiler.checkpoint.formats.shards import Storage as WeightFiles
+from belle_compile.compiler.checkpoint.formats.state_pickle import (
+    MOST_BYTES,
+    MoreThanTensors,
+    PickledTensor,
+    Storage,
+    read_pickle,
+)
+from belle_compile.compiler.checkpoint.tensors import ITEM_BYTES, STAGE, LazyTensor, StoredValues, stamp_of
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.lfs import refuse_pointer
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained
 
-if TYPE_CHECKING:
-    import torch
+ARCHIVE_MAGIC, LEGACY_MAGIC = b"PK\x03\x04", b"\x80\x02"  # the first bytes of PyTorch's formats since 1.6 and before
+_ENTRIES = 1 << 16  # of an archive, one for each storage
+# The records at the end of an archive: their signatures, and where they state the number of entries.
+_END, _END_BYTES, _END_COUNT = b"PK\x05\x06", 22, struct.Struct("<10xH")
+_LOCATOR, _LOCATOR_BYTES, _LOCATOR_OFFSET = b"PK\x06\x07", 20, struct.Struct("<8xQ")
+_END64_BYTES, _END64_COUNT = 56, struct.Struct("<32xQ")
+_COMMENT_BYTES = 1 << 16
+# The record before an entry of an archive: its signature, and the lengths of the two fields that follow it.
+_ENTRY, _ENTRY_BYTES, _ENTRY_LENGTHS = b"PK\x03\x04", 30, struct.Struct("<26xHH")
+# The first two pickles of a file in the format before 1.6.
+_LEGACY_NUMBER, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+Locate = Callable[[Storage], tuple[int, int]]
 
 
-def open_pickle(file: Path, legacy: LegacyFile) -> list[LazyTensor]:
-    """The tensors of one file, under the names stored in it; all files of a checkpoint share one `legacy`.
+def open_pickle(file: StoredPath) -> list[LazyTensor]:
+    """The tensors of one file, under the names stored in it.
 
     Raises CompileError if the file is damaged or holds anything but tensors.
     """
     refuse_pointer(file)
-    state = _state_dict(file)
-    tensors = []
-    for name, value in state.items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        tensors.append(LazyTensor(str(name), tuple(value.shape), dtype, file, _Loader(file, name, legacy)))
-    return tensors
-
-
-def is_legacy(file: Path) -> bool:
-    """Whether the file is in PyTorch's format before 1.6, which is no zip archive and cannot be memory-mapped."""
-    with file.open("rb") as f:
-        return f.read(4) != b"PK\x03\x04"
-
-
-class LegacyFile:
-    """Cache of the legacy-format file that was read last.
-
-    Such a file can only be read whole, and reading it again for every tensor would take a day. Each opened checkpoint keeps at
-    most one file in memory.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._file: Path | None = None
-        self._state: dict[str, torch.Tensor] = {}
-
-    def state_dict(self, file: Path) -> dict[str, torch.Tensor]:
-        with self._lock:
-            if self._file != file:
-                self._file, self._state = None, {}  # frees the old file before the next one is read
-                self._state = _state_dict(file)
-                self._file = file
-            return self._state
-
-
-def _legacy_note(files: Sequence[Path]) -> list[str]:
-    legacy = [file.name for file in files if is_legacy(file)]
-    if not legacy:
-        return []
-    return [
-        f"{', '.join(legacy)}: the format of PyTorch before 1.6 cannot be memory-mapped, so the build holds one such file in "
-        "memory"
-    ]
-
-
-# pytorch_model.bin or shards of it. The cache is made anew for each checkpoint.
-PICKLES = Storage("pytorch_model", "bin", lambda: partial(open_pickle, legacy=LegacyFile()), _legacy_note)
-
-
-class _Loader:
-    """Reads rows of one tensor. It maps the file for each read only; unpickling the table of tensors takes milliseconds."""
-
-    def __init__(self, file: Path, name: str, legacy: LegacyFile) -> None:
-        self.file, self.name, self.legacy = file, name, legacy
-
-    def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
-        import torch
-
-        state = self.legacy.state_dict(self.file) if is_legacy(self.file) else _state_dict(self.file)
-        if self.name not in state:
-            raise changed(self.file, f"no tensor {self.name}")
-        tensor = state[self.name]
-        part = tensor[start:stop] if tensor.ndim else tensor
-        dtype = torch.float32 if part.is_floating_point() else part.dtype
-        values: npt.NDArray[Any] = part.detach().to(dtype, copy=True).numpy()  # a copy, since the mapping is closed
-        return values
-
-
-def _state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a file; its values stay on disk, except in the legacy format."""
-    import torch
-
-    found = f"a file of {file.stat().st_size} bytes that does not load"
+    stamp = stamp_of(file)
+    found = f"a file of {stamp[0]} bytes that does not load"
     remedy = "it is truncated or damaged: download it again"
     with explained(STAGE, f"weights {file}", found=found, expected="a complete PyTorch state dict", remedy=remedy):
-        legacy = is_legacy(file)
         try:
-            check_legacy(file) if legacy else check_archive(file)
             with file.open("rb") as f:
-                state = torch.load(f if legacy else file, map_location="cpu", weights_only=True, mmap=not legacy)
-        except (MoreThanTensors, pickle.UnpicklingError) as e:
-            if "Unsupported operand" in str(e):  # an unsupported operand means that the file is not a pickle at all
-                raise ValueError(_reason(e)) from e
+                state, locate = _read_archive(f, stamp[0]) if _is_archive(f) else _read_legacy(f, stamp[0])
+        except MoreThanTensors as e:
             raise CompileError(
                 STAGE,
                 f"weights {file}",
-                found=f"a pickle that holds more than tensors ({_reason(e)})",
+                found=f"a pickle that holds more than tensors ({e})",
                 expected="a state dict of tensors; code in pickles is never run",
                 remedy="use a safetensors release of this checkpoint",
             ) from e
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
-        if not isinstance(state, dict) or not all(_is_named_tensor(name, value) for name, value in state.items()):
+        tensors = [_tensor(file, stamp, name, value, locate) for name, value in _named(state)]
+        other = next((each for each in tensors if isinstance(each, str)), None)
+        if other is not None or not isinstance(state, dict):
             raise CompileError(
                 STAGE,
                 f"weights {file}",
-                found=f"a pickled {type(state).__name__} that holds more than tensors",
+                found=f"a pickled {type(state).__name__} that holds more than tensors" + (f" ({other})" if other else ""),
                 expected="a state dict as save_pretrained writes it",
             )
-        return state
+        return [each for each in tensors if isinstance(each, LazyTensor)]
 
 
-def _is_named_tensor(name: object, value: object) -> bool:
-    """Whether an entry of a state dict is a tensor whose values are in the file, of no more than the file's size."""
-    import torch
-
-    if type(name) is not str or type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    assert isinstance(value, torch.Tensor)
-    if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+def _named(state: Any) -> Iterable[tuple[Any, Any]]:
+    return state.items() if isinstance(state, dict) else ()
 
 
-def _reason(error: Exception) -> str:
-    """The line of PyTorch's error message that gives the reason, without its advice."""
-    lines = [line.strip() for line in io.StringIO(str(error)) if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    line = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), first)
-    return line.split(". ")[0].rstrip(".")[:200]
+def _tensor(file: StoredPath, stamp: tuple[int, int], name: Any, value: Any, locate: Locate) -> LazyTensor | str:
+    """The tensor of an entry of a state dict; the name of the entry if it is none, or has more values than the file."""
+    if type(name) is not str or not isinstance(value, PickledTensor):
+        return name[:100] if type(name) is str else f"a {type(name).__name__} as a name"
+    storage, item_bytes = value.storage, ITEM_BYTES.get(value.dtype)
+    if item_bytes is None:
+        return f"{name[:100]} of type {value.dtype}"
+    start, size = locate(storage)
+    if prod(value.shape) * item_bytes > size:
+        return name[:100]
+    last = value.offset + sum((length - 1) * step for length, step in zip(value.shape, value.strides, strict=True))
+    if 0 not in value.shape and (last + 1) * item_bytes > size:
+        raise ValueError(f"tensor {name[:100]} exceeds its storage")
+    load = StoredValues(file, stamp, start + value.offset * item_bytes, value.dtype, value.shape, value.strides)
+    return LazyTensor(name, value.shape, value.dtype, file, load)
+
+
+PICKLES = WeightFiles("pytorch_model", "bin", lambda: open_pickle)  # pytorch_model.bin or shards of it
+
+
+def _is_archive(f: IO[bytes]) -> bool:
+    """Whether a file is in PyTorch's format since 1.6."""
+    start = f.read(len(ARCHIVE_MAGIC))
+    f.seek(0)
+    return start == ARCHIVE_MAGIC
+
+
+def _read_archive(f: IO[bytes], size: int) -> tuple[Any, Locate]:
+    """The value in the pickle of an archive, and where each storage lies in the file: (first byte, bytes)."""
+    entries = _stated_entries(f, size)
+    if entries > _ENTRIES:
+        raise ValueError(f"an archive of {entries} entries")
+    f.seek(0)
+    with zipfile.ZipFile(f) as archive:
+        listed = {entry.filename: entry for entry in archive.infolist()}
+        if compressed := [entry.filename for entry in listed.values() if entry.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{compressed[0]} is compressed, and PyTorch compresses nothing")
+        if sum(entry.file_size for entry in archive.infolist()) > size:
+            raise ValueError("the entries of its archive exceed the file")
+        pickled = next((name for name in listed if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+        if pickled is None:
+            raise ValueError("its archive has no data.pkl")
+        if listed[pickled].file_size > MOST_BYTES:
+            raise ValueError(f"a pickle of {listed[pickled].file_size} bytes")
+        folder = pickled.removesuffix("data.pkl")
+        order = listed.get(f"{folder}byteorder")
+        if order is not None and archive.read(order) != b"little":
+            raise ValueError("its byte order is not little-endian")
+        with archive.open(pickled) as stream:
+            state, storages = read_pickle(stream)
+    places = {storage.key: _place(f, listed, f"{folder}data/{storage.key}", size) for storage in storages}
+    return state, lambda storage: _part(storage, *places[storage.key])
+
+
+def _place(f: IO[bytes], listed: dict[str, zipfile.ZipInfo], name: str, size: int) -> tuple[int, int]:
+    """The place of an entry's bytes in an archive, which begin behind a record of their own."""
+    if name not in listed:
+        raise ValueError(f"its archive has no {name}")
+    entry = listed[name]
+    f.seek(entry.header_offset)
+    record = f.read(_ENTRY_BYTES)
+    if len(record) < _ENTRY_BYTES or not record.startswith(_ENTRY):
+        raise ValueError(f"{name} is not where its archive says")
+    start = entry.header_offset + _ENTRY_BYTES + sum(_ENTRY_LENGTHS.unpack(record))
+    if start + entry.file_size > size:
+        raise ValueError(f"{name} exceeds the file")
+    return start, entry.file_size
+
+
+def _part(storage: Storage, start: int, size: int) -> tuple[int, int]:
+    """The place of a storage that may be a part of the values at a place."""
+    item_bytes = ITEM_BYTES[storage.dtype]
+    before, own = storage.start * item_bytes, storage.count * item_bytes
+    if before + own > size:
+        raise ValueError(f"storage {storage.key} exceeds its bytes")
+    return start + before, own
+
+
+def _read_legacy(f: IO[bytes], size: int) -> tuple[Any, Locate]:
+    """The same of a file in PyTorch's format before 1.6: pickles of a magic number, a version, facts of the host, the state
+    dict, and the keys of its storages, whose values follow in this order, each with their number before them."""
+    number, _ = read_pickle(f)
+    if number != _LEGACY_NUMBER:
+        raise ValueError("it does not begin as PyTorch's files do")
+    version, _ = read_pickle(f)
+    host, _ = read_pickle(f)
+    if version != _LEGACY_VERSION or not isinstance(host, dict) or host.get("little_endian") is not True:
+        raise ValueError("its version or its byte order is another")
+    state, storages = read_pickle(f)
+    keys, _ = read_pickle(f)
+    dtypes = {storage.key: storage.dtype for storage in storages}
+    places: dict[str, tuple[int, int]] = {}
+    at = f.tell()
+    for key in keys if isinstance(keys, list) else ():
+        f.seek(at)
+        count = int.from_bytes(f.read(8), "little")
+        own = count * ITEM_BYTES[dtypes[key]]
+        if at + 8 + own > size:
+            raise ValueError(f"storage {key} exceeds the file")
+        places[key] = at + 8, own
+        at += 8 + own
+    return state, lambda storage: _part(storage, *places[storage.key])
+
+
+def _stated_entries(f: IO[bytes], size: int) -> int:
+    """The number of entries that the end of an archive states."""
+    tail_bytes = min(size, _END_BYTES + _COMMENT_BYTES + _LOCATOR_BYTES)
+    f.seek(size - tail_bytes)
+    tail = f.read(tail_bytes)
+    at = tail.rfind(_END)
+    if at < 0 or len(tail) - at < _END_BYTES:
+        raise ValueError("the end of its archive is missing")
+    count: int = _END_COUNT.unpack_from(tail, at)[0]
+    locator = tail[max(at - _LOCATOR_BYTES, 0) : at]
+    if locator.startswith(_LOCATOR) and len(locator) == _LOCATOR_BYTES:
+        offset = _LOCATOR_OFFSET.unpack_from(locator)[0]
+        if offset + _END64_BYTES > size:
+            raise ValueError("the end of its archive lies outside of the file")
+        f.seek(offset)
+        count = max(count, _END64_COUNT.unpack_from(f.read(_END64_BYTES))[0])
+    return count

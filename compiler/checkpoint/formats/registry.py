@@ -16,6 +16,7 @@ from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath, by_name
 
 # The first format that recognises the files reads them; a note names the weights that it passes over.
 FORMATS: tuple[Format, ...] = (
@@ -71,7 +72,7 @@ def read_contents(files: Files) -> Contents:
     return contents
 
 
-def adapter_notes(files: Files, ignored: bool | None, merged: Collection[Path] = ()) -> list[str]:
+def adapter_notes(files: Files, ignored: bool | None, merged: Collection[StoredPath] = ()) -> list[str]:
     """A note on an adapter beside a model's weights that was passed over, if the user asked for that (`ignored`); nothing is
     looked for where that is None.
 
@@ -79,7 +80,7 @@ def adapter_notes(files: Files, ignored: bool | None, merged: Collection[Path] =
     Transformers would load another model, the one with the adapter. Weights of an adapter without its config are files like any
     other, for Transformers too.
     """
-    if ignored is None or (not ignored and any(directory.samefile(files.path) for directory in merged)):
+    if ignored is None or (not ignored and any(Path(str(directory)).samefile(str(files.path)) for directory in merged)):
         return []
     there = [file for name in (_ADAPTER, CONFIG) for file in files.matching(name)] if files.directory is not None else []
     if len(there) < 2:
@@ -103,7 +104,7 @@ def _passed_over(files: Files, contents: Contents) -> list[str]:
     patterns = dict.fromkeys([*_WEIGHT_FILES, *(pattern for format in FORMATS for pattern in format.weights)])
     there = {file for pattern in patterns for file in files.matching(pattern)}
     ignored = {file for pattern in TRAINER_FILES for file in files.matching(pattern)}
-    rest = sorted(there - ignored - set(contents.files))
+    rest = by_name(there - ignored - set(contents.files))
     if not rest:
         return []
     read = next((file for file in contents.files if file in there), files.path)
@@ -112,7 +113,7 @@ def _passed_over(files: Files, contents: Contents) -> list[str]:
     return [f"the weights are those of {read.name}; passed over: {names}{more}"]
 
 
-def _described(file: Path) -> str:
+def _described(file: StoredPath) -> str:
     kind = next((kind for pattern, kind, _ in NOT_YET if file.match(pattern)), "")
     return f"{file.name} ({kind})" if kind else file.name
 
@@ -140,7 +141,7 @@ def _unrecognised(files: Files) -> CompileError:
     )
 
 
-def _refuse_adapter(directory: Path) -> None:
+def _refuse_adapter(directory: StoredPath) -> None:
     """Raise CompileError for a directory with an adapter and no model."""
     if not (file := directory / _ADAPTER).is_file() or (directory / CONFIG).is_file():
         return
@@ -155,5 +156,5 @@ def _refuse_adapter(directory: Path) -> None:
     )
 
 
-def _no_weights(directory: Path, found: str, expected: str, remedy: str) -> CompileError:
+def _no_weights(directory: StoredPath, found: str, expected: str, remedy: str) -> CompileError:
     return CompileError(STAGE, f"weights in {directory}", found=found, expected=expected, remedy=remedy)

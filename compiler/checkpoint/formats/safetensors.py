@@ -1,17 +1,16 @@
-"""Safetensors files: headers are verified when a file is opened, values are read through the safetensors library."""
+"""Safetensors files: headers are verified when a file is opened, values are read from the places that they state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from belle_compile.compiler.checkpoint.formats.shards import Storage
-from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
+from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor, StoredValues, row_major, stamp_of
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.lfs import refuse_pointer
+from belle_compile.compiler.stored_path import StoredPath
 from belle_compile.compiler.untrusted import explained, parse_bounded
 
 # Format: u64 little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
@@ -35,24 +34,32 @@ _MOST_AXES = 8
 _EXPECTED, _REMEDY = "a complete safetensors file", "it is truncated or damaged: download it again"
 
 
-def open_safetensors(file: Path) -> list[LazyTensor]:
+def open_safetensors(file: StoredPath) -> list[LazyTensor]:
     """The tensors of one file, under the names stored in it; raises CompileError if the header does not match the file."""
     refuse_pointer(file)
     with explained(STAGE, f"weights {file}", expected=_EXPECTED, remedy=_REMEDY):
         header, data_bytes = _header(file)
-        tensors = [_tensor(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
+        stamp = stamp_of(file)
+        data_start = stamp[0] - data_bytes
+
+        def load(dtype: str, shape: tuple[int, ...], start: int) -> StoredValues:
+            return StoredValues(file, stamp, data_start + start, dtype, shape, row_major(shape))
+
+        tensors = [_tensor(file, name, entry, load) for name, entry in header.items() if name != "__metadata__"]
         parts = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
         end = max((stop for _, stop in parts), default=0)
         if end > data_bytes:
             raise _broken(file, f"{data_bytes} bytes of tensor data where its header promises {end}")
         starts, ends = [start for start, _ in parts], [stop for _, stop in parts]
-        if [*starts, data_bytes] != [0, *ends]:  # the library refuses such files when it reads values
+        if [*starts, data_bytes] != [0, *ends]:  # the safetensors library refuses such files
             raise _broken(file, "tensors that overlap, or bytes that belong to none")
         return tensors
 
 
-def _tensor(file: Path, name: str, entry: Any) -> LazyTensor:
-    """The tensor of an entry of the header; raises CompileError if its bytes do not fit its dtype and shape."""
+def _tensor(file: StoredPath, name: str, entry: Any, load: Callable[[str, tuple[int, ...], int], StoredValues]) -> LazyTensor:
+    """The tensor of an entry of the header; raises CompileError if its bytes do not fit its dtype and shape.
+
+    `load(dtype, shape, start)` makes its loader."""
     try:
         stored, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         dtype, item_bytes = DTYPES.get(stored, (str(stored), 0))
@@ -63,31 +70,13 @@ def _tensor(file: Path, name: str, entry: Any) -> LazyTensor:
         raise _broken(file, f"no shape and data_offsets of whole numbers for tensor {name}")
     if stop < start or (item_bytes and prod(shape) * item_bytes != stop - start):
         raise _broken(file, f"{stop - start} bytes for tensor {name} of dtype {dtype} and shape {list(shape)}")
-    return LazyTensor(name, shape, dtype, file, _Loader(file, name))
+    return LazyTensor(name, shape, dtype, file, load(dtype, shape, start))
 
 
 SAFETENSORS = Storage("model", "safetensors", lambda: open_safetensors)  # model.safetensors or shards of it
 
 
-class _Loader:
-    """Reads rows of one tensor. It opens the file for each read only, so that no page of it stays mapped."""
-
-    def __init__(self, file: Path, name: str) -> None:
-        self.file, self.name = file, name
-
-    def __call__(self, start: int, stop: int) -> npt.NDArray[Any]:
-        import torch
-        from safetensors import safe_open
-
-        with safe_open(self.file, framework="pt") as f:  # NumPy has no bfloat16
-            part = f.get_slice(self.name)
-            tensor = part[start:stop] if part.get_shape() else f.get_tensor(self.name)
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            values: npt.NDArray[Any] = tensor.to(dtype, copy=True).numpy()  # a copy, since the mapping is closed
-            return values
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
+def _header(file: StoredPath) -> tuple[dict[str, Any], int]:
     """The parsed header and the number of bytes after it."""
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -104,7 +93,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, size - 8 - length
 
 
-def _broken(file: Path, found: str) -> CompileError:
+def _broken(file: StoredPath, found: str) -> CompileError:
     return CompileError(
         STAGE,
         f"weights {file}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Protocol
 
 from belle_compile.compiler.checkpoint.formats.base import Contents
@@ -14,8 +14,9 @@ from belle_compile.compiler.checkpoint.sources.base import Files
 from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath, by_name
 
-OpenFile = Callable[[Path], list[LazyTensor]]
+OpenFile = Callable[[StoredPath], list[LazyTensor]]
 STATED_KEY = "transformers_weights"  # of config.json: the name of the file to load
 
 
@@ -29,7 +30,7 @@ class Storage:
     stem: str
     suffix: str
     opener: Callable[[], OpenFile]
-    notes: Callable[[Sequence[Path]], list[str]] = field(default=lambda files: [])
+    notes: Callable[[Sequence[StoredPath]], list[str]] = field(default=lambda files: [])
 
     @property
     def single(self) -> str:
@@ -46,10 +47,10 @@ class Layout(Protocol):
     def patterns(self, storage: Storage) -> tuple[str, ...]:
         """Glob patterns of the files to download; the arrangement is there if a file matches the first one."""
 
-    def recognises(self, directory: Path, storage: Storage) -> bool:
+    def recognises(self, directory: StoredPath, storage: Storage) -> bool:
         """Whether a directory holds this arrangement."""
 
-    def open(self, directory: Path, storage: Storage) -> Weights:
+    def open(self, directory: StoredPath, storage: Storage) -> Weights:
         """All tensors of the directory; raises CompileError if files are missing or do not belong together."""
 
 
@@ -59,10 +60,10 @@ class Single:
     def patterns(self, storage: Storage) -> tuple[str, ...]:
         return (storage.single,)
 
-    def recognises(self, directory: Path, storage: Storage) -> bool:
+    def recognises(self, directory: StoredPath, storage: Storage) -> bool:
         return (directory / storage.single).is_file()
 
-    def open(self, directory: Path, storage: Storage) -> Weights:
+    def open(self, directory: StoredPath, storage: Storage) -> Weights:
         file = directory / storage.single
         return Weights(storage.opener()(file), [file], storage.notes([file]))
 
@@ -73,10 +74,10 @@ class Indexed:
     def patterns(self, storage: Storage) -> tuple[str, ...]:
         return storage.index, f"*.{storage.suffix}"
 
-    def recognises(self, directory: Path, storage: Storage) -> bool:
+    def recognises(self, directory: StoredPath, storage: Storage) -> bool:
         return (directory / storage.index).is_file()
 
-    def open(self, directory: Path, storage: Storage) -> Weights:
+    def open(self, directory: StoredPath, storage: Storage) -> Weights:
         return _open_indexed(directory, directory / storage.index, storage)
 
 
@@ -86,10 +87,10 @@ class Numbered:
     def patterns(self, storage: Storage) -> tuple[str, ...]:
         return (f"{storage.stem}-*-of-*.{storage.suffix}",)
 
-    def recognises(self, directory: Path, storage: Storage) -> bool:
+    def recognises(self, directory: StoredPath, storage: Storage) -> bool:
         return bool(self._files(directory, storage))
 
-    def open(self, directory: Path, storage: Storage) -> Weights:
+    def open(self, directory: StoredPath, storage: Storage) -> Weights:
         files, open_file = self._files(directory, storage), storage.opener()
         count = int(m.group(1)) if (m := re.search(r"-of-(\d+)\.", files[0].name)) else 0
         if len(files) != count:
@@ -102,9 +103,9 @@ class Numbered:
             )
         return Weights([tensor for file in files for tensor in open_file(file)], files, storage.notes(files))
 
-    def _files(self, directory: Path, storage: Storage) -> list[Path]:
+    def _files(self, directory: StoredPath, storage: Storage) -> list[StoredPath]:
         (pattern,) = self.patterns(storage)
-        return sorted(directory.glob(pattern))
+        return by_name(directory.glob(pattern))
 
 
 class Stated:
@@ -113,10 +114,10 @@ class Stated:
     def patterns(self, storage: Storage) -> tuple[str, ...]:
         return ()  # the name is known only after config.json was downloaded
 
-    def recognises(self, directory: Path, storage: Storage) -> bool:
+    def recognises(self, directory: StoredPath, storage: Storage) -> bool:
         return (directory / CONFIG).is_file() and self._name(directory) is not None
 
-    def open(self, directory: Path, storage: Storage) -> Weights:
+    def open(self, directory: StoredPath, storage: Storage) -> Weights:
         name = self._name(directory)
         if not isinstance(name, str) or not name.endswith((f".{storage.suffix}", f".{storage.suffix}.index.json")):
             raise CompileError(
@@ -131,7 +132,7 @@ class Stated:
             return _open_indexed(directory, file, storage)
         return Weights(storage.opener()(file), [file], storage.notes([file]))
 
-    def _name(self, directory: Path) -> object:
+    def _name(self, directory: StoredPath) -> object:
         return read_json(directory / CONFIG).get(STATED_KEY)
 
 
@@ -153,7 +154,7 @@ class Release:
         return read_release(files.path, lambda directory: self.layout.open(directory, self.storage))
 
 
-def _open_indexed(directory: Path, index: Path, storage: Storage) -> Weights:
+def _open_indexed(directory: StoredPath, index: StoredPath, storage: Storage) -> Weights:
     """The tensors of all files that an index lists. As in Transformers, of tensors with one name that of the last file counts,
     whichever the index names."""
     weight_map = read_json(index).get("weight_map")
@@ -186,7 +187,7 @@ def _open_indexed(directory: Path, index: Path, storage: Storage) -> Weights:
     return Weights(list(tensors.values()), [index, *files], [*storage.notes(files), *notes])
 
 
-def _listed_files(directory: Path, index: Path, names: Sequence[str]) -> dict[str, Path]:
+def _listed_files(directory: StoredPath, index: StoredPath, names: Sequence[str]) -> dict[str, StoredPath]:
     """The files that an index lists, by name; raises CompileError for one that is missing or outside of the directory."""
     files = {}
     for name in names:

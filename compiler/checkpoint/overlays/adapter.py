@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.layers import HEAD
 from belle_compile.compiler.reading import AdapterChoice
+from belle_compile.compiler.stored_path import StoredPath
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B, _ROWS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
@@ -39,7 +39,7 @@ class Adapter:
     """
 
     name: str
-    directory: Path
+    directory: StoredPath
     scale: float
     family: Family[Any]
     base_names: frozenset[str] = frozenset()

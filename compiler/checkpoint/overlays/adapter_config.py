@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.overlays.adapter_targets import Targets, by_module
@@ -13,6 +12,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.config import Reader
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath
 
 CONFIG = "adapter_config.json"
 _MERGE = "merge it with PEFT (merge_and_unload), save the model and give that"
@@ -94,7 +94,7 @@ class AdapterConfig:
         return next((rows for module, rows in self.tokens.items() if table.endswith(module)), ())
 
 
-def read_config(file: Path) -> AdapterConfig:
+def read_config(file: StoredPath) -> AdapterConfig:
     """Read an adapter_config.json.
 
     Raises CompileError for other methods than LoRA, for variants of it that no merged weight expresses, and for keys that are
@@ -133,7 +133,7 @@ def read_config(file: Path) -> AdapterConfig:
     )
 
 
-def _check_method(file: Path, read: Reader) -> None:
+def _check_method(file: StoredPath, read: Reader) -> None:
     """Raise CompileError for an adapter of another method than LoRA, for another task, or begun in a way that changes the
     base."""
     method, task = read.get("peft_type"), read.get("task_type")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
 from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
 from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, require_float
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.stored_path import StoredPath
 
 # The files of weights in PEFT's order, and what opens each.
 WEIGHTS = (("adapter_model.safetensors", SAFETENSORS), ("adapter_model.bin", PICKLES))
@@ -35,7 +35,7 @@ class AdapterTensors:
     replaced: dict[str, LazyTensor] = field(default_factory=dict)
 
 
-def weights_of(directory: Path) -> Path:
+def weights_of(directory: StoredPath) -> StoredPath:
     """The file with the weights of an adapter; raises CompileError if there is none."""
     for name, _ in WEIGHTS:
         if (directory / name).is_file():
@@ -46,7 +46,7 @@ def weights_of(directory: Path) -> Path:
     )
 
 
-def read_tensors(file: Path) -> AdapterTensors:
+def read_tensors(file: StoredPath) -> AdapterTensors:
     """Open the file with an adapter's weights, by its headers; raises CompileError if it is damaged, empty, or has tensors that
     are no part of a LoRA adapter as PEFT saves it."""
     tensors = dict(WEIGHTS)[file.name].opener()(file)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
+from belle_compile.compiler.stored_path import StoredPath
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Overlaid:
 
     tensors: Mapping[str, LazyTensor]
     notes: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
+    files: tuple[StoredPath, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Path | None = None
+    tokenizer: StoredPath | None = None
 
 
 class Overlay(Protocol):

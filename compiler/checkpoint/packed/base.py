@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from belle_compile.compiler.checkpoint.tensors import FLOAT_DTYPES, STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.quantized import QuantizedTensor
+from belle_compile.compiler.stored_path import StoredPath
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
@@ -30,7 +30,7 @@ class Statement:
     `settings` are empty for a release that says nothing."""
 
     settings: Mapping[str, Any]
-    file: Path
+    file: StoredPath
 
 
 class Packing(ABC):

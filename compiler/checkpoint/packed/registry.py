@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from belle_compile.compiler.checkpoint.packed.awq import Awq
@@ -16,6 +15,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE, LazyTensor
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.quantized import QuantizedTensor
 from belle_compile.compiler.json_files import read_json
+from belle_compile.compiler.stored_path import StoredPath
 
 _GPTQ = Gptq()
 PACKINGS: Mapping[str, Packing] = {packing.method: packing for packing in (_GPTQ, Awq(), CompressedTensors())}
@@ -33,7 +33,7 @@ class Packed:
     notes: tuple[str, ...] = ()
 
 
-def packed_by(config: Mapping[str, Any], file: Path) -> Packed | None:
+def packed_by(config: Mapping[str, Any], file: StoredPath) -> Packed | None:
     """What config.json, which lies in `file`, says of packed weights; None where it says nothing.
 
     Raises CompileError for a method or a layout that is not read."""
@@ -64,7 +64,7 @@ def without_statements(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(
-    tensors: Sequence[LazyTensor], packed: Packed | None, file: Path, *, required: bool = False
+    tensors: Sequence[LazyTensor], packed: Packed | None, file: StoredPath, *, required: bool = False
 ) -> tuple[list[LazyTensor], list[str]]:
     """The tensors of a checkpoint with one weight for each packed module, and notes.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from belle_compile.compiler.stored_path import StoredPath, by_name
+
 DIGEST_CHUNK_BYTES = 1 << 22
 
 
@@ -18,18 +20,18 @@ class Files:
     `path` is that directory or file. `notes` are sentences for the manifest and the report about how the files were obtained.
     """
 
-    path: Path
+    path: StoredPath
     notes: tuple[str, ...] = ()
 
     @property
-    def directory(self) -> Path | None:
+    def directory(self) -> StoredPath | None:
         """The directory, or None for a file alone, since the files beside it do not belong to the checkpoint."""
         return self.path if self.path.is_dir() else None
 
-    def matching(self, pattern: str) -> list[Path]:
+    def matching(self, pattern: str) -> list[StoredPath]:
         """The files whose names match a glob pattern, sorted."""
         if self.directory is not None:
-            return sorted(self.directory.glob(pattern))
+            return by_name(self.directory.glob(pattern))
         return [self.path] if self.path.match(pattern) else []
 
 
@@ -47,7 +49,9 @@ class Source(Protocol):
         """
 
 
-def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, int], None] | None = None) -> dict[str, str]:
+def digests(
+    files: Iterable[StoredPath], root: StoredPath, progress: Callable[[StoredPath, int, int], None] | None = None
+) -> dict[str, str]:
     """The SHA-256 of every file by name, computed by streaming.
 
     The name of a file below `root` is relative to `root`. For other files it is the file name, prefixed by the names of
@@ -66,7 +70,7 @@ def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, in
                 if progress is not None:
                     progress(file, done, total)
         name = _relative(file, root)
-        for parent in file.parents:
+        for parent in Path(str(file.parent), file.name).parents:
             if name not in result:
                 break
             name = f"{parent.name}/{name}"
@@ -74,5 +78,6 @@ def digests(files: Iterable[Path], root: Path, progress: Callable[[Path, int, in
     return result
 
 
-def _relative(file: Path, root: Path) -> str:
-    return file.relative_to(root).as_posix() if file != root and file.is_relative_to(root) else file.name
+def _relative(file: StoredPath, root: StoredPath) -> str:
+    path, start = Path(str(file.parent), file.name), Path(str(root))
+    return path.relative_to(start).as_posix() if path != start and path.is_relative_to(start) else file.name
