@@ -35,8 +35,8 @@ class AtomicDirectory:
 
     An existing `out` is refused, unless `replace` is set and `replaceable(out)` is true; it stays in place until `commit`. A
     link to a directory stands for that directory. `needed` is an estimate in bytes, checked against the free space before
-    anything is written. Errors call the directory by its `kind`, and name `marker` as the file by which an existing one is
-    recognized.
+    anything is written. Errors call the directory by its `kind`, name `marker` as the file by which an existing one is
+    recognized, and `option` as what chooses it.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class AtomicDirectory:
         needed: int = 0,
         kind: str = "engine",
         marker: str = "manifest.json",
+        option: str = "-o",
     ) -> None:
         self.out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
         # A path of its own for each: the loader takes a library at a path for the one that it has loaded from there before.
@@ -56,7 +57,7 @@ class AtomicDirectory:
         self._aside = self.out.parent / f".{self.out.name}.replaced"
         self._lock_path = self.out.parent / f".{self.out.name}.lock"
         self._replace, self._replaceable, self._needed = replace, replaceable, needed
-        self._kind, self._marker = kind, marker
+        self._kind, self._marker, self._option = kind, marker, option
         self._lock: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stopped_by: int | None = None
@@ -101,7 +102,7 @@ class AtomicDirectory:
             "output",
             f"cannot write {self.out}",
             found=f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else ""),
-            remedy="choose another -o or change the permissions",
+            remedy=f"choose another {self._option} or change the permissions",
         )
 
     def commit(self) -> None:
@@ -127,14 +128,14 @@ class AtomicDirectory:
             return
         if not self._replace:
             article = "an" if self._kind[0] in "aeiou" else "a"
-            remedy = f"choose another -o or pass --force to replace {article} {self._kind}"
+            remedy = f"choose another {self._option} or pass --force to replace {article} {self._kind}"
             raise CompileError("output", f"{self.out} exists already", remedy=remedy)
         if not self._replaceable(self.out):
             raise CompileError(
                 "output",
                 f"--force replaces {self._kind} directories only and {self.out} is none",
                 expected=f"a directory with the {self._marker} of one",
-                remedy="choose another -o or move it away yourself",
+                remedy=f"choose another {self._option} or move it away yourself",
             )
 
     def _make_parents(self) -> None:
@@ -154,7 +155,7 @@ class AtomicDirectory:
                     "output",
                     f"another build is writing {self.out}",
                     found=f"{self._lock_path.name} locked",
-                    remedy="wait for it to end or choose another -o",
+                    remedy=f"wait for it to end or choose another {self._option}",
                 ) from None
             except BaseException:
                 os.close(lock)
@@ -238,7 +239,7 @@ class AtomicDirectory:
             f"{what} ({self.out})",
             found=f"{shutil.disk_usage(self.out.parent).free} bytes free",
             expected=f"{self._needed} bytes needed" if self._needed else "",
-            remedy="free some space or choose another -o",
+            remedy=f"free some space or choose another {self._option}",
         )
 
 

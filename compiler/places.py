@@ -42,7 +42,13 @@ def check_checkpoint(name: str | Path) -> None:
 
 
 def check_reading(reading: Reading) -> None:
-    """Raise CompileError for a file or directory that does not exist, and for an adapter's scale that is no number."""
+    """Raise CompileError for a file or directory that does not exist, for one to be written that does, and for an adapter's
+    scale that is no number."""
+    check_file(CHECKPOINT_STAGE, reading.key, "the key of an encrypted release")
+    if (out := reading.save_decrypted) is not None and (reading.key is None or out.exists()):
+        found = "no key to decrypt with" if reading.key is None else "something there already"
+        remedy = "give the key of the release with --key" if reading.key is None else "give another one"
+        raise CompileError(CHECKPOINT_STAGE, f"--save-decrypted {out}", found=found, expected="a new directory", remedy=remedy)
     for adapter in reading.adapters:
         path = Path(adapter.place).expanduser()
         if not math.isfinite(adapter.scale):

@@ -36,12 +36,15 @@ class Reading:
 
     `ignored_config_keys` of config.json, which this compiler does not know, count as absent. With `ignore_adapter`, a LoRA
     adapter beside the weights is passed over, which is refused otherwise; None is for readers of small files, who do not look
-    for one. `adapters` are merged in turn.
+    for one. `adapters` are merged in turn. `key` decrypts an XOR-encrypted release while it is read, and `save_decrypted` is a
+    new directory for its plaintext, which is written nowhere otherwise.
     """
 
     ignored_config_keys: tuple[str, ...] = field(default=(), metadata={_OPTION: "--ignore-config-key"})
     ignore_adapter: bool | None = field(default=False, metadata={_OPTION: "--ignore-adapter"})
     adapters: tuple[AdapterChoice, ...] = field(default=(), metadata={_OPTION: "--adapter"})
+    key: Path | None = field(default=None, metadata={_OPTION: "--key"})
+    save_decrypted: Path | None = field(default=None, metadata={_OPTION: "--save-decrypted"})
 
     @property
     def options(self) -> list[str]:
@@ -53,7 +56,8 @@ class Reading:
         """What an engine's manifest records of it, as the options of the step that opened the checkpoint."""
         facts: dict[str, Any] = {"ignored_config_keys": list(self.ignored_config_keys)} if self.ignored_config_keys else {}
         facts |= {"ignored_adapter": True} if self.ignore_adapter else {}
-        return facts | ({"adapters": [adapter.words for adapter in self.adapters]} if self.adapters else {})
+        facts |= {"adapters": [adapter.words for adapter in self.adapters]} if self.adapters else {}
+        return facts | ({"decrypted_with": self.key.name} if self.key is not None else {})
 
 
 PLAIN = Reading()

@@ -15,6 +15,7 @@ from belle_compile.compiler.checkpoint.formats.registry import adapter_notes, re
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.adapter import Adapter, fetch_adapter
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
+from belle_compile.compiler.checkpoint.sources.encrypted import decrypted, save_decrypted
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, PromptTemplate, choose_template
@@ -22,6 +23,7 @@ from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.families import registry
 from belle_compile.compiler.families.config import without_keys
 from belle_compile.compiler.generation import changed_defaults, generation_defaults
+from belle_compile.compiler.places import check_reading
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.untrusted import explained
 
@@ -34,7 +36,7 @@ def open_checkpoint(
     reading: Reading = PLAIN,
     generation: Sequence[str] = (),
 ) -> Checkpoint:
-    """Open a Hugging Face directory, a .gguf file, a directory with one, or a model of the Hugging Face Hub.
+    """Open a Hugging Face directory, one of the original LLaMA, a .gguf file, a directory with one, or a model of the Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
     `choose_template`. `overlays` change tensors in the order given. `reading` holds what else says how files are read.
@@ -53,7 +55,8 @@ def _open(
     reading: Reading,
     generation: Sequence[str],
 ) -> Checkpoint:
-    files = fetch(path, weight_patterns())
+    check_reading(reading)
+    files = decrypted(fetch(path, weight_patterns()), reading.key)
     contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, reading.ignored_config_keys, family.keys.used)
@@ -84,6 +87,8 @@ def _open(
     defaults, of_changes = changed_defaults(own, generation)
     notes = [*files.notes, *ignored, *beside, *contents.notes, *left_out, *vocabulary, *disagreements]
     notes += [*unsupported, *of_changes, *overlaid.notes, *_template_notes(adapters, chosen, template)]
+    if reading.save_decrypted is not None:
+        save_decrypted(files.path, reading.save_decrypted)
     return Checkpoint(
         path=files.path,
         family=family.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +19,7 @@ from belle_compile.runtime.sentencepiece_rule import RANKS_KEY, load
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank
 _MOST_BYTES = 16 << 20  # of a model; three times the size of the largest one in use
 _LONGEST_PIECE = 512  # characters; sentencepiece's trainer makes pieces of at most 16 unless it is told otherwise
 
@@ -109,7 +111,16 @@ def _read(file: StoredPath) -> Any:
 
     refuse_pointer(file)
     proto: Any = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(read_bounded(STAGE, file, _MOST_BYTES))
+    content = read_bounded(STAGE, file, _MOST_BYTES)
+    if _TIKTOKEN.match(content):
+        raise CompileError(
+            STAGE,
+            f"tokenizer {file}",
+            found="tokens of tiktoken, as in Llama 3",
+            expected="a sentencepiece model",
+            remedy="put the tokenizer.json of its Hugging Face release beside it",
+        )
+    proto.ParseFromString(content)
     return proto
 
 

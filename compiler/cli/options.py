@@ -70,13 +70,18 @@ def collected(parameter: str, make: Callable[..., Any], *options: Decorator) -> 
 
 
 def _reading(
-    ignored_config_keys: tuple[str, ...], ignore_adapter: bool, adapters: tuple[str, ...], scales: tuple[float, ...]
+    ignored_config_keys: tuple[str, ...],
+    ignore_adapter: bool,
+    adapters: tuple[str, ...],
+    scales: tuple[float, ...],
+    key: Path | None,
+    save_decrypted: Path | None,
 ) -> Reading:
     if scales and len(scales) != len(adapters):
         found = f"{len(scales)} --adapter-scale for {len(adapters)} --adapter: give a scale for each adapter, in their order"
         raise click.UsageError(found, click.get_current_context())
     chosen = tuple(map(AdapterChoice, adapters, scales or (1.0,) * len(adapters)))
-    return Reading(ignored_config_keys, ignore_adapter, chosen)
+    return Reading(ignored_config_keys, ignore_adapter, chosen, key, save_decrypted)
 
 
 reading = collected(
@@ -100,6 +105,13 @@ reading = collected(
         "--ignore-adapter", is_flag=True,
         help="Read the base model where a LoRA adapter (adapter_config.json) lies beside its weights. An engine's manifest "
         "records it.",
+    ),
+    click.option(
+        "--key", type=PATH, metavar="FILE",
+        help="Decrypt an XOR-encrypted release (.enc files) while it is read: consolidated.00.pth of the original LLaMA-7B.",
+    ),
+    click.option(
+        "--save-decrypted", type=PATH, metavar="DIR", help="Write the plaintext of the release to a new directory too."
     ),
 )  # fmt: skip
 

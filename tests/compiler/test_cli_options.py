@@ -7,7 +7,9 @@ import click
 from belle_compile.compiler import cli
 
 REPORTING = {"-v", "--verbose", "-q", "--quiet", "--log"}
-READING = {"--adapter", "--adapter-scale", "--ignore-config-key", "--ignore-adapter"}
+READING = {
+    "--adapter", "--adapter-scale", "--ignore-config-key", "--ignore-adapter", "--key", "--save-decrypted",
+}  # fmt: skip
 OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",

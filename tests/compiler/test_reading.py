@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from belle_compile.compiler.reading import PLAIN, AdapterChoice, Reading
 
@@ -18,6 +19,11 @@ def test_options_and_facts_are_those_that_were_given() -> None:
         "ignored_adapter": True,
         "adapters": ["chat", "style at 0.5"],
     }
+
+
+def test_a_key_is_recorded_by_its_name() -> None:
+    reading = Reading(key=Path("models/consolidated.00.pth"), save_decrypted=Path("plain"))
+    assert reading.options == ["--key", "--save-decrypted"] and reading.facts == {"decrypted_with": "consolidated.00.pth"}
 
 
 def test_requests_with_it_need_no_package_of_builds() -> None:

@@ -9,10 +9,13 @@ from belle_compile.compiler.checkpoint.formats.base import TRAINER_FILES, Conten
 from belle_compile.compiler.checkpoint.formats.gguf import Gguf
 from belle_compile.compiler.checkpoint.formats.gptq_file import GptqFile
 from belle_compile.compiler.checkpoint.formats.huggingface import CONFIG, require_config
+from belle_compile.compiler.checkpoint.formats.original_llama import PARAMS, OriginalLlama
 from belle_compile.compiler.checkpoint.formats.pickles import PICKLES
 from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
 from belle_compile.compiler.checkpoint.formats.shards import Indexed, Numbered, Release, Single, Stated
 from belle_compile.compiler.checkpoint.sources.base import Files
+from belle_compile.compiler.checkpoint.sources.encrypted import KEY
+from belle_compile.compiler.checkpoint.sources.encrypted import PATTERN as ENCRYPTED
 from belle_compile.compiler.checkpoint.tensors import STAGE
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.json_files import read_json
@@ -30,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     # What Transformers does not load without being told to.
     Release(SAFETENSORS, Numbered()),
     Release(PICKLES, Numbered()),
+    OriginalLlama(),
     Gguf(),
     GptqFile(),
 )
@@ -37,9 +41,10 @@ _HUGGING_FACE = "model.safetensors or pytorch_model.bin, single or sharded"
 # Files in releases of these families that cannot be read: pattern, description and remedy.
 NOT_YET = (
     ("adapter_model.*", "a LoRA adapter", "give its base model, and this directory with --adapter"),
-    ("*.enc", "an XOR-encrypted release", "decrypt it first with models/decrypt.py of the BELLE repository"),
-    ("*.pth", "original LLaMA weights", "convert them with Transformers' convert_llama_weights_to_hf.py"),
+    (ENCRYPTED, "a file of an XOR-encrypted release", f"give its key with --key: {KEY}"),
+    ("*.pth", "original LLaMA weights", f"put {PARAMS} and every part, consolidated.00.pth and so on, beside it"),
 )
+_WITHOUT_CONFIG = (ENCRYPTED, "*.pth")  # they are no weights beside a config.json
 # The file by which PEFT knows an adapter. Beside a config.json, Transformers loads the model and the adapter on top of it.
 _ADAPTER = "adapter_config.json"
 # Shards of a distributed checkpoint, which Transformers prefers to every other weights.
@@ -52,7 +57,7 @@ _NAMED = 4  # files that a note names
 
 def weight_patterns() -> list[tuple[str, ...]]:
     """The glob patterns of the files that hold weights, those of the preferred format first; see `Format.weights`."""
-    return [format.weights for format in FORMATS]
+    return [*(format.weights for format in FORMATS), (ENCRYPTED,)]
 
 
 def read_contents(files: Files) -> Contents:
@@ -128,10 +133,11 @@ def _unrecognised(files: Files) -> CompileError:
             remedy=f"give the directory that holds it: {files.path.parent}",
         )
     _refuse_adapter(files.directory)
-    require_config(files.directory)
     for pattern, kind, remedy in NOT_YET:
-        if matching := files.matching(pattern):
-            return _no_weights(files.directory, f"only {matching[0].name}, {kind}", _HUGGING_FACE, remedy)
+        if pattern in _WITHOUT_CONFIG or files.matching(CONFIG):
+            if matching := files.matching(pattern):
+                return _no_weights(files.directory, f"only {matching[0].name}, {kind}", _HUGGING_FACE, remedy)
+    require_config(files.directory)
     names = sorted(file.name for file in files.directory.iterdir())
     return _no_weights(
         files.directory,

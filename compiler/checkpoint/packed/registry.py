@@ -38,7 +38,7 @@ def packed_by(config: Mapping[str, Any], file: StoredPath) -> Packed | None:
 
     Raises CompileError for a method or a layout that is not read."""
     settings = next((value for key in KEYS if (value := config.get(key))), None)
-    beside = file.with_name(_BESIDE)
+    beside = file.parent / _BESIDE
     if settings is None and beside.is_file():
         settings, file = {"quant_method": _GPTQ.method} | read_json(beside), beside
     if settings is None:

@@ -81,7 +81,7 @@ def test_a_source_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert checkpoint.path == tmp_path / "abc" and checkpoint.notes == ("its name was spelled backwards",)
     assert [patterns[0] for patterns in source.asked if patterns] == [
         "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-        "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "*.gguf", "*.pt", "*.npz",
+        "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "consolidated.00.pth", "*.gguf", "*.pt", "*.npz", "*.enc",
     ]  # fmt: skip
 
 

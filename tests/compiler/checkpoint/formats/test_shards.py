@@ -76,8 +76,8 @@ def test_a_lost_index_does_no_harm(sharded: Path) -> None:
             "adapter_model.bin",
             r"found only adapter_model\.bin, a LoRA adapter, .*; give its base model, and this directory with --adapter",
         ),
-        ("x.0123.enc", "an XOR-encrypted release, .*; decrypt it first"),
-        ("consolidated.00.pth", "original LLaMA weights, .*; convert them"),
+        ("x.0123.enc", "an XOR-encrypted release, .*; give its key with --key"),
+        ("consolidated.00.pth", r"original LLaMA weights, .*; put params\.json and every part"),
     ],
 )
 def test_no_usable_weights(tmp_path: Path, file: str, message: str) -> None:
