@@ -61,7 +61,7 @@ def make(name: str, out: Path) -> Path:
     (partial / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
     )
-    _write_tokenizer(partial, config["vocab_size"])
+    write_tokenizer(partial, config["vocab_size"])
     partial.rename(out)
     return out
 
@@ -83,7 +83,7 @@ def _values(key: str, shape: tuple[int, ...], torch: Any) -> Any:
     return tensor.normal_(0, STD) if len(shape) > 1 else tensor.fill_(0.0 if key.endswith("bias") else 1.0)
 
 
-def _write_tokenizer(out: Path, size: int) -> None:
+def write_tokenizer(out: Path, size: int) -> None:
     """Bytes and a pair of them as tokens, since llama.cpp loads no vocabulary without merges, filled up to `size`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

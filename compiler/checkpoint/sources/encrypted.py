@@ -242,21 +242,24 @@ class _Plaintext(io.RawIOBase):
 
 
 def decrypted(files: Files, key: Path | None) -> Files:
-    """The files of an encrypted release as their readers see them with a key; the files as they are without one.
+    """The files of an encrypted release, or the one that was given of them, as their readers see them with a key; the files as
+    they are without one.
 
     Decrypts the small files and looks at both ends of the others, so that a wrong key is known at once. Raises CompileError for
     a wrong key and for files that are damaged, as far as these parts show it, and for a release that is not encrypted.
     """
     if key is None:
         return files
-    paths = [Path(str(file)) for file in files.matching(PATTERN)] if files.directory is not None else []
-    if not paths:
+    given = Path(str(files.path))
+    folder = given if files.directory is not None else given.parent
+    paths = sorted(folder.glob(PATTERN))
+    if not paths or given not in (folder, *paths):
         found = f"no encrypted file ({PATTERN}) in {files.path}"
         raise CompileError(STAGE, f"--key {key}", found=found, remedy="leave the option out")
     size = require_regular(STAGE, key)
     if not size:
         raise CompileError(STAGE, f"--key {key}", found="an empty file", expected=KEY, remedy="download it again")
-    directory = EncryptedDirectory(Path(str(files.path)), Key(key, size), _by_plain_name(paths))
+    directory = EncryptedDirectory(folder, Key(key, size), _by_plain_name(paths))
     for file in directory.files:
         _check_header(file)
     weights = [file for file in directory.files if file.suffix in _BEGINNINGS]
@@ -264,7 +267,8 @@ def decrypted(files: Files, key: Path | None) -> Files:
     for file in weights:
         _check_ends(file)
     note = f"{len(paths)} files were decrypted with {key.name} while they were read; digests are those of the plaintexts"
-    return replace(files, path=directory, notes=(*files.notes, note))
+    alone = next((file for file in directory.files if file.path == given), None)
+    return replace(files, path=alone or directory, notes=(*files.notes, note))
 
 
 def _by_plain_name(paths: Sequence[Path]) -> dict[str, Path]:
@@ -330,6 +334,8 @@ def save_decrypted(directory: StoredPath, out: Path, progress: Callable[[int, in
     `progress` is called after every chunk with (bytes done, bytes of all files). Raises CompileError for files whose SHA-256 is
     another than their names state, and for a directory that exists or cannot be written.
     """
+    if isinstance(directory, EncryptedFile):
+        directory = directory.parent
     assert isinstance(directory, EncryptedDirectory), f"{directory} is no encrypted release"
     total, done = sum(file.stat().st_size for file in directory.files), 0
     with AtomicDirectory(out, needed=total, kind="decrypted release", option="--save-decrypted") as made:

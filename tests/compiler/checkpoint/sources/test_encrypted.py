@@ -27,6 +27,8 @@ from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, random_ids
 from tests.releases import CHINESE, belle_llama, encrypted, key_file, original_llama
 
+WEIGHTS = "pytorch_model-00002-of-00002.bin"
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -101,6 +103,15 @@ def test_files_that_are_not_encrypted_are_read_as_they_are(plain: Path, release:
     assert open_checkpoint(release, reading=Reading(key=key)).digests() == open_checkpoint(plain).digests()
 
 
+def test_one_file_of_a_release(plain: Path, published: Path, key: Path) -> None:
+    """Of several models in files of their own, as in BELLE-LLaMA-7B-2M-gptq-enc, one is given."""
+    files = decrypted(Files(file_of(published, WEIGHTS)), key)
+    (file,) = files.matching("*.bin")
+    assert files.directory is None and file.name == WEIGHTS and len(open_pickle(file)) > 1
+    with (file.parent / "config.json").open("rb") as config:
+        assert config.read() == (plain / "config.json").read_bytes()
+
+
 def refusal(release: Path, key: Path, **reading: Path) -> str:
     with pytest.raises(CompileError) as error:
         checkpoint = open_checkpoint(release, reading=Reading(key=key, **reading))
@@ -129,9 +140,6 @@ def flip(file: Path) -> None:
 
 def change_header(file: Path) -> None:
     file.write_bytes(bytes(32) + file.read_bytes()[32:])
-
-
-WEIGHTS = "pytorch_model-00002-of-00002.bin"
 
 
 @pytest.mark.parametrize(
