@@ -184,9 +184,12 @@ class _Machine:
 
     def storage(self, _: object) -> None:
         """Push the reference to a storage: ("storage", type, key, device, number of values, view)."""
-        kind, stored, key, _device, count, *views = self._stack.pop()
-        if _text(kind) != "storage" or type(stored) is not _Name or not (match := _STORAGE.fullmatch(stored.text)):
-            raise MoreThanTensors(f"a reference to {_text(kind)[:100]}")
+        reference = self._stack.pop()
+        if type(reference) is not tuple or len(reference) not in (5, 6) or _text(reference[0]) != "storage":
+            raise MoreThanTensors("a reference to something that is no storage")
+        _, stored, key, _device, count, *views = reference
+        if type(stored) is not _Name or not (match := _STORAGE.fullmatch(stored.text)):
+            raise MoreThanTensors("a storage of no type")
         if match[1] not in _STORAGES:
             raise MoreThanTensors(stored.text)
         start = 0

@@ -48,12 +48,13 @@ class Runs:
         self._process.wait(60)
 
 
-def read_checkpoint(path: Path) -> None:
+def read_checkpoint(path: Path, key: Path | None = None) -> None:
     """Open a checkpoint, build its graph and read all its tensors."""
     from belle_compile.compiler.checkpoint import open_checkpoint
     from belle_compile.compiler.families import build_graph
+    from belle_compile.compiler.reading import Reading
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, reading=Reading(key=key))
     build_graph(checkpoint)
     for tensor in checkpoint.tensors.values():
         if tensor.shape:
@@ -67,7 +68,16 @@ def read_requests(path: Path) -> None:
     open_set(path, SelectOptions(size=4, holdout=2))
 
 
-READERS: Mapping[str, Callable[[Path], None]] = {"checkpoint": read_checkpoint, "requests": read_requests}
+def read_encrypted(path: Path) -> None:
+    """Do the same with an encrypted release, whose key lies beside its directory."""
+    read_checkpoint(path, path.parent / "key")
+
+
+READERS: Mapping[str, Callable[[Path], None]] = {
+    "checkpoint": read_checkpoint,
+    "encrypted": read_encrypted,
+    "requests": read_requests,
+}
 
 
 def run(reader: str, path: Path) -> dict[str, str]:

@@ -19,6 +19,9 @@ from sentencepiece import sentencepiece_model_pb2
 from belle_compile.compiler.requests import SelectOptions, write_set
 from tests.compiler.checkpoint.formats.test_gguf import write_gguf
 from tests.compiler.checkpoint.models import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
     LLAMA_CONFIG,
     llama_tensors,
     write_json,
@@ -28,6 +31,7 @@ from tests.compiler.checkpoint.models import (
 )
 from tests.compiler.checkpoint.test_sentencepiece_model import train
 from tests.quantized_releases import Release, compressed_tensors, gptq
+from tests.releases import encrypted, key_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -74,6 +78,8 @@ def make_samples(directory: Path) -> dict[str, Sample]:
     samples["pickle"] = _pickle(directory / "pickle")
     samples["archive"] = _archive(directory / "archive", zipped=True)
     samples["legacy pickle"] = _archive(directory / "legacy", zipped=False)
+    samples["params.json"] = _original_llama(directory / "original")
+    samples["encrypted"] = _encrypted(directory / "encrypted")
     samples |= {f"gguf {kind}": _gguf(directory / f"gguf {kind}", kind) for kind in ("F32", "Q8_0", "llama")}
     samples["tokenizer.model"] = _sentencepiece(directory / "sentencepiece")
     samples["normalization"] = _normalization(directory / "normalization")
@@ -175,6 +181,39 @@ def _pickle(directory: Path) -> Sample:
         return content.getvalue()
 
     return Sample(entries[name], "checkpoint", directory, sample.file, packed)
+
+
+def _original_llama(directory: Path) -> Sample:
+    """The dimensions of an original LLaMA of one part, whose tokenizer is a tokenizer.json."""
+    write_small_files(directory, LLAMA_CONFIG)
+    (directory / "config.json").unlink()
+    names = {name: _ORIGINAL[name.rpartition("layers.0.")[2].removesuffix(".weight")] for name in llama_tensors()}
+    tensors = {f"{names[name]}.weight": value.half() for name, value in llama_tensors().items()}
+    torch.save(tensors, directory / "consolidated.00.pth")
+    params = {"dim": HIDDEN, "n_layers": 1, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "multiple_of": 16, "norm_eps": 1e-5,
+              "ffn_dim_multiplier": 0.5, "rope_theta": 10000.0, "vocab_size": -1, "max_seq_len": 512}  # fmt: skip
+    write_json(directory / "params.json", params)
+    return _file(directory, "params.json")
+
+
+_ORIGINAL = {
+    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
+    "input_layernorm": "layers.0.attention_norm", "post_attention_layernorm": "layers.0.ffn_norm",
+    **{f"self_attn.{part}_proj": f"layers.0.attention.w{part}" for part in "qkvo"},
+    "mlp.gate_proj": "layers.0.feed_forward.w1", "mlp.down_proj": "layers.0.feed_forward.w2",
+    "mlp.up_proj": "layers.0.feed_forward.w3",
+}  # fmt: skip
+
+
+def _encrypted(directory: Path) -> Sample:
+    """The weights of an encrypted release, whose reader finds the key in the directory above."""
+    directory.mkdir()
+    plain = directory / "plain"
+    write_small_files(plain, LLAMA_CONFIG)
+    torch.save(llama_tensors(), plain / "pytorch_model.bin")
+    release = encrypted(plain, key_file(directory / "key"), directory / "release")
+    (file,) = release.glob("pytorch_model.bin.*")
+    return Sample(file.read_bytes(), "encrypted", release, file)
 
 
 def _gguf(directory: Path, kind: str) -> Sample:

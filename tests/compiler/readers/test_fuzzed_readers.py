@@ -29,8 +29,8 @@ SETTINGS = settings(
 NAMES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "normalization", "pieces", "set.json",
-    "index", "safetensors header", "model.safetensors", "archive", "pickle", "legacy pickle", "gguf F32",
-    "gguf Q8_0", "gguf llama", "gptq config.json", "gptq header", "packed header", "requests.jsonl",
+    "index", "safetensors header", "model.safetensors", "archive", "pickle", "legacy pickle", "params.json", "encrypted",
+    "gguf F32", "gguf Q8_0", "gguf llama", "gptq config.json", "gptq header", "packed header", "requests.jsonl",
     "requests.jsonl.gz", "requests.jsonl.zst",
 )  # fmt: skip
 # Texts that stand for values of JSON. Some are no JSON.

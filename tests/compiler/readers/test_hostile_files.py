@@ -196,6 +196,11 @@ def resized(file: Path) -> None:
 BYTEARRAY = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs."
 DOUBLED = b"\x80\x02}NN\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns."  # a key of 2**61 equal parts
 BOMB = b"\x80\x02}." + b"\0" * (64 << 20)
+NESTED = b"\x80\x04)\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # a tuple of 2**60 parts
+# A list of 200,000 values that is made a size 10,000 times.
+SIZES = b"\x80\x02](" + b"N" * 200_000 + b"eq\0" + b"ctorch\nSize\nq\x01" + b"h\x01h\0\x85R0" * 10_000 + b"."
+MODULE = b"\x80\x02}X\x01\0\0\0a(X\x06\0\0\0modulectorch\nFloatStorage\ntQs."
+ATTRIBUTES = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x08\0\0\0__code__NsbN."
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,12 @@ BOMB = b"\x80\x02}." + b"\0" * (64 << 20)
         (archive({"archive/data.pkl": BYTEARRAY}), r"more than tensors \(GLOBAL __builtin__.bytearray\)"),
         (archive({"archive/data.pkl": b"\x80\x02" + b"N" * 2_000_000 + b"."}), "a pickle of more than 262144 instructions"),
         (archive({"archive/data.pkl": DOUBLED}), r"more than tensors \(a dict with keys that are no names\)"),
+        (archive({"archive/data.pkl": NESTED + b"\x8c\x01x\x93."}), "a number in the place of a text"),
+        (archive({"archive/data.pkl": SIZES}), "a size that is no tuple of a few numbers"),
+        (archive({"archive/data.pkl": MODULE}), "more than tensors .a reference to something that is no storage"),
+        (archive({"archive/data.pkl": ATTRIBUTES}), "more than tensors .attributes of something that is no dict"),
+        (archive({"archive/data.pkl": b"\x80\x02\x82\x01."}), "more than tensors .instruction EXT1"),
+        (archive({"archive/data.pkl": b"\x80\x02J\0\0\0\x7f\x80\x02N"}), "does not load"),
         (pickled({"a": torch.ones(2, device="meta")}), "more than tensors .*meta_tensor"),
         (pickled({"a": torch.ones(2, 2).to_sparse()}), "more than tensors .*sparse_tensor"),
         (pickled({("a", "b"): torch.ones(2)}), "holds more than tensors"),

@@ -75,6 +75,8 @@ class Hub:
         (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"], ["pytorch_model.bin.index.json", "*.bin"]),
         (["pytorch_model.bin", "model-00001-of-00001.safetensors"], ["pytorch_model.bin"]),
         (["x.gguf"], ["*.gguf"]),
+        (["params.json", "consolidated.00.pth", "consolidated.01.pth"], ["consolidated.00.pth", "consolidated.[0-9][0-9].pth"]),
+        (["README.md", f"config.json.{'0' * 64}.enc", f"pytorch_model.bin.{'0' * 64}.enc"], ["*.enc"]),
         (["README.md"], []),
     ],
 )
