@@ -110,14 +110,14 @@ def ours_of(directory: Path) -> Encode:
     return lambda each: list(tokenizer.encode(each, add_special_tokens=False).ids)
 
 
-def _of_transformers(directory: Path) -> Encode:
+def of_transformers(directory: Path) -> Encode:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return lambda each: list(tokenizer.encode(each, add_special_tokens=False))
 
 
-def _of_sentencepiece(directory: Path) -> Encode:
+def of_sentencepiece(directory: Path) -> Encode:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
@@ -136,7 +136,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp())
         try:
             for what, directory in variants(model, texts, folder):
-                others = {"sentencepiece": _of_sentencepiece(directory), "Transformers": _of_transformers(directory)}
+                others = {"sentencepiece": of_sentencepiece(directory), "Transformers": of_transformers(directory)}
                 pieces = len(_read(directory / "tokenizer.model").pieces)
                 found = agreement(texts, ours_of(directory), others)
                 results.append({"tokenizer": model.name, "variant": what, "pieces": pieces, **found})
@@ -145,7 +145,7 @@ def main() -> None:
             shutil.rmtree(folder)
     for directory in arguments.tokenizer:
         name = "/".join(directory.parts[-3:])
-        found = agreement(texts, ours_of(directory), {"Transformers": _of_transformers(directory)})
+        found = agreement(texts, ours_of(directory), {"Transformers": of_transformers(directory)})
         results.append({"tokenizer": f"{name}/tokenizer.json", "variant": "as it is", **found})
         print(results[-1], flush=True)
     arguments.out.write_text(json.dumps({"results": results, "machine": describe()}, indent=2, ensure_ascii=False) + "\n")
