@@ -70,6 +70,7 @@ def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **reques
     \b
     Examples:
       belle-compile build /models/BELLE-7B-2M -o artifacts/belle-7b-cpu
+      belle-compile build BelleGroup/BELLE-LLaMA-7B-2M-enc --key llama-7B/consolidated.00.pth -o artifacts/belle-llama-7b
       belle-compile build model.gguf --target cpu -o artifacts/model --force
       belle-compile build /models/BELLE-7B-2M --calibration requests.jsonl.zst -o artifacts/belle-7b-cpu
       belle-compile build model.gguf --tune -o artifacts/model-tuned

@@ -33,9 +33,10 @@ def outline(path: str | Path, reading: Reading = PLAIN) -> Checkpoint:
     path = Path(path)
     if path.suffix != ".json":
         return open_checkpoint(path, template=RAW, reading=replace(reading, ignore_adapter=reading.ignore_adapter or None))
-    if reading.adapters:
-        found, remedy = "a config.json alone", "give the directory of the model, or leave --adapter out"
-        raise CompileError("plan", "a plan with adapters", found=found, expected="a checkpoint", remedy=remedy)
+    for option, what, given in (("--adapter", "adapters", reading.adapters), ("--key", "a key", reading.key)):
+        if given:
+            found, remedy = "a config.json alone", f"give the directory of the model, or leave {option} out"
+            raise CompileError("plan", f"a plan with {what}", found=found, expected="a checkpoint", remedy=remedy)
     config = _read(path)
     packed_by(config, path)  # raises for weights that no build reads
     config = without_statements(config)

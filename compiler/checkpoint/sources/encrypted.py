@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -328,25 +328,23 @@ def _other_contents(file: EncryptedFile, found: str) -> CompileError:
     )
 
 
-def save_decrypted(directory: StoredPath, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def save_decrypted(directory: StoredPath, out: Path) -> None:
     """Write the plaintexts of an encrypted release to a new directory, whole or not at all.
 
-    `progress` is called after every chunk with (bytes done, bytes of all files). Raises CompileError for files whose SHA-256 is
-    another than their names state, and for a directory that exists or cannot be written.
+    Raises CompileError for files whose SHA-256 is another than their names state, and for a directory that exists or cannot be
+    written.
     """
     if isinstance(directory, EncryptedFile):
         directory = directory.parent
     assert isinstance(directory, EncryptedDirectory), f"{directory} is no encrypted release"
-    total, done = sum(file.stat().st_size for file in directory.files), 0
-    with AtomicDirectory(out, needed=total, kind="decrypted release", option="--save-decrypted") as made:
+    needed = sum(file.stat().st_size for file in directory.files)
+    with AtomicDirectory(out, needed=needed, kind="decrypted release", option="--save-decrypted") as made:
         for file in directory.files:
             with file.open("rb") as plain:
                 try:
                     with (made.path / file.name).open("xb") as written:
                         while chunk := plain.read(DIGEST_CHUNK_BYTES):
                             written.write(chunk)
-                            done += len(chunk)
-                            progress(done, total)
                         written.flush()
                         os.fsync(written.fileno())
                 except OSError as error:

@@ -250,6 +250,11 @@ def test_plan_reads_an_encrypted_release(published: Path, key: Path, capsys: pyt
     assert status == 0 and json.loads(shown)
 
 
+def test_a_plan_of_a_config_alone_needs_no_key(plain: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, said = run(capsys, "plan", plain / "config.json", "--key", key)
+    assert status == 1 and "a plan with a key: found a config.json alone, expected a checkpoint; give the directory" in said
+
+
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("command", ["build", "plan"])
 def test_a_wrong_key_leaves_nothing(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
