@@ -91,6 +91,13 @@ def test_logits_equal_those_of_transformers(plain: Path, published: Path, key: P
     assert relative_error(Stepper(model).step({0: ids})[0], hf_logits(plain, ids)) < 1e-5
 
 
+def test_safetensors_are_decrypted_by_their_offsets(tmp_path: Path, key: Path) -> None:
+    plain = write_llama(tmp_path / "plain")
+    opened = open_checkpoint(encrypted(plain, key, tmp_path / "release"), reading=Reading(key=key))
+    for name, tensor in open_checkpoint(plain).tensors.items():
+        np.testing.assert_array_equal(opened.tensors[name].rows(3, 9), tensor.rows(3, 9))
+
+
 def test_an_original_llama_can_be_encrypted_too(plain: Path, key: Path, tmp_path: Path) -> None:
     original = original_llama(plain, tmp_path / "7B", parts=2)
     opened = open_checkpoint(encrypted(original, key, tmp_path / "release"), reading=Reading(key=key))
