@@ -1,7 +1,8 @@
 """Builds a release of BELLE-7B's shape: one pickle of 28.3 GB in float32. Reports how long that takes, and how much memory.
 
 The pickle is written by PyTorch, without values, which are then filled in: no more than a few megabytes of it are in memory.
-It needs 37 GB of disk, which are free again at the end:
+It needs 37 GB of disk, which are free again at the end. In a control group smaller than the engine, the self-test takes long,
+as the golden answers are then computed in float64:
 
     python -m benchmarks.build_belle_7b build/belle-7b
     python -m benchmarks.build_belle_7b build/belle-7b --control-group /sys/fs/cgroup/memory/belle   # with a limit of its own
