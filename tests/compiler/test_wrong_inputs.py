@@ -200,7 +200,7 @@ def test_a_shard_truncated_while_weights_are_packed(checkpoint: Path) -> None:
                 os.truncate(checkpoint / name, 4000)
 
     message = (
-        r"weights .*/model-0000\d-of-00002\.safetensors: found a file that changed or cannot be read .*; start the build again"
+        r"weights .*/model-0000\d-of-00002\.safetensors: found a file that was written meanwhile, .*; start the build again"
         r"; while computing (model\.layers\.0\S*|lm_head\S*) <- .*model-0000\d-of-00002\.safetensors: (model|lm_head)\."
     )
     with pytest.raises(CompileError, match=message):
