@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.errors import BelleError
+from belle_compile.runtime.json_reader import JsonReader, short
 
 STAGE = "config"
-MOST_INTEGER = (1 << 31) - 1  # of sizes, which kernels count in 32 bits
 
 # Keys that Transformers 4 and 5, trainers and converters write; none of them changes a forward pass in evaluation mode.
 HARMLESS = frozenset(
@@ -130,7 +130,7 @@ class Keys:
             values = value if isinstance(value, list) else [value]
             if not all(item in fixed[key] for item in values):
                 supported = " or ".join(["no value", *map(repr, fixed[key])])
-                raise Reader(config).error(key, _short(value), supported, REMEDIES.get(key, ""))
+                raise Reader(config).error(key, short(value), supported, REMEDIES.get(key, ""))
         if unknown:
             raise _unknown(config, unknown)
 
@@ -149,80 +149,29 @@ def without_keys(config: Mapping[str, Any], names: Sequence[str], used: Set[str]
         if name in used:
             found, remedy = "a key that the model is built from", "change it in config.json if it is wrong"
             raise CompileError(STAGE, f"--ignore-config-key {name}", found=found, expected="another key", remedy=remedy)
-        notes.append(f"key {name} of config.json, {_short(config[name])}, was ignored because --ignore-config-key asked for it")
+        notes.append(f"key {name} of config.json, {short(config[name])}, was ignored because --ignore-config-key asked for it")
     return {key: value for key, value in config.items() if key not in names}, notes
 
 
-def _unknown(config: Mapping[str, Any], keys: Sequence[str]) -> CompileError:
+def _unknown(config: Mapping[str, Any], keys: Sequence[str]) -> BelleError:
     """The error for all keys that a family does not know."""
     options = " ".join(f"--ignore-config-key {key}" for key in keys)
     if len(keys) == 1:
         remedy = f"remove the key if the model gives the same results without it, or pass {options}"
-        return Reader(config).error(keys[0], _short(config[keys[0]]), "a key this compiler knows", remedy)
+        return Reader(config).error(keys[0], short(config[keys[0]]), "a key this compiler knows", remedy)
     remedy = f"remove the keys if the model gives the same results without them, or pass {options}"
     return CompileError(
         STAGE,
         f"keys {', '.join(keys)} of {Reader(config).where}",
-        found=", ".join(_short(config[key]) for key in keys),
+        found=", ".join(short(config[key]) for key in keys),
         expected="keys this compiler knows",
         remedy=remedy,
     )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
 @dataclass(frozen=True)
-class Reader:
-    """Reads typed values of a JSON object, which `where` names in errors. A key that is null counts as missing.
+class Reader(JsonReader):
+    """Reads config.json; raises CompileError."""
 
-    A value may have several names; two that are present with different values are refused.
-    """
-
-    values: Mapping[str, Any]
-    where: str = "config.json"
-
-    def get(self, *names: str) -> Any:
-        """The value under any of the names; None if none of them is present."""
-        present = {name: self.values[name] for name in names if self.values.get(name) is not None}
-        first = next(iter(present.values()), None)
-        if any(value != first for value in present.values()):
-            contradiction = ", ".join(f"{name} {_short(value)}" for name, value in present.items())
-            raise self.error(names[0], contradiction, "one value", "remove the wrong key")
-        return first
-
-    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """The whole number under any of the names; raises CompileError if it is missing without a default or below `least`."""
-        value = self._or_default(names, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_INTEGER:
-            large = isinstance(value, int) and value > MOST_INTEGER
-            expected = f"a whole number <= {MOST_INTEGER}" if large else f"a whole number >= {least}"
-            raise self.error(names[0], _short(value), expected)
-        return value
-
-    def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
-        """The number under any of the names; raises CompileError if it is missing without a default or not above `above`."""
-        value = self._or_default(names, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value <= sys.float_info.max:
-            raise self.error(names[0], _short(value), f"a number > {above:g}")
-        return float(value)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self._or_default((name,), default)
-        if not isinstance(value, bool):
-            raise self.error(name, _short(value), "true or false")
-        return value
-
-    def error(self, name: str, found: str, expected: str, remedy: str = "") -> CompileError:
-        """A CompileError about one key; the caller raises it."""
-        return CompileError(STAGE, f"key {name} of {self.where}", found=found, expected=expected, remedy=remedy)
-
-    def _or_default(self, names: tuple[str, ...], default: float | None) -> Any:
-        value = self.get(*names)
-        if value is None and default is None:
-            raise self.error(names[0], "nothing", "a value", "config.json is incomplete: download it again")
-        return default if value is None else value
+    stage: ClassVar[str] = STAGE
+    failure: ClassVar[type[BelleError]] = CompileError

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from belle_compile.compiler.families.config import MOST_INTEGER, Reader
+from belle_compile.compiler.families.config import Reader
+from belle_compile.runtime.json_reader import MOST_INTEGER
 
 Floats = npt.NDArray[np.float32]
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from belle_compile.compiler.checkpoint.overlays import low_rank
-from belle_compile.compiler.checkpoint.overlays.adapter_config import CONFIG, AdapterConfig, read_config
 from belle_compile.compiler.checkpoint.overlays.adapter_tensors import WEIGHTS, AdapterTensors, read_tensors, weights_of
 from belle_compile.compiler.checkpoint.overlays.base import Overlaid
 from belle_compile.compiler.checkpoint.sources.registry import fetch
@@ -18,8 +18,11 @@ from belle_compile.compiler.checkpoint.tokenizers import has_tokenizer
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.layers import HEAD
+from belle_compile.compiler.json_files import read_json
 from belle_compile.compiler.reading import AdapterChoice
 from belle_compile.compiler.stored_path import StoredPath
+from belle_compile.runtime.adapters.config import CONFIG, AdapterConfig, parse_config
+from belle_compile.runtime.errors import EngineError
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B, _ROWS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
@@ -46,7 +49,9 @@ class Adapter:
 
     def apply(self, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Overlaid:
         """Merge; raises CompileError for an adapter of another base, and for what PEFT would not load or merge."""
-        stated = read_config(self.directory / CONFIG)
+        values = read_json(self.directory / CONFIG)
+        with _errors_of_builds():
+            stated = parse_config(str(self.directory), values)
         file = weights_of(self.directory)
         own = read_tensors(file)
         merge = _Merge(self, stated, tensors, self.family.read_config(config).tied_head)
@@ -82,6 +87,15 @@ def fetch_adapter(choice: AdapterChoice, family: Family[Any], base_names: frozen
     return Adapter(choice.name, files.directory, choice.scale, family, base_names)
 
 
+@contextmanager
+def _errors_of_builds() -> Iterator[None]:
+    """What the runtime's reader of adapters refuses is refused in the name of the build."""
+    try:
+        yield
+    except EngineError as error:
+        raise CompileError(**(error.parts() | {"stage": STAGE})) from None
+
+
 class _Merge:
     """The tensors of a base while an adapter's changes are added. Where the head is the embedding, both names stand for one
     tensor until a change of one of them takes them apart."""
@@ -109,7 +123,8 @@ class _Merge:
         weights = {self._named(name): name for name, tensor in self._tensors.items() if _is_matrix(name, tensor)}
         linears = [name for name, weight in weights.items() if weight != self._table]
         tables = weights.keys() - {*linears}
-        targeted = self._stated.targets.among(linears, tables, _module(HEAD))
+        with _errors_of_builds():
+            targeted = self._stated.targets.among(linears, tables, _module(HEAD))
         if targeted is None:
             return
         # PEFT ties the head's change to the embedding's, whichever of them is named.
@@ -145,7 +160,8 @@ class _Merge:
     def add_low_rank(self, parts: Mapping[str, Mapping[str, LazyTensor]]) -> None:
         """Add the products of factors to the weights that they belong to."""
         changes = {name: dict(part) for name, part in parts.items() if set(part) != {_ROWS}}
-        sizes = self._stated.sizes(sorted(changes))
+        with _errors_of_builds():
+            sizes = self._stated.sizes(sorted(changes))
         self._drop_tied_head(changes)
         for name, part in changes.items():
             weight, (rank, scaling) = self._weight(name), sizes[name]

@@ -11,15 +11,10 @@ from belle_compile.compiler.checkpoint.formats.safetensors import SAFETENSORS
 from belle_compile.compiler.checkpoint.tensors import DERIVED_BUFFERS, STAGE, LazyTensor, require_float
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.stored_path import StoredPath
+from belle_compile.runtime.adapters import names
 
 # The files of weights in PEFT's order, and what opens each.
-WEIGHTS = (("adapter_model.safetensors", SAFETENSORS), ("adapter_model.bin", PICKLES))
-_PREFIX = "base_model.model."
-_PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(?P<end>(?<=vector)\.weight)?"
-)
-_BASE = re.compile(r"(\.token_adapter)?\.base_layer(?=\.(weight|bias)$)")
+WEIGHTS = ((names.WEIGHTS, SAFETENSORS), (names.PICKLED_WEIGHTS, PICKLES))
 # Of a table in a vocabulary that was resized, PEFT saves these beside the one that it loads.
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.(weight|bias)$)")
 _FOREIGN = re.compile(r"(^|\.)(lora_\w+|modules_to_save|token_adapter|original_module|_orig_mod|default)(\.|$)")
@@ -57,15 +52,15 @@ def read_tensors(file: StoredPath) -> AdapterTensors:
 
 
 def _grouped(tensors: Sequence[LazyTensor]) -> AdapterTensors:
-    result, names = AdapterTensors(), {tensor.name for tensor in tensors}
+    result, stored = AdapterTensors(), {tensor.name for tensor in tensors}
     for tensor in tensors:
-        name = _BASE.sub("", tensor.name.removeprefix(_PREFIX))
-        if name.endswith(DERIVED_BUFFERS) or (_COPY.search(tensor.name) and _COPY.sub("", tensor.name) in names):
+        name = names.BASE_LAYER.sub("", tensor.name.removeprefix(names.PREFIX))
+        if name.endswith(DERIVED_BUFFERS) or (_COPY.search(tensor.name) and _COPY.sub("", tensor.name) in stored):
             continue
-        if not tensor.name.startswith(_PREFIX):
-            raise _unknown(tensor, f"a name that begins with {_PREFIX}")
+        if not tensor.name.startswith(names.PREFIX):
+            raise _unknown(tensor, f"a name that begins with {names.PREFIX}")
         require_float(tensor)
-        if match := _PART.fullmatch(name):
+        if match := names.PART.fullmatch(name):
             result.parts.setdefault(match["module"], {})[match["part"]] = tensor
         elif _FOREIGN.search(name) or not name.endswith((".weight", ".bias")):
             raise _unknown(tensor, "the parts of LoRA, and whole weights and biases")

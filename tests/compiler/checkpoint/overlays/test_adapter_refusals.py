@@ -13,9 +13,10 @@ import torch
 from peft import IA3Config, LoHaConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from belle_compile.compiler.checkpoint import open_checkpoint
-from belle_compile.compiler.checkpoint.overlays.adapter_targets import matching
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.reading import AdapterChoice, Reading
+from belle_compile.runtime.adapters.targets import matching
+from belle_compile.runtime.errors import EngineError
 from tests.compiler.checkpoint.models import write_json
 from tests.compiler.checkpoint.overlays.adapters import edit_config, edit_tensors, make_adapter
 from tests.parity.variants import VARIANTS, load_hf
@@ -190,6 +191,6 @@ def test_an_adapter_in_the_place_of_a_model(plain: Path) -> None:
 
 
 def test_expressions_that_take_forever_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("belle_compile.compiler.checkpoint.overlays.adapter_targets.MOST_SECONDS", 0.5)
-    with pytest.raises(CompileError, match=r"regular expression .*: found one that takes more than 0\.5 seconds, expected"):
+    monkeypatch.setattr("belle_compile.runtime.adapters.targets.MOST_SECONDS", 0.5)
+    with pytest.raises(EngineError, match=r"regular expression .*: found one that takes more than 0\.5 seconds, expected"):
         matching(r"(\w+\.?)+\d", ["model.layers.self_attn.q_proj_and_some_more_words_x"])

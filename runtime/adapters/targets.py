@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from belle_compile.compiler.checkpoint.tensors import STAGE
-from belle_compile.compiler.errors import CompileError
+from belle_compile.runtime.errors import EngineError
 
+STAGE = "adapter"
 T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"  # of target_modules: every linear layer but the head
@@ -83,7 +83,7 @@ def by_module(values: Mapping[str, T], modules: Collection[str]) -> dict[str, T]
 def matching(pattern: str, names: Iterable[str], *, ends: bool = False) -> set[str]:
     """The names that a regular expression matches whole, or the last parts of (`ends`).
 
-    Raises CompileError for one that is none or takes too long."""
+    Raises EngineError for one that is none or takes too long."""
     names, whole = sorted(names), rf"(.*\.)?({pattern})" if ends else pattern
     if _PLAIN.fullmatch(pattern):
         return {name for name in names if re.fullmatch(whole, name)}
@@ -101,7 +101,7 @@ def matching(pattern: str, names: Iterable[str], *, ends: bool = False) -> set[s
         slow = isinstance(error, subprocess.TimeoutExpired)
         found = f"one that takes more than {MOST_SECONDS:g} seconds" if slow else str(error)
     expected = "one that matches names of modules"
-    raise CompileError(STAGE, f"regular expression {pattern[:100]!r}", found=found, expected=expected, remedy=remedy)
+    raise EngineError(STAGE, f"regular expression {pattern[:100]!r}", found=found, expected=expected, remedy=remedy)
 
 
 def _ends(name: str, targets: Iterable[str]) -> bool:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from belle_compile.compiler.checkpoint.overlays.adapter_targets import Targets, by_module
-from belle_compile.compiler.checkpoint.tensors import STAGE
-from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.families.config import Reader
-from belle_compile.compiler.json_files import read_json
-from belle_compile.compiler.stored_path import StoredPath
+from belle_compile.runtime.adapters.targets import STAGE, Targets, by_module
+from belle_compile.runtime.errors import BelleError, EngineError
+from belle_compile.runtime.json_reader import JsonReader
 
 CONFIG = "adapter_config.json"
 _MERGE = "merge it with PEFT (merge_and_unload), save the model and give that"
@@ -94,15 +91,19 @@ class AdapterConfig:
         return next((rows for module, rows in self.tokens.items() if table.endswith(module)), ())
 
 
-def read_config(file: StoredPath) -> AdapterConfig:
-    """Read an adapter_config.json.
+class _Reader(JsonReader):
+    stage: ClassVar[str] = STAGE
+    failure: ClassVar[type[BelleError]] = EngineError
 
-    Raises CompileError for other methods than LoRA, for variants of it that no merged weight expresses, and for keys that are
+
+def parse_config(place: str, values: Mapping[str, Any]) -> AdapterConfig:
+    """The content of an adapter_config.json, from its JSON object; `place` is the adapter's directory, for errors.
+
+    Raises EngineError for other methods than LoRA, for variants of it that no merged weight expresses, and for keys that are
     unknown and say something.
     """
-    values = read_json(file)
-    read = Reader(values, CONFIG)
-    _check_method(file, read)
+    read = _Reader(values, CONFIG)
+    _check_method(place, read)
     _check_keys(read)
     rank = read.integer("r", default=8)
     base, layers = values.get("base_model_name_or_path"), read.get("layers_to_transform")
@@ -133,24 +134,24 @@ def read_config(file: StoredPath) -> AdapterConfig:
     )
 
 
-def _check_method(file: StoredPath, read: Reader) -> None:
-    """Raise CompileError for an adapter of another method than LoRA, for another task, or begun in a way that changes the
+def _check_method(place: str, read: _Reader) -> None:
+    """Raise EngineError for an adapter of another method than LoRA, for another task, or begun in a way that changes the
     base."""
     method, task = read.get("peft_type"), read.get("task_type")
     if method != _LORA:
         found = f"an adapter of {method}" if method else "no peft_type"
-        raise CompileError(STAGE, f"adapter {file.parent}", found=found, expected="a LoRA adapter", remedy=_MERGE)
+        raise EngineError(STAGE, f"adapter {place}", found=found, expected="a LoRA adapter", remedy=_MERGE)
     if task not in _TASKS:
         expected = "an adapter for text generation (CAUSAL_LM)"
-        raise CompileError(STAGE, f"adapter {file.parent}", found=f"an adapter for the task {task}", expected=expected)
+        raise EngineError(STAGE, f"adapter {place}", found=f"an adapter for the task {task}", expected=expected)
     begun = str(read.get("init_lora_weights")).lower()
     if begun.startswith(_OTHER_BASE):
         expected = "an adapter of the model itself"
         found = f"an adapter begun with {begun}, which is one of other weights than its base has"
-        raise CompileError(STAGE, f"adapter {file.parent}", found=found, expected=expected, remedy=_CONVERT)
+        raise EngineError(STAGE, f"adapter {place}", found=found, expected=expected, remedy=_CONVERT)
 
 
-def _check_keys(read: Reader) -> None:
+def _check_keys(read: _Reader) -> None:
     for key, value in read.values.items():
         if key in _USED or key in _HARMLESS or not value:
             continue
@@ -160,7 +161,7 @@ def _check_keys(read: Reader) -> None:
         raise read.error(key, repr(value)[:100], "a key this compiler knows", remedy)
 
 
-def _names(read: Reader, key: str) -> tuple[str, ...]:
+def _names(read: _Reader, key: str) -> tuple[str, ...]:
     value = read.get(key)
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or not all(isinstance(name, str) and name for name in values):
@@ -168,21 +169,21 @@ def _names(read: Reader, key: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _integers(read: Reader, key: str, value: Any) -> tuple[int, ...]:
+def _integers(read: _Reader, key: str, value: Any) -> tuple[int, ...]:
     values = [value] if type(value) is int else value
     if not isinstance(values, list) or not all(type(item) is int and item >= 0 for item in values):
         raise read.error(key, repr(value)[:100], "whole numbers")
     return tuple(values)
 
 
-def _pattern(read: Reader, key: str, kinds: tuple[type, ...]) -> dict[str, Any]:
+def _pattern(read: _Reader, key: str, kinds: tuple[type, ...]) -> dict[str, Any]:
     value = read.get(key) or {}
     if not isinstance(value, dict) or not all(type(number) in kinds and number > 0 for number in value.values()):
         raise read.error(key, repr(value)[:100], "an object of positive numbers")
     return value
 
 
-def _tokens(read: Reader) -> dict[str, tuple[int, ...]]:
+def _tokens(read: _Reader) -> dict[str, tuple[int, ...]]:
     value = read.get("trainable_token_indices") or {}
     by_module = value if isinstance(value, dict) else {"": value}  # those of the embedding
     found = {module: _integers(read, "trainable_token_indices", indices) for module, indices in by_module.items()}
