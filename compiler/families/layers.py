@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families.model_config import STAGE
+from belle_compile.compiler.ir import basis
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.lazy import lazy
 
@@ -56,6 +57,13 @@ class Part:
         return np.concatenate(pieces) if pieces else tensor.rows(0, 0)
 
 
+def _changes(outputs: int, order: Order | None, scale: float) -> basis.Changes:
+    """What an order of outputs and a factor are to an adapter of the stored weight."""
+    ordered = () if order is None else (basis.Change("outputs", "reorder", arrays={"order": order}),)
+    factors = np.full(outputs, scale, np.float32)
+    return ordered if scale == 1 else (*ordered, basis.Change("outputs", "scale", arrays={"factors": factors}))
+
+
 def stored_alone(name: str) -> Part | None:
     """No part, for any tensor."""
     return None
@@ -96,6 +104,7 @@ class Layers:
             made = lazy(
                 name, integers.numpy, shape, np.float32, integers.rows, step=_ORDERED, sources=sources, quantized=integers
             )
+        basis.record(made, _changes(shape[0], order, scale))
         return self.builder.weight(name, made)
 
     def _unpacked(self, name: str, shape: tuple[int, ...], part: Part) -> ir.Value:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import basis
 from belle_compile.compiler.ir.quantized import QuantizedTensor
 from belle_compile.compiler.ir.read_cache import Kind, ReadCache
 
@@ -57,12 +58,16 @@ def lazy(
     step: str = "",
     sources: Sequence[ir.TensorProtocol | str] = (),
     quantized: QuantizedTensor | None = None,
+    basis_of: ir.TensorProtocol | None = None,
 ) -> ir.LazyTensor:
     """Make a tensor whose values `compute` returns at every read; they are kept in memory only inside of `keeping`.
 
     `rows(start, stop)`, where it is given, computes these rows alone; see `read_rows`. `step` names what `compute` does to its
     `sources`, which are tensors, or text that says where in a file the values lie: `describe` and errors show both. `quantized`
     is given where the values are exactly those of a checkpoint's integers.
+
+    `basis_of` is the tensor whose changes of basis the new one has; without it, those of a tensor that is computed from
+    others are not known until they are recorded (see `basis.changes_of`).
 
     A read raises CompileError where the result has another shape or dtype than announced. A CompileError of `compute` becomes a
     WeightError.
@@ -85,6 +90,8 @@ def lazy(
 
     tensor = ir.LazyTensor(read, dtype=element, shape=ir.Shape(shape), name=name)
     tensor.meta[_STEP] = _Step(step, tuple(sources))
+    if basis_of is not None or any(not isinstance(source, str) for source in sources):
+        basis.record(tensor, None if basis_of is None else basis.changes_of(basis_of))
     if rows is not None:
         tensor.meta[_ROWS] = rows
     if quantized is not None:

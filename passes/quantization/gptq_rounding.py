@@ -141,7 +141,15 @@ def _replace(node: ir.Node, file: Path, graph: ir.Graph, group: int | None) -> N
     assert old is not None and old.shape is not None and old.const_value is not None and index is not None
     integers_and_scales = Shared(partial(_read, file))
     name, shape, sources = f"{old.name}.{_SUFFIX}", old.shape.numpy(), [old.const_value]
-    tensor = lazy(name, partial(_product, file, group), shape, ir.DataType.FLOAT, step=_SUFFIX, sources=sources)
+    tensor = lazy(
+        name,
+        partial(_product, file, group),
+        shape,
+        ir.DataType.FLOAT,
+        step=_SUFFIX,
+        sources=sources,
+        basis_of=old.const_value,
+    )
     value = make_initializer(tensor)
     value.meta[INTEGERS if group is None else GROUPED] = integers_and_scales
     value.meta[BEFORE] = old.const_value

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from belle_compile.compiler.ir.basis import Change
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears, quantized, rounded_blocks
@@ -213,9 +214,11 @@ def _divide(place: _Place, factors: Floats, graph: ir.Graph) -> None:
     of_source = factors if place.repeat == 1 else factors.reshape(-1, place.repeat, place.width)[:, 0].reshape(-1)
     rows = slice(place.start, place.start + len(of_source))
     for role in place.roles:
-        replace_weight(place.source, role, partial(_divide_rows, of_source, rows), graph, "smoothed")
+        divided = Change("outputs", "scale", rows.start, rows.stop, {"factors": 1 / of_source})
+        replace_weight(place.source, role, partial(_divide_rows, of_source, rows), graph, "smoothed", changes=[divided])
+    multiplied = Change("inputs", "scale", arrays={"factors": factors})
     for reader in place.readers:
-        replace_weight(reader, Role.WEIGHT, partial(_multiply_columns, factors), graph, "smoothed")
+        replace_weight(reader, Role.WEIGHT, partial(_multiply_columns, factors), graph, "smoothed", changes=[multiplied])
 
 
 def _divide_rows(factors: Floats, rows: slice, weight: Floats) -> Floats:

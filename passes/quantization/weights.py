@@ -34,7 +34,9 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     if f"{name}.int8" not in graph.initializers:
         error = _rounding_error(weight)
         both = weight.meta.get(INTEGERS) or Shared(lambda: quantize_tensor(source, name, error))
-        integers = lazy(f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source])
+        integers = lazy(
+            f"{name}.int8", lambda: both[0], shape, ir.DataType.INT8, step="int8", sources=[source], basis_of=source
+        )
         scales = lazy(f"{name}.scale", lambda: both[1], shape[:1], ir.DataType.FLOAT, step="scale", sources=[source])
         _measured(integers, error, both, None)
         for tensor in (integers, scales):
@@ -56,7 +58,9 @@ def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Va
         both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group, error))
         int4 = ir.DataType.INT4
         shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // group))
-        integers = lazy(f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source])
+        integers = lazy(
+            f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source], basis_of=source
+        )
         scales = lazy(f"{name}.scales", lambda: both[1], groups_shape, ir.DataType.FLOAT16, step="scales", sources=[source])
         _measured(integers, error, both, group)
         for tensor in (integers, scales):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from belle_compile.compiler.ir import basis
 from belle_compile.compiler.ir.build import make_initializer, make_node
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import attributes_of, operand, spec_of
@@ -44,8 +45,9 @@ class FoldLayerNorms(Pass):
         for node in stream.tables:
             replace_weight(node, Role.TABLE, _center_rows, graph, "centered", by_rows=True)
         for node in stream.writers:
-            replace_weight(node, Role.WEIGHT, _center_columns, graph, "centered")
-            replace_weight(node, Role.BIAS, _center_vector, graph, "centered")
+            centered = [basis.Change("outputs", "center")]
+            replace_weight(node, Role.WEIGHT, _center_columns, graph, "centered", changes=centered)
+            replace_weight(node, Role.BIAS, _center_vector, graph, "centered", changes=centered)
         for norm in stream.norms:
             bias = operand(norm, Role.BIAS)
             if bias is not None and bias.const_value is not None:
@@ -66,7 +68,10 @@ def add_bias(reader: ir.Node, shift: ir.TensorProtocol, graph: ir.Graph) -> None
     compute = partial(_shifted, weight.const_value, shift, bias)
     sources = [tensor for tensor in (bias, weight.const_value, shift) if tensor is not None]
     shape = weight.const_value.shape.numpy()[:1]
-    value = make_initializer(lazy(name, compute, shape, ir.DataType.FLOAT, step="shifted", sources=sources))
+    tensor = lazy(name, compute, shape, ir.DataType.FLOAT, step="shifted", sources=sources)
+    # The weight stays as it is, so that its bias has the changes up to here, and the addend that its inputs lack from now on.
+    basis.record(tensor, basis.changed(weight.const_value, [basis.Change("inputs", "shift", arrays={"vector": shift})]))
+    value = make_initializer(tensor)
     graph.register_initializer(value)
     reader.resize_inputs(max(len(reader.inputs), index + 1))
     reader.replace_input_with(index, value)

@@ -40,6 +40,12 @@ class Rotation:
             result[rows] = x.reshape(-1, self.size)
         return result
 
+    def parts(self) -> dict[str, Floats]:
+        """The `signs` [size] and the `mixer` [blocks, blocks] that make Q."""
+        blocks, _, _ = self._factors()
+        signs, mixer = self._parts(blocks)
+        return {"signs": signs, "mixer": mixer if blocks > 1 else np.ones((1, 1), np.float32)}
+
     def left(self, weight: Floats) -> Floats:
         """Q.T @ weight for a weight [size, columns]."""
         blocks, outer, inner = self._factors()

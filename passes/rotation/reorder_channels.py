@@ -12,6 +12,8 @@ import onnx_ir as ir
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from belle_compile.compiler.ir import basis
+from belle_compile.compiler.ir.basis import Side
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
@@ -220,10 +222,11 @@ def _taken(old: ir.Value, axis: int, places: Order, graph: ir.Graph) -> ir.Value
     assert source is not None
     by_rows = axis == 1 and has_rows(source)
     rows = (lambda start, stop: _take(read_rows(source, start, stop), places, axis)) if by_rows else None
-    value = make_initializer(
-        lazy(f"{old.name}.reordered{axis}", lambda: _take(source.numpy(), places, axis), source.shape.numpy(),
-             ir.DataType.FLOAT, rows, step="reordered", sources=[source])
-    )  # fmt: skip
+    tensor = lazy(f"{old.name}.reordered{axis}", lambda: _take(source.numpy(), places, axis), source.shape.numpy(),
+                  ir.DataType.FLOAT, rows, step="reordered", sources=[source])  # fmt: skip
+    side: Side = "inputs" if axis == 1 else "outputs"
+    basis.record(tensor, basis.changed(source, [basis.Change(side, "reorder", arrays={"order": places})]))
+    value = make_initializer(tensor)
     graph.register_initializer(value)
     return value
 

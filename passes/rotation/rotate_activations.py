@@ -12,8 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.basis import Change
 from belle_compile.compiler.ir.build import make_node
-from belle_compile.compiler.ir.meanings import block_hadamard
+from belle_compile.compiler.ir.meanings import block_hadamard, golay_signs
 from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight, other_readers
@@ -66,7 +67,9 @@ class RotateActivations(RewritePass[tuple[ir.Node, ir.Node]]):
         width = _width(activation)
         block = self.block_of(width)
         rotate = make_node("BlockHadamard", activation.outputs, f"{activation.name}.hadamard", attributes={"block": block})
-        replace_weight(linear, Role.WEIGHT, partial(_rotate_rows, block), graph)
+        parts = {"signs": golay_signs(block), "mixer": np.ones((1, 1), np.float32)}
+        changes = [Change("inputs", "rotate", arrays=parts)]
+        replace_weight(linear, Role.WEIGHT, partial(_rotate_rows, block), graph, changes=changes)
         inputs = [rotate.outputs[0], *linear.inputs[1:]]
         node = make_node(linear.op_type, inputs, str(linear.name), attributes=attributes_of(linear))
         return Replacement([linear], [rotate, node], {linear.outputs[0]: node.outputs[0]})

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from belle_compile.compiler.ir.basis import Change
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
@@ -45,13 +46,18 @@ class RotateResidual(Pass):
         assert gain is not None and gain.shape is not None
         size = int(gain.shape.numpy()[0])
         rotation = Rotation(size, self.seed)
+        parts = rotation.parts()
         for node in stream.tables:
             replace_weight(node, Role.TABLE, partial(_rotate_rows, rotation), graph, by_rows=True)
         for node in stream.readers:
-            replace_weight(node, Role.WEIGHT, partial(_absorb_gain, rotation, _gain_before(node)), graph, by_rows=True)
+            gain_before = _gain_before(node)
+            changes = Change("inputs", "scale", arrays={"factors": gain_before}), Change("inputs", "rotate", arrays=parts)
+            change = partial(_absorb_gain, rotation, gain_before)
+            replace_weight(node, Role.WEIGHT, change, graph, by_rows=True, changes=changes)
         for node in stream.writers:
-            replace_weight(node, Role.WEIGHT, rotation.left, graph)
-            replace_weight(node, Role.BIAS, partial(_rotate_vector, rotation), graph)
+            rotated = [Change("outputs", "rotate", arrays=parts)]
+            replace_weight(node, Role.WEIGHT, rotation.left, graph, changes=rotated)
+            replace_weight(node, Role.BIAS, partial(_rotate_vector, rotation), graph, changes=rotated)
         ones = make_initializer(ir.Tensor(np.ones(size, np.float32), name="rotated_norms.ones"))
         graph.register_initializer(ones)
         for node in stream.norms:

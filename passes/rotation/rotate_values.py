@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from belle_compile.compiler.ir.basis import Change
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Pass, PassResult, Phase, other_readers
@@ -59,9 +60,11 @@ class RotateValues(Pass):
         if linear is None or reason:
             return reason or "its values do not come from a linear"
         rows = slice(start, start + attributes["num_kv_heads"] * rotation.size)
+        of_rows = Change("outputs", "rotate", rows.start, rows.stop, rotation.parts())
+        of_columns = Change("inputs", "rotate", arrays=rotation.parts())
         for role in (Role.WEIGHT, Role.BIAS):
-            replace_weight(linear, role, partial(_rotate_rows, rotation, rows), graph)
-        replace_weight(after[0], Role.WEIGHT, partial(_rotate_columns, rotation), graph)
+            replace_weight(linear, role, partial(_rotate_rows, rotation, rows), graph, changes=[of_rows])
+        replace_weight(after[0], Role.WEIGHT, partial(_rotate_columns, rotation), graph, changes=[of_columns])
         return ""
 
 

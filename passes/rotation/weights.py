@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from belle_compile.compiler.ir import basis
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import has_rows, lazy, read_rows
 from belle_compile.compiler.ir.ops import operand, spec_of
@@ -24,6 +25,7 @@ def replace_weight(
     suffix: str = "rotated",
     *,
     by_rows: bool = False,
+    changes: Sequence[basis.Change] | None = None,
 ) -> None:
     """Let a node read change(weight) in place of its weight of that role; does nothing where the node has none.
 
@@ -31,6 +33,9 @@ def replace_weight(
     readers of a tied table may change it differently. With `by_rows`, a row of the result depends only on the same row of the
     weight. `change` may overwrite its argument, an array that nothing else refers to: embedding tables are the largest tensors
     of a model, and a chain of changes needs the memory of one.
+
+    `changes` say what it is to the inputs or outputs of a linear, so that adapters of it can follow; a linear whose weight was
+    changed without them takes no adapter.
     """
     index, weight = spec_of(node).index(role), operand(node, role)
     if index is None or weight is None:
@@ -43,6 +48,7 @@ def replace_weight(
     rows = (lambda start, stop: change(read_rows(source, start, stop))) if by_rows and has_rows(source) else None
     shape = source.shape.numpy()
     tensor = lazy(name, lambda: change(own(source)), shape, ir.DataType.FLOAT, rows, step=suffix, sources=[source])
+    basis.record(tensor, basis.changed(source, changes))
     value = make_initializer(tensor)
     graph.register_initializer(value)
     node.replace_input_with(index, value)
