@@ -22,7 +22,8 @@ class Phase(IntEnum):
     OUTLIERS = 1  # spread outliers or move them into weights, while everything is float32
     QUANTIZATION = 2  # choose integers and scales, and use them
     PARTITION = 3  # make the graph of one rank
-    FUSION = 4  # make one op of several, in the graph of a rank
+    ADAPTERS = 4  # make room for adapters, in the graph of a rank
+    FUSION = 5  # make one op of several, in the graph of a rank
 
 
 @dataclass(frozen=True)

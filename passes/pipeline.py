@@ -13,6 +13,7 @@ import onnx_ir as ir
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.text import save_onnx, to_text
 from belle_compile.compiler.ir.verify import verify
+from belle_compile.passes.adapters.add_low_rank import AddLowRank
 from belle_compile.passes.base import Pass, PassResult, Phase
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.cleanup.merge_duplicates import MergeDuplicates
@@ -42,9 +43,10 @@ from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
 # What uses a pass of no method: every recipe, recipes with integer weights, with scales for groups of inputs, and with integers
-# that the checkpoint holds; and exports with a rotation of a residual stream that norms of these ops read, and with integers in
-# embedding and head
+# that the checkpoint holds; exports with a rotation of a residual stream that norms of these ops read, and with integers in
+# embedding and head; and engines that take adapters
 ALWAYS, INTEGERS, GROUPS, TABLES, KEPT = "always", "integers", "groups", "tables", "kept integers"
+ADAPTERS = "adapters"
 RMS_NORM, LAYER_NORM = "RMSNormalization", "LayerNormalization"
 
 
@@ -54,7 +56,7 @@ class Options:
 
     `data` are the calibration requests, `keep` glob patterns of linears that stay float32, and `ranks` is the number of ranks
     that the model will be divided among. `weights`, `activation_bits` and `group` (channels that stay together in a rank) come
-    from the recipe.
+    from the recipe. `lora_rank` is the largest rank of adapters (0: none), `lora_targets` the linears that they may change.
     """
 
     data: CalibrationData | None
@@ -62,6 +64,8 @@ class Options:
     ranks: int
     weights: WeightScheme
     activation_bits: int
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
 
     @property
     def group(self) -> int:
@@ -108,6 +112,8 @@ PIPELINE: tuple[Step, ...] = (
     Step(QuantizeLinears, INTEGERS, ("keep", "activation_bits")),
     Step(QuantizeEmbedding, INTEGERS),
     # Partition: where there are several ranks, `run_for` makes the graph of each here.
+    # Adapters: beside linears that are not fused yet, so that each has the name that adapters know it by.
+    Step(AddLowRank, ADAPTERS, ("lora_rank", "lora_targets")),
     # Fuse: linears first, then the ops between them.
     Step(FuseDequantize, INTEGERS),
     Step(FuseProjections),
@@ -139,15 +145,22 @@ FUSION: tuple[Pass, ...] = tuple(step.pass_class() for step in PIPELINE if step.
 
 
 def passes_of(
-    recipe: Recipe, data: CalibrationData | None = None, keep: tuple[str, ...] = (), ranks: int = 1
+    recipe: Recipe,
+    data: CalibrationData | None = None,
+    keep: tuple[str, ...] = (),
+    ranks: int = 1,
+    *,
+    lora_rank: int = 0,
+    lora_targets: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """The passes of a recipe, in order. Without requests (`data` None), those of methods that need requests are left out.
-    `keep` and `ranks` are those of `Options`."""
-    options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits)
+    The other arguments are those of `Options`."""
+    options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits, lora_rank, lora_targets)
     uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
     uses |= {INTEGERS} if recipe.quantizes else set()
     uses |= {GROUPS} if recipe.weights.group is not None else set()
     uses |= {KEPT} if recipe.keeps_integers else set()
+    uses |= {ADAPTERS} if lora_rank else set()
     return tuple(step.with_options(options) for step in PIPELINE if step.used_by in uses)
 
 
@@ -176,11 +189,12 @@ def export_passes_of(
 
 
 def at_fusion(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """Split passes into those that run on the whole model and the fusions after them, which run on the graph of each rank.
+    """Split passes into those that run on the whole model and those after them, which run on the graph of each rank: fusions,
+    and before these what makes room for adapters.
 
     So weights are quantized once for all ranks, and each rank fuses the parts of linears that it has.
     """
-    first = next((i for i, step in enumerate(passes) if step.phase is Phase.FUSION), len(passes))
+    first = next((i for i, step in enumerate(passes) if step.phase > Phase.PARTITION), len(passes))
     return tuple(passes[:first]), tuple(passes[first:])
 
 
@@ -212,8 +226,8 @@ def run_pipeline(
             _dump(model, dump_dir, number, step.name)
             verify(model)
         except Exception as error:
-            if isinstance(step, PartitionTensors) and isinstance(error, CompileError):
-                raise  # the model cannot have this number of ranks: an error of the request and not of the pass
+            if isinstance(step, (PartitionTensors, AddLowRank)) and isinstance(error, CompileError):
+                raise  # the model cannot have this number of ranks or these targets: an error of the request, not of the pass
             raise _failure(step, error, records) from error
         records.append(
             {"name": step.name, "options": step.options, "changes": result.changes, "refusals": list(result.refusals)}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from belle_compile.runtime.schema import OPTIONAL
 
 PROGRAM_FORMAT = 6
 PROGRAM_NAME = "program.json"
 WEIGHTS_NAME = "weights.safetensors"
 BLOCK_SIZE = 16  # tokens of a block of the KV cache
 ALIGNMENT = 64  # bytes
-INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "T", "R")
+RANK_STEP = 4  # ranks of an adapter's change that kernels compute together
+LANES, COLUMNS = 16, 64  # neighbouring inputs of a rank, and outputs, that lie side by side in an adapter's factors
+INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "adapters", "adapted", "T", "R")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of an element
 SCALES_BYTES = 4 * BLOCK_SIZE  # of one head of a block of an int8 cache: one float32 for each token
 CUBIN = ".cubin"  # ending of a GPU kernel's member in its archive, after the kernel's name
@@ -59,10 +64,18 @@ class Scratch:
     bytes: int
 
 
-Arg = Arena | Weight | Input | KV | Scratch
+@dataclass(frozen=True)
+class Adapter:
+    """The region of a linear in the first adapter slot, see `AdapterLayout`; JSON {"adapter": name of the linear}."""
+
+    target: str
+
+
+Arg = Arena | Weight | Input | KV | Scratch | Adapter
 # The steps that need a call: all of them; those with tokens that are the only ones of their sequence ("alone", as when
-# decoding); or those with several tokens of one sequence ("runs", as of a prompt). The kernel itself skips other tokens.
-When = Literal["always", "alone", "runs"]
+# decoding); those with several tokens of one sequence ("runs", as of a prompt); or those with sequences whose adapters change
+# the linear of the call's region ("adapted"). The kernel itself skips other tokens.
+When = Literal["always", "alone", "runs", "adapted"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +175,55 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
+class AdapterRegion:
+    """What a slot holds of an adapter's change of a linear with these `inputs` and `outputs`: float32, from byte `offset`.
+
+    The first float32 is the number of groups of `RANK_STEP` ranks that the change has, 0 for none, padded to `ALIGNMENT` bytes.
+    There follow the factor a, [groups][inputs / LANES][RANK_STEP][LANES], an addend [rank] and, in the place behind those of
+    the largest rank, the factor b, [outputs / COLUMNS][ranks of the groups][COLUMNS]. So kernels read each in one stream.
+    Everything is padded with zeros: ranks, inputs and outputs.
+    """
+
+    offset: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The slots of adapters: `slot_bytes` each, with the regions of the linears that adapters may change, by name. A change has
+    at most `rank` ranks."""
+
+    rank: int
+    slot_bytes: int
+    regions: dict[str, AdapterRegion]
+
+    @classmethod
+    def of(cls, rank: int, sizes: Mapping[str, tuple[int, int]]) -> AdapterLayout:
+        """The layout for linears of these (inputs, outputs)."""
+        regions, end = {}, 0
+        for name, (inputs, outputs) in sizes.items():
+            regions[name] = AdapterRegion(end, inputs, outputs)
+            end += region_floats(rank, inputs, outputs) * 4
+        return cls(rank, end, regions)
+
+
+def padded(count: int, multiple: int = LANES) -> int:
+    """The smallest multiple of `multiple` that is not below `count`."""
+    return -(-count // multiple) * multiple
+
+
+def rank_rows(rank: int) -> int:
+    """The rows of factors of a rank: whole groups of `RANK_STEP`."""
+    return padded(rank, RANK_STEP)
+
+
+def region_floats(rank: int, inputs: int, outputs: int) -> int:
+    """The float32 of a region."""
+    return padded(1) + rank_rows(rank) * (padded(inputs) + padded(outputs, COLUMNS)) + padded(rank_rows(rank))
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Where a program writes the largest logits of each row, as many as the step's input `candidates` requests.
 
@@ -218,6 +280,8 @@ class Program:
 
     `weights_header` is the SHA-256 in hex of the header of weights.safetensors, its length and padding included. Shapes,
     strides and sizes are compiled into the kernels, so a file of kernels ends with the `seal` of the program it was made for.
+
+    `adapters` is the layout of adapter slots; None where the program takes no adapters.
     """
 
     max_tokens: int
@@ -239,6 +303,7 @@ class Program:
     weights_header: str = ""
     block_size: int = BLOCK_SIZE
     format: int = PROGRAM_FORMAT
+    adapters: AdapterLayout | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def max_context(self) -> int:

@@ -18,6 +18,8 @@ from belle_compile.runtime.program import (
     KV_DTYPES,
     PROGRAM_FORMAT,
     PROGRAM_NAME,
+    Adapter,
+    AdapterLayout,
     AllReduce,
     Arena,
     Arg,
@@ -127,6 +129,8 @@ def _arg_to_plain(arg: Arg) -> dict[str, Any]:
             return {"kv": layer, "part": part}
         case Scratch(offset, size):
             return {"scratch": offset, "bytes": size}
+        case Adapter(target):
+            return {"adapter": target}
 
 
 def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
@@ -143,7 +147,9 @@ def _arg_from_plain(plain: Any, refuse: Refuse, where: str) -> Arg:
             return KV(layer, part)
         case {"scratch": offset, "bytes": size, **rest} if not rest and _whole(offset, size):
             return Scratch(offset, size)
-    raise refuse(where, json.dumps(plain)[:80], "an arena, weight, input, kv or scratch argument")
+        case {"adapter": str(target), **rest} if not rest:
+            return Adapter(target)
+    raise refuse(where, json.dumps(plain)[:80], "an arena, weight, input, kv, scratch or adapter argument")
 
 
 def _whole(*numbers: object) -> bool:
@@ -201,6 +207,7 @@ def _check(program: Program, refuse: Refuse) -> None:
     if logits.first < 0 or logits.count < 1 or last > program.vocab_size or whole != (program.ranks == 1):
         raise refuse("logits", f"tokens {logits.first} to {last}", f"this rank's part of {program.vocab_size}")
     _check_launches(program, refuse)
+    _check_adapters(program, refuse)
     for i, call in enumerate(program.calls):
         where = f"calls[{i}] ({call.node})"
         if call.rows not in ("T", "R"):
@@ -232,6 +239,18 @@ def _check_launches(program: Program, refuse: Refuse) -> None:
             raise refuse("candidates", f"bytes up to {max(ends)}", "rows in the arena")
 
 
+def _check_adapters(program: Program, refuse: Refuse) -> None:
+    """Check that the layout of adapter slots is the one that kernels are compiled for."""
+    if layout := program.adapters:
+        sizes = {name: (region.inputs, region.outputs) for name, region in layout.regions.items()}
+        if layout.rank < 1 or any(min(size) < 1 for size in sizes.values()):
+            raise refuse("adapters", f"rank {layout.rank} and sizes {min(sizes.values())}", "at least 1")
+        # JSON sorts the names of regions; their places are in another order.
+        in_turn = dict(sorted(sizes.items(), key=lambda item: layout.regions[item[0]].offset))
+        if AdapterLayout.of(layout.rank, in_turn) != layout:
+            raise refuse("adapters", "regions elsewhere", "regions one after the other that fill a slot")
+
+
 def _check_all_reduce(program: Program, call: Call, summed: AllReduce, rows: int, refuse: Refuse, where: str) -> None:
     match call.args:
         case (Arena() as arg,) if program.ranks > 1 and not call.kernel and not call.variants:
@@ -254,6 +273,8 @@ def _check_arg(program: Program, arg: Arg, refuse: Refuse, where: str) -> None:
             raise refuse(f"{where}.args", f"scratch bytes {offset} to {offset + size}", f"bytes within {program.scratch_bytes}")
         case Input(name) if name not in INPUTS:
             raise refuse(f"{where}.args", f"input {name}", "one of " + ", ".join(INPUTS))
+        case Adapter(target) if program.adapters is None or target not in program.adapters.regions:
+            raise refuse(f"{where}.args", f"adapter {target}", "a linear of the adapters' layout")
         case KV(layer, _) if not 0 <= layer < program.kv.layers:
             raise refuse(f"{where}.args", f"kv layer {layer}", f"a layer below {program.kv.layers}")
         case _:

@@ -29,14 +29,20 @@ def apply_meaning(spec: OpSpec, arrays: Sequence[Array | None], keywords: Mappin
 
 
 def evaluate(
-    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
+    model: ir.Model,
+    inputs: Mapping[str, Array],
+    cache: PagedCache,
+    *,
+    also: Collection[str] = (),
+    adapters: meanings.LowRankChanges | None = None,
 ) -> dict[str, Array]:
-    """Run one step; return its outputs by name, and the values named by `also`. The cache is read and written.
+    """Run one step; return its outputs by name, and the values named by `also`. The cache is read and written; `adapters` are
+    those of the step's sequences.
 
     A weight is in memory only while a node that reads it runs. Raises CompileError where an input is missing, or has another
     dtype or shape than the graph says.
     """
-    steps = stepwise(model, inputs, cache, also=also)
+    steps = stepwise(model, inputs, cache, also=also, adapters=adapters)
     while True:
         try:
             next(steps)
@@ -73,10 +79,15 @@ def evaluate_ranks(
 
 
 def stepwise(
-    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, *, also: Collection[str] = ()
+    model: ir.Model,
+    inputs: Mapping[str, Array],
+    cache: PagedCache,
+    *,
+    also: Collection[str] = (),
+    adapters: meanings.LowRankChanges | None = None,
 ) -> Generator[ir.Node, None, dict[str, Array]]:
     """Run one step as `evaluate` does, yielding each node after it has run; the generator returns the outputs."""
-    run = _run(model, inputs, cache, also)
+    run = _run(model, inputs, cache, also, adapters=adapters)
     while True:
         try:
             reached = next(run)
@@ -101,7 +112,12 @@ _Run = Generator["ir.Node | _Addend", "Array | None", dict[str, Array]]
 
 
 def _run(
-    model: ir.Model, inputs: Mapping[str, Array], cache: PagedCache, also: Collection[str], apply: Apply = apply_meaning
+    model: ir.Model,
+    inputs: Mapping[str, Array],
+    cache: PagedCache,
+    also: Collection[str],
+    apply: Apply = apply_meaning,
+    adapters: meanings.LowRankChanges | None = None,
 ) -> _Run:
     """Run one step, yielding each node after it has run, and the addend of each sum over ranks; the sum is sent back."""
     values = _checked(model, inputs)
@@ -115,6 +131,8 @@ def _run(
         keywords = {name: value for name, value in attributes_of(node).items() if name in spec.meaningful}
         if spec.stateful:
             keywords["cache"] = cache
+        if spec.adapted:
+            keywords["adapters"] = adapters
         if spec.collective:
             assert arrays[0] is not None
             produced: Any = yield _Addend(node, arrays[0])

@@ -6,7 +6,7 @@ Arithmetic is float32 throughout, one rounding per operation written; integer pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +120,35 @@ def block_hadamard(x: Floats, *, block: int) -> Floats:
         stride *= 2
     scaled: Floats = y.reshape(x.shape) * np.float32(block**-0.5)
     return scaled
+
+
+class LowRankChanges(Protocol):
+    """The adapters of a step's sequences, in the basis of a graph's linears."""
+
+    def factors(self, sequence: int, target: str) -> tuple[Floats, Floats, Floats] | None:
+        """The factors a [r, inputs], addend [r] and b [outputs, r] of the change that a sequence's adapter makes to a linear:
+        b @ (a @ x + addend). None where it makes none."""
+        ...
+
+
+def low_rank(
+    y: Floats, x: Floats, sequences: Integers, *, target: str, rank: int, adapters: LowRankChanges | None = None
+) -> Floats:
+    """y [T, N], the result of the linear `target` for x [T, K], plus what the adapter of each token's sequence adds to it."""
+    result: Floats = y.copy()
+    for token, sequence in enumerate(sequences):
+        factors = adapters.factors(int(sequence), target) if adapters else None
+        if factors is not None:
+            a, addend, b = factors
+            assert len(a) <= rank, f"an adapter of rank {len(a)} in {target}"
+            result[token] += b @ (a @ x[token] + addend)
+    return result
+
+
+def quantized_low_rank(y: Floats, xq: Quantized, xs: Floats, sequences: Integers, **keywords: Any) -> Floats:
+    """As `low_rank`, for an input that exists as integers and one scale per token only."""
+    x: Floats = xq.astype(np.float32) * xs[:, None]
+    return low_rank(y, x, sequences, **keywords)
 
 
 def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> tuple[Quantized, Floats]:

@@ -37,7 +37,8 @@ class OpSpec:
     `takes` and `gives` are signatures (see signature.py), which are also the shape rule unless `rule` replaces it.
 
     `meaning` is called with the inputs in order (None for one left out) and, by name, the attributes in `meaningful`. For a
-    stateful op it also takes `cache`, the PagedCache; for a collective op it takes the list of inputs of all ranks in order.
+    stateful op it also takes `cache`, the PagedCache; for an op of adapters `adapters`, a LowRankChanges or None; for a
+    collective op it takes the list of inputs of all ranks in order.
     """
 
     domain: str
@@ -48,6 +49,7 @@ class OpSpec:
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     stateful: bool = False
     collective: bool = False
+    adapted: bool = False
     rule: ShapeRule | None = None
     variadic: bool = False
 
@@ -182,6 +184,7 @@ _ATTENTION = {
     "scale": Attribute(float),
     "window": Attribute(int, 0),  # tokens that a token attends to, itself among them; 0: all
 }
+_LOW_RANK = {"target": Attribute(str), "rank": Attribute(int)}  # the linear's name, and the largest rank of an adapter
 
 SPECS: tuple[OpSpec, ...] = (
     # ONNX ops that frontends emit. RMSNormalization is in ONNX from opset 23 on and has no bias.
@@ -227,6 +230,12 @@ SPECS: tuple[OpSpec, ...] = (
            "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
            "zero_point?:int8[N,G]",
            "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP)}, rule=_group_linear),
+    # Changes of low rank by the adapters of a step's sequences, added to the result y of the linear `target` in place.
+    OpSpec(BELLE, "LowRank", "y:float32[T,N] x:float32[T,K] sequences@index:int32[T]", "sum:float32[T,N]",
+           meanings.low_rank, _LOW_RANK, adapted=True),
+    OpSpec(BELLE, "QuantizedLowRank",
+           "y:float32[T,N] xq:int8/int16[T,K] xs@token_scale:float32[T] sequences@index:int32[T]", "sum:float32[T,N]",
+           meanings.quantized_low_rank, _LOW_RANK, adapted=True),
     # Ops of one of several ranks. An embedding with `first` has the tokens from that one on, and returns zeros for others.
     OpSpec(BELLE, "Embedding", "token_ids@index:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]",
            meanings.embedding),

@@ -28,7 +28,7 @@ def verify(model: ir.Model) -> None:
     use. Every op must be registered, and inputs, attributes, dtypes and shapes be as its spec says. Each layer of the cache
     must have one Attention, all of the same cache geometry, which the metadata must not contradict. Sums over ranks are allowed
     only where the metadata says that there are several ranks, and only of values that nothing else reads, because they are
-    computed in place.
+    computed in place; so are changes of low rank.
     """
     _verify_interface(model)
     _verify_order(model.graph)
@@ -36,6 +36,7 @@ def verify(model: ir.Model) -> None:
         _verify_node(node)
     _verify_cache(model)
     _verify_ranks(model)
+    _verify_adapters(model.graph)
 
 
 def _verify_interface(model: ir.Model) -> None:
@@ -142,3 +143,16 @@ def _verify_ranks(model: ir.Model) -> None:
 
 def _listed(specs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {spec}" for name, spec in specs.items())
+
+
+def _verify_adapters(graph: ir.Graph) -> None:
+    targets: set[str] = set()
+    for node in graph:
+        if not ops.spec_of(node).adapted:
+            continue
+        y, target = node.inputs[0], ops.attributes_of(node)["target"]
+        if y is None or y.producer() is None or len(y.uses()) > 1 or y.is_graph_output() or target in targets:
+            found = f"{y.name if y else 'nothing'}, which is read elsewhere or not computed, or a second op for {target}"
+            expected = "the result of one linear, which nothing else reads"
+            raise CompileError("verify", node.op_type, node=str(node.name), found=found, expected=expected)
+        targets.add(target)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from belle_compile.compiler.ir.build import GraphBuilder
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
+from belle_compile.compiler.ir.meanings import LowRankChanges
 from belle_compile.compiler.ir.signature import TensorSpec
 from belle_compile.compiler.ir.text import to_text
 from belle_compile.compiler.ir.verify import verify
@@ -106,7 +107,7 @@ def bloom(layers: int = 2, residual_after_norm: bool = False, last_norm: bool = 
     return b.finish(b.op("Gemm", normed, b.graph.initializers["embed.weight"], name="lm_head", **LINEAR))
 
 
-def run_steps(model: ir.Model) -> list[npt.NDArray[Any]]:
+def run_steps(model: ir.Model, adapters: LowRankChanges | None = None) -> list[npt.NDArray[Any]]:
     """Logits of two steps: prompts of 5 and 18 tokens (the second crosses a block), then one more token of each."""
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     kv_heads = attentions[0].attributes["num_kv_heads"].as_int() if attentions else 1
@@ -120,7 +121,7 @@ def run_steps(model: ir.Model) -> list[npt.NDArray[Any]]:
     for tokens, (positions, sequences, rows) in ((ids[:-2], first), (ids[-2:], second)):
         arrays = {"token_ids": tokens, "positions": positions, "sequences": sequences, "logit_rows": rows}
         inputs = {name: array.astype(np.int32) for name, array in arrays.items()} | {"block_table": block_table}
-        results.append(evaluate(model, inputs, cache)["logits"])
+        results.append(evaluate(model, inputs, cache, adapters=adapters)["logits"])
     return results
 
 

@@ -1,0 +1,1 @@
+"""Passes that make room for adapters, which are loaded at run time."""
