@@ -22,6 +22,8 @@ from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
+MOST_RANK = 512  # of an adapter
+
 
 @dataclass(frozen=True)
 class BuildRequest:
@@ -33,6 +35,9 @@ class BuildRequest:
     replaces the checkpoint's prompt template, by name or as a Jinja file. `reading` holds what else says how the checkpoint is
     read. `generation` changes the generation defaults (see `changed_defaults`). `tune` measures on this host which kernel
     variants suit this model's shapes, which takes minutes and may differ from one build to the next.
+
+    With a `lora_rank`, the engine takes adapters of up to that rank at run time, for the linears whose names are or end with
+    one of `lora_targets` (empty: all but the head).
 
     Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
@@ -59,6 +64,8 @@ class BuildRequest:
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
     calibration: Path | None = None
     raw_requests: bool = False
     size_budget: float = 1.0
@@ -101,6 +108,7 @@ def resolve(request: BuildRequest) -> Job:
     backends.check_kv_cache(backend, request.kv_cache)
     if request.tune and (reason := backend.tuning_refusal(target)):
         raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
+    _check_adapters(request, target, backend)
     if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
         found, remedy = "no requests to rank layers by", "give some with --calibration"
         raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
@@ -111,3 +119,16 @@ def resolve(request: BuildRequest) -> Job:
     changed_defaults(GenerationDefaults(), request.generation)  # those of the checkpoint are not known yet
     check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return Job(request, target, backend, recipe, applied)
+
+
+def _check_adapters(request: BuildRequest, target: Target, backend: Backend) -> None:
+    """Raise CompileError for adapters that the engine could not take."""
+    if request.lora_targets and not request.lora_rank:
+        found, remedy = "lora-targets without a rank", "give the largest rank of an adapter with --lora-rank"
+        raise CompileError("adapters", "option lora-rank", found=found, expected="a rank", remedy=remedy)
+    if not 0 <= request.lora_rank <= MOST_RANK:
+        raise CompileError("adapters", "option lora-rank", found=str(request.lora_rank), expected=f"0 (none) to {MOST_RANK}")
+    if request.lora_rank and (reason := backend.adapter_refusal(target)):
+        remedy = "build without --lora-rank, or merge the adapter with --adapter"
+        what = f"{backend.name} cannot build an engine for {target.name} that takes adapters"
+        raise CompileError("backend", what, found=reason, remedy=remedy)

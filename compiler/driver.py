@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler import layers
 from belle_compile.compiler.accuracy import Accuracy
+from belle_compile.compiler.adapter_basis import basis_file, basis_of
 from belle_compile.compiler.backends import CompileOptions, Footprint, Payload
 from belle_compile.compiler.backends.base import FIXED_BYTES
 from belle_compile.compiler.build_request import BuildRequest, Job, resolve
@@ -40,10 +41,12 @@ from belle_compile.compiler.report import (
 from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
 from belle_compile.compiler.work_folder import keep_report, work_folder
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
+from belle_compile.passes.adapters.linears import adapted_linears
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
 from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
 from belle_compile.passes.presets import Recipe, manifest_words
+from belle_compile.runtime.adapters.basis import BASIS_NAME
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
 from belle_compile.runtime.selftest import SELF_TEST_NAME
 
@@ -103,7 +106,7 @@ def build(request: BuildRequest) -> Path:
         data = _calibration_data(job, source.calibration, digests, folder)
         keep = _kept(job, planned, source.calibration, data)
         observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
-        optimized = _optimize(job, source.graph, passes_of(job.recipe, data, keep, job.target.ranks), observer)
+        optimized = _optimize(job, source.graph, _passes(job, data, keep), observer)
 
         job.begin("compile")
         tune = job.progress("tune") if request.tune else None
@@ -112,7 +115,7 @@ def build(request: BuildRequest) -> Path:
 
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
         writer.write("tokenizer.json", source.checkpoint.tokenizer_json.encode())
-        writer.write(GRAPH_NAME, to_onnx(optimized.whole))
+        _write_graph(job, optimized.whole, writer)
         if request.on_weight is not None:
             _describe_weights(optimized.ranks, request.on_weight)
         write_ranks(writer, payloads, job.progress("weights"))
@@ -139,6 +142,20 @@ def build(request: BuildRequest) -> Path:
         writer.write(SELF_TEST_NAME, golden.to_text().encode())
         writer.write(REPORT_NAME, report())
         return writer.finish(manifest)
+
+
+def _passes(job: Job, data: CalibrationData | None = None, keep: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+    """The passes of a build; without requests (`data` None), only those that need none."""
+    rank, targets = job.request.lora_rank, job.request.lora_targets
+    return passes_of(job.recipe, data, keep, job.target.ranks, lora_rank=rank, lora_targets=targets)
+
+
+def _write_graph(job: Job, whole: ir.Model, writer: EngineWriter) -> None:
+    """Write the quantized graph before it was divided and fused and, for adapters, the basis of its linears."""
+    writer.write(GRAPH_NAME, to_onnx(whole))
+    if job.request.lora_rank:
+        linears, _ = adapted_linears(whole.graph, job.request.lora_targets)
+        writer.write(BASIS_NAME, basis_file(basis_of(linears)))
 
 
 def _describe_weights(ranks: Sequence[ir.Model], on_weight: Callable[[str], None]) -> None:
@@ -170,7 +187,7 @@ def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
     """Raise CompileError, before anything takes long, if the model exceeds the target's memory or cannot be divided among the
     ranks. Only passes that need no requests are run for that. Returns the graph before its linears are quantized, None if they
     are not."""
-    before, fusions = carried(passes_of(job.recipe, ranks=job.target.ranks), job.backend, job.applied)
+    before, fusions = carried(_passes(job), job.backend, job.applied)
     stages = _Stages(before, job.recipe)
     whole = graph.clone()
     run_pipeline(whole, before, on_pass=stages.observer)

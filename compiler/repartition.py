@@ -13,6 +13,7 @@ from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, 
 from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.engine_graph import fusions_of, graph_of, reader_of
+from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.golden import golden_answers
 from belle_compile.compiler.kv_types import KV_TYPES
@@ -23,6 +24,7 @@ from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import FUSION, run_for
 from belle_compile.passes.presets import UNQUANTIZED
+from belle_compile.runtime.adapters.basis import BASIS_NAME
 from belle_compile.runtime.artifact import Manifest, read_manifest, verify_files
 from belle_compile.runtime.selftest import SELF_TEST_NAME
 
@@ -106,6 +108,9 @@ def _resolve(request: RepartitionRequest) -> _Job:
     those of the old one's instruction sets that the target has."""
     old = read_manifest(request.engine)
     reader = reader_of(request.engine, old, "repartition")
+    if BASIS_NAME in old.files:
+        found, remedy = "an engine that takes adapters", "build it again from its checkpoint"
+        raise CompileError("repartition", f"engine {request.engine}", found=found, remedy=remedy)
     device, *_ = targets.resolve(request.target)
     own = backends.get(old.target.backend)
     name = request.backend or (own.name if own.isas(device) else None)

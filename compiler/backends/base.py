@@ -229,6 +229,10 @@ class Backend(ABC):
         """The reason, as a phrase, why kernels cannot be measured during a build for the target; empty if they can."""
         return "no kernels to measure"
 
+    def adapter_refusal(self, target: Target) -> str:
+        """The reason, as a phrase, why an engine for the target cannot take adapters at run time; empty if it can."""
+        return "no kernel that adds the changes of adapters"
+
     def estimates(self, device: Device) -> bool:
         """Whether `footprint` is valid for a device, including devices that no engine can be made for yet."""
         return bool(self.isas(device))

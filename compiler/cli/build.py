@@ -28,6 +28,14 @@ _WHAT = options.together(
     options.template,
     options.generation_defaults(),
     options.reading,
+    click.option(
+        "--lora-rank", type=click.IntRange(min=0), default=0, metavar="N", show_default="none",
+        help="Let the engine take LoRA adapters of up to this rank while it runs (belle-run serve --lora).",
+    ),
+    click.option(
+        "--lora-targets", default="", callback=options.names, metavar="NAME,...",
+        help="The linear layers that adapters may change, by their names' ends, as q_proj,v_proj.  [default: all but the head]",
+    ),
 )  # fmt: skip
 _CALIBRATION = options.together(
     options.calibration("the engine"),

@@ -174,13 +174,13 @@ def preset(presets: Iterable[Preset] = PRESETS.values(), *, help: str = "") -> D
     )  # fmt: skip
 
 
-def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+def names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Split names at commas; "none" and "" are left out. The build checks that the methods exist."""
     return None if value is None else tuple(name for name in value.split(",") if name not in ("", "none"))
 
 
 methods = click.option(
-    "--methods", callback=_names, metavar="NAMES",
+    "--methods", callback=names, metavar="NAMES",
     help="Methods in place of the preset's own, with commas between them: "
     + ", ".join(f"{method.name} ({method.summary})" for method in METHODS.values())
     + "; or none.",

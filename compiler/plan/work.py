@@ -86,7 +86,7 @@ def _work(graph: ir.Model, footprint: Footprint) -> RankWork | None:
         kv=footprint.kv,
         products=tuple(_products(graph)),
         attention=tuple(map(_attention_work, attention)),
-        calls=sum(call.all_reduce is None and call.when != "runs" for call in program.calls),
+        calls=sum(call.all_reduce is None and call.when not in ("runs", "adapted") for call in program.calls),
         sums=tuple(call.all_reduce.width for call in program.calls if call.all_reduce),
     )
 

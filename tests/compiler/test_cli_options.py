@@ -14,7 +14,7 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", *READING, *REPORTING,
+        "--tune", "--drift", "--force", "--generation-defaults", "--lora-rank", "--lora-targets", *READING, *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {

@@ -233,6 +233,31 @@ class QuantizedLinear(Kernel):
 
 
 @dataclass(frozen=True)
+class LowRank(Kernel):
+    """out += b @ (a @ x + addend) for every row whose sequence has an adapter with factors a and b, in place.
+
+    `adapted` is the number of these rows, followed by the rows, those with the same adapter side by side. The adapter slot of a
+    sequence is `adapters[sequences[row]]`; a slot is `slot` float32, and `factors` points to the kernel's region of the first
+    one, laid out for `rank` as in `AdapterRegion`. x is float32, or integers in one or two `planes` of 8 bits with a scale per
+    token.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    outputs: int
+    inputs: int
+    rank: int
+    slot: int
+    x: View
+    out: View
+    planes: int = 0
+
+    def pointers(self) -> Pointers:
+        x = (("xq", self.byte), ("xs", "float32")) if self.planes else (_X,)
+        where = (("adapted", "int32"), ("sequences", "int32"), ("adapters", "int32"))
+        return (_ROWS, *x, *where, ("factors", "float32"), _OUT)
+
+
+@dataclass(frozen=True)
 class AppendKV(Kernel):
     """Write k and v of every row to the slot of its position in the paged cache.
 

@@ -21,6 +21,7 @@ from belle_compile.compiler.backends.program.rules import RULES
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.ops import attributes_of, spec_of
 from belle_compile.runtime.program import (
+    AdapterLayout,
     AllReduce,
     Arena,
     Call,
@@ -43,6 +44,7 @@ def lower_graph(
     `KVLayout`. Raises CompileError for an op that no rule lowers.
     """
     lowering = _lowering(backend, model, kv_cache)
+    lowering.adapters = _adapters(model)
     for node in model.graph:
         _apply_rule(lowering, node)
     output = model.graph.outputs[0]
@@ -67,11 +69,15 @@ def lower_graph(
         kv=_kv_layout(lowering, model, transposed_keys),
         calls=calls,
         # The calls of a decoding step: calls with when="runs" are for steps with prompts
-        kernel_calls=FusionCalls(calls_before_fusion + calls_behind, sum(call.when != "runs" for call in calls)),
+        # or with adapters
+        kernel_calls=FusionCalls(
+            calls_before_fusion + calls_behind, sum(call.when not in ("runs", "adapted") for call in calls)
+        ),
         rank=facts["rank"],
         ranks=ranks,
         scratch_bytes=lowering.scratch_bytes,
         candidates=None if candidates is None else _candidates(candidates, offsets),
+        adapters=lowering.adapters,
     )
     kernels = list({call.kernel: None for call in lowering.calls if call.kernel})
     read = dict.fromkeys(arg.name for call in calls for arg in call.args if isinstance(arg, Weight))
@@ -100,6 +106,19 @@ def _kv_dtype(backend: type[Lowering], kv_cache: str, quantized: bool, head_dim:
 def _kv_layout(lowering: Lowering, model: ir.Model, transposed_keys: bool) -> KVLayout:
     kv_heads, head_dim = (int(model.metadata_props[key]) for key in ("num_kv_heads", "head_dim"))
     return KVLayout(lowering.num_layers, kv_heads, head_dim, lowering.kv_dtype, transposed_keys)
+
+
+def _adapters(model: ir.Model) -> AdapterLayout | None:
+    """The slots for the adapters of a graph; None if it takes none."""
+    changes = [node for node in model.graph if spec_of(node).adapted]
+    sizes = {}
+    for node in changes:
+        y, x = node.inputs[:2]
+        assert y is not None and x is not None and y.shape is not None and x.shape is not None
+        outputs, inputs = y.shape[1], x.shape[1]
+        assert isinstance(inputs, int) and isinstance(outputs, int), "only rows are symbolic"
+        sizes[attributes_of(node)["target"]] = inputs, outputs
+    return AdapterLayout.of(max(attributes_of(node)["rank"] for node in changes), sizes) if changes else None
 
 
 def _apply_rule(lowering: Lowering, node: ir.Node) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from belle_compile.compiler.backends.program.kernel import ROW_ALIGNMENT, Kernel, View, round_up
 from belle_compile.compiler.backends.program.memory_plan import PlannedBuffer
 from belle_compile.compiler.errors import CompileError
-from belle_compile.runtime.program import KV, Arg, Input, Program, Scratch, Weight, When
+from belle_compile.runtime.program import KV, AdapterLayout, Arg, Input, Program, Scratch, Weight, When
 
 Rows = Literal["T", "R"]
 VECTOR_ALIGNMENT = 16  # 64 bytes of float32 or int32
@@ -120,6 +120,7 @@ class Kernels:
     # Attention kernels, each with the steps or tokens that it is called for
     Attention: Sequence[tuple[When, Callable[..., Kernel]]]
     GroupLinear: Callable[..., Kernel] | None = None
+    LowRank: Callable[..., Kernel] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Lowering(ABC):
     weights: dict[str, PackedWeight] = field(default_factory=dict)
     calls: list[PendingCall] = field(default_factory=list)
     scratch_bytes: int = 0
+    adapters: AdapterLayout | None = None
 
     def place(self, value: ir.Value | None) -> Place:
         """The place of an activation; raises CompileError if no earlier node computes it."""

@@ -12,7 +12,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.runtime.program import Input
+from belle_compile.runtime.program import Adapter, Input
 
 Attributes = dict[str, Any]
 Rule = Callable[[Lowering, ir.Node, Attributes], None]
@@ -211,6 +211,22 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         low.call(attend, node, "T", q, *appended, *where, *table, *vectors, *cache_parts(layer), out, when=when)
 
 
+def low_rank(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
+    """Add the changes of adapters in place: in a verified graph no other node reads the result of the linear."""
+    out, x = low.place(node.inputs[0]), low.place(node.inputs[1])
+    scale, sequences = operand(node, Role.TOKEN_SCALE), node.inputs[-1]
+    low.places[node.outputs[0]] = out
+    if low.kernels.LowRank is None or low.adapters is None:
+        remedy = "build without --lora-rank, or for a CPU"
+        raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found="no kernel", remedy=remedy)
+    slot = low.adapters.slot_bytes // 4
+    planes = x.planes if scale is not None else 0
+    kernel = low.kernels.LowRank(out.width, x.width, low.adapters.rank, slot, x.view, out.view, planes)
+    inputs: list[Operand] = [x] if scale is None else [x, low.place(scale)]
+    where: list[Operand] = [Input("adapted"), _graph_input(sequences), Input("adapters"), Adapter(attributes["target"])]
+    low.call(kernel, node, out.buffer.rows, *inputs, *where, out, when="adapted")
+
+
 RULES: dict[str, Rule] = {
     "Split": split,
     "Gather": gather,
@@ -233,12 +249,15 @@ RULES: dict[str, Rule] = {
     "AllReduce": all_reduce,
     "QuantizedLinear": quantized_linear,
     "GroupQuantizedLinear": group_linear,
+    "LowRank": low_rank,
+    "QuantizedLowRank": low_rank,
     "RotaryTable": rotary_table,
     "Attention": attention,
 }
 
 # Kernel calls of ops that do not take exactly one: Split is a view, Identity vanishes, Attention appends and then attends
-_CALLS = {"Split": 0, "Identity": 0, "Attention": 2}
+# Changes of low rank are computed in steps with adapters only
+_CALLS = {"Split": 0, "Identity": 0, "Attention": 2, "LowRank": 0, "QuantizedLowRank": 0}
 
 
 def count_kernel_calls(graph: ir.Graph) -> int:

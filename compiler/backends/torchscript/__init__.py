@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from belle_compile.compiler.backends.base import CompileOptions, Payload
+from belle_compile.compiler.backends.base import Backend, CompileOptions, Payload
 from belle_compile.compiler.backends.tvm import TvmBackend, versions
 from belle_compile.compiler.backends.tvm.isa import ISAS
 from belle_compile.compiler.devices import Target
@@ -38,6 +38,9 @@ class TorchScriptBackend(TvmBackend):
     name = "torchscript"
     reached = None
     process_bytes = TvmBackend.process_bytes + _TORCH_BYTES
+
+    def adapter_refusal(self, target: Target) -> str:
+        return Backend.adapter_refusal(self, target)
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:

@@ -24,6 +24,7 @@ from belle_compile.compiler.backends.tvm.kernels.embedding import FloatEmbedding
 from belle_compile.compiler.backends.tvm.kernels.float_linear import FloatLinear
 from belle_compile.compiler.backends.tvm.kernels.group_linear import GroupLinear
 from belle_compile.compiler.backends.tvm.kernels.hadamard import BlockHadamard
+from belle_compile.compiler.backends.tvm.kernels.low_rank import LowRank
 from belle_compile.compiler.backends.tvm.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.tvm.kernels.quantize import QuantizeTokens
 from belle_compile.compiler.backends.tvm.kernels.quantized_linear import QuantizedLinear
@@ -41,7 +42,7 @@ class TvmLowering(Lowering):
     half = "bfloat16"
     kernels = Kernels(
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, HeadNorm, Activation, BlockHadamard,
-        QuantizeTokens, RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear,
+        QuantizeTokens, RotaryTable, Add, GatherRows, AppendKV, (("always", Attention),), GroupLinear, LowRank,
     )  # fmt: skip
 
     def row_stride(self, width: int, dtype: str) -> int:
