@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile import __version__
+from belle_compile.runtime.adapters.basis import check_takes_adapters
 from belle_compile.runtime.artifact import Manifest, Progress
 from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.errors import EngineError
@@ -23,6 +24,7 @@ from belle_compile.runtime.loading import Options, load_parts
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
+from belle_compile.runtime.serving.adapters import open_adapters
 from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
@@ -66,13 +68,14 @@ class Engine:
         result_cache: ResultCacheOptions | None = None,
         scheduler: SchedulerOptions | None = None,
         telemetry: Telemetry | None = None,
+        directory: Path | None = None,
     ) -> None:
-        """Assemble an engine from loaded parts. `Engine.load` loads a directory."""
+        """Assemble an engine from loaded parts, those of `directory` if they come from one. `Engine.load` loads a directory."""
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.executor = executor
         self.load_s = 0.0
-        self.directory: Path | None = None  # of an engine that `load` loaded
+        self.directory = directory
         self.chat = ChatEncoder(ChatTemplate(manifest.prompt_template), tokenizer)
         self._handover = Handover()
         self._requests = RequestLog(telemetry)
@@ -84,6 +87,8 @@ class Engine:
         except EngineError:  # an option that the engine was not built for
             executor.close()
             raise
+        # Those that were loaded; None for an engine without room for any.
+        self.adapters = open_adapters(directory, executor, self._loop) if directory else None
         self._limits = self._loop.scheduler.limits
         self.arrivals = self._loop.arrivals  # to announce requests that are about to be submitted
         self._defaults = RequestDefaults(manifest.generation, manifest.special_tokens.eos, self._limits, executor.vocab_size)
@@ -112,6 +117,8 @@ class Engine:
         max_queue: int | None = None,
         prefix_cache: bool = True,
         telemetry: Telemetry | None = None,
+        lora: Mapping[str, str | Path] | None = None,
+        max_loras: int | None = None,
     ) -> Engine:
         """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
@@ -129,6 +136,10 @@ class Engine:
         a request that would be one more than these to wait is refused with `QueueFull`. `prefix_cache` reuses the keys and
         values of prompts that begin alike. `telemetry` observes steps and requests.
 
+        `lora` are directories of LoRA adapters as PEFT saves them, by the names that `SamplingParams.adapter` chooses them by.
+        There is room for `max_loras`, by default as many as these; `Engine.adapters` loads and unloads others. The engine must
+        have been built with --lora-rank.
+
         An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
         engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
         the ranks of a host share its cores evenly.
@@ -142,12 +153,23 @@ class Engine:
         cache_options = ResultCacheOptions.of(result_cache)
         require("result_cache", cache_options, ResultCacheOptions, "engine")
         scheduler = SchedulerOptions(max_num_seqs, max_queue, prefix_cache)
-        started = time.perf_counter()
-        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory)
-        engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry)
-        engine.directory = Path(directory)
+        started, lora = time.perf_counter(), lora or {}
+        slots = max(len(lora), as_whole("max_loras", max_loras or 0, "engine"))
+        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory, slots)
+        engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry, Path(directory))
+        engine._load_adapters(lora)
         engine.load_s = time.perf_counter() - started
         return engine
+
+    def _load_adapters(self, lora: Mapping[str, str | Path]) -> None:
+        """Load the adapters of a new engine, which is closed if one of them does not fit."""
+        try:
+            for name, place in lora.items():
+                assert self.adapters is not None, "an engine that is loaded with slots takes adapters"
+                self.adapters.load(name, place)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def max_context(self) -> int:
@@ -282,15 +304,24 @@ class Engine:
                 raise EngineError("request", "sampling parameters", found="a request and parameters", expected="one of them")
             return prompt
         require("params", params, SamplingParams)
-        request = Request.resolve(
-            self.encode(prompt, raw=raw, parse_special=parse_special), params or SamplingParams(), self._defaults
-        )
+        params = params or SamplingParams()
+        adapter = self._digest_of_adapter(params.adapter)
+        request = Request.resolve(self.encode(prompt, raw=raw, parse_special=parse_special), params, self._defaults, adapter)
         if request.grammar:
             self.check_process()
             self.tokenizer.grammars.check(request.grammar)
         return request
 
-    def logits(self, token_ids: Sequence[int], *, start: int = 0) -> NDArray[np.float32]:
+    def _digest_of_adapter(self, name: str | None) -> str:
+        """The digest of a loaded adapter; "" for None."""
+        if name is None:
+            return ""
+        if self.adapters is None:
+            check_takes_adapters(self.manifest)
+            raise EngineError("adapter", "the engine has no adapters", found=repr(name)[:100], remedy="name some with lora")
+        return self.adapters.find(name).digest
+
+    def logits(self, token_ids: Sequence[int], *, start: int = 0, adapter: str | None = None) -> NDArray[np.float32]:
         """Return the float32 logits [tokens - start, vocabulary] after each of `token_ids[start:]`; no BOS is added.
 
         `start` saves computing and storing logits that are not needed, and changes none of the others.
@@ -299,7 +330,7 @@ class Engine:
         self._limits.check(len(ids), "the token sequence is too long")
         if not 0 <= start < len(ids):
             raise EngineError("request", "start", found=str(start), expected=f"0 to {len(ids) - 1}, a place in the sequence")
-        scoring = Scoring(ids, start, self.executor.vocab_size)
+        scoring = Scoring(ids, start, self.executor.vocab_size, self._digest_of_adapter(adapter))
         self._run([scoring], lambda: self._loop.submit([scoring]))
         return scoring.result()
 

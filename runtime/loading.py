@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from belle_compile.runtime.adapters.basis import check_takes_adapters
 from belle_compile.runtime.artifact import STAGE, Manifest, Progress, read_manifest, verify_files
 from belle_compile.runtime.distributed import ranks
 from belle_compile.runtime.distributed.agreement import Report, agree, refuse
@@ -27,6 +28,7 @@ class Options:
     full: bool
     progress: Progress | None
     kv_cache_memory: str | float | None = None
+    adapter_slots: int = 0
 
 
 def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, Executor]:
@@ -65,9 +67,13 @@ def _load_rank(
     rank, ranks_here = (collectives.rank, collectives.ranks_here) if collectives else (0, 1)
     factory = executor_of(manifest)
     factory.check_host(manifest.target, ranks_here)
+    if options.adapter_slots:
+        check_takes_adapters(manifest)
     verify_files(directory, manifest, full=options.full, progress=options.progress, rank=rank)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
-    request = LoadRequest(directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives=collectives)
+    request = LoadRequest(
+        directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives, options.adapter_slots
+    )
     return tokenizer, factory.load(request)
 
 

@@ -27,6 +27,7 @@ class Encoding(NamedTuple):
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
+_ADAPTER = "lora"  # the name of the one adapter that a command loads
 PATH = click.Path(path_type=Path)
 
 engine = click.argument("engine", type=PATH)
@@ -72,6 +73,7 @@ loading = _together(
     click.option("--isa", help="Instruction set: amx, avx512vnni or avx2.  [default: BELLE_ISA, else the best of this CPU]"),
     click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]"),
     click.option("--kv-cache-memory", metavar="SIZE", help="In its place, the cache's memory: 4GiB, or 50% of what is free."),
+    click.option("--lora", metavar="DIR", help="Answer with this LoRA adapter, as PEFT saves it (engines of --lora-rank)."),
     click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]"),
     click.option(
         "--rank-timeout", type=float, envvar=ranks.TIMEOUT, default=ranks.TIMEOUT_S, metavar="S", show_default=True,
@@ -94,7 +96,8 @@ def check_engine(directory: Path) -> None:
 def load_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Engine.load` for the options of `loading`."""
     names = ("threads", "isa", "kv_tokens", "kv_cache_memory")
-    return {name: given[name] for name in names} | {"verify": "full" if given["verify"] else "header"}
+    lora = {} if given["lora"] is None else {"lora": {_ADAPTER: given["lora"]}}
+    return {name: given[name] for name in names} | {"verify": "full" if given["verify"] else "header"} | lora
 
 
 def sampling_params(given: dict[str, Any]) -> SamplingParams:
@@ -103,9 +106,10 @@ def sampling_params(given: dict[str, Any]) -> SamplingParams:
 
     from belle_compile.runtime.serving.request import SamplingParams
 
-    names = {field.name for field in fields(SamplingParams)} - {"grammar"}
+    names = {field.name for field in fields(SamplingParams)} - {"grammar", "adapter"}
     values = {name: value for name, value in given.items() if name in names}
-    return SamplingParams(**values, grammar=_grammar(given["json_schema"], given["regex"], given["lark"]))
+    adapter = _ADAPTER if given["lora"] is not None else None
+    return SamplingParams(**values, adapter=adapter, grammar=_grammar(given["json_schema"], given["regex"], given["lark"]))
 
 
 def _grammar(schema: str | None, regex: str | None, lark: Path | None) -> Grammar | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from belle_compile.runtime.artifact import STAGE, Manifest
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.base import Executor, ProfilableExecutor, RankExecutor
+from belle_compile.runtime.executors.base import AdaptableExecutor, Executor, ProfilableExecutor, RankExecutor
 from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.cpu_factory import CpuFactory
 from belle_compile.runtime.executors.cuda_factory import CudaFactory
@@ -19,6 +19,7 @@ from belle_compile.runtime.schema import refuse_from
 
 __all__ = [
     "EXECUTORS",
+    "AdaptableExecutor",
     "Executor",
     "ExecutorFactory",
     "LoadRequest",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from belle_compile.runtime.adapters.factors import AdapterMemory
 from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.program import Program
 from belle_compile.runtime.serving.candidates import Rows
@@ -58,6 +59,13 @@ class ProfilableExecutor(Executor, Protocol):
     def read_bandwidth(self) -> float:
         """Bytes a second that memory delivers: the limit of steps that read much and compute little."""
         ...
+
+
+@runtime_checkable
+class AdaptableExecutor(Executor, Protocol):
+    """An executor that can add the changes of adapters to the results of linears. `adapters` are its slots; None for none."""
+
+    adapters: AdapterMemory | None
 
 
 @runtime_checkable

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from belle_compile.runtime.program import BLOCK_SIZE
 
+NO_ADAPTER = -1
+
 
 class StepBatch:
     """The inputs of one step: int32 buffers of the executor, allocated once and filled in place by the scheduler.
@@ -23,6 +25,8 @@ class StepBatch:
     answer must not be used for the prompt of another sequence.
     With `blocks_per_row`, the executor has memory for as many blocks of all rows of the block table together as the cache has:
     one that several rows share counts for each of them.
+    `adapters` [max_sequences], None where the executor has no slots for adapters: the slot of each sequence's adapter, or
+    `NO_ADAPTER`.
     `copies` are pairs (source, destination) of blocks of the KV cache, at most `max_sequences`. The executor copies them, one
     after the other, before it writes the keys and values of the step's tokens.
     """
@@ -37,6 +41,7 @@ class StepBatch:
         candidates: NDArray[np.int32] | None = None,
         answers_apart: bool = False,
         blocks_per_row: bool = False,
+        adapters: NDArray[np.int32] | None = None,
     ) -> None:
         self.token_ids = token_ids
         self.positions = positions
@@ -47,6 +52,7 @@ class StepBatch:
         self.prompt_lengths = np.zeros(len(block_table), np.int32)
         self.answers_apart = answers_apart
         self.blocks_per_row = blocks_per_row
+        self.adapters = adapters
         self.copies: list[tuple[int, int]] = []
         self.tokens = 0
         self.rows = 0

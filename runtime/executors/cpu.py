@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime import host
+from belle_compile.runtime.adapters.factors import AdapterMemory
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.batch import StepBatch
+from belle_compile.runtime.executors.batch import NO_ADAPTER, StepBatch
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
 from belle_compile.runtime.executors.summed import Sum, SummedLists
@@ -26,6 +27,7 @@ from belle_compile.runtime.program import (
     ALIGNMENT,
     KV,
     WEIGHTS_NAME,
+    Adapter,
     AllReduce,
     Arena,
     Arg,
@@ -37,6 +39,8 @@ from belle_compile.runtime.program import (
 )
 from belle_compile.runtime.program_json import check_seal, read_program
 
+_Key = tuple[int, int, frozenset[str]]  # of a list of calls: the variants for its row counts, and the linears that are changed
+_NO_LINEARS: frozenset[str] = frozenset()
 _PREFETCH_BYTES = 64 * 1024  # a call that reads fewer bytes of weights is not prefetched
 
 
@@ -62,11 +66,13 @@ class CpuExecutor:
         isa: str | None = None,
         kv_memory: KvMemory | None = None,
         collectives: Collectives | None = None,
+        adapter_slots: int = 0,
     ) -> None:
         """Map the weights in `directory` (such as ENGINE/rank0) of an engine with kernels for the `carried` instruction sets.
 
         `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_memory` to half of the memory
-        beside the weights. A program of several ranks needs `collectives` for its sums.
+        beside the weights. A program of several ranks needs `collectives` for its sums. `adapter_slots` are for as many
+        adapters, if the program takes any.
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
@@ -79,7 +85,12 @@ class CpuExecutor:
         self._collectives = collectives
         _check_rank(program, directory, collectives)
         ranks_here = collectives.ranks_here if collectives else 1
-        self.num_blocks = kv_blocks(program, kv_memory or KvMemory(), self._weights.total_bytes, ranks_here)
+        self.adapters: AdapterMemory | None = None
+        adapter_bytes = adapter_slots * program.adapters.slot_bytes if program.adapters else 0
+        if program.adapters and adapter_slots:
+            self.adapters = AdapterMemory(program.adapters, anonymous(adapter_bytes))
+        taken = self._weights.total_bytes + adapter_bytes
+        self.num_blocks = kv_blocks(program, kv_memory or KvMemory(), taken, ranks_here)
         self.kernels = path.stem  # a tuned library may add in another order than the general one
         library = KernelLibrary(path)
         self._kernels = {name: library.address(name) for name in program.kernel_names()}
@@ -93,11 +104,12 @@ class CpuExecutor:
         self._tokens, self._rows = self._inputs["T"], self._inputs["R"]
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
-        self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"])
+        slots = self._inputs["adapters"] if self.adapters else None
+        self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"], adapters=slots)
         self._logits = self._logits_in_arena()
 
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
-        self._lists: dict[tuple[int, int], tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
+        self._lists: dict[_Key, tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
         self._recorder: Recorder | None = None
         self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
         self.threads = self._pool.threads
@@ -109,7 +121,8 @@ class CpuExecutor:
         for source, destination in batch.copies:
             self._kv_blocks[destination] = self._kv_blocks[source]
         # Where no logits are requested, as in the first chunks of a long prompt, everything after the last layer is left out.
-        key = (bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1)
+        variant = bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1
+        key = *variant, self._changed_linears(batch)
         calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
         try:
             if self._recorder is None:
@@ -120,6 +133,16 @@ class CpuExecutor:
             call = self.program.calls[numbers[failed.number]]
             raise EngineError("cpu", f"kernel {call.kind} of {call.node}", found=failed.message) from None
         return self._logits[:rows]
+
+    def _changed_linears(self, batch: StepBatch) -> frozenset[str]:
+        """The linears that adapters of the step's sequences change. Tells the kernels which rows have adapters."""
+        if self.adapters is None or batch.adapters is None or batch.adapters.max() < 0:
+            return _NO_LINEARS
+        slots = batch.adapters[batch.sequences[: batch.tokens]]
+        rows = np.argsort(slots, kind="stable")[np.count_nonzero(slots == NO_ADAPTER) :]
+        adapted = self._inputs["adapted"]
+        adapted[0], adapted[1 : 1 + len(rows)] = len(rows), rows
+        return self.adapters.targets(frozenset(slots[rows].tolist()))
 
     def join(self, collectives: Collectives) -> None:
         """Move the arena to the memory in which ranks sum fastest."""
@@ -138,7 +161,8 @@ class CpuExecutor:
         """End the threads, drop weights and buffers. Memory is unmapped with the last array over it."""
         self._pool.close()
         self._lists.clear()
-        for name in ("_arena", "_scratch", "_kv", "_kv_blocks", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch"):
+        for name in ("_arena", "_scratch", "_kv", "_kv_blocks", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch",
+                     "adapters"):  # fmt: skip
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
@@ -147,11 +171,15 @@ class CpuExecutor:
         floats = self._arena[logits.offset : logits.offset + 4 * logits.stride * most].view(np.float32)
         return floats.reshape(most, logits.stride)[:, : logits.count]
 
-    def _bind(self, key: tuple[int, int], tokens: int, rows: int) -> tuple[CallList | SummedLists, NDArray[np.int64]]:
+    def _bind(self, key: _Key, tokens: int, rows: int) -> tuple[CallList | SummedLists, NDArray[np.int64]]:
         """The list of calls for these row counts, and the number of each in the program."""
         started = time.perf_counter()
         counts = {"T": tokens, "R": rows}
-        numbers = [number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0]
+        numbers = [
+            number
+            for number, call in enumerate(self.program.calls)
+            if counts[call.rows] > 0 and (call.when != "adapted" or not key[2].isdisjoint(_targets_of(call)))
+        ]
         calls = [self.program.calls[number] for number in numbers]
         if self._collectives is None or self._collectives.shared:
             addresses = [self._addresses(call, counts[call.rows]) for call in calls]
@@ -200,6 +228,14 @@ class CpuExecutor:
                 return int(self._kv.ctypes.data) + self.program.kv.part_offset(arg)
             case Scratch(offset, _):
                 return int(self._scratch.ctypes.data) + offset
+            case Adapter(target):
+                assert self.adapters is not None, "no sequence has an adapter without slots"
+                return self.adapters.address(target)
+
+
+def _targets_of(call: Call) -> Iterable[str]:
+    """The linears whose changes by adapters a call computes."""
+    return (arg.target for arg in call.args if isinstance(arg, Adapter))
 
 
 def next_weights(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[str]:
@@ -275,6 +311,8 @@ def allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
     """Int32 buffers for every input, 64-byte aligned, in one mapping."""
     sizes = dict.fromkeys(("token_ids", "positions", "sequences"), program.max_tokens) | {
         "block_table": program.max_sequences * program.max_blocks,
+        "adapters": program.max_sequences,
+        "adapted": 1 + program.max_tokens,
         "logit_rows": program.max_rows,
         "T": 1,
         "R": 1,
@@ -285,6 +323,7 @@ def allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
     for name, size in sizes.items():
         inputs[name] = memory[offset : offset + 4 * size].view(np.int32)
         offset += padded[name]
+    inputs["adapters"][:] = NO_ADAPTER
     return inputs
 
 

@@ -27,6 +27,7 @@ from belle_compile.runtime.program import (
     CUBIN,
     KV,
     WEIGHTS_NAME,
+    Adapter,
     Arena,
     Arg,
     Call,
@@ -259,6 +260,8 @@ class CudaExecutor:
                 return self._scratch + offset
             case KV():
                 return self._kv + self.program.kv.part_offset(arg)
+            case Adapter():
+                raise AssertionError("this backend makes no calls for adapters")
 
 
 class _Inputs:

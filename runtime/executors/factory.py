@@ -23,6 +23,7 @@ class LoadRequest:
     """One rank to load: its `directory` (`ENGINE/rank0`), and the options of `Engine.load`; None leaves one to the executor.
 
     `kv_memory` is the size of this rank's KV cache. `collectives` connect it to the other ranks of an engine that has several.
+    An engine that takes adapters gets `adapter_slots` for them.
     """
 
     directory: Path
@@ -31,6 +32,7 @@ class LoadRequest:
     isa: str | None = None
     kv_memory: KvMemory = field(default_factory=KvMemory)
     collectives: Collectives | None = None
+    adapter_slots: int = 0
 
     @property
     def local_rank(self) -> int:

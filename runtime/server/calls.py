@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.completions import CompletionBody
 from belle_compile.runtime.server.schemas.fields import Body
 from belle_compile.runtime.server.service import Service
+from belle_compile.runtime.serving.adapters import UnknownAdapter
 from belle_compile.runtime.serving.request import Request, SamplingParams
 from belle_compile.runtime.serving.result_cache.options import CachePolicy
 from belle_compile.runtime.serving.scheduling import LARGEST_PRIORITY, Scheduling
@@ -95,10 +96,13 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
     return call
 
 
-async def read_aside(service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T]) -> T:
-    """Return what `function` makes of a body; a large body is read on another thread."""
+async def read_aside(
+    service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T], *, aside: bool = False
+) -> T:
+    """Return what `function` makes of a body. A large body is read on another thread, and any if `function` takes long
+    (`aside`)."""
     data = await read_body(request)
-    if len(data) <= _READ_AT_ONCE_BYTES and not service.engine.chat.may_take_long(data):
+    if not aside and len(data) <= _READ_AT_ONCE_BYTES and not service.engine.chat.may_take_long(data):
         return function(validate(schema, data))
     return await service.aside(lambda: function(validate(schema, data)))
 
@@ -121,12 +125,14 @@ def resolve(service: Service, body: ChatBody | CompletionBody) -> tuple[Sequence
     requests: list[Request] = []
     try:
         params = _sampling(body)
+        if service.is_adapter(body.model):
+            params = replace(params, adapter=body.model)
         for prompt in prompts:
             ids = engine.encode(prompt, raw=True, parse_special=body.parse_special)
             _check_length(engine.max_context, body, len(ids))
             requests += engine.resolve(ids, params).answers(params.n)
     except EngineError as error:
-        raise _refusal(error, body, field) from None
+        raise _refusal(service, error, body, field) from None
     except RecursionError:
         raise nested_too_deeply() from None
     return prompts, requests
@@ -173,8 +179,10 @@ def _check_length(capacity: int, body: ChatBody | CompletionBody, prompt_tokens:
     raise ApiError(400, message, param=body.limit_field if fits else field, code="context_length_exceeded")
 
 
-def _refusal(error: EngineError, body: ChatBody | CompletionBody, field: str) -> ApiError:
+def _refusal(service: Service, error: EngineError, body: ChatBody | CompletionBody, field: str) -> ApiError:
     """Return what a client is told of a request that the engine refuses, with the field of the body that it is about."""
+    if isinstance(error, UnknownAdapter):  # it was unloaded just now
+        return service.unknown_model(str(body.model))
     if error.stage not in STAGES_OF_REQUESTS:  # such as a tokenizer that does not work
         return of_failure(error)
     names = {"max_new_tokens": body.limit_field}

@@ -19,6 +19,7 @@ from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.options_file import config_option, name_variables
 from belle_compile.runtime.server.options import STAGE, EngineOptions, ServerOptions, option_name
+from belle_compile.runtime.serving.adapters import MORE_SLOTS
 from belle_compile.runtime.usage import version_option
 
 ENVIRONMENT = "BELLE_SERVE"  # what the names of environment variables begin with
@@ -103,7 +104,10 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
     place = ranks.place()
     sockets = bind(options) if place is None or place.rank == 0 else None
     metrics = Metrics()
-    with Engine.load(directory, telemetry=metrics, **engine_options.arguments()) as engine:
+    arguments = engine_options.arguments()
+    if options.allow_lora_updates and engine_options.max_loras is None:
+        arguments["max_loras"] = len(engine_options.lora) + MORE_SLOTS
+    with Engine.load(directory, telemetry=metrics, **arguments) as engine:
         service = Service(engine, options, metrics, directory)
         try:
             app = create_app(service)

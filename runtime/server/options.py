@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.kv_memory import KvMemory
+from belle_compile.runtime.serving.adapters import parse_named
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 
 STAGE = "server options"
@@ -59,6 +60,10 @@ class EngineOptions:
     audit_cache: float = _option(0.0, "Share of the hits that idle steps recompute and compare.", least=0, most=1)
     threads: int | None = _option(None, "Threads of the kernels of a rank.", least=1)
     isa: str | None = _option(None, "Instruction set: amx, avx512vnni or avx2.")
+    lora: tuple[str, ...] = _option(
+        (), "LoRA adapter that requests choose as their model by NAME; may be given several times.", metavar="NAME=DIR"
+    )
+    max_loras: int | None = _option(None, "Adapters that can be loaded at the same time. By default those of --lora.", least=1)
     verify: bool = _option(False, "Check the digest of every file, weights included, before loading.")
 
     def __post_init__(self) -> None:
@@ -66,6 +71,7 @@ class EngineOptions:
         _check_ranges(self)
         KvMemory.parse(self.kv_tokens, self.kv_cache_memory)
         self.cache_options()
+        parse_named(self.lora)
 
     def cache_options(self) -> ResultCacheOptions | None:
         """The result cache; None without one."""
@@ -77,6 +83,7 @@ class EngineOptions:
         """The arguments of `Engine.load`."""
         names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa")
         passed = {name: getattr(self, name) for name in names}
+        passed |= {"lora": parse_named(self.lora), "max_loras": self.max_loras}
         return passed | {"verify": "full" if self.verify else "header", "result_cache": self.cache_options()}
 
 
@@ -108,6 +115,9 @@ class ServerOptions:
     api_key_file: Path | None = _option(
         None, "TOML or JSON file of keys with names, limits and priorities; read again on SIGHUP.", metavar="FILE"
     )
+    allow_lora_updates: bool = _option(
+        False, "Let clients load adapters from the server's disk, and unload them (POST /v1/load_lora_adapter)."
+    )  # fmt: skip
     metrics_auth: bool = _option(False, "Let /metrics need a key too.")
 
     request_timeout_s: float | None = _option(

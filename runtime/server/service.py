@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
@@ -14,14 +14,18 @@ from typing import Any, TypeVar
 
 from belle_compile.runtime.artifact import REPORT_NAME
 from belle_compile.runtime.engine import Engine
+from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.server.access import Access
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.metrics import Metrics
 from belle_compile.runtime.server.options import ServerOptions
+from belle_compile.runtime.server.schemas.responses import Model
 from belle_compile.runtime.server.token_texts import TokenTexts
+from belle_compile.runtime.serving.adapters import LoadedAdapter
 
 T = TypeVar("T")
 
+OWNER = "belle-compile"
 RETRY_WHILE_DRAINING_S = 5
 _PARSERS = 2  # threads for bodies that take long to read: as many as the smallest host has cores
 
@@ -43,8 +47,11 @@ class Service:
         self.self_test: dict[str, Any] = {"status": "running"}  # what /ready shows of it
         self.access = Access(options.api_keys, options.api_key_file)
         self.started_at = time.time()  # seconds since the epoch
-        self.model_names = options.served_model_names or (engine.manifest.model.name,)
-        self.metrics.attach(self.model_names[0], engine)
+        self.base_names = options.served_model_names or (engine.manifest.model.name,)
+        if both := {*self.base_names} & {*self._adapters}:
+            expected = "another name than those of the model"
+            raise EngineError("server options", "lora", found=f"an adapter {min(both)}", expected=expected)
+        self.metrics.attach(self.base_names[0], engine)
         identity = json.dumps(astuple(engine.identity))
         self.fingerprint = f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.token_texts = TokenTexts(engine.tokenizer)
@@ -62,12 +69,41 @@ class Service:
     def model(self, name: str | None) -> str:
         """Return the model of a request, by default the first name; raises `ApiError` for an unknown one."""
         if name is None:
-            return self.model_names[0]
-        if name not in self.model_names:
-            known = ", ".join(self.model_names)
-            message = f"The model '{name[:200]}' does not exist. This server has: {known}."
-            raise ApiError(404, message, param="model", code="model_not_found")
+            return self.base_names[0]
+        if name not in self.base_names and name not in self._adapters:
+            raise self.unknown_model(name)
         return name
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the model, and those of its adapters, which requests choose as models."""
+        return (*self.base_names, *self._adapters)
+
+    def is_adapter(self, name: str | None) -> bool:
+        """Whether a model that a request may name is an adapter."""
+        return name is not None and name not in self.base_names and name in self._adapters
+
+    def unknown_model(self, name: str) -> ApiError:
+        """The error of a request that names another model."""
+        known = ", ".join(self.model_names)
+        message = f"The model '{name[:200]}' does not exist. This server has: {known}."
+        return ApiError(404, message, param="model", code="model_not_found")
+
+    def describe(self, name: str) -> Model:
+        """A model as /v1/models shows it; that of an adapter names its `parent`."""
+        described: Model = {
+            "id": name,
+            "object": "model",
+            "created": int(self.started_at),
+            "owned_by": OWNER,
+            "max_model_len": self.engine.max_context,
+        }
+        return {**described, "parent": self.base_names[0]} if self.is_adapter(name) else described
+
+    @property
+    def _adapters(self) -> Mapping[str, LoadedAdapter]:
+        adapters = self.engine.adapters
+        return adapters.loaded if adapters else {}
 
     async def aside(self, function: Callable[[], T]) -> T:
         """Run what takes long on a thread, so that the event loop goes on."""

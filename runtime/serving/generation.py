@@ -115,8 +115,9 @@ class Generation:
         self.request = request
         logits_from = None if request.prompt_logprobs is None else 0
         self.sequence = Sequence(
-            request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from, salt=request.cache_salt
-        )
+            request.prompt, request.max_new_tokens, request.prompt_lookup, logits_from=logits_from, salt=request.cache_salt,
+            adapter=request.adapter,
+        )  # fmt: skip
         self.done = threading.Event()
         self.observer: Observer | None = None
         self.cached = False

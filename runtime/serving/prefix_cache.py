@@ -22,7 +22,7 @@ from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable
 from belle_compile.runtime.serving.request import EngineIdentity, encode
 
-CHAIN_VERSION = 1
+CHAIN_VERSION = 2
 _TOKEN_BYTES = 4
 
 
@@ -143,12 +143,12 @@ class PrefixCache:
         self._announced_digests: Counter[bytes] = Counter()
         pool.on_eviction(self._forget)
 
-    def chain(self, tokens: NDArray[np.int32], salt: str = "") -> Chain:
+    def chain(self, tokens: NDArray[np.int32], salt: str = "", adapter: str = "") -> Chain:
         """The chain of a sequence whose known tokens are, or will be, the first ones of `tokens`.
 
-        Sequences with different salts share nothing.
+        Sequences with different salts or adapters share nothing.
         """
-        seed = encode(("belle-prefix", CHAIN_VERSION, BLOCK_SIZE, self._engine, salt))
+        seed = encode(("belle-prefix", CHAIN_VERSION, BLOCK_SIZE, self._engine, salt, adapter))
         return Chain(tokens, hashlib.sha256(seed).digest())
 
     def match(self, chain: Chain, known: int, limit: int) -> Prefix:

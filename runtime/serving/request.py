@@ -19,7 +19,7 @@ from belle_compile.runtime.control_tokens import check_text
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.grammar.source import Grammar
 
-KEY_VERSION = 3  # version of the fields that `Request.key` digests, and of their encoding
+KEY_VERSION = 4  # version of the fields that `Request.key` digests, and of their encoding
 # Fields of a request that are not in its key, because they change no answer.
 NOT_IN_KEY = frozenset({"prompt_lookup"})
 
@@ -65,6 +65,8 @@ class SamplingParams:
 
     Requests with different values of `cache_salt` share nothing that was cached, neither prefixes nor results: what one tenant
     has asked cannot be found out by another from the time that an answer takes.
+
+    `adapter` is the name of one that was loaded (`Engine.load`, `Engine.adapters`); None is the engine's model alone.
     """
 
     temperature: float | None = None
@@ -87,6 +89,7 @@ class SamplingParams:
     n: int = 1
     cache_salt: str = ""
     grammar: Grammar | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value of another type or outside of its range; sequences and mappings become tuples."""
@@ -110,6 +113,8 @@ class SamplingParams:
             raise _refusal("cache_salt", self.cache_salt, f"text of at most {MAX_SALT_LENGTH} characters")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise _refusal("grammar", self.grammar, "a Grammar")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise _refusal("adapter", self.adapter, "the name of an adapter")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -166,7 +171,8 @@ class Request:
 
     An answer ends at one of the `eos_ids`, which are empty when end-of-sequence tokens are ignored. A `seed` of None draws
     other random numbers each time. `answer` is the number of this answer among the `n` of its prompt; a request is for one of
-    them. The other fields are those of `SamplingParams`.
+    them. `adapter` is the digest of the adapter with its scale, "" for none: an adapter of another name with the same files
+    gives the same answer. The other fields are those of `SamplingParams`.
     """
 
     prompt: tuple[int, ...]
@@ -190,10 +196,12 @@ class Request:
     answer: int
     cache_salt: str
     grammar: Grammar | None
+    adapter: str
 
     @classmethod
-    def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults) -> Request:
-        """Return the first of the answers that `params` asks for, with what it leaves open filled in.
+    def resolve(cls, prompt: Sequence[int], params: SamplingParams, defaults: RequestDefaults, adapter: str = "") -> Request:
+        """Return the first of the answers that `params` asks for, with what it leaves open filled in; `adapter` is the digest
+        of the adapter that it names.
 
         Raises `EngineError` when prompt and answer are too long, and for token ids outside of the vocabulary. A
         `max_new_tokens` of `params` is kept or refused, and so is `min_tokens`. The engine's defaults are cut to the room after
@@ -237,6 +245,7 @@ class Request:
             answer=0,
             cache_salt=params.cache_salt,
             grammar=params.grammar,
+            adapter=adapter,
         )
 
     @property

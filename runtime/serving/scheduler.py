@@ -8,6 +8,7 @@ import numpy as np
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import StepBatch
+from belle_compile.runtime.executors.batch import NO_ADAPTER
 from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable, blocks_for
 from belle_compile.runtime.serving.prefix_cache import Prefix, PrefixCache
@@ -62,6 +63,7 @@ class Scheduler:
             batch.copies = self.prefixes.copies
         self.limits = Limits(batch.max_context, num_blocks * BLOCK_SIZE)
         self.waiting = WaitingQueue()
+        self.adapters: dict[str, int] = {}  # the slots of loaded adapters, by digest
         self.held: list[Sequence] = []  # sequences that wait for others to compute their prefix
         self.running: list[Sequence] = []  # in order
         self.begun: list[Sequence] = []  # sequences whose first step is the one of the last call of `schedule`
@@ -100,6 +102,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises `EngineError` when it can never be admitted."""
         self.limits.check(sequence.max_length, "prompt and answer are too long")
+        if sequence.adapter and sequence.adapter not in self.adapters:
+            raise EngineError("request", "its adapter was unloaded before its first step", remedy="name one that is loaded")
         self._arrivals += 1
         sequence.rank = (sequence.scheduling.priority, self._arrivals)
         rope_from = self._dynamic_rope_from
@@ -190,6 +194,8 @@ class Scheduler:
         else:
             sequence.blocks.free()
         sequence.blocks, sequence.computed, sequence.drafted = None, 0, 0
+        if self.batch.adapters is not None:
+            self.batch.adapters[sequence.slot] = NO_ADAPTER
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         self._blocked, self._stopped = None, True
@@ -221,7 +227,7 @@ class Scheduler:
         if self.prefixes is None or known < 2:
             return None
         if sequence.chain is None:
-            sequence.chain = self.prefixes.chain(sequence.tokens, sequence.salt)
+            sequence.chain = self.prefixes.chain(sequence.tokens, sequence.salt, sequence.adapter)
         return self.prefixes.match(sequence.chain, known, limit)
 
     def _waits_for(self, sequence: Sequence, prefix: Prefix) -> bool:
@@ -272,6 +278,9 @@ class Scheduler:
         self._free_slots.pop()
         sequence.slot, sequence.blocks, sequence.computed, sequence.publish_at = slot, table, found, 0
         self.batch.prompt_lengths[slot] = sequence.prompt_length
+        if sequence.adapter:
+            assert self.batch.adapters is not None, "adapters are loaded into slots of the executor"
+            self.batch.adapters[slot] = self.adapters[sequence.adapter]
         insort(self.running, sequence, key=lambda other: other.rank)
         if sequence.preemptions:
             self.recomputed_tokens += max(0, sequence.lost - found)

@@ -16,8 +16,8 @@ from belle_compile.runtime.serving.sequence import Sequence
 class Scoring:
     """The logits after each of `token_ids[start:]`; a job of the step loop, which calls `accept` with the rows of each step."""
 
-    def __init__(self, token_ids: list[int], start: int, vocab_size: int) -> None:
-        self.sequence = Sequence(token_ids, 0, logits_from=start)
+    def __init__(self, token_ids: list[int], start: int, vocab_size: int, adapter: str = "") -> None:
+        self.sequence = Sequence(token_ids, 0, logits_from=start, adapter=adapter)
         self.done = threading.Event()
         self._logits = np.empty((len(token_ids) - start, vocab_size), np.float32)
         self._rows = 0  # of `_logits` that are filled

@@ -38,6 +38,7 @@ class Sequence:
         *,
         logits_from: int | None = None,
         salt: str = "",
+        adapter: str = "",
         scheduling: Scheduling | None = None,
     ) -> None:
         self.prompt_length = len(prompt)
@@ -50,6 +51,7 @@ class Sequence:
         self.drafted = 0  # tokens in the step under way that are guesses and not confirmed
         # What the caller asks of the scheduler.
         self.salt = salt  # sequences with different salts share no blocks
+        self.adapter = adapter  # digest of the adapter that it is computed with; "" for none
         self.scheduling = scheduling or Scheduling()
         self.deadline = math.inf  # on time.monotonic()
         # What the scheduler keeps.

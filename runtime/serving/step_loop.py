@@ -404,6 +404,13 @@ class StepLoop:
             if job.sequence.deadline < math.inf:
                 self._deadlines.add(job)
 
+    def release_adapter(self, digest: str) -> int:
+        """Forget an adapter; returns how many jobs use it, in which case it is kept. Called on the loop's thread."""
+        users = sum(sequence.adapter == digest for sequence in self._jobs)
+        if not users:
+            del self.scheduler.adapters[digest]
+        return users
+
     def _drop(self, job: Job, error: EngineError) -> None:
         if self._jobs.pop(job.sequence, None):
             scheduler = self.scheduler

@@ -29,7 +29,7 @@ from belle_compile.runtime.tokenizer import Tokenizer
 VOCABULARY = 300
 EOS = 2
 # The fields behind `prompt_lookup` of a request that leaves them open.
-NOTHING_ELSE = (0.0, 0.0, 0.0, (), 0, (), None, None, 0, "", None)
+NOTHING_ELSE = (0.0, 0.0, 0.0, (), 0, (), None, None, 0, "", None, "")
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )

@@ -158,6 +158,9 @@ def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:
     unset = {"directory": ENGINE[-1], "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None}
     assert loads[0] == unset | {"threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
     assert loads[1] == unset | {"kv_cache_memory": "50%", "verify": "header"}
+    result = run("x", "--lora", "law")
+    assert loads[2] == unset | {"verify": "header", "lora": {"lora": "law"}}
+    assert result.exit_code == 1 and "this engine takes no adapters" in result.stderr, "the prompt is for the adapter"
 
 
 @pytest.mark.usefixtures("loads")

@@ -153,6 +153,7 @@ class Model(TypedDict):
     created: int
     owned_by: str
     max_model_len: int
+    parent: NotRequired[str]
 
 
 class ModelList(TypedDict):

@@ -40,3 +40,11 @@ def test_names_are_unique_and_of_the_command_line() -> None:
 
 def test_keys_are_not_shown() -> None:
     assert "secret" not in repr(ServerOptions(api_keys=("secret",)))
+
+
+def test_adapters_are_named_once() -> None:
+    options = EngineOptions(lora=("law=/models/law", "chat=a=b"))
+    assert options.arguments()["lora"] == {"law": Path("/models/law"), "chat": Path("a=b")}
+    for texts in (("/models/law",), ("=x",), ("a=",), ("a=x", "a=y")):
+        with pytest.raises(EngineError, match=r"option lora: found .*expected NAME=DIR, each name once"):
+            EngineOptions(lora=texts)

@@ -41,7 +41,7 @@ def test_defaults_of_the_engine_fill_what_is_not_set() -> None:
         0.1, 2, 0.3, 1.4, 5, 6, ("end",), True, 7, 0.05, 1, -1, {9: 2, 4: -3, 7: 0}, 3, (8, 6, 8), 2, 0, 3, "a", WORD
     )
     assert make_request([1], every, defaults=defaults, eos=(2,)) == Request(
-        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0, "a", WORD
+        (1,), 6, 0.1, 2, 0.3, 1.4, 5, ("end",), (), 7, 0.05, 1.0, -1.0, ((4, -3.0), (9, 2.0)), 3, (6, 8), 2, 0, 0, "a", WORD, ""
     )
 
 
@@ -101,7 +101,7 @@ OTHER: dict[str, Any] = {
     "prompt": (1, 2), "max_new_tokens": 3, "temperature": 0.25, "top_k": 9, "top_p": 0.5, "repetition_penalty": 1.5,
     "seed": None, "stop": ("x", "y"), "eos_ids": (3,), "prompt_lookup": 5, "min_p": 0.1, "presence_penalty": 0.5,
     "frequency_penalty": 0.5, "logit_bias": ((1, 2.0),), "min_tokens": 1, "stop_token_ids": (2,), "logprobs": 0,
-    "prompt_logprobs": 0, "answer": 1, "cache_salt": "a", "grammar": WORD,
+    "prompt_logprobs": 0, "answer": 1, "cache_salt": "a", "grammar": WORD, "adapter": "ab" * 32,
 }  # fmt: skip
 
 
@@ -140,8 +140,8 @@ def test_every_part_of_the_engine_is_in_the_key(name: str, value: Any) -> None:
 
 def test_the_key_of_a_version_never_changes() -> None:
     """Whoever changes what is digested, a new field included, raises KEY_VERSION: results may be stored under old keys."""
-    assert KEY_VERSION == 3
-    assert REQUEST.key(ENGINE) == "0c1ed3333fbf31a2fcdf2d05cb1c5404a6faeb5e3de4a568733d37f03be0a86b"
+    assert KEY_VERSION == 4
+    assert REQUEST.key(ENGINE) == "ee80ef2b398d55c7a6b44b713c4d4ed34b25d8eb380b4bf6774a3ab7557e072b"
 
 
 CONFUSING = [
