@@ -248,27 +248,38 @@ class MaddubsBlock(SumBlock):
     lanes = PANEL // 2
 
     def step(self, k: Expr) -> None:
-        half = self.lanes
-        ones = T.broadcast(T.int16(1), 16)
-        signs = T.broadcast(T.int32(-0x7F7F7F80), half)  # 0x80808080
-        weights = [tir.bind(tir.load(self.weight, base + k * 64 + h * 32, 32)) for base in self.bases for h in range(2)]
-        for m, start in enumerate(self.starts):
-            signed = tir.bind(T.reinterpret("int8x32", T.bitwise_xor(T.broadcast(self.xq[start + k], half), signs)))
-            for i, values in enumerate(weights):
-                product = self._pairs(values, signed)
-                slot = m * len(weights) + i
-                self.acc[slot] = self.acc[slot] + tir.pure("int32x8", "llvm.x86.avx2.pmadd.wd", product, ones)
+        tokens = [self._token(start, k) for start in self.starts]
+        for i, place in enumerate(self._weight_places(k)):  # one weight and its magnitude at a time in registers
+            values = tir.bind(tir.load(self.weight, place, 32))
+            magnitudes = _absolute(values)
+            for m, token in enumerate(tokens):
+                self._add(m, i, _maddubs(magnitudes, _with_signs(token, values)))
 
-    def _pairs(self, values: Expr, signed: Expr) -> Expr:
-        """Sums of two neighbouring products of weights and activations, in 16 bits."""
-        return _maddubs(_absolute(values), _with_signs(signed, values))
+    def _token(self, start: Expr, k: Expr) -> Expr:
+        """Four signed bytes of the activations from `start` on, in every lane."""
+        signs = T.broadcast(T.int32(-0x7F7F7F80), self.lanes)  # 0x80808080
+        return tir.bind(T.reinterpret("int8x32", T.bitwise_xor(T.broadcast(self.xq[start + k], self.lanes), signs)))
+
+    def _weight_places(self, k: Expr) -> list[Expr]:
+        return [base + k * 64 + half * 32 for base in self.bases for half in range(2)]
+
+    def _add(self, m: int, i: int, pairs: Expr) -> None:
+        """Add sums of two neighbouring products of row m and half panel i, in 16 bits."""
+        ones = T.broadcast(T.int16(1), 16)
+        slot = m * 2 * len(self.bases) + i
+        self.acc[slot] = self.acc[slot] + tir.pure("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, ones)
 
 
 class PlanesMaddubsBlock(MaddubsBlock):
     """The same for activations of 16 bits, whose bytes are down to -128: magnitudes of activations are the unsigned operand."""
 
-    def _pairs(self, values: Expr, signed: Expr) -> Expr:
-        return _maddubs(_absolute(signed), _with_signs(values, signed))
+    def step(self, k: Expr) -> None:
+        weights = [tir.bind(tir.load(self.weight, place, 32)) for place in self._weight_places(k)]
+        for m, start in enumerate(self.starts):
+            token = self._token(start, k)
+            magnitudes = _absolute(token)
+            for i, values in enumerate(weights):
+                self._add(m, i, _maddubs(magnitudes, _with_signs(values, token)))
 
 
 def _maddubs(unsigned: Expr, signed: Expr) -> Expr:
