@@ -40,14 +40,15 @@ class JsonReader:
             raise self.error(names[0], contradiction, "one value", "remove the wrong key")
         return first
 
-    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """The whole number under any of the names; raises the error if it is missing without a default or below `least`."""
+    def integer(self, *names: str, default: int | None = None, least: int = 1, most: int = MOST_INTEGER) -> int:
+        """The whole number under any of the names; raises the error if it is missing without a default, below `least` or above
+        `most`."""
         value = self._or_default(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_INTEGER:
-            large = isinstance(value, int) and value > MOST_INTEGER
-            expected = f"a whole number <= {MOST_INTEGER}" if large else f"a whole number >= {least}"
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            large = isinstance(value, int) and value > most
+            expected = f"a whole number <= {most}" if large else f"a whole number >= {least}"
             raise self.error(names[0], short(value), expected)
         return value
 

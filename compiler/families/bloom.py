@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from belle_compile.compiler.families.config import Keys, Reader
+from belle_compile.compiler.families.config import MOST_LAYERS, Keys, Reader
 from belle_compile.compiler.families.family import Family
 from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.layers import Layers
@@ -70,7 +70,7 @@ def read_config(config: Mapping[str, Any]) -> BloomConfig:
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        num_layers=read.integer("n_layer", "num_hidden_layers"),
+        num_layers=read.integer("n_layer", "num_hidden_layers", most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -13,6 +13,7 @@ from belle_compile.runtime.errors import BelleError
 from belle_compile.runtime.json_reader import JsonReader, short
 
 STAGE = "config"
+MOST_LAYERS = 10_000  # lists with an entry for each layer are made before any tensor is looked for
 
 # Keys that Transformers 4 and 5, trainers and converters write; none of them changes a forward pass in evaluation mode.
 HARMLESS = frozenset(

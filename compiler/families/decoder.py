@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from belle_compile.compiler.families import rope
-from belle_compile.compiler.families.config import Reader
+from belle_compile.compiler.families.config import MOST_LAYERS, Reader
 from belle_compile.compiler.families.layers import Layers
 from belle_compile.compiler.families.model_config import ModelConfig
 
@@ -75,7 +75,7 @@ def read_decoder(
         raise read.error("num_attention_heads", str(heads), f"a divisor of hidden_size, {hidden}, or a head_dim")
     head_dim = read.integer("head_dim", default=hidden // heads)
     rotary = rope.read_rope(config, head_dim)
-    layers = read.integer("num_hidden_layers")
+    layers = read.integer("num_hidden_layers", most=MOST_LAYERS)
     return DecoderConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from belle_compile.compiler.families.config import Reader
+from belle_compile.compiler.families.config import MOST_LAYERS, Reader
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # items of layer_types
 DEFAULT_WINDOW = 4096  # of Transformers' classes, where config.json does not have the key
@@ -21,7 +21,7 @@ def qwen_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     Without use_sliding_window there is none. Else the layers from max_window_layers on have one, unless layer_types says which.
     """
     read = Reader(config)
-    layers, window = read.integer("num_hidden_layers"), 0
+    layers, window = read.integer("num_hidden_layers", most=MOST_LAYERS), 0
     if read.flag("use_sliding_window", default=False) and config.get("sliding_window", DEFAULT_WINDOW) is not None:
         window = read.integer("sliding_window", default=DEFAULT_WINDOW)
     types = _layer_types(read, layers)
@@ -36,7 +36,7 @@ def qwen_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
 def same_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The window of each layer, 0 where there is none, of a model whose layers have all the same, as MistralConfig has it."""
     read = Reader(config)
-    layers = read.integer("num_hidden_layers")
+    layers = read.integer("num_hidden_layers", most=MOST_LAYERS)
     window = 0
     if config.get("sliding_window", DEFAULT_WINDOW) is not None:
         window = read.integer("sliding_window", default=DEFAULT_WINDOW)

@@ -183,7 +183,7 @@ def test_the_graph_is_built_once(checkpoint: Path, requests: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("round",)}, "unknown method: found round, expected some of smooth, rotate"),
+        ({"methods": ("round",)}, "unknown method: found round, expected some of reorder, smooth, rotate"),
         (
             {"methods": ("gptq",), "calibration": None},
             "method gptq: found no requests to calibrate with; give some with --calib",

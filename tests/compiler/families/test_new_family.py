@@ -213,8 +213,8 @@ def test_refusals_name_it(checkpoint: Path) -> None:
         open_checkpoint(rewrite_config(checkpoint, model_type="gpt2"))
 
 
-# Files in which llama and bloom are kinds of tokenizers of GGUF, or of models of GenAI, or in which llama is the one model that was
-# published in a format.
+# Files in which llama and bloom are kinds of tokenizers of GGUF, or of models of GenAI, or in which llama is the one model that
+# was published in a format.
 KINDS = {"gguf_tokenizer.py", "gguf_rules.py", "gguf_vocabulary.py", "genai.py", "original_llama.py"}
 
 
