@@ -41,7 +41,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def engine(checkpoint: Path, passes: Sequence[Pass], monkeypatch: pytest.MonkeyPatch) -> Path:
     """An engine of these passes."""
-    monkeypatch.setattr(driver, "passes_of", lambda recipe, data=None, keep=(), ranks=1: passes)
+    monkeypatch.setattr(driver, "passes_of", lambda *arguments, **options: passes)
     request = BuildRequest(checkpoint, checkpoint.parent / "engine", quantization="none", isas=(BEST_ISA,), kv_cache="float32")
     return build(request)
 

@@ -31,6 +31,9 @@ def test_kernels_of_backends_derive_from_one_description(
     shared: type[Kernel], backend: type[TvmLowering | TritonLowering]
 ) -> None:
     made = getattr(backend.kernels, shared.__name__)
+    if made is None:  # for what the backend refuses
+        assert backend.kernels.__dataclass_fields__[shared.__name__].default is None
+        return
     assert issubclass(made, shared) and made.kind == shared.kind
     assert list(made.__dataclass_fields__)[: len(shared.__dataclass_fields__)] == list(shared.__dataclass_fields__)
 
