@@ -18,7 +18,7 @@ class CpuFactory(ExecutorFactory):
 
     isas = tuple(host.ISA_FLAGS)
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
         """Check the machine, its instruction sets and its memory."""
         check_machine(target)
         required, offered = target.requires.isa, host.host_isas()
@@ -27,7 +27,7 @@ class CpuFactory(ExecutorFactory):
             found = f"instruction sets {', '.join(offered) or 'none known'} ({missing})"
             remedy = "run it on a newer CPU or rebuild it for this one"
             raise cannot_run(target, found, f"one of {', '.join(required)}", remedy)
-        check_memory(target, ranks_here)
+        check_memory(target, ranks_here, held_bytes)
 
     def usable_isas(self, target: TargetInfo) -> Sequence[str]:
         """The instruction sets that processor and engine have in common, best first."""

@@ -19,7 +19,7 @@ class CudaFactory(ExecutorFactory):
 
     isas = host.GPU_ARCHS
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
         """Check the machine. The GPU, its architecture and its memory are checked when it is opened."""
         check_machine(target)
 

@@ -48,10 +48,11 @@ class ExecutorFactory(ABC):
 
     isas: Sequence[str] | None = None
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
-        """Raise `EngineError` where this host cannot run `ranks_here` ranks of an engine: by default, by machine and memory."""
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
+        """Raise `EngineError` where this host cannot run `ranks_here` ranks of an engine: by default, by machine and memory,
+        of which another engine of this process holds `held_bytes`."""
         check_machine(target)
-        check_memory(target, ranks_here)
+        check_memory(target, ranks_here, held_bytes)
 
     def usable_isas(self, target: TargetInfo) -> Sequence[str]:
         """The instruction sets of an engine that this host can run, best first."""
@@ -90,10 +91,14 @@ def check_machine(target: TargetInfo) -> None:
         raise cannot_run(target, f"{system} {machine}", f"Linux {arch}".strip(), "run it on such a host")
 
 
-def check_memory(target: TargetInfo, ranks_here: int) -> None:
-    """Raise `EngineError` where the host's memory is too small for `ranks_here` ranks."""
+def check_memory(target: TargetInfo, ranks_here: int, held_bytes: int = 0) -> None:
+    """Raise `EngineError` where the host's memory is too small for `ranks_here` ranks beside what is held already."""
     memory, needed = host.memory_bytes(), ranks_here * target.requires.memory_bytes
-    if memory < needed:
+    if memory - held_bytes < needed:
         expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks_here} ranks" if ranks_here > 1 else "")
         remedy = "run it on a larger host or raise the container's memory limit"
-        raise cannot_run(target, f"{memory / 2**30:.1f} GiB of memory", expected, remedy)
+        found = f"{memory / 2**30:.1f} GiB of memory"
+        if held_bytes:
+            found += f", of which {held_bytes / 2**30:.1f} are for another engine and the KV caches"
+            remedy = "load with less memory for the KV cache (--kv-cache-memory), or on a larger host"
+        raise cannot_run(target, found, expected, remedy)

@@ -26,7 +26,7 @@ class _Host(ABC):
     extra: str
 
     @abstractmethod
-    def check(self, target: TargetInfo, ranks_here: int) -> None:
+    def check(self, target: TargetInfo, ranks_here: int, held_bytes: int) -> None:
         """Raise `EngineError` where this host cannot run the engine."""
 
     @abstractmethod
@@ -61,14 +61,14 @@ class _Processor(_Host):
 
     extra = "onnxruntime"
 
-    def check(self, target: TargetInfo, ranks_here: int) -> None:
+    def check(self, target: TargetInfo, ranks_here: int, held_bytes: int) -> None:
         """On x86-64 without VNNI, ONNX Runtime adds pairs of 8-bit products in 16 bits with saturation, which is not exact."""
         check_machine(target)
         if VNNI in target.requires.isa and not host.cpu_flags() & _VNNI_FLAGS:
             expected = " or ".join(sorted(_VNNI_FLAGS))
             remedy = "run it on a newer CPU or build it for the backend tvm"
             raise cannot_run(target, "a CPU without VNNI, on which ONNX Runtime's 8-bit products saturate", expected, remedy)
-        check_memory(target, ranks_here)
+        check_memory(target, ranks_here, held_bytes)
         self.check_installed()
 
     def open_device(self, target: TargetInfo) -> None:
@@ -86,7 +86,7 @@ class _Gpu(_Host):
 
     extra = "onnxruntime-gpu"
 
-    def check(self, target: TargetInfo, ranks_here: int) -> None:
+    def check(self, target: TargetInfo, ranks_here: int, held_bytes: int) -> None:
         """Check the machine, and that ONNX Runtime has the provider. The GPU and its memory are checked when it is opened."""
         check_machine(target)
         self.check_installed()
@@ -116,10 +116,10 @@ _HOSTS: dict[str, _Host] = {CUDA: _Gpu()}  # by the instruction set of an engine
 class OnnxRuntimeFactory(ExecutorFactory):
     """Loads `OnnxRuntimeExecutor`s, and `OnnxRuntimeCudaExecutor`s, which ignore the `threads` of a request."""
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
         """Check the machine, and that there is an ONNX Runtime that is new enough and has the execution provider; for an engine
         for processors, the host's memory as well."""
-        _host_of(target).check(target, ranks_here)
+        _host_of(target).check(target, ranks_here, held_bytes)
 
     def try_host(self, target: TargetInfo) -> str:
         """Open the device as well: for an engine for GPUs, the first GPU."""

@@ -18,7 +18,7 @@ class TensorRtFactory(ExecutorFactory):
 
     isas = ARCHS
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
         """Check the machine, and that TensorRT is installed. Its version and the GPU are checked when the engine is loaded."""
         check_machine(target)
         from belle_compile.runtime.executors.tensorrt_runtime import check_installed

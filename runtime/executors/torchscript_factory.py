@@ -17,9 +17,9 @@ from belle_compile.runtime.executors.torchscript_model import STAGE
 class TorchScriptFactory(CpuFactory):
     """Loads `TorchScriptExecutor`s."""
 
-    def check_host(self, target: TargetInfo, ranks_here: int = 1) -> None:
+    def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
         """Check the machine, its instruction sets and memory, and that PyTorch is installed."""
-        super().check_host(target, ranks_here)
+        super().check_host(target, ranks_here, held_bytes)
         if installed() is None:
             raise cannot_run(target, "no PyTorch", "the package torch", "pip install 'belle-compile[torchscript]'")
 

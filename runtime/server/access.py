@@ -38,6 +38,7 @@ class ApiKey:
 
 # What a request without a key is counted under, where the server needs none.
 ANONYMOUS = ApiKey("", b"")
+ADMIN_NAME = "admin"
 _LIMITS = ("max_concurrent", "requests_per_minute", "tokens_per_minute")
 _TEXTS = ("name", "key", "sha256")
 _FIELDS = {
@@ -89,10 +90,16 @@ class Access:
     """The keys of the server. All methods may be called on any thread."""
 
     def __init__(
-        self, texts: Sequence[str] = (), file: Path | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        texts: Sequence[str] = (),
+        file: Path | None = None,
+        admin: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`texts` are keys without a file, named api-key-1 and so on. Raises `EngineError` for a file that does not fit."""
+        """`texts` are keys without a file, named api-key-1 and so on. `admin` is the key of administrators, which is none of
+        these. Raises `EngineError` for a file that does not fit."""
         self._given = [ApiKey.of(f"api-key-{number}", text) for number, text in enumerate(texts, 1)]
+        self.admin = None if admin is None else ApiKey.of(ADMIN_NAME, admin)
         self._file, self._clock = file, clock
         self._lock = threading.Lock()
         self._uses: dict[str, _Use] = {}
@@ -113,13 +120,15 @@ class Access:
 
         The time that this takes does not depend on the keys: digests are compared, in constant time, and with all of them.
         """
-        scheme, _, text = (authorization or "").strip().partition(" ")
-        digest = _digest(text.strip())
-        found = None
+        digest, found = _digest_of_bearer(authorization), None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
                 found = key
-        return found if scheme.lower() == _SCHEME else None
+        return found
+
+    def is_admin(self, authorization: str | None) -> bool:
+        """Whether a header has the key of administrators."""
+        return self.admin is not None and hmac.compare_digest(self.admin.digest, _digest_of_bearer(authorization))
 
     def enter(self, key: ApiKey) -> None:
         """Count a request that begins, which must `leave`; raises `RateLimited`, and counts nothing, over a limit."""
@@ -145,9 +154,10 @@ class Access:
 
     def _read(self) -> list[ApiKey]:
         keys = self._given + (read_key_file(self._file) if self._file else [])
-        for what, values in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):
+        named = keys + ([self.admin] if self.admin else [])
+        for what, values in (("name", [key.name for key in named]), ("key", [key.digest for key in named])):
             if len(set(values)) < len(values):
-                twice = next(key.name for index, key in enumerate(keys) if values[index] in values[:index])
+                twice = next(key.name for index, key in enumerate(named) if values[index] in values[:index])
                 raise EngineError(STAGE, f"the {what} of {twice!r}", found="another key with the same", expected="one")
         return keys
 
@@ -196,6 +206,12 @@ def _parse_digest(text: str, where: str) -> bytes:
     if len(digest) != hashlib.sha256().digest_size:
         raise EngineError(STAGE, f"{where}: sha256", found=f"{len(text)} characters", expected="64 hexadecimal digits")
     return digest
+
+
+def _digest_of_bearer(authorization: str | None) -> bytes:
+    """The digest of the key in a header `Authorization: Bearer KEY`; that of no key for another header."""
+    scheme, _, text = (authorization or "").strip().partition(" ")
+    return _digest(text.strip()) if scheme.lower() == _SCHEME else b""
 
 
 def _digest(text: str) -> bytes:

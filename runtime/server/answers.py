@@ -17,7 +17,6 @@ from belle_compile.runtime.server.calls import Call
 from belle_compile.runtime.server.context import BodyWriter, writer_of
 from belle_compile.runtime.server.errors import ApiError, ClientGone, of_failure, of_request
 from belle_compile.runtime.server.formats import DONE, Format, event
-from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.async_streams import AsyncStreams, Event
 from belle_compile.runtime.serving.generation import Piece
 from belle_compile.runtime.serving.grammar.source import GrammarFailure
@@ -29,11 +28,11 @@ RESULT_CACHE_HEADER = "X-Result-Cache"  # hit, miss or bypass
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx passes pieces on as they come
 
 
-async def answer(service: Service, request: HttpRequest, call: Call[Any], form: Format) -> Response:
+async def answer(request: HttpRequest, call: Call[Any], form: Format) -> Response:
     """Return the response to a call, of which a stream is computed while it is sent."""
     if call.body.stream:
-        return EventStream(service, call, form)
-    waiting = service.engine.agenerate(call.requests, cache=call.cache, scheduling=call.scheduling)
+        return EventStream(call, form)
+    waiting = call.served.engine.agenerate(call.requests, cache=call.cache, scheduling=call.scheduling)
     call.context.settle()  # takes effect when the task that `waiting` becomes has begun
     try:
         results = [form.cut(result) for result in await _unless_gone(request.receive, waiting)]
@@ -41,9 +40,9 @@ async def answer(service: Service, request: HttpRequest, call: Call[Any], form: 
         raise
     except Exception as error:
         raise _failure(call, error) from error
-    _note(service, call, form, results)
+    _note(call, form, results)
     cached = all(result.cached for result in results)
-    return Response(form.response(results), 200, _headers(service, call, cached), "application/json")
+    return Response(form.response(results), 200, _headers(call, cached), "application/json")
 
 
 class EventStream(Response):
@@ -59,10 +58,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, call: Call[Any], form: Format) -> None:
+    def __init__(self, call: Call[Any], form: Format) -> None:
         self.background = None
         self.status_code = 200
-        self._service, self._call, self._form = service, call, form
+        self._call, self._form = call, form
         self._results: dict[int, Result] = {}
         self._opened: set[int] = set()
 
@@ -70,7 +69,7 @@ class EventStream(Response):
         """Send the stream."""
         call = self._call
         try:
-            streams = self._service.engine.astream_all(call.requests, cache=call.cache, scheduling=call.scheduling)
+            streams = call.served.engine.astream_all(call.requests, cache=call.cache, scheduling=call.scheduling)
         except Exception as error:
             raise _failure(call, error) from error
         call.context.settle()
@@ -97,7 +96,7 @@ class EventStream(Response):
             if failure and not started and not chunks:
                 raise failure
             if not started:
-                self.init_headers(_STREAM_HEADERS | _headers(self._service, self._call, streams.cached))
+                self.init_headers(_STREAM_HEADERS | _headers(self._call, streams.cached))
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 started = True
                 if write and self._form.plain:
@@ -139,7 +138,7 @@ class EventStream(Response):
 
     def _finish(self, chunks: list[bytes]) -> None:
         results = [self._results[index] for index in range(len(self._results))]
-        _note(self._service, self._call, self._form, results)
+        _note(self._call, self._form, results)
         if self._form.with_usage:
             chunks.append(self._form.usage_event(results))
         chunks.append(DONE)
@@ -174,19 +173,19 @@ def _failure(call: Call[Any], error: Exception) -> ApiError:
     return of_failure(error)
 
 
-def _note(service: Service, call: Call[Any], form: Format, results: Sequence[Result]) -> None:
+def _note(call: Call[Any], form: Format, results: Sequence[Result]) -> None:
     """Tell the middleware what was used, for limits and logs; texts only where the log may have them."""
     context, usage = call.context, form.usage(results)
     context.tokens += usage["total_tokens"]
     context.details |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
     context.details["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
     context.details["finish_reasons"] = [result.finish_reason for result in results]
-    if service.options.log_prompts:
+    if call.served.options.log_prompts:
         context.texts |= {"prompts": call.prompts, "answers": [result.text for result in results]}
 
 
-def _headers(service: Service, call: Call[Any], cached: bool) -> dict[str, str]:
-    looked_up = service.engine.result_cache is not None and not call.cache.no_cache
+def _headers(call: Call[Any], cached: bool) -> dict[str, str]:
+    looked_up = call.served.engine.result_cache is not None and not call.cache.no_cache
     covered = looked_up and all(map(depends_on_request_alone, call.requests))
     state = "bypass" if not covered else "hit" if cached else "miss"
     call.context.details["result_cache"] = state

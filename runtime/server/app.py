@@ -8,11 +8,12 @@ from belle_compile import __version__
 from belle_compile.runtime.server.errors import install_handlers
 from belle_compile.runtime.server.middleware import install
 from belle_compile.runtime.server.openapi import TITLE, document
-from belle_compile.runtime.server.routes import adapters, chat, completions, health, info, models, page, tokenize
+from belle_compile.runtime.server.routes import adapters, admin, chat, completions, health, info, models, page, tokenize
 from belle_compile.runtime.server.service import Service
 
 ROUTERS = (
-    chat.router, completions.router, models.router, adapters.router, tokenize.router, info.router, health.router, page.router,
+    chat.router, completions.router, models.router, adapters.router, admin.router, tokenize.router, info.router, health.router,
+    page.router,
 )  # fmt: skip
 
 

@@ -15,10 +15,12 @@ from starlette.requests import Request as HttpRequest
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.server.context import RequestContext, context_of
 from belle_compile.runtime.server.errors import ApiError, ClientGone, invalid, of_failure, of_request, of_validation
+from belle_compile.runtime.server.options import ServerOptions
 from belle_compile.runtime.server.parsing import nested_too_deeply, parse_object
 from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.completions import CompletionBody
 from belle_compile.runtime.server.schemas.fields import Body
+from belle_compile.runtime.server.served_engine import ServedEngine, served_by
 from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.adapters import UnknownAdapter
 from belle_compile.runtime.serving.request import Request, SamplingParams
@@ -41,6 +43,7 @@ class Call(Generic[C]):
     """An HTTP request for answers: its body, and one request of the engine for each choice, prompt by prompt."""
 
     body: C
+    served: ServedEngine
     model: str
     prompts: Sequence[str | Sequence[int]]  # as they were given, those of chats as token ids
     requests: Sequence[Request]
@@ -84,63 +87,64 @@ async def read_call(service: Service, request: HttpRequest, schema: type[C]) -> 
     Long prompts are encoded and grammars compiled on another thread, so that nobody waits for them but their request.
     """
     data = await read_body(request)
-    context = context_of(request.scope)
+    context, served = context_of(request.scope), served_by(request.scope)
     cache = _cache_policy(request.headers.get("cache-control", ""))
     at_once = len(data) <= _READ_AT_ONCE_BYTES and not _GRAMMAR_FIELD.search(data)
-    if at_once and not service.engine.chat.may_take_long(data):
-        call = _make_call(service, schema, data, context, cache)
+    if at_once and not served.engine.chat.may_take_long(data):
+        call = _make_call(served, schema, data, context, cache)
     else:
         context.settle()
-        call = await service.aside(lambda: _make_call(service, schema, data, context, cache))
+        call = await service.aside(lambda: _make_call(served, schema, data, context, cache))
     service.metrics.asked(call.n, call.body.answer_limit)
     return call
 
 
 async def read_aside(
-    service: Service, request: HttpRequest, schema: type[B], function: Callable[[B], T], *, aside: bool = False
+    service: Service, request: HttpRequest, schema: type[B], function: Callable[[ServedEngine, B], T], *, aside: bool = False
 ) -> T:
-    """Return what `function` makes of a body. A large body is read on another thread, and any if `function` takes long
-    (`aside`)."""
+    """Return what `function` makes of the request's engine and body. A large body is read on another thread, and any if
+    `function` takes long (`aside`)."""
     data = await read_body(request)
-    if not aside and len(data) <= _READ_AT_ONCE_BYTES and not service.engine.chat.may_take_long(data):
-        return function(validate(schema, data))
-    return await service.aside(lambda: function(validate(schema, data)))
+    served = served_by(request.scope)
+    if not aside and len(data) <= _READ_AT_ONCE_BYTES and not served.engine.chat.may_take_long(data):
+        return function(served, validate(schema, data))
+    return await service.aside(lambda: function(served, validate(schema, data)))
 
 
-def _make_call(service: Service, schema: type[C], data: bytes, context: RequestContext, cache: CachePolicy) -> Call[C]:
+def _make_call(served: ServedEngine, schema: type[C], data: bytes, context: RequestContext, cache: CachePolicy) -> Call[C]:
     body = validate(schema, data)
-    context.model = model = service.model(body.model)
-    options = service.options
+    context.model = model = served.model(body.model)
+    options = served.options
     if (body.n or 1) > options.max_n:
         raise invalid(f"Invalid value for 'n': expected at most {options.max_n}.", "n")
-    prompts, requests = resolve(service, body)
-    return Call(body, model, prompts, requests, cache, _scheduling(service, body, context), context, int(time.time()))
+    prompts, requests = resolve(served, body)
+    return Call(body, served, model, prompts, requests, cache, _scheduling(options, body, context), context, int(time.time()))
 
 
-def resolve(service: Service, body: ChatBody | CompletionBody) -> tuple[Sequence[str | Sequence[int]], list[Request]]:
+def resolve(served: ServedEngine, body: ChatBody | CompletionBody) -> tuple[Sequence[str | Sequence[int]], list[Request]]:
     """Return the prompts, and the engine's requests for all choices."""
-    engine, field = service.engine, body.prompt_field
-    _check_counts(service, body)
+    engine, field = served.engine, body.prompt_field
+    _check_counts(served.options, body)
     prompts: list[Any] = [[message.for_template() for message in body.messages]] if isinstance(body, ChatBody) else body.prompt
     requests: list[Request] = []
     try:
         params = _sampling(body)
-        if service.is_adapter(body.model):
+        if served.is_adapter(body.model):
             params = replace(params, adapter=body.model)
         for prompt in prompts:
             ids = engine.encode(prompt, raw=True, parse_special=body.parse_special)
             _check_length(engine.max_context, body, len(ids))
             requests += engine.resolve(ids, params).answers(params.n)
     except EngineError as error:
-        raise _refusal(service, error, body, field) from None
+        raise _refusal(served, error, body, field) from None
     except RecursionError:
         raise nested_too_deeply() from None
     return prompts, requests
 
 
-def _check_counts(service: Service, body: ChatBody | CompletionBody) -> None:
+def _check_counts(options: ServerOptions, body: ChatBody | CompletionBody) -> None:
     """Raise `ApiError` for more prompts, messages or answers than the server's options allow."""
-    options, field = service.options, body.prompt_field
+    field = body.prompt_field
     if isinstance(body, ChatBody):
         most, count, prompts = options.max_messages, len(body.messages), 1
     else:
@@ -179,10 +183,10 @@ def _check_length(capacity: int, body: ChatBody | CompletionBody, prompt_tokens:
     raise ApiError(400, message, param=body.limit_field if fits else field, code="context_length_exceeded")
 
 
-def _refusal(service: Service, error: EngineError, body: ChatBody | CompletionBody, field: str) -> ApiError:
+def _refusal(served: ServedEngine, error: EngineError, body: ChatBody | CompletionBody, field: str) -> ApiError:
     """Return what a client is told of a request that the engine refuses, with the field of the body that it is about."""
     if isinstance(error, UnknownAdapter):  # it was unloaded just now
-        return service.unknown_model(str(body.model))
+        return served.unknown_model(str(body.model))
     if error.stage not in STAGES_OF_REQUESTS:  # such as a tokenizer that does not work
         return of_failure(error)
     names = {"max_new_tokens": body.limit_field}
@@ -194,8 +198,8 @@ def _refusal(service: Service, error: EngineError, body: ChatBody | CompletionBo
     return of_request(error, field, subject=error.what)
 
 
-def _scheduling(service: Service, body: ChatBody | CompletionBody, context: RequestContext) -> Scheduling:
-    timeouts = [timeout for timeout in (body.timeout, service.options.request_timeout_s) if timeout is not None]
+def _scheduling(options: ServerOptions, body: ChatBody | CompletionBody, context: RequestContext) -> Scheduling:
+    timeouts = [timeout for timeout in (body.timeout, options.request_timeout_s) if timeout is not None]
     priority = (body.priority or 0) + context.priority
     priority = max(-LARGEST_PRIORITY, min(LARGEST_PRIORITY, priority))
     return Scheduling(priority, min(timeouts, default=None), context.client)

@@ -107,8 +107,15 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
     arguments = engine_options.arguments()
     if options.allow_lora_updates and engine_options.max_loras is None:
         arguments["max_loras"] = len(engine_options.lora) + MORE_SLOTS
+
+    def load(directory: Path, *, kv_cache_bytes: int, max_loras: int | None) -> Engine:
+        changed = {"lora": None, "max_loras": max_loras}
+        if engine_options.kv_tokens is None:
+            changed["kv_cache_memory"] = kv_cache_bytes
+        return Engine.load(directory, telemetry=metrics, **arguments | changed)
+
     with Engine.load(directory, telemetry=metrics, **arguments) as engine:
-        service = Service(engine, options, metrics, directory)
+        service = Service(engine, options, metrics, directory, load if place is None else None)
         try:
             app = create_app(service)
             # What is here now lives as long as the process. Collecting garbage, which stops all threads, would go through it
@@ -118,6 +125,7 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
             return run(app, service, sockets)
         finally:
             service.close()
+            service.swap.close()
 
 
 def _check_extra() -> None:

@@ -16,7 +16,6 @@ from belle_compile.runtime.server.calls import Call
 from belle_compile.runtime.server.responses import to_json
 from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.completions import CompletionBody
-from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.server.token_texts import CompletionLogprobs
 from belle_compile.runtime.serving.logprobs import TokenLogprob
 
@@ -37,12 +36,13 @@ class Format(ABC):
     chunk_name: str
     silent = False  # whether no answer was asked for
 
-    def __init__(self, service: Service, call: Call[Any], id: str) -> None:
-        self._call, self._texts, self._tokenizer = call, service.token_texts, service.engine.tokenizer
+    def __init__(self, call: Call[Any], id: str) -> None:
+        served = call.served
+        self._call, self._texts, self._tokenizer = call, served.token_texts, served.engine.tokenizer
         options = call.body.stream_options
         self.with_usage = bool(options and options.include_usage)
         self._top = call.body.alternatives
-        self._facts = {"id": id, "created": call.created, "model": call.model, "system_fingerprint": service.fingerprint}
+        self._facts = {"id": id, "created": call.created, "model": call.model, "system_fingerprint": served.fingerprint}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     @property
@@ -178,8 +178,8 @@ class CompletionFormat(Format):
     chunk_name = "text_completion"
     _call: Call[CompletionBody]
 
-    def __init__(self, service: Service, call: Call[CompletionBody], id: str) -> None:
-        super().__init__(service, call, id)
+    def __init__(self, call: Call[CompletionBody], id: str) -> None:
+        super().__init__(call, id)
         self.silent = call.body.max_tokens == 0
         self._scorers = [CompletionLogprobs(self._texts, self._top or 0) for _ in call.requests]
 

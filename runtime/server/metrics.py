@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import prometheus_client
@@ -16,7 +17,7 @@ from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.serving.result_cache.store import CacheStats
-from belle_compile.runtime.serving.telemetry import End, EngineStats, RequestRecord, StepRecord
+from belle_compile.runtime.serving.telemetry import End, EngineStats, RequestRecord, StepRecord, combine
 
 PREFIX = "belle:"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -107,7 +108,9 @@ class Metrics:
         self.connections = 0  # open ones; set by the server's loop
         self._histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self._recent: deque[RequestRecord] = deque(maxlen=_RECENT)
-        self._stats: Callable[[], EngineStats] | None = None
+        self._engines: tuple[Engine, ...] = ()  # those that answer requests, the one that new requests get at the end
+        self._past: EngineStats | None = None  # of engines that were replaced
+        self._engines_lock = threading.Lock()
         self._labels: dict[str, str] = {}
         self._infos: dict[str, dict[str, str]] = {}
         self._requests = prometheus_client.Counter(
@@ -125,7 +128,7 @@ class Metrics:
         self.registry.register(self)
 
     def attach(self, model: str, engine: Engine) -> None:
-        """Show the counts of an engine, as those of the model of this name."""
+        """Show the counts of an engine, as those of the model of this name, beside those of the engines before it."""
         self._labels = {"model_name": model, "engine": "0"}
         target = engine.manifest.target
         self._infos = {
@@ -138,7 +141,23 @@ class Metrics:
             },
             "cache_config_info": {"block_size": str(BLOCK_SIZE), "num_blocks": str(engine.executor.num_blocks)},
         }
-        self._stats = engine.stats
+        with self._engines_lock:
+            self._engines = (*self._engines, engine)
+
+    def detach(self, engine: Engine) -> None:
+        """Keep the counts of an engine that answers no more requests, and is about to be closed."""
+        with self._engines_lock:
+            self._past = combine(self._past, replace(engine.stats(), running=0, waiting=0))
+            self._engines = tuple(other for other in self._engines if other is not engine)
+
+    def stats(self) -> EngineStats:
+        """The counts of all engines that were attached, together. There must be one."""
+        with self._engines_lock:
+            stats = self._past
+            for engine in self._engines:
+                stats = combine(stats, engine.stats())
+        assert stats is not None, "an engine was attached"
+        return stats
 
     def step(self, record: StepRecord) -> None:
         """Take notice of a step."""
@@ -200,9 +219,9 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """The metrics of the engine, once it is attached, and the connections."""
         yield GaugeMetricFamily(f"{PREFIX}http_connections", "Open connections.", value=self.connections)
-        if self._stats is None:
+        if not self._engines:
             return
-        stats = self._stats()
+        stats = self.stats()
         for name, (meaning, gauge) in GAUGES.items():
             yield self._metric(GaugeMetricFamily, name, meaning, gauge(stats))
         for name, (meaning, counter) in COUNTERS.items():

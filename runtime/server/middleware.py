@@ -17,6 +17,7 @@ from belle_compile.runtime.server.access import ANONYMOUS, ApiKey, RateLimited
 from belle_compile.runtime.server.context import context_of
 from belle_compile.runtime.server.errors import SERVER, ApiError
 from belle_compile.runtime.server.logs import Exchange, current, log
+from belle_compile.runtime.server.served_engine import hold, release
 from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.server.tracing import find_tracer, span
 
@@ -26,6 +27,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What needs no key: probes, and the page, which asks its user for one and sends it.
 _OPEN_PATHS = re.compile(r"/|/health|/ready|/page/.*")
 _METRICS = "/metrics"
+ADMIN = "/admin/"  # what the paths begin with that need the key of --admin-key
 # Routes that are asked again and again, /stats by the page: only failures are worth a line.
 _PROBES = frozenset({"/health", "/ready", "/stats", _METRICS})
 
@@ -45,7 +47,7 @@ def install(app: FastAPI, service: Service) -> None:
 
 
 class Observer:
-    """Gives each request an id, and logs, counts and traces it at its end."""
+    """Gives each request an id and the engine of this moment, and logs, counts and traces it at its end."""
 
     def __init__(self, app: ASGIApp, service: Service, tracer: Any | None = None) -> None:
         self._app, self._service, self._tracer = app, service, tracer
@@ -55,6 +57,7 @@ class Observer:
             await self._app(scope, receive, send)
             return
         exchange, headers = _begin(scope), Headers(scope=scope)
+        hold(scope, self._service.current)
         token = current.set(exchange)
 
         async def observed_send(message: Message) -> None:
@@ -73,6 +76,7 @@ class Observer:
                     exchange.route = _route(scope)
         finally:
             exchange.context.settle()
+            release(scope)
             self._end(exchange)
             current.reset(token)
 
@@ -130,24 +134,34 @@ class Guard:
 
     def _identify(self, scope: Scope) -> ApiKey:
         """Return the key of a request, raise `ApiError` where it has none and needs one, and note it in its context."""
-        access = self._service.access
+        access, path = self._service.access, scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.startswith(ADMIN):
+            return self._identify_admin(scope)
         if access.open:
             return ANONYMOUS
         header = Headers(scope=scope).get("authorization")
         key = access.identify(header)
         if key is None:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
             if _OPEN_PATHS.fullmatch(path) or (path == _METRICS and not self._service.options.metrics_auth):
                 return ANONYMOUS
-            message = "Incorrect API key provided." if header else "You didn't provide an API key."
-            message += " Send it in the header Authorization: Bearer KEY."
-            headers = {"WWW-Authenticate": 'Bearer realm="belle"'}
-            raise ApiError(401, message, code="invalid_api_key", headers=headers)
+            raise _unauthorized(header)
         context = context_of(scope)
         context.client, context.priority = key.name, key.priority
         if exchange := current.get():
             exchange.key = key
         return key
+
+    def _identify_admin(self, scope: Scope) -> ApiKey:
+        """Return the key of a request to a path of `ADMIN`, which no other key opens."""
+        access = self._service.access
+        if access.admin is None:
+            message = "This server takes no requests of administrators: it was started without --admin-key."
+            raise ApiError(403, message, code="not_allowed")
+        header = Headers(scope=scope).get("authorization")
+        if not access.is_admin(header):
+            raise _unauthorized(header)
+        context_of(scope).client = access.admin.name
+        return access.admin
 
     def _enter(self, key: ApiKey) -> ApiKey:
         try:
@@ -156,6 +170,13 @@ class Guard:
             headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
             raise ApiError(429, str(error), type="requests", code="rate_limit_exceeded", headers=headers) from None
         return key
+
+
+def _unauthorized(header: str | None) -> ApiError:
+    """The error of a request without a key that fits; `header` is its Authorization."""
+    message = "Incorrect API key provided." if header else "You didn't provide an API key."
+    message += " Send it in the header Authorization: Bearer KEY."
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": 'Bearer realm="belle"'})
 
 
 # The entry of ASGI's `state` that the server sets for requests that arrived before it began to drain.

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from belle_compile import __version__
 from belle_compile.runtime.server.schemas import responses
 from belle_compile.runtime.server.schemas.adapters import LoadAdapterBody, UnloadAdapterBody
+from belle_compile.runtime.server.schemas.admin import ReplaceEngineBody
 from belle_compile.runtime.server.schemas.chat import ChatBody
 from belle_compile.runtime.server.schemas.completions import CompletionBody
 from belle_compile.runtime.server.schemas.tokens import DetokenizeBody, TokenizeBody
@@ -19,9 +20,9 @@ TITLE = "belle-compile"
 _COMPONENTS = "#/components/schemas/"
 _DOCUMENTED: tuple[Any, ...] = (
     ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, LoadAdapterBody, UnloadAdapterBody,
-    responses.ErrorBody, responses.ChatCompletion, responses.ChatCompletionChunk, responses.Completion,
+    ReplaceEngineBody, responses.ErrorBody, responses.ChatCompletion, responses.ChatCompletionChunk, responses.Completion,
     responses.CompletionChunk, responses.Model, responses.ModelList, responses.Tokens, responses.DetokenizedText,
-    responses.TokenizerInfo, responses.Version, responses.Info, responses.Stats,
+    responses.TokenizerInfo, responses.Version, responses.Info, responses.Stats, responses.SwapState,
 )  # fmt: skip
 _STATUSES = {
     400: "The request is not one that the server answers; the error names the field.",
@@ -29,7 +30,7 @@ _STATUSES = {
     403: "The server was started without the option that allows it.",
     404: "There is no such model or page.",
     408: "The request's time was over before its answer was complete.",
-    409: "The adapter is in use.",
+    409: "The adapter is in use, or the engine is being replaced already.",
     413: "The body is too large.",
     429: "The queue is full, or a limit of the API key is reached; Retry-After says when to try again.",
     500: "The engine failed.",

@@ -115,6 +115,10 @@ class ServerOptions:
     api_key_file: Path | None = _option(
         None, "TOML or JSON file of keys with names, limits and priorities; read again on SIGHUP.", metavar="FILE"
     )
+    admin_key: str | None = _option(
+        None, "Key of administrators, who may replace the engine (POST /admin/engine); no other key opens /admin/.",
+        metavar="KEY", shown=False,
+    )  # fmt: skip
     allow_lora_updates: bool = _option(
         False, "Let clients load adapters from the server's disk, and unload them (POST /v1/load_lora_adapter)."
     )  # fmt: skip
@@ -148,7 +152,9 @@ class ServerOptions:
             raise EngineError(STAGE, "ssl-keyfile", found="a key", expected="its certificate too", remedy="give ssl-certfile")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise EngineError(STAGE, "root-path", found=repr(self.root_path), expected='a path such as "/belle"')
-        for name, values in (("api-key", self.api_keys), ("served-model-name", self.served_model_names)):
+        admin = () if self.admin_key is None else (self.admin_key,)
+        texts = {"api-key": self.api_keys, "admin-key": admin, "served-model-name": self.served_model_names}
+        for name, values in texts.items():
             if not all(values):
                 raise EngineError(STAGE, name, found="an empty text", expected="at least one character")
 

@@ -24,7 +24,6 @@ from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.server.connections import Connection
 from belle_compile.runtime.server.logs import log
 from belle_compile.runtime.server.options import ServerOptions
-from belle_compile.runtime.server.routes.health import run_self_test
 from belle_compile.runtime.server.service import Service
 
 STAGE = "server"
@@ -70,8 +69,8 @@ class Server(uvicorn.Server):
         handlers: dict[signal.Signals, Callable[[], None]] = {
             number: partial(self._handle_signal, number) for number in (signal.SIGTERM, signal.SIGINT)
         }
-        if self.service.options.api_key_file:  # without a file of keys, a terminal that closes ends the process
-            handlers[signal.SIGHUP] = self.reload_keys
+        if self.service.options.api_key_file or self.service.options.admin_key:  # else a terminal that closes ends the process
+            handlers[signal.SIGHUP] = self.reload
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -84,8 +83,8 @@ class Server(uvicorn.Server):
         """Listen, and begin the engine's self-test."""
         await super().startup(sockets)
         where = str(self.service.options.uds or self.url(sockets))
-        log(_LOG, logging.INFO, "listening", at=where, model=self.service.model_names[0], process=os.getpid())
-        self._tasks.append(asyncio.create_task(run_self_test(self.service)))
+        log(_LOG, logging.INFO, "listening", at=where, model=self.service.current.model_names[0], process=os.getpid())
+        self._tasks.append(asyncio.create_task(self.service.current.run_self_test()))
 
     def url(self, sockets: Sequence[socket.socket] | None) -> str:
         """The URL of the first socket."""
@@ -100,8 +99,13 @@ class Server(uvicorn.Server):
                 cast(Connection, connection).close_after_response()
             self._tasks.append(asyncio.create_task(self._drain()))
 
-    def reload_keys(self) -> None:
-        """Read the file of API keys again. If it does not fit, the keys stay as they were."""
+    def reload(self) -> None:
+        """Read the file of API keys again, and, with --admin-key, the engine's directory. What does not fit leaves keys and
+        engine as they were."""
+        if self.service.options.admin_key:
+            self._tasks.append(asyncio.create_task(self.service.swap.reload()))
+        if not self.service.options.api_key_file:
+            return
         try:
             log(_LOG, logging.INFO, "API keys were read again", keys=self.service.access.reload())
         except BelleError as error:
@@ -119,7 +123,7 @@ class Server(uvicorn.Server):
             log(_LOG, logging.ERROR, "requests were cut off by the drain timeout", requests=len(self.server_state.tasks))
             self.exit_code = 1
             # Each request ends with an error that its client is sent. An executor that hangs is not waited for.
-            threading.Thread(target=self.service.engine.close, name="belle-close", daemon=True).start()
+            threading.Thread(target=self.service.swap.close, name="belle-close", daemon=True).start()
             await self._idle_within(_CUT_S)
         self.should_exit = True
 

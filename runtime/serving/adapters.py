@@ -22,12 +22,14 @@ _STAGE = "adapter"
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter under a name. `digest` identifies its files and scale, `rank` is the largest of its changes."""
+    """An adapter under a name. `digest` identifies its files and scale, `rank` is the largest of its changes, which are
+    multiplied by `scale`."""
 
     name: str
     directory: Path
     digest: str
     rank: int
+    scale: float
     slot: int = field(repr=False)
 
 
@@ -75,7 +77,7 @@ class Adapters:
             if known is None:
                 self._memory.write(slot, adapter.changes)
                 self._loop.call(partial(self._loop.scheduler.adapters.__setitem__, adapter.digest, slot))
-            loaded = LoadedAdapter(name, adapter.directory, adapter.digest, adapter.rank, slot)
+            loaded = LoadedAdapter(name, adapter.directory, adapter.digest, adapter.rank, scale, slot)
             self._loaded = {**self._loaded, name: loaded}
         return loaded
 

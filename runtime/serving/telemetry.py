@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from belle_compile.runtime.serving.result_cache.store import CacheStats
@@ -58,6 +58,26 @@ class EngineStats:
     def deadlines_missed(self) -> int:
         """Requests whose time was over before their last token."""
         return self.requests["deadline"]
+
+
+def combine(before: EngineStats | None, stats: EngineStats) -> EngineStats:
+    """What two engines of a server have counted together. What there is at one moment of blocks and stored bytes is that of
+    `stats`, the later one."""
+    if before is None:
+        return stats
+    counts = {name: getattr(before, name) + getattr(stats, name) for name in _SUMS}
+    requests = {end: before.requests[end] + count for end, count in stats.requests.items()}
+    results = stats.result_cache or before.result_cache
+    if before.result_cache and stats.result_cache:
+        results = before.result_cache.combine(stats.result_cache)
+    return replace(stats, requests=requests, result_cache=results, **counts)
+
+
+# The fields of `EngineStats` that count, or are at one moment parts of what all engines of a server do.
+_SUMS = (
+    "running", "waiting", "preemptions", "recomputed_tokens", "refusals", "evictions", "prefix_hits", "prefix_queries",
+    "prompt_tokens", "generated_tokens", "steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,4 +22,4 @@ router = APIRouter(route_class=DirectRoute)
 async def create_chat_completion(request: HttpRequest) -> Response:
     service: Service = request.app.state.service
     call = await read_call(service, request, ChatBody)
-    return await answer(service, request, call, ChatFormat(service, call, f"chatcmpl-{call.context.request_id}"))
+    return await answer(request, call, ChatFormat(call, f"chatcmpl-{call.context.request_id}"))

@@ -22,4 +22,4 @@ router = APIRouter(route_class=DirectRoute)
 async def create_completion(request: HttpRequest) -> Response:
     service: Service = request.app.state.service
     call = await read_call(service, request, CompletionBody)
-    return await answer(service, request, call, CompletionFormat(service, call, f"cmpl-{call.context.request_id}"))
+    return await answer(request, call, CompletionFormat(call, f"cmpl-{call.context.request_id}"))

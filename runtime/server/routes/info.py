@@ -13,6 +13,7 @@ from belle_compile.runtime.server.errors import ApiError
 from belle_compile.runtime.server.openapi import operation
 from belle_compile.runtime.server.responses import json_response
 from belle_compile.runtime.server.schemas.responses import Info, Stats, Version
+from belle_compile.runtime.server.served_engine import ServedEngine, served_by
 from belle_compile.runtime.server.service import Service
 from belle_compile.runtime.serving.result_cache.store import CacheStats
 
@@ -30,7 +31,7 @@ async def version(request: HttpRequest) -> Response:
 
 @router.get("/info", **operation("Show facts about the engine and the defaults of requests.", Info))
 async def info(request: HttpRequest) -> Response:
-    return json_response(_info(request.app.state.service))
+    return json_response(_info(served_by(request.scope)))
 
 
 @router.get("/stats", **operation("Show counts since the start, and medians of the last requests.", Stats))
@@ -40,17 +41,17 @@ async def stats(request: HttpRequest) -> Response:
 
 @router.get(REPORT, **operation("Show the report on the engine's build.", media_type="text/html"))
 async def report(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    if service.report is None:
+    report = served_by(request.scope).report
+    if report is None:
         raise ApiError(404, "The engine has no report.", code="no_report")
-    return FileResponse(service.report, media_type="text/html; charset=utf-8", headers=_REPORT_HEADERS)
+    return FileResponse(report, media_type="text/html; charset=utf-8", headers=_REPORT_HEADERS)
 
 
-def _info(service: Service) -> Info:
-    engine = service.engine
+def _info(served: ServedEngine) -> Info:
+    engine = served.engine
     manifest, generation = engine.manifest, engine.manifest.generation
     return {
-        "model": service.model_names[0],
+        "model": served.model_names[0],
         "version": __version__,
         "engine": {
             "name": manifest.model.name,
@@ -71,12 +72,12 @@ def _info(service: Service) -> Info:
             "top_p": generation.top_p,
             "repetition_penalty": generation.repetition_penalty,
         },
-        "report": REPORT if service.report else None,
+        "report": REPORT if served.report else None,
     }
 
 
 def _stats(service: Service) -> Stats:
-    engine, medians, now = service.engine.stats(), service.metrics.medians(), time.time()
+    engine, medians, now = service.metrics.stats(), service.metrics.medians(), time.time()
     results = engine.result_cache or CacheStats()
     return {
         "time": now,

@@ -9,19 +9,19 @@ from starlette.responses import Response
 from belle_compile.runtime.server.openapi import operation
 from belle_compile.runtime.server.responses import json_response
 from belle_compile.runtime.server.schemas.responses import Model, ModelList
-from belle_compile.runtime.server.service import Service
+from belle_compile.runtime.server.served_engine import served_by
 
 router = APIRouter()
 
 
 @router.get("/v1/models", **operation("List the names of the model.", ModelList))
 async def list_models(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    models: ModelList = {"object": "list", "data": [service.describe(name) for name in service.model_names]}
+    served = served_by(request.scope)
+    models: ModelList = {"object": "list", "data": [served.describe(name) for name in served.model_names]}
     return json_response(models)
 
 
 @router.get("/v1/models/{model:path}", **operation("Show the model by one of its names.", Model, path_parameter="model"))
 async def show_model(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    return json_response(service.describe(service.model(request.path_params["model"])))
+    served = served_by(request.scope)
+    return json_response(served.describe(served.model(request.path_params["model"])))

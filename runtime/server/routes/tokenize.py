@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -16,6 +15,7 @@ from belle_compile.runtime.server.openapi import operation
 from belle_compile.runtime.server.responses import json_response
 from belle_compile.runtime.server.schemas.responses import DetokenizedText, TokenizerInfo, Tokens
 from belle_compile.runtime.server.schemas.tokens import DetokenizeBody, TokenizeBody
+from belle_compile.runtime.server.served_engine import ServedEngine, served_by
 from belle_compile.runtime.server.service import Service
 
 router = APIRouter()
@@ -24,30 +24,29 @@ router = APIRouter()
 @router.post("/tokenize", **operation("Encode a text or a chat.", Tokens, body=TokenizeBody))
 async def tokenize(request: HttpRequest) -> Response:
     service: Service = request.app.state.service
-    return json_response(await read_aside(service, request, TokenizeBody, partial(_tokenize, service)))
+    return json_response(await read_aside(service, request, TokenizeBody, _tokenize))
 
 
 @router.post("/detokenize", **operation("Decode token ids.", DetokenizedText, body=DetokenizeBody))
 async def detokenize(request: HttpRequest) -> Response:
     service: Service = request.app.state.service
-    return json_response(await read_aside(service, request, DetokenizeBody, partial(_detokenize, service)))
+    return json_response(await read_aside(service, request, DetokenizeBody, _detokenize))
 
 
 @router.get("/tokenizer_info", **operation("Show the tokenizer's special tokens and the chat template.", TokenizerInfo))
 async def tokenizer_info(request: HttpRequest) -> Response:
-    service: Service = request.app.state.service
-    return json_response(_tokenizer_info(service))
+    return json_response(_tokenizer_info(served_by(request.scope)))
 
 
-def _tokenize(service: Service, body: TokenizeBody) -> Tokens:
-    service.model(body.model)
-    chat, add_bos = service.engine.chat, False if body.add_special_tokens is False else None
+def _tokenize(served: ServedEngine, body: TokenizeBody) -> Tokens:
+    served.model(body.model)
+    chat, add_bos = served.engine.chat, False if body.add_special_tokens is False else None
     try:
         if body.messages is None:
             tokens = chat.encode_text(body.prompt or "", parse_special=body.parse_special is not False, add_bos=add_bos)
         else:
-            if len(body.messages) > service.options.max_messages:
-                found = f"expected at most {service.options.max_messages}, found {len(body.messages)}"
+            if len(body.messages) > served.options.max_messages:
+                found = f"expected at most {served.options.max_messages}, found {len(body.messages)}"
                 raise invalid(f"Invalid value for 'messages': {found}.", "messages")
             tokens = chat.encode(
                 [message.for_template() for message in body.messages],
@@ -59,23 +58,23 @@ def _tokenize(service: Service, body: TokenizeBody) -> Tokens:
         if error.stage not in STAGES_OF_REQUESTS:
             raise of_failure(error) from None
         raise of_request(error, "prompt" if body.messages is None else "messages", subject=error.what) from None
-    texts = [service.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": service.engine.max_context, "tokens": tokens, "token_strs": texts}
+    texts = [served.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": served.engine.max_context, "tokens": tokens, "token_strs": texts}
 
 
-def _detokenize(service: Service, body: DetokenizeBody) -> DetokenizedText:
-    service.model(body.model)
-    vocab_size = service.engine.executor.vocab_size
+def _detokenize(served: ServedEngine, body: DetokenizeBody) -> DetokenizedText:
+    served.model(body.model)
+    vocab_size = served.engine.executor.vocab_size
     if body.tokens and (largest := max(body.tokens)) >= vocab_size:
         found = str(largest)[:40]
         raise invalid(f"Invalid value for 'tokens': expected token ids of 0 to {vocab_size - 1}, found {found}.", "tokens")
-    return {"prompt": service.engine.tokenizer.decode(body.tokens, special=True)}
+    return {"prompt": served.engine.tokenizer.decode(body.tokens, special=True)}
 
 
-def _tokenizer_info(service: Service) -> TokenizerInfo:
-    engine = service.engine
+def _tokenizer_info(served: ServedEngine) -> TokenizerInfo:
+    engine = served.engine
     special, template = engine.manifest.special_tokens, engine.manifest.prompt_template
-    name_of: Callable[[int], str] = lambda token: service.token_texts.lookup(token)[0]  # noqa: E731
+    name_of: Callable[[int], str] = lambda token: served.token_texts.lookup(token)[0]  # noqa: E731
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None if special.bos is None else name_of(special.bos),

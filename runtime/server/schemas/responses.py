@@ -233,3 +233,18 @@ class Stats(TypedDict):
     ttft_p50_s: float | None
     tpot_p50_s: float | None
     e2e_p50_s: float | None
+
+
+class EngineState(TypedDict):
+    directory: str | None
+    model: str
+    digest: str
+    self_test: str
+    requests: int
+
+
+class SwapState(TypedDict):
+    current: EngineState
+    loading: str | None
+    previous: EngineState | None
+    error: str | None

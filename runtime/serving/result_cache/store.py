@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 
@@ -28,6 +28,11 @@ class CacheStats:
     audits: int = 0
     audit_differences: int = 0
     bytes: int = 0
+
+    def combine(self, later: CacheStats) -> CacheStats:
+        """What this cache and a later one have counted together; the bytes are those of the later one."""
+        counts = {name: getattr(self, name) + count for name, count in asdict(later).items() if name != "bytes"}
+        return replace(later, **counts)
 
 
 class Counters:

@@ -32,7 +32,7 @@ def test_an_answer_is_openais_object(service: Service) -> None:
     answer = chat(service, seed=3, max_tokens=7, user="somebody")
     check(answer)
     assert answer["id"].startswith("chatcmpl-") and answer["model"] == "tiny"
-    assert answer["system_fingerprint"] == service.fingerprint
+    assert answer["system_fingerprint"] == service.current.fingerprint
     (choice,) = answer["choices"]
     text = expected_text(service, seed=3, max_new_tokens=7)
     assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}

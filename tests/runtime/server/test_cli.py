@@ -25,6 +25,7 @@ class Served:
     directory: Path
     load: dict[str, Any]
     options: ServerOptions
+    service: Service
 
 
 @pytest.fixture(name="served")
@@ -36,7 +37,7 @@ def _served(monkeypatch: pytest.MonkeyPatch) -> Served:
         return make_engine()
 
     def run(app: Any, service: Service, sockets: Any) -> int:
-        served.options = service.options
+        served.options, served.service = service.options, service
         for listener in sockets:
             listener.close()
         return 7
@@ -60,6 +61,18 @@ def test_defaults(served: Served) -> None:
     assert served.options == ServerOptions(port=0) and served.directory == Path("engine")
     del served.load["telemetry"]
     assert served.load == EngineOptions().arguments()
+
+
+@pytest.mark.parametrize(("given", "changed"), [((), {"kv_cache_memory": 4096}), (("--kv-tokens", "64"), {"kv_tokens": 64})])
+def test_another_engine_is_loaded_with_the_same_options(
+    given: tuple[str, ...], changed: dict[str, int], served: Served
+) -> None:
+    assert invoke("--threads", "3", "--max-loras", "5", "--verify", *given).exit_code == 7
+    first = served.load
+    load = served.service.swap._load
+    assert load is not None
+    load(Path("next"), kv_cache_bytes=4096, max_loras=7)
+    assert served.load == first | {"max_loras": 7, "lora": None} | changed and served.directory == Path("next")
 
 
 def test_options_of_the_command_line(served: Served) -> None:

@@ -107,11 +107,11 @@ def test_stats_count() -> None:
 
 def test_fingerprints_tell_engines_apart() -> None:
     with make_engine() as one, make_engine() as same:
-        fingerprints = [Service(engine, ServerOptions()).fingerprint for engine in (one, same)]
+        fingerprints = [Service(engine, ServerOptions()).current.fingerprint for engine in (one, same)]
         assert fingerprints[0] == fingerprints[1]
         same.executor.kernels = "kernels-amx"
     with make_engine(same.executor) as other:  # type: ignore[arg-type]
-        assert Service(other, ServerOptions()).fingerprint != fingerprints[0]
+        assert Service(other, ServerOptions()).current.fingerprint != fingerprints[0]
 
 
 def test_every_route_documents_its_statuses(service: Service) -> None:

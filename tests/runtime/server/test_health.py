@@ -22,7 +22,7 @@ def test_ready_after_the_self_test() -> None:
         assert response.json() == {"ready": False, "draining": False, "self_test": {"status": "running"}}
         assert client.get("/health").status_code == 200, "alive before it is ready"
         go_on.set()
-        wait_until(lambda: running.service.ready)
+        wait_until(lambda: running.service.current.ready)
         response = client.get("/ready")
         assert response.status_code == 200
         assert response.json()["self_test"] == {"status": "passed", "prompts": 3, "tokens": 24, "seconds": 0.5}
@@ -33,7 +33,7 @@ def test_not_ready_after_a_failed_self_test() -> None:
         raise EngineError("self-test", "prompt 1", found="token 5", expected="token 7")
 
     with live(make_service(self_test=self_test, port=0)) as running, running.client() as client:
-        wait_until(lambda: running.service.self_test["status"] != "running")
+        wait_until(lambda: running.service.current.self_test["status"] != "running")
         response = client.get("/ready")
         assert response.status_code == 503
         assert response.json()["self_test"] == {
@@ -45,7 +45,7 @@ def test_not_ready_after_a_failed_self_test() -> None:
 def test_an_engine_without_golden_answers_is_ready_and_says_so() -> None:
     service = make_service(self_test=lambda: SelfTest(0, 0, 0.0, "it has none"), port=0)
     with live(service) as running, running.client() as client:
-        wait_until(lambda: service.ready)
+        wait_until(lambda: service.current.ready)
         state = client.get("/ready").json()
         assert state["ready"] and state["self_test"]["status"] == "absent" and state["self_test"]["reason"] == "it has none"
 

@@ -118,7 +118,7 @@ def test_what_an_answer_used_is_logged(stream: bool, caplog: pytest.LogCaptureFi
 def test_probes_are_logged_only_when_they_fail(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     service = serve()
-    service.ready = True
+    service.current.ready = True
     ask(service, "GET", "/ready")
     assert lines(caplog) == []
     service.draining = True
@@ -169,7 +169,7 @@ def test_a_key_is_needed_where_there_are_keys(serve: Any, tmp_path: Path) -> Non
 
 def test_what_is_open(serve: Any) -> None:
     service = serve(api_keys=("sk-1",))
-    service.ready = True
+    service.current.ready = True
     assert [ask(service, "GET", path).status_code for path in ("/", "/ready", "/page/absent.js")] == [200, 200, 404]
     assert ask(service, "GET", "/metrics").status_code == 200
     guarded = serve(api_keys=("sk-1",), metrics_auth=True)

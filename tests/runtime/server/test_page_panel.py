@@ -201,8 +201,8 @@ def test_facts_of_the_engine(visit: Callable[..., Visitor], site: Site) -> None:
 def test_an_api_key_is_asked_for(visit: Callable[..., Visitor], site: Site) -> None:
     visitor = visit()
     page = visitor.page
-    assert site.service.report
-    locked = Service(site.engine, ServerOptions(api_keys=("sesame",)), directory=site.service.report.parent)
+    assert site.service.current.report
+    locked = Service(site.engine, ServerOptions(api_keys=("sesame",)), directory=site.service.current.report.parent)
     with listening(locked) as url:
         page.goto(url)
         dialog = page.get_by_role("dialog", name="This server needs an API key")

@@ -25,7 +25,7 @@ OPERATIONS = {
 @pytest.fixture(name="service", scope="module")
 def _service() -> Iterator[Service]:
     with serving() as service:
-        service.ready = True
+        service.current.ready = True
         yield service
 
 
