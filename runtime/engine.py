@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from belle_compile import __version__
 from belle_compile.runtime.adapters.basis import check_takes_adapters
 from belle_compile.runtime.artifact import Manifest, Progress
+from belle_compile.runtime.capacity.slo import Slo, limited
 from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
@@ -119,6 +120,7 @@ class Engine:
         telemetry: Telemetry | None = None,
         lora: Mapping[str, str | Path] | None = None,
         max_loras: int | None = None,
+        slo: Slo | None = None,
     ) -> Engine:
         """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
@@ -134,7 +136,8 @@ class Engine:
 
         `max_num_seqs` answers are computed at the same time, by default as many as the engine was built for. With `max_queue`,
         a request that would be one more than these to wait is refused with `QueueFull`. `prefix_cache` reuses the keys and
-        values of prompts that begin alike. `telemetry` observes steps and requests.
+        values of prompts that begin alike. `telemetry` observes steps and requests. `slo` limits latencies, by what
+        `belle-run benchmark` measured on this host.
 
         `lora` are directories of LoRA adapters as PEFT saves them, by the names that `SamplingParams.adapter` chooses them by.
         There is room for `max_loras`, by default as many as these; `Engine.adapters` loads and unloads others. The engine must
@@ -152,7 +155,7 @@ class Engine:
         require("isa", isa, str, "engine")
         cache_options = ResultCacheOptions.of(result_cache)
         require("result_cache", cache_options, ResultCacheOptions, "engine")
-        scheduler = SchedulerOptions(max_num_seqs, max_queue, prefix_cache)
+        scheduler = limited(SchedulerOptions(max_num_seqs, max_queue, prefix_cache), slo, Path(directory), threads)
         started, lora = time.perf_counter(), lora or {}
         slots = max(len(lora), as_whole("max_loras", max_loras or 0, "engine"))
         options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory, slots)
@@ -175,6 +178,11 @@ class Engine:
     def max_context(self) -> int:
         """Largest number of tokens that prompt and answer can have together."""
         return self._limits.capacity
+
+    @property
+    def most_sequences(self) -> int:
+        """Largest number of answers that are generated at the same time."""
+        return self._loop.scheduler.most_sequences
 
     def generate(
         self,

@@ -60,20 +60,33 @@ def host_isas() -> tuple[str, ...]:
 
 def processor() -> str:
     """LLVM's name of the CPU's microarchitecture, such as "znver4"; empty for one that is not in `PROCESSORS`."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    first: dict[str, str] = {}
-    for key, colon, value in (line.partition(":") for line in lines):
-        if colon:
-            first.setdefault(key.strip(), value.strip())
+    first = _first_processor()
     vendor, family, model = (first.get(key, "") for key in ("vendor_id", "cpu family", "model"))
     if not (family.isdecimal() and model.isdecimal()):
         return ""
     return next(
         (name for name, (v, f, models) in PROCESSORS.items() if (v, f) == (vendor, int(family)) and int(model) in models), ""
     )
+
+
+def processor_name() -> str:
+    """The name, family and model of the first CPU, as /proc/cpuinfo has them."""
+    first = _first_processor()
+    name = first.get("model name", platform.processor() or "unknown processor")
+    return f"{name} (family {first.get('cpu family', '?')}, model {first.get('model', '?')})"
+
+
+def _first_processor() -> dict[str, str]:
+    """The fields of the first CPU in /proc/cpuinfo; empty where the file is missing."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    first: dict[str, str] = {}
+    for key, colon, value in (line.partition(":") for line in lines):
+        if colon:
+            first.setdefault(key.strip(), value.strip())
+    return first
 
 
 def missing_flags(isa: str) -> list[str]:

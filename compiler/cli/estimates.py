@@ -86,8 +86,8 @@ def sensitivity(
     terminal.show({"layers": ranking, "run": run.to_plain()}, layer_ranking.rows(ranking[:_SHOWN]), as_json)
 
 
-def _load(batch: int, context: int) -> tuple[int, int]:
-    return batch, context
+def _load(batch: int, context: int, measured: Path | None) -> tuple[int, int, Path | None]:
+    return batch, context, measured
 
 
 @click.command(short_help="Predict an engine's memory and the time of a token.")
@@ -103,7 +103,11 @@ def _load(batch: int, context: int) -> tuple[int, int]:
     _load,
     click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences answered at a time."),
     click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens each has on average."),
-)
+    click.option(
+        "--measured", type=click.Path(path_type=Path), metavar="FILE",
+        help="Show what belle-run benchmark measured (ENGINE/capacity.json) beside the prediction for the same load.",
+    ),
+)  # fmt: skip
 @options.as_json
 def plan(
     checkpoint: Path,
@@ -113,7 +117,7 @@ def plan(
     kv_cache: str,
     backend: str | None,
     reading: Reading,
-    load: tuple[int, int],
+    load: tuple[int, int, Path | None],
     as_json: bool,
 ) -> None:
     """Predict memory and time of a token on 1, 2, 4 and 8 devices, before anything is built.
@@ -127,6 +131,7 @@ def plan(
       belle-compile plan /models/BELLE-7B-2M --target a100-80g --batch 32
       belle-compile plan bloom-176b/config.json --target a100-80gx8 --context 1024
       belle-compile plan /models/BELLE-LLaMA-7B --target ours.toml --quant int4 --json
+      belle-compile plan /models/BELLE-7B-2M --target cpu --measured artifacts/belle-7b-cpu/capacity.json
       belle-compile plan /models/BELLE-LLaMA-7B --target rtx5090 --backend tensorrt --methods rotate,static
     """
     from belle_compile.compiler.places import check_checkpoint, check_reading
@@ -134,6 +139,9 @@ def plan(
     check_checkpoint(checkpoint)
     check_reading(reading)
     from belle_compile.compiler.plan import table
+    from belle_compile.runtime.capacity.curve import read_capacity
 
-    predicted = table.plan(checkpoint, target, quantization, table.Load(*load), kv_cache, backend, reading, methods)
+    batch, context, measured = load
+    load_to_serve = table.Load(batch, context, None if measured is None else read_capacity(measured))
+    predicted = table.plan(checkpoint, target, quantization, load_to_serve, kv_cache, backend, reading, methods)
     terminal.write(terminal.to_json(predicted) if as_json else plan_text(predicted))

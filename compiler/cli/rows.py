@@ -207,7 +207,24 @@ def plan_text(plan: dict[str, Any]) -> str:
     ]
     lines = [_plan_line(line) for line in plan["plan"] if "refused" not in line]
     notes = [f"{line['ranks']} ranks: {line['refused']}" for line in plan["plan"] if "refused" in line]
-    return "\n".join([*head, columns([_PLAN_HEADER, *lines]), *notes])
+    return "\n".join([*head, columns([_PLAN_HEADER, *lines]), *notes, *_measured_lines(plan["measured"])])
+
+
+def _measured_lines(measured: dict[str, Any] | None) -> list[str]:
+    """What `belle-run benchmark` measured, beside the predictions; none without a file of it."""
+    if measured is None:
+        return []
+    lines = [
+        (
+            str(level["users"]),
+            f"{1e3 * level['predicted_token_s']:.2f}",
+            f"{1e3 * level['token_s']:.2f}",
+            f"{level['tokens_per_second']:,.0f}",
+        )
+        for level in measured["levels"]
+    ]
+    head = f"measured on {measured['host']}, {measured['date']}, prompts of others included:"
+    return ["", head, columns([("users", "predicted ms a token", "measured", "tokens/s"), *lines])]
 
 
 def _plan_line(line: dict[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from belle_compile.compiler.plan.work import RankPlan, RankWork, plans_of
 from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.targets import resolve
 from belle_compile.passes.presets import recipe_of
+from belle_compile.runtime.capacity.curve import Capacity
 
 RANKS = (1, 2, 4, 8)
 # Keys of the predicted times in a line of the plan
@@ -28,10 +29,12 @@ _TIMES = ("token_s", "tokens_per_second", "memory_s", "arithmetic_s", "calls_s",
 
 @dataclass(frozen=True)
 class Load:
-    """The load to serve: `batch` sequences at a time, of `context` tokens on average."""
+    """The load to serve: `batch` sequences at a time, of `context` tokens on average. What was `measured` of an engine is shown
+    beside the predictions for its levels, on the number of ranks in the target's name."""
 
     batch: int
     context: int
+    measured: Capacity | None = None
 
 
 def plan(
@@ -57,7 +60,7 @@ def plan(
     graph = build_graph(outline(path, reading))
     asked = recipe_of(quantization, methods, calibrated=True).applied(calibrated=methods is not None)
     recipe = integer_plan(graph, asked, methods).recipe
-    lines, source, bandwidth = [], "", host_bandwidth(device) if chosen.reached else 0.0
+    lines, source, measured, bandwidth = [], "", None, host_bandwidth(device) if chosen.reached else 0.0
     for ranks in sorted({*RANKS, named_ranks}):
         if ranks > device.max_ranks:
             continue
@@ -73,6 +76,7 @@ def plan(
         if chosen.reached and works:
             rates, source = rates_of(chosen.reached, device, ranks, isas, bandwidth)
             line |= _times(works, rates, load)
+            measured = _measured(load.measured, works, rates) if ranks == named_ranks else measured
         lines.append(line)
     return {
         "model": str(path),
@@ -85,7 +89,26 @@ def plan(
         "context": load.context,
         "rates": source,
         "plan": lines,
+        "measured": measured,
     }
+
+
+def _measured(curve: Capacity | None, works: list[RankWork], rates: Rates) -> dict[str, Any] | None:
+    """The levels of a curve, each beside the prediction for as many sequences, which have their prompts and half of their
+    answers on average."""
+    if curve is None:
+        return None
+    context = curve.prompt_tokens + curve.answer_tokens // 2
+    levels = [
+        {
+            "users": level.users,
+            "predicted_token_s": _times(works, rates, Load(level.users, context))["token_s"],
+            "token_s": level.token_s.p50,
+            "tokens_per_second": level.tokens_per_s,
+        }
+        for level in curve.levels
+    ]
+    return {"host": curve.host, "engine": curve.engine, "date": curve.date, "levels": levels}
 
 
 def _memory(plans: list[RankPlan], device: Device, load: Load) -> dict[str, Any]:

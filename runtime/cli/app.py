@@ -30,6 +30,7 @@ Examples:
   belle-run artifacts/belle-7b-cpu < questions.txt        each line is a turn of one chat
   belle-run artifacts/belle-7b-cpu --self-test            checks that this host answers as the build did
   belle-run batch artifacts/belle-7b-cpu in.jsonl -o out.jsonl
+  belle-run benchmark artifacts/belle-7b-cpu              measures what it serves on this host
   belle-run serve artifacts/belle-7b-cpu                  serves it over HTTP; see belle-run serve --help
 
 \b
@@ -38,6 +39,7 @@ Each option can be set in the environment, as BELLE_RUN_TEMPERATURE=0, and in a 
 # The modules of the subcommands, imported when one is called; each has a function `command`.
 SUBCOMMANDS: Mapping[str, str] = {
     "batch": "belle_compile.runtime.cli.batch",
+    "benchmark": "belle_compile.runtime.cli.benchmark",
     "serve": "belle_compile.runtime.server.cli",
 }
 

@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from belle_compile.runtime.capacity.slo import Slo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.serving.adapters import parse_named
@@ -50,6 +51,17 @@ class EngineOptions:
     )
     kv_tokens: int | None = _option(None, "Tokens the KV cache holds, in place of --kv-cache-memory.", least=1)
     max_queue: int | None = _option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=0)
+    slo_ttft_s: float | None = _option(
+        None, "Seconds to a request's first token; one that would wait longer is refused with 429.", metavar="S", above=0
+    )
+    slo_tpot_s: float | None = _option(
+        None, "Seconds between tokens of an answer; so many answers are generated at a time as keep it.", metavar="S", above=0
+    )
+    capacity: Path | None = _option(
+        None,
+        "What belle-run benchmark measured, for --slo-ttft and --slo-tpot. By default ENGINE/capacity.json.",
+        metavar="FILE",
+    )
     prefix_cache: bool = _option(True, "Reuse keys and values of prompts that begin alike.")
     result_cache: str = _option(
         "memory", "Where answers to greedy and seeded requests are stored: memory, sqlite:FILE, redis://HOST or none.",
@@ -72,6 +84,8 @@ class EngineOptions:
         KvMemory.parse(self.kv_tokens, self.kv_cache_memory)
         self.cache_options()
         parse_named(self.lora)
+        if self.capacity and self.slo_ttft_s is None and self.slo_tpot_s is None:
+            raise EngineError(STAGE, "capacity", found="no limit", expected="slo-ttft or slo-tpot too")
 
     def cache_options(self) -> ResultCacheOptions | None:
         """The result cache; None without one."""
@@ -84,6 +98,8 @@ class EngineOptions:
         names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa")
         passed = {name: getattr(self, name) for name in names}
         passed |= {"lora": parse_named(self.lora), "max_loras": self.max_loras}
+        if self.slo_ttft_s is not None or self.slo_tpot_s is not None:
+            passed["slo"] = Slo(self.slo_ttft_s, self.slo_tpot_s, self.capacity)
         return passed | {"verify": "full" if self.verify else "header", "result_cache": self.cache_options()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-from belle_compile.runtime.serving.scheduling import RETRY_AFTER_S, Pace, QueueFull
+from belle_compile.runtime.serving.scheduling import RETRY_AFTER_S, FirstTokenLimit, Pace, QueueFull
 from belle_compile.runtime.serving.sequence import Sequence
 
 
@@ -29,14 +29,16 @@ class Gate:
     `enter` is called under the lock of those who submit; the other methods on the step thread. Neither waits for the other.
     """
 
-    def __init__(self, most: int | None, free: int) -> None:
-        """`most` sequences may wait, None for any number, and `free` can be admitted at once."""
+    def __init__(self, most: int | None, free: int, first_token: FirstTokenLimit | None = None) -> None:
+        """`most` sequences may wait, None for any number, and `free` can be admitted at once. `first_token` limits the time of
+        those that wait."""
         self.refusals = 0
         self._most = most
         self._room = math.inf if most is None else most + free  # while no other sequence runs or waits
         self._free = free  # that can be admitted without waiting
         self._waiting: dict[Sequence, None] = {}
         self._pace = Pace()
+        self._first_token = first_token
 
     def enter(self, sequences: list[Sequence], now: float) -> None:
         """Let sequences in, all or none; raises `QueueFull`."""
@@ -57,6 +59,8 @@ class Gate:
             )  # fmt: skip
         if (deadline := min(sequence.deadline for sequence in sequences)) < math.inf:
             self._check_wait(sequences, deadline - now, free)
+        if self._first_token:
+            self._check_first_token(sequences, self._first_token, free)
         self._waiting.update(dict.fromkeys(sequences))
 
     def left(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -77,9 +81,7 @@ class Gate:
 
     def _check_wait(self, sequences: list[Sequence], time_left_s: float, free: int) -> None:
         """Raise `QueueFull` where the time of sequences of one priority will be over before the last one begins."""
-        priority = sequences[-1].scheduling.priority
-        ahead = len(sequences) - 1 - free
-        ahead += sum(other.scheduling.priority <= priority for other in list(self._waiting))
+        ahead = len(sequences) - 1 - free + len(self._before(sequences))
         wait_s = self._pace.wait_s(ahead) if ahead >= 0 else None
         if wait_s is not None and wait_s > time_left_s:
             self.refusals += len(sequences)
@@ -87,6 +89,30 @@ class Gate:
                 "the request would wait longer than its time", found=f"{wait_s:.1f} s until its first step",
                 expected=f"at most {max(0.0, time_left_s):.1f} s", retry_after_s=wait_s - max(0.0, time_left_s),
             )  # fmt: skip
+
+    def _check_first_token(self, sequences: list[Sequence], limit: FirstTokenLimit, free: int) -> None:
+        """Raise `QueueFull` where the last of these sequences would get its first token too late because of the others: it
+        waits until those before it are admitted, or, where it is admitted at once, for their prompts, and then for its own. A
+        prompt that takes too long by itself is let in while nothing waits."""
+        before = [*self._before(sequences), *sequences[:-1]]
+        ahead, wait_s = len(before) - free, 0.0
+        if ahead >= 0:
+            paced = self._pace.wait_s(ahead)
+            wait_s = limit.gap_s * (ahead + 1) if paced is None else paced
+        elif before:
+            wait_s = sum(sequence.prompt_length for sequence in before) / limit.prompt_tokens_per_s
+        first_token_s = wait_s + sequences[-1].prompt_length / limit.prompt_tokens_per_s
+        if wait_s > 0 and first_token_s > limit.seconds:
+            self.refusals += len(sequences)
+            raise QueueFull(
+                "the first token would come too late", found=f"after {first_token_s:.2f} s",
+                expected=f"at most {limit.seconds:g} s", retry_after_s=min(wait_s, first_token_s - limit.seconds),
+            )  # fmt: skip
+
+    def _before(self, sequences: list[Sequence]) -> list[Sequence]:
+        """The waiting sequences that go before the last of these, which have one priority."""
+        priority = sequences[-1].scheduling.priority
+        return [other for other in list(self._waiting) if other.scheduling.priority <= priority]
 
 
 class Deadlines(Generic[T]):

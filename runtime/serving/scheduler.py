@@ -80,6 +80,7 @@ class Scheduler:
                 expected = f"at most {most}, which the engine was built for"
                 raise EngineError("engine", "max_num_seqs", found=str(options.max_num_seqs), expected=expected)
             most = options.max_num_seqs
+        self.most_sequences = most  # that run at the same time
         self._free_slots = list(range(most - 1, -1, -1))
         self._arrivals = 0
         self._steps = 0

@@ -42,17 +42,29 @@ class Scheduling:
 
 
 @dataclass(frozen=True)
+class FirstTokenLimit:
+    """How long a request may wait for its first token, by what was measured on the host: it is refused at once where it would
+    wait longer than `seconds`. Prompts are computed at `prompt_tokens_per_s`; while no request has been admitted from a queue
+    yet, one leaves it every `gap_s` seconds."""
+
+    seconds: float
+    prompt_tokens_per_s: float
+    gap_s: float
+
+
+@dataclass(frozen=True)
 class SchedulerOptions:
     """The options of an engine's scheduler.
 
     At most `max_num_seqs` sequences run at the same time; None is as many as the engine was built for. At most `max_queue`
     requests wait for their first step; None is any number. `prefix_cache` keeps the blocks of the KV cache that answers have
-    filled, for later prompts that begin alike.
+    filled, for later prompts that begin alike. With `first_token`, a request whose first token would come later is refused.
     """
 
     max_num_seqs: int | None = None
     max_queue: int | None = None
     prefix_cache: bool = True
+    first_token: FirstTokenLimit | None = None
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value of another type or outside of its range."""
@@ -65,7 +77,8 @@ class SchedulerOptions:
 
 
 class QueueFull(EngineError):
-    """A request was refused because the queue is full, or because the time that it would wait there passes its deadline.
+    """A request was refused because the queue is full, or because it would wait there beyond its deadline or the server's
+    limit.
 
     `retry_after_s` is when there should be room, predicted from the speed at which requests were admitted recently; None for
     requests submitted together that are too many even for an empty queue.

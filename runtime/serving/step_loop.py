@@ -145,7 +145,7 @@ class StepLoop:
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._after_step = after_step
         self._telemetry = telemetry
-        self._gate = Gate(options.max_queue, self.scheduler.free_slots)
+        self._gate = Gate(options.max_queue, self.scheduler.free_slots, options.first_token)
         self._deadlines: Deadlines[Job] = Deadlines()
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `stop` on a thread that holds a lock
         self._thread: threading.Thread | None = None

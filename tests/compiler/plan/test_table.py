@@ -13,7 +13,9 @@ from belle_compile.compiler.cli import cli
 from belle_compile.compiler.devices import DEVICES
 from belle_compile.compiler.plan import rates
 from belle_compile.compiler.plan.table import Load, plan
+from belle_compile.runtime.capacity.curve import write_capacity
 from tests.compiler.plan.test_work import BELLE_7B, EXT_7B, written
+from tests.runtime.capacity.curves import curve
 
 SMALL = EXT_7B | {"hidden_size": 96, "intermediate_size": 576, "num_attention_heads": 6, "num_key_value_heads": 6}
 
@@ -77,6 +79,21 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     assert rows[-1].startswith("8 ranks: partition: key/value heads for 8 ranks: found 6 of 1 query heads each")
     as_json = CliRunner().invoke(cli, ["plan", str(path), "--target", "h100", "--json"])
     assert json.loads(as_json.output)["plan"][0]["ranks"] == 1
+
+
+def test_what_was_measured_is_shown_beside_the_prediction(tmp_path: Path) -> None:
+    path, measured = written(SMALL, tmp_path), tmp_path / "capacity.json"
+    write_capacity(curve(), measured)
+    found = plan(path, "cpu", "int8", Load(1, 16, curve()))["measured"]
+    assert [(level["users"], level["token_s"]) for level in found["levels"]] == [(1, 0.008), (4, 0.016), (8, 0.032), (16, 0.08)]
+    alike = lines(plan(path, "cpu", "int8", Load(8, 128 + 32)))[1]["token_s"]
+    assert found["levels"][2]["predicted_token_s"] == alike and found["date"] == "2026-11-30"
+    shown = CliRunner().invoke(cli, ["plan", str(path), "--target", "cpu", "--measured", str(measured)])
+    *_, names, one, _, _, _ = shown.output.rstrip().splitlines()
+    assert names.split() == ["users", "predicted", "ms", "a", "token", "measured", "tokens/s"]
+    assert one.split()[::2] == ["1", "8.00"]
+    refused = CliRunner().invoke(cli, ["plan", str(path), "--target", "cpu", "--measured", str(tmp_path / "none.json")])
+    assert refused.exit_code == 1 and "measure it with belle-run benchmark" in str(refused.exception)
 
 
 def test_methods_that_a_backend_needs(tmp_path: Path) -> None:

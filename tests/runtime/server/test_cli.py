@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from belle_compile.runtime.capacity.slo import Slo
 from belle_compile.runtime.cli import main
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.errors import EngineError
@@ -86,6 +87,14 @@ def test_options_of_the_command_line(served: Served) -> None:
     assert options.log_format == "text"
     assert (served.load["prefix_cache"], served.load["kv_tokens"], served.load["result_cache"]) == (False, 64, None)
     assert served.load["verify"] == "full"
+
+
+def test_limits_of_latency(served: Served) -> None:
+    result = invoke("--slo-ttft", "0.8", "--capacity", "c.json")
+    assert result.exit_code == 7, result.output
+    assert served.load["slo"] == Slo(0.8, None, Path("c.json"))
+    result = invoke("--capacity", "c.json")
+    assert result.exit_code == 1 and "capacity: found no limit, expected slo-ttft or slo-tpot too" in result.output
 
 
 def test_the_command_line_goes_before_the_environment_and_that_before_the_file(served: Served, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.admission import Deadlines, Gate
-from belle_compile.runtime.serving.scheduling import Pace, QueueFull, SchedulerOptions, Scheduling
+from belle_compile.runtime.serving.scheduling import FirstTokenLimit, Pace, QueueFull, SchedulerOptions, Scheduling
 from belle_compile.runtime.serving.sequence import Sequence
 
 
@@ -44,6 +44,52 @@ def test_several_enter_together_or_not_at_all() -> None:
         gate.enter([sequence() for _ in range(3)], 0)
     gate.enter([sequence() for _ in range(2)], 0)
     assert gate.refusals == 3
+
+
+LIMIT = FirstTokenLimit(0.8, prompt_tokens_per_s=1000, gap_s=0.5)
+
+
+def prompt(tokens: int, priority: int = 0) -> Sequence:
+    return Sequence([1] * tokens, 1, scheduling=Scheduling(priority))
+
+
+def test_a_first_token_that_would_come_too_late_is_refused() -> None:
+    gate = Gate(None, free=2, first_token=LIMIT)
+    gate.enter([prompt(500)], 0)
+    message = "the first token would come too late: found after 0.90 s, expected at most 0.8 s; try again in 1 s"
+    with pytest.raises(QueueFull, match=message) as refused:
+        gate.enter([prompt(400)], 0)  # has a row at once, and waits for the prompt before it
+    assert refused.value.retry_after_s == pytest.approx(0.1) and gate.refusals == 1
+    gate.enter([prompt(300)], 0)
+    with pytest.raises(QueueFull, match=r"found after 0.90 s"):
+        gate.enter([prompt(400)], 0)  # waits for a row too, for as long as was measured
+    gate.enter([prompt(300)], 0)
+    with pytest.raises(QueueFull, match=r"found after 1.10 s"):
+        gate.enter([prompt(100)], 0)
+    gate.enter([prompt(100, priority=-1)], 0)  # goes before the others
+
+
+def test_a_long_prompt_is_let_in_where_nothing_waits() -> None:
+    gate = Gate(None, free=1, first_token=LIMIT)
+    entered = prompt(5000)
+    gate.enter([entered], 0)
+    with pytest.raises(QueueFull, match=r"found after 5.50 s"):
+        gate.enter([prompt(5000)], 0)
+    gate.left([entered], 1)
+    gate.enter([prompt(5000)], 1)
+
+
+def test_the_queues_own_pace_counts_once_it_is_known() -> None:
+    gate, entered = Gate(None, free=4, first_token=LIMIT), [prompt(1) for _ in range(4)]
+    for each in entered:
+        gate.enter([each], 0)
+    gate.set_free(0)
+    gate.left(entered[:1], 1.0)
+    gate.left(entered[1:2], 1.1)  # a row is free every 0.1 s
+    for _ in range(5):
+        gate.enter([prompt(1)], 1.1)
+    with pytest.raises(QueueFull, match=r"found after 0.80 s, expected at most 0.8 s"):
+        gate.enter([prompt(1)], 1.1)
 
 
 def test_more_than_an_empty_queue_takes_are_not_asked_to_try_again() -> None:
