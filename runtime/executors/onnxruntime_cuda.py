@@ -1,4 +1,4 @@
-"""Runs steps through ONNX Runtime on a GPU: answers in one run for all slots, prompts in runs of one chunk."""
+"""Runs steps through ONNX Runtime on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError, install
-from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.executors.cuda_device import open_device
 from belle_compile.runtime.executors.device import Bytes, Device
-from belle_compile.runtime.executors.device_blocks import DeviceBlocks, DeviceInputs, pool_blocks
+from belle_compile.runtime.executors.device_blocks import DeviceInputs
+from belle_compile.runtime.executors.device_executor import DeviceExecutor, Floats, Integers, Runs
 from belle_compile.runtime.executors.kv_memory import KvMemory
-from belle_compile.runtime.executors.kv_slots import Geometry, SlottedCache
+from belle_compile.runtime.executors.kv_slots import Geometry
 from belle_compile.runtime.executors.onnxruntime_sizes import (
     ANSWERS,
     CHUNK_TOKENS,
@@ -32,8 +32,8 @@ from belle_compile.runtime.executors.onnxruntime_sizes import (
     Run,
     gpu_activation_bytes,
 )
-from belle_compile.runtime.executors.segments import Segment, divided
-from belle_compile.runtime.program import BLOCK_SIZE, WEIGHTS_NAME
+from belle_compile.runtime.executors.segments import Segment
+from belle_compile.runtime.program import WEIGHTS_NAME
 
 _DTYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
 
@@ -70,104 +70,62 @@ def providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-class OnnxRuntimeCudaExecutor:
-    """One model with its KV cache on one GPU.
-
-    Both kinds of runs have one shape. A run of answers computes a token in every slot of the cache: those without a token in
-    the step compute one at position 0, whose block they give up. A chunk of a prompt is filled up with tokens that are written
-    behind it. Tokens of answers and of prompts are computed by different kernels: see `StepBatch.answers_apart`.
-    """
+class OnnxRuntimeCudaExecutor(DeviceExecutor):
+    """One model that ONNX Runtime runs on one GPU."""
 
     def __init__(
         self, directory: Path, kv_memory: KvMemory, device: Device | None = None, placement: Placement | None = None
     ) -> None:
         """Load the model in `directory` (ENGINE/rank0) on `device`, by default the first GPU. The cache gets, by default, what
         the rest of the memory holds, up to that of the slots."""
-        self._device, self._placement = device or open_device(), placement or GPU
+        super().__init__(device or open_device())
+        self._placement = placement or GPU
         try:
             self._session = _load(directory / MODEL_NAME, self._placement, self._device.stream)
-            self._prepare(kv_memory, (directory / WEIGHTS_NAME).stat().st_size)
+            self._prepare_session(kv_memory, (directory / WEIGHTS_NAME).stat().st_size)
         except BaseException:
             self._device.close()
             raise
 
-    def _prepare(self, kv_memory: KvMemory, weight_bytes: int) -> None:
+    def _prepare_session(self, kv_memory: KvMemory, weight_bytes: int) -> None:
         device, metadata = self._device, self._session.get_modelmeta().custom_metadata_map
         facts = {name: int(value) for name, value in metadata.items() if value.isdecimal()}
         past = next(entry for entry in self._session.get_inputs() if entry.name.startswith("past_key_values"))
         _, kv_heads, capacity, head_dim = past.shape
         self._kv_dtype = np.dtype(_DTYPES[past.type])
         self._geometry = Geometry(facts["num_layers"], kv_heads, head_dim, capacity, self._kv_dtype.itemsize)
-        self.vocab_size = facts["vocab_size"]
-        self.kv_block_bytes = self._geometry.token_bytes * BLOCK_SIZE
-        table_blocks = (capacity - CHUNK_TOKENS) // BLOCK_SIZE
         model = "model", weight_bytes + gpu_activation_bytes(facts)
-        most = GPU_SEQUENCES * table_blocks
-        self.num_blocks = pool_blocks(self._geometry, GPU_SEQUENCES, most, kv_memory, device, model, STAGE)
+        runs = Runs(GPU_SEQUENCES, CHUNK_TOKENS, PROMPTS.rows, idle_position=0)
+        self._prepare(self._geometry, runs, facts["vocab_size"], kv_memory, model, STAGE)
         version = onnxruntime.__version__
         self.kernels = f"onnxruntime-{version} {self._placement.provider} {device.arch} {device.name} {_environment_digest()}"
-        self._memory = DeviceBlocks(self._geometry, GPU_SEQUENCES, self.num_blocks, device)
-        self._cache = SlottedCache(self._memory, GPU_SEQUENCES, self.num_blocks, capacity // BLOCK_SIZE)
         names = {entry.name for entry in self._session.get_inputs()}
-        self._answers, self._prompts = (_Inputs(run, names, self.vocab_size, device) for run in (ANSWERS, PROMPTS))
+        self._inputs = {run: _Inputs(run, names, self.vocab_size, device) for run in (ANSWERS, PROMPTS)}
         self._bindings: dict[tuple[Run, int], Any] = {}
-        self._logits = np.zeros((PROMPTS.rows, self.vocab_size), np.float32)
-        tokens, positions, sequences = (np.zeros(CHUNK_TOKENS + GPU_SEQUENCES, np.int32) for _ in range(3))
-        table = np.zeros((GPU_SEQUENCES, table_blocks), np.int32)
-        self.batch = StepBatch(tokens, positions, sequences, table, np.zeros(PROMPTS.rows, np.int32), answers_apart=True)
         device.synchronize()
 
-    def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Run `batch`; return float32 logits [rows, vocabulary], valid until the next step."""
-        self._device.enter()  # engines run steps on a thread that did not load them
-        for source, destination in batch.copies:
-            self._cache.copy_block(source, destination)
-        prompts, answers = divided(batch, CHUNK_TOKENS)
-        for segment in prompts:
-            self._run_prompt(batch, segment)
-        for tokens in answers:
-            self._run_answers(batch, tokens)
-        return self._logits[: batch.rows]
-
-    def close(self) -> None:
-        """Free the GPU's memory."""
-        self._device.enter()
-        for name in ("batch", "_bindings", "_session", "_answers", "_prompts", "_cache", "_memory"):
+    def _unload(self) -> None:
+        for name in ("_bindings", "_session", "_inputs"):
             self.__dict__.pop(name, None)
-        self._device.close()
 
-    def _run_prompt(self, batch: StepBatch, segment: Segment) -> None:
-        start, count = segment.start, segment.count
-        slot = self._cache.prepare(segment.row, batch.block_table[segment.row], start, count)
-        self._cache.clear(slot, start + count, start + CHUNK_TOKENS)
-        ids, positions = np.zeros(CHUNK_TOKENS, np.int32), np.arange(start, start + CHUNK_TOKENS)
-        ids[:count] = batch.token_ids[segment.at : segment.at + count]
-        self._prompts.fill(ids, positions, positions[-1:], segment.last + 1)
-        requested = batch.logit_rows[: batch.rows]
-        wanted = np.flatnonzero((requested >= segment.at) & (requested < segment.at + count))
-        self._run(self._prompts, slot, wanted, requested[wanted] - segment.at)
+    def _prompt(self, ids: Integers, segment: Segment, slot: int, rows: Integers) -> Floats:
+        positions = np.arange(segment.start, segment.start + CHUNK_TOKENS)
+        self._inputs[PROMPTS].fill(ids, positions, positions[-1:], segment.last + 1)
+        return self._run(PROMPTS, slot, rows)
 
-    def _run_answers(self, batch: StepBatch, segments: Sequence[Segment]) -> None:
-        ids, positions, lengths = (np.full(GPU_SEQUENCES, value, np.int32) for value in (0, 0, 1))
-        slots = {segment.at: self._cache.slot(segment.row) for segment in segments}
-        for slot in set(range(GPU_SEQUENCES)).difference(slots.values()):
-            self._cache.clear(slot, 0, 1)
-        for segment in segments:
-            slot = self._cache.prepare(segment.row, batch.block_table[segment.row], segment.start, 1)
-            ids[slot], positions[slot], lengths[slot] = batch.token_ids[segment.at], segment.start, segment.last + 1
-        self._answers.fill(ids, positions, positions, lengths)
-        requested = batch.logit_rows[: batch.rows].tolist()
-        wanted = np.array([row for row, token in enumerate(requested) if token in slots], np.int64)
-        self._run(self._answers, 0, wanted, np.array([slots[requested[row]] for row in wanted.tolist()], np.int32))
+    def _answers(self, ids: Integers, positions: Integers, lengths: Integers, rows: Integers) -> Floats:
+        self._inputs[ANSWERS].fill(ids, positions, positions, lengths)
+        return self._run(ANSWERS, 0, rows)
 
-    def _run(self, inputs: _Inputs, slot: int, wanted: NDArray[np.int64], rows: NDArray[np.int32]) -> None:
-        """Run the model in the slots from `slot` on; the logits of its tokens `rows` become the rows `wanted` of the step."""
+    def _run(self, run: Run, slot: int, rows: Integers) -> Floats:
+        """Run the model in the slots from `slot` on; returns the logits of the run's tokens `rows`."""
+        inputs = self._inputs[run]
         inputs.upload(rows)
         try:
             self._session.run_with_iobinding(self._binding(inputs, slot))
         except Exception as error:
             raise EngineError(STAGE, "a step failed", found=str(error).strip()) from None
-        self._logits[wanted] = inputs.download(len(wanted))
+        return inputs.download(len(rows))
 
     def _binding(self, inputs: _Inputs, slot: int) -> Any:
         """The binding of a kind of run to its inputs and logits, and to the cache from a slot on, as inputs and, in place, as
