@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from belle_compile.runtime import host
 from belle_compile.runtime.artifact import TargetInfo
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine, check_memory
 from belle_compile.runtime.executors.onnxruntime_sizes import CUDA, STAGE
@@ -44,7 +44,7 @@ class _Host(ABC):
 
     @property
     def remedy(self) -> str:
-        return f"pip install 'belle-compile[{self.extra}]'"
+        return install(self.extra)
 
     def check_installed(self) -> None:
         """Raise `EngineError` where ONNX Runtime is not installed or too old."""

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from belle_compile.runtime import host
 from belle_compile.runtime.artifact import TargetInfo
-from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.errors import EngineError, install
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.cpu_factory import CpuFactory
 from belle_compile.runtime.executors.factory import LoadRequest, cannot_run
@@ -21,7 +21,7 @@ class TorchScriptFactory(CpuFactory):
         """Check the machine, its instruction sets and memory, and that PyTorch is installed."""
         super().check_host(target, ranks_here, held_bytes)
         if installed() is None:
-            raise cannot_run(target, "no PyTorch", "the package torch", "pip install 'belle-compile[torchscript]'")
+            raise cannot_run(target, "no PyTorch", "the package torch", install("torchscript"))
 
     def load(self, request: LoadRequest) -> Executor:
         """Load kernels and module, for as many threads as there are usable cores by default."""

@@ -129,7 +129,7 @@ def test_hosts_that_do_not_fit(engines: dict[tuple[str, str], Path], monkeypatch
         raise PackageNotFoundError
 
     for version, message in (
-        (absent, r"^onnxruntime: ONNX Runtime is not installed: expected onnxruntime 1\.31 or later; pip install 'belle"),
+        (absent, r"^onnxruntime: ONNX Runtime is not installed: expected onnxruntime 1\.31 or later; pip install -c "),
         (
             lambda package: "1.9.2",
             r"^onnxruntime: ONNX Runtime is too old: found 1\.9\.2, expected onnxruntime 1\.31 or later",

@@ -181,7 +181,7 @@ def test_a_runtime_that_is_missing_or_too_old(
     version: Any, message: str, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime_factory, "version", version)
-    with pytest.raises(EngineError, match=message + r".* 'belle-compile\[onnxruntime-gpu\]'\.$"):
+    with pytest.raises(EngineError, match=message + r".* '\.\[onnxruntime-gpu\]'\.$"):
         Engine.load(trained)
 
 

@@ -146,7 +146,7 @@ def host_error(engine: Path) -> str:
 def test_hosts_without_pytorch(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchscript_factory, "installed", lambda: None)
     assert re.search(
-        r"found no PyTorch, expected the package torch; pip install 'belle-compile\[torchscript\]'", host_error(engine)
+        r"found no PyTorch, expected the package torch; pip install -c constraints\.txt '\.\[torchscript\]'", host_error(engine)
     )
 
 
