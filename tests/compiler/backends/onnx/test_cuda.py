@@ -28,6 +28,7 @@ from tests.compiler.backends.onnx import harness
 from tests.compiler.backends.onnx.cuda_kernels import without_kernel
 from tests.compiler.backends.onnx.test_translate import graph, quantized
 from tests.parity.engines import Builder
+from tests.parity.lowest_weights import with_lowest_weights
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, random_ids
 from tests.passes.helpers import HIDDEN, VOCABULARY
@@ -72,6 +73,15 @@ def run(path: Path, ids: Sequence[int], steps: Sequence[int], sequences: int = 1
         logits.append(found["logits"])
         done += count
     return np.concatenate(logits)
+
+
+def test_weights_of_minus_128_are_exact(builder: Builder, tmp_path: Path) -> None:
+    checkpoint = builder.checkpoint("llama_biases")
+    source, ids = graph(checkpoint, "int8"), random_ids(checkpoint, sum(STEPS))
+    assert with_lowest_weights(source) == 9
+    stepper, ends = Stepper(source), np.cumsum(STEPS)
+    expected = np.concatenate([stepper.step({0: ids[end - count : end]})[0] for end, count in zip(ends, STEPS, strict=True)])
+    assert relative_error(run(harness.save(translated(source), tmp_path), ids, STEPS), expected) < HALF
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

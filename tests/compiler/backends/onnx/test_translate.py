@@ -24,6 +24,7 @@ from belle_compile.passes.presets import PRESETS
 from belle_compile.runtime.memory import WeightsFile
 from tests.compiler.backends.onnx import harness
 from tests.parity.engines import Builder
+from tests.parity.lowest_weights import with_lowest_weights
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, random_ids
 from tests.passes.helpers import HIDDEN, VOCABULARY, Tiny
@@ -54,6 +55,15 @@ def test_logits_are_those_of_the_meanings(
     stepper = Stepper(model)
     expected = np.concatenate([stepper.step({0: step})[0] for step in steps])
     assert relative_error(harness.run(model, tmp_path, steps), expected) < tolerance
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8-plain"])
+def test_weights_of_minus_128_are_exact(builder: Builder, preset: str, tmp_path: Path) -> None:
+    model, ids = graph(builder.checkpoint("llama_biases"), preset), random_ids(builder.checkpoint("llama_biases"), PROMPT)
+    assert with_lowest_weights(model) == 9
+    steps, stepper = [ids[:20], ids[20:]], Stepper(model)
+    expected = np.concatenate([stepper.step({0: step})[0] for step in steps])
+    assert relative_error(harness.run(model, tmp_path, steps), expected) < SAME_INTEGERS
 
 
 def quantized(bits: int, step: float | None, bias: bool) -> ir.Model:

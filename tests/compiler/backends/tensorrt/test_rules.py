@@ -14,6 +14,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import recipe_of
 from tests.compiler.backends.tensorrt.graphs import Runner, graph, stepped
+from tests.parity.lowest_weights import with_lowest_weights
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import VARIANTS, hf_step_logits, random_ids
 
@@ -41,6 +42,14 @@ def test_integers_are_those_of_the_graph(name: str, preset: str, tolerance: floa
     found = stepped(translate(model, "float32", CAPACITY), tmp_path, ids)
     assert np.median(np.abs(found - expected)) < tolerance * np.abs(expected).max()
     assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+
+
+def test_weights_of_minus_128_are_exact(tmp_path: Path) -> None:
+    checkpoint, model = graph("llama_biases", "int8", tmp_path)
+    assert with_lowest_weights(model) > 9
+    ids, stepper = random_ids(checkpoint, 40, 1), Stepper(model)
+    expected = np.concatenate([stepper.step({0: step})[0] for step in (ids[:17], ids[17:18], ids[18:])])
+    assert relative_error(stepped(translate(model, "float32", CAPACITY), tmp_path, ids), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("preset", "products"), [("none", 0), ("int8", 9), ("int8-accurate", 0)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from belle_compile.compiler.checkpoint import open_checkpoint
+from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import find_preset
@@ -20,6 +21,7 @@ from tests.parity.copies import logits_over_copies
 from tests.parity.engines import EngineStepper
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import VARIANTS, hf_greedy, hf_logits, hf_step_logits, random_ids
+from tests.quantized_releases import compressed_tensors
 
 pytestmark = needs_avx2
 
@@ -119,3 +121,16 @@ def test_two_builds_give_the_same_bytes(engines: Engines, tmp_path: Path) -> Non
     names = {str(path.relative_to(first)) for path in first.rglob("*") if path.is_file()}
     assert {"rank0/model-avx2.ts", "rank0/kernels-avx2.so", "rank0/weights.safetensors", "manifest.json"} <= names
     assert [name for name in sorted(names) if (first / name).read_bytes() != (second / name).read_bytes()] == []
+
+
+def test_integers_of_a_release_down_to_minus_128(engines: Engines, tmp_path: Path) -> None:
+    """The kernels are those of the TVM backend, which get the same integers."""
+    release = compressed_tensors(engines.checkpoint("llama_gqa"), tmp_path / "release")
+    assert min(int(weight.integers.min()) for weight in release.weights.values()) == 0, "which stands for -128"
+    ids, found = random_ids(release.directory, 20), {}
+    for backend in ("torchscript", "tvm"):
+        request = BuildRequest(release.directory, tmp_path / backend, backend=backend, isas=("avx2",), drift=False)
+        with Engine.load(build(request), threads=1, kv_tokens=512) as engine:
+            assert engine.manifest.quantization["integers"].startswith("those of the checkpoint")
+            found[backend] = engine.logits(ids)
+    np.testing.assert_array_equal(found["torchscript"], found["tvm"])
