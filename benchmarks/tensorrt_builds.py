@@ -21,9 +21,10 @@ import numpy as np
 import onnx_ir as ir
 
 from belle_compile.compiler import backends
+from belle_compile.compiler.backends.base import LibraryChoice
 from belle_compile.compiler.backends.onnx.graph import OnnxModel
 from belle_compile.compiler.backends.tensorrt.build import plan_of, write_model
-from belle_compile.compiler.backends.tensorrt.installed import require_tensorrt
+from belle_compile.compiler.backends.tensorrt.installed import Builder, builder_for
 from belle_compile.compiler.backends.tensorrt.layers import layer_reports
 from belle_compile.compiler.backends.tensorrt.rules import translate
 from belle_compile.compiler.checkpoint import open_checkpoint
@@ -55,11 +56,11 @@ def prepared(checkpoint: Path, preset: str, methods: Sequence[str], folder: Path
     return model
 
 
-def built(folder: Path, model: OnnxModel, arch: str) -> tuple[float, memoryview]:
+def built(folder: Path, model: OnnxModel, arch: str, builder: Builder) -> tuple[float, memoryview]:
     """Build a plan of the model in a folder; returns the seconds and the plan."""
     start = time.perf_counter()
-    plan = plan_of(folder, model, arch, PROFILES)
-    return round(time.perf_counter() - start, 1), plan
+    plan = plan_of(folder, model, arch, PROFILES, builder)
+    return round(time.perf_counter() - start, 1), plan.content
 
 
 def named_layers(plan: memoryview) -> dict[str, Any] | None:
@@ -81,8 +82,8 @@ def _differences(one: memoryview, other: memoryview) -> dict[str, int]:
 class Results:
     """The results file, which is written again after each build; plans that it has from earlier runs are kept."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, version: str) -> None:
+        self._path, self._version = path, version
         kept = json.loads(path.read_text())["plans"] if path.exists() else []
         self._plans: dict[tuple[str, ...], dict[str, Any]] = {_key(plan): plan for plan in kept}
 
@@ -90,7 +91,7 @@ class Results:
         """Add a plan, or replace the one of the same model, preset and architecture."""
         self._plans[_key(plan)] = plan
         click.echo(json.dumps(plan))
-        document = machine.describe() | {"tensorrt_rtx": require_tensorrt(), "plans": list(self._plans.values())}
+        document = machine.describe() | {"tensorrt_rtx": self._version, "plans": list(self._plans.values())}
         self._path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -108,7 +109,8 @@ def main(
     checkpoints: Sequence[Path], presets: Sequence[str], methods: Sequence[str], archs: Sequence[str], output: Path
 ) -> None:
     """Build plans of CHECKPOINTS: each once, and then all of them again."""
-    results = Results(output)
+    builders = {arch: builder_for(arch, LibraryChoice("tensorrt-rtx")) for arch in archs}
+    results = Results(output, builders[archs[0]].version)
     for checkpoint, preset in product(checkpoints, presets):
         used = tuple(methods) or RECIPES[preset]
         with TemporaryDirectory() as name:
@@ -119,13 +121,13 @@ def main(
             facts = {"model": checkpoint.name, "preset": preset, "methods": list(used)}
             first: dict[str, tuple[dict[str, Any], memoryview]] = {}
             for arch in archs:
-                seconds, plan = built(folder, model, arch)
+                seconds, plan = built(folder, model, arch, builders[arch])
                 weights = sum(tensor.data_bytes for tensor in model.weights)
                 sizes = {"weight_bytes": weights, "plan_bytes": plan.nbytes, "layers": named_layers(plan)}
                 first[arch] = facts | {"arch": arch, "seconds": [seconds]} | sizes, plan
                 results.add(first[arch][0])
             for arch, (result, plan) in first.items():
-                seconds, again = built(folder, model, arch)
+                seconds, again = built(folder, model, arch, builders[arch])
                 results.add(result | {"seconds": [*result["seconds"], seconds], "differences": _differences(plan, again)})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from belle_compile.compiler import backends, targets
 from belle_compile.compiler.backends import Backend
+from belle_compile.compiler.backends.base import ANY_LIBRARY, LibraryChoice
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.engine_directory import check_output
 from belle_compile.compiler.errors import CompileError
@@ -31,10 +32,11 @@ class BuildRequest:
 
     Input: `quantization` names a preset of passes, and `methods` (keys of passes.presets.METHODS) replace the
     preset's methods. `kv_cache` is the type of the KV cache (auto: float32 with quantization none, else 16 bits). `backend` is
-    the name of the backend (None: the target's default), and `isas` restricts its instruction sets (empty: all). `template`
-    replaces the checkpoint's prompt template, by name or as a Jinja file. `reading` holds what else says how the checkpoint is
-    read. `generation` changes the generation defaults (see `changed_defaults`). `tune` measures on this host which kernel
-    variants suit this model's shapes, which takes minutes and may differ from one build to the next.
+    the name of the backend (None: the target's default), `isas` restricts its instruction sets (empty: all), and `library` is
+    the choice of what builds, for a backend with several libraries. `template` replaces the checkpoint's prompt template, by
+    name or as a Jinja file. `reading` holds what else says how the checkpoint is read. `generation` changes the generation
+    defaults (see `changed_defaults`). `tune` measures on this host which kernel variants suit this model's shapes, which takes
+    minutes and may differ from one build to the next.
 
     With a `lora_rank`, the engine takes adapters of up to that rank at run time, for the linears whose names are or end with
     one of `lora_targets` (empty: all but the head).
@@ -58,6 +60,7 @@ class BuildRequest:
     kv_cache: str = AUTO
     backend: str | None = None
     isas: tuple[str, ...] = ()
+    library: LibraryChoice = ANY_LIBRARY
     template: str | None = None
     reading: Reading = PLAIN
     generation: tuple[str, ...] = ()
@@ -106,6 +109,7 @@ def resolve(request: BuildRequest) -> Job:
     applied = recipe.applied(calibrated=request.calibration is not None)
     backends.check(backend, target, applied)
     backends.check_kv_cache(backend, request.kv_cache)
+    backend.check_library(target, request.library)
     if request.tune and (reason := backend.tuning_refusal(target)):
         raise CompileError("target", f"tuning for {target.name}", found=reason, remedy="build without --tune")
     _check_adapters(request, target, backend)

@@ -110,7 +110,7 @@ def build(request: BuildRequest) -> Path:
 
         job.begin("compile")
         tune = job.progress("tune") if request.tune else None
-        options = CompileOptions(request.kv_cache, optimized.unfused_calls, tune, job.progress("compile"))
+        options = CompileOptions(request.kv_cache, optimized.unfused_calls, tune, job.progress("compile"), request.library)
         payloads = job.backend.compile(optimized.ranks, job.target, options)
 
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)

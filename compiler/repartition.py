@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from belle_compile.compiler import backends, targets
 from belle_compile.compiler.backends import Backend, CompileOptions, Footprint, Payload, Repartitionable
-from belle_compile.compiler.backends.base import FIXED_BYTES, TUNING
+from belle_compile.compiler.backends.base import ANY_LIBRARY, FIXED_BYTES, TUNING, LibraryChoice
 from belle_compile.compiler.devices import Target
 from belle_compile.compiler.engine_graph import fusions_of, graph_of, reader_of
 from belle_compile.compiler.errors import CompileError
@@ -48,6 +48,7 @@ class RepartitionRequest:
     force: bool = False
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     backend: str | None = None
+    library: LibraryChoice = ANY_LIBRARY
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def repartition(request: RepartitionRequest) -> Path:
 
         on_progress("compile", 0, 0)
         options = CompileOptions(
-            kv_cache, unfused_calls(backend, graph, target.ranks), on_kernels=partial(on_progress, "compile")
+            kv_cache,
+            unfused_calls(backend, graph, target.ranks),
+            on_kernels=partial(on_progress, "compile"),
+            library=request.library,
         )
         payloads = backend.compile(graphs, target, options)
         writer.check_space(sum(payload.file_bytes for payload in payloads) + FIXED_BYTES)
@@ -118,6 +122,7 @@ def _resolve(request: RepartitionRequest) -> _Job:
     if backend is own:
         target = target.carrying([isa for isa in old.target.isas if isa in target.isas])
     backends.check(backend, target, UNQUANTIZED)
+    backend.check_library(target, request.library)
     return _Job(old, reader, target, backend)
 
 

@@ -157,15 +157,33 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class LibraryChoice:
+    """Which library builds an engine, of a backend that has several, and how.
+
+    `name` is one of `Backend.libraries` (None: the one that is installed). With `version_compatible`, the engine is to run with
+    later versions of the library too. `timing_cache` is a file with the times of kernels that the library measures: where it is
+    there, they are not measured again, and the file is written.
+    """
+
+    name: str | None = None
+    version_compatible: bool = False
+    timing_cache: Path | None = None
+
+
+ANY_LIBRARY = LibraryChoice()
+
+
+@dataclass(frozen=True)
 class CompileOptions:
-    """How graphs are compiled: the type of the KV cache, and the kernel calls of a step before fusion, which the payload
-    records. `tune` is None, or the progress callback (done, total) of measuring kernels on this host, which it turns on.
-    `on_kernels` is called with the numbers of kernels compiled so far and of all that this engine needs."""
+    """How graphs are compiled: the type of the KV cache, the library, and the kernel calls of a step before fusion, which the
+    payload records. `tune` is None, or the progress callback (done, total) of measuring kernels on this host, which it turns
+    on. `on_kernels` is called with the numbers of kernels compiled so far and of all that this engine needs."""
 
     kv_cache: str = AUTO
     unfused_calls: int = 0
     tune: Callable[[int, int], None] | None = None
     on_kernels: Callable[[int, int], None] = lambda done, total: None
+    library: LibraryChoice = ANY_LIBRARY
 
 
 @dataclass(frozen=True)
@@ -189,12 +207,14 @@ class Backend(ABC):
     """Compiles the graphs of all ranks for the devices that it serves.
 
     `name` is recorded in the manifest, and the runtime chooses the executor by it. `kv_types` are the types that a KV cache can
-    have, the widest first. With `reached`, `plan` predicts the time of a step; without, it predicts memory only.
+    have, the widest first. `libraries` are the names of those that can build engines, where there are several to choose from.
+    With `reached`, `plan` predicts the time of a step; without, it predicts memory only.
     """
 
     name: str
     kv_types: tuple[str, ...]
     reached: Reached | None = None
+    libraries: tuple[str, ...] = ()
 
     @abstractmethod
     def isas(self, device: Device) -> tuple[str, ...]:
@@ -224,6 +244,15 @@ class Backend(ABC):
         return (
             f"no support for the method {' or '.join(missing)} (supported: {', '.join(sorted(passes.methods or ())) or 'none'})"
         )
+
+    def check_library(self, target: Target, choice: LibraryChoice) -> None:
+        """Raise CompileError where this host cannot build for the target with the chosen library: by default, where something
+        is chosen."""
+        if choice != ANY_LIBRARY:
+            others = ", ".join(backend.name for backend in registered() if backend.libraries)
+            remedy = "leave out --library, --version-compatible and --timing-cache"
+            what = f"options of libraries for the backend {self.name}"
+            raise CompileError("backend", what, found="a choice", expected=f"one for {others}", remedy=remedy)
 
     def tuning_refusal(self, target: Target) -> str:
         """The reason, as a phrase, why kernels cannot be measured during a build for the target; empty if they can."""

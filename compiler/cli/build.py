@@ -24,6 +24,7 @@ _WHAT = options.together(
     options.methods,
     options.kv_cache(),
     options.backend("the first that `belle-compile targets` lists for the device"),
+    options.library,
     click.option("--isa", "isas", multiple=True, metavar="NAME", help="Compile for this instruction set only; repeatable."),
     options.template,
     options.generation_defaults(),
@@ -111,6 +112,7 @@ def _kept(output: Path) -> str:
 @options.engine
 @options.target(required=True)
 @options.backend("the engine's, or the device's where that one does not serve it")
+@options.library
 @options.output("engine")
 @options.reporting()
 @options.as_json

@@ -19,6 +19,7 @@ from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.usage import json_option
 
 if TYPE_CHECKING:
+    from belle_compile.compiler.backends.base import LibraryChoice
     from belle_compile.compiler.gate import Gate
 
     _ParamType = click.ParamType[str]
@@ -246,6 +247,36 @@ def backend(default: str) -> Decorator:
     return click.option(
         "--backend", type=_Registered("backend", _backends), help=f"The backend that compiles.  [default: {default}]"
     )
+
+
+def _library(library: str | None, version_compatible: bool, timing_cache: Path | None) -> LibraryChoice:
+    from belle_compile.compiler.backends.base import LibraryChoice
+
+    return LibraryChoice(library, version_compatible, timing_cache)
+
+
+def _libraries() -> list[str]:
+    from belle_compile.compiler.backends.base import registered
+
+    return list(dict.fromkeys(name for backend in registered() for name in backend.libraries))
+
+
+library = collected(
+    "library",
+    _library,
+    click.option(
+        "--library", type=_Registered("library", _libraries),
+        help="The library that builds the engine, for a backend that has several.  [default: the one that is installed]",
+    ),
+    click.option(
+        "--version-compatible", is_flag=True, help="Let the engine run with later versions of the library that builds it too."
+    ),
+    click.option(
+        "--timing-cache", type=PATH, metavar="FILE",
+        help="Take the times of kernels that a library measures in builds from FILE, which is written: with them, builds are "
+        "the same again.",
+    ),
+)  # fmt: skip
 
 
 def _sentences(summaries: dict[str, str]) -> str:

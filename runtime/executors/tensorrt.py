@@ -16,6 +16,7 @@ from belle_compile.runtime.executors.device_executor import DeviceExecutor, Floa
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.executors.kv_slots import Geometry
 from belle_compile.runtime.executors.segments import Segment
+from belle_compile.runtime.executors.tensorrt_library import STAGE, runtime_for
 from belle_compile.runtime.executors.tensorrt_plan import (
     ANSWERS,
     CHUNK_ROWS,
@@ -24,12 +25,11 @@ from belle_compile.runtime.executors.tensorrt_plan import (
     PROFILES,
     PROMPTS,
     SEQUENCES,
-    STAGE,
     PlanFacts,
     Profile,
     read_facts,
 )
-from belle_compile.runtime.executors.tensorrt_runtime import Plan, TensorRtPlan, check_installed
+from belle_compile.runtime.executors.tensorrt_runtime import Plan, TensorRtPlan
 
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
@@ -42,13 +42,15 @@ class TensorRtExecutor(DeviceExecutor):
         """Load the plan in `directory` (ENGINE/rank0) on `device`, by default the first GPU; `plan` is that plan where it is
         loaded already. The cache gets, by default, what the rest of the memory holds."""
         self._facts = facts = read_facts(directory)
-        check_installed(facts.tensorrt)
+        self._installed = installed = runtime_for(facts.library, facts.version, facts.version_compatible)
         super().__init__(device or open_device())
         try:
             if self._device.arch != facts.arch:
                 found, remedy = f"{self._device.name} ({self._device.arch})", f"rebuild the engine for {self._device.arch}"
                 raise EngineError(STAGE, "GPU", found=found, expected=facts.arch, remedy=remedy)
-            self._plan = plan or TensorRtPlan(directory / PLAN_NAME, self._device.stream)
+            self._plan = plan or TensorRtPlan(
+                directory / PLAN_NAME, self._device.stream, installed.package, facts.version_compatible
+            )
             self._prepare_plan(kv_memory)
         except BaseException:
             self._device.close()
@@ -60,7 +62,7 @@ class TensorRtExecutor(DeviceExecutor):
         geometry = Geometry(layers, heads, facts.head_dim, facts.capacity, item_bytes)
         runs = Runs(SEQUENCES, CHUNK_TOKENS, CHUNK_ROWS, idle_position=facts.capacity - 1)
         self._prepare(geometry, runs, facts.vocab_size, kv_memory, ("plan", facts.plan_bytes), STAGE)
-        self.kernels = f"tensorrt-rtx-{facts.tensorrt} {facts.arch} {device.name}"
+        self.kernels = f"{self._installed.package.name}-{self._installed.version} {facts.arch} {device.name}"
         self._runs = {profile: _Run(facts, profile, number, self._plan, device) for number, profile in enumerate(PROFILES)}
         self._bind_cache(ANSWERS, 0)
         device.synchronize()

@@ -1,4 +1,4 @@
-"""Engines for NVIDIA GPUs that TensorRT for RTX runs."""
+"""Engines for NVIDIA GPUs that TensorRT for RTX or TensorRT runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from belle_compile.runtime.artifact import TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.factory import ExecutorFactory, LoadRequest, cannot_run, check_machine
-from belle_compile.runtime.executors.tensorrt_plan import ARCHS, STAGE, read_facts
-from belle_compile.runtime.schema import to_plain
+from belle_compile.runtime.executors.tensorrt_library import ARCHS, STAGE, check_any_installed
+from belle_compile.runtime.executors.tensorrt_plan import read_facts
 
 
 class TensorRtFactory(ExecutorFactory):
@@ -19,11 +19,10 @@ class TensorRtFactory(ExecutorFactory):
     isas = ARCHS
 
     def check_host(self, target: TargetInfo, ranks_here: int = 1, held_bytes: int = 0) -> None:
-        """Check the machine, and that TensorRT is installed. Its version and the GPU are checked when the engine is loaded."""
+        """Check the machine, and that a library of plans is installed. Which one, its version and the GPU are checked when the
+        engine is loaded."""
         check_machine(target)
-        from belle_compile.runtime.executors.tensorrt_runtime import check_installed
-
-        check_installed()
+        check_any_installed()
 
     def try_host(self, target: TargetInfo) -> str:
         """Open the first GPU; raises `EngineError` without a driver or a GPU, and for one of another compute capability."""
@@ -40,9 +39,9 @@ class TensorRtFactory(ExecutorFactory):
             device.close()
 
     def layers(self, directory: Path) -> dict[str, dict[str, int]]:
-        """The numbers of kernels of each kind, for a step of answers and for a chunk of a prompt."""
-        reports = read_facts(directory).layers
-        return dict(zip(("answers", "prompts"), map(to_plain, reports), strict=True)) if reports else {}
+        """The numbers of kernels of each kind, for a step of answers and for a chunk of a prompt; of a plan that TensorRT
+        built, those of both."""
+        return read_facts(directory).layers
 
     def load(self, request: LoadRequest) -> Executor:
         """Load the plan on the first GPU. `isa` must be the engine's."""

@@ -1,8 +1,8 @@
 """What an engine for TensorRT consists of: the plan that TensorRT wrote, and tensorrt.json with what the executor has to know.
 
-A plan runs with the version of TensorRT that wrote it alone, on a GPU with the compute capability it was built for. It has two
-optimization profiles with one shape each, so that a token is always computed by the same kernels: one for answers, a token of
-each sequence, and one for a chunk of a prompt.
+A plan runs with the library and, unless it is version compatible, with the version alone that built it, on a GPU with the
+compute capability it was built for. It has two optimization profiles with one shape each, so that a token is always computed by
+the same kernels: one for answers, a token of each sequence, and one for a chunk of a prompt.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.tensorrt_library import STAGE
 from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.schema import canonical_json, from_plain, json_schema, parse_json, refuse_from, to_plain
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
-STAGE = "tensorrt"
-PACKAGE, MODULE = "tensorrt-rtx", "tensorrt_rtx"
 PLAN_NAME, FACTS_NAME = "engine.plan", "tensorrt.json"
 REBUILD = "rebuild the engine with belle-compile build"
-# The compute capabilities that TensorRT-RTX makes plans for. There is none for 9.0.
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
 
 SEQUENCES = 8  # that can run at the same time: each has memory for the longest sequence
 CHUNK_TOKENS = 128  # tokens of a prompt that are computed in one run
@@ -44,8 +41,8 @@ PROFILES = (ANSWERS, PROMPTS)  # in the order of the plan
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The kernels of one profile, as the plan lists them: products of INT8 activations and weights, products of floats with
-    INT8 weights, other products, attention, and everything else."""
+    """The kernels of one profile, as a plan of TensorRT for RTX lists them: products of INT8 activations and weights, products
+    of floats with INT8 weights, other products, attention, and everything else."""
 
     int8_products: int
     int8_weight_products: int
@@ -60,11 +57,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """The content of tensorrt.json. `floats` is the type of keys and values, `capacity` the positions of a sequence in the
-    cache, and `layers` the reports of both profiles; None where the plan does not list its kernels in the way of the version
-    that this was written for."""
+    """The content of tensorrt.json. The version `version` of the library `library` built the plan, which runs with later ones
+    too where it is `version_compatible`. `floats` is the type of keys and values, and `capacity` the positions of a sequence in
+    the cache. `layers` are the numbers of kernels of each kind, by profile or for the plan as a whole; empty where the library
+    does not list them in the way of the version that this was written for."""
 
-    tensorrt: str
+    library: str
+    version: str
+    version_compatible: bool
     arch: str
     plan_bytes: int
     floats: str
@@ -75,7 +75,7 @@ class PlanFacts:
     max_context: int
     capacity: int
     dynamic_rope: bool
-    layers: tuple[LayerReport, ...] | None
+    layers: dict[str, dict[str, int]]
 
     @property
     def token_bytes(self) -> int:

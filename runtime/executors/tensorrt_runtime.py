@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from belle_compile.runtime.errors import EngineError, install
-from belle_compile.runtime.executors.tensorrt_plan import MODULE, PACKAGE, PROFILES, REBUILD, STAGE
+from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.tensorrt_library import STAGE, Package
+from belle_compile.runtime.executors.tensorrt_plan import PROFILES, REBUILD
 
 
 class Plan(Protocol):
@@ -29,31 +29,23 @@ class Plan(Protocol):
         ...
 
 
-def check_installed(needed: str | None = None) -> None:
-    """Raise `EngineError` where TensorRT for RTX is not installed, or, unless `needed` is None, has another version."""
-    expected = f"{PACKAGE} {needed}" if needed else ""
-    try:
-        found = version(PACKAGE)
-    except PackageNotFoundError:
-        what = f"the Python package {PACKAGE} is not installed"
-        raise EngineError(STAGE, what, expected=expected, remedy=install("tensorrt")) from None
-    if needed not in (None, found):
-        remedy = f"install the version that built the engine, or {REBUILD}"
-        raise EngineError(STAGE, "version of TensorRT", found=f"{PACKAGE} {found}", expected=expected, remedy=remedy)
-
-
 class TensorRtPlan:
-    """A plan on the GPU whose context is current, run on one stream of it. TensorRT compiles the plan's kernels here."""
+    """A plan on the GPU whose context is current, run on one stream of it."""
 
-    def __init__(self, path: Path, stream: int) -> None:
-        """Load the plan; raises `EngineError` with TensorRT's first message where it refuses it."""
+    def __init__(self, path: Path, stream: int, package: Package, version_compatible: bool = False) -> None:
+        """Load the plan with a package of TensorRT; raises `EngineError` with TensorRT's first message where it refuses it. The
+        copy of the lean runtime in a plan that is `version_compatible` is code, which runs like the kernels of any engine."""
         try:
-            trt = importlib.import_module(MODULE)
+            trt = importlib.import_module(package.module)
         except ImportError as error:
-            what = f"the Python package {PACKAGE} does not load"
-            raise EngineError(STAGE, what, found=str(error), remedy=install("tensorrt")) from None
+            what, remedy = f"the Python package {package.name} does not load", "install it again"
+            raise EngineError(STAGE, what, found=str(error), remedy=remedy) from None
         self._stream, self._logger = stream, _logger(trt)
         self._runtime = trt.Runtime(self._logger)
+        if self._logger.messages:  # without a driver, TensorRT's runtime is a null pointer, whose use ends the process
+            raise self._refused(f"plan {path} does not load on this host")
+        if version_compatible:
+            self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(np.memmap(path, np.uint8, "r"))
         if self._engine is None:
             raise self._refused(f"plan {path} does not load on this host")

@@ -10,11 +10,13 @@ REPORTING = {"-v", "--verbose", "-q", "--quiet", "--log"}
 READING = {
     "--adapter", "--adapter-scale", "--ignore-config-key", "--ignore-adapter", "--key", "--save-decrypted",
 }  # fmt: skip
+LIBRARY = {"--library", "--version-compatible", "--timing-cache"}
 OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", "--lora-rank", "--lora-targets", *READING, *REPORTING,
+        "--tune", "--drift", "--force", "--generation-defaults", "--lora-rank", "--lora-targets", *LIBRARY, *READING,
+        *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {
@@ -28,7 +30,7 @@ OPTIONS = {
     },
     "inspect": {"--kernels"},
     "plan": {"--target", "--quant", "--methods", "--kv-cache", "--backend", "--batch", "--context", *READING},
-    "repartition": {"--target", "--backend", "-o", "--output", "--force", *REPORTING},
+    "repartition": {"--target", "--backend", *LIBRARY, "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
         "--calibration", "--raw-requests", "--template", "--quant", "--tokens", "--output-errors", "-o", "--output",
         *READING, *REPORTING,

@@ -1,4 +1,4 @@
-"""The backend of TensorRT for RTX: a rank's graph as a plan, which is built without a GPU.
+"""The backend of TensorRT: a rank's graph as a plan, which TensorRT for RTX builds without a GPU, and TensorRT on one.
 
 W8A8 needs activations with one scale for all tokens, which the method `static` finds. The preset with activations of 16 bits
 becomes INT8 weights with float16 activations.
@@ -17,19 +17,19 @@ from belle_compile.compiler.backends.base import (
     CompileOptions,
     Footprint,
     KVCache,
+    LibraryChoice,
     Passes,
     Payload,
 )
-from belle_compile.compiler.backends.tensorrt.installed import require_tensorrt
+from belle_compile.compiler.backends.tensorrt.installed import builder_for, check_gpu
 from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.artifact import KernelCalls
+from belle_compile.runtime.executors.tensorrt_library import ARCHS, LIBRARIES
 from belle_compile.runtime.executors.tensorrt_plan import (
     ANSWERS,
-    ARCHS,
     FACTS_NAME,
-    PACKAGE,
     PLAN_NAME,
     PROFILES,
     PROMPTS,
@@ -41,6 +41,7 @@ from belle_compile.runtime.executors.tensorrt_plan import (
 )
 from belle_compile.runtime.host import GPU_RESERVE_BYTES
 from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.schema import to_plain
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 # TensorRT joins products and fuses quantizations itself; see rules.py.
 _FUSIONS = frozenset({"fuse-dequantize", "fuse-add-norm"})
 _WITHOUT_FLOAT32 = "sm_75"  # TensorRT refuses products in float32 for it, those of integers among them
+_NAMES, _BOTH = ("answers", "prompts"), "answers and prompts"  # reports of layers, of each profile or of both
 _VALUES_KEPT = 6  # values of one layer that are alive at the same time
 _NO_STATIC = (
     "a scale for the activations of each token, where TensorRT multiplies integers with one for all tokens: add static to "
@@ -58,7 +60,8 @@ _NO_STATIC = (
 
 
 class TensorRtBackend(Backend):
-    """Makes engines for NVIDIA GPUs that TensorRT for RTX knows; one rank. TensorRT compiles the kernels on the serving host.
+    """Makes engines for NVIDIA GPUs that TensorRT for RTX or TensorRT knows; one rank. What one of the two cannot do is refused
+    for both, so that it is the same engine.
 
     All floats of an engine are of the type of its KV cache: by default float16, or float32 where nothing is quantized. A block
     counts twice: in the store of all blocks, and where the attention of a running sequence reads it.
@@ -66,6 +69,7 @@ class TensorRtBackend(Backend):
 
     name = "tensorrt"
     kv_types = ("float32", "float16")
+    libraries = tuple(LIBRARIES)
 
     def isas(self, device: Device) -> tuple[str, ...]:
         return tuple(isa for isa in device.isas if isa in ARCHS)
@@ -75,7 +79,7 @@ class TensorRtBackend(Backend):
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:
-            return "several ranks, where TensorRT for RTX runs on one GPU"
+            return "several ranks, where an engine for TensorRT runs on one GPU"
         if recipe.weights.group is not None:
             return f"weights {recipe.weights}, where TensorRT takes one scale per output channel"
         static = "static" in recipe.methods
@@ -86,6 +90,10 @@ class TensorRtBackend(Backend):
         if recipe.quantizes and recipe.activation_bits > 8 and static:
             return "scales for activations of 16 bits, which are float16 here: leave static out of --methods"
         return super().refusal(target, recipe)
+
+    def check_library(self, target: Target, choice: LibraryChoice) -> None:
+        (arch,) = target.isas
+        check_gpu(builder_for(arch, choice).library, arch)
 
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         return [_footprint(graph, _floats(graph, target.isas, kv_cache)) for graph in graphs]
@@ -107,24 +115,28 @@ class TensorRtBackend(Backend):
 
 def _payload(graph: ir.Model, arch: str, options: CompileOptions) -> Payload:
     from belle_compile.compiler.backends.tensorrt.build import build_plan
-    from belle_compile.compiler.backends.tensorrt.layers import layer_reports
+    from belle_compile.compiler.backends.tensorrt.layers import inspected_layers, layer_reports
     from belle_compile.compiler.backends.tensorrt.rules import translate
 
-    version = require_tensorrt()
+    builder = builder_for(arch, options.library)
     floats, dims = _floats(graph, (arch,), options.kv_cache), _dimensions(graph)
     context = max_context(dims["max_position"])
-    plan = build_plan(translate(graph, floats, capacity_for(context)), arch, PROFILES)
-    layers = layer_reports(plan, len(PROFILES))
+    plan = build_plan(translate(graph, floats, capacity_for(context)), arch, PROFILES, builder)
+    reports = layer_reports(plan.content, len(PROFILES))
+    layers = dict(zip(_NAMES, map(to_plain, reports), strict=True)) if reports else {}
+    if inspected := inspected_layers(plan.inspected):
+        layers = {_BOTH: inspected}
     facts = PlanFacts(
-        version, arch, plan.nbytes, floats, dims["num_layers"], dims["num_kv_heads"], dims["head_dim"],
-        dims["vocab_size"], context, capacity_for(context), "dynamic_rope_from" in graph.metadata_props, layers,
+        builder.library.name, builder.version, options.library.version_compatible, arch, plan.content.nbytes, floats,
+        dims["num_layers"], dims["num_kv_heads"], dims["head_dim"], dims["vocab_size"], context, capacity_for(context),
+        "dynamic_rope_from" in graph.metadata_props, layers,
     )  # fmt: skip
     return Payload(
-        files={PLAN_NAME: plan, FACTS_NAME: facts_text(facts).encode()},
+        files={PLAN_NAME: plan.content, FACTS_NAME: facts_text(facts).encode()},
         weights=[],
         footprint=_footprint(graph, floats),
-        kernel_calls=KernelCalls(options.unfused_calls, layers[PROFILES.index(ANSWERS)].total if layers else 0),
-        toolchain={PACKAGE: version},
+        kernel_calls=KernelCalls(options.unfused_calls, reports[PROFILES.index(ANSWERS)].total if reports else 0),
+        toolchain={builder.library.name: builder.version},
         quantization=_words(graph, floats),
     )
 

@@ -1,4 +1,4 @@
-"""Builds plans from ONNX models, for GPUs that the host need not have."""
+"""Builds plans from ONNX models."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from belle_compile.compiler.backends.onnx.graph import OnnxModel
-from belle_compile.compiler.backends.tensorrt.installed import require_tensorrt
+from belle_compile.compiler.backends.tensorrt.installed import Builder
 from belle_compile.compiler.backends.weights_header import weights_header
 from belle_compile.compiler.errors import CompileError
-from belle_compile.runtime.executors.tensorrt_plan import STAGE, Profile
+from belle_compile.runtime.executors.tensorrt_library import STAGE
+from belle_compile.runtime.executors.tensorrt_plan import Profile
 from belle_compile.runtime.program import WEIGHTS_NAME
 
-_MODEL, _PLAN, _REQUEST, _REFUSED = "model.onnx", "engine.plan", "request.json", "refused.txt"
+_MODEL, _PLAN, _REQUEST, _REFUSED, _LAYERS = "model.onnx", "engine.plan", "request.json", "refused.txt", "layers.json"
 # The addresses in the process depend on the size of its environment, and on the arena of memory that a thread gets; see
 # worker.py.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
@@ -27,32 +29,53 @@ _KEPT = ("LD_LIBRARY_PATH", "PYTHONPATH")
 _WORKER = Path(__file__).with_name("worker.py")
 
 
-def build_plan(model: OnnxModel, arch: str, profiles: Sequence[Profile]) -> memoryview:
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan, and what the library's inspector tells of its layers, as JSON; empty for a library that builds without a GPU,
+    which the inspector needs."""
+
+    content: memoryview
+    inspected: str
+
+
+def build_plan(model: OnnxModel, arch: str, profiles: Sequence[Profile], builder: Builder) -> BuiltPlan:
     """The plan of a model for one architecture ("sm_80"), with an optimization profile of one shape for each of `profiles`.
 
-    The same model and version of TensorRT give the same bytes. Another process builds the plan from temporary files, with all
-    weights in its memory; here, one tensor is in memory at a time. Raises CompileError for a graph that TensorRT does not take.
+    The same model and version of TensorRT for RTX give the same bytes; those of TensorRT need the same timing cache as well.
+    Another process builds the plan from temporary files, with all weights in its memory; here, one tensor is in memory at a
+    time. Raises CompileError for a graph that TensorRT does not take.
     """
-    require_tensorrt()
     with tempfile.TemporaryDirectory(prefix="plan-") as name:
         folder = Path(name)
         write_model(model, folder)
-        return plan_of(folder, model, arch, profiles)
+        return plan_of(folder, model, arch, profiles, builder)
 
 
-def plan_of(folder: Path, model: OnnxModel, arch: str, profiles: Sequence[Profile]) -> memoryview:
+def plan_of(folder: Path, model: OnnxModel, arch: str, profiles: Sequence[Profile], builder: Builder) -> BuiltPlan:
     """The plan of a model that `write_model` has written to a folder; arguments and errors are those of `build_plan`."""
-    shapes = [_shapes(model, profile) for profile in profiles]
-    request = {"model": _MODEL, "plan": _PLAN, "refused": _REFUSED, "arch": arch.replace("sm_", "SM"), "profiles": shapes}
+    library, choice = builder.library, builder.choice
+    request = {
+        "module": library.package.module,
+        "model": _MODEL,
+        "plan": _PLAN,
+        "refused": _REFUSED,
+        "layers": "" if library.ahead_of_time else _LAYERS,
+        "arch": arch.replace("sm_", "SM") if library.ahead_of_time else "",
+        "compatibility": "" if library.ahead_of_time else "SAME_COMPUTE_CAPABILITY",
+        "flags": ["VERSION_COMPATIBLE"] if choice.version_compatible else [],
+        "timing_cache": str(choice.timing_cache.absolute()) if choice.timing_cache else "",
+        "profiles": [_shapes(model, profile) for profile in profiles],
+    }
     (folder / _REQUEST).write_text(json.dumps(request))
-    for name in (_PLAN, _REFUSED):
+    for name in (_PLAN, _REFUSED, _LAYERS):
         (folder / name).unlink(missing_ok=True)
     command = [sys.executable, str(_WORKER), _REQUEST]
     environment = _ENVIRONMENT | {name: os.environ[name] for name in _KEPT if name in os.environ}
     done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise _refused(folder, done.returncode, done.stderr)
-    return memoryview(np.memmap(folder / _PLAN, np.uint8, "r"))  # type: ignore[arg-type]
+    inspected = (folder / _LAYERS).read_text() if request["layers"] else ""
+    return BuiltPlan(memoryview(np.memmap(folder / _PLAN, np.uint8, "r")), inspected)  # type: ignore[arg-type]
 
 
 def write_model(model: OnnxModel, folder: Path) -> None:

@@ -1,12 +1,13 @@
-"""The kernels that TensorRT's builder chose, read from the plan.
+"""The kernels that a plan consists of, by kind.
 
-TensorRT's inspector needs the plan to be loaded on a GPU. But the plan of TensorRT-RTX, which compiles kernels on the host that
-serves, describes each profile as text: the tensors with their types, and the kernels in the order of their calls. This format
-is not documented, so what does not look as expected is reported as unknown.
+TensorRT's inspector needs the plan to be loaded on a GPU. But the plan of TensorRT for RTX, which compiles kernels on the
+serving host, describes each profile as text: the tensors with their types, and the kernels in the order of their calls. This
+format is not documented, so what does not look as expected is reported as unknown.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 
@@ -20,6 +21,16 @@ _CALL = re.compile(r"^ {2}(\w+)=\{ name=(.*)$", re.MULTILINE)
 _INPUTS = re.compile(r"\binput(?:_args)?=\{([^}]*)\}")
 _QUOTED = re.compile(r'"([^"]+)"')
 _ATTENTION = re.compile(r"_ge(?:mm|mv)_mha")
+
+
+def inspected_layers(inspected: str) -> dict[str, int]:
+    """The numbers of layers of each kind in the inspector's JSON, which has them for both profiles together; empty where it is
+    not of the form that TensorRT documents."""
+    try:
+        plain = json.loads(inspected)
+        return dict(sorted(Counter(str(layer["LayerType"]) for layer in plain["Layers"]).items()))
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def layer_reports(plan: bytes | memoryview, profiles: int) -> tuple[LayerReport, ...] | None:

@@ -62,10 +62,10 @@ class OnnxPlan:
 def build_models(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let builds write the ONNX model to a folder in place of building a plan of it."""
 
-    def build_plan(model: OnnxModel, arch: str, profiles: Any) -> memoryview:
+    def build_plan(model: OnnxModel, arch: str, profiles: Any, builder: Any) -> plans.BuiltPlan:
         folder.mkdir(exist_ok=True)
         plans.write_model(model, folder)
-        return memoryview(PLAN)
+        return plans.BuiltPlan(memoryview(PLAN), "")
 
     monkeypatch.setattr(plans, "build_plan", build_plan)
 
@@ -74,7 +74,7 @@ def run_models(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[], On
     """Let engines be run on a `HostDevice`, by an `OnnxPlan` of the model in a folder; returns a function for the last one."""
     loaded: list[OnnxPlan] = []
 
-    def load(path: Path, stream: int) -> OnnxPlan:
+    def load(path: Path, stream: int, package: Any, version_compatible: bool) -> OnnxPlan:
         assert path.read_bytes() == PLAN
         loaded.append(OnnxPlan(folder))
         return loaded[-1]

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from belle_compile.compiler.backends.base import LibraryChoice
 from belle_compile.compiler.backends.tensorrt.build import build_plan
+from belle_compile.compiler.backends.tensorrt.installed import builder_for
 from belle_compile.compiler.backends.tensorrt.rules import translate
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.runtime import Engine, SamplingParams
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors import tensorrt_plan, tensorrt_runtime
+from belle_compile.runtime.executors import tensorrt_library, tensorrt_plan, tensorrt_runtime
+from belle_compile.runtime.executors.tensorrt_library import RTX
 from belle_compile.runtime.executors.tensorrt_plan import FACTS_NAME, PLAN_NAME, PROFILES
 from benchmarks.invariance.requests import Case, cases, longest
 from benchmarks.invariance.ways import Answer, answer, ways
@@ -94,7 +97,7 @@ def test_a_prompt_longer_than_a_chunk_is_computed_chunk_by_chunk(trained: Built,
     ("change", "message"),
     [
         (lambda rank: (rank / PLAN_NAME).write_bytes(b"in pla"), r"size of .*engine.plan: found 6 bytes, expected 18; copy"),
-        (lambda rank: (rank / FACTS_NAME).write_text("{}"), r"field tensorrt does not fit: found nothing, expected a string"),
+        (lambda rank: (rank / FACTS_NAME).write_text("{}"), r"field library does not fit: found nothing, expected a string"),
         (lambda rank: (rank / FACTS_NAME).unlink(), r"tensorrt.json cannot be read: found No such file"),
     ],
 )
@@ -110,7 +113,7 @@ def test_damaged_engines_are_refused(change: object, message: str, trained: Buil
 
 def test_hosts_that_cannot_run_an_engine(trained: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, model = trained
-    monkeypatch.setattr(tensorrt_runtime, "version", lambda package: "1.8.0.1")
+    monkeypatch.setattr(tensorrt_library, "version", lambda package: "1.8.0.1")
     with pytest.raises(EngineError, match=r"^tensorrt: version of TensorRT: found tensorrt-rtx 1\.8\.0\.1, expected ten"):
         Engine.load(engine)
     monkeypatch.undo()
@@ -127,16 +130,17 @@ def test_hosts_that_cannot_run_an_engine(trained: Built, monkeypatch: pytest.Mon
 
 def test_the_runtime_refuses_a_plan_that_is_cut_off(tmp_path: Path) -> None:
     _, source = graph("llama", "none", tmp_path)
-    plan = bytes(build_plan(translate(source, "float16", 128), "sm_80", PROFILES))
+    builder = builder_for("sm_80", LibraryChoice(RTX.name))
+    plan = bytes(build_plan(translate(source, "float16", 128), "sm_80", PROFILES, builder).content)
     (tmp_path / PLAN_NAME).write_bytes(plan[:5000])
     with pytest.raises(EngineError, match=r"^tensorrt: plan .* does not load on this host: found .*; see that the GPU and its"):
-        tensorrt_runtime.TensorRtPlan(tmp_path / PLAN_NAME, 0)
+        tensorrt_runtime.TensorRtPlan(tmp_path / PLAN_NAME, 0, RTX.package)
 
 
 def test_a_host_without_the_package(trained: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(package: str) -> str:
-        raise tensorrt_runtime.PackageNotFoundError
+        raise tensorrt_library.PackageNotFoundError
 
-    monkeypatch.setattr(tensorrt_runtime, "version", missing)
-    with pytest.raises(EngineError, match=r"^tensorrt: the Python package tensorrt-rtx is not installed; pip install"):
+    monkeypatch.setattr(tensorrt_library, "version", missing)
+    with pytest.raises(EngineError, match=r"^tensorrt: the Python package tensorrt-rtx or tensorrt is not installed; pip"):
         Engine.load(trained[0])

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from belle_compile.compiler.backends.base import LibraryChoice
 from belle_compile.compiler.backends.onnx.graph import OnnxModel, StoredTensor
 from belle_compile.compiler.backends.tensorrt import build
-from belle_compile.compiler.backends.tensorrt.build import build_plan
+from belle_compile.compiler.backends.tensorrt.installed import builder_for
 from belle_compile.compiler.backends.tensorrt.layers import layer_reports
 from belle_compile.compiler.backends.tensorrt.rules import translate
 from belle_compile.compiler.errors import CompileError
-from belle_compile.runtime.executors.tensorrt_plan import ARCHS, PROFILES, LayerReport
+from belle_compile.runtime.executors.tensorrt_library import RTX
+from belle_compile.runtime.executors.tensorrt_plan import PROFILES, LayerReport, Profile
 from tests.compiler.backends.tensorrt.graphs import graph
+from tests.parity.lowest_weights import with_lowest_weights
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt` is not installed")
+
+
+def build_plan(model: OnnxModel, arch: str, profiles: Sequence[Profile]) -> memoryview:
+    return build.build_plan(model, arch, profiles, builder_for(arch, LibraryChoice(RTX.name))).content
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def test_the_same_model_gives_the_same_bytes_and_another_architecture_others(
     assert answers == layer_reports(other, len(PROFILES))[0]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in ("sm_80", "sm_86")])
+@pytest.mark.parametrize("arch", [arch for arch in RTX.archs if arch not in ("sm_80", "sm_86")])
 def test_every_architecture(arch: str, model: OnnxModel, tmp_path: Path) -> None:
     if arch == "sm_75":
         with pytest.raises(CompileError, match=r"TensorRT refuses the graph: found .*FP32 GEMM is not supported"):
@@ -53,6 +60,16 @@ def test_what_the_layers_are(preset: str, kind: str, tmp_path: Path) -> None:
     _, source = graph("llama_gqa", preset, tmp_path)  # its heads have a size for which TensorRT has no attention in float32
     reports = layer_reports(build_plan(translate(source, "float32", 128), "sm_89", PROFILES), len(PROFILES))
     assert reports and all(getattr(report, kind) >= 10 and report.int8_products == 0 for report in reports), reports
+
+
+def test_weights_of_minus_128_are_in_the_plan(tmp_path: Path) -> None:
+    """Older guides of TensorRT limit INT8 weights to +-127, which its own quantization keeps; the integers of a model stay."""
+    _, source = graph("llama_theta", "int8", tmp_path)
+    linears = with_lowest_weights(source)
+    plan = bytes(build_plan(translate(source, "float16", 128), "sm_80", PROFILES))
+    (answers, _) = layer_reports(plan, len(PROFILES)) or ()
+    assert answers.int8_products > 0 == answers.int8_weight_products
+    assert plan.count(64 * b"\x80") >= linears > 0 == plan.count(64 * b"\x81"), "rows of -128, of which none became -127"
 
 
 def test_reports_need_a_text_for_each_profile() -> None:
