@@ -29,7 +29,7 @@ OPTIONS = {
         "--generation-defaults", *READING, "--keep-tied", "--granularity", "--runtime-python", *REPORTING,
     },
     "inspect": {"--kernels"},
-    "plan": {"--target", "--quant", "--methods", "--kv-cache", "--backend", "--batch", "--context", *READING},
+    "plan": {"--target", "--quant", "--methods", "--kv-cache", "--backend", "--batch", "--context", "--measured", *READING},
     "repartition": {"--target", "--backend", *LIBRARY, "-o", "--output", "--force", *REPORTING},
     "sensitivity": {
         "--calibration", "--raw-requests", "--template", "--quant", "--tokens", "--output-errors", "-o", "--output",
