@@ -76,7 +76,7 @@ FAMILY = Family(
         layers="model.layers",
         interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
         rope_divisors="rope_freqs.weight",  # of Llama 3.1 and later
-        write_config=partial(decoder_files.gguf_metadata, read_config),
+        write_config=partial(decoder_files.gguf_metadata, read_config, divided=True),
         write_divisors=partial(decoder_files.gguf_divisors, read_config),
     ),
 )
