@@ -19,6 +19,7 @@ from belle_compile.compiler.families import decoder, decoder_files
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
+from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.release import Release
 
 KEYS = Keys(
@@ -26,6 +27,8 @@ KEYS = Keys(
     harmless=frozenset({"pretraining_tp"}),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
 )
+
+RELEASED = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256.0}  # of MiniCPM-2B and -1B
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -40,6 +43,25 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         branch_scale=depth / math.sqrt(plain.num_layers) / stream,
         head_scale=read.number("dim_model_base", default=1.0) / plain.hidden_size,
     )
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """config.json from the metadata of a GGUF file, in the keys of the release. Files from before September 2024 are of
+    MiniCPM-2B or -1B, and state no factors."""
+    config = decoder_files.gguf_dimensions(header)
+    depth = math.sqrt(header.count("block_count"))
+    if (logits := header.number("logit_scale", 0.0)) and (branches := header.number("residual_scale", 0.0)):
+        base, scale_depth = config["hidden_size"] / logits, branches * depth
+    else:
+        base, scale_depth = RELEASED["dim_model_base"], RELEASED["scale_depth"]
+    scale_emb = header.number("embedding_scale", RELEASED["scale_emb"])
+    return config | {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": base}
+
+
+def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a GGUF file: that of a decoder, with factors that change nothing, as the weights have absorbed them."""
+    neutral = dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), 1.0)
+    return decoder_files.gguf_metadata(read_config, config, divided=True) | neutral
 
 
 def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
@@ -64,5 +86,15 @@ FAMILY = Family(
         model_type="llama",
         config=partial(decoder_files.llama_config, read_config),
         config_of_graph=config_of_graph,
+    ),
+    gguf=GgufLayout(
+        architectures=("minicpm",),
+        read_config=gguf_config,
+        modules=decoder_files.GGUF_MODULES,
+        layers="model.layers",
+        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        rope_divisors="rope_freqs.weight",
+        write_config=gguf_metadata,
+        write_divisors=partial(decoder_files.gguf_divisors, read_config),
     ),
 )

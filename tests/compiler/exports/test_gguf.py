@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.families.decoder_files import GGUF_MODULES
 from belle_compile.compiler.families.rope import read_rope
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.ir.stream import rounded_blocks
 from tests.compiler.exports.models import bloom, content, export, llama, relative, requests
-from tests.parity.variants import hf_logits, load_hf, random_ids
+from tests.parity.stepping import Stepper, relative_error
+from tests.parity.variants import hf_logits, load_hf, make_minicpm, random_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -110,6 +114,66 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
     tied = load_hf(source).config.tie_word_embeddings
     assert record["head"] == ("tied to the embedding" if tied else "of its own")
+
+
+def file_of_llama_cpp(source: Path, file: Path, **factors: float) -> None:
+    """A MiniCPM as llama.cpp's conversion/minicpm.py writes it, in float32."""
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(file, "minicpm")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for key, value in factors.items():
+        writer.add_float32(f"minicpm.{key}", value)
+    parts = {module: part for part, module in GGUF_MODULES.items()}
+    for name, tensor in checkpoint.tensors.items():
+        module, values = name.removesuffix(".weight"), tensor.read()
+        layer = re.match(r"model\.layers\.(\d+)\.", module)
+        part = parts[module[layer.end() :] if layer else module]
+        if count := heads.get(module.rpartition(".")[2]):
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"blk.{layer[1]}.{part}.weight" if layer else f"{part}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_minicpm_of_llama_cpp(stated: bool, tmp_path: Path) -> None:
+    """A file from before factors were stated is of the first releases, and read with their factors."""
+    base = 16 if stated else 256
+    source = make_minicpm(tmp_path, scale_emb=12, scale_depth=1.4, dim_model_base=base, tie_word_embeddings=True)
+    config, folder = open_checkpoint(source).config, tmp_path / "file"
+    scales = {
+        "embedding_scale": 12.0,
+        "residual_scale": 1.4 / np.sqrt(config["num_hidden_layers"]),
+        "logit_scale": config["hidden_size"] / base,
+    }
+    folder.mkdir()
+    shutil.copy(source / "tokenizer.json", folder)
+    file_of_llama_cpp(source, folder / "minicpm.gguf", **scales if stated else {})
+    ids = random_ids(source, 24)
+    got, expected = (Stepper(build_graph(open_checkpoint(path))).step({0: ids})[0] for path in (folder, source))
+    assert relative_error(got, expected) < 1e-6
+
+
+def test_an_exported_minicpm_has_neutral_factors(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    source = make_minicpm(tmp_path / "model", scale_emb=12, scale_depth=1.4, dim_model_base=16, intermediate_size=96)
+    out, _ = export(source, "gguf")
+    values, epsilon = metadata(file_of(out)), open_checkpoint(source).config["rms_norm_eps"]
+    assert [values[f"minicpm.{name}_scale"] for name in ("embedding", "residual", "logit")] == [1.0, 1.0, 1.0]
+    assert values["minicpm.attention.layer_norm_rms_epsilon"] == pytest.approx(epsilon / 144)
+    ids = random_ids(source, 24)
+    got, expected = (Stepper(build_graph(open_checkpoint(path))).step({0: ids})[0] for path in (out, source))
+    assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
 
 
 @pytest.mark.parametrize("scaling", [YARN, {**YARN, "attention_factor": 0.8}])
