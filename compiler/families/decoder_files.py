@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +13,9 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import rope
 from belle_compile.compiler.families.config import Reader
 from belle_compile.compiler.families.decoder import EMBEDDING, DecoderConfig
-from belle_compile.compiler.families.gguf import GgufHeader
+from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.model_config import STAGE
+from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
 
@@ -25,6 +27,7 @@ _GGUF_SCALING = {
     "beta_slow": "yarn_beta_slow",
 }
 
+ConfigOfGraph = Callable[[ir.Graph, Mapping[str, int]], dict[str, Any]]
 ReadConfig = Callable[[Mapping[str, Any]], DecoderConfig]
 
 GGUF_MODULES = {
@@ -43,6 +46,52 @@ GGUF_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+def gguf_layout(
+    architecture: str,
+    read_config: ReadConfig,
+    *,
+    config: Callable[[GgufHeader], dict[str, Any]] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    interleaved: bool = False,
+    divided: bool = False,
+) -> GgufLayout:
+    """The GGUF files of a decoder that llama.cpp knows as `architecture`.
+
+    `config` reads config.json from a header, and `metadata` is written beside that of all decoders. llama.cpp may pair
+    neighbours of a head of q and k, so that halves are `interleaved`, and take rotary frequencies `divided` by a tensor.
+    """
+
+    def write(stated: Mapping[str, Any]) -> dict[str, Any]:
+        return gguf_metadata(read_config, stated, divided=divided) | dict(metadata or {})
+
+    return GgufLayout(
+        architectures=(architecture,),
+        read_config=config or gguf_dimensions,
+        modules=GGUF_MODULES,
+        layers="model.layers",
+        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"} if interleaved else {},
+        rope_divisors="rope_freqs.weight" if divided else "",
+        write_config=write,
+        write_divisors=partial(gguf_divisors, read_config) if divided else lambda config: (),
+    )
+
+
+def own_release(config_of_graph: ConfigOfGraph) -> Release:
+    """The files of a decoder that Transformers has a class for."""
+    return Release(norm="RMSNormalization", config=release_config, config_of_graph=config_of_graph)
+
+
+def llama_release(read_config: ReadConfig, config_of_graph: ConfigOfGraph) -> Release:
+    """The files of a decoder that Transformers has no class for, and that is a LLaMA once it is a graph."""
+    return Release(
+        norm="RMSNormalization",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        config=partial(llama_config, read_config),
+        config_of_graph=config_of_graph,
+    )
 
 
 def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:

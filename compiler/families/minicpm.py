@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -19,8 +18,7 @@ from belle_compile.compiler.families import decoder, decoder_files
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
-from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.families.gguf import GgufHeader
 
 KEYS = Keys(
     used=decoder.KEYS | {"scale_emb", "scale_depth", "dim_model_base"},
@@ -28,6 +26,7 @@ KEYS = Keys(
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
 )
 
+NEUTRAL = dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), 1.0)  # of exports: weights have absorbed them
 RELEASED = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256.0}  # of MiniCPM-2B and -1B
 
 
@@ -58,12 +57,6 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     return config | {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": base}
 
 
-def gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a GGUF file: that of a decoder, with factors that change nothing, as the weights have absorbed them."""
-    neutral = dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), 1.0)
-    return decoder_files.gguf_metadata(read_config, config, divided=True) | neutral
-
-
 def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
     """config.json of the graph of an engine, in the keys of the release, with factors that change nothing."""
     neutral = {"scale_emb": 1, "scale_depth": math.sqrt(dimensions["num_layers"]), "dim_model_base": dimensions["hidden_size"]}
@@ -80,21 +73,8 @@ FAMILY = Family(
     embedding=decoder.EMBEDDING,
     keys=KEYS,
     template="<用户>{x}<AI>",
-    release=Release(
-        norm="RMSNormalization",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        config=partial(decoder_files.llama_config, read_config),
-        config_of_graph=config_of_graph,
-    ),
-    gguf=GgufLayout(
-        architectures=("minicpm",),
-        read_config=gguf_config,
-        modules=decoder_files.GGUF_MODULES,
-        layers="model.layers",
-        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-        rope_divisors="rope_freqs.weight",
-        write_config=gguf_metadata,
-        write_divisors=partial(decoder_files.gguf_divisors, read_config),
+    release=decoder_files.llama_release(read_config, config_of_graph),
+    gguf=decoder_files.gguf_layout(
+        "minicpm", read_config, config=gguf_config, metadata=NEUTRAL, interleaved=True, divided=True
     ),
 )
