@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
 from belle_compile.runtime.serving.prompts import (
+    Encoding,
     Prompt,
     as_batch,
     as_flag,
@@ -48,6 +49,9 @@ from belle_compile.runtime.serving.step_loop import Job, StepLoop
 from belle_compile.runtime.serving.streams import Stream
 from belle_compile.runtime.serving.telemetry import EngineStats, RequestLog, Telemetry
 from belle_compile.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of Python's own since 3.11; nothing evaluates the annotations
 
 __all__ = ["AsyncStream", "Delta", "Engine", "Prompt", "Result", "Stream", "Timings"]
 
@@ -189,22 +193,19 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        raw: bool = False,
-        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
+        **encoding: Unpack[Encoding],
     ) -> list[Result]:
         """Answer prompts together; returns results in the order of the prompts, those of one prompt (`n`) side by side.
 
         `params` are one for all prompts, or one each. The engine's prompt template is applied to strings unless `raw`, and to
         chats always. Names of special tokens, such as <|im_end|>, are these tokens in `raw` strings and text in chats, so
-        that no message can forge a turn; `parse_special` True or False says so for both. `cache` is what the prompts allow the
-        result cache to do, by default all. `scheduling` says when they are served.
+        that no message can forge a turn; `parse_special` True or False says so for both. `chat_template_kwargs` are variables
+        of the template, such as {"enable_thinking": False}. `cache` is what the prompts allow the result cache to do, by
+        default all. `scheduling` says when they are served.
         """
-        generations = [
-            Generation(request, self.tokenizer)
-            for request in self.resolve_all(prompts, params, raw=raw, parse_special=parse_special)
-        ]
+        generations = [Generation(request, self.tokenizer) for request in self.resolve_all(prompts, params, **encoding)]
         self._run(generations, lambda: self.submit(generations, cache, scheduling))
         return [generation.result() for generation in generations]
 
@@ -212,15 +213,13 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        raw: bool = False,
-        parse_special: bool | None = None,
+        **encoding: Unpack[Encoding],
     ) -> list[Request]:
         """Return the requests that `generate` serves, one for each answer."""
         batch = as_batch(prompts)
         requests = []
         for prompt, p in zip(batch, as_params(params, len(batch)), strict=True):
-            requests += self.resolve(prompt, p, raw=raw, parse_special=parse_special).answers(int(p.n) if p else 1)
+            requests += self.resolve(prompt, p, **encoding).answers(int(p.n) if p else 1)
         return requests
 
     def stream(
@@ -228,30 +227,28 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        raw: bool = False,
-        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
+        **encoding: Unpack[Encoding],
     ) -> Stream:
         """Answer one prompt in pieces of whole characters. Several streams may be read in turn."""
-        return Stream(self, self._resolve_one(prompt, params, raw, parse_special), cache, scheduling)
+        return Stream(self, self._resolve_one(prompt, params, encoding), cache, scheduling)
 
     def astream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        raw: bool = False,
-        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
+        **encoding: Unpack[Encoding],
     ) -> AsyncStream:
         """Answer one prompt in pieces, for `async for` on a running event loop.
 
         The prompt is encoded right here. A long one holds up the event loop for some milliseconds, unless `resolve` was called
         on another thread and the request is passed in its place.
         """
-        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, raw, parse_special), cache, scheduling)
+        return AsyncStream(self, self._handover, self._resolve_one(prompt, params, encoding), cache, scheduling)
 
     def astream_all(
         self, requests: Sequence[Request], *, cache: CachePolicy | None = None, scheduling: Scheduling | None = None
@@ -264,13 +261,12 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        raw: bool = False,
-        parse_special: bool | None = None,
         cache: CachePolicy | None = None,
         scheduling: Scheduling | None = None,
+        **encoding: Unpack[Encoding],
     ) -> list[Result]:
         """Do what `generate` does without blocking the event loop. Cancelling the task drops the requests."""
-        requests = self.resolve_all(prompts, params, raw=raw, parse_special=parse_special)
+        requests = self.resolve_all(prompts, params, **encoding)
         return await generate_async(self, self._handover, requests, cache, scheduling)
 
     def submit(
@@ -303,9 +299,7 @@ class Engine:
         """
         (self.result_cache or self._loop).withdraw(job)
 
-    def resolve(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, parse_special: bool | None = None
-    ) -> Request:
+    def resolve(self, prompt: Prompt, params: SamplingParams | None = None, **encoding: Unpack[Encoding]) -> Request:
         """Return the request for the first answer to a prompt: token ids, and the engine's values where `params` has None."""
         if isinstance(prompt, Request):
             if params is not None:
@@ -314,7 +308,7 @@ class Engine:
         require("params", params, SamplingParams)
         params = params or SamplingParams()
         adapter = self._digest_of_adapter(params.adapter)
-        request = Request.resolve(self.encode(prompt, raw=raw, parse_special=parse_special), params, self._defaults, adapter)
+        request = Request.resolve(self.encode(prompt, **encoding), params, self._defaults, adapter)
         if request.grammar:
             self.check_process()
             self.tokenizer.grammars.check(request.grammar)
@@ -375,17 +369,26 @@ class Engine:
         bandwidth = max(before, self._loop.call(executor.read_bandwidth))
         handle.result = recorder.profile(executor.isa, executor.threads, bandwidth)
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, parse_special: bool | None = None) -> list[int]:
-        """Return the token ids that the model is given for a prompt; see `generate` for `raw` and `parse_special`."""
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        parse_special: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids that the model is given for a prompt; see `generate` for the other arguments."""
         if isinstance(prompt, Request):
             return list(prompt.prompt)
         raw, given = as_flag("raw", raw), as_prompt(prompt)
         parse = raw and isinstance(given, str) if parse_special is None else as_flag("parse_special", parse_special)
-        if isinstance(given, str):
-            question = [{"role": "user", "content": given}]
-            ids = self.chat.encode_text(given, parse_special=parse) if raw else self.chat.encode(question, parse_special=parse)
+        if isinstance(given, str) and raw:
+            ids = self.chat.encode_text(given, parse_special=parse)
+        elif isinstance(given, str) or (given and isinstance(given[0], Mapping)):
+            messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            ids = self.chat.encode(messages, parse_special=parse, variables=chat_template_kwargs)
         else:
-            ids = self.chat.encode(given, parse_special=parse) if given and isinstance(given[0], Mapping) else given
+            ids = given
         return as_token_ids(ids, self.executor.vocab_size)
 
     def stats(self) -> EngineStats:
@@ -412,8 +415,8 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _resolve_one(self, prompt: Prompt, params: SamplingParams | None, raw: bool, parse_special: bool | None) -> Request:
-        request = self.resolve(prompt, params, raw=raw, parse_special=parse_special)
+    def _resolve_one(self, prompt: Prompt, params: SamplingParams | None, encoding: Encoding) -> Request:
+        request = self.resolve(prompt, params, **encoding)
         if params is not None and params.n != 1:
             remedy = "stream each of Engine.resolve(prompt, params).answers(n)"
             raise EngineError("sampling", "n", found=str(params.n), expected="1, for a stream is one answer", remedy=remedy)

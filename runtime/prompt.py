@@ -8,15 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension
+from jinja2.visitor import NodeVisitor
 
 from belle_compile.runtime.artifact import PromptTemplate
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.prompt_limits import LimitedEnvironment, limited
 
 Message = Mapping[str, str]
+Variables = Mapping[str, Any]
+
+VARIABLES = "chat_template_kwargs"  # what they are called in requests and in errors, as in vLLM and SGLang
+_OBJECT = 'a JSON object, such as {"enable_thinking": false}'
+_MOST_VARIABLES = 1 << 16  # characters of JSON
+# What Transformers sets in every rendering, which no request may set.
+_SET_HERE = frozenset(
+    """messages tools documents add_generation_prompt bos_token eos_token unk_token sep_token pad_token cls_token mask_token
+    additional_special_tokens
+    """.split()
+)
 
 
 class ChatTemplate:
@@ -25,17 +38,46 @@ class ChatTemplate:
     def __init__(self, template: PromptTemplate) -> None:
         """Raises `EngineError` for a template that is not Jinja."""
         self._template = template
+        environment = chat_environment()
         try:
             with limited():
-                self._compiled = chat_environment().from_string(template.jinja)
+                self._compiled = environment.from_string(template.jinja)
+                read = _variables(environment.parse(template.jinja))
         except Exception as error:  # Python's compiler refuses some of what Jinja lets through
             raise EngineError("prompt", f"template {template.name} does not parse", found=_words(error)) from error
+        # The names of the variables that a request may set, because the template reads them, such as enable_thinking.
+        self.variables = frozenset(read - _SET_HERE - environment.globals.keys())
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def check_variables(self, given: Any) -> dict[str, Any]:
+        """Return a copy of the variables that a request sets, with the types of JSON.
+
+        Raises `EngineError` for what is no object of JSON or too large, and for a variable that the template does not read:
+        the prompt could not depend on it as the request asks for.
+        """
+        if not isinstance(given, Mapping):
+            raise EngineError("prompt", VARIABLES, found=type(given).__name__, expected=_OBJECT)
+        unread = next((name for name in given if name not in self.variables), None)
+        if unread is not None:
+            names = ", ".join(sorted(self.variables))
+            expected = f"variables that template {self._template.name} reads: {names or 'none'}"
+            raise EngineError("prompt", VARIABLES, found=repr(unread)[:80], expected=expected)
+        try:
+            text = json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EngineError("prompt", VARIABLES, found=_words(error), expected="values that JSON has") from None
+        if len(text) > _MOST_VARIABLES:
+            found = f"{len(text)} characters of JSON"
+            raise EngineError("prompt", VARIABLES, found=found, expected=f"at most {_MOST_VARIABLES}")
+        variables: dict[str, Any] = json.loads(text)
+        return variables
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, variables: Variables | None = None
+    ) -> str:
         """Return the prompt for `messages`, each {"role": "user" | "assistant" | …, "content": text}, ready for the answer.
 
-        Raises `EngineError` for a message without these keys, and when the template fails or refuses the messages. Tools and
-        documents are None, as in Transformers when there are none.
+        `variables` are those that `check_variables` returned. Raises `EngineError` for a message without these keys, and when
+        the template fails or refuses the messages. Tools and documents are None, as in Transformers when there are none.
         """
         for message in messages:
             if not _fits(message):
@@ -44,6 +86,7 @@ class ChatTemplate:
         try:
             with limited():
                 return self._compiled.render(
+                    variables or {},
                     messages=[dict(message) for message in messages],
                     tools=None,
                     documents=None,
@@ -54,6 +97,42 @@ class ChatTemplate:
         except Exception as error:  # a template can fail in any way that Python can
             name = self._template.name
             raise EngineError("prompt", f"template {name} refused the messages", found=_words(error)) from error
+
+
+class _FirstUses(NodeVisitor):
+    """Visits a template from top to bottom; `loaded` says of each name whether it is read before the template sets it."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, bool] = {}
+
+    def visit_Name(self, node: jinja2.nodes.Name) -> None:
+        self.loaded.setdefault(node.name, node.ctx == "load")
+
+    def visit_Assign(self, node: jinja2.nodes.Assign) -> None:
+        self.visit(node.node)
+        self.visit(node.target)
+
+    def visit_For(self, node: jinja2.nodes.For) -> None:
+        self.visit(node.iter)
+        self.generic_visit(node)
+
+
+def _variables(template: jinja2.nodes.Template) -> set[str]:
+    """The names that a template reads from outside. Jinja alone also names those that are set in one branch only."""
+    uses = _FirstUses()
+    uses.visit(template)
+    return {name for name in jinja2.meta.find_undeclared_variables(template) if uses.loaded.get(name)}
+
+
+def parse_variables(text: str, what: str = f"--{VARIABLES.replace('_', '-')}", stage: str = "prompt") -> dict[str, Any]:
+    """Return the template variables that an option has as JSON; raises `EngineError` of `stage` for what is no object."""
+    try:
+        variables = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(stage, what, found=_words(error), expected=_OBJECT) from None
+    if not isinstance(variables, dict):
+        raise EngineError(stage, what, found=type(variables).__name__, expected=_OBJECT)
+    return variables
 
 
 def _fits(message: Any) -> bool:

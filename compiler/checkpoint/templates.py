@@ -52,8 +52,10 @@ def _turns(human: str, assistant: str) -> str:
 
 RAW = "raw"
 # A human turn ends with the words that start the answer, so add_generation_prompt adds nothing. An earlier answer ends as it
-# did in training: with EOS in models that were trained on conversations (BELLE-LLaMA, sample_generator.py). For the others, the
-# model cards instruct users to concatenate the turns, which leaves an empty line between them.
+# did in training: with EOS and nothing else in models that were trained on conversations (BELLE-LLaMA, sample_generator.py).
+# BELLE-7B was trained on single questions. Its card tells users to concatenate turns of the form
+# Human:{input}\n\nAssistant:{output}, and does not say what separates them; here, as in other programs for BELLE, it is the
+# empty line that also separates question and answer.
 BELLE = {
     "belle-bloom": _turns("'Human: ' + text + '\\n\\nAssistant:'", "message['content'] + '\\n\\n'"),
     "belle-llama": _turns("'Human: \\n' + text + '\\n\\nAssistant: \\n'", "message['content'] + eos_token"),

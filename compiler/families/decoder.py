@@ -106,7 +106,7 @@ def build(layers: Layers, config: DecoderConfig) -> ir.Value:
         b.inputs.sequences,
         b.weight("model.rotary_emb.inv_freq", config.rope.inv_freq),
         name="model.rotary_emb",
-        attention_scaling=1.0,
+        attention_scaling=config.rope.attention_scaling,
         dynamic_factor=config.rope.dynamic_factor,
         original_max=config.rope.original_max,
         base=config.rope.base,

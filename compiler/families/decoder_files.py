@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -11,11 +13,21 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import rope
 from belle_compile.compiler.families.config import Reader
 from belle_compile.compiler.families.decoder import EMBEDDING, DecoderConfig
-from belle_compile.compiler.families.gguf import GgufHeader
+from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
 from belle_compile.compiler.families.model_config import STAGE
+from belle_compile.compiler.families.release import Release
 from belle_compile.compiler.ir.ops import attributes_of, operand
 from belle_compile.compiler.ir.signature import Role
 
+# Parameters of scaling by their names in Transformers, and their keys behind rope.scaling.
+_GGUF_SCALING = {
+    "original_max_position_embeddings": "original_context_length",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+
+ConfigOfGraph = Callable[[ir.Graph, Mapping[str, int]], dict[str, Any]]
 ReadConfig = Callable[[Mapping[str, Any]], DecoderConfig]
 
 GGUF_MODULES = {
@@ -34,6 +46,52 @@ GGUF_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+def gguf_layout(
+    architecture: str,
+    read_config: ReadConfig,
+    *,
+    config: Callable[[GgufHeader], dict[str, Any]] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    interleaved: bool = False,
+    divided: bool = False,
+) -> GgufLayout:
+    """The GGUF files of a decoder that llama.cpp knows as `architecture`.
+
+    `config` reads config.json from a header, and `metadata` is written beside that of all decoders. llama.cpp may pair
+    neighbours of a head of q and k, so that halves are `interleaved`, and take rotary frequencies `divided` by a tensor.
+    """
+
+    def write(stated: Mapping[str, Any]) -> dict[str, Any]:
+        return gguf_metadata(read_config, stated, divided=divided) | dict(metadata or {})
+
+    return GgufLayout(
+        architectures=(architecture,),
+        read_config=config or gguf_dimensions,
+        modules=GGUF_MODULES,
+        layers="model.layers",
+        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"} if interleaved else {},
+        rope_divisors="rope_freqs.weight" if divided else "",
+        write_config=write,
+        write_divisors=partial(gguf_divisors, read_config) if divided else lambda config: (),
+    )
+
+
+def own_release(config_of_graph: ConfigOfGraph) -> Release:
+    """The files of a decoder that Transformers has a class for."""
+    return Release(norm="RMSNormalization", config=release_config, config_of_graph=config_of_graph)
+
+
+def llama_release(read_config: ReadConfig, config_of_graph: ConfigOfGraph) -> Release:
+    """The files of a decoder that Transformers has no class for, and that is a LLaMA once it is a graph."""
+    return Release(
+        norm="RMSNormalization",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        config=partial(llama_config, read_config),
+        config_of_graph=config_of_graph,
+    )
 
 
 def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
@@ -63,19 +121,34 @@ def gguf_dimensions(header: GgufHeader) -> dict[str, Any]:
         "max_position_embeddings": number("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10000.0),
-        "rope_scaling": _gguf_rope_scaling(header),
         "tie_word_embeddings": "output.weight" not in header.shapes,
-    }
+    } | _gguf_scaling(header)
 
 
-def _gguf_rope_scaling(header: GgufHeader) -> dict[str, Any] | None:
+def _gguf_scaling(header: GgufHeader) -> dict[str, Any]:
+    """The keys of config.json that scale rotary embeddings."""
     linear = header.value("rope.scale_linear")  # the only key of files from before August 2023
     kind = header.value("rope.scaling.type", "linear" if linear else "none")
+    attention = header.number("rope.scaling.attn_factor", 1.0)
     if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "factor": header.value("rope.scaling.factor", linear or 1.0)}
-    original = header.value("rope.scaling.original_context_length")
-    return scaling | ({"original_max_position_embeddings": original} if original is not None else {})
+        return {"rope_scaling": None} | ({"rope_attention_factor": attention} if attention != 1 else {})
+    if header.value("rope.scaling.yarn_ext_factor", 1.0) != 1 or header.value("rope.scaling.yarn_log_multiplier", 0.0):
+        raise CompileError(
+            STAGE,
+            f"metadata {header.architecture}.rope.scaling.yarn_* of {header.file}",
+            found="an extrapolation factor or a multiplier of logarithms",
+            expected="YaRN as in Transformers",
+            remedy="give the Hugging Face checkpoint",
+        )
+    scaling = {"rope_type": kind, "factor": header.number("rope.scaling.factor", linear or 1.0)}
+    stated = {name: header.number(f"rope.scaling.{key}", math.nan) for name, key in _GGUF_SCALING.items()}
+    scaling |= {name: value for name, value in stated.items() if not math.isnan(value)}
+    if attention == 1:
+        return {"rope_scaling": scaling}
+    if kind == "yarn":  # where it multiplies what YaRN implies
+        implied = scaling.get("attention_factor", rope.yarn_magnitude(scaling["factor"]))
+        return {"rope_scaling": scaling | {"attention_factor": attention * implied}}
+    return {"rope_scaling": scaling, "rope_attention_factor": attention}
 
 
 def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
@@ -109,18 +182,19 @@ def has_bias(graph: ir.Graph, part: str) -> bool:
     return operand(linear, Role.BIAS) is not None
 
 
-def gguf_metadata(read_config: ReadConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+def gguf_metadata(read_config: ReadConfig, config: Mapping[str, Any], *, divided: bool = False) -> dict[str, Any]:
     """The metadata of a GGUF file, as llama.cpp's converter writes it, from config.json; raises CompileError for what
-    llama.cpp does not compute."""
+    llama.cpp does not compute. `divided` says whether it divides the rotary frequencies of the architecture by a tensor."""
     read = read_config(config)
     if any(read.windows):
         expected = "no windows shorter than the longest sequence, which llama.cpp leaves out"
         raise Reader(config).error("sliding_window", str(max(read.windows)), expected, "use another --format")
     if read.rope.dynamic_factor:
-        expected = "default, linear or llama3 rope parameters, which are those that llama.cpp computes"
+        expected = "default, linear, llama3 or yarn rope parameters, which are those that llama.cpp computes"
         raise Reader(config).error("rope_scaling", "dynamic", expected, "use another --format")
-    scaling = rope.linear_factor(config)
-    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": scaling} if scaling else {}
+    if not divided and rope.divisors(config, read.head_dim):
+        expected = "default, linear or yarn rope parameters, as llama.cpp divides no frequencies of this architecture"
+        raise Reader(config).error("rope_scaling", "other frequencies", expected, "use another --format")
     return {
         "vocab_size": read.vocab_size,
         "context_length": rope.stated_length(config),
@@ -134,7 +208,18 @@ def gguf_metadata(read_config: ReadConfig, config: Mapping[str, Any]) -> dict[st
         "attention.layer_norm_rms_epsilon": read.epsilon,
         "rope.dimension_count": read.head_dim,
         "rope.freq_base": rope.stated_base(config),
-    } | scaled
+    } | _scaling_metadata(rope.gguf_scaling(config, read.head_dim))
+
+
+def _scaling_metadata(scaling: rope.Scaling) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    if scaling.kind != "none":
+        metadata |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    if scaling.original:
+        metadata["rope.scaling.original_context_length"] = scaling.original
+    if not math.isclose(scaling.attention_factor, 1, rel_tol=1e-6):
+        metadata["rope.scaling.attn_factor"] = scaling.attention_factor
+    return metadata
 
 
 def gguf_divisors(read_config: ReadConfig, config: Mapping[str, Any]) -> list[float]:
@@ -163,9 +248,10 @@ def llama_config(read_config: ReadConfig, config: Mapping[str, Any]) -> dict[str
 
 
 def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as it is; raises CompileError for rotary frequencies of a GGUF file that no key of it expresses."""
-    if config.get("rope_divisors") is not None:
-        expected = "rope parameters in config.json"
-        remedy = "give the Hugging Face checkpoint of this model"
-        raise Reader(config).error("rope_divisors", "divisors of a GGUF file", expected, remedy)
+    """config.json as it is; raises CompileError for rotary embeddings of a GGUF file that no key of it expresses."""
+    for key in ("rope_divisors", "rope_attention_factor"):
+        if config.get(key) is not None:
+            expected = "rope parameters in config.json"
+            remedy = "give the Hugging Face checkpoint of this model"
+            raise Reader(config).error(key, "what only a GGUF file has", expected, remedy)
     return {key: value for key, value in config.items() if value is not None}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -16,9 +15,8 @@ from belle_compile.compiler.families import decoder, decoder_files
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
+from belle_compile.compiler.families.gguf import GgufHeader
 from belle_compile.compiler.families.layers import Part
-from belle_compile.compiler.families.release import Release
 
 KEYS = Keys(
     used=decoder.KEYS | {"bias"},
@@ -80,19 +78,6 @@ FAMILY = Family(
     part_of=part_of,
     keys=KEYS,
     template="chatml",
-    release=Release(
-        norm="RMSNormalization",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        config=partial(decoder_files.llama_config, read_config),
-        config_of_graph=config_of_graph,
-    ),
-    gguf=GgufLayout(
-        architectures=("internlm2",),
-        read_config=gguf_config,
-        modules=decoder_files.GGUF_MODULES,
-        layers="model.layers",
-        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-        write_config=partial(decoder_files.gguf_metadata, read_config),
-    ),
+    release=decoder_files.llama_release(read_config, config_of_graph),
+    gguf=decoder_files.gguf_layout("internlm2", read_config, config=gguf_config, interleaved=True),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +11,7 @@ from belle_compile.compiler.families import decoder, decoder_files
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
-from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.families.gguf import GgufHeader
 
 KEYS = Keys(
     used=decoder.KEYS | {"attention_bias", "mlp_bias"},
@@ -68,15 +66,8 @@ FAMILY = Family(
     keys=KEYS,
     template="belle-llama",
     template_by_vocabulary={79458: "belle-llama-ext"},  # BELLE-LLaMA-EXT: LLaMA's 32000 pieces and BELLE's Chinese ones
-    release=Release(norm="RMSNormalization", config=decoder_files.release_config, config_of_graph=config_of_graph),
-    gguf=GgufLayout(
-        architectures=("llama",),
-        read_config=gguf_config,
-        modules=decoder_files.GGUF_MODULES,
-        layers="model.layers",
-        interleaved_heads={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-        rope_divisors="rope_freqs.weight",  # of Llama 3.1 and later
-        write_config=partial(decoder_files.gguf_metadata, read_config),
-        write_divisors=partial(decoder_files.gguf_divisors, read_config),
-    ),
+    release=decoder_files.own_release(config_of_graph),
+    gguf=decoder_files.gguf_layout(
+        "llama", read_config, config=gguf_config, interleaved=True, divided=True
+    ),  # frequencies of Llama 3.1 and later are divided
 )

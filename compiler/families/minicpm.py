@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -19,13 +18,16 @@ from belle_compile.compiler.families import decoder, decoder_files
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.families.gguf import GgufHeader
 
 KEYS = Keys(
     used=decoder.KEYS | {"scale_emb", "scale_depth", "dim_model_base"},
     harmless=frozenset({"pretraining_tp"}),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
 )
+
+NEUTRAL = dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), 1.0)  # of exports: weights have absorbed them
+RELEASED = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256.0}  # of MiniCPM-2B and -1B
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -40,6 +42,19 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         branch_scale=depth / math.sqrt(plain.num_layers) / stream,
         head_scale=read.number("dim_model_base", default=1.0) / plain.hidden_size,
     )
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """config.json from the metadata of a GGUF file, in the keys of the release. Files from before September 2024 are of
+    MiniCPM-2B or -1B, and state no factors."""
+    config = decoder_files.gguf_dimensions(header)
+    depth = math.sqrt(header.count("block_count"))
+    if (logits := header.number("logit_scale", 0.0)) and (branches := header.number("residual_scale", 0.0)):
+        base, scale_depth = config["hidden_size"] / logits, branches * depth
+    else:
+        base, scale_depth = RELEASED["dim_model_base"], RELEASED["scale_depth"]
+    scale_emb = header.number("embedding_scale", RELEASED["scale_emb"])
+    return config | {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": base}
 
 
 def config_of_graph(graph: ir.Graph, dimensions: Mapping[str, int]) -> dict[str, Any]:
@@ -58,11 +73,8 @@ FAMILY = Family(
     embedding=decoder.EMBEDDING,
     keys=KEYS,
     template="<用户>{x}<AI>",
-    release=Release(
-        norm="RMSNormalization",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        config=partial(decoder_files.llama_config, read_config),
-        config_of_graph=config_of_graph,
+    release=decoder_files.llama_release(read_config, config_of_graph),
+    gguf=decoder_files.gguf_layout(
+        "minicpm", read_config, config=gguf_config, metadata=NEUTRAL, interleaved=True, divided=True
     ),
 )

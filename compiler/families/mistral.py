@@ -14,7 +14,6 @@ from belle_compile.compiler.families import decoder, decoder_files, windows
 from belle_compile.compiler.families.config import Keys
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.release import Release
 
 KEYS = Keys(used=decoder.KEYS | {"sliding_window", "layer_types"}, fixed={"hidden_act": ("silu",)})
 
@@ -52,5 +51,5 @@ FAMILY = Family(
     embedding=decoder.EMBEDDING,
     keys=KEYS,
     template=TEMPLATE,
-    release=Release(norm="RMSNormalization", config=decoder_files.release_config, config_of_graph=config_of_graph),
+    release=decoder_files.own_release(config_of_graph),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +11,6 @@ from belle_compile.compiler.families import decoder, decoder_files, windows
 from belle_compile.compiler.families.config import Keys
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.gguf import GgufLayout
-from belle_compile.compiler.families.release import Release
 
 KEYS = Keys(
     used=decoder.KEYS | windows.KEYS,
@@ -42,12 +39,6 @@ FAMILY = Family(
     embedding=decoder.EMBEDDING,
     keys=KEYS,
     template="chatml",
-    release=Release(norm="RMSNormalization", config=decoder_files.release_config, config_of_graph=config_of_graph),
-    gguf=GgufLayout(
-        architectures=("qwen2",),
-        read_config=decoder_files.gguf_dimensions,
-        modules=decoder_files.GGUF_MODULES,
-        layers="model.layers",
-        write_config=partial(decoder_files.gguf_metadata, read_config),
-    ),
+    release=decoder_files.own_release(config_of_graph),
+    gguf=decoder_files.gguf_layout("qwen2", read_config),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +11,7 @@ from belle_compile.compiler.families import decoder, decoder_files, windows
 from belle_compile.compiler.families.config import Keys, Reader
 from belle_compile.compiler.families.decoder import Biases, DecoderConfig
 from belle_compile.compiler.families.family import Family
-from belle_compile.compiler.families.gguf import GgufHeader, GgufLayout
-from belle_compile.compiler.families.release import Release
+from belle_compile.compiler.families.gguf import GgufHeader
 
 DEFAULT_HEAD_DIM = 128  # of Transformers' class, whatever the hidden size
 
@@ -54,12 +52,6 @@ FAMILY = Family(
     embedding=decoder.EMBEDDING,
     keys=KEYS,
     template="chatml",
-    release=Release(norm="RMSNormalization", config=decoder_files.release_config, config_of_graph=config_of_graph),
-    gguf=GgufLayout(
-        architectures=("qwen3",),
-        read_config=gguf_config,
-        modules=decoder_files.GGUF_MODULES,
-        layers="model.layers",
-        write_config=partial(decoder_files.gguf_metadata, read_config),
-    ),
+    release=decoder_files.own_release(config_of_graph),
+    gguf=decoder_files.gguf_layout("qwen3", read_config, config=gguf_config),
 )

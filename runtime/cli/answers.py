@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import click
 
 from belle_compile.runtime.cli.chat import Chat, pipe
-from belle_compile.runtime.cli.options import Encoding, load_arguments, read_text, sampling_params
+from belle_compile.runtime.cli.options import Encoding, encoding_of, load_arguments, read_text, sampling_params
 from belle_compile.runtime.engine import Engine, Prompt, Result, Stream
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.profiling import ProfileHandle
@@ -33,7 +33,7 @@ def answer(directory: Path, prompt: str | None, given: dict[str, Any]) -> int:
     if prompt == "-" or given["file"] is not None:
         prompt = read_text(given["file"], "prompt")
     system: list[Message] = [{"role": "system", "content": given["system"]}] if given["system"] is not None else []
-    encoding = Encoding(given["raw"], given["parse_special"])
+    encoding = encoding_of(given)
     with Engine.load(directory, **load_arguments(given)) as engine:
         if given["self_test"]:
             self_test(engine, as_json=given["as_json"])

@@ -92,9 +92,8 @@ def _batch(engine: Path, requests: Path, output: Path, force: bool, **given: Any
 def _answer_all(directory: Path, requests: Path, output: Path, force: bool, given: dict[str, Any]) -> int:
     from belle_compile.runtime.engine import Engine
 
-    params = options.sampling_params(given)
+    params, encoding = options.sampling_params(given), options.encoding_of(given)
     with Engine.load(directory, **options.load_arguments(given)) as engine:
-        encoding = options.Encoding(given["raw"], given["parse_special"])
         settings = [engine.manifest.digest, repr(params), given["system"], *encoding]
         run = _Run(engine, requests, params, given["system"], encoding, json.dumps(settings))
         with Answers(output, run.key, requests, force) as answers:

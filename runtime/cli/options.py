@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ class Encoding(NamedTuple):
 
     raw: bool
     parse_special: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 Command = Callable[..., Any]
@@ -48,6 +49,10 @@ encoding = _together(
     click.option(
         "--parse-special/--no-parse-special", default=None,
         help="Take names of special tokens in the prompt as these tokens.  [default: only with --raw]",
+    ),
+    click.option(
+        "--chat-template-kwargs", metavar="JSON",
+        help="Variables of the engine's prompt template, such as '{\"enable_thinking\": false}'.",
     ),
 )  # fmt: skip
 sampling = _together(
@@ -91,6 +96,16 @@ def check_engine(directory: Path) -> None:
     from belle_compile.runtime.artifact import read_manifest
 
     read_manifest(directory)
+
+
+def encoding_of(given: dict[str, Any]) -> Encoding:
+    """How prompts become tokens, for the options of `encoding`; raises `EngineError` for variables that are no JSON object."""
+    from belle_compile.runtime.prompt import parse_variables
+
+    text = given["chat_template_kwargs"]
+    if text is not None and given["raw"]:
+        raise click.UsageError("--chat-template-kwargs are variables of the prompt template, and --raw has none")
+    return Encoding(given["raw"], given["parse_special"], None if text is None else parse_variables(text))
 
 
 def load_arguments(given: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt import VARIABLES
 from belle_compile.runtime.server.context import RequestContext, context_of
 from belle_compile.runtime.server.errors import ApiError, ClientGone, invalid, of_failure, of_request, of_validation
 from belle_compile.runtime.server.options import ServerOptions
@@ -125,14 +126,14 @@ def resolve(served: ServedEngine, body: ChatBody | CompletionBody) -> tuple[Sequ
     """Return the prompts, and the engine's requests for all choices."""
     engine, field = served.engine, body.prompt_field
     _check_counts(served.options, body)
-    prompts: list[Any] = [[message.for_template() for message in body.messages]] if isinstance(body, ChatBody) else body.prompt
+    prompts, variables = _given(served, body)
     requests: list[Request] = []
     try:
         params = _sampling(body)
         if served.is_adapter(body.model):
             params = replace(params, adapter=body.model)
         for prompt in prompts:
-            ids = engine.encode(prompt, raw=True, parse_special=body.parse_special)
+            ids = engine.encode(prompt, raw=True, parse_special=body.parse_special, chat_template_kwargs=variables)
             _check_length(engine.max_context, body, len(ids))
             requests += engine.resolve(ids, params).answers(params.n)
     except EngineError as error:
@@ -140,6 +141,13 @@ def resolve(served: ServedEngine, body: ChatBody | CompletionBody) -> tuple[Sequ
     except RecursionError:
         raise nested_too_deeply() from None
     return prompts, requests
+
+
+def _given(served: ServedEngine, body: ChatBody | CompletionBody) -> tuple[list[Any], Mapping[str, Any]]:
+    """The prompts of a body, and the variables of the prompt template that they have."""
+    if isinstance(body, ChatBody):
+        return [[message.for_template() for message in body.messages]], served.variables_of(body.chat_template_kwargs)
+    return body.prompt, {}
 
 
 def _check_counts(options: ServerOptions, body: ChatBody | CompletionBody) -> None:
@@ -193,6 +201,8 @@ def _refusal(served: ServedEngine, error: EngineError, body: ChatBody | Completi
     if sources := body.grammar_sources():
         names["grammar"] = sources[0][0]
     name = names.get(error.what, error.what)
+    if error.what == VARIABLES:
+        return of_request(error, VARIABLES, subject="")
     if error.stage == "sampling" and (name in names.values() or name in type(body).model_fields):
         return of_request(error, name, subject="")
     return of_request(error, field, subject=error.what)

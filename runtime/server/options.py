@@ -17,6 +17,7 @@ from typing import Any, Literal
 from belle_compile.runtime.capacity.slo import Slo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.kv_memory import KvMemory
+from belle_compile.runtime.prompt import parse_variables
 from belle_compile.runtime.serving.adapters import parse_named
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 
@@ -124,6 +125,10 @@ class ServerOptions:
         (), "Name of the model in the API; may be given several times. By default that of the engine.",
         name="served-model-name", metavar="NAME",
     )  # fmt: skip
+    default_chat_template_kwargs: str | None = _option(
+        None, "Variables of the prompt template, as a JSON object, that chats have unless they set them otherwise.",
+        metavar="JSON",
+    )  # fmt: skip
 
     api_keys: tuple[str, ...] = _option(
         (), "Key that clients must send; may be given several times.", name="api-key", metavar="KEY", shown=False
@@ -173,6 +178,12 @@ class ServerOptions:
         for name, values in texts.items():
             if not all(values):
                 raise EngineError(STAGE, name, found="an empty text", expected="at least one character")
+        self.template_variables()
+
+    def template_variables(self) -> dict[str, Any]:
+        """The variables of the prompt template that chats have by default; raises `EngineError` for what is no object."""
+        text = self.default_chat_template_kwargs
+        return parse_variables(text, "default-chat-template-kwargs", STAGE) if text is not None else {}
 
 
 def _check_ranges(options: EngineOptions | ServerOptions) -> None:

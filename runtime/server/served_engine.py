@@ -35,7 +35,7 @@ class ServedEngine:
 
     `ready` is set once the engine has passed its self-test. `requests` are the HTTP requests that hold it: it is not closed
     before they have ended. `directory` is the engine's, where it has one. Raises `EngineError` where an adapter has a name of
-    the model.
+    the model, and where the template does not read a variable that the options set by default.
     """
 
     def __init__(self, engine: Engine, options: ServerOptions, directory: Path | None = None) -> None:
@@ -48,6 +48,8 @@ class ServedEngine:
         if both := {*self.base_names} & {*self._adapters}:
             expected = "another name than those of the model"
             raise EngineError("server options", "lora", found=f"an adapter {min(both)}", expected=expected)
+        # What chats set in the prompt template, unless they say otherwise.
+        self.template_variables = engine.chat.check_variables(options.template_variables())
         identity = json.dumps(astuple(engine.identity))
         self.fingerprint = f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         self.token_texts = TokenTexts(engine.tokenizer)
@@ -109,6 +111,10 @@ class ServedEngine:
             "max_model_len": self.engine.max_context,
         }
         return {**described, "parent": self.base_names[0]} if self.is_adapter(name) else described
+
+    def variables_of(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The variables of the prompt template for a chat that sets the `given` ones."""
+        return {**self.template_variables, **(given or {})}
 
     @property
     def _adapters(self) -> Mapping[str, LoadedAdapter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,15 @@ from belle_compile.runtime.serving.request import Request, SamplingParams
 # A question, a chat of {"role", "content"} messages, token ids, to which neither template nor BOS is added, or a request that
 # `Engine.resolve` returned, which has its sampling parameters.
 Prompt = str | Sequence[Message] | Sequence[int] | Request
+
+
+class Encoding(TypedDict, total=False):
+    """How prompts become tokens: the arguments of `Engine.encode`, which says what they mean."""
+
+    raw: bool
+    parse_special: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
 
 _ONE = "text, chat messages or token ids"
 

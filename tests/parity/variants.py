@@ -57,6 +57,9 @@ _LLAMA: dict[str, Any] = {
 }  # fmt: skip
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
+# Prompts of the tests are longer than the 8 tokens before scaling; with these betas, heads of 16 have interpolated pairs.
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 8.0,
+         "beta_slow": 0.2}  # fmt: skip
 
 BLOOMS: Mapping[str, dict[str, Any]] = {
     "bloom": {},
@@ -79,6 +82,7 @@ LLAMAS: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 16,
     },
     "llama3_rope": {"rope_parameters": _LLAMA3, "num_key_value_heads": 2},
+    "llama_yarn": {"rope_parameters": _YARN, "num_key_value_heads": 2},
 }
 # Families whose config has LLaMA's keys, by the classes in Transformers.
 RELATIVES: Mapping[tuple[Any, Any], dict[str, dict[str, Any]]] = {

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from belle_compile.runtime import Engine
+from belle_compile.runtime.artifact import PromptTemplate
 from belle_compile.runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine
 
@@ -120,6 +121,19 @@ def test_answers_of_something_else_are_not_taken_over(engine: Path, requests: Pa
     (tmp_path / "out.jsonl").write_text("notes of mine\n")
     assert run(engine, requests).exit_code == 1 and (tmp_path / "out.jsonl").read_text() == "notes of mine\n"
     assert run(engine, requests, "--force").exit_code == 0 and (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_variables_of_the_template(engine: Path, requests: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = PromptTemplate("says", "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}", "", "")
+    monkeypatch.setattr(Engine, "load", lambda directory, **options: make_engine(FakeExecutor(), prompt_template=template))
+    requests.write_text('"hello"\n', encoding="utf-8")
+    assert run(engine, requests).exit_code == 0
+    (plain,) = answers(engine)
+    other = run(engine, requests, "--chat-template-kwargs", '{"tone": "kind"}')
+    assert other.exit_code == 1 and "by another engine or other settings" in other.stderr
+    assert run(engine, requests, "--force", "--chat-template-kwargs", '{"tone": "kind"}').exit_code == 0
+    (kind,) = answers(engine)
+    assert kind["prompt_tokens"] == plain["prompt_tokens"] + len("kind")
 
 
 def test_requests_that_cannot_be_answered_have_an_error(engine: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import belle_compile
 from belle_compile.runtime import Engine, EngineError
+from belle_compile.runtime.artifact import PromptTemplate
 from belle_compile.runtime.cli import main
 from tests.runtime.fakes import FakeExecutor, make_directory, make_engine, script_rule
 
@@ -380,3 +381,18 @@ def test_control_tokens_in_prompts(options: list[str], expected: int) -> None:
     for arguments, stdin in ((["a</s>b"], None), ([], "a</s>b\n")):
         answer = json.loads(run(*arguments, "--json", "--max-new-tokens", "2", *options, stdin=stdin).stdout)
         assert answer["prompt_token_ids"].count(2) == expected
+
+
+def test_variables_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = PromptTemplate("says", "{{ tone }}{% for m in messages %}{{ m.content }}{% endfor %}", "", "")
+    monkeypatch.setattr(Engine, "load", lambda directory, **options: make_engine(prompt_template=template))
+    for options, prompt in (((), "hello"), (("--chat-template-kwargs", '{"tone": "kind "}'), "kind hello")):
+        result = run("hello", "--json", *options)
+        assert json.loads(result.stdout)["prompt_token_ids"] == make_engine().encode(prompt, raw=True)
+    for options, words in (
+        (("--chat-template-kwargs", "{"), "--chat-template-kwargs: found "),
+        (("--chat-template-kwargs", '{"tune": 1}'), "found 'tune', expected variables that template says reads: tone."),
+    ):
+        result = run("hello", *options)
+        assert result.exit_code == 1 and words in result.stderr and result.stdout == ""
+    assert run("hello", "--raw", "--chat-template-kwargs", "{}").exit_code == 2

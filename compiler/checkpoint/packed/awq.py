@@ -23,12 +23,10 @@ from belle_compile.compiler.checkpoint.packed.base import (
     Packing,
     Statement,
     columns,
-    group_size,
-    order_of_groups,
+    groups_of_inputs,
     refused,
 )
-from belle_compile.compiler.checkpoint.packed.bits import unpacked
-from belle_compile.compiler.checkpoint.packed.gptq import centred
+from belle_compile.compiler.checkpoint.packed.bits import centred, unpacked
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.ir.quantized import Grid, QuantizedRows, QuantizedTensor
 
@@ -59,17 +57,14 @@ class Awq(Packing):
         qweight, qzeros = module.tensor("qweight", 2, "int32"), module.tensor("qzeros", 2, "int32")
         scales = module.tensor("scales", 2, *FLOATS)
         inputs, (groups, outputs) = qweight.shape[0], scales.shape
-        if outputs % _IN_A_WORD or inputs < groups:
-            found = f"scales of shape {list(scales.shape)} for {inputs} inputs"
-            raise module.error(found, f"a multiple of {_IN_A_WORD} outputs, and an input or more in each group", scales)
+        if outputs % _IN_A_WORD:
+            raise module.error(f"scales of shape {list(scales.shape)}", f"a multiple of {_IN_A_WORD} outputs", scales)
         module.require(qweight, (inputs, outputs // _IN_A_WORD))
         module.require(qzeros, (groups, outputs // _IN_A_WORD))
-        size = group_size(module, inputs, groups, stated.settings.get("group_size", stated.settings.get("q_group_size")))
-        order = order_of_groups(module, "g_idx", inputs, groups, size)
+        stated_size = stated.settings.get("group_size", stated.settings.get("q_group_size"))
+        size, order = groups_of_inputs(module, "g_idx", inputs, groups, stated_size)
         stored = _Stored(qweight, qzeros, scales, order)
-        return QuantizedTensor(
-            (outputs, inputs), BITS, size if order is None else None, stored.rows, stored.grid, by_inputs=True
-        )
+        return QuantizedTensor((outputs, inputs), BITS, size, stored.rows, stored.grid, by_inputs=True)
 
 
 @dataclass(frozen=True)

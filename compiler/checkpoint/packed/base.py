@@ -105,11 +105,28 @@ def refused(stated: Statement, title: str, found: str, expected: str, remedy: st
     )
 
 
-def group_size(module: Module, inputs: int, groups: int, stated: object) -> int:
-    """The number of neighbouring inputs in each of `groups` groups; the last may have fewer.
+def groups_of_inputs(module: Module, part: str, inputs: int, groups: int, stated: object) -> tuple[int | None, Indices | None]:
+    """The number of neighbouring inputs in each of `groups` groups, and None; or None, and the group of each input where the
+    groups are not equally many neighbours. The tensor `part` says which group an input is in, if a module has one.
 
     `stated` is the group_size of the settings: -1 for one group, None where they say nothing. Raises CompileError where it
-    contradicts the number of groups, and where that alone does not tell the size."""
+    contradicts the number of groups, where that alone does not tell the size, and for groups that do not exist.
+    """
+    if inputs < groups:
+        raise module.error(f"{groups} groups of {inputs} inputs", "an input or more in each")
+    size = _group_size(module, inputs, groups, stated)
+    neighbours = np.arange(inputs) // size
+    tensor, order = module.optional(part, 1, "int32", "int64"), neighbours
+    if tensor is not None:
+        module.require(tensor, (inputs,))
+        order = tensor.stored(0, inputs).astype(np.intp)
+        if order.min() < 0 or order.max() >= groups:
+            raise module.error(f"{part} with groups {order.min()} to {order.max()}", f"groups 0 to {groups - 1}", tensor)
+    return (size, None) if not inputs % size and np.array_equal(order, neighbours) else (None, order)
+
+
+def _group_size(module: Module, inputs: int, groups: int, stated: object) -> int:
+    """The number of neighbouring inputs in a group; the last may have fewer."""
     if stated is None:
         if inputs % groups:
             raise module.error(f"{groups} groups of {inputs} inputs, and no group_size", "groups of equal size")
@@ -118,20 +135,6 @@ def group_size(module: Module, inputs: int, groups: int, stated: object) -> int:
     if type(size) is not int or size < 1 or -(-inputs // size) != groups:
         raise module.error(f"{groups} groups of {inputs} inputs", f"group_size {stated}, which the settings state")
     return min(size, inputs)
-
-
-def order_of_groups(module: Module, part: str, inputs: int, groups: int, size: int) -> Indices | None:
-    """The group of each input; None where groups are equally many neighbours, whether or not a file says so.
-
-    Raises CompileError for groups that do not exist."""
-    neighbours = np.arange(inputs) // size
-    tensor, order = module.optional(part, 1, "int32", "int64"), neighbours
-    if tensor is not None:
-        module.require(tensor, (inputs,))
-        order = tensor.stored(0, inputs).astype(np.intp)
-        if order.min() < 0 or order.max() >= groups:
-            raise module.error(f"{part} with groups {order.min()} to {order.max()}", f"groups 0 to {groups - 1}", tensor)
-    return None if not inputs % size and np.array_equal(order, neighbours) else order
 
 
 def columns(tensor: LazyTensor, start: int, stop: int) -> Array:

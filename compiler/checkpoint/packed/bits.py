@@ -27,3 +27,8 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> Bytes:
     for place in range(8 // bits):
         integers[..., place] = (stored >> (bits * place)) & ((1 << bits) - 1)
     return integers.reshape(rows, -1)
+
+
+def centred(integers: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
+    """Unsigned integers of some bits less the middle of their range, as int8."""
+    return (integers ^ np.uint8(1 << (bits - 1))).view(np.int8) if bits == 8 else integers.astype(np.int8) - (1 << (bits - 1))

@@ -27,12 +27,10 @@ from belle_compile.compiler.checkpoint.packed.base import (
     Module,
     Packing,
     Statement,
-    group_size,
-    order_of_groups,
+    groups_of_inputs,
     refused,
 )
-from belle_compile.compiler.checkpoint.packed.bits import WORD, unpacked
-from belle_compile.compiler.checkpoint.packed.gptq import centred
+from belle_compile.compiler.checkpoint.packed.bits import WORD, centred, unpacked
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.ir.quantized import Grid, QuantizedRows, QuantizedTensor
 
@@ -106,17 +104,14 @@ class CompressedTensors(Packing):
             weight = packed
         scale = _scale(module, outputs)
         groups = scale.shape[1] if len(scale.shape) == 2 else 1
-        if inputs < groups:
-            raise module.error(f"{groups} groups of {inputs} inputs", "an input or more in each", scale)
         zero_points = module.optional("weight_zero_point", len(scale.shape), "int8", "int32")
         if zero_points is not None and zero_points.dtype == "int8":
             module.require(zero_points, scale.shape)
         elif zero_points is not None:
             module.require(zero_points, (-(-outputs * bits // WORD), groups))
-        size = group_size(module, inputs, groups, None)
-        order = order_of_groups(module, "weight_g_idx", inputs, groups, size)
+        size, order = groups_of_inputs(module, "weight_g_idx", inputs, groups, None)
         stored = _Stored(weight, scale, zero_points, (outputs, inputs), bits, order)
-        return QuantizedTensor((outputs, inputs), bits, size if order is None else None, stored.rows, stored.grid)
+        return QuantizedTensor((outputs, inputs), bits, size, stored.rows, stored.grid)
 
 
 def _scale(module: Module, outputs: int) -> LazyTensor:

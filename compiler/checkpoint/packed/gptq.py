@@ -21,17 +21,15 @@ import numpy as np
 
 from belle_compile.compiler.checkpoint.packed.base import (
     FLOATS,
-    Array,
     Indices,
     Module,
     Packing,
     Statement,
     columns,
-    group_size,
-    order_of_groups,
+    groups_of_inputs,
     refused,
 )
-from belle_compile.compiler.checkpoint.packed.bits import WORD, unpacked
+from belle_compile.compiler.checkpoint.packed.bits import WORD, centred, unpacked
 from belle_compile.compiler.checkpoint.tensors import LazyTensor
 from belle_compile.compiler.ir.quantized import Grid, QuantizedRows, QuantizedTensor
 
@@ -76,17 +74,12 @@ class Gptq(Packing):
         if rows * WORD % bits:
             raise module.error(f"qweight of shape {list(qweight.shape)}", f"rows of whole integers of {bits} bits", qweight)
         module.require(qweight, (rows, outputs))
-        if inputs < groups:
-            raise module.error(f"{groups} groups of {inputs} inputs", "an input or more in each", scales)
-        size = group_size(module, inputs, groups, settings.get("group_size") if each else None)
         if settings.get("desc_act") and "g_idx" not in module.tensors and groups > 1:
             remedy = "give the checkpoint that it was made from"
             raise module.error("desc_act, and no g_idx that says which group an input is in", "g_idx", remedy=remedy)
-        order = order_of_groups(module, "g_idx", inputs, groups, size)
+        size, order = groups_of_inputs(module, "g_idx", inputs, groups, settings.get("group_size") if each else None)
         stored = _Stored(qweight, qzeros, scales, bits, 0 if _layout(settings) == "gptq_v2" else 1, order)
-        return QuantizedTensor(
-            (outputs, inputs), bits, size if order is None else None, stored.rows, stored.grid, by_inputs=True
-        )
+        return QuantizedTensor((outputs, inputs), bits, size, stored.rows, stored.grid, by_inputs=True)
 
 
 def _layout(settings: Any) -> Any:
@@ -121,8 +114,3 @@ class _Stored:
         zeros = unpacked(self.qzeros.stored(0, groups), self.bits)[:, start:stop]
         zeros = (zeros + np.uint8(self.less)) & np.uint8((1 << self.bits) - 1)
         return Grid(columns(self.scales, start, stop), centred(zeros.T, self.bits))
-
-
-def centred(integers: Array, bits: int) -> Array:
-    """Unsigned integers of some bits less the middle of their range, as int8."""
-    return (integers ^ np.uint8(1 << (bits - 1))).view(np.int8) if bits == 8 else integers.astype(np.int8) - (1 << (bits - 1))

@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.prompt import VARIABLES
 from belle_compile.runtime.server.calls import STAGES_OF_REQUESTS, read_aside
 from belle_compile.runtime.server.errors import invalid, of_failure, of_request
 from belle_compile.runtime.server.openapi import operation
@@ -53,10 +54,13 @@ def _tokenize(served: ServedEngine, body: TokenizeBody) -> Tokens:
                 parse_special=body.parse_special is True,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 add_bos=add_bos,
+                variables=served.variables_of(body.chat_template_kwargs),
             )
     except EngineError as error:
         if error.stage not in STAGES_OF_REQUESTS:
             raise of_failure(error) from None
+        if error.what == VARIABLES:
+            raise of_request(error, VARIABLES, subject="") from None
         raise of_request(error, "prompt" if body.messages is None else "messages", subject=error.what) from None
     texts = [served.token_texts.lookup(token)[0] for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": served.engine.max_context, "tokens": tokens, "token_strs": texts}

@@ -73,6 +73,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[int, Whole(1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Whole(0, MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     # Known fields that change no answer here.
     store: bool | None = None
@@ -101,7 +102,6 @@ class ChatBody(SamplingBody):
     continue_final_message: Annotated[Any, Only(None, False)] = None
     add_special_tokens: Annotated[Any, Only(None, False)] = None
     chat_template: Annotated[Any, Only(None)] = None
-    chat_template_kwargs: Annotated[Any, Only(None, {})] = None
     documents: Annotated[Any, Only(None, [])] = None
 
     @model_validator(mode="after")

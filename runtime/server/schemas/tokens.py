@@ -15,7 +15,8 @@ class TokenizeBody(Body):
 
     The tokens are those that a completion or a chat with it would have. `add_special_tokens` false leaves out the token that
     the model's setting puts before every prompt, and `add_generation_prompt` false the beginning of the next answer.
-    `parse_special` says whether names of special tokens are these tokens, by default in a text only.
+    `parse_special` says whether names of special tokens are these tokens, by default in a text only. `chat_template_kwargs` are
+    those of a chat.
     """
 
     model: str | None = None
@@ -25,15 +26,17 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     parse_special: bool | None = None
     return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: Annotated[Any, Only(None, False)] = None
     chat_template: Annotated[Any, Only(None)] = None
-    chat_template_kwargs: Annotated[Any, Only(None, {})] = None
     tools: Annotated[Any, Only(None, [], because=NO_TOOLS)] = None
 
     @model_validator(mode="after")
     def _has_one_of_both(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise conflict("Give either 'prompt' or 'messages'", "prompt")
+        if self.messages is None and self.chat_template_kwargs:
+            raise conflict("'chat_template_kwargs' is only allowed with 'messages'", "chat_template_kwargs")
         return self
 
 

@@ -13,7 +13,12 @@ from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
 from belle_compile.compiler.checkpoint.templates import render
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.reading import Reading
+from belle_compile.runtime import artifact
+from belle_compile.runtime.artifact import SpecialTokens
+from belle_compile.runtime.chat import ChatEncoder
+from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.sentencepiece_rule import load
+from belle_compile.runtime.tokenizer import Tokenizer
 from tests.parity.stepping import Stepper, relative_error
 from tests.parity.variants import hf_logits, random_ids
 from tests.releases import CHINESE, TEXT, belle_bloom, belle_llama, encrypted, key_file, original_llama
@@ -95,6 +100,26 @@ def test_llamas(tmp_path: Path, publish: Publish, added: tuple[str, ...], conver
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert ids == reference.encode(text) and tokenizer.decode(ids) == reference.decode(ids)
     assert checkpoint.special["eos_token_ids"] == [2] and checkpoint.special["bos_token"] == "<s>"
+
+
+def test_conversations_have_the_ids_of_training(tmp_path: Path) -> None:
+    """BELLE's train/src/sample_generator.py encodes each turn by itself, without BOS, and puts EOS after each answer alone."""
+    plain = belle_llama(tmp_path / "plain")
+    checkpoint = open_checkpoint(plain)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(plain / "tokenizer.model"))
+    trained: list[int] = []
+    for message in CONVERSATION:
+        if message["role"] == "user":
+            trained += reference.encode(f"Human: \n{message['content']}\n\nAssistant: \n")
+        else:
+            trained += [*reference.encode(message["content"]), reference.eos_id()]
+    special = SpecialTokens(1, (2,), None, bool(checkpoint.special["add_bos"]))
+    template = ChatTemplate(artifact.PromptTemplate("belle-llama", checkpoint.template.jinja, "<s>", "</s>"))
+    encoder = ChatEncoder(template, Tokenizer(load(checkpoint.tokenizer_json), special))
+    question = encoder.encode(CONVERSATION[:1])
+    assert question == trained[: len(question)] == reference.encode("Human: \n你好\n\nAssistant: \n")
+    as_generated = [CONVERSATION[0], {"role": "assistant", "content": " 好"}, CONVERSATION[2]]
+    assert encoder.encode(as_generated) == trained
 
 
 def test_the_template_of_ext_is_known_by_its_vocabulary(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.exports import driver
 from belle_compile.compiler.exports.request import ExportRequest
+from belle_compile.compiler.families.rope import read_rope
 from belle_compile.compiler.reading import Reading
 from tests.compiler.exports.models import bloom, export, llama, requests
 from tests.parity.variants import VARIANTS, hf_logits, load_hf, random_ids
@@ -59,6 +61,28 @@ def test_an_unquantized_engine_is_its_checkpoint(variant: str, tmp_path: Path) -
     ids = random_ids(source, 24)
     assert np.abs(hf_logits(out, ids) - hf_logits(source, ids)).max() < 1e-4
     assert (record["head"] == "tied to the embedding") == load_hf(source).config.tie_word_embeddings
+
+
+USUAL = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stated"),
+    [
+        ({}, USUAL),
+        ({"original_max_position_embeddings": 16}, None),  # no pair keeps its frequency, from which the base could be told
+        ({"attention_factor": 1.5}, None),
+        ({"beta_fast": 4.0}, None),
+    ],
+)
+def test_an_engine_keeps_the_frequencies_of_yarn(changes: dict[str, Any], stated: Any, tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama", rope_parameters={**USUAL, "rope_theta": 10000.0, **changes})
+    out, _ = export(engine(source, "rotate"), "gguf")
+    config = open_checkpoint(out).config
+    assert config["rope_scaling"] == stated and ("rope_divisors" in config) == (stated is None)
+    got, expected = (read_rope(each, 16) for each in (config, open_checkpoint(source).config))
+    assert np.allclose(got.inv_freq, expected.inv_freq, rtol=1e-6) and got.max_position == expected.max_position
+    assert got.attention_scaling == pytest.approx(expected.attention_scaling, rel=1e-6)
 
 
 @pytest.mark.parametrize(

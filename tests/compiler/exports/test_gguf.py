@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,18 @@ from tokenizers import Tokenizer
 
 from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.families import build_graph
+from belle_compile.compiler.families.decoder_files import GGUF_MODULES
+from belle_compile.compiler.families.rope import read_rope
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.ir.stream import rounded_blocks
 from tests.compiler.exports.models import bloom, content, export, llama, relative, requests
-from tests.parity.variants import hf_logits, load_hf, random_ids
+from tests.parity.stepping import Stepper, relative_error
+from tests.parity.variants import hf_logits, load_hf, make_minicpm, random_ids
 
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
 METHODS = ("smooth", "gptq")  # of both formats, for a BLOOM too
 
 
@@ -76,8 +84,10 @@ def test_blocks_have_the_integers_and_scales_of_channels(make: Any, tmp_path: Pa
         (llama, {}),
         (llama, {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True}),
         (llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}),
-        (llama, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+        (llama, {"rope_parameters": LLAMA3}),
+        (llama, {"rope_parameters": YARN}),
+        (llama, {"rope_parameters": {**YARN, "attention_factor": 0.8}}),
+        (llama, {"rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 0.2, "mscale": 1.0, "mscale_all_dim": 1.0}}),
         (bloom, {}),
         (bloom, {"tie_word_embeddings": False}),
     ],
@@ -88,10 +98,15 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     source = make(tmp_path / "model", **changes)
     out, record = export(source, "gguf", quantization=quantization)
     plain = tmp_path / "plain"
-    if "llama3" in str(changes):  # a GGUF has divisors in place of parameters, which config.json cannot express
+    if any(word in str(changes) for word in ("llama3", "beta_fast")):
+        # A GGUF has divisors in place of parameters, which config.json cannot express.
         with pytest.raises(CompileError, match=r"rope_divisors .* give the Hugging Face checkpoint"):
             export(out, "safetensors", quantization="none")
-        assert np.allclose(open_checkpoint(out).config["rope_divisors"][-1], 8.0)
+        config, stated = open_checkpoint(out).config, open_checkpoint(source).config
+        assert np.allclose(config["rope_divisors"][-1], 8.0)
+        got, expected = (read_rope(each, 16) for each in (config, stated))
+        assert np.allclose(got.inv_freq, expected.inv_freq, rtol=1e-6)
+        assert got.attention_scaling == pytest.approx(expected.attention_scaling, rel=1e-6)
         return
     plain, _ = export(out, "safetensors", quantization="none")
     ids = random_ids(source, 24)
@@ -99,6 +114,88 @@ def test_the_file_is_the_model(make: Any, changes: dict[str, Any], quantization:
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
     tied = load_hf(source).config.tie_word_embeddings
     assert record["head"] == ("tied to the embedding" if tied else "of its own")
+
+
+def file_of_llama_cpp(source: Path, file: Path, **factors: float) -> None:
+    """A MiniCPM as llama.cpp's conversion/minicpm.py writes it, in float32."""
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(file, "minicpm")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for key, value in factors.items():
+        writer.add_float32(f"minicpm.{key}", value)
+    parts = {module: part for part, module in GGUF_MODULES.items()}
+    for name, tensor in checkpoint.tensors.items():
+        module, values = name.removesuffix(".weight"), tensor.read()
+        layer = re.match(r"model\.layers\.(\d+)\.", module)
+        part = parts[module[layer.end() :] if layer else module]
+        if count := heads.get(module.rpartition(".")[2]):
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"blk.{layer[1]}.{part}.weight" if layer else f"{part}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_minicpm_of_llama_cpp(stated: bool, tmp_path: Path) -> None:
+    """A file from before factors were stated is of the first releases, and read with their factors."""
+    base = 16 if stated else 256
+    source = make_minicpm(tmp_path, scale_emb=12, scale_depth=1.4, dim_model_base=base, tie_word_embeddings=True)
+    config, folder = open_checkpoint(source).config, tmp_path / "file"
+    scales = {
+        "embedding_scale": 12.0,
+        "residual_scale": 1.4 / np.sqrt(config["num_hidden_layers"]),
+        "logit_scale": config["hidden_size"] / base,
+    }
+    folder.mkdir()
+    shutil.copy(source / "tokenizer.json", folder)
+    file_of_llama_cpp(source, folder / "minicpm.gguf", **scales if stated else {})
+    ids = random_ids(source, 24)
+    got, expected = (Stepper(build_graph(open_checkpoint(path))).step({0: ids})[0] for path in (folder, source))
+    assert relative_error(got, expected) < 1e-6
+
+
+def test_an_exported_minicpm_has_neutral_factors(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    source = make_minicpm(tmp_path / "model", scale_emb=12, scale_depth=1.4, dim_model_base=16, intermediate_size=96)
+    out, _ = export(source, "gguf")
+    values, epsilon = metadata(file_of(out)), open_checkpoint(source).config["rms_norm_eps"]
+    assert [values[f"minicpm.{name}_scale"] for name in ("embedding", "residual", "logit")] == [1.0, 1.0, 1.0]
+    assert values["minicpm.attention.layer_norm_rms_epsilon"] == pytest.approx(epsilon / 144)
+    ids = random_ids(source, 24)
+    got, expected = (Stepper(build_graph(open_checkpoint(path))).step({0: ids})[0] for path in (out, source))
+    assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
+
+
+@pytest.mark.parametrize("scaling", [YARN, {**YARN, "attention_factor": 0.8}])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_yarn_of_other_families(variant: str, scaling: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"use_sliding_window": False, "layer_types": None, "head_dim": 32, "rope_parameters": scaling}
+    source = relative(tmp_path / "model", variant, **changes)
+    out, _ = export(source, "gguf", quantization="int8-plain")
+    keys = {key.partition(".rope.")[2]: value for key, value in metadata(file_of(out)).items() if ".rope.scaling" in key}
+    attention = {"scaling.attn_factor": pytest.approx(0.8 / (1 + 0.1 * np.log(8.0)))} if "attention_factor" in scaling else {}
+    yarn = {"scaling.type": "yarn", "scaling.factor": 8.0, "scaling.original_context_length": 8}
+    assert keys == yarn | attention
+    got, expected = (read_rope(open_checkpoint(path).config, 32) for path in (out, source))
+    assert np.array_equal(got.inv_freq, expected.inv_freq) and got.max_position == expected.max_position == 64
+    assert got.attention_scaling == pytest.approx(expected.attention_scaling, rel=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [{**YARN, "beta_fast": 8.0}, {**YARN, "truncate": False}, LLAMA3])
+def test_frequencies_that_llama_cpp_divides_in_no_qwen_are_refused(scaling: dict[str, Any], tmp_path: Path) -> None:
+    source = relative(tmp_path / "model", "qwen2", rope_parameters=scaling)
+    with pytest.raises(CompileError, match=r"rope_scaling .* expected default, linear or yarn rope parameters, as llama\.cpp"):
+        export(source, "gguf")
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "qwen3", "internlm2"])
@@ -227,7 +324,7 @@ def test_the_gate_reads_the_file_back(tmp_path: Path) -> None:
     [
         (bloom, {"hidden_size": 72, "n_head": 3}, r"token_embd\.weight: found rows of 72 values, expected a multiple of 32"),
         (llama, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}},
-         r"key rope_scaling .* found dynamic, expected default, linear or llama3"),
+         r"key rope_scaling .* found dynamic, expected default, linear, llama3 or yarn"),
         (bloom, {"apply_residual_connection_post_layernorm": True},
          r"key apply_residual_connection_post_layernorm .* found true, expected false"),
     ],

@@ -246,6 +246,39 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 32}
+
+
+@pytest.mark.parametrize(
+    ("extra", "stated"),
+    [
+        ({}, {}),
+        ({"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}, {"beta_fast": 16.0, "beta_slow": 2.0}),
+        ({"yarn_attn_factor": 0.75}, {"attention_factor": 0.75}),
+        ({"attn_factor": 0.5}, {"attention_factor": pytest.approx(0.5 * (1 + 0.1 * np.log(4)))}),
+        ({"yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}, {}),
+    ],
+)
+def test_yarn(extra: dict[str, Any], stated: dict[str, Any], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", extra=YARN | {f"llama.rope.scaling.{key}": value for key, value in extra.items()})
+    expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **stated}
+    assert open_checkpoint(tmp_path).config["rope_scaling"] == expected
+
+
+def test_a_factor_of_attention_without_scaling(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", extra={"llama.rope.scaling.attn_factor": 1.5})
+    checkpoint = open_checkpoint(tmp_path)
+    (table,) = (node for node in build_graph(checkpoint).graph if node.op_type == "RotaryTable")
+    assert table.attributes["attention_scaling"].as_float() == 1.5
+
+
+@pytest.mark.parametrize("key", ["yarn_ext_factor", "yarn_log_multiplier"])
+def test_yarn_that_transformers_does_not_compute(key: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", extra=YARN | {f"llama.rope.scaling.{key}": 0.5})
+    with pytest.raises(CompileError, match=r"rope\.scaling\.yarn_\* of .*: found an extrapolation factor or a multiplier"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
