@@ -192,6 +192,8 @@ class KvSlots(SlottedCache):
     def make_room(self, needed: Mapping[int, int]) -> None:
         """Have room for the first `needed` blocks of rows: if the slots held more blocks than the pool then, give back all
         others. Blocks that the pool does not have are stored first."""
+        if self._places_held + sum(needed.values()) <= self._blocks:
+            return
         missing = sum(count - np.count_nonzero(self._held[self.slot(row), :count] >= 0) for row, count in needed.items())
         if self._places_held + missing <= self._blocks:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from belle_compile.runtime.executors.onnxruntime_sizes import (
     STEP_SEQUENCES,
     STEP_TOKENS,
 )
-from belle_compile.runtime.executors.segments import Segment, divided, segments_of
+from belle_compile.runtime.executors.segments import Segment, divided
 from belle_compile.runtime.program import BLOCK_SIZE, WEIGHTS_NAME
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
@@ -63,15 +64,15 @@ class OnnxRuntimeExecutor:
             tokens, positions, sequences, table, np.zeros(STEP_ROWS, np.int32), answers_apart=True, blocks_per_row=True
         )
         self._logits, self._run_logits = (np.zeros((STEP_ROWS, self.vocab_size), np.float32) for _ in range(2))
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Run `batch`; return float32 logits [rows, vocabulary], valid until the next step."""
         for source, destination in batch.copies:
             self._cache.copy_block(source, destination)
         requested = batch.logit_rows[: batch.rows]
-        self._cache.make_room({segment.row: blocks_for(segment.last + 1) for segment in segments_of(batch)})
         prompts, answers = divided(batch, CHUNK_TOKENS)
+        self._cache.make_room({segment.row: blocks_for(segment.last + 1) for segment in chain(prompts, *answers)})
         for segment in prompts:
             self._run_prompt(batch, segment, requested)
         for tokens in answers:
@@ -124,41 +125,63 @@ class OnnxRuntimeExecutor:
         `wanted` of the step. Where none are requested, those of one token are computed and dropped, because ONNX Runtime
         reduces no empty tensors."""
         binding = self._binding(first, len(token_ids))
-        last_positions = np.asarray(last, np.int32)
         rows = rows if len(rows) else np.zeros(1, np.int32)
-        inputs = {
-            "input_ids": np.ascontiguousarray(token_ids),
-            "last_positions": last_positions,
-            "total_length": np.array(last_positions.max() + 1, np.int32),
-            "logit_rows": np.ascontiguousarray(rows),
-        }
+        inputs = {"input_ids": token_ids, "last_positions": last, "total_length": max(last) + 1, "logit_rows": rows}
         if self._dynamic_rope:
-            inputs["rope_lengths"] = np.asarray(lengths, np.int32)
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, np.int32, array.shape, array.ctypes.data)
+            inputs["rope_lengths"] = lengths
+        for name, values in inputs.items():
+            binding.fill(name, np.asarray(values, np.int32))
         together = len(wanted) > 0 and int(wanted[-1] - wanted[0]) == len(wanted) - 1
         logits = self._logits[wanted[0] : wanted[-1] + 1] if together else self._run_logits[: len(rows)]
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        binding.answer_in(logits)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding.of_session)
         except Exception as error:
             raise EngineError(STAGE, "a step failed", found=str(error).strip()) from None
         if not together:
             self._logits[wanted] = logits[: len(wanted)]
 
-    def _binding(self, first: int, count: int) -> Any:
-        """The binding of the cache's slots first..first + count as inputs and, in place, as outputs."""
+    def _binding(self, first: int, count: int) -> _Binding:
+        """The binding of the cache's slots first..first + count."""
         key = first, count
         if key not in self._bindings:
             if len(self._bindings) == _BINDINGS:
                 self._bindings.clear()
-            self._bindings[key] = binding = self._session.io_binding()
-            for layer, parts in enumerate(self._cache.slots[:, :, first : first + count]):
-                for name, part in zip(("key", "value"), parts, strict=True):
-                    place = np.float32, part.shape, part.ctypes.data
-                    binding.bind_input(f"past_key_values.{layer}.{name}", "cpu", 0, *place)
-                    binding.bind_output(f"present.{layer}.{name}", "cpu", 0, *place)
+            self._bindings[key] = _Binding(self._session.io_binding(), self._cache.slots[:, :, first : first + count])
         return self._bindings[key]
+
+
+class _Binding:
+    """Some slots of the cache as inputs and, in place, as outputs of a session, with the other inputs and the logits.
+
+    An input keeps its memory, and the logits their place, until another one is asked for: in most steps of answers ONNX Runtime
+    is told nothing new. `of_session` is ONNX Runtime's own object.
+    """
+
+    def __init__(self, of_session: Any, slots: NDArray[np.float32]) -> None:
+        self.of_session = of_session
+        self._inputs: dict[str, NDArray[np.int32]] = {}
+        self._logits_at: tuple[int, tuple[int, ...]] | None = None
+        for layer, parts in enumerate(slots):
+            for name, part in zip(("key", "value"), parts, strict=True):
+                place = np.float32, part.shape, part.ctypes.data
+                of_session.bind_input(f"past_key_values.{layer}.{name}", "cpu", 0, *place)
+                of_session.bind_output(f"present.{layer}.{name}", "cpu", 0, *place)
+
+    def fill(self, name: str, values: NDArray[np.int32]) -> None:
+        """Give an input values, which are copied."""
+        held = self._inputs.get(name)
+        if held is not None and held.shape == values.shape:
+            held[...] = values
+            return
+        self._inputs[name] = held = values.copy()
+        self.of_session.bind_input(name, "cpu", 0, np.int32, held.shape, held.ctypes.data)
+
+    def answer_in(self, logits: NDArray[np.float32]) -> None:
+        """Have the logits written to an array."""
+        if (at := (logits.__array_interface__["data"][0], logits.shape)) != self._logits_at:
+            self.of_session.bind_output("logits", "cpu", 0, np.float32, logits.shape, at[0])
+            self._logits_at = at
 
 
 class _Kept:
