@@ -19,12 +19,13 @@ class CpuKernels(Kernels):
     weight_floats = kv_floats = "float32"
     column_unit = 1
     capacity = None
+    signs_in_scales = True
 
     def __init__(self) -> None:
         self.rules: Mapping[str, Rule] = {}
 
-    def integers(self, graph: OnnxGraph, x: ir.Value, name: str) -> ir.Value:
-        return graph.op("QuantizeLinear", x, _one(graph), _middle(graph), name=name)
+    def integers(self, graph: OnnxGraph, x: ir.Value, name: str, steps: int = 1) -> ir.Value:
+        return graph.op("QuantizeLinear", x, graph.constant(f"step.1/{steps}", 1 / steps, "float32"), _middle(graph), name=name)
 
     def integer_product(
         self, graph: OnnxGraph, integers: ir.Value, weight: ir.Value, scales: ir.Value, outputs: int, name: str

@@ -28,14 +28,15 @@ class CudaKernels(Kernels):
 
     weight_floats = kv_floats = "float16"
     column_unit = 32
+    signs_in_scales = False  # the matrix of a rotation has them
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.rules = {"BlockHadamard": block_hadamard}
 
-    def integers(self, graph: OnnxGraph, x: ir.Value, name: str) -> ir.Value:
-        one, zero = graph.constant("one.float", 1, "float32"), graph.constant("zero.int8", 0, "int8")
-        return graph.op("QuantizeLinear", x, one, zero, name=name)
+    def integers(self, graph: OnnxGraph, x: ir.Value, name: str, steps: int = 1) -> ir.Value:
+        step, zero = graph.constant(f"step.1/{steps}", 1 / steps, "float32"), graph.constant("zero.int8", 0, "int8")
+        return graph.op("QuantizeLinear", x, step, zero, name=name)
 
     def integer_product(
         self, graph: OnnxGraph, integers: ir.Value, weight: ir.Value, scales: ir.Value, outputs: int, name: str

@@ -18,18 +18,20 @@ class Kernels(ABC):
     Activations are float32. `weight_floats` is the type of the weights of linears and embeddings that are not quantized, with
     which activations are multiplied, and `kv_floats` that of queries, keys and values. The outputs of a linear with 8-bit
     weights are filled up to a multiple of `column_unit`. `capacity` is the number of positions in tables and in the cache; None
-    where tables have as many as the model, and the cache has as many as the executor wants. `rules` replace rules by op.
+    where tables have as many as the model, and the cache has as many as the executor wants. `signs_in_scales` says whether the
+    signs of a rotation go into the scales of the linear before it where they can. `rules` replace rules by op.
     """
 
     weight_floats: str
     kv_floats: str
     column_unit: int
     capacity: int | None
+    signs_in_scales: bool
     rules: Mapping[str, Rule]
 
     @abstractmethod
-    def integers(self, graph: OnnxGraph, x: ir.Value, name: str) -> ir.Value:
-        """What stands for the 8-bit integers that are nearest to float32 values."""
+    def integers(self, graph: OnnxGraph, x: ir.Value, name: str, steps: int = 1) -> ir.Value:
+        """What stands for the 8-bit integers that are nearest to `steps` times float32 values."""
 
     @abstractmethod
     def integer_product(

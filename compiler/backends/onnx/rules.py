@@ -23,12 +23,12 @@ from belle_compile.compiler.backends.onnx.translation import (
 )
 from belle_compile.compiler.ir.lazy import part_of, pieces_of
 from belle_compile.compiler.ir.meanings import LIMITS, golay_signs
-from belle_compile.compiler.ir.ops import operand, spec_of
+from belle_compile.compiler.ir.ops import attributes_of, operand, spec_of
 from belle_compile.compiler.ir.signature import Role
 
 HIGH = 256  # what the integers of the high plane stand for
 # Products with fewer weights take as long on two threads as on one (20 us of 0.9 million on a Zen 5 at one token)
-_SMALL = 4_000_000
+SMALL = 4_000_000
 
 
 def gather(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
@@ -125,14 +125,16 @@ def swiglu(t: Translation, node: ir.Node, attributes: Attributes) -> None:
 def block_hadamard(t: Translation, node: ir.Node, attributes: Attributes) -> None:
     """Two products with small Hadamard matrices, since H_ab is the Kronecker product of H_a and H_b: a + b products a channel
     in place of a * b. Both have at least two rows at any number of tokens, because ONNX Runtime adds in another order in
-    products of a single row with a matrix that is not constant."""
+    products of a single row with a matrix that is not constant. The signs are multiplied with first, unless a linear did."""
     x, name, block = node.inputs[0], str(node.outputs[0].name), attributes["block"]
     width = width_of(x)
     outer = 1 << (block.bit_length() - 1) // 2
     inner = block // outer
     graph = t.graph
-    signs = graph.constant(f"hadamard.signs.{width}.{block}", np.tile(golay_signs(block), width // block), t.floats)
-    signed = graph.op("Mul", t.value(x), signs, name=f"{name}.signed")
+    signed = t.value(x)
+    if x not in t.signed:
+        signs = graph.constant(f"hadamard.signs.{width}.{block}", np.tile(golay_signs(block), width // block), t.floats)
+        signed = graph.op("Mul", signed, signs, name=f"{name}.signed")
     shape = graph.constant(f"hadamard.shape.{width}.{block}", [0, 0, width // block, outer, inner], "int64")
     blocks = graph.op("Reshape", signed, shape, name=f"{name}.blocks")
     second = graph.constant(f"hadamard.{inner}", hadamard(inner), t.floats)
@@ -151,7 +153,7 @@ def hadamard(size: int) -> Array:
 
 
 def quantize_tokens(t: RuntimeTranslation, node: ir.Node, attributes: Attributes) -> None:
-    """x * (limit / absmax), rounded half to even. A row of zeros may get any integers, since its scale is 0."""
+    """x / absmax * limit, rounded half to even. A row of zeros may get any integers, since its scale is 0."""
     name, x, step, bits = str(node.name), t.value(node.inputs[0]), operand(node, Role.STEP), attributes["bits"]
     limit, graph = LIMITS[bits], t.graph
     xq, xs = node.outputs
@@ -162,23 +164,23 @@ def quantize_tokens(t: RuntimeTranslation, node: ir.Node, attributes: Attributes
         )
         scaled = graph.op("Mul", x, inverse, name=f"{name}.scaled")
         bounds = t.number(f"limit.-{limit}", -limit), t.number(f"limit.{limit}", limit)
-        scaled = graph.op("Clip", scaled, *bounds, name=f"{name}.clipped")
+        scaled, steps = graph.op("Clip", scaled, *bounds, name=f"{name}.clipped"), 1
         t.scales[xs] = TokenScale(None, lambda: float(known.numpy()[0]), str(step.name))
     else:
         magnitudes = graph.op("Abs", x, name=f"{name}.abs")
         absmax = graph.op("ReduceMax", magnitudes, graph.constant("last_axis", [-1], "int64"), name=f"{name}.absmax")
-        inverse = graph.op("Div", t.number(f"limit.{limit}", limit), absmax, name=f"{name}.inverse")
-        scaled = graph.op("Mul", x, inverse, name=f"{name}.scaled")
+        scaled, steps = graph.op("Div", x, absmax, name=f"{name}.shares"), limit
         t.scales[xs] = TokenScale(absmax, lambda: 1 / limit, f"1/{limit}")
     if bits == 8:
-        t.values[xq] = t.kernels.integers(graph, scaled, str(xq.name))
+        t.values[xq] = t.kernels.integers(graph, scaled, str(xq.name), steps)
     else:
-        t.planes[xq] = _planes(t, scaled, str(xq.name))
+        t.planes[xq] = _planes(t, scaled, str(xq.name), steps)
 
 
-def _planes(t: RuntimeTranslation, scaled: ir.Value, name: str) -> Planes:
-    """16 bits as 256 * high + low: high is rounded so that low lies from -128 to 127."""
+def _planes(t: RuntimeTranslation, x: ir.Value, name: str, steps: int) -> Planes:
+    """The 16 bits of x * steps as 256 * high + low: high is rounded so that low lies from -128 to 127."""
     graph = t.graph
+    scaled = x if steps == 1 else graph.op("Mul", x, t.number(f"limit.{steps}", steps), name=f"{name}.scaled")
     integers = graph.op("Round", scaled, name=f"{name}.integers")
     shifted = graph.op("Add", integers, t.number("half_high", HIGH / 2), name=f"{name}.shifted")
     parts = graph.op("Mul", shifted, t.number("inverse_high", 1 / HIGH), name=f"{name}.parts")
@@ -225,19 +227,50 @@ def quantized_linear(t: RuntimeTranslation, node: ir.Node, attributes: Attribute
             product = t.graph.op("Mul", product, scales.rows, name=name if bare else f"{name}.scaled")
         return _with_bias(t, product, tensors.bias, name)
 
-    _each_part(t, node, _Tensors(tensor_of(weight), tensor_of(scale), None if bias is None else tensor_of(bias)), part)
+    signs = _signs_of_rotation(t, node.outputs[0]) if bias is None and t.kernels.signs_in_scales else None
+    tensors = _Tensors(tensor_of(weight), tensor_of(scale), None if bias is None else tensor_of(bias), signs)
+    _each_part(t, node, tensors, part)
+
+
+def _signs_of_rotation(t: RuntimeTranslation, output: ir.Value) -> Array | None:
+    """float32: the signs by which a BlockHadamard multiplies the outputs of a linear, 1 for outputs without; None if there are
+    none. Only SwiGLU's product of gate and up lies between, which takes over a sign of up. They are noted as done."""
+    readers = output.uses()
+    if len(readers) != 1:
+        return None
+    ((reader, index),) = readers
+    if reader.op_type == "Split":
+        parts = [_signs_of_rotation(t, value) for value in reader.outputs]
+        if all(part is None for part in parts):
+            return None
+        filled = (np.ones(width_of(v), np.float32) if p is None else p for v, p in zip(reader.outputs, parts, strict=True))
+        return np.concatenate(list(filled))
+    product = reader.outputs[0]
+    if (reader.op_type, index) != ("SwiGLU", 1) or [user.op_type for user, _ in product.uses()] != ["BlockHadamard"]:
+        return None
+    ((rotation, _),) = product.uses()
+    block = attributes_of(rotation)["block"]
+    t.signed.add(product)
+    return np.tile(golay_signs(block), width_of(product) // block)
 
 
 class _Tensors:
-    """The constants of a linear, or of some of its outputs."""
+    """The constants of a linear, or of some of its outputs; `signs` are multiplied with the scales."""
 
-    def __init__(self, weight: ir.TensorProtocol, scale: ir.TensorProtocol | None, bias: ir.TensorProtocol | None) -> None:
-        self.weight, self.scale, self.bias = weight, scale, bias
+    def __init__(
+        self,
+        weight: ir.TensorProtocol,
+        scale: ir.TensorProtocol | None,
+        bias: ir.TensorProtocol | None,
+        signs: Array | None = None,
+    ) -> None:
+        self.weight, self.scale, self.bias, self.signs = weight, scale, bias, signs
 
     def rows(self, start: int, stop: int) -> _Tensors:
         """The constants of the outputs start..stop."""
         scale, bias = (tensor and rows_of(tensor, start, stop) for tensor in (self.scale, self.bias))
-        return _Tensors(rows_of(self.weight, start, stop), scale, bias)
+        signs = None if self.signs is None else self.signs[start:stop]
+        return _Tensors(rows_of(self.weight, start, stop), scale, bias, signs)
 
 
 def rows_of(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtocol:
@@ -255,7 +288,7 @@ def _each_part(t: RuntimeTranslation, node: ir.Node, tensors: _Tensors, part: Ca
     if len(readers) == 1 and readers[0].op_type == "Split":
         (splitter,) = readers
         together = qkv_reader(splitter) is not None
-        if not together and tensors.weight.size < _SMALL * len(splitter.outputs):
+        if not together and tensors.weight.size < SMALL * len(splitter.outputs):
             t.values[output] = part(tensors, str(output.name))
             return
         t.skipped.add(splitter)
@@ -277,16 +310,16 @@ def _product(
     """integers @ weight times the scales of its outputs, which take up the constant part of the activations' scales."""
     assert tensors.scale is not None
     source = str(tensors.weight.name)
-    factor = partial(_times, tensors.scale, scales.factor, unit)
-    label = f"{source}.scale*{scales.name}" + (f"*{unit}" if unit > 1 else "")
+    factor = partial(_times, tensors.scale, scales.factor, unit, tensors.signs)
+    label = f"{source}.scale*{scales.name}" + (f"*{unit}" if unit > 1 else "") + ("" if tensors.signs is None else "*signs")
     outputs = tensors.weight.shape.numpy()[0]
     scale = t.graph.weight(StoredTensor(label, "float32", (outputs,), factor, source))
     return t.kernels.integer_product(t.graph, integers, t.matrix(tensors.weight, "int8"), scale, outputs, name)
 
 
-def _times(scale: ir.TensorProtocol, factor: Callable[[], float], unit: int) -> Array:
+def _times(scale: ir.TensorProtocol, factor: Callable[[], float], unit: int, signs: Array | None) -> Array:
     product: Array = (scale.numpy().astype(np.float64) * (factor() * unit)).astype(np.float32)
-    return product
+    return product if signs is None else product * signs
 
 
 def _with_bias(t: Translation, product: ir.Value, bias: ir.TensorProtocol | None, name: str) -> ir.Value:

@@ -59,6 +59,7 @@ class Translation:
         self.values: dict[ir.Value, ir.Value] = {}
         self.scales: dict[ir.Value, TokenScale] = {}
         self.planes: dict[ir.Value, Planes] = {}
+        self.signed: set[ir.Value] = set()  # inputs of rotations whose signs are in the scales of a linear before them
         self.skipped: set[ir.Node] = set()  # nodes that a rule has translated together with another one
         self.presents: list[tuple[ir.Value, str, Dims]] = []  # keys and values of the layers: value, name, dimensions
         self.shared: dict[str, ir.Value] = {}  # values that nodes of all layers read, by name

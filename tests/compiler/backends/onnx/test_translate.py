@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from belle_compile.compiler import backends
+from belle_compile.compiler.backends.onnx import rules
 from belle_compile.compiler.backends.onnx.interface import GenAIInterface, ServingInterface
 from belle_compile.compiler.backends.onnx.translate import translate
 from belle_compile.compiler.checkpoint import open_checkpoint
@@ -19,15 +20,21 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.ir.evaluate import PagedCache, evaluate
 from belle_compile.compiler.stages import carried
+from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
+from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
+from belle_compile.passes.fusion.fuse_projections import FuseProjections
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import PRESETS
+from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
+from belle_compile.passes.rotation.rotate_activations import RotateActivations
 from belle_compile.runtime.memory import WeightsFile
 from tests.compiler.backends.onnx import harness
 from tests.parity.engines import Builder
 from tests.parity.lowest_weights import with_lowest_weights
 from tests.parity.stepping import Stepper, relative_error
-from tests.parity.variants import hf_logits, random_ids
+from tests.parity.variants import hf_logits, make_llama, random_ids
 from tests.passes.helpers import HIDDEN, VOCABULARY, Tiny
+from tests.pipelines import CLEANUP
 
 PROMPT = 21
 SAME_INTEGERS = 2e-6  # of the largest logit: no activation is rounded to another integer
@@ -66,6 +73,36 @@ def test_weights_of_minus_128_are_exact(builder: Builder, preset: str, tmp_path:
     assert relative_error(harness.run(model, tmp_path, steps), expected) < SAME_INTEGERS
 
 
+@pytest.mark.parametrize("small", [0, rules.SMALL], ids=["gate and up apart", "together"])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, SAME_INTEGERS), (16, WIDE)])
+def test_signs_of_rotations(
+    bits: int, tolerance: float, mlp_bias: bool, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without biases, the scales of up have them."""
+    monkeypatch.setattr(rules, "SMALL", small)
+    checkpoint = make_llama(tmp_path / "checkpoint", intermediate_size=96, mlp_bias=mlp_bias)
+    model, ids = rotated(checkpoint, bits), random_ids(checkpoint, PROMPT)
+    expected = Stepper(model).step({0: ids})[0]
+    assert relative_error(harness.run(model, tmp_path, [ids]), expected) < tolerance
+    operands = [name for node in read(model).node for name in node.input]
+    rotations, signed = (sum(name.startswith(start) for name in operands) for start in ("hadamard.shape", "hadamard.signs"))
+    assert (rotations, signed) == (2, 2 if mlp_bias else 0)
+
+
+def rotated(checkpoint: Path, bits: int) -> ir.Model:
+    """A checkpoint's graph with the activations of down rotated, as the backend gets it."""
+    model = build_graph(open_checkpoint(checkpoint))
+    fusions = FuseDequantize(), FuseProjections(), FuseAddNorm()
+    run_pipeline(model, (*CLEANUP, RotateActivations(), QuantizeLinears(activation_bits=bits), *fusions))
+    return model
+
+
+def read(model: ir.Model) -> onnx.GraphProto:
+    """The graph of a model's translation."""
+    return onnx.load_from_string(translate(model, ServingInterface()).content).graph
+
+
 def quantized(bits: int, step: float | None, bias: bool) -> ir.Model:
     """An embedding with a row of zeros, whose rows are quantized and multiplied."""
     b = Tiny()
@@ -96,8 +133,7 @@ def test_quantized_linears(bits: int, step: float | None, bias: bool, tmp_path: 
 
 def test_no_product_has_a_scale_for_each_output(builder: Builder) -> None:
     """ONNX Runtime would copy the scales one by one in each run, before the product."""
-    translated = translate(graph(builder.checkpoint("llama_gqa"), "int8"), ServingInterface())
-    model = onnx.load_from_string(translated.content).graph
+    model = read(graph(builder.checkpoint("llama_gqa"), "int8"))
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.initializer}
     products = [node for node in model.node if node.op_type == "MatMulIntegerToFloat"]
     assert products
