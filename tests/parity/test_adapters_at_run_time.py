@@ -115,7 +115,7 @@ def test_a_model_without_adapters_is_that_of_an_engine_without_them(builder: Bui
     program = loaded.executor.program  # type: ignore[attr-defined]
     assert [(call.kernel, call.node) for call in program.calls if call.when != "adapted"] == calls
     adapted = [call for call in program.calls if call.when == "adapted"]
-    assert len(adapted) == 7 * 3 and program.kernel_calls.after_fusion == len(calls)
+    assert len(adapted) == 4 * 3 and program.kernel_calls.after_fusion == len(calls)
 
 
 def test_bits_do_not_depend_on_the_batch(builder: Builder, loaded: Engine) -> None:
