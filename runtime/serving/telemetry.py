@@ -22,6 +22,11 @@ class AdapterStats:
     running: tuple[str, ...]
     waiting: tuple[str, ...]
 
+    def combine(self, later: AdapterStats) -> AdapterStats:
+        """The names of two engines of a server, each once, and the room of the later one."""
+        running, waiting = dict.fromkeys(self.running + later.running), dict.fromkeys(self.waiting + later.waiting)
+        return AdapterStats(later.slots, tuple(running), tuple(waiting))
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -82,14 +87,7 @@ def combine(before: EngineStats | None, stats: EngineStats) -> EngineStats:
         results = before.result_cache.combine(stats.result_cache)
     adapters = stats.adapters or before.adapters
     if before.adapters and stats.adapters:
-        running, waiting = (
-            tuple(dict.fromkeys((*old, *new)))
-            for old, new in (
-                (before.adapters.running, stats.adapters.running),
-                (before.adapters.waiting, stats.adapters.waiting),
-            )
-        )
-        adapters = replace(stats.adapters, running=running, waiting=waiting)
+        adapters = before.adapters.combine(stats.adapters)
     return replace(stats, requests=requests, result_cache=results, adapters=adapters, **counts)
 
 

@@ -18,7 +18,7 @@ from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.server.metrics import METHODS, PREFIX, Metrics
 from belle_compile.runtime.serving.result_cache.store import CacheStats
-from belle_compile.runtime.serving.telemetry import AdapterStats, EngineStats, RequestRecord, StepRecord
+from belle_compile.runtime.serving.telemetry import AdapterStats, EngineStats, RequestRecord, StepRecord, combine
 from tests.runtime.fakes import make_engine
 
 STATS = EngineStats(
@@ -89,6 +89,13 @@ def test_adapters_are_shown_as_vllm_shows_them() -> None:
     assert found["lora_request_success_total{finished_reason=length,lora_name=law}"] == 1
     assert found["lora_generation_tokens_total{lora_name=law}"] == 20 and found["request_generation_tokens_sum"] == 30
     assert not any(name.startswith("lora_") for name in samples(make_metrics())), "an engine without adapters has none"
+
+
+def test_adapters_of_two_engines_are_shown_together() -> None:
+    old, new = AdapterStats(2, ("law", "tax"), ()), AdapterStats(4, ("tax",), ("art",))
+    both = combine(replace(STATS, adapters=old), replace(STATS, adapters=new)).adapters
+    assert both == AdapterStats(4, ("law", "tax"), ("art",))
+    assert combine(STATS, replace(STATS, adapters=new)).adapters == new == combine(replace(STATS, adapters=new), STATS).adapters
 
 
 def test_all_samples_of_the_engine_name_the_model() -> None:
