@@ -22,6 +22,7 @@ from belle_compile.passes.cleanup.remove_unused import RemoveUnused
 from belle_compile.passes.fusion.fuse_activation_quantize import FuseActivationQuantize
 from belle_compile.passes.fusion.fuse_add_norm import FuseAddNorm
 from belle_compile.passes.fusion.fuse_dequantize import FuseDequantize
+from belle_compile.passes.fusion.fuse_low_rank import FuseLowRank
 from belle_compile.passes.fusion.fuse_norm_quantize import FuseNormQuantize
 from belle_compile.passes.fusion.fuse_projections import FuseProjections
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
@@ -117,6 +118,7 @@ PIPELINE: tuple[Step, ...] = (
     # Fuse: linears first, then the ops between them.
     Step(FuseDequantize, INTEGERS),
     Step(FuseProjections),
+    Step(FuseLowRank, ADAPTERS),
     Step(FuseAddNorm),
     Step(FuseNormQuantize, INTEGERS),
     Step(FuseActivationQuantize, INTEGERS),
@@ -141,7 +143,10 @@ EXPORT_PIPELINE: tuple[Step, ...] = (
     Step(QuantizeEmbedding, TABLES),
 )
 
-FUSION: tuple[Pass, ...] = tuple(step.pass_class() for step in PIPELINE if step.pass_class.phase is Phase.FUSION)
+# The fusing passes of every graph, which may or may not find something; those for adapters come only with these.
+FUSION: tuple[Pass, ...] = tuple(
+    step.pass_class() for step in PIPELINE if step.pass_class.phase is Phase.FUSION and step.used_by != ADAPTERS
+)
 
 
 def passes_of(

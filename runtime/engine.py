@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -394,7 +395,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return what was counted since the engine was loaded. Waits for no step; the counts may be of different moments."""
         self.check_process()
-        return self._loop.stats(self._requests.ends(), self.result_cache.stats() if self.result_cache else None)
+        stats = self._loop.stats(self._requests.ends(), self.result_cache.stats() if self.result_cache else None)
+        return replace(stats, adapters=self.adapters.stats()) if self.adapters else stats
 
     def check_process(self) -> None:
         """Raise `EngineError` in a process that was forked from the one that loaded the engine: it has no step thread."""

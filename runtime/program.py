@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from belle_compile.runtime.schema import OPTIONAL
 
@@ -14,6 +14,8 @@ WEIGHTS_NAME = "weights.safetensors"
 BLOCK_SIZE = 16  # tokens of a block of the KV cache
 ALIGNMENT = 64  # bytes
 RANK_STEP = 4  # ranks of an adapter's change that kernels compute together
+FACTOR_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}  # types of an adapter's factors
+BLOCK_ROWS = 4  # rows with the same adapter that a kernel computes together
 LANES, COLUMNS = 16, 64  # neighbouring inputs of a rank, and outputs, that lie side by side in an adapter's factors
 INPUTS = ("token_ids", "positions", "sequences", "block_table", "logit_rows", "candidates", "adapters", "adapted", "T", "R")
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of an element
@@ -176,17 +178,19 @@ class KVLayout:
 
 @dataclass(frozen=True)
 class AdapterRegion:
-    """What a slot holds of an adapter's change of a linear with these `inputs` and `outputs`: float32, from byte `offset`.
+    """What a slot holds of an adapter's change of a linear with these `inputs` and `outputs`, from byte `offset`.
 
-    The first float32 is the number of groups of `RANK_STEP` ranks that the change has, 0 for none, padded to `ALIGNMENT` bytes.
-    There follow the factor a, [groups][inputs / LANES][RANK_STEP][LANES], an addend [rank] and, in the place behind those of
-    the largest rank, the factor b, [outputs / COLUMNS][ranks of the groups][COLUMNS]. So kernels read each in one stream.
-    Everything is padded with zeros: ranks, inputs and outputs.
+    The first float32 is the number of groups of `RANK_STEP` ranks that the change has, 0 for none. There follow, each at the
+    byte that `RegionParts` says, float32 `scale` and `addend` [rank], and the factors of the type `dtype`: a,
+    [groups][inputs / LANES][RANK_STEP][LANES], and b, [outputs / COLUMNS][ranks of the groups][COLUMNS]. So kernels read each
+    in one stream. Everything is padded with zeros: ranks, inputs and outputs. The change is b @ (scale * (a @ x) + addend), in
+    which scales are powers of two, so that a and b use the range of their type.
     """
 
     offset: int
     inputs: int
     outputs: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -199,13 +203,32 @@ class AdapterLayout:
     regions: dict[str, AdapterRegion]
 
     @classmethod
-    def of(cls, rank: int, sizes: Mapping[str, tuple[int, int]]) -> AdapterLayout:
-        """The layout for linears of these (inputs, outputs)."""
+    def of(cls, rank: int, sizes: Mapping[str, tuple[int, int, str]]) -> AdapterLayout:
+        """The layout for linears of these (inputs, outputs, dtype)."""
         regions, end = {}, 0
-        for name, (inputs, outputs) in sizes.items():
-            regions[name] = AdapterRegion(end, inputs, outputs)
-            end += region_floats(rank, inputs, outputs) * 4
+        for name, (inputs, outputs, dtype) in sizes.items():
+            regions[name] = AdapterRegion(end, inputs, outputs, dtype)
+            end += RegionParts.of(rank, inputs, outputs, dtype).end
         return cls(rank, end, regions)
+
+
+class RegionParts(NamedTuple):
+    """The parts of an `AdapterRegion`, as bytes from its start, and its size."""
+
+    scale: int
+    addend: int
+    a: int
+    b: int
+    end: int
+
+    @classmethod
+    def of(cls, rank: int, inputs: int, outputs: int, dtype: str) -> RegionParts:
+        """The parts for changes of up to `rank`."""
+        rows, size = rank_rows(rank), FACTOR_BYTES[dtype]
+        vector = 4 * padded(rows)
+        a = ALIGNMENT + 2 * vector
+        b = a + size * rows * padded(inputs)
+        return cls(ALIGNMENT, ALIGNMENT + vector, a, b, b + size * rows * padded(outputs, COLUMNS))
 
 
 def padded(count: int, multiple: int = LANES) -> int:
@@ -216,11 +239,6 @@ def padded(count: int, multiple: int = LANES) -> int:
 def rank_rows(rank: int) -> int:
     """The rows of factors of a rank: whole groups of `RANK_STEP`."""
     return padded(rank, RANK_STEP)
-
-
-def region_floats(rank: int, inputs: int, outputs: int) -> int:
-    """The float32 of a region."""
-    return padded(1) + rank_rows(rank) * (padded(inputs) + padded(outputs, COLUMNS)) + padded(rank_rows(rank))
 
 
 @dataclass(frozen=True)

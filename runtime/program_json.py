@@ -13,6 +13,7 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.program import (
     ALIGNMENT,
     BLOCK_SIZE,
+    FACTOR_BYTES,
     INPUTS,
     KV,
     KV_DTYPES,
@@ -242,9 +243,11 @@ def _check_launches(program: Program, refuse: Refuse) -> None:
 def _check_adapters(program: Program, refuse: Refuse) -> None:
     """Check that the layout of adapter slots is the one that kernels are compiled for."""
     if layout := program.adapters:
-        sizes = {name: (region.inputs, region.outputs) for name, region in layout.regions.items()}
-        if layout.rank < 1 or any(min(size) < 1 for size in sizes.values()):
+        sizes = {name: (region.inputs, region.outputs, region.dtype) for name, region in layout.regions.items()}
+        if layout.rank < 1 or any(min(inputs, outputs) < 1 for inputs, outputs, _ in sizes.values()):
             raise refuse("adapters", f"rank {layout.rank} and sizes {min(sizes.values())}", "at least 1")
+        if unknown := {dtype for _, _, dtype in sizes.values()} - {*FACTOR_BYTES}:
+            raise refuse("adapters", f"factors of {min(unknown)}", " or ".join(FACTOR_BYTES))
         # JSON sorts the names of regions; their places are in another order.
         in_turn = dict(sorted(sizes.items(), key=lambda item: layout.regions[item[0]].offset))
         if AdapterLayout.of(layout.rank, in_turn) != layout:

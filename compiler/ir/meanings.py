@@ -132,23 +132,44 @@ class LowRankChanges(Protocol):
 
 
 def low_rank(
-    y: Floats, x: Floats, sequences: Integers, *, target: str, rank: int, adapters: LowRankChanges | None = None
+    y: Floats,
+    x: Floats,
+    sequences: Integers,
+    sizes: Integers | None = None,
+    *,
+    targets: str,
+    rank: int,
+    adapters: LowRankChanges | None = None,
 ) -> Floats:
-    """y [T, N], the result of the linear `target` for x [T, K], plus what the adapter of each token's sequence adds to it."""
+    """y [T, N], the results of the linears `targets` for x [T, K] side by side, plus what the adapter of each token's sequence
+    adds to them; `sizes` and `targets` are those of `target_columns`."""
     result: Floats = y.copy()
     for token, sequence in enumerate(sequences):
-        factors = adapters.factors(int(sequence), target) if adapters else None
-        if factors is not None:
-            a, addend, b = factors
-            assert len(a) <= rank, f"an adapter of rank {len(a)} in {target}"
-            result[token] += b @ (a @ x[token] + addend)
+        for target, columns in target_columns(targets, sizes, y.shape[1]).items():
+            factors = adapters.factors(int(sequence), target) if adapters else None
+            if factors is not None:
+                a, addend, b = factors
+                assert len(a) <= rank, f"an adapter of rank {len(a)} in {target}"
+                result[token, columns] += b @ (a @ x[token] + addend)
     return result
 
 
-def quantized_low_rank(y: Floats, xq: Quantized, xs: Floats, sequences: Integers, **keywords: Any) -> Floats:
+def quantized_low_rank(
+    y: Floats, xq: Quantized, xs: Floats, sequences: Integers, sizes: Integers | None = None, **keywords: Any
+) -> Floats:
     """As `low_rank`, for an input that exists as integers and one scale per token only."""
     x: Floats = xq.astype(np.float32) * xs[:, None]
-    return low_rank(y, x, sequences, **keywords)
+    return low_rank(y, x, sequences, sizes, **keywords)
+
+
+def target_columns(targets: str, sizes: Integers | None, width: int) -> dict[str, slice]:
+    """The columns of each linear in `targets`, names with commas between them, in a result of `width` columns.
+
+    `sizes` counts the columns of each; without it, one linear has them all. An empty name stands for columns that no adapter
+    changes."""
+    names, counts = targets.split(","), [width] if sizes is None else [int(size) for size in sizes]
+    ends = np.cumsum(counts).tolist()
+    return {name: slice(end - count, end) for name, count, end in zip(names, counts, ends, strict=True) if name}
 
 
 def quantize_tokens(x: Floats, step: Floats | None = None, *, bits: int = 8) -> tuple[Quantized, Floats]:

@@ -105,14 +105,39 @@ class OpSpec:
 
 
 def _split(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
-    x, sizes = given[0], node.inputs[1]
+    x = given[0]
     assert x is not None
+    return [TensorSpec(x.dtype, (*x.dims[:-1], width)) for width in _widths(node.inputs[1], x)]
+
+
+def _widths(sizes: ir.Value | None, x: TensorSpec) -> list[int]:
+    """The widths of the parts of x; raises CompileError unless they are known and make up its columns."""
     if sizes is None or sizes.const_value is None:
         raise CompileError("verify", "input sizes", found="a computed value", expected="an int64 initializer")
     widths = [int(size) for size in sizes.const_value.numpy()]
     if sizes.const_value.dtype != ir.DataType.INT64 or sum(widths) != x.dims[-1] or min(widths) <= 0:
         raise CompileError("verify", "input sizes", found=str(widths), expected=f"int64 parts that add up to {x.dims[-1]}")
-    return [TensorSpec(x.dtype, (*x.dims[:-1], width)) for width in widths]
+    return widths
+
+
+def _low_rank(given: Sequence[TensorSpec | None], node: ir.Node) -> list[TensorSpec]:
+    spec = spec_of(node)
+    inferred = signature.infer(spec.inputs, spec.outputs, given, {})
+    sizes, y = operand(node, Role.SIZES), given[0]
+    assert y is not None
+    count, names = 1 if sizes is None else len(_widths(sizes, y)), attributes_of(node)["targets"].split(",")
+    if len(names) != count or not any(names):
+        raise CompileError("verify", "attribute targets", found=",".join(names), expected=f"{count} names of linears")
+    return inferred
+
+
+def columns_of_targets(node: ir.Node) -> dict[str, slice]:
+    """The columns of each linear that an op of adapters changes, by name."""
+    sizes, y = operand(node, Role.SIZES), node.inputs[0]
+    assert y is not None and y.shape is not None
+    width, counts = y.shape[1], None if sizes is None or sizes.const_value is None else sizes.const_value.numpy()
+    assert isinstance(width, int), "only rows are symbolic"
+    return meanings.target_columns(attributes_of(node)["targets"], counts, width)
 
 
 def _check_block(size: int, x: TensorSpec | None) -> None:
@@ -184,7 +209,8 @@ _ATTENTION = {
     "scale": Attribute(float),
     "window": Attribute(int, 0),  # tokens that a token attends to, itself among them; 0: all
 }
-_LOW_RANK = {"target": Attribute(str), "rank": Attribute(int)}  # the linear's name, and the largest rank of an adapter
+# The names of the linears with commas between them (see `meanings.target_columns`), and the largest rank of an adapter
+_LOW_RANK = {"targets": Attribute(str), "rank": Attribute(int)}
 
 SPECS: tuple[OpSpec, ...] = (
     # ONNX ops that frontends emit. RMSNormalization is in ONNX from opset 23 on and has no bias.
@@ -230,12 +256,12 @@ SPECS: tuple[OpSpec, ...] = (
            "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
            "zero_point?:int8[N,G]",
            "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP)}, rule=_group_linear),
-    # Changes of low rank by the adapters of a step's sequences, added to the result y of the linear `target` in place.
-    OpSpec(BELLE, "LowRank", "y:float32[T,N] x:float32[T,K] sequences@index:int32[T]", "sum:float32[T,N]",
-           meanings.low_rank, _LOW_RANK, adapted=True),
+    # Changes of low rank by the adapters of a step's sequences, added to the results y of the linears `targets` in place.
+    OpSpec(BELLE, "LowRank", "y:float32[T,N] x:float32[T,K] sequences@index:int32[T] sizes?:int64[P]", "sum:float32[T,N]",
+           meanings.low_rank, _LOW_RANK, adapted=True, rule=_low_rank),
     OpSpec(BELLE, "QuantizedLowRank",
-           "y:float32[T,N] xq:int8/int16[T,K] xs@token_scale:float32[T] sequences@index:int32[T]", "sum:float32[T,N]",
-           meanings.quantized_low_rank, _LOW_RANK, adapted=True),
+           "y:float32[T,N] xq:int8/int16[T,K] xs@token_scale:float32[T] sequences@index:int32[T] sizes?:int64[P]",
+           "sum:float32[T,N]", meanings.quantized_low_rank, _LOW_RANK, adapted=True, rule=_low_rank),
     # Ops of one of several ranks. An embedding with `first` has the tokens from that one on, and returns zeros for others.
     OpSpec(BELLE, "Embedding", "token_ids@index:int32[T] table:float32[V,K] first:int32[1]", "y:float32[T,K]",
            meanings.embedding),

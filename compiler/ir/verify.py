@@ -150,9 +150,9 @@ def _verify_adapters(graph: ir.Graph) -> None:
     for node in graph:
         if not ops.spec_of(node).adapted:
             continue
-        y, target = node.inputs[0], ops.attributes_of(node)["target"]
-        if y is None or y.producer() is None or len(y.uses()) > 1 or y.is_graph_output() or target in targets:
-            found = f"{y.name if y else 'nothing'}, which is read elsewhere or not computed, or a second op for {target}"
-            expected = "the result of one linear, which nothing else reads"
+        y, changed = node.inputs[0], ops.columns_of_targets(node).keys()
+        if y is None or y.producer() is None or len(y.uses()) > 1 or y.is_graph_output() or targets & changed:
+            found = f"{y.name if y else 'nothing'}, which is read elsewhere or not computed, or a second op for a linear of it"
+            expected = "the result of one linear, or of several side by side, which nothing else reads"
             raise CompileError("verify", node.op_type, node=str(node.name), found=found, expected=expected)
-        targets.add(target)
+        targets |= changed

@@ -45,7 +45,7 @@ class AddLowRank(Pass):
         assert producer is not None, "a linear computes its result"
         readers = list(y.uses())
         op = "LowRank" if len(linear.inputs) == 1 else "QuantizedLowRank"
-        attributes: dict[str, int | float | str] = {"target": linear.name, "rank": self.lora_rank}
+        attributes: dict[str, int | float | str] = {"targets": linear.name, "rank": self.lora_rank}
         node = make_node(op, [y, *linear.inputs, sequences], f"{linear.name}{SUFFIX}", attributes=attributes)
         graph.insert_after(producer, node)
         for use in readers:

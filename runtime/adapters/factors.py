@@ -8,7 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from belle_compile.runtime.program import COLUMNS, LANES, RANK_STEP, AdapterLayout, padded, rank_rows
+from belle_compile.runtime.program import (
+    COLUMNS,
+    LANES,
+    RANK_STEP,
+    AdapterLayout,
+    AdapterRegion,
+    RegionParts,
+    padded,
+    rank_rows,
+)
 
 Floats = NDArray[np.float32]
 
@@ -30,29 +39,16 @@ class AdapterMemory:
         self.count = len(memory) // layout.slot_bytes
         self._changed: list[frozenset[str]] = [frozenset()] * self.count
         self._targets: dict[frozenset[int], frozenset[str]] = {}
-        self._slots = memory[: self.count * layout.slot_bytes].view(np.float32).reshape(self.count, -1)
+        self._slots = memory[: self.count * layout.slot_bytes].reshape(self.count, -1)
 
     def write(self, slot: int, changes: Mapping[str, Factors]) -> None:
         """Store the changes of an adapter, by linear; a slot holds what was stored last."""
-        memory, rows = self._slots[slot], rank_rows(self.layout.rank)
         for name, region in self.layout.regions.items():
-            start = region.offset // 4
-            change = changes.get(name)
-            memory[start] = 0
-            if change is None:
-                continue
-            rank, used, first = len(change.a), rank_rows(len(change.a)), start + padded(1)
-            second = first + rows * padded(region.inputs)
-            third = second + padded(rows)
-            a = np.zeros((used, padded(region.inputs)), np.float32)
-            b = np.zeros((used, padded(region.outputs, COLUMNS)), np.float32)
-            a[:rank, : region.inputs], b[:rank, : region.outputs] = change.a, change.b.T
-            by_group = a.reshape(used // RANK_STEP, RANK_STEP, -1, LANES).transpose(0, 2, 1, 3)
-            memory[first : first + a.size] = by_group.reshape(-1)
-            memory[second:third] = 0
-            memory[second : second + rank] = change.addend
-            memory[third : third + b.size] = b.reshape(used, -1, COLUMNS).transpose(1, 0, 2).reshape(-1)
-            memory[start] = used // RANK_STEP
+            parts = RegionParts.of(self.layout.rank, region.inputs, region.outputs, region.dtype)
+            memory = self._slots[slot, region.offset : region.offset + parts.end]
+            memory[: parts.scale] = 0
+            if change := changes.get(name):
+                _write(memory, parts, region, change)
         self._changed[slot] = frozenset(changes)
         self._targets = {}
 
@@ -66,3 +62,27 @@ class AdapterMemory:
     def address(self, target: str) -> int:
         """The address of a linear's region in the first slot."""
         return int(self._slots.ctypes.data) + self.layout.regions[target].offset
+
+
+def _write(memory: NDArray[np.uint8], parts: RegionParts, region: AdapterRegion, change: Factors) -> None:
+    """Write a change to the region's memory, and the number of its groups last."""
+    rank, used, dtype = len(change.a), rank_rows(len(change.a)), np.dtype(region.dtype)
+    a = np.zeros((used, padded(region.inputs)), np.float32)
+    b = np.zeros((used, padded(region.outputs, COLUMNS)), np.float32)
+    vectors = np.zeros((2, (parts.a - parts.scale) // 8), np.float32)
+    of_a, of_b = _exponents(change.a), _exponents(change.b.T)
+    a[:rank, : region.inputs] = np.ldexp(change.a, -of_a[:, None])
+    b[:rank, : region.outputs] = np.ldexp(change.b.T, -of_b[:, None])
+    vectors[:, :rank] = np.ldexp(np.float32(1), of_a + of_b), np.ldexp(change.addend, of_b)
+    by_group = a.reshape(used // RANK_STEP, RANK_STEP, -1, LANES).transpose(0, 2, 1, 3)
+    by_column = b.reshape(used, -1, COLUMNS).transpose(1, 0, 2)
+    memory[parts.scale : parts.a].view(np.float32)[:] = vectors.reshape(-1)
+    memory[parts.a : parts.a + a.size * dtype.itemsize].view(dtype)[:] = by_group.reshape(-1)
+    memory[parts.b : parts.b + b.size * dtype.itemsize].view(dtype)[:] = by_column.reshape(-1)
+    memory[:4].view(np.float32)[0] = used // RANK_STEP
+
+
+def _exponents(rows: Floats) -> NDArray[np.int32]:
+    """For each row the exponent of the smallest power of two above its magnitudes; 0 for zeros."""
+    exponents: NDArray[np.int32] = np.frexp(np.abs(rows).max(axis=1, initial=0))[1]
+    return exponents

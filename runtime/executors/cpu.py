@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime import host
+from belle_compile.runtime.adapters.blocks import adapter_blocks
 from belle_compile.runtime.adapters.factors import AdapterMemory
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
@@ -25,6 +26,7 @@ from belle_compile.runtime.memory import WeightsFile, anonymous
 from belle_compile.runtime.profiling import Recorder, read_bandwidth
 from belle_compile.runtime.program import (
     ALIGNMENT,
+    BLOCK_ROWS,
     KV,
     WEIGHTS_NAME,
     Adapter,
@@ -105,6 +107,7 @@ class CpuExecutor:
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
         slots = self._inputs["adapters"] if self.adapters else None
+        self._adapted_slots, self._used_slots = np.zeros(0, np.int32), frozenset[int]()  # of the rows of the last such step
         self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"], adapters=slots)
         self._logits = self._logits_in_arena()
 
@@ -139,10 +142,12 @@ class CpuExecutor:
         if self.adapters is None or batch.adapters is None or batch.adapters.max() < 0:
             return _NO_LINEARS
         slots = batch.adapters[batch.sequences[: batch.tokens]]
-        rows = np.argsort(slots, kind="stable")[np.count_nonzero(slots == NO_ADAPTER) :]
-        adapted = self._inputs["adapted"]
-        adapted[0], adapted[1 : 1 + len(rows)] = len(rows), rows
-        return self.adapters.targets(frozenset(slots[rows].tolist()))
+        if not np.array_equal(slots, self._adapted_slots):
+            blocks = adapter_blocks(slots, self.threads)
+            adapted = self._inputs["adapted"]
+            adapted[0], adapted[1 : 1 + blocks.size] = len(blocks), blocks.reshape(-1)
+            self._adapted_slots, self._used_slots = slots, frozenset(slots[slots >= 0].tolist())
+        return self.adapters.targets(self._used_slots)
 
     def join(self, collectives: Collectives) -> None:
         """Move the arena to the memory in which ranks sum fastest."""
@@ -312,7 +317,7 @@ def allocate_inputs(program: Program) -> dict[str, NDArray[np.int32]]:
     sizes = dict.fromkeys(("token_ids", "positions", "sequences"), program.max_tokens) | {
         "block_table": program.max_sequences * program.max_blocks,
         "adapters": program.max_sequences,
-        "adapted": 1 + program.max_tokens,
+        "adapted": 1 + BLOCK_ROWS * program.max_tokens,
         "logit_rows": program.max_rows,
         "T": 1,
         "R": 1,

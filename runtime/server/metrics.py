@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,7 +18,7 @@ from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.serving.result_cache.store import CacheStats
-from belle_compile.runtime.serving.telemetry import End, EngineStats, RequestRecord, StepRecord, combine
+from belle_compile.runtime.serving.telemetry import AdapterStats, End, EngineStats, RequestRecord, StepRecord, combine
 
 PREFIX = "belle:"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -111,6 +112,8 @@ class Metrics:
         self._engines: tuple[Engine, ...] = ()  # those that answer requests, the one that new requests get at the end
         self._past: EngineStats | None = None  # of engines that were replaced
         self._engines_lock = threading.Lock()
+        self._by_adapter: Counter[tuple[str, End]] = Counter()  # requests that have ended, by name and end
+        self._tokens_by_adapter: Counter[str] = Counter()  # tokens of their answers
         self._labels: dict[str, str] = {}
         self._infos: dict[str, dict[str, str]] = {}
         self._requests = prometheus_client.Counter(
@@ -147,7 +150,7 @@ class Metrics:
     def detach(self, engine: Engine) -> None:
         """Keep the counts of an engine that answers no more requests, and is about to be closed."""
         with self._engines_lock:
-            self._past = combine(self._past, replace(engine.stats(), running=0, waiting=0))
+            self._past = combine(self._past, replace(engine.stats(), running=0, waiting=0, adapters=None))
             self._engines = tuple(other for other in self._engines if other is not engine)
 
     def stats(self) -> EngineStats:
@@ -183,6 +186,10 @@ class Metrics:
         for name, seconds in times.items():
             if seconds > 0:
                 self._observe(name, seconds)
+        names = [name for each in self._engines if each.adapters for name in each.adapters.names({record.adapter})]
+        for name in names[:1]:
+            self._by_adapter[name, record.end] += 1
+            self._tokens_by_adapter[name] += tokens
         self._recent.append(record)
 
     def asked(self, n: int, max_tokens: int | None) -> None:
@@ -232,6 +239,7 @@ class Metrics:
         for end, reason in FINISHED_REASONS.items():
             ends.add_metric((*self._labels.values(), reason), stats.requests[end])
         yield ends
+        yield from self._of_adapters(stats.adapters) if stats.adapters else ()
         yield from self._result_cache(stats.result_cache or CacheStats())
         for name, (meaning, _) in HISTOGRAMS.items():
             buckets, total = self._histograms[name].cumulative()
@@ -242,6 +250,29 @@ class Metrics:
             info = GaugeMetricFamily(PREFIX + name, "Facts, as labels of the number 1.", labels=(*self._labels, *facts))
             info.add_metric((*self._labels.values(), *facts.values()), 1)
             yield info
+
+    def _of_adapters(self, stats: AdapterStats) -> Iterator[Metric]:
+        """What vLLM says of adapters: those in use, as labels of the time. Beside it, counts of each adapter by its name."""
+        facts = {
+            "max_lora": str(stats.slots),
+            "running_lora_adapters": ",".join(stats.running),
+            "waiting_lora_adapters": ",".join(stats.waiting),
+        }
+        meaning = "Adapters of requests that run and wait, as labels of the time in seconds since 1970."
+        info = GaugeMetricFamily(f"{PREFIX}lora_requests_info", meaning, labels=(*self._labels, *facts))
+        info.add_metric((*self._labels.values(), *facts.values()), time.time())
+        yield info
+        labels = (*self._labels, "lora_name")
+        meaning = "Requests with an adapter that have ended, by its name and how."
+        ends = CounterMetricFamily(f"{PREFIX}lora_request_success", meaning, labels=(*labels, "finished_reason"))
+        for (name, end), count in list(self._by_adapter.items()):
+            ends.add_metric((*self._labels.values(), name, FINISHED_REASONS[end]), count)
+        yield ends
+        meaning = "Tokens of answers of requests with an adapter that have ended, by its name."
+        tokens = CounterMetricFamily(f"{PREFIX}lora_generation_tokens", meaning, labels=labels)
+        for name, count in list(self._tokens_by_adapter.items()):
+            tokens.add_metric((*self._labels.values(), name), count)
+        yield tokens
 
     def _result_cache(self, stats: CacheStats) -> Iterator[Metric]:
         lookups = stats.hits + stats.misses + stats.shared

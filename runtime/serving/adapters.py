@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from belle_compile.runtime.adapters.peft import read_adapter
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import AdaptableExecutor, Executor
 from belle_compile.runtime.serving.step_loop import StepLoop
+from belle_compile.runtime.serving.telemetry import AdapterStats
 
 LONGEST_NAME = 256  # characters
 MORE_SLOTS = 4  # beside those of the adapters at the start, where others may be loaded later
@@ -53,6 +54,15 @@ class Adapters:
     def loaded(self) -> Mapping[str, LoadedAdapter]:
         """The adapters by name, in the order in which they were loaded."""
         return self._loaded
+
+    def names(self, digests: Collection[str]) -> tuple[str, ...]:
+        """The names of the loaded adapters with one of these digests; files that are loaded twice have two."""
+        return tuple(name for name, adapter in self._loaded.items() if adapter.digest in digests)
+
+    def stats(self) -> AdapterStats:
+        """The adapters that requests use. May be called on any thread."""
+        running, waiting = self._loop.adapters_in_use()
+        return AdapterStats(self._memory.count, self.names(running), self.names(waiting))
 
     def find(self, name: str) -> LoadedAdapter:
         """The adapter of a name; raises `UnknownAdapter`."""

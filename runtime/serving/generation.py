@@ -353,6 +353,7 @@ class Generation:
                 end=end,
                 preemptions=sequence.preemptions,
                 cached=self.cached,
+                adapter=sequence.adapter,
             )
         )
 

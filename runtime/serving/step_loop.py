@@ -230,6 +230,13 @@ class StepLoop:
             result_cache=result_cache,
         )
 
+    def adapters_in_use(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The digests of the adapters of running and of waiting sequences. May be called on any thread."""
+        running = tuple(self.scheduler.running)
+        waiting = {*tuple(self._jobs)} - {*running}
+        used, wanted = (frozenset(each.adapter for each in some if each.adapter) for some in (running, waiting))
+        return used, wanted
+
     def alive(self, within_s: float) -> bool:
         """Whether a step ended in the last `within_s` seconds, or the thread answers a message in as many. A loop that has had
         nothing to do yet is alive; one that was stopped or whose thread has died is not, and neither is one in a fork."""

@@ -15,6 +15,20 @@ End = Literal["stop", "length", "cancelled", "deadline", "error"]  # how a reque
 
 
 @dataclass(frozen=True)
+class AdapterStats:
+    """Room for `slots` adapters, and the names of those that `running` and `waiting` sequences use."""
+
+    slots: int
+    running: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+    def combine(self, later: AdapterStats) -> AdapterStats:
+        """The names of two engines of a server, each once, and the room of the later one."""
+        running, waiting = dict.fromkeys(self.running + later.running), dict.fromkeys(self.waiting + later.waiting)
+        return AdapterStats(later.slots, tuple(running), tuple(waiting))
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """The state of an engine and what it has counted since it was loaded.
 
@@ -28,7 +42,7 @@ class EngineStats:
     included, and `generated_tokens` are those that steps added to answers.
 
     `requests` counts the requests that have ended. `last_step_at` is the time on `time.monotonic()` at which the last step
-    ended; None before the first. `result_cache` is None without one.
+    ended; None before the first. `result_cache` is None without one, and `adapters` without room for some.
     """
 
     running: int
@@ -48,6 +62,7 @@ class EngineStats:
     requests: Mapping[End, int]
     last_step_at: float | None
     result_cache: CacheStats | None
+    adapters: AdapterStats | None = None
 
     @property
     def cancellations(self) -> int:
@@ -70,7 +85,10 @@ def combine(before: EngineStats | None, stats: EngineStats) -> EngineStats:
     results = stats.result_cache or before.result_cache
     if before.result_cache and stats.result_cache:
         results = before.result_cache.combine(stats.result_cache)
-    return replace(stats, requests=requests, result_cache=results, **counts)
+    adapters = stats.adapters or before.adapters
+    if before.adapters and stats.adapters:
+        adapters = before.adapters.combine(stats.adapters)
+    return replace(stats, requests=requests, result_cache=results, adapters=adapters, **counts)
 
 
 # The fields of `EngineStats` that count, or are at one moment parts of what all engines of a server do.
@@ -102,7 +120,7 @@ class RequestRecord:
     `queue_s` runs from its arrival to its first step, `prefill_s` from there to its first token, `first_token_s` from its
     arrival to its first token, `decode_s` from its first token to its last, and `total_s` from its arrival to its end. What did
     not happen takes 0 seconds. `cached_tokens` of its prompt came from the prefix cache. A `cached` answer came from the result
-    cache or from an identical request.
+    cache or from an identical request. `adapter` is the digest of the adapter that it was computed with; "" for none.
     """
 
     queue_s: float
@@ -116,6 +134,7 @@ class RequestRecord:
     end: End
     preemptions: int
     cached: bool
+    adapter: str = ""
 
 
 class Telemetry(Protocol):

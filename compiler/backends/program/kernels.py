@@ -233,20 +233,32 @@ class QuantizedLinear(Kernel):
 
 
 @dataclass(frozen=True)
-class LowRank(Kernel):
-    """out += b @ (a @ x + addend) for every row whose sequence has an adapter with factors a and b, in place.
+class Columns:
+    """Parts of a row, as (first column, number of columns)."""
 
-    `adapted` is the number of these rows, followed by the rows, those with the same adapter side by side. The adapter slot of a
-    sequence is `adapters[sequences[row]]`; a slot is `slot` float32, and `factors` points to the kernel's region of the first
-    one, laid out for `rank` as in `AdapterRegion`. x is float32, or integers in one or two `planes` of 8 bits with a scale per
-    token.
+    parts: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return "_".join(f"{count}" + (f"at{first}" if first else "") for first, count in self.parts)
+
+
+@dataclass(frozen=True)
+class LowRank(Kernel):
+    """out[:, part] += b @ (scale * (a @ x) + addend) for the parts of every row whose sequence has an adapter, in place. Each
+    part has its own a, b, scale and addend.
+
+    `adapted` is the number of blocks of such rows, followed by the rows of each, as `adapter_blocks` makes them. The adapter
+    slot of a sequence is `adapters[sequences[row]]`; a slot has `slot` bytes, and `factors0`, `factors1`, ... point to the
+    regions of the parts in the first one, laid out for `rank` as in `AdapterRegion`, with a and b of type `factors`. x is
+    float32, or integers in one or two `planes` of 8 bits with a scale per token.
     """
 
     kind: ClassVar[str] = "low_rank"
-    outputs: int
+    columns: Columns
     inputs: int
     rank: int
     slot: int
+    factors: str
     x: View
     out: View
     planes: int = 0
@@ -254,7 +266,8 @@ class LowRank(Kernel):
     def pointers(self) -> Pointers:
         x = (("xq", self.byte), ("xs", "float32")) if self.planes else (_X,)
         where = (("adapted", "int32"), ("sequences", "int32"), ("adapters", "int32"))
-        return (_ROWS, *x, *where, ("factors", "float32"), _OUT)
+        regions = ((f"factors{number}", "float32") for number in range(len(self.columns.parts)))
+        return (_ROWS, *x, *where, *regions, _OUT)
 
 
 @dataclass(frozen=True)

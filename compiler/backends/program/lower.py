@@ -17,9 +17,9 @@ from belle_compile.compiler.backends.program.lowering import (
     Place,
 )
 from belle_compile.compiler.backends.program.memory_plan import Lifetime, PlannedBuffer, plan_memory
-from belle_compile.compiler.backends.program.rules import RULES
+from belle_compile.compiler.backends.program.rules import RULES, factors_dtype
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.ir.ops import attributes_of, spec_of
+from belle_compile.compiler.ir.ops import attributes_of, columns_of_targets, spec_of
 from belle_compile.runtime.program import (
     AdapterLayout,
     AllReduce,
@@ -113,11 +113,12 @@ def _adapters(model: ir.Model) -> AdapterLayout | None:
     changes = [node for node in model.graph if spec_of(node).adapted]
     sizes = {}
     for node in changes:
-        y, x = node.inputs[:2]
-        assert y is not None and x is not None and y.shape is not None and x.shape is not None
-        outputs, inputs = y.shape[1], x.shape[1]
-        assert isinstance(inputs, int) and isinstance(outputs, int), "only rows are symbolic"
-        sizes[attributes_of(node)["target"]] = inputs, outputs
+        x = node.inputs[1]
+        assert x is not None and x.shape is not None
+        inputs, dtype = x.shape[1], factors_dtype(node)
+        assert isinstance(inputs, int), "only rows are symbolic"
+        for target, columns in columns_of_targets(node).items():
+            sizes[target] = inputs, columns.stop - columns.start, dtype
     return AdapterLayout.of(max(attributes_of(node)["rank"] for node in changes), sizes) if changes else None
 
 

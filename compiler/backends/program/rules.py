@@ -7,10 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from belle_compile.compiler.backends.program.kernels import Columns
 from belle_compile.compiler.backends.program.lowering import Lowering, Operand, Place, cache_parts
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.constants import GROUP
-from belle_compile.compiler.ir.ops import operand
+from belle_compile.compiler.ir.ops import columns_of_targets, operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.runtime.program import Adapter, Input
 
@@ -212,19 +213,26 @@ def attention(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
 
 
 def low_rank(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
-    """Add the changes of adapters in place: in a verified graph no other node reads the result of the linear."""
+    """Add the changes of adapters in place: in a verified graph no other node reads the results of the linears."""
     out, x = low.place(node.inputs[0]), low.place(node.inputs[1])
-    scale, sequences = operand(node, Role.TOKEN_SCALE), node.inputs[-1]
+    scale, sequences = operand(node, Role.TOKEN_SCALE), operand(node, Role.INDEX)
     low.places[node.outputs[0]] = out
     if low.kernels.LowRank is None or low.adapters is None:
         remedy = "build without --lora-rank, or for a CPU"
         raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found="no kernel", remedy=remedy)
-    slot = low.adapters.slot_bytes // 4
+    parts = columns_of_targets(node)
+    columns = Columns(tuple((part.start, part.stop - part.start) for part in parts.values()))
     planes = x.planes if scale is not None else 0
-    kernel = low.kernels.LowRank(out.width, x.width, low.adapters.rank, slot, x.view, out.view, planes)
+    slot, factors = low.adapters.slot_bytes, factors_dtype(node)
+    kernel = low.kernels.LowRank(columns, x.width, low.adapters.rank, slot, factors, x.view, out.view, planes)
     inputs: list[Operand] = [x] if scale is None else [x, low.place(scale)]
-    where: list[Operand] = [Input("adapted"), _graph_input(sequences), Input("adapters"), Adapter(attributes["target"])]
+    where: list[Operand] = [Input("adapted"), _graph_input(sequences), Input("adapters"), *map(Adapter, parts)]
     low.call(kernel, node, out.buffer.rows, *inputs, *where, out, when="adapted")
+
+
+def factors_dtype(node: ir.Node) -> str:
+    """The type in which an op of adapters reads their factors: what is rounded to integers needs no factors of 32 bits."""
+    return "float32" if operand(node, Role.TOKEN_SCALE) is None else "float16"
 
 
 RULES: dict[str, Rule] = {

@@ -20,6 +20,11 @@ class Isa:
     amx: bool = False
     emulate_amx: bool = False
 
+    @property
+    def registers(self) -> int:
+        """Vector registers, of 16 float32 where there are 32."""
+        return 16 if self.dot == "maddubs" else 32
+
     def target(self) -> dict[str, str]:
         """The LLVM target in the form that `tvm.target.Target` accepts."""
         return {"kind": "llvm", "mcpu": self.mcpu, "mtriple": "x86_64-linux-gnu"}

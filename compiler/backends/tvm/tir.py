@@ -210,6 +210,23 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     return bind(values[0])
 
 
+def reduce_each(vectors: Sequence[Expr]) -> Expr:
+    """A vector with the sum of the 16 float32 lanes of each of the vectors, whose number is a power of two; lanes are added in
+    the order of `reduce_lanes`."""
+    vectors, width, sums = list(vectors), LANES, len(vectors)
+    while width > 1:
+        half, pairs = width // 2, []
+        # Each vector holds the partial sums of one or several of the given ones, `width` lanes each. Where there are two
+        # vectors, their halves are added in one vector.
+        for group in zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0],)]:
+            lanes = width * sums // len(vectors) * len(group)
+            low = [start + i for start in range(0, lanes, width) for i in range(half)]
+            first, second = (bind(T.Shuffle(list(group), [T.int32(at + shift) for at in low])) for shift in (0, half))
+            pairs.append(bind(first + second))
+        vectors, width = pairs, half
+    return vectors[0]
+
+
 def pairwise(values: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """Combine values with their neighbours, then the results with theirs, until one is left."""
     values = list(values)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from belle_compile.runtime.program import BLOCK_SIZE
 from belle_compile.runtime.server.histogram import Histogram, one_two_five
 from belle_compile.runtime.server.metrics import METHODS, PREFIX, Metrics
 from belle_compile.runtime.serving.result_cache.store import CacheStats
-from belle_compile.runtime.serving.telemetry import EngineStats, RequestRecord, StepRecord
+from belle_compile.runtime.serving.telemetry import AdapterStats, EngineStats, RequestRecord, StepRecord, combine
 from tests.runtime.fakes import make_engine
 
 STATS = EngineStats(
@@ -68,6 +71,31 @@ def test_the_engines_counts_are_shown() -> None:
     assert {name: found.get(name) for name in expected} == expected
     (build,) = (name for name in found if name.startswith("build_info"))
     assert f"version={__version__}" in build and "kernels=kernels-avx2" in build
+
+
+def test_adapters_are_shown_as_vllm_shows_them() -> None:
+    metrics = Metrics()
+    with make_engine() as engine:
+        of_adapters = AdapterStats(4, ("law", "tax"), ("tax",))
+        engine.stats = lambda: replace(STATS, adapters=of_adapters)  # type: ignore[method-assign]
+        engine.adapters = SimpleNamespace(names=lambda digests: ("law", "other") if "d" in digests else ())  # type: ignore[assignment]
+        metrics.attach("tiny", engine)
+    for record in (make_record(adapter="d"), make_record(adapter="d", end="length"), make_record()):
+        metrics.ended(record)
+    found = samples(metrics)
+    facts = "max_lora=4,running_lora_adapters=law,tax,waiting_lora_adapters=tax"
+    assert found[f"lora_requests_info{{{facts}}}"] == pytest.approx(time.time(), abs=600)
+    assert found["lora_request_success_total{finished_reason=stop,lora_name=law}"] == 1
+    assert found["lora_request_success_total{finished_reason=length,lora_name=law}"] == 1
+    assert found["lora_generation_tokens_total{lora_name=law}"] == 20 and found["request_generation_tokens_sum"] == 30
+    assert not any(name.startswith("lora_") for name in samples(make_metrics())), "an engine without adapters has none"
+
+
+def test_adapters_of_two_engines_are_shown_together() -> None:
+    old, new = AdapterStats(2, ("law", "tax"), ()), AdapterStats(4, ("tax",), ("art",))
+    both = combine(replace(STATS, adapters=old), replace(STATS, adapters=new)).adapters
+    assert both == AdapterStats(4, ("law", "tax"), ("art",))
+    assert combine(STATS, replace(STATS, adapters=new)).adapters == new == combine(replace(STATS, adapters=new), STATS).adapters
 
 
 def test_all_samples_of_the_engine_name_the_model() -> None:
