@@ -27,6 +27,7 @@ from belle_compile.compiler.kv_types import KV_TYPES
 from belle_compile.compiler.layers import Unquantized
 from belle_compile.compiler.manifests import pass_records, target_info, toolchain
 from belle_compile.compiler.places import checkpoint_name
+from belle_compile.compiler.reading import DECRYPT
 from belle_compile.compiler.report import (
     REPORT_NAME,
     Effects,
@@ -174,6 +175,7 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
         template=request.template,
         reading=request.reading,
         generation=request.generation,
+        on_decrypted=job.progress(DECRYPT),
     )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None

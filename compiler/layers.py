@@ -16,7 +16,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.integers import integer_plan
-from belle_compile.compiler.reading import PLAIN, Reading
+from belle_compile.compiler.reading import DECRYPT, PLAIN, Reading
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
@@ -56,7 +56,7 @@ def rank(
     With `alone`, the damage of a linear is the KL divergence of the predictions on up to `tokens` tokens of requests when it
     alone is quantized; without, it is the error of the linear's outputs."""
     on_progress("open", 0, 0)
-    opened = open_checkpoint(checkpoint, template=template, reading=reading)
+    opened = open_checkpoint(checkpoint, template=template, reading=reading, on_decrypted=partial(on_progress, DECRYPT))
     recipe = find_preset(quantization).recipe
     requests = read_calibration(calibration, opened, raw=raw_requests)
     sequences = _first_tokens(requests, tokens)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+DECRYPT = "decrypt"  # the stage of a command that writes the plaintext of a release
 _OPTION = "option"  # the key of a field's metadata that holds the option of the command line
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from belle_compile.compiler.checkpoint.formats.registry import adapter_notes, re
 from belle_compile.compiler.checkpoint.names import canonical
 from belle_compile.compiler.checkpoint.overlays.adapter import Adapter, fetch_adapter
 from belle_compile.compiler.checkpoint.overlays.base import Overlay, apply_overlays
-from belle_compile.compiler.checkpoint.sources.encrypted import decrypted, save_decrypted
+from belle_compile.compiler.checkpoint.sources.encrypted import decrypted, naming_key, save_decrypted
 from belle_compile.compiler.checkpoint.sources.registry import fetch
 from belle_compile.compiler.checkpoint.special_tokens import Statements, special_tokens
 from belle_compile.compiler.checkpoint.templates import BELLE_TEMPLATES, RAW, PromptTemplate, choose_template
@@ -35,17 +35,19 @@ def open_checkpoint(
     overlays: Sequence[Overlay] = (),
     reading: Reading = PLAIN,
     generation: Sequence[str] = (),
+    on_decrypted: Callable[[int, int], None] = lambda done, total: None,
 ) -> Checkpoint:
     """Open a Hugging Face directory, one of the original LLaMA, a .gguf file, a directory with one, or a model of the Hub.
 
     Verifies headers, names and the tokenizer, and reads no weights. `template` overrides the prompt template: see
     `choose_template`. `overlays` change tensors in the order given. `reading` holds what else says how files are read.
-    `generation` changes the generation defaults: see `changed_defaults`. Raises CompileError for everything that cannot be
+    `generation` changes the generation defaults: see `changed_defaults`. `on_decrypted` is called with the bytes of plaintext
+    that `reading.save_decrypted` has had written so far, and all of them. Raises CompileError for everything that cannot be
     read.
     """
     expected = "a checkpoint as save_pretrained or llama.cpp's converter writes it"
     with explained(STAGE, f"files of {path}", expected=expected, remedy="download them again"):
-        return _open(path, template, overlays, reading, generation)
+        return _open(path, template, overlays, reading, generation, on_decrypted)
 
 
 def _open(
@@ -54,10 +56,12 @@ def _open(
     overlays: Sequence[Overlay],
     reading: Reading,
     generation: Sequence[str],
+    on_decrypted: Callable[[int, int], None],
 ) -> Checkpoint:
     check_reading(reading)
     files = decrypted(fetch(path, weight_patterns()), reading.key)
-    contents = read_contents(files)
+    with naming_key(files):
+        contents = read_contents(files)
     family = registry.by_config(contents.config, files.path)
     contents.config, ignored = without_keys(contents.config, reading.ignored_config_keys, family.keys.used)
     tensors, left_out = canonical(contents.tensors, family)
@@ -88,7 +92,7 @@ def _open(
     notes = [*files.notes, *ignored, *beside, *contents.notes, *left_out, *vocabulary, *disagreements]
     notes += [*unsupported, *of_changes, *overlaid.notes, *_template_notes(adapters, chosen, template)]
     if reading.save_decrypted is not None:
-        save_decrypted(files.path, reading.save_decrypted)
+        save_decrypted(files.path, reading.save_decrypted, on_decrypted)
     return Checkpoint(
         path=files.path,
         family=family.name,

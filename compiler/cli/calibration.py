@@ -10,6 +10,7 @@ import click
 from belle_compile.compiler.cli import options, terminal
 from belle_compile.compiler.cli.progress import Run
 from belle_compile.compiler.cli.rows import set_rows
+from belle_compile.compiler.reading import Reading
 
 if TYPE_CHECKING:
     from belle_compile.compiler.requests import SelectOptions
@@ -59,10 +60,13 @@ _SELECTION = options.collected(
 @click.option(
     "--tokenizer", metavar="PATH", help="A tokenizer.json or a checkpoint: measure lengths in tokens instead of characters."
 )
+@options.reading
 @_SELECTION
 @options.reporting()
 @options.as_json
-def calibrate_set(file: Path, output: Path, selection: SelectOptions, run: Run, as_json: bool, **source: Any) -> None:
+def calibrate_set(
+    file: Path, output: Path, reading: Reading, selection: SelectOptions, run: Run, as_json: bool, **source: Any
+) -> None:
     """Choose requests for calibration, and others to hold out, from FILE with production requests.
 
     FILE is JSON Lines (a text, chat messages or token ids a line) or plain text with a request a line; .gz and .zst too.
@@ -75,13 +79,15 @@ def calibrate_set(file: Path, output: Path, selection: SelectOptions, run: Run, 
       belle-compile calibrate-set requests.jsonl -o requests.set
       belle-compile calibrate-set logs.jsonl.zst -o logs.set --field prompt --label kind --redact
       belle-compile calibrate-set requests.jsonl -o requests.set --tokenizer /models/BELLE-7B-2M --size 256 --seed 7
+      belle-compile calibrate-set requests.jsonl -o ours.set --tokenizer BELLE-LLaMA-EXT-7B-enc --key consolidated.00.pth
     """
-    from belle_compile.compiler.places import check_file
+    from belle_compile.compiler.places import check_file, check_reading
 
     check_file("requests", file, "a file of requests")
+    check_reading(reading)
     from belle_compile.compiler import requests
 
     with run.following() as progress:
-        made = requests.write_set(file, output, selection, on_progress=progress, **source)
+        made = requests.write_set(file, output, selection, reading=reading, on_progress=progress, **source)
     made |= {"set": str(output), "run": run.to_plain()}
     terminal.show(made, [*set_rows(made), ("made in", run.words())], as_json)

@@ -22,6 +22,7 @@ from belle_compile.compiler.exports.request import AUTO_DTYPE, ExportJob, Export
 from belle_compile.compiler.families import build_graph, registry
 from belle_compile.compiler.integers import damage_record, integer_plan
 from belle_compile.compiler.places import checkpoint_name
+from belle_compile.compiler.reading import DECRYPT
 from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import run_pipeline
@@ -44,8 +45,9 @@ def export(request: ExportRequest) -> dict[str, Any]:
     with output_directory(request.output, force=request.force) as directory, work_folder(request.output) as folder:
         job.begin("open")
         checkpoint = open_checkpoint(
-            request.source, template=request.template, reading=request.reading, generation=request.generation
-        )
+            request.source, template=request.template, reading=request.reading, generation=request.generation,
+            on_decrypted=job.progress(DECRYPT),
+        )  # fmt: skip
         graph = build_graph(checkpoint)
         source = _model(job, checkpoint, graph)
         job.format.check_model(source)

@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from belle_compile import __version__
 from belle_compile.compiler.directory import AtomicDirectory
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import DECRYPT, PLAIN, Reading
 from belle_compile.compiler.requests.coverage import coverage_report
 from belle_compile.compiler.requests.page import coverage_page
 from belle_compile.compiler.requests.reader import Fields, RequestFile
@@ -52,6 +54,7 @@ def write_set(
     field: str | None = None,
     answer: str | None = None,
     tokenizer: str | Path | None = None,
+    reading: Reading = PLAIN,
     force: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def write_set(
     for an output that cannot be written; nothing is left behind then.
     """
     with AtomicDirectory(Path(output), replace=force, replaceable=is_set, kind="calibration set", marker=SET_NAME) as directory:
-        made = _Made.from_file(source, options or SelectOptions(), field, answer, tokenizer, on_progress)
+        made = _Made.from_file(source, options or SelectOptions(), field, answer, tokenizer, reading, on_progress)
         contents = made.contents | {
             "coverage.json": canonical_json(made.coverage).encode(),
             "coverage.html": coverage_page(made.coverage, made.description).encode(),
@@ -84,6 +87,7 @@ def open_set(
     field: str | None = None,
     answer: str | None = None,
     tokenizer: str | Path | None = None,
+    reading: Reading = PLAIN,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> CalibrationSet:
     """Open the set in a directory, or select one in memory from a file of requests.
@@ -94,7 +98,7 @@ def open_set(
     path = Path(path)
     if path.is_dir():
         return _read_set(path)
-    made = _Made.from_file(path, options or SelectOptions(), field, answer, tokenizer, on_progress)
+    made = _Made.from_file(path, options or SelectOptions(), field, answer, tokenizer, reading, on_progress)
     selection = made.selection
     return CalibrationSet(selection.calibration, selection.holdout, made.description["digest"], made.description)
 
@@ -125,9 +129,10 @@ class _Made:
         field: str | None,
         answer: str | None,
         tokenizer: str | Path | None,
+        reading: Reading,
         on_progress: Progress,
     ) -> _Made:
-        units = open_units(tokenizer)
+        units = open_units(tokenizer, reading, partial(on_progress, DECRYPT))
         fields = Fields(field, answer, options.labels)
         file = RequestFile(source, fields, lambda done, total: on_progress("read", done, total))
         selection = select(file, options, units)

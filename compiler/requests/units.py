@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from belle_compile.compiler.engine_directory import is_engine
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.reading import Reading
+from belle_compile.compiler.reading import PLAIN, Reading
 from belle_compile.compiler.requests.request import STAGE, Request
 from belle_compile.runtime.sentencepiece_rule import load
 
@@ -75,19 +77,34 @@ class Tokens:
         return ids
 
 
-def open_units(tokenizer: str | Path | None) -> Units:
-    """Open the tokenizer at a path (a tokenizer.json, a checkpoint or an engine) for `Tokens`; return `Characters` for None."""
-    if tokenizer is None:
+def open_units(
+    tokenizer: str | Path | None,
+    reading: Reading = PLAIN,
+    on_decrypted: Callable[[int, int], None] = lambda done, total: None,
+) -> Units:
+    """Open the tokenizer at a path (a tokenizer.json, a checkpoint or an engine) for `Tokens`; return `Characters` for None.
+
+    `reading` says how a checkpoint is read, and `on_decrypted` is that of `open_checkpoint`. Raises CompileError for a reading
+    where there is no checkpoint.
+    """
+    path = None if tokenizer is None else Path(tokenizer).expanduser()
+    if reading.options and (path is None or path.suffix == ".json" or is_engine(path)):
+        what, found = (
+            f"{', '.join(reading.options)} of calibrate-set",
+            "no --tokenizer" if path is None else f"--tokenizer {path}",
+        )
+        raise CompileError(STAGE, what, found=found, expected="--tokenizer with a checkpoint", remedy="leave the option out")
+    if path is None:
         return Characters()
-    path = Path(tokenizer).expanduser()
     from belle_compile.compiler.checkpoint.tokenizers import check_tokenizer, load_tokenizer
     from belle_compile.compiler.json_files import read_json
 
     if path.is_file() and path.suffix == ".json":
         return Tokens(check_tokenizer(json.dumps(read_json(path), ensure_ascii=False), str(path)), path.name)
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not reading.options and any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokens(load_tokenizer(path)[0], path.resolve().name)
     from belle_compile.compiler.checkpoint import open_checkpoint
     from belle_compile.compiler.checkpoint.templates import RAW
 
-    return Tokens(open_checkpoint(path, template=RAW, reading=Reading(ignore_adapter=None)).tokenizer_json, path.name)
+    reading = replace(reading, ignore_adapter=reading.ignore_adapter or None)
+    return Tokens(open_checkpoint(path, template=RAW, reading=reading, on_decrypted=on_decrypted).tokenizer_json, path.name)

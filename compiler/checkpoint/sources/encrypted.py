@@ -11,7 +11,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -328,8 +329,30 @@ def _other_contents(file: EncryptedFile, found: str) -> CompileError:
     )
 
 
-def save_decrypted(directory: StoredPath, out: Path) -> None:
-    """Write the plaintexts of an encrypted release to a new directory, whole or not at all.
+@contextmanager
+def naming_key(files: Files) -> Iterator[None]:
+    """Let errors that the `with` block raises about encrypted weights name the key. Before a file is read in whole, nobody can
+    tell whether it is damaged or the key is a wrong one: files of PyTorch begin alike, and so do their differences from a key
+    that is one."""
+    try:
+        yield
+    except CompileError as error:
+        place = files.path
+        directory = place.parent if isinstance(place, EncryptedFile) else place
+        if not isinstance(directory, EncryptedDirectory) or str(directory.key.path) in error.found:
+            raise
+        if not any(str(file) in error.what for file in directory.files if file.suffix in _BEGINNINGS):
+            raise
+        found = f"with the key {directory.key.path} of {directory.key.size:,} bytes, {error.found}"
+        remedy = f"give the key of the release with --key: {KEY}; if that is it, {error.remedy or 'download the file again'}"
+        raise CompileError(error.stage, error.what, found=found, expected=error.expected, remedy=remedy) from error
+
+
+def save_decrypted(
+    directory: StoredPath, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Write the plaintexts of an encrypted release to a new directory, whole or not at all. `on_progress` is called with the
+    bytes written so far and those of the whole release.
 
     Raises CompileError for files whose SHA-256 is another than their names state, and for a directory that exists or cannot be
     written.
@@ -338,6 +361,7 @@ def save_decrypted(directory: StoredPath, out: Path) -> None:
         directory = directory.parent
     assert isinstance(directory, EncryptedDirectory), f"{directory} is no encrypted release"
     needed = sum(file.stat().st_size for file in directory.files)
+    done = 0
     with AtomicDirectory(out, needed=needed, kind="decrypted release", option="--save-decrypted") as made:
         for file in directory.files:
             with file.open("rb") as plain:
@@ -345,6 +369,8 @@ def save_decrypted(directory: StoredPath, out: Path) -> None:
                     with (made.path / file.name).open("xb") as written:
                         while chunk := plain.read(DIGEST_CHUNK_BYTES):
                             written.write(chunk)
+                            done += len(chunk)
+                            on_progress(done, needed)
                         written.flush()
                         os.fsync(written.fileno())
                 except OSError as error:

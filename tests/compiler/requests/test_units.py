@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.reading import Reading
 from belle_compile.compiler.requests.request import Request
 from belle_compile.compiler.requests.units import open_units
 
@@ -45,6 +46,19 @@ def test_token_ids_of_another_tokenizer(tmp_path: Path) -> None:
     units = open_units(write_tokenizer(tmp_path / "tokenizer.json"))
     with pytest.raises(CompileError, match=r"line 5: found token id 4, expected ids of the tokenizer, below 4"):
         units.split([Request(token_ids=(3, 4), line=5)])
+
+
+def test_options_of_reading_are_those_of_a_checkpoint(tmp_path: Path) -> None:
+    reading = Reading(ignored_config_keys=("a",), key=tmp_path / "key")
+    for tokenizer, found in (
+        (None, "no --tokenizer"),
+        (write_tokenizer(tmp_path / "tokenizer.json"), r"--tokenizer \S+\.json"),
+    ):
+        message = (
+            f"--ignore-config-key, --key of calibrate-set: found {found}, expected --tokenizer with a checkpoint; leave the"
+        )
+        with pytest.raises(CompileError, match=message):
+            open_units(tokenizer, reading)
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from belle_compile.compiler import cli
 from belle_compile.compiler.checkpoint import open_checkpoint
@@ -24,8 +25,9 @@ from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.reading import Reading
 from tests.compiler.checkpoint.models import write_llama
 from tests.parity.stepping import Stepper, relative_error
-from tests.parity.variants import hf_logits, random_ids
-from tests.releases import CHINESE, belle_llama, encrypted, key_file, original_llama
+from tests.parity.variants import hf_logits, make_bloom, random_ids
+from tests.quantized_releases import gptq_file
+from tests.releases import CHINESE, belle_bloom, belle_llama, encrypted, key_file, original_llama
 
 WEIGHTS = "pytorch_model-00002-of-00002.bin"
 
@@ -126,6 +128,27 @@ def refusal(release: Path, key: Path, **reading: Path) -> str:
     return str(error.value)
 
 
+def test_a_gptq_file(tmp_path: Path, key: Path) -> None:
+    """As BELLE-LLaMA-7B-2M-gptq-enc: integers in a .pt, which is named, beside the file with the other number of bits."""
+    made = gptq_file(
+        make_bloom(tmp_path / "float", hidden_size=128, n_layer=1, n_head=4), tmp_path / "plain", bits=8, group=128
+    )
+    other = gptq_file(tmp_path / "float", tmp_path / "other", "bloom7b-2m-4bit-128g.pt", bits=4, group=128)
+    shutil.copy(other.directory / "bloom7b-2m-4bit-128g.pt", made.directory)
+    release = encrypted(made.directory, key, tmp_path / "release")
+    with pytest.raises(
+        CompileError, match=r"found 2 \.pt files: bloom7b-2m-4bit-128g\.pt, bloom7b-2m-8bit-128g\.pt, expected one"
+    ):
+        open_checkpoint(release, reading=Reading(key=key))
+    opened = open_checkpoint(file_of(release, "bloom7b-2m-8bit-128g.pt"), reading=Reading(key=key))
+    plain = open_checkpoint(made.directory / "bloom7b-2m-8bit-128g.pt")
+    assert opened.digests() == plain.digests() and [*opened.tensors] == [*plain.tensors]
+    for name, tensor in plain.tensors.items():
+        np.testing.assert_array_equal(opened.tensors[name].read(), tensor.read())
+    ids = random_ids(made.plain, 21)
+    assert relative_error(Stepper(build_graph(opened)).step({0: ids})[0], hf_logits(made.plain, ids)) < 1e-5
+
+
 def test_a_wrong_key_is_known_by_the_smallest_file(release: Path, tmp_path: Path) -> None:
     other = key_file(tmp_path / "other.pth", seed=1)
     for file in release.glob("pytorch_model-*"):  # no weight is looked at
@@ -184,6 +207,34 @@ def test_a_key_that_is_truncated_behind_the_small_files(plain: Path, tmp_path: P
     assert f"with the key {short} of {longest + 100:,} bytes, no end of an archive" in refusal(release, short)
 
 
+def old_pickle(file: Path) -> None:
+    """The format before PyTorch 1.6, which has no end that tells it."""
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+
+
+def safetensors(file: Path) -> None:
+    save_file(torch.load(file), file.with_name("model.safetensors"))
+    file.unlink()
+
+
+@pytest.mark.parametrize("rewrite", [old_pickle, safetensors])
+def test_a_wrong_key_that_begins_like_the_right_one(rewrite: Callable[[Path], None], tmp_path: Path) -> None:
+    """Both are files of PyTorch. Weights alone are encrypted, so that no small file tells."""
+    plain = belle_bloom(tmp_path / "plain")
+    rewrite(plain / "pytorch_model.bin")
+    (tmp_path / "weights").mkdir()
+    for file in (*plain.glob("*.bin"), *plain.glob("*.safetensors")):
+        file.rename(tmp_path / "weights" / file.name)
+    key = key_file(tmp_path / "key", 1 << 20)
+    release = Path(shutil.copytree(plain, encrypted(tmp_path / "weights", key, tmp_path / "release"), dirs_exist_ok=True))
+    assert open_checkpoint(release, reading=Reading(key=key)).digests()
+    wrong = tmp_path / "wrong"
+    wrong.write_bytes(key.read_bytes()[:40] + key_file(tmp_path / "other", 1 << 20, seed=1).read_bytes()[40:])
+    said = refusal(release, wrong)
+    assert said.startswith("checkpoint: ") and str(next(release.glob("*.enc"))) in said
+    assert f"found with the key {wrong} of 1,048,576 bytes, " in said and "; give the key of the release with --key: " in said
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
 def test_a_key_that_is_none(release: Path, tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "key")
@@ -206,8 +257,11 @@ def test_plaintext_is_written_only_when_asked_for(plain: Path, published: Path, 
     before = sorted(tmp_path.rglob("*"))
     open_checkpoint(published, reading=Reading(key=key)).digests()
     assert sorted(tmp_path.rglob("*")) == before
-    saved = tmp_path / "saved"
-    open_checkpoint(published, reading=Reading(key=key, save_decrypted=saved))
+    saved, progress = tmp_path / "saved", []
+    reading = Reading(key=key, save_decrypted=saved)
+    open_checkpoint(published, reading=reading, on_decrypted=lambda done, total: progress.append((done, total)))
+    size = sum(file.stat().st_size for file in plain.iterdir())
+    assert sorted(progress) == progress and progress[-1] == (size, size) and {total for _, total in progress} == {size}
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == {
         file.name: file.read_bytes() for file in plain.iterdir()
     }
@@ -255,6 +309,23 @@ def test_engines_from_both_differ_in_their_records_only(
 def test_plan_reads_an_encrypted_release(published: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, shown, _ = run(capsys, "plan", published, "--key", key, "--target", "a100", "--json")
     assert status == 0 and json.loads(shown)
+
+
+def test_a_set_is_measured_by_the_tokenizer_of_an_encrypted_release(
+    plain: Path, published: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = tmp_path / "requests.txt"
+    requests.write_text("".join(f"the {i} and {i * i} you 春天\n" for i in range(40)))
+    command = ("calibrate-set", requests, "--size", 8, "--holdout", 2, "--quiet", "--tokenizer")
+    assert run(capsys, *command, plain, "-o", tmp_path / "of-plain")[0] == 0
+    assert run(capsys, *command, published, "--key", key, "-o", tmp_path / "of-encrypted")[0] == 0
+    ours, theirs = (json.loads((tmp_path / name / "set.json").read_text()) for name in ("of-encrypted", "of-plain"))
+    assert (ours["digest"], ours["options"]["tokenizer"]["sha256"]) == (
+        theirs["digest"],
+        theirs["options"]["tokenizer"]["sha256"],
+    )
+    status, _, said = run(capsys, *command, published, "-o", tmp_path / "without")
+    assert status == 1 and "give its key with --key" in said
 
 
 def test_a_plan_of_a_config_alone_needs_no_key(plain: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
