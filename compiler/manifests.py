@@ -9,16 +9,15 @@ from typing import Any
 from belle_compile import __version__
 from belle_compile.compiler.backends import Backend, Payload
 from belle_compile.compiler.devices import Target
-from belle_compile.compiler.footprint import required_bytes
+from belle_compile.compiler.footprint import required_memory
 from belle_compile.runtime.artifact import PassRecord, Requirements, TargetInfo
 
 
 def target_info(target: Target, backend: Backend, payloads: Sequence[Payload]) -> TargetInfo:
     """The manifest's description of the target, of the backend and of what a host must have for one rank."""
-    memory = required_bytes([payload.footprint for payload in payloads])
-    return TargetInfo(
-        target.name, backend.name, target.isas, Requirements(target.device.arch, target.isas, memory), target.ranks
-    )
+    need = required_memory([payload.footprint for payload in payloads])
+    requires = Requirements(target.device.arch, target.isas, need.total, need.mapped)
+    return TargetInfo(target.name, backend.name, target.isas, requires, target.ranks)
 
 
 def pass_records(records: Sequence[Mapping[str, Any]]) -> tuple[PassRecord, ...]:

@@ -13,6 +13,12 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def memory_words(whole: int, mapped: int) -> str:
+    """The memory that a host needs, and how much of it is for mapped weights: "9.5 GB of memory, 8.1 GB of it for mapped
+    weights"."""
+    return f"{size(whole)} of memory" + (f", {size(mapped)} of it for mapped weights" if mapped else "")
+
+
 def duration(seconds: float) -> str:
     """A time in words: "0.3 s", "75 s", "9 min", "3.2 h"."""
     if seconds < 10:

@@ -51,11 +51,21 @@ class ModelInfo:
 @dataclass(frozen=True)
 class Requirements:
     """What a host must have: the machine `arch` as `uname -m` prints it (empty: any), a processor or GPU with one of the
-    instruction sets `isa`, and `memory_bytes` of memory, or of the GPU's, for each rank."""
+    instruction sets `isa`, and `memory_bytes` of memory, or of the GPU's, for each rank.
+
+    `mapped_bytes` of these are weights that the executor maps from the engine's files. The kernel can take their pages back and
+    read them again, so that a host with `resident_bytes` runs the engine, slowly; one with `memory_bytes` reads no file twice.
+    """
 
     arch: str
     isa: tuple[str, ...]
     memory_bytes: int
+    mapped_bytes: int = field(default=0, metadata=OPTIONAL)
+
+    @property
+    def resident_bytes(self) -> int:
+        """The memory of a rank that cannot be read from the engine's files again: cache, activations, and the process."""
+        return self.memory_bytes - self.mapped_bytes
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,10 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise refuse(f"generation.{name}", str(value), expected)
     if not all(manifest.generation.stop):
         raise refuse("generation.stop", "an empty text", "texts")
+    requires = manifest.target.requires
+    if not 0 <= requires.mapped_bytes <= requires.memory_bytes:
+        expected = f"0 to {requires.memory_bytes}, the field memory_bytes"
+        raise refuse("target.requires.mapped_bytes", str(requires.mapped_bytes), expected)
     if manifest.target.ranks < 1:
         raise refuse("target.ranks", str(manifest.target.ranks), "at least 1")
 

@@ -12,6 +12,7 @@ PROGRAM_FORMAT = 6
 PROGRAM_NAME = "program.json"
 WEIGHTS_NAME = "weights.safetensors"
 BLOCK_SIZE = 16  # tokens of a block of the KV cache
+SERVED_TOKENS = 2048  # a host must have memory for the KV cache of one sequence of this many tokens, or of its longest context
 ALIGNMENT = 64  # bytes
 RANK_STEP = 4  # ranks of an adapter's change that kernels compute together
 FACTOR_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}  # types of an adapter's factors

@@ -20,7 +20,7 @@ from belle_compile.compiler.devices import Device, Target
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.runtime.artifact import KernelCalls, PassRecord
-from belle_compile.runtime.program import KV_DTYPES, Program
+from belle_compile.runtime.program import KV_DTYPES, SERVED_TOKENS, Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,6 @@ Array = npt.NDArray[Any]
 
 TUNING = "tune-kernels"  # name of the manifest's record of the kernels measured for an engine
 ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
-SERVED_TOKENS = 2048  # a host must have memory for the KV cache of one sequence of at least this many tokens
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
 PROCESS_BYTES = 256 << 20  # the host memory of Python and the tokenizer
 _REMEDY = "see `belle-compile targets`"
@@ -77,34 +76,44 @@ class StepPlan:
 @dataclass(frozen=True)
 class MemoryNeed:
     """Bytes of memory that one rank needs, by purpose. `reserve` is the memory beside the model: that of kernels, tokenizer,
-    and the process or the driver."""
+    and the process or the driver. `mapped` of the `weights` are mapped from the engine's files."""
 
     weights: int
     kv_cache: int
     activations: int
     reserve: int
+    mapped: int = 0
 
     @property
     def total(self) -> int:
+        """What the rank needs to read no weight from a file twice."""
         return self.weights + self.kv_cache + self.activations + self.reserve
+
+    @property
+    def resident(self) -> int:
+        """What the rank needs to run at all: all but the mapped weights, which the kernel can take back and read again."""
+        return self.total - self.mapped
 
 
 @dataclass(frozen=True)
 class Footprint:
     """The memory of one rank on its host or device, in bytes. It depends on the graph alone, not on results of compilation, so
-    that it is the same before and after a build. `step` is None for a backend that makes no program."""
+    that it is the same before and after a build. `step` is None for a backend that makes no program. `maps_weights` says
+    whether the executor uses the weights where they are mapped, and keeps no copy of them."""
 
     weights: int
     activations: int
     reserve: int
     kv: KVCache
     step: StepPlan | None = None
+    maps_weights: bool = False
 
     def memory(self, sequences: int = 1, tokens: int | None = None) -> MemoryNeed:
         """The memory needed to serve `sequences` sequences of `tokens` tokens each (None: `SERVED_TOKENS`, or the longest
         context where that is shorter)."""
         tokens = min(SERVED_TOKENS, self.kv.max_context) if tokens is None else tokens
-        return MemoryNeed(self.weights, sequences * self.kv.bytes(tokens), self.activations, self.reserve)
+        mapped = self.weights if self.maps_weights else 0
+        return MemoryNeed(self.weights, sequences * self.kv.bytes(tokens), self.activations, self.reserve, mapped)
 
 
 class PackedTensor(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from belle_compile.compiler.tables import columns
 from belle_compile.compiler.tilings import tiling_rows
-from belle_compile.compiler.units import size
+from belle_compile.compiler.units import memory_words, size
 
 Rows = list[tuple[str, str]]
 
@@ -19,12 +19,13 @@ def engine_rows(engine: dict[str, Any]) -> Rows:
     each = f" for each of {target['ranks']} ranks" if target["ranks"] > 1 else ""
     calls, template = engine["kernel_calls"], engine["prompt_template"]
     host = f"{requires['arch'] or 'a GPU'} with one of {', '.join(requires['isa'])}"
+    memory = memory_words(requires["memory_bytes"], requires.get("mapped_bytes", 0))
     rows = [
         ("engine", f"{engine['engine']} (format {engine['format_version']}, {size(engine['bytes'])})"),
         ("model", f"{model['name']}: {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters"),
         ("dimensions", ", ".join(f"{name} {value}" for name, value in model["dimensions"].items())),
         ("target", f"{target['name']}, kernels for {', '.join(target['isas'])}"),
-        ("needs", f"{host}; {size(requires['memory_bytes'])} of memory{each}"),
+        ("needs", f"{host}; {memory}{each}"),
         ("quantization", ", ".join(f"{name} {_phrase(value)}" for name, value in engine["quantization"].items())),
         ("kernel calls", f"{calls['after']} a step; {calls['before']} before fusion"),
         ("prompt template", template["name"]),
@@ -190,8 +191,8 @@ def set_rows(made: dict[str, Any]) -> Rows:
 
 
 _PLAN_HEADER = (
-    "ranks", "weights", "KV cache", "activations", "needed", "fits", "ms a token", "tokens/s", "memory", "arithmetic", "calls",
-    "sums", "first token, ms",
+    "ranks", "weights", "KV cache", "activations", "needed", "resident", "fits", "ms a token", "tokens/s", "memory",
+    "arithmetic", "calls", "sums", "first token, ms",
 )  # fmt: skip
 
 
@@ -207,6 +208,8 @@ def plan_text(plan: dict[str, Any]) -> str:
     ]
     lines = [_plan_line(line) for line in plan["plan"] if "refused" not in line]
     notes = [f"{line['ranks']} ranks: {line['refused']}" for line in plan["plan"] if "refused" in line]
+    if any(line["resident_bytes"] < line["needed_bytes"] for line in plan["plan"] if "refused" not in line):
+        notes.append("resident: without the weights, which are mapped and can be read from the disk again, as slow as that is")
     return "\n".join([*head, columns([_PLAN_HEADER, *lines]), *notes, *_measured_lines(plan["measured"])])
 
 
@@ -228,7 +231,7 @@ def _measured_lines(measured: dict[str, Any] | None) -> list[str]:
 
 
 def _plan_line(line: dict[str, Any]) -> tuple[str, ...]:
-    sizes = [size(line[f"{part}_bytes"]) for part in ("weight", "kv", "workspace", "needed")]
+    sizes = [size(line[f"{part}_bytes"]) for part in ("weight", "kv", "workspace", "needed", "resident")]
     fits = {True: "yes", False: "no", None: "-"}[line["fits"]]
     if line["token_s"] is None:
         return (str(line["ranks"]), *sizes, fits, *["-"] * 7)

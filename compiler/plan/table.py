@@ -120,6 +120,7 @@ def _memory(plans: list[RankPlan], device: Device, load: Load) -> dict[str, Any]
         "workspace_bytes": need.activations,
         "reserve_bytes": need.reserve,
         "needed_bytes": need.total,
+        "resident_bytes": need.resident,
         "fits": None if not device.memory else need.total <= device.memory,
         **dict.fromkeys(_TIMES),
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from belle_compile.compiler.backends.base import SERVED_TOKENS, Payload, tensor_bytes
+from belle_compile.compiler.backends.base import Payload, tensor_bytes
 from belle_compile.compiler.report.data import Arena, Memory
-from belle_compile.runtime.program import Call, Program, Weight
+from belle_compile.runtime.program import SERVED_TOKENS, Call, Program, Weight
 
 EMBEDDING, HEAD, ATTENTION, FEED_FORWARD, OTHER = "embedding", "head", "attention", "feed-forward", "norms and tables"
 ALL = "all weights"  # the only part for a backend that makes no program

@@ -33,7 +33,12 @@ def summary(report: Report) -> list[tuple[str, str, str]]:
         ("engine", size(total), f"{len(report.files)} files beside manifest and report"),
         ("weights", size(weights), f"{size(stages[0].weight_bytes)} in float32" if stages else "as packed for the kernels"),
         ("kernel calls a step", number(calls.after), f"{number(calls.before)} before fusion"),
-        ("memory a host needs", size(needs.memory_bytes), f"{needs.arch} with {' or '.join(needs.isa)}"),
+        (
+            "memory a host needs",
+            size(needs.memory_bytes),
+            (f"{size(needs.mapped_bytes)} of it for mapped weights; " if needs.mapped_bytes else "")
+            + f"{needs.arch} with {' or '.join(needs.isa)}",
+        ),
     ]
     if not weights:
         del cards[1]
@@ -234,6 +239,8 @@ def memory(largest: Memory | None, kv_cache: str, ranks: Sequence[Memory] = ()) 
              ("kernels, program, tokenizer, process", need.reserve)]  # fmt: skip
     return {
         "required": size(need.total),
+        "mapped": size(need.mapped) if need.mapped else "",
+        "resident": size(need.resident),
         "ranks": [
             [size(count) for count in (part.weights, part.activations, part.kv_cache, part.reserve, part.total)]
             for part in (rank.need for rank in ranks)

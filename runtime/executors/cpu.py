@@ -297,11 +297,10 @@ def kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, ranks_he
 
     The `ranks_here` ranks of this host share its memory evenly. Raises `EngineError` where the cache does not fit.
     """
-    free, block_bytes = host.memory_bytes() // ranks_here - weight_bytes, program.kv.block_bytes
-    blocks = kv_memory.blocks("cpu", free, f"the weights ({weight_bytes / 2**30:.2f} GiB)", block_bytes)
-    if blocks is not None:
-        return blocks
-    return max(1, min(max(free, 0) // 2 // block_bytes, program.max_sequences * program.max_blocks))
+    memory, most = host.memory_bytes() // ranks_here, program.max_sequences * program.max_blocks
+    return kv_memory.blocks_beside_weights(
+        "cpu", memory, weight_bytes, program.kv.block_bytes, context=program.max_context, most=most
+    )
 
 
 def _check_rank(program: Program, directory: Path, collectives: Collectives | None) -> None:

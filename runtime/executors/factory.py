@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from belle_compile.runtime.artifact import STAGE, Manifest, TargetInfo
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.kv_memory import KvMemory
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from belle_compile.runtime.distributed.collectives import Collectives
@@ -92,13 +95,27 @@ def check_machine(target: TargetInfo) -> None:
 
 
 def check_memory(target: TargetInfo, ranks_here: int, held_bytes: int = 0) -> None:
-    """Raise `EngineError` where the host's memory is too small for `ranks_here` ranks beside what is held already."""
-    memory, needed = host.memory_bytes(), ranks_here * target.requires.memory_bytes
+    """Raise `EngineError` where the host's memory is too small for `ranks_here` ranks beside what is held already.
+
+    Where it is too small for mapped weights alone, that is a warning, unless something is held: an engine that is being served
+    is not made to read its own weights from the disk.
+    """
+    memory, requires = host.memory_bytes(), target.requires
+    whole = ranks_here * requires.memory_bytes
+    needed = whole if held_bytes else ranks_here * requires.resident_bytes
     if memory - held_bytes < needed:
-        expected = f"{needed / 2**30:.1f} GiB" + (f" for {ranks_here} ranks" if ranks_here > 1 else "")
+        expected = f"{_gib(needed)}" + (f" for {ranks_here} ranks" if ranks_here > 1 else "")
+        expected += f", and {_gib(whole - needed)} more for mapped weights" if whole > needed else ""
         remedy = "run it on a larger host or raise the container's memory limit"
-        found = f"{memory / 2**30:.1f} GiB of memory"
+        found = f"{_gib(memory)} of memory"
         if held_bytes:
             found += f", of which {held_bytes / 2**30:.1f} are for another engine and the KV caches"
             remedy = "load with less memory for the KV cache (--kv-cache-memory), or on a larger host"
         raise cannot_run(target, found, expected, remedy)
+    if memory < whole:
+        text = "of %s of memory, %s are left to the %s of mapped weights: every step reads weights from the disk, which is slow"
+        _log.warning(text, _gib(memory), _gib(memory - needed), _gib(whole - needed))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.program import BLOCK_SIZE, SERVED_TOKENS
 from belle_compile.runtime.serving.kv_blocks import blocks_for
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
@@ -62,6 +62,20 @@ class KvMemory:
             remedy = "ask for another size, or load on a larger host"
             raise EngineError(stage, option, found=asked, expected=expected, remedy=remedy)
         return blocks
+
+    def blocks_beside_weights(
+        self, stage: str, memory: int, weight_bytes: int, block_bytes: int, *, context: int, most: int
+    ) -> int:
+        """The number of blocks in `memory` bytes that hold weights and cache, by default what half of the rest holds, and no
+        more than `most`.
+
+        What one sequence needs (`SERVED_TOKENS`, or the longest `context` where that is shorter) is free on every host that
+        passed the checks, since mapped weights give way to it. Raises `EngineError` where the cache does not fit.
+        """
+        fewest = blocks_for(min(SERVED_TOKENS, context))
+        free = max(memory - weight_bytes, fewest * block_bytes)
+        blocks = self.blocks(stage, free, f"the weights ({weight_bytes / 2**30:.2f} GiB)", block_bytes)
+        return max(fewest, min(free // 2 // block_bytes, most)) if blocks is None else blocks
 
 
 def _parse(value: Any) -> KvMemory:

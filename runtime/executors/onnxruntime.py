@@ -54,7 +54,9 @@ class OnnxRuntimeExecutor:
         geometry = Geometry(layers, kv_heads, head_dim, (table_blocks + 1) * BLOCK_SIZE)
         self.kv_block_bytes = 2 * BLOCK_SIZE * geometry.token_bytes  # in the pool, and in a slot
         weights = (directory / WEIGHTS_NAME).stat().st_size
-        self.num_blocks = _blocks(kv_memory, weights, self.kv_block_bytes, STEP_SEQUENCES * table_blocks)
+        self.num_blocks = kv_memory.blocks_beside_weights(
+            STAGE, host.memory_bytes(), weights, self.kv_block_bytes, context=context, most=STEP_SEQUENCES * table_blocks
+        )
         rows = min(STEP_SEQUENCES, self.num_blocks)
         self._cache = KvSlots(geometry, rows, self.num_blocks)
         self.kernels = f"onnxruntime-{onnxruntime.__version__} {PROVIDERS[0]} {_processor_digest()}"
@@ -212,10 +214,3 @@ def _load(path: Path, threads: int) -> Any:
     except Exception as error:
         remedy = "copy the engine again or rebuild it"
         raise EngineError(STAGE, f"model {path} cannot be loaded", found=str(error).strip(), remedy=remedy) from None
-
-
-def _blocks(kv_memory: KvMemory, weight_bytes: int, block_bytes: int, most: int) -> int:
-    """The number of blocks of the cache, by default what half of the memory beside the weights holds."""
-    free = host.memory_bytes() - weight_bytes
-    blocks = kv_memory.blocks(STAGE, free, f"the weights ({weight_bytes / 2**30:.2f} GiB)", block_bytes)
-    return max(1, min(max(free, 0) // 2 // block_bytes, most)) if blocks is None else blocks

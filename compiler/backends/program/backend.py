@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 class ProgramBackend(Backend, Repartitionable):
     """A backend whose payload is a program of kernel calls over planned memory. `process_bytes` is the device memory of a
-    process beside kernels, program and tokenizer."""
+    process beside kernels, program and tokenizer; `maps_weights` is the field of its footprints."""
 
     process_bytes: int
+    maps_weights: bool
 
     @abstractmethod
     def lower(self, graph: ir.Model, unfused_calls: int, kv_cache: str) -> LoweredGraph:
@@ -61,6 +62,7 @@ class ProgramBackend(Backend, Repartitionable):
             reserve=FIXED_BYTES + self.process_bytes,
             kv=KVCache(program.kv.dtype, program.kv.block_bytes, program.block_size, program.max_context),
             step=StepPlan(program, tuple(lowered.buffers)),
+            maps_weights=self.maps_weights,
         )
 
     def payload(

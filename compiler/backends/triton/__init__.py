@@ -41,6 +41,7 @@ class TritonBackend(ProgramBackend):
     kv_types = ("float32", "float16", "int8")
     reached = _REACHED
     process_bytes = GPU_RESERVE_BYTES
+    maps_weights = False  # they are copied to the GPU
 
     def isas(self, device: Device) -> tuple[str, ...]:
         return tuple(isa for isa in device.isas if isa in GPU_ARCHS)

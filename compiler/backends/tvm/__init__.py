@@ -48,6 +48,7 @@ class TvmBackend(ProgramBackend):
     kv_types = ("float32", "bfloat16", "float16", "int8")
     reached: Reached | None = _REACHED
     process_bytes = PROCESS_BYTES
+    maps_weights = True
 
     def isas(self, device: Device) -> tuple[str, ...]:
         return tuple(isa for isa in device.isas if isa in ISAS)

@@ -189,6 +189,15 @@ def test_default_cache_follows_the_memory(built: Path, monkeypatch: pytest.Monke
         load(built, kv_memory=KvMemory(10**6))
 
 
+def test_the_cache_of_one_sequence_goes_before_mapped_weights(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host that is smaller than the weights, as many blocks as its memory was checked for are there, and no more."""
+    monkeypatch.setattr(host, "memory_bytes", lambda: (built / WEIGHTS_NAME).stat().st_size // 2)
+    assert load(built, kv_memory=None).num_blocks == PROGRAM.max_blocks
+    assert load(built, kv_memory=KvMemory(share=0.5)).num_blocks == PROGRAM.max_blocks // 2
+    with pytest.raises(EngineError, match=r"kv_tokens: found 80 tokens, .* for 16 tokens, up to the .* that are free beside"):
+        load(built, kv_memory=KvMemory(tokens=80))
+
+
 def test_every_address_is_aligned(built: Path) -> None:
     executor = load(built)
     for call in PROGRAM.calls:

@@ -10,8 +10,8 @@ from belle_compile.runtime.executors import executor_of
 from tests.runtime.fakes import manifest
 
 
-def need(isa: str, memory: int = 0, arch: str = "x86_64", backend: str = "tvm") -> TargetInfo:
-    return TargetInfo("cpu", backend, (isa,), Requirements(arch, (isa,), memory))
+def need(isa: str, memory: int = 0, arch: str = "x86_64", backend: str = "tvm", mapped: int = 0) -> TargetInfo:
+    return TargetInfo("cpu", backend, (isa,), Requirements(arch, (isa,), memory, mapped))
 
 
 def check(target: TargetInfo, ranks_here: int = 1) -> None:
@@ -57,6 +57,23 @@ def test_host_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     check(need("avx2", 1 << 30), 2)
     with pytest.raises(EngineError, match=r"found 2\.0 GiB of memory, expected 3\.0 GiB for 3 ranks; run it on a larger host"):
         check(need("avx2", 1 << 30), 3)
+
+
+def test_a_host_that_is_too_small_for_mapped_weights_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel can take back their pages, so that they are no reason to refuse an engine."""
+    monkeypatch.setattr(host, "cpu_flags", lambda: host.ISA_FLAGS["avx2"])
+    monkeypatch.setattr(host, "memory_bytes", lambda: 4 << 30)
+    check(need("avx2", 4 << 30, mapped=3 << 30))
+    assert not caplog.messages
+    check(need("avx2", 9 << 30, mapped=8 << 30))
+    (said,) = caplog.messages
+    assert said.startswith("of 4.0 GiB of memory, 3.0 GiB are left to the 8.0 GiB of mapped weights: every step reads")
+    with pytest.raises(
+        EngineError, match=r"found 4\.0 GiB of memory, expected 6\.0 GiB for 3 ranks, and 9\.0 GiB more for mapped w"
+    ):
+        check(need("avx2", 5 << 30, mapped=3 << 30), 3)
 
 
 def test_a_gpu_is_not_looked_at_before_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
