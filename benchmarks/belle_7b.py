@@ -51,7 +51,7 @@ def write_adapter(directory: Path, release: Path) -> Path:
                 "target_modules": [target], "bias": "none", "fan_in_fan_out": False,
                 "base_model_name_or_path": "BelleGroup/BELLE-7B-2M", "inference_mode": True}  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for layer in range(config["n_layer"]):
         name = f"base_model.model.transformer.h.{layer}.self_attention.{target}"
         for part, shape in (("lora_A", (RANK, width)), ("lora_B", (3 * width, RANK))):

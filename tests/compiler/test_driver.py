@@ -110,7 +110,9 @@ def test_the_plan_and_the_manifest_say_the_same_memory(llama: Path, target: str,
     load = Load(1, min(2048, manifest.model.dimensions["max_position"]))
     (line,) = (line for line in plan(llama, target, quantization, load)["plan"] if line["ranks"] == manifest.target.ranks)
     parts = [line[f"{part}_bytes"] for part in ("weight", "kv", "workspace", "reserve")]
-    assert line["needed_bytes"] == manifest.target.requires.memory_bytes == sum(parts)
+    requires = manifest.target.requires
+    assert line["needed_bytes"] == requires.memory_bytes == sum(parts)
+    assert line["resident_bytes"] == requires.resident_bytes == sum(parts[1:]), "the executor maps the weights"
 
 
 def test_what_a_backend_does_not_carry_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -72,6 +72,16 @@ def test_hosts_run_the_instruction_set_that_most_of_them_have(engine: Path, monk
         assert lowest_isa(manifest) == expected
 
 
+def test_a_host_that_is_too_small_for_the_weights_runs_the_kernels(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meanings take hours where weights are gigabytes. Mapped ones need no memory that must be there."""
+    manifest = read_manifest(engine)
+    requires = manifest.target.requires
+    assert 0 < requires.mapped_bytes < requires.memory_bytes
+    for memory, expected in ((requires.resident_bytes, "avx2"), (requires.resident_bytes - 1, None)):
+        monkeypatch.setattr(host, "memory_bytes", lambda memory=memory: memory)
+        assert lowest_isa(manifest) == expected
+
+
 def test_the_meanings_choose_the_same_tokens(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golden, "lowest_isa", unrunnable)
     elsewhere = build(BuildRequest(FIXTURE, tmp_path / "engine", isas=ISAS, drift=False))

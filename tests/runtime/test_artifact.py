@@ -222,6 +222,16 @@ def test_malformed_field_is_named(directory: Path, changes: dict[str, Any], mess
         read_manifest(directory)
 
 
+@pytest.mark.parametrize("mapped", [-1, (1 << 20) + 1])
+def test_more_mapped_than_needed_is_refused(tmp_path: Path, mapped: int) -> None:
+    target = manifest().target
+    odd = replace(target, requires=replace(target.requires, mapped_bytes=mapped))
+    (tmp_path / "manifest.json").write_text(manifest_text(manifest(target=odd)))
+    message = rf"field target\.requires\.mapped_bytes does not fit: found {mapped}, expected 0 to 1048576"
+    with pytest.raises(EngineError, match=message):
+        read_manifest(tmp_path)
+
+
 def test_schema_names_every_field(directory: Path) -> None:
     schema = manifest_schema()
     assert set(schema["required"]) == set(json.loads((directory / "manifest.json").read_text()))
