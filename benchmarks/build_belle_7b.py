@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--release", choices=RELEASES, default="pickle", help="What is built.  [default: pickle]")
     parser.add_argument("--layers", type=int, help="Fewer layers than the 30 of BELLE-7B.")
+    parser.add_argument("--isa", help="Kernels for this instruction set alone, which takes a part of the time to compile.")
     parser.add_argument("--control-group", type=Path, help="A directory of the memory controller to run the build in.")
     parser.add_argument("--keep", action="store_true", help="Keep checkpoint and engine. A checkpoint that is there is used.")
     parser.add_argument("--note", default="", help="What else the result should say, such as what else the machine did.")
@@ -177,7 +178,8 @@ def main() -> None:
             print(f"{_bytes_of(directory):,} bytes written in {time.perf_counter() - began:.0f} s", flush=True)
         checkpoint = directory / release.place
         loads = [os.getloadavg()[0]]
-        figures, command = build(checkpoint, engine, group, release.more(folder, checkpoint))
+        more = release.more(folder, checkpoint) + (["--isa", arguments.isa] if arguments.isa else [])
+        figures, command = build(checkpoint, engine, group, more)
         loads.append(os.getloadavg()[1])
         result = {
             "checkpoint": {
