@@ -21,7 +21,7 @@ OPTIONS = {
     "edit": {"--generation-defaults"},
     "calibrate-set": {
         "-o", "--output", "--size", "--holdout", "--seed", "--field", "--answer", "--label", "--redact", "--tokenizer",
-        "--similarity", "--max-length", "--force", *REPORTING,
+        "--similarity", "--max-length", "--force", *READING, *REPORTING,
     },
     "export": {
         "--format", "-o", "--output", "--quant", "--methods", "--template", "--calibration", "--raw-requests",
