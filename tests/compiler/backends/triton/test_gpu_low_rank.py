@@ -23,7 +23,7 @@ SLOTS = 3
 PARTS = ("first", "second", "third")
 # The largest rank, inputs, and outputs of the linears of one call, with columns between them that no adapter changes
 SIZES: dict[str, tuple[int, int, tuple[int, ...]]] = {
-    "small": (3, 37, (20,)),
+    "small": (1, 37, (20,)),
     "one": (16, 64, (192,)),
     "several chunks": (8, 600, (130,)),
     "more ranks than a program has": (40, 80, (64,)),
