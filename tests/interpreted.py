@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from belle_compile.compiler.backends.triton import compile as compiling
-from belle_compile.compiler.backends.triton.kernels import attention
+from belle_compile.compiler.backends.triton.kernels import attention, low_rank
 from belle_compile.compiler.backends.triton.kernels.base import Kernel
 from belle_compile.compiler.backends.triton.kernels.linear import QuantizedLinear
 from belle_compile.runtime.errors import EngineError
@@ -170,6 +170,7 @@ def interpreted_gpu(monkeypatch: pytest.MonkeyPatch) -> InterpretedDevice:
     monkeypatch.setattr(compiling, "compile_kernels", compile_kernels)
     monkeypatch.setattr(compiling, "toolchain", lambda: {"triton": "interpreted"})
     monkeypatch.setattr(attention, "_PROGRAMS", 8)  # the interpreter runs them one after the other
+    monkeypatch.setattr(low_rank, "_BLOCKS", 1)
     monkeypatch.setattr(cuda, "open_device", lambda number: device)
     monkeypatch.setattr(cuda, "measure", lambda *given: None)
     return device

@@ -33,6 +33,7 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.onnxruntime_sizes import MODEL_NAME
 from belle_compile.runtime.program import CUBIN, WEIGHTS_NAME, Program
 from belle_compile.runtime.program_json import read_program
+from benchmarks.gpu_check import adapters
 from benchmarks.gpu_check.checks import DEVICE, EXPECTED, GREEDY, LARGE, PROMPT
 from benchmarks.gpu_check.findings import read, write
 from benchmarks.gpu_check.provider import FOLDER, PACKAGE
@@ -47,7 +48,8 @@ def checks_of(bundle: Path, peers: bool) -> dict[str, int]:
     """What is run, in this order, and for how many seconds at most."""
     small = sorted(file.parent.name for file in bundle.glob(f"*/{EXPECTED}"))
     of_provider = sorted(f"{FOLDER}/{file.parent.name}" for file in bundle.glob(f"{FOLDER}/*/{EXPECTED}"))
-    names = [DEVICE, *small, LARGE, *of_provider, f"{FOLDER}/{LARGE}", *([PEERS] if peers else [])]
+    with_adapters = sorted(f"{adapters.FOLDER}/{file.parent.name}" for file in bundle.glob(f"{adapters.FOLDER}/*/{EXPECTED}"))
+    names = [DEVICE, *small, *with_adapters, LARGE, *of_provider, f"{FOLDER}/{LARGE}", *([PEERS] if peers else [])]
     return {name: LIMITS.get(name, SMALL_LIMIT) for name in names}
 
 

@@ -9,12 +9,13 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -31,9 +32,13 @@ from belle_compile.compiler.plan.outline import outline
 from belle_compile.compiler.stages import carried
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import PRESETS
+from belle_compile.runtime.adapters.basis import EngineBasis
+from belle_compile.runtime.adapters.factors import Factors
 from benchmarks import checkpoints
+from benchmarks.gpu_check import adapters
 from benchmarks.gpu_check.checks import EXPECTED, GREEDY, LARGE, PROMPT, TOLERANCE
 from benchmarks.gpu_check.provider import FOLDER
+from benchmarks.lora import make_adapter
 
 Floats = npt.NDArray[np.float32]
 
@@ -60,6 +65,7 @@ def make(out: Path, target: str) -> None:
             for preset in ("none", "int8"):
                 _small(checkpoint, ids, preset, out / f"{shape}-{preset}", target)
                 _of_provider(checkpoint, preset, out, f"{shape}-{preset}", target)
+                _with_adapters(checkpoint, ids, preset, out / adapters.FOLDER / f"{shape}-{preset}", target)
     _large(out / LARGE, out / LARGE, target)
     _large(out / LARGE, out / FOLDER / LARGE / "rank0", target, FOLDER)
     arch = targets.parse(target).isas[0]
@@ -129,28 +135,68 @@ def _of_provider(checkpoint: Path, preset: str, out: Path, name: str, target: st
     shutil.copy(out / name / EXPECTED, out / FOLDER / name)
 
 
+def _with_adapters(checkpoint: Path, ids: Sequence[int], preset: str, out: Path, target: str) -> None:
+    """An engine that takes adapters, some of random values, and the logits of a prompt with each of them and with none, by the
+    NumPy meaning of its graph."""
+    build(BuildRequest(checkpoint, out, target, preset, drift=False, lora_rank=adapters.RANK))
+    basis = EngineBasis.read(out)
+    for number, name in enumerate(adapters.NAMES):
+        make_adapter(out / name, basis, adapters.RANK - 5 * number, [[], ["q_proj", "query_key_value"], []][number], number)
+    graph = build_graph(open_checkpoint(checkpoint))
+    run_pipeline(graph, passes_of(PRESETS[preset].recipe, lora_rank=adapters.RANK))
+    text = list(ids[: adapters.TOKENS])
+    logits = []
+    for changes in (*(adapters.changes_of(out, name) for name in adapters.NAMES), {}):
+        cache, table = _cache(graph, len(text), "float32" if preset == "none" else "float16")
+        logits.append(_evaluate(graph, cache, table, text, 0, _Changes(changes)))
+    np.savez(out / EXPECTED, ids=text, logits=logits)
+
+
+class _Changes:
+    """The changes of one adapter, which all sequences have."""
+
+    def __init__(self, changes: Mapping[str, Factors]) -> None:
+        self._changes = changes
+
+    def factors(self, sequence: int, target: str) -> Factors | None:
+        """The factors for a linear; None if the adapter does not change it."""
+        return self._changes.get(target)
+
+
+def _cache(graph: ir.Model, tokens: int, kv_type: str) -> tuple[PagedCache, npt.NDArray[np.int32]]:
+    """A cache for one sequence of so many tokens, and its block table."""
+    layers, kv_heads, head_dim = (int(graph.metadata_props[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
+    blocks = -(-tokens // BLOCK_SIZE)
+    return PagedCache(layers, kv_heads, head_dim, blocks, kv_type), np.arange(blocks, dtype=np.int32)[None]
+
+
+def _evaluate(
+    graph: ir.Model,
+    cache: PagedCache,
+    table: npt.NDArray[np.int32],
+    tokens: Sequence[int],
+    start: int,
+    changes: _Changes | None = None,
+) -> Floats:
+    """The logits after each of some tokens that follow `start` others."""
+    positions = np.arange(start, start + len(tokens), dtype=np.int32)
+    inputs = {
+        "token_ids": np.array(tokens, np.int32), "positions": positions, "sequences": np.zeros_like(positions),
+        "block_table": table, "logit_rows": np.arange(len(tokens), dtype=np.int32),
+    }  # fmt: skip
+    found: Floats = evaluate(graph, inputs, cache, adapters=changes)["logits"]
+    return found
+
+
 def _meaning(checkpoint: Path, preset: str, ids: Sequence[int]) -> tuple[Floats, list[int]]:
     """The same by the NumPy meaning of the graph, with a cache of float16."""
     graph = build_graph(open_checkpoint(checkpoint))
     run_pipeline(graph, passes_of(PRESETS[preset].recipe))
-    layers, kv_heads, head_dim = (int(graph.metadata_props[key]) for key in ("num_layers", "num_kv_heads", "head_dim"))
-    blocks = -(-(PROMPT + GREEDY) // BLOCK_SIZE)
-    cache = PagedCache(layers, kv_heads, head_dim, blocks, "float16")
-    table = np.arange(blocks, dtype=np.int32)[None]
-
-    def step(tokens: Sequence[int], start: int) -> Floats:
-        positions = np.arange(start, start + len(tokens), dtype=np.int32)
-        inputs = {
-            "token_ids": np.array(tokens, np.int32), "positions": positions, "sequences": np.zeros_like(positions),
-            "block_table": table, "logit_rows": np.arange(len(tokens), dtype=np.int32),
-        }  # fmt: skip
-        found: Floats = evaluate(graph, inputs, cache)["logits"]
-        return found
-
-    logits = [step(ids, 0)]
+    cache, table = _cache(graph, PROMPT + GREEDY, "float16")
+    logits = [_evaluate(graph, cache, table, ids, 0)]
     answer = [int(logits[0][-1].argmax())]
     while len(answer) < GREEDY:
-        logits.append(step(answer[-1:], PROMPT + len(answer) - 1))
+        logits.append(_evaluate(graph, cache, table, answer[-1:], PROMPT + len(answer) - 1))
         answer.append(int(logits[-1][0].argmax()))
     return np.concatenate(logits), answer
 
@@ -165,7 +211,9 @@ def _large(folder: Path, out: Path, target: str, name: str | None = None) -> Non
     unfused = graph.clone()
     parsed, backend = targets.choose(target, name)
     recipe = PRESETS["int8"].recipe
-    before, fusions = carried(passes_of(recipe), backend, recipe)
+    # An engine of the backend of programs takes adapters, whose time is measured too.
+    rank = 0 if backend.adapter_refusal(parsed) else adapters.LARGE_RANK
+    before, fusions = carried(passes_of(recipe, lora_rank=rank), backend, recipe)
     run_pipeline(graph, (*before, *fusions))
     (payload,) = backend.compile([graph], parsed, CompileOptions(unfused_calls=backend.kernel_calls(unfused)))
     for name, content in payload.files.items():

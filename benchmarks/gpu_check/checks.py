@@ -27,7 +27,7 @@ from belle_compile.runtime.executors.cuda_device import open_device
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.program import Program
 from belle_compile.runtime.program_json import read_program
-from benchmarks.gpu_check import provider
+from benchmarks.gpu_check import adapters, provider
 from benchmarks.gpu_check.driving import Plan, Sequences, TimedExecutor, follow, greedy
 from benchmarks.gpu_check.findings import Findings
 
@@ -95,6 +95,14 @@ def check_small(folder: Path, arch: str, findings: Findings) -> None:
     findings.note(right=bool(right))
 
 
+def check_adapters(folder: Path, arch: str, findings: Findings, work: Path) -> None:
+    """`adapters.check_small` for an engine in a directory that can be written to."""
+    engine = linked(folder, work / "engine")
+    (engine / "rank0").unlink()
+    linked(folder / "rank0", engine / "rank0")
+    adapters.check_small(engine, arch, findings, folder / EXPECTED, TOLERANCE[folder.name.rpartition("-")[2]])
+
+
 def _selections(program: Program) -> Iterator[tuple[str, dict[str, str] | None]]:
     """First what is measured to be the fastest, then each of the alternatives in turn."""
     yield "fastest", None
@@ -155,6 +163,7 @@ def check_large(folder: Path, arch: str, findings: Findings) -> None:
             executor.without_overlap()
             sequences = _prompted(executor, 1)
             findings.note_under("decode, batch 1, kernels one after the other", {"seconds": _decode(sequences)})
+        adapters.check_large(rank, arch, findings)
 
 
 def _microseconds(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -209,8 +218,8 @@ def _decode(sequences: Sequences) -> float:
 
 def _seconds_of_kinds(executor: TimedExecutor, rows: int) -> dict[str, float]:
     """Of a step, the calls of each kind one after the other."""
-    kinds = dict.fromkeys(call.kind for call in executor.program.calls)
-    of_kind = {kind: [call for call in executor.program.calls if call.kind == kind] for kind in kinds}
+    calls = [call for call in executor.program.calls if call.when != "adapted"]
+    of_kind = {kind: [call for call in calls if call.kind == kind] for kind in dict.fromkeys(call.kind for call in calls)}
     return {kind: executor.seconds_of(calls, rows) for kind, calls in of_kind.items()}
 
 
@@ -221,7 +230,8 @@ def _prompt(executor: CudaExecutor, tokens: list[int]) -> float:
 
 
 def linked(folder: Path, work: Path) -> Path:
-    """A directory with the same files, in which others may be written."""
+    """A directory with the same files, in which others may be written; made if it is missing."""
+    work.mkdir(exist_ok=True)
     for file in folder.iterdir():
         (work / file.name).symlink_to(file.resolve())
     return work
@@ -229,7 +239,6 @@ def linked(folder: Path, work: Path) -> Path:
 
 def make_weights(folder: Path, work: Path) -> Path:
     """A rank's directory with weights of random bytes, and small numbers where they are floats."""
-    work.mkdir(exist_ok=True)
     linked(folder, work)
     header = (folder / "weights.header").read_bytes()
     tensors = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
@@ -277,6 +286,9 @@ def main() -> None:
                 provider.check_large(made.parent, findings)
         elif Path(name).parts[0] == provider.FOLDER:
             provider.check_small(bundle / name, findings, PROMPT)
+        elif Path(name).parts[0] == adapters.FOLDER:
+            with tempfile.TemporaryDirectory(prefix="belle-gpu-check-") as work:
+                check_adapters(bundle / name, arch, findings, Path(work))
         else:
             check_small(bundle / name, arch, findings)
 

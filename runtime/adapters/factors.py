@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,11 @@ from belle_compile.runtime.program import (
 )
 
 Floats = NDArray[np.float32]
+BetweenSteps = Callable[[Callable[[], None]], None]  # runs a function on the thread of steps while none runs
+
+
+def _at_once(function: Callable[[], None]) -> None:
+    function()
 
 
 class Factors(NamedTuple):
@@ -30,25 +36,19 @@ class Factors(NamedTuple):
     b: Floats
 
 
-class AdapterMemory:
-    """The slots of an executor in which adapters are stored. A slot may be written while steps run that do not use it."""
+class AdapterSlots(ABC):
+    """The `count` slots of an executor in which adapters are stored. Their addresses do not change. A slot may be written while
+    steps run that do not use it."""
 
-    def __init__(self, layout: AdapterLayout, memory: NDArray[np.uint8]) -> None:
-        """`memory` is a whole number of slots, all zeros."""
-        self.layout = layout
-        self.count = len(memory) // layout.slot_bytes
+    def __init__(self, layout: AdapterLayout, count: int) -> None:
+        self.layout, self.count = layout, count
         self._changed: list[frozenset[str]] = [frozenset()] * self.count
         self._targets: dict[frozenset[int], frozenset[str]] = {}
-        self._slots = memory[: self.count * layout.slot_bytes].reshape(self.count, -1)
 
-    def write(self, slot: int, changes: Mapping[str, Factors]) -> None:
-        """Store the changes of an adapter, by linear; a slot holds what was stored last."""
-        for name, region in self.layout.regions.items():
-            parts = RegionParts.of(self.layout.rank, region.inputs, region.outputs, region.dtype)
-            memory = self._slots[slot, region.offset : region.offset + parts.end]
-            memory[: parts.scale] = 0
-            if change := changes.get(name):
-                _write(memory, parts, region, change)
+    def write(self, slot: int, changes: Mapping[str, Factors], between_steps: BetweenSteps = _at_once) -> None:
+        """Store the changes of an adapter, by linear; a slot holds what was stored last. `between_steps` is for slots that only
+        the thread of steps can write; the default is for a caller on this thread."""
+        self._store(slot, changes, between_steps)
         self._changed[slot] = frozenset(changes)
         self._targets = {}
 
@@ -59,9 +59,38 @@ class AdapterMemory:
             targets = self._targets[slots] = frozenset().union(*(self._changed[slot] for slot in slots))
         return targets
 
+    @abstractmethod
     def address(self, target: str) -> int:
         """The address of a linear's region in the first slot."""
+
+    @abstractmethod
+    def _store(self, slot: int, changes: Mapping[str, Factors], between_steps: BetweenSteps) -> None:
+        """Write the changes to a slot."""
+
+
+class AdapterMemory(AdapterSlots):
+    """Slots in the host's memory, which are written in place."""
+
+    def __init__(self, layout: AdapterLayout, memory: NDArray[np.uint8]) -> None:
+        """`memory` is a whole number of slots, all zeros."""
+        super().__init__(layout, len(memory) // layout.slot_bytes)
+        self._slots = memory[: self.count * layout.slot_bytes].reshape(self.count, -1)
+
+    def address(self, target: str) -> int:
         return int(self._slots.ctypes.data) + self.layout.regions[target].offset
+
+    def _store(self, slot: int, changes: Mapping[str, Factors], between_steps: BetweenSteps) -> None:
+        write_slot(self.layout, self._slots[slot], changes)
+
+
+def write_slot(layout: AdapterLayout, slot: NDArray[np.uint8], changes: Mapping[str, Factors]) -> None:
+    """Write the changes of an adapter, by linear, to the bytes of a slot, and that there is none to the other regions."""
+    for name, region in layout.regions.items():
+        parts = RegionParts.of(layout.rank, region.inputs, region.outputs, region.dtype)
+        memory = slot[region.offset : region.offset + parts.end]
+        memory[: parts.scale] = 0
+        if change := changes.get(name):
+            _write(memory, parts, region, change)
 
 
 def _write(memory: NDArray[np.uint8], parts: RegionParts, region: AdapterRegion, change: Factors) -> None:

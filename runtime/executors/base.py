@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from belle_compile.runtime.adapters.factors import AdapterMemory
+from belle_compile.runtime.adapters.factors import AdapterSlots
 from belle_compile.runtime.executors.batch import StepBatch
 from belle_compile.runtime.program import Program
 from belle_compile.runtime.serving.candidates import Rows
@@ -65,7 +65,7 @@ class ProfilableExecutor(Executor, Protocol):
 class AdaptableExecutor(Executor, Protocol):
     """An executor that can add the changes of adapters to the results of linears. `adapters` are its slots; None for none."""
 
-    adapters: AdapterMemory | None
+    adapters: AdapterSlots | None
 
 
 @runtime_checkable

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime import host
-from belle_compile.runtime.adapters.blocks import adapter_blocks
-from belle_compile.runtime.adapters.factors import AdapterMemory
+from belle_compile.runtime.adapters.factors import AdapterMemory, AdapterSlots
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
+from belle_compile.runtime.executors.adapted import NO_LINEARS, AdaptedRows, is_needed
 from belle_compile.runtime.executors.batch import NO_ADAPTER, StepBatch
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
@@ -42,7 +42,6 @@ from belle_compile.runtime.program import (
 from belle_compile.runtime.program_json import check_seal, read_program
 
 _Key = tuple[int, int, frozenset[str]]  # of a list of calls: the variants for its row counts, and the linears that are changed
-_NO_LINEARS: frozenset[str] = frozenset()
 _PREFETCH_BYTES = 64 * 1024  # a call that reads fewer bytes of weights is not prefetched
 
 
@@ -87,7 +86,7 @@ class CpuExecutor:
         self._collectives = collectives
         _check_rank(program, directory, collectives)
         ranks_here = collectives.ranks_here if collectives else 1
-        self.adapters: AdapterMemory | None = None
+        self.adapters: AdapterSlots | None = None
         adapter_bytes = adapter_slots * program.adapters.slot_bytes if program.adapters else 0
         if program.adapters and adapter_slots:
             self.adapters = AdapterMemory(program.adapters, anonymous(adapter_bytes))
@@ -107,7 +106,6 @@ class CpuExecutor:
         table = self._inputs["block_table"].reshape(program.max_sequences, program.max_blocks)
         token_ids, positions, sequences = (self._inputs[name] for name in ("token_ids", "positions", "sequences"))
         slots = self._inputs["adapters"] if self.adapters else None
-        self._adapted_slots, self._used_slots = np.zeros(0, np.int32), frozenset[int]()  # of the rows of the last such step
         self.batch = StepBatch(token_ids, positions, sequences, table, self._inputs["logit_rows"], adapters=slots)
         self._logits = self._logits_in_arena()
 
@@ -116,6 +114,7 @@ class CpuExecutor:
         self._recorder: Recorder | None = None
         self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
         self.threads = self._pool.threads
+        self._adapted = AdaptedRows(self.adapters, self._inputs["adapted"], self.threads) if self.adapters else None
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Run `batch`; return float32 logits [rows, tokens of `span`] in the arena, valid until the next step."""
@@ -125,7 +124,7 @@ class CpuExecutor:
             self._kv_blocks[destination] = self._kv_blocks[source]
         # Where no logits are requested, as in the first chunks of a long prompt, everything after the last layer is left out.
         variant = bisect_left(self._bounds["T"], tokens), bisect_left(self._bounds["R"], rows) if rows else -1
-        key = *variant, self._changed_linears(batch)
+        key = *variant, self._adapted.changed_linears(batch) if self._adapted else NO_LINEARS
         calls, numbers = self._lists.get(key) or self._bind(key, tokens, rows)
         try:
             if self._recorder is None:
@@ -136,18 +135,6 @@ class CpuExecutor:
             call = self.program.calls[numbers[failed.number]]
             raise EngineError("cpu", f"kernel {call.kind} of {call.node}", found=failed.message) from None
         return self._logits[:rows]
-
-    def _changed_linears(self, batch: StepBatch) -> frozenset[str]:
-        """The linears that adapters of the step's sequences change. Tells the kernels which rows have adapters."""
-        if self.adapters is None or batch.adapters is None or batch.adapters.max() < 0:
-            return _NO_LINEARS
-        slots = batch.adapters[batch.sequences[: batch.tokens]]
-        if not np.array_equal(slots, self._adapted_slots):
-            blocks = adapter_blocks(slots, self.threads)
-            adapted = self._inputs["adapted"]
-            adapted[0], adapted[1 : 1 + blocks.size] = len(blocks), blocks.reshape(-1)
-            self._adapted_slots, self._used_slots = slots, frozenset(slots[slots >= 0].tolist())
-        return self.adapters.targets(self._used_slots)
 
     def join(self, collectives: Collectives) -> None:
         """Move the arena to the memory in which ranks sum fastest."""
@@ -167,7 +154,7 @@ class CpuExecutor:
         self._pool.close()
         self._lists.clear()
         for name in ("_arena", "_scratch", "_kv", "_kv_blocks", "_logits", "_weights", "_inputs", "_tokens", "_rows", "batch",
-                     "adapters"):  # fmt: skip
+                     "adapters", "_adapted"):  # fmt: skip
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
 
@@ -181,9 +168,7 @@ class CpuExecutor:
         started = time.perf_counter()
         counts = {"T": tokens, "R": rows}
         numbers = [
-            number
-            for number, call in enumerate(self.program.calls)
-            if counts[call.rows] > 0 and (call.when != "adapted" or not key[2].isdisjoint(_targets_of(call)))
+            number for number, call in enumerate(self.program.calls) if counts[call.rows] > 0 and is_needed(call, key[2])
         ]
         calls = [self.program.calls[number] for number in numbers]
         if self._collectives is None or self._collectives.shared:
@@ -236,11 +221,6 @@ class CpuExecutor:
             case Adapter(target):
                 assert self.adapters is not None, "no sequence has an adapter without slots"
                 return self.adapters.address(target)
-
-
-def _targets_of(call: Call) -> Iterable[str]:
-    """The linears whose changes by adapters a call computes."""
-    return (arg.target for arg in call.args if isinstance(arg, Adapter))
 
 
 def next_weights(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[str]:

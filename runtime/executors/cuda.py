@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors.batch import StepBatch
+from belle_compile.runtime.executors.adapted import NO_LINEARS, AdaptedRows, is_needed
+from belle_compile.runtime.executors.batch import NO_ADAPTER, StepBatch
 from belle_compile.runtime.executors.candidate_logits import CandidateLogits
 from belle_compile.runtime.executors.choices import Choices, measure
+from belle_compile.runtime.executors.cuda_adapters import DeviceAdapterMemory
 from belle_compile.runtime.executors.cuda_device import STAGE, open_device
 from belle_compile.runtime.executors.device import Device, Function, Recorded
 from belle_compile.runtime.executors.kv_memory import KvMemory
@@ -23,6 +25,7 @@ from belle_compile.runtime.host import GPU_ARCHS, GPU_RESERVE_BYTES
 from belle_compile.runtime.memory import WeightsFile
 from belle_compile.runtime.program import (
     ALIGNMENT,
+    BLOCK_ROWS,
     BLOCK_SIZE,
     CUBIN,
     KV,
@@ -48,8 +51,8 @@ _MEASURED_CONTEXT = 512  # tokens of a sequence that attention is measured with
 _MAX_RECORDED = 64  # recorded steps that are kept
 
 # What a step is recorded for: tokens and logit rows, rounded up; whether some tokens are the only ones of their sequence, and
-# whether some are not.
-StepKey = tuple[int, int, bool, bool]
+# whether some are not; and the linears that adapters change.
+StepKey = tuple[int, int, bool, bool, frozenset[str]]
 
 
 class CudaExecutor:
@@ -70,12 +73,13 @@ class CudaExecutor:
         kv_memory: KvMemory | None = None,
         device: Device | None = None,
         number: int = 0,
+        adapter_slots: int = 0,
     ) -> None:
         """Load `directory` (such as ENGINE/rank0) of an engine with kernels for the `carried` architectures, on `device`, by
         default the GPU with this number.
 
         The first load on a kind of GPU measures which kernels are fastest. A program of several ranks needs `join` before its
-        first step.
+        first step. `adapter_slots` are for as many adapters, if the program takes any.
         """
         self.program = program = read_program(directory)
         if not program.launches or program.candidates is None:
@@ -83,12 +87,12 @@ class CudaExecutor:
             raise EngineError(STAGE, f"program of {directory}", found="one for CPUs", expected="one for GPUs", remedy=remedy)
         self._device = device or open_device(number)
         try:
-            self._prepare(directory, tuple(carried), kv_memory or KvMemory())
+            self._prepare(directory, tuple(carried), kv_memory or KvMemory(), adapter_slots)
         except BaseException:
             self._device.close()
             raise
 
-    def _prepare(self, directory: Path, carried: tuple[str, ...], kv_memory: KvMemory) -> None:
+    def _prepare(self, directory: Path, carried: tuple[str, ...], kv_memory: KvMemory, adapter_slots: int) -> None:
         program = self.program
         self.isa = choose_arch(carried, self._device)
         archive = directory / f"kernels-{self.isa}.zip"
@@ -98,7 +102,9 @@ class CudaExecutor:
         self._bandwidth = self._device.copy_bandwidth()  # now, while there is room for the copies
         weights = WeightsFile(directory / WEIGHTS_NAME)
         weights.require(program.weight_names(), program.weights_header)
-        self.num_blocks = kv_blocks(program, kv_memory, weights.total_bytes, self._device)
+        layout = program.adapters if adapter_slots else None
+        adapter_bytes = adapter_slots * layout.slot_bytes if layout else 0
+        self.num_blocks = kv_blocks(program, kv_memory, weights.total_bytes, self._device, adapter_bytes)
 
         self._weights = self._device.allocate(weights.total_bytes, "weights")
         self._device.upload(self._weights, weights.contents)
@@ -106,12 +112,14 @@ class CudaExecutor:
         self._arena = self._device.allocate(program.arena_bytes, "activations")
         self._scratch = self._device.allocate(program.scratch_bytes, "activations")
         self._kv = self._device.allocate(self.num_blocks * program.kv.block_bytes, "the KV cache")
+        self.adapters = DeviceAdapterMemory(layout, adapter_slots, self._device) if layout else None
         self._inputs = _Inputs(program, self._device)
         arrays = self._inputs.arrays
+        self._adapted = AdaptedRows(self.adapters, arrays["adapted"]) if self.adapters else None
         self.batch = StepBatch(
             arrays["token_ids"], arrays["positions"], arrays["sequences"],
             arrays["block_table"].reshape(program.max_sequences, program.max_blocks),
-            arrays["logit_rows"], arrays["candidates"],
+            arrays["logit_rows"], arrays["candidates"], adapters=arrays["adapters"] if self.adapters else None,
         )  # fmt: skip
         self._candidates = CandidateLogits(program, self._device, self._arena)
 
@@ -135,7 +143,8 @@ class CudaExecutor:
         self._inputs.set_counts(tokens, rows)
         for source, destination in batch.copies:
             self._device.copy(self._block(destination), self._block(source), self.kv_block_bytes)
-        key = (bucket(tokens), bucket(rows), *_token_sorts(batch.sequences[:tokens]))
+        changed = self._adapted.changed_linears(batch) if self._adapted else NO_LINEARS
+        key = (bucket(tokens), bucket(rows), *_token_sorts(batch.sequences[:tokens]), changed)
         if self._recorder:
             self._run_timed(self._recorder, key)
         else:
@@ -157,7 +166,7 @@ class CudaExecutor:
         self._device.enter()
         self._steps.clear()
         self._functions.clear()
-        for name in ("batch", "_inputs", "_candidates"):  # arrays over memory that is freed now
+        for name in ("batch", "_inputs", "_candidates", "_adapted", "adapters"):  # arrays over memory that is freed now
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
         self._device.close()
@@ -196,13 +205,13 @@ class CudaExecutor:
     def _enqueue(self, key: StepKey, mark: Callable[[], None]) -> list[int]:
         """Enqueue a step of these sizes, and call `mark` before its first kernel and after each; returns the calls' numbers in
         the program."""
-        tokens, rows, alone, runs = key
-        counts, needed = {"T": tokens, "R": rows}, {"always": True, "alone": alone, "runs": runs}
-        self._inputs.upload()
+        tokens, rows, alone, runs, changed = key
+        counts, needed = {"T": tokens, "R": rows}, {"always": True, "adapted": True, "alone": alone, "runs": runs}
+        self._inputs.upload(of_adapters=bool(changed))
         mark()
         numbers = []
         for number, call in enumerate(self.program.calls):
-            if counts[call.rows] and needed[call.when]:
+            if counts[call.rows] and needed[call.when] and is_needed(call, changed):
                 self._launch(call, counts[call.rows])
                 numbers.append(number)
                 mark()
@@ -260,8 +269,9 @@ class CudaExecutor:
                 return self._scratch + offset
             case KV():
                 return self._kv + self.program.kv.part_offset(arg)
-            case Adapter():
-                raise AssertionError("this backend makes no calls for adapters")
+            case Adapter(target):
+                assert self.adapters is not None, "no sequence has an adapter without slots"
+                return self.adapters.address(target)
 
 
 class _Inputs:
@@ -273,16 +283,20 @@ class _Inputs:
             **dict.fromkeys(("logit_rows", "candidates"), program.max_rows),
             **dict.fromkeys(("T", "R"), 1),
         }
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name, size in sizes.items():
-            self._offsets[name] = end
-            end += -(-4 * size // ALIGNMENT) * ALIGNMENT
+        of_adapters = {"adapters": program.max_sequences, "adapted": 1 + BLOCK_ROWS * program.max_tokens}
+        self._offsets, self._plain_bytes = _placed(sizes, 0)
+        end = self._plain_bytes
+        if program.adapters:
+            places, end = _placed(of_adapters, end)
+            self._offsets |= places
         self._memory, self._device = device.host_memory(end), device
         self._base = device.allocate(end, "activations")
+        sizes |= of_adapters
         self.arrays = {
             name: self._memory[offset : offset + 4 * sizes[name]].view(np.int32) for name, offset in self._offsets.items()
         }
+        if program.adapters:
+            self.arrays["adapters"][:] = NO_ADAPTER
 
     def address(self, name: str) -> int:
         """The address of an input on the device."""
@@ -292,9 +306,18 @@ class _Inputs:
         """Set the counts that kernels read as the number of their rows, from the next upload on."""
         self.arrays["T"][0], self.arrays["R"][0] = tokens, rows
 
-    def upload(self) -> None:
-        """Enqueue the copy of all inputs to the device."""
-        self._device.upload(self._base, self._memory)
+    def upload(self, *, of_adapters: bool = False) -> None:
+        """Enqueue the copy of all inputs to the device; those of adapters only if asked to."""
+        self._device.upload(self._base, self._memory if of_adapters else self._memory[: self._plain_bytes])
+
+
+def _placed(sizes: Mapping[str, int], start: int) -> tuple[dict[str, int], int]:
+    """The byte at which each of some arrays of int32 begins, one after the other from `start` on, and where they end."""
+    offsets = {}
+    for name, size in sizes.items():
+        offsets[name] = start
+        start += -(-4 * size // ALIGNMENT) * ALIGNMENT
+    return offsets, start
 
 
 def bucket(count: int) -> int:
@@ -321,18 +344,20 @@ def choose_arch(carried: tuple[str, ...], device: Device) -> str:
     return max(fitting)
 
 
-def kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, device: Device) -> int:
-    """The number of blocks of the KV cache, by default what the rest of the device's memory holds.
+def kv_blocks(program: Program, kv_memory: KvMemory, weight_bytes: int, device: Device, adapter_bytes: int = 0) -> int:
+    """The number of blocks of the KV cache, by default what the rest of the device's memory holds beside weights, slots of
+    adapters and activations.
 
     Raises `EngineError` where the cache does not fit.
     """
     activations, block_bytes = program.arena_bytes + program.scratch_bytes, program.kv.block_bytes
-    free = device.memory_bytes - weight_bytes - activations - GPU_RESERVE_BYTES
+    free = device.memory_bytes - weight_bytes - adapter_bytes - activations - GPU_RESERVE_BYTES
     if kv_memory == KvMemory():
         if free >= block_bytes:
             return min(free // block_bytes, program.max_sequences * program.max_blocks)
         kv_memory = KvMemory(tokens=BLOCK_SIZE)  # the least
-    sizes = f"weights ({weight_bytes / 2**30:.2f} GiB) and activations ({activations / 2**30:.2f} GiB)"
+    adapters = f", adapters ({adapter_bytes / 2**30:.2f} GiB)" if adapter_bytes else ""
+    sizes = f"weights ({weight_bytes / 2**30:.2f} GiB){adapters} and activations ({activations / 2**30:.2f} GiB)"
     blocks = kv_memory.blocks(STAGE, free, f"{sizes} on {device.name}", block_bytes)
     assert blocks is not None, "a size is asked for"
     return blocks

@@ -48,4 +48,7 @@ class CudaFactory(ExecutorFactory):
             raise EngineError(STAGE, "instruction set", found=request.isa, expected=expected)
         from belle_compile.runtime.executors.cuda import CudaExecutor
 
-        return CudaExecutor(request.directory, carried, kv_memory=request.kv_memory, number=request.local_rank)
+        return CudaExecutor(
+            request.directory, carried, kv_memory=request.kv_memory, number=request.local_rank,
+            adapter_slots=request.adapter_slots,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from belle_compile.runtime.adapters.basis import EngineBasis
-from belle_compile.runtime.adapters.factors import AdapterMemory
+from belle_compile.runtime.adapters.factors import AdapterSlots
 from belle_compile.runtime.adapters.peft import read_adapter
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import AdaptableExecutor, Executor
@@ -45,7 +45,7 @@ class AdapterBusy(EngineError):
 class Adapters:
     """Loads and unloads adapters while an engine runs. May be used by several threads."""
 
-    def __init__(self, memory: AdapterMemory, basis: EngineBasis, loop: StepLoop) -> None:
+    def __init__(self, memory: AdapterSlots, basis: EngineBasis, loop: StepLoop) -> None:
         self._memory, self._basis, self._loop = memory, basis, loop
         self._lock = threading.Lock()  # held while one is loaded or unloaded
         self._loaded: Mapping[str, LoadedAdapter] = {}  # replaced as a whole
@@ -85,7 +85,7 @@ class Adapters:
             known = next((each for each in self._loaded.values() if each.digest == adapter.digest), None)
             slot = self._free_slot() if known is None else known.slot
             if known is None:
-                self._memory.write(slot, adapter.changes)
+                self._memory.write(slot, adapter.changes, self._loop.call)
                 self._loop.call(partial(self._loop.scheduler.adapters.__setitem__, adapter.digest, slot))
             loaded = LoadedAdapter(name, adapter.directory, adapter.digest, adapter.rank, scale, slot)
             self._loaded = {**self._loaded, name: loaded}

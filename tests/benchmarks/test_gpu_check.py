@@ -21,7 +21,7 @@ from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.runtime.executors.choices import Choices
 from belle_compile.runtime.program_json import read_program
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import bundle, checks, findings, peers
+from benchmarks.gpu_check import adapters, bundle, checks, findings, peers
 from tests.interpreted import InterpretedDevice, interpreted_gpu
 from tests.parity.variants import VARIANTS, random_ids
 
@@ -119,6 +119,32 @@ def test_answers_of_a_small_engine(tmp_path: Path, interpreted_gpu: InterpretedD
     np.savez(folder / checks.EXPECTED, **spoilt)
     checks.check_small(folder, "sm_80", noted)
     assert not noted.found["right"] and noted.found["fastest"]["several"]["position"] == 3
+
+
+def test_adapters_of_a_small_engine(
+    tmp_path: Path, interpreted_gpu: InterpretedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits need not be those of the step that has other rows: the interpreter adds in an order that depends on their number."""
+    monkeypatch.setattr(adapters, "PLAN", ({0: 2, 1: 1, 3: 1}, {0: 1, 1: 2, 2: 3, 3: 2}))
+    monkeypatch.setattr(adapters, "TOKENS", 3)
+    monkeypatch.setattr(adapters, "same_bits", lambda found, wanted: np.allclose(found, wanted, atol=1e-4))
+    checkpoint = VARIANTS["llama_tied"](tmp_path / "checkpoint")
+    folder = tmp_path / adapters.FOLDER / "small-none"
+    bundle._with_adapters(checkpoint, random_ids(checkpoint, 4), "none", folder, "a100")
+    (tmp_path / "bundle.json").write_text('{"target": "a100", "arch": "sm_80"}')
+    assert gpu_check.dry_run(tmp_path)[0].startswith("adapters/small-none/rank0: ")
+    assert list(gpu_check.checks_of(tmp_path, False))[1] == "adapters/small-none"
+    noted = findings.Findings(tmp_path / "found.json")
+    (tmp_path / "work").mkdir()
+    checks.check_adapters(folder, "sm_80", noted, tmp_path / "work")
+    assert noted.found["right"] and len(noted.found["sequences"]) == 5, noted.found
+    with np.load(folder / checks.EXPECTED) as file:
+        logits = file["logits"]
+        np.savez(folder / checks.EXPECTED, ids=file["ids"], logits=logits[[1, 0, 2, 3]])
+    assert np.abs(logits[0] - logits[3]).max() > 0.3 * np.abs(logits).max(), "an adapter that is not applied is noticed"
+    (tmp_path / "again").mkdir()
+    checks.check_adapters(folder, "sm_80", noted, tmp_path / "again")
+    assert not noted.found["right"]
 
 
 def test_every_alternative_has_its_turn(tmp_path: Path, interpreted_gpu: InterpretedDevice) -> None:

@@ -67,13 +67,12 @@ def test_refusals_write_nothing(capsys: pytest.CaptureFixture[str], base: Path, 
     assert "found query, expected linear layers such as down_proj" in fail(
         capsys, *command, "--lora-rank", "4", "--lora-targets", "query"
     )
-    assert "found adapters for engines of one rank only" in fail(capsys, *command, "--lora-rank", "4", "--target", "cpux2")
+    for target in ("cpux2", "a100x2"):
+        assert "found adapters for engines of one rank only" in fail(capsys, *command, "--lora-rank", "4", "--target", target)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("backend", "target"), [("triton", "a100"), ("onnxruntime", "cpu"), ("torchscript", "cpu"), ("tensorrt", "t4")]
-)
+@pytest.mark.parametrize(("backend", "target"), [("onnxruntime", "cpu"), ("torchscript", "cpu"), ("tensorrt", "t4")])
 def test_other_backends_refuse_in_one_sentence(backend: str, target: str, base: Path, tmp_path: Path) -> None:
     options = {"quantization": "int8-accurate"} if backend == "tensorrt" else {}
     request = BuildRequest(base, tmp_path / "out", target=target, backend=backend, lora_rank=4, **options)  # type: ignore[arg-type]

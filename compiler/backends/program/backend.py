@@ -50,6 +50,9 @@ class ProgramBackend(Backend, Repartitionable):
         """All methods and fusions: lowering refuses an op that has no kernel, and names it."""
         return Passes()
 
+    def adapter_refusal(self, target: Target) -> str:
+        return "adapters for engines of one rank only" if target.ranks > 1 else ""
+
     def footprint(self, graphs: Sequence[ir.Model], target: Target, kv_cache: str = AUTO) -> list[Footprint]:
         return [self.footprint_of(self.lower(graph, 0, kv_cache)) for graph in graphs]
 

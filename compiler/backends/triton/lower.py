@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from belle_compile.compiler.backends.program import kernel
 from belle_compile.compiler.backends.program.kernel import View, round_up
+from belle_compile.compiler.backends.program.kernels import Columns
 from belle_compile.compiler.backends.program.lower import lower_graph
 from belle_compile.compiler.backends.program.lowering import (
     CandidatePlaces,
@@ -30,6 +33,7 @@ from belle_compile.compiler.backends.triton.kernels.base import STEP, Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import CAPACITY, ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear
+from belle_compile.compiler.backends.triton.kernels.low_rank import MOST_PARTS, Shrink
 from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import (
@@ -52,18 +56,34 @@ class TritonLowering(Lowering):
     kernels = Kernels(
         FloatLinear, QuantizedLinear, FloatEmbedding, QuantizedEmbedding, Norm, HeadNorm, Activation, BlockHadamard,
         QuantizeTokens, RotaryTable, Add, GatherRows, AppendKV, (("alone", AttendAlone), ("runs", AttendRuns)),
+        LowRank=Shrink,
     )  # fmt: skip
 
     def call(self, kernel: kernel.Kernel, node: ir.Node, rows: Rows, *operands: Operand, when: When = "always") -> None:
-        """Append a call of a kernel, or two calls for an activation that is computed in chunks of a row."""
+        """Append a call of a kernel, or the calls of several that compute it: an activation in chunks of a row, or changes of
+        low rank."""
         if isinstance(kernel, Activation) and kernel.chunked:
             first = ActivateChunks(kernel)
             maxima = Place(self.buffer(rows, first.chunks, "float32"), 0, first.chunks)
             *inputs, quantized, scales = operands
             super().call(first, node, rows, *inputs, maxima, quantized, scales, when=when)
             super().call(QuantizeChunks(first), node, rows, inputs[0], maxima, quantized, scales, when=when)
+        elif isinstance(kernel, Shrink):
+            self._low_rank(kernel, node, rows, *operands, when=when)
         else:
             super().call(kernel, node, rows, *operands, when=when)
+
+    def _low_rank(self, kernel: Shrink, node: ir.Node, rows: Rows, *operands: Operand, when: When) -> None:
+        """Append the two calls that compute changes of a few linears, as often as it takes for all of them."""
+        parts = kernel.columns.parts
+        before, regions, out = operands[: -len(parts) - 1], operands[-len(parts) - 1 : -1], operands[-1]
+        where = before[-3:]  # the rows with adapters, and the adapters of sequences
+        for first in range(0, len(parts), MOST_PARTS):
+            some = slice(first, first + MOST_PARTS)
+            shrink = replace(kernel, columns=Columns(parts[some]))
+            sums = Place(self.buffer(rows, shrink.sums.stride, "float32"), 0, shrink.sums.stride)
+            super().call(shrink, node, rows, *before, *regions[some], sums, when=when)
+            super().call(shrink.expand(), node, rows, *where, *regions[some], sums, out, when=when)
 
     def float_matrix(self, value: ir.Value | None) -> Weight:
         return self._matrix(value, "float32")

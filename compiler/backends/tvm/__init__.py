@@ -56,9 +56,6 @@ class TvmBackend(ProgramBackend):
     def tuning_refusal(self, target: Target) -> str:
         return ""
 
-    def adapter_refusal(self, target: Target) -> str:
-        return "adapters for engines of one rank only" if target.ranks > 1 else ""
-
     def lower(self, graph: ir.Model, unfused_calls: int, kv_cache: str) -> LoweredGraph:
         from belle_compile.compiler.backends.tvm.lower import lower
 

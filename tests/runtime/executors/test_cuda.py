@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from belle_compile.runtime.adapters.factors import Factors, write_slot
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.executors import cuda, cuda_device
+from belle_compile.runtime.executors import cuda, cuda_adapters, cuda_device
 from belle_compile.runtime.executors.choices import Choices, measure
 from belle_compile.runtime.executors.cuda_device import CudaDevice
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.host import GPU_RESERVE_BYTES
-from belle_compile.runtime.program import Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
+from belle_compile.runtime.program import AdapterLayout, Call, FusionCalls, Input, KVLayout, Launch, Logits, Program
 from belle_compile.runtime.program_json import program_to_json
 
 LAUNCH = Launch("symbol", 64, 60_000, (3, 2, 1), 16, 40, 0, ("IMMA",))
@@ -202,6 +203,33 @@ def test_weights_pass_through_pinned_memory_in_parts(monkeypatch: pytest.MonkeyP
     assert len(driver.named("cuMemFreeHost")) == 2, "the two that it passed through"
     device.close()
     assert len(driver.named("cuMemFreeHost")) == 3
+
+
+def test_adapters_are_copied_in_pieces_each_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_adapters, "_PIECE", 1000)
+    driver = Driver()
+    layout = AdapterLayout.of(4, {"one": (40, 20, "float16"), "two": (20, 30, "float32")})
+    slots = cuda_adapters.DeviceAdapterMemory(layout, 3, CudaDevice(driver, 0))
+    copied, steps = bytearray(layout.slot_bytes), []
+    change = Factors(*(np.ones(shape, np.float32) for shape in ((3, 20), 3, (30, 3))))
+
+    def between(copy: Any) -> None:
+        driver.calls.clear()
+        copy()
+        ((target, address, size, _),) = driver.named("cuMemcpyHtoDAsync")
+        block = next(block for start, block in driver.memory.items() if start == address)
+        start = target - slots.address("one") - 2 * layout.slot_bytes
+        copied[start : start + size] = block[:size].tobytes()
+        steps.append((start, size, driver.calls[-1][0]))
+
+    slots.write(2, {"two": change}, between)
+    assert [start for start, _, _ in steps] == [*range(0, layout.slot_bytes, 1000)]
+    assert max(size for _, size, _ in steps) == 1000 and {last for *_, last in steps} == {"cuStreamSynchronize"}
+    expected = np.zeros(layout.slot_bytes, np.uint8)
+    write_slot(layout, expected, {"two": change})
+    assert copied == expected.tobytes()
+    assert slots.targets(frozenset({2})) == {"two"} and slots.targets(frozenset({0})) == frozenset()
+    assert slots.address("two") - slots.address("one") == layout.regions["two"].offset
 
 
 @pytest.mark.parametrize(

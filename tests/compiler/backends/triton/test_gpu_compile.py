@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from belle_compile.compiler.backends.program.kernel import View
+from belle_compile.compiler.backends.program.kernels import Columns
 from belle_compile.compiler.backends.triton.compile import archive, compile_kernels, toolchain
 from belle_compile.compiler.backends.triton.kernels.activation import Activation, BlockHadamard, QuantizeTokens
 from belle_compile.compiler.backends.triton.kernels.attention import AttendAlone, AttendRuns
@@ -17,6 +18,7 @@ from belle_compile.compiler.backends.triton.kernels.base import Kernel
 from belle_compile.compiler.backends.triton.kernels.cache import AppendKV
 from belle_compile.compiler.backends.triton.kernels.candidates import ChunkMaxima, Collect
 from belle_compile.compiler.backends.triton.kernels.linear import FloatLinear, QuantizedLinear, Tile
+from belle_compile.compiler.backends.triton.kernels.low_rank import Shrink
 from belle_compile.compiler.backends.triton.kernels.norm import HeadNorm, Norm
 from belle_compile.compiler.backends.triton.kernels.rotary import RotaryTable
 from belle_compile.compiler.backends.triton.kernels.rows import Add, FloatEmbedding, GatherRows, QuantizedEmbedding
@@ -25,6 +27,10 @@ from belle_compile.runtime.host import GPU_ARCHS
 from belle_compile.runtime.program_json import seal
 
 WIDE = View(12288)
+ADAPTERS = (
+    Shrink(Columns(((0, 4096), (4096, 1024), (5120, 1024))), 4096, 16, 1 << 27, "float16", View(4096), View(6144), 1),
+    Shrink(Columns(((0, 11008), (11008, 11008))), 4096, 512, 1 << 30, "float32", View(4096), View(22016)),
+)
 KERNELS: tuple[Kernel, ...] = (
     Activation("swiglu", 11008, True, View(22016), View(22016, 11008), View(11008), 1, 256),
     AttendAlone(32, 32, 32, 128, 0.088, WIDE, View(4096), 128, "float16", True, False, WIDE, WIDE),
@@ -32,6 +38,7 @@ KERNELS: tuple[Kernel, ...] = (
     QuantizedLinear(12288, 4096, False, View(4096), WIDE, 1, Tile(1, 8, 1024, dots=True, stages=3)),
     QuantizedLinear(4096, 4096, True, View(4096), View(4096), 1, Tile(16, 32, 256, 4)),
     QuantizedLinear(4096, 4096, True, View(8192), View(4096), 2, Tile(64, 64, 128, 1, 4, 3)),
+    *(kernel for first in ADAPTERS for kernel in (first, first.expand())),
 )
 
 
@@ -54,6 +61,8 @@ OTHERS: tuple[Kernel, ...] = (
     ChunkMaxima(250880, View(250880)),
     Collect(250880, View(250880)),
     FloatLinear(4096, 4096, True, View(4096), View(4096)),
+    Shrink(Columns(((0, 4096),)), 16384, 64, 1 << 27, "float16", View(32768), View(4096), 2),
+    Shrink(Columns(((3, 107),)), 72, 6, 1 << 20, "float32", View(128, 7), View(192)).expand(),
 )
 
 SEAL = seal("a program")
