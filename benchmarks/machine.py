@@ -32,8 +32,13 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": date.today().isoformat(),
-        "command": " ".join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": " ".join([Path(sys.orig_argv[0]).name, *map(_portable, sys.orig_argv[1:])]),
     }
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of an absolute path: they mean nothing on another machine."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,7 @@ import pydoc_data.topics
 from collections.abc import Callable
 
 WINDOW = 512
-_EVERY = 4  # of four windows, one is held out
+HELD_OUT_EVERY = 4  # of four windows, one is held out
 
 
 def documentation() -> str:
@@ -17,8 +17,8 @@ def documentation() -> str:
 def windows(encode: Callable[[str], list[int]], calibration: int, held_out: int) -> tuple[list[list[int]], list[list[int]]]:
     """(windows to calibrate with, windows held out) of 512 tokens, spread over the text; no token is in both."""
     every = cut(encode(documentation()))
-    kept = [window for i, window in enumerate(every) if i % _EVERY == 0]
-    rest = [window for i, window in enumerate(every) if i % _EVERY]
+    kept = [window for i, window in enumerate(every) if i % HELD_OUT_EVERY == 0]
+    rest = [window for i, window in enumerate(every) if i % HELD_OUT_EVERY]
     return _spread(rest, calibration), _spread(kept, held_out)
 
 

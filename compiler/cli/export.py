@@ -25,7 +25,7 @@ _WHAT = options.together(
     click.option(
         "--keep-tied/--untie", default=None,
         help="Keep a head tied to the embedding, which leaves the residual stream as it is, or let the rotation give it a "
-        "table of its own.  [default: the format's]",
+        "table of its own; --untie also rotates the stream of a model whose head is its own.  [default: the format's]",
     ),
     click.option(
         "--granularity", type=click.Choice(["block", "channel"]), default=None,

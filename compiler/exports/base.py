@@ -78,8 +78,9 @@ class Format(ABC):
     the weights' scales that the format holds, keys of `GRANULARITIES`; the first is the default. `options` are the fields of
     `ExportRequest` among `OPTIONS` that the format takes. `default_dtype` is the type of tensors that keep floats (empty: 16
     bits, as the checkpoint has them). `keeps_tied` is the reason why a tied head stays so by default (empty: it gets a weight
-    of its own where the residual stream is rotated). `activations` are the record's words on how runtimes round activations
-    (empty: as the recipe says).
+    of its own where the residual stream is rotated). `smooths_instead` is the reason why a residual stream whose readers are
+    smoothed is not rotated by default, though the head is not tied (empty: it is rotated). `activations` are the record's words
+    on how runtimes round activations (empty: as the recipe says).
     """
 
     name: str
@@ -93,6 +94,7 @@ class Format(ABC):
     options: frozenset[str] = frozenset()
     default_dtype: str = ""
     keeps_tied: str = ""
+    smooths_instead: str = ""
     activations: str = ""
 
     @abstractmethod

@@ -34,6 +34,7 @@ class CompressedTensors(Format):
     granularities = (CHANNEL,)
     options = frozenset({"keep_tied", "dtype"})
     keeps_tied = "without the online rotation, SmoothQuant alone loses less, and a second table costs memory"
+    smooths_instead = "SmoothQuant alone loses less, and the rotation undoes its factors of norms"
     carries = Carries(
         methods=frozenset({"smooth", "rotate", "gptq"}),
         weights=INT8,

@@ -34,6 +34,7 @@ class Gguf(Format):
     default_dtype = "float32"
     activations = "int8, one scale for 32 channels of a token, found while running"
     keeps_tied = "llama.cpp rounds activations in blocks of 32, where the rotation is worth less than a second table costs"
+    smooths_instead = "channels that are sorted and smoothed lose less, and the rotation undoes both for what norms compute"
     carries = Carries(
         methods=frozenset({"reorder", "smooth", "rotate", "gptq"}),
         weights=INT8,

@@ -18,7 +18,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import FUSION, export_passes_of, passes_of, run_pipeline
 from belle_compile.passes.presets import INT8, Recipe
 
-_ROTATE = "rotate"
+_ROTATE, _SMOOTH = "rotate", "smooth"
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,26 @@ class Plan:
 
 
 def plan_of(job: ExportJob, model: ExportedModel) -> Plan:
-    """Decide which passes a job needs, and whether the residual stream of a model with its own architecture can be rotated,
-    which gives a tied head a weight of its own."""
+    """Decide which passes a job needs, and whether the residual stream of a model with its own architecture is rotated, which
+    gives a tied head a weight of its own."""
     format, recipe = job.format, job.recipe
     if format.backend is not None:
         return Plan(partial(_of_backend, format.backend, recipe))
     rotates = _ROTATE in recipe.methods
-    tied = _stays_tied(job, model) if rotates else ""
+    reason = _unrotated(job, model) if rotates else ""
     words = {"activations": format.activations} if format.activations else {}
     if rotates:
-        words["rotations"] = f"{'values' if tied else 'residual stream and values'}, folded into the weights"
+        words["rotations"] = f"{'values' if reason else 'residual stream and values'}, folded into the weights"
     passes = partial(
         export_passes_of,
         recipe,
         keep=() if format.quantizes_tables else (HEAD,),
-        norm="" if tied else model.release.norm,
+        norm="" if reason else model.release.norm,
         integers=format.integers and recipe.weights == INT8,
         tables=format.quantizes_tables,
     )
-    note = f"the residual stream is not rotated, because the head stays tied to the embedding: {tied}"
-    return Plan(passes, words, (note,) if tied else ())
+    note = f"the residual stream is not rotated, because {reason}"
+    return Plan(passes, words, (note,) if reason else ())
 
 
 def transform_engine(graph: ir.Model, format: Format, recipe: Recipe) -> None:
@@ -68,9 +68,11 @@ def _of_backend(backend: Backend, recipe: Recipe, data: CalibrationData | None) 
     return (*before, *fusions)
 
 
-def _stays_tied(job: ExportJob, model: ExportedModel) -> str:
-    """The reason why a tied head stays so; empty if it need not, or there is none."""
-    if not model.tied_head:
-        return ""
-    asked = {None: job.format.keeps_tied, True: "--keep-tied asks for it", False: ""}[job.request.keep_tied]
-    return model.release.tied_only.get(job.format.name, "") or asked
+def _unrotated(job: ExportJob, model: ExportedModel) -> str:
+    """The reason why the residual stream stays as it is; empty if it is rotated."""
+    format, asked = job.format, job.request.keep_tied
+    if model.tied_head:
+        default = {None: format.keeps_tied, True: "--keep-tied asks for it", False: ""}[asked]
+        reason = model.release.tied_only.get(format.name, "") or default
+        return f"the head stays tied to the embedding: {reason}" if reason else ""
+    return format.smooths_instead if _SMOOTH in job.recipe.methods and asked is not False else ""

@@ -29,7 +29,8 @@ class ExportRequest:
     `quantization`, `methods`, `template`, `reading`, `generation`, `calibration`, `raw_requests`, `gate`, `force` and
     `on_progress` are those of `BuildRequest`; an engine takes none of them but the last two. Methods of a preset that the
     format cannot carry are left out with a note; methods that are asked for by name are refused instead. With `keep_tied`, a
-    head that is tied to the embedding stays so, and the residual stream is not rotated (None: as the format does by default).
+    head that is tied to the embedding stays so, and the residual stream is not rotated; if it is False, the stream is rotated
+    wherever the method `rotate` is used (None: as the format does by default).
     `granularity` says which weights share a scale: those of an output channel, or of a block of inputs (None: the format's
     first; an engine's are those of channels). `dtype` is the type of tensors that keep floats. `runtime_python` is the Python
     interpreter in whose environment the gate looks for the format's runtime (None: this one).

@@ -76,6 +76,27 @@ def test_a_llama_as_vllm_loads_it(tmp_path: Path) -> None:
     assert torch.equal(tensors["model.norm.weight"], torch.ones(64, dtype=torch.float16)), "the head absorbs the norm's gain"
 
 
+def test_the_residual_stream_is_rotated_where_nothing_is_smoothed_or_on_request(tmp_path: Path) -> None:
+    """The rotation of a stream undoes the smoothing of what its norms compute, and loses more."""
+    source = llama(tmp_path / "llama")
+    calibrated = {"calibration": requests(source), "gate": None}
+    gains = {}
+    for name, options in {
+        "smoothed": calibrated,
+        "kept": calibrated | {"keep_tied": True},
+        "asked": calibrated | {"keep_tied": False},
+        "uncalibrated": {},
+        "not smoothed": calibrated | {"methods": ("rotate", "gptq")},
+    }.items():
+        out, record = export(source, "compressed-tensors", **options)
+        rotated = record["quantization"]["rotations"].startswith("residual stream and values")
+        assert rotated == (name in ("asked", "uncalibrated", "not smoothed")), name
+        assert rotated != any("not rotated, because SmoothQuant alone loses less" in note for note in record["notes"]), name
+        gains[name] = load_file(out / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    ones = torch.ones(64, dtype=torch.float16)
+    assert {name for name, gain in gains.items() if torch.equal(gain, ones)} == {"asked", "uncalibrated", "not smoothed"}
+
+
 def test_a_bloom_as_vllm_loads_it(tmp_path: Path) -> None:
     source = bloom(tmp_path / "bloom")
     out, record = export(source, "compressed-tensors", calibration=requests(source), gate=None)

@@ -273,6 +273,15 @@ def test_the_default_reorders_and_smooths_channels(tmp_path: Path) -> None:
     assert np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()) < 0.06
 
 
+def test_sorted_and_smoothed_channels_are_not_rotated_but_on_request(tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama")
+    calibrated = {"calibration": requests(source), "gate": None}
+    for options, rotated in ((calibrated, False), (calibrated | {"keep_tied": False}, True), ({}, True)):
+        _, record = export(source, "gguf", **options)
+        assert record["quantization"]["rotations"].startswith("residual stream and values") == rotated
+        assert any("not rotated, because channels that are sorted" in note for note in record["notes"]) != rotated
+
+
 def test_metadata_of_a_llama(tmp_path: Path) -> None:
     source = llama(tmp_path / "llama")
     (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5, "eos_token_id": [2, 3]}))
