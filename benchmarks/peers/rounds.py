@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.peers.convert import Ready
 from benchmarks.peers.home import FOLDER, last_line
+from benchmarks.processes import machine_seconds
 from benchmarks.tasks import TASKS, Task
 
 QUIET_CORES = 0.12  # others may use this much while the machine counts as quiet
@@ -106,16 +107,11 @@ def wait_until_quiet(limit: float) -> float | None:
     """Seconds waited until one second passed with almost no processor time used; None when the limit came first."""
     start = time.monotonic()
     while time.monotonic() - start < limit:
-        before = _busy_seconds()
+        before = machine_seconds()
         time.sleep(1)
-        if _busy_seconds() - before < QUIET_CORES:
+        if machine_seconds() - before < QUIET_CORES:
             return round(time.monotonic() - start, 1)
     return None
-
-
-def _busy_seconds() -> float:
-    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    return (sum(ticks[:3]) + sum(ticks[5:8])) / os.sysconf("SC_CLK_TCK")
 
 
 def _short(sample: Line) -> str:

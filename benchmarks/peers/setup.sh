@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes one virtual environment per peer under PEERS_HOME, with pinned versions; safe to run again.
 #
-#   setup.sh [llama|ct2|ort|ov|hf ...]        no argument: all of them
+#   setup.sh [llama|ct2|ort|ov|hf|aiperf|vllm|llama-server ...]        no argument: the first five
 #
-# The hf environment is always made: it holds the converters and the reference. PYTHON chooses the interpreter.
+# The hf environment is made beside each of the first five: it holds the converters and the reference. The others are for
+# benchmarks/serving: its client, and servers. PYTHON chooses the interpreter.
 # Where it fails, the last line on stderr says why.
 set -euo pipefail
 
@@ -23,7 +24,10 @@ case $home in *[[:space:]]*) fail "PEERS_HOME must not contain spaces, because i
     fail "'$python' cannot make virtual environments: apt install python3-venv (Debian, Ubuntu)"
 [ $# -gt 0 ] || set -- llama ct2 ort ov hf
 for peer in "$@"; do
-    case $peer in llama | ct2 | ort | ov | hf) ;; *) fail "unknown peer '$peer'; expected llama, ct2, ort, ov or hf" ;; esac
+    case $peer in
+    llama | ct2 | ort | ov | hf | aiperf | vllm | llama-server) ;;
+    *) fail "unknown peer '$peer'; expected llama, ct2, ort, ov, hf, aiperf, vllm or llama-server" ;;
+    esac
 done
 mkdir -p "$home"/{build,venvs,wheels,models,engines} || fail "cannot write to PEERS_HOME ($home)"
 
@@ -70,9 +74,39 @@ llama_wheel() {
     pip_install "$1" --no-deps "${wheels[0]}"
 }
 
-install hf torch_first
+# llama-server, from the source that the llama environment's library is compiled from. Nothing is downloaded while it is built.
+llama_server() {
+    local source=$home/build/llama_cpp_python-$llama_version venv=$home/venvs/llama-server log=$home/build/llama-server.log
+    if [ "$(cat "$venv/installed.txt" 2>/dev/null)" = "llama_cpp_python==$llama_version" ]; then say "llama-server: up to date"; return; fi
+    command -v cmake >/dev/null || fail "llama-server needs cmake: apt install cmake (Debian, Ubuntu)"
+    command -v "${CXX:-g++}" >/dev/null || fail "llama-server needs a C++ compiler: apt install g++ (Debian, Ubuntu)"
+    if [ ! -d "$source" ]; then
+        "$python" -m pip download -qq --disable-pip-version-check --no-deps --no-binary llama_cpp_python \
+            -d "$home/build" "llama_cpp_python==$llama_version" || fail "pip could not download llama.cpp's source"
+        tar xzf "$source.tar.gz" -C "$home/build" && rm "$source.tar.gz"
+    fi
+    say "llama-server: compiling with $jobs jobs (log: $log)"
+    cp "$here/amxfix.h" "$home/build/amxfix.h"
+    local flags="-include $home/build/amxfix.h"
+    { cmake -S "$source/vendor/llama.cpp" -B "$source/server" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
+        -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+        -DLLAMA_OPENSSL=OFF -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" &&
+        cmake --build "$source/server" --target llama-server -j "$jobs"; } >"$log" 2>&1 ||
+        { tail -n 30 "$log" >&2; fail "llama-server could not be compiled (see $log)"; }
+    mkdir -p "$venv/bin"
+    cp "$source/server/bin/llama-server" "$venv/bin/"
+    echo "llama_cpp_python==$llama_version" >"$venv/installed.txt"
+    rm -r "$source"
+    say "llama-server: done"
+}
+
+for peer in "$@"; do
+    case $peer in aiperf | vllm | llama-server) ;; *) install hf torch_first; break ;; esac
+done
 for peer in "$@"; do
     case $peer in
+    llama-server) llama_server ;;
+    vllm) install vllm torch_first ;;
     llama) install llama llama_wheel ;;
     ov) install ov; install ov-export torch_first ;;
     hf) ;;
