@@ -36,7 +36,8 @@ class BuildRequest:
     the choice of what builds, for a backend with several libraries. `template` replaces the checkpoint's prompt template, by
     name or as a Jinja file. `reading` holds what else says how the checkpoint is read. `generation` changes the generation
     defaults (see `changed_defaults`). `tune` measures on this host which kernel variants suit this model's shapes, which takes
-    minutes and may differ from one build to the next.
+    minutes and may differ from one build to the next. Without `fuse`, ops are fused only where the backend has no kernels for
+    them otherwise.
 
     With a `lora_rank`, the engine takes adapters of up to that rank at run time, for the linears whose names are or end with
     one of `lora_targets` (empty: all but the head).
@@ -67,6 +68,7 @@ class BuildRequest:
     dump_ir: Path | None = None
     force: bool = False
     tune: bool = False
+    fuse: bool = True
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     calibration: Path | None = None

@@ -189,7 +189,7 @@ def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
     """Raise CompileError, before anything takes long, if the model exceeds the target's memory or cannot be divided among the
     ranks. Only passes that need no requests are run for that. Returns the graph before its linears are quantized, None if they
     are not."""
-    before, fusions = carried(_passes(job), job.backend, job.applied)
+    before, fusions = carried(_passes(job), job.backend, job.applied, fuse=job.request.fuse)
     stages = _Stages(before, job.recipe)
     whole = graph.clone()
     run_pipeline(whole, before, on_pass=stages.observer)
@@ -225,7 +225,7 @@ def _kept(
 
 def _optimize(job: Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:
     ranks = job.target.ranks
-    before, fusions = carried(passes, job.backend, job.applied)
+    before, fusions = carried(passes, job.backend, job.applied, fuse=job.request.fuse)
     stages = _Stages(before, job.recipe, effects.observe)
     graphs, records = run_for(graph.clone(), (*before, *fusions), ranks, job.request.dump_ir, stages.observer)
     whole = stages.observer.after(before[-1])

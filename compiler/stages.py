@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from belle_compile.compiler.backends import Backend
+from belle_compile.passes.base import Phase
 from belle_compile.passes.partition.partition_tensors import PartitionTensors
 from belle_compile.passes.pipeline import at_fusion, run_for, run_pipeline
 
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
     from belle_compile.passes.presets import Recipe
 
 
-def carried(passes: Sequence[Pass], backend: Backend, recipe: Recipe) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """Split `passes` into those on the whole model and the fusing ones after them that the backend carries."""
-    before, fusions = at_fusion(passes)
+def carried(
+    passes: Sequence[Pass], backend: Backend, recipe: Recipe, *, fuse: bool = True
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """Split `passes` into those on the whole model and those after them on each rank's graph: of those that fuse, only the ones
+    that the backend carries, or without `fuse` only those that it needs."""
+    before, after = at_fusion(passes)
     passes_of_backend = backend.passes(recipe)
-    return before, tuple(step for step in fusions if passes_of_backend.carries_fusion(step.name))
+    carried_steps = [step for step in after if passes_of_backend.carries_fusion(step.name)]
+    needed = passes_of_backend.needed
+    return before, tuple(step for step in carried_steps if fuse or step.phase is not Phase.FUSION or step.name in needed)
 
 
 def divided(whole: ir.Model, fusions: Sequence[Pass], ranks: int) -> list[ir.Model]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+SCALED_PRODUCTS = frozenset({"fuse-dequantize"})  # needed where kernels of integer products scale their sums themselves
 TUNING = "tune-kernels"  # name of the manifest's record of the kernels measured for an engine
 ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
 FIXED_BYTES = 32 << 20  # kernels, runtime library, tokenizer, program
@@ -38,10 +39,14 @@ _REMEDY = "see `belle-compile targets`"
 
 @dataclass(frozen=True)
 class Passes:
-    """The names of the methods and of the fusing passes whose results a backend can compile; None stands for all of them."""
+    """The names of the methods and of the fusing passes whose results a backend can compile; None stands for all of them.
+
+    `needed` are the fusing passes without which ops are left that it has no kernels for: they run in builds without fusion too.
+    """
 
     methods: frozenset[str] | None = None
     fusions: frozenset[str] | None = None
+    needed: frozenset[str] = frozenset()
 
     def carries_method(self, name: str) -> bool:
         return self.methods is None or name in self.methods

@@ -11,6 +11,7 @@ from belle_compile.compiler.backends.base import (
     FIXED_BYTES,
     ITEM_BYTES,
     PROCESS_BYTES,
+    SCALED_PRODUCTS,
     Backend,
     CompileOptions,
     Footprint,
@@ -111,7 +112,7 @@ class OnnxRuntimeBackend(Backend):
         return (CUDA,) if _GPU_ARCHS.intersection(device.isas) else _ISAS.get(device.arch, ())
 
     def passes(self, recipe: Recipe) -> Passes:
-        return Passes(fusions=_FUSIONS)
+        return Passes(fusions=_FUSIONS, needed=SCALED_PRODUCTS)
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:

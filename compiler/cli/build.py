@@ -49,6 +49,10 @@ _CALIBRATION = options.together(
 )  # fmt: skip
 _HOW = options.together(
     click.option("--dump-ir", type=options.PATH, metavar="DIR", help="Write the graph after each pass, as text and as ONNX."),
+    click.option(
+        "--fuse/--no-fuse", default=True, show_default=True,
+        help="Fuse ops into fewer kernels. Without, for comparison, only where there is no kernel for the single op.",
+    ),
     click.option("--tune", is_flag=True, help="Measure on this host which kernel variants are fastest; takes some minutes."),
     click.option(
         "--drift/--no-drift", default=None,

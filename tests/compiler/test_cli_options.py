@@ -15,7 +15,7 @@ OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
         "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1", "--min-accuracy-kept", "--no-gate",
-        "--tune", "--drift", "--force", "--generation-defaults", "--lora-rank", "--lora-targets", *LIBRARY, *READING,
+        "--tune", "--fuse", "--drift", "--force", "--generation-defaults", "--lora-rank", "--lora-targets", *LIBRARY, *READING,
         *REPORTING,
     },
     "edit": {"--generation-defaults"},

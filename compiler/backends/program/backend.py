@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from belle_compile.compiler.backends.base import (
     FIXED_BYTES,
+    SCALED_PRODUCTS,
     Backend,
     Footprint,
     KVCache,
@@ -48,7 +49,7 @@ class ProgramBackend(Backend, Repartitionable):
 
     def passes(self, recipe: Recipe) -> Passes:
         """All methods and fusions: lowering refuses an op that has no kernel, and names it."""
-        return Passes()
+        return Passes(needed=SCALED_PRODUCTS)
 
     def adapter_refusal(self, target: Target) -> str:
         return "adapters for engines of one rank only" if target.ranks > 1 else ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from belle_compile.compiler.backends.base import (
     FIXED_BYTES,
     ITEM_BYTES,
+    SCALED_PRODUCTS,
     Backend,
     CompileOptions,
     Footprint,
@@ -75,7 +76,7 @@ class TensorRtBackend(Backend):
         return tuple(isa for isa in device.isas if isa in ARCHS)
 
     def passes(self, recipe: Recipe) -> Passes:
-        return Passes(fusions=_FUSIONS)
+        return Passes(fusions=_FUSIONS, needed=SCALED_PRODUCTS)
 
     def refusal(self, target: Target, recipe: Recipe) -> str:
         if target.ranks > 1:
