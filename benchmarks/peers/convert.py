@@ -191,7 +191,15 @@ def _to_ov(model: Path, out: Path, form: str) -> float:
 
 def _to_vllm(model: Path, out: Path, form: str) -> float:
     """Our export to compressed-tensors, rounded to nearest."""
-    export = [sys.executable, "-m", "belle_compile.compiler", "export", model, "--format", "compressed-tensors"]
+    export: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "belle_compile.compiler",
+        "export",
+        model,
+        "--format",
+        "compressed-tensors",
+    ]
     run_logged([*export, "-o", out], f"vllm-{model.name}-{form}")
     return float(weights_read(model))
 

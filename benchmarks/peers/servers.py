@@ -74,7 +74,7 @@ class ServerRow:
             model,
             ready=self.ready,
             ready_s=self.ready_s,
-            environment={"OMP_NUM_THREADS": str(threads), **self.variables},
+            environment=self.variables,
             log=log,
         )
 

@@ -105,7 +105,7 @@ def _start(
                 message = {"role": "user", "content": f"{number}: 你好"}
                 server.post("/v1/chat/completions", {"messages": [message], "max_tokens": 16, "temperature": 0})
         except (NotReadyError, OSError) as error:
-            record({"server": one.row.name, "caches": caches, "error": f"{error} (see {log})"})
+            record({"server": one.row.name, "caches": caches, "error": str(error)})
             server.stop()
             continue
         server.pause()

@@ -156,14 +156,21 @@ def run(
             with CpuMeter({"client": process.pid, "server": server.process}) as meter:
                 status = process.wait(seconds + _GRACE_S + _STARTING_S)
         except subprocess.TimeoutExpired:
-            raise AIPerfError(f"AIPerf did not end, see {log}") from None
+            raise AIPerfError("AIPerf did not end") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if status:
-        raise AIPerfError(f"AIPerf: {last_line(log.read_text(encoding='utf-8', errors='replace'), status)} (see {log})")
-    return sample(read_records(folder / "out" / "profile_export.jsonl"), seconds, meter)
+    records = folder / "out" / "profile_export.jsonl"
+    if status or not records.is_file():
+        raise AIPerfError(f"AIPerf: {_why(log.read_text(encoding='utf-8', errors='replace'), status)}")
+    return sample(read_records(records), seconds, meter)
+
+
+def _why(text: str, status: int) -> str:
+    """The last error in what AIPerf has printed; its very last lines name files."""
+    errors = [line for line in text.splitlines() if " ERROR " in line]
+    return last_line(errors[-1], status) if errors else f"status {status} and no records, without an error"
 
 
 def read_records(path: Path) -> list[Request]:
