@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 import time
 from bisect import bisect_left
@@ -25,6 +27,13 @@ def descendants(process: int) -> list[int]:
         for child in started:
             found += [child, *descendants(child)]
     return found
+
+
+def signal_tree(process: int, number: signal.Signals) -> None:
+    """Send a signal to `process` and its descendants, such as SIGSTOP to those that are not measured now."""
+    for each in (process, *descendants(process)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, number)
 
 
 def cpu_seconds(process: int) -> dict[int, float]:

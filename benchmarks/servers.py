@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.processes import descendants
+from benchmarks.processes import signal_tree
 
 READY_S = 120.0
 _STOP_S = 60.0
@@ -80,16 +80,11 @@ class ServerProcess:
 
     def pause(self) -> None:
         """Stop the server's processes, so that they take nothing from what is measured beside them."""
-        self._signal(signal.SIGSTOP)
+        signal_tree(self._process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let the server's processes go on."""
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in (self._process.pid, *descendants(self._process.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+        signal_tree(self._process.pid, signal.SIGCONT)
 
     def _is_ready(self) -> bool:
         try:

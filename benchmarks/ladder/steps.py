@@ -1,0 +1,103 @@
+"""The steps of the ladder, the engines that they need, and the files of requests that all of them answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from belle_compile.compiler.driver import BuildRequest, build
+from belle_compile.runtime import Engine
+from benchmarks.serving.workloads import Chat
+
+
+@dataclass(frozen=True)
+class Built:
+    """How an engine is built: a preset, with or without fused kernels, for so many ranks."""
+
+    quantization: str
+    fuse: bool = True
+    ranks: int = 1
+
+
+ENGINES = {
+    "float32-unfused": Built("none", fuse=False),
+    "float32": Built("none"),
+    "int8-unfused": Built("int8", fuse=False),
+    "int8": Built("int8"),
+    "int8-ranks": Built("int8", ranks=2),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A way to answer requests, which differs from the step before in what `title` says.
+
+    `way` is a class of benchmarks/ladder/ways.py, `engine` one of `ENGINES`; Transformers has the checkpoint itself.
+    """
+
+    name: str
+    title: str
+    way: str
+    engine: str = ""
+    kv_cache: bool = True
+    prefix_cache: bool = False
+    result_cache: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return ENGINES[self.engine].ranks if self.engine else 1
+
+    def settings(self, path: Path, threads: int) -> dict[str, Any]:
+        """What the process of the step is told; `path` is its engine or checkpoint."""
+        return asdict(self) | {"path": str(path.absolute()), "ranks": self.ranks, "threads": threads}
+
+
+STEPS = (
+    Step("recompute", "Transformers, float32, one at a time, no KV cache", "transformers", kv_cache=False),
+    Step("kv-cache", "KV cache", "transformers"),
+    Step("compiled", "compiled, without fusion", "one", "float32-unfused"),
+    Step("fusion", "fused kernels", "one", "float32"),
+    Step("int8", "INT8", "one", "int8"),
+    Step("padded", "dynamic batches, sorted by length and padded", "padded", "int8"),
+    Step("continuous", "continuous batches", "continuous", "int8"),
+    Step("prefix-cache", "prefix cache", "continuous", "int8", prefix_cache=True),
+    Step("result-cache", "result cache", "continuous", "int8", prefix_cache=True, result_cache=True),
+    Step("ranks", "two ranks", "continuous", "int8-ranks", prefix_cache=True, result_cache=True),
+)
+
+
+def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool) -> Path:
+    """Build an engine for a target of one rank, or for several of them; `reuse` keeps one that is there."""
+    built = ENGINES[name]
+    if not (reuse and (out / "manifest.json").is_file()):
+        whole = target if built.ranks == 1 else f"{target}x{built.ranks}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        build(BuildRequest(checkpoint, out, target=whole, quantization=built.quantization, fuse=built.fuse, force=True))
+    return out
+
+
+class Asked(NamedTuple):
+    """A request: the tokens of its prompt, and how many it is answered with."""
+
+    prompt: list[int]
+    tokens: int
+
+
+def write_requests(engine: Engine, chats: Sequence[Chat], longest: int, path: Path) -> None:
+    """Write the first question of each chat in the tokens of an engine, for all steps; longer prompts are left out."""
+    with path.open("w", encoding="utf-8") as file:
+        for system, (question, *_) in chats:
+            messages = [
+                *([{"role": "system", "content": system}] if system else []),
+                {"role": "user", "content": question.text},
+            ]
+            prompt = engine.encode(messages)
+            if len(prompt) + question.answer_tokens <= longest:
+                file.write(json.dumps([prompt, question.answer_tokens]) + "\n")
+
+
+def read_requests(path: Path) -> list[Asked]:
+    return [Asked(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
