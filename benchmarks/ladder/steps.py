@@ -87,16 +87,17 @@ class Asked(NamedTuple):
 
 
 def write_requests(engine: Engine, chats: Sequence[Chat], longest: int, path: Path) -> None:
-    """Write the first question of each chat in the tokens of an engine, for all steps; longer prompts are left out."""
-    with path.open("w", encoding="utf-8") as file:
-        for system, (question, *_) in chats:
-            messages = [
-                *([{"role": "system", "content": system}] if system else []),
-                {"role": "user", "content": question.text},
-            ]
-            prompt = engine.encode(messages)
-            if len(prompt) + question.answer_tokens <= longest:
-                file.write(json.dumps([prompt, question.answer_tokens]) + "\n")
+    """Write the first question of each chat in the tokens of an engine, for all steps; those that are longer with their answers
+    are left out. Raises SystemExit where none is left."""
+    lines = []
+    for system, (question, *_) in chats:
+        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question.text}]
+        prompt = engine.encode(messages)
+        if len(prompt) + question.answer_tokens <= longest:
+            lines.append(json.dumps([prompt, question.answer_tokens]) + "\n")
+    if not lines:
+        raise SystemExit(f"ladder: no request has at most {longest} tokens with its answer.")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_requests(path: Path) -> list[Asked]:

@@ -184,6 +184,8 @@ def test_requests_are_the_same_tokens_for_all_steps(engine: Path, requests: Path
     with Engine.load(engine) as loaded:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 0"}]
         assert found[0].prompt == loaded.encode(messages)
+        with pytest.raises(SystemExit, match="no request has at most 3 tokens"):
+            write_requests(loaded, [Chat("", (Question("What", 3),))], 3, requests.with_name("none"))
 
 
 @pytest.mark.parametrize(
