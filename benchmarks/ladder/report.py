@@ -11,7 +11,7 @@ from benchmarks.report import import_pyplot, save, table
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/performance.md")
 BEGIN, END = (
-    "<!-- from benchmarks/results/ladder-*.json: python -m benchmarks.ladder --report -->",
+    "<!-- python -m benchmarks.ladder --report writes this part -->",
     "<!-- end of the ladder -->",
 )
 Result = dict[str, Any]
