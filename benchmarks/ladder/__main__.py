@@ -6,10 +6,10 @@
     python -m benchmarks.ladder --report                                     # table and plot again
 
 All steps answer the same requests: questions of the file (JSON lines with `question` and `std_answer`) in the frequencies of
-Zipf's law behind one system prompt. Every step is measured with the step before it, in turns, each in a process of its own that
-is stopped while the other runs; ratios are medians of neighbours. A sample is a closed loop of --users. To find how many users
-get 99% of their answers within the limits, their number is doubled until they do not, and then the number between the last two
-is tried. With --target, the same is run on another device that the compiler builds for.
+Zipf's law behind one system prompt, with up to 32 tokens each. Every step is measured with the step before it, in turns, each
+in a process of its own that is stopped while the other runs; ratios are medians of neighbours. A sample is a closed loop of
+--users. To find how many users get 99% of their answers within the limits, their number is doubled until they do not, and then
+the number between the last two is tried. With --target, the same is run on another device that the compiler builds for.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(
         with ExitStack() as stack:
             workers = []
             for step in pair:
-                settings = step.settings(folders[step.engine], arguments.threads)
+                settings = step.settings(folders[step.engine], arguments.threads, arguments.device)
                 workers.append(stack.enter_context(Worker(step.name, settings, logs / f"{step.name}.log")))
             found = measure_pair(workers, requests, arguments)
             found["held"] = {}
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> Path:
     path: Path = arguments.out / f"ladder-{name}.json"
     result: Line = {
         "model": name, "target": arguments.target, "users": arguments.users, "rounds": arguments.rounds,
-        "seconds": arguments.seconds, "threads": arguments.threads, "workload": WORKLOAD.describe(),
+        "seconds": arguments.seconds, "threads": arguments.threads or len(host.usable_cores()), "workload": WORKLOAD.describe(),
         "questions": len(questions),
         "requests": {"file": arguments.requests.name, "sha256": hashlib.sha256(arguments.requests.read_bytes()).hexdigest()},
         "limits": {"first_token_s": FIRST_TOKEN_LIMIT_S, "token_s": TOKEN_LIMIT_S, "share": HELD},
@@ -177,8 +177,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of one sample; users are tried for half as long")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 6 seconds")
-    parser.add_argument("--threads", type=int, default=len(host.usable_cores()))
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 6 seconds")
+    parser.add_argument("--threads", type=int, help="by default all cores")
+    parser.add_argument("--device", default="cpu", help="where Transformers' model runs, such as cuda")
     parser.add_argument("--reuse", action="store_true", help="take engines in build/engines as they are")
     parser.add_argument("--no-claims", action="store_true", help="measure the steps only")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
@@ -186,7 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write tables and plot again, from the results")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.seconds = 3, 6.0
+        arguments.rounds, arguments.seconds = 2, 6.0
     if not arguments.report and (arguments.requests is None or arguments.model is None):
         parser.error("a measurement needs a MODEL and --requests FILE")
     return arguments

@@ -116,7 +116,7 @@ def int8(engines: Mapping[str, Engine], rounds: int) -> dict[str, Any]:
     return found
 
 
-def measure(folders: Mapping[str, Path], threads: int, rounds: int) -> dict[str, Any]:
+def measure(folders: Mapping[str, Path], threads: int | None, rounds: int) -> dict[str, Any]:
     """Measure all claims on the engines of a model, by their names in `steps.ENGINES`."""
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}

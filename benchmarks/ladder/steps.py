@@ -50,9 +50,9 @@ class Step:
     def ranks(self) -> int:
         return ENGINES[self.engine].ranks if self.engine else 1
 
-    def settings(self, path: Path, threads: int) -> dict[str, Any]:
-        """What the process of the step is told; `path` is its engine or checkpoint."""
-        return asdict(self) | {"path": str(path.absolute()), "ranks": self.ranks, "threads": threads}
+    def settings(self, path: Path, threads: int | None = None, device: str = "cpu") -> dict[str, Any]:
+        """What the process of the step is told; `path` is its engine or checkpoint, `device` where Transformers' model runs."""
+        return asdict(self) | {"path": str(path.absolute()), "ranks": self.ranks, "threads": threads, "device": device}
 
 
 STEPS = (
@@ -79,6 +79,9 @@ def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool
     return out
 
 
+LONGEST_ANSWER = 32  # tokens: the first step computes all tokens again for each
+
+
 class Asked(NamedTuple):
     """A request: the tokens of its prompt, and how many it is answered with."""
 
@@ -92,9 +95,9 @@ def write_requests(engine: Engine, chats: Sequence[Chat], longest: int, path: Pa
     lines = []
     for system, (question, *_) in chats:
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question.text}]
-        prompt = engine.encode(messages)
-        if len(prompt) + question.answer_tokens <= longest:
-            lines.append(json.dumps([prompt, question.answer_tokens]) + "\n")
+        prompt, tokens = engine.encode(messages), min(question.answer_tokens, LONGEST_ANSWER)
+        if len(prompt) + tokens <= longest:
+            lines.append(json.dumps([prompt, tokens]) + "\n")
     if not lines:
         raise SystemExit(f"ladder: no request has at most {longest} tokens with its answer.")
     path.write_text("".join(lines), encoding="utf-8")

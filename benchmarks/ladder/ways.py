@@ -53,8 +53,10 @@ class Transformers(OneAtATime):
 
         from benchmarks.simulation import load_fp32
 
-        torch.set_num_threads(settings["threads"])
-        self._torch, self._model, self._kv_cache = torch, load_fp32(Path(settings["path"])), settings["kv_cache"]
+        if settings["threads"]:
+            torch.set_num_threads(settings["threads"])
+        self._torch, self._device, self._kv_cache = torch, settings["device"], settings["kv_cache"]
+        self._model = load_fp32(Path(settings["path"])).to(self._device)
         self._forward_s, self._began = 0.0, 0.0
         self.ends: list[float] = []
         self._model.register_forward_pre_hook(self._begin)
@@ -64,12 +66,14 @@ class Transformers(OneAtATime):
         self._began = _clock()
 
     def _end(self, *_: Any) -> None:
+        if self._device != "cpu":
+            self._torch.accelerator.synchronize()
         self.ends.append(_clock())
         self._forward_s += self.ends[-1] - self._began
 
     def answer(self, asked: Asked) -> Served:
         self._forward_s, self.ends = 0.0, []
-        ids = self._torch.tensor([asked.prompt])
+        ids = self._torch.tensor([asked.prompt], device=self._device)
         started = _clock()
         with self._torch.inference_mode():
             self._model.generate(
@@ -84,7 +88,7 @@ class _Engine:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         result_cache = "memory" if settings["result_cache"] else None
-        threads = settings["threads"] // settings["ranks"] or 1
+        threads = settings["threads"] and (settings["threads"] // settings["ranks"] or 1)
         self.engine = Engine.load(
             settings["path"], threads=threads, prefix_cache=settings["prefix_cache"], result_cache=result_cache
         )

@@ -18,7 +18,7 @@ from benchmarks.ladder.worker import RESULT
 from benchmarks.peers.home import last_line
 from benchmarks.processes import signal_tree
 
-_START_S, _LONGEST_S, _END_S = 600.0, 900.0, 30.0
+_START_S, _LONGEST_S, _END_S = 600.0, 1800.0, 30.0
 
 
 class StepError(Exception):
