@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("tvm")  # the build extra, which the benchmarks need
 pytest.importorskip("tomllib")  # Python 3.11, which the peers need
 
+from belle_compile.compiler.driver import BuildRequest, build
 from benchmarks.engines import SHAPES
 from benchmarks.peers import servers
 from benchmarks.peers.home import VENVS, PeersError
@@ -37,7 +38,7 @@ from benchmarks.serving.workloads import (
     workloads,
     write_dataset,
 )
-from tests.parity.engines import BEST_ISA, Builder
+from tests.parity.engines import BEST_ISA
 
 QUESTIONS = [Question(f"question {number}", 16 + number) for number in range(30)]
 GREEDY_USERS = Workload("users-2", Closed(2))
@@ -319,12 +320,16 @@ PROGRAM = VENVS / "aiperf" / "bin" / "aiperf"
 
 
 @pytest.mark.skipif(not PROGRAM.exists(), reason="benchmarks/peers/setup.sh aiperf has not been run here")
-def test_aiperf_loads_a_server(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    engine = Builder(tmp_path_factory.mktemp("engines")).engine("llama_gqa", "int8", (BEST_ISA,))
+def test_aiperf_loads_a_server(tmp_path: Path) -> None:
+    bloom = Path(__file__).parents[1] / "fixtures" / "tiny-bloom-trained"
+    engine = build(BuildRequest(str(bloom), tmp_path / "engine", isas=(BEST_ISA,), drift=False))
     (tmp_path / "tokenizer").mkdir()
     tokenizer = write_tokenizer(engine, tmp_path / "tokenizer")
     workload = Workload("chats", Closed(2), shared_system_prompt=True, turns=2)
-    sent = [chat._replace(system="Be brief.") for chat in chats(workload, QUESTIONS, 0, 50)]
+    sent = [
+        chat._replace(system="Be brief.")
+        for chat in chats(workload, [Question(f"q {number}", 4) for number in range(30)], 0, 50)
+    ]
     with Server(engine) as server:
         found = aiperf.run(PROGRAM, server, workload, sent, tokenizer, tmp_path, 2.0)
     assert found.requests > 0 and found.failed == 0 and found.output_tokens_per_second > 0
