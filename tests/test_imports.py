@@ -21,6 +21,7 @@ NOT_IN_RUNTIME = (
     "belle_compile.passes",
     "rich",
 )
+OF_RAY = ("aiohttp", "ray", "yarl")  # the extra `ray`
 OF_THE_SERVER = ("fastapi", "httptools", "prometheus_client", "pydantic", "starlette", "uvicorn", "uvloop")  # the extra `serve`
 
 
@@ -117,8 +118,12 @@ finally:
 
 def test_runtime_imports_neither_sibling_nor_their_needs() -> None:
     assert offenders("runtime", NOT_IN_RUNTIME, besides=("runtime/executors/torchscript.py",)) == []
-    server = [str(path.relative_to(ROOT)) for path in sources("runtime/server")]
-    assert offenders("runtime", OF_THE_SERVER, besides=tuple(server)) == []
+    scale_out = tuple(str(path.relative_to(ROOT)) for path in sources("runtime/scale_out"))
+    server = tuple(str(path.relative_to(ROOT)) for path in sources("runtime/server"))
+    assert offenders("runtime", OF_THE_SERVER, besides=(*server, *scale_out)) == []
+    assert offenders("runtime", OF_RAY, besides=scale_out) == []
+    entrances = ("belle_compile.runtime.scale_out",)
+    assert offenders("runtime", entrances, besides=scale_out) == [], "only the table of subcommands names it"
 
 
 def test_ir_imports_nothing_else_of_the_compiler() -> None:
@@ -144,7 +149,7 @@ def test_imports_are_seen(statement: str, name: str, tmp_path: Path, monkeypatch
 
 
 def test_import_runtime_pulls_in_nothing_of_the_compiler() -> None:
-    names = (*NOT_IN_RUNTIME, *OF_THE_SERVER, "onnxruntime")
+    names = (*NOT_IN_RUNTIME, *OF_THE_SERVER, *OF_RAY, "onnxruntime")
     code = f"import sys, belle_compile.runtime; print(sorted(set(sys.modules) & set({names!r})))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -32,6 +32,7 @@ Examples:
   belle-run batch artifacts/belle-7b-cpu in.jsonl -o out.jsonl
   belle-run benchmark artifacts/belle-7b-cpu              measures what it serves on this host
   belle-run serve artifacts/belle-7b-cpu                  serves it over HTTP; see belle-run serve --help
+  belle-run scale-out artifacts/belle-7b-cpu --replicas 2 serves it by several processes behind Ray Serve
 
 \b
 Each option can be set in the environment, as BELLE_RUN_TEMPERATURE=0, and in a TOML file, as temperature = 0 (--config).
@@ -40,6 +41,7 @@ Each option can be set in the environment, as BELLE_RUN_TEMPERATURE=0, and in a 
 SUBCOMMANDS: Mapping[str, str] = {
     "batch": "belle_compile.runtime.cli.batch",
     "benchmark": "belle_compile.runtime.cli.benchmark",
+    "scale-out": "belle_compile.runtime.scale_out.cli",
     "serve": "belle_compile.runtime.server.cli",
 }
 

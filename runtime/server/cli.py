@@ -9,7 +9,7 @@ import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -22,6 +22,7 @@ from belle_compile.runtime.server.options import STAGE, EngineOptions, ServerOpt
 from belle_compile.runtime.serving.adapters import MORE_SLOTS
 from belle_compile.runtime.usage import version_option
 
+T = TypeVar("T")
 ENVIRONMENT = "BELLE_SERVE"  # what the names of environment variables begin with
 _EXTRA = ("fastapi", "httptools", "llguidance", "prometheus_client", "pydantic", "uvicorn", "uvloop")
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -44,7 +45,7 @@ def command() -> click.Command:
     params: list[click.Parameter] = [click.Argument(["engine"], type=click.Path(path_type=Path))]
     for record in (ServerOptions, EngineOptions):
         hints = get_type_hints(record)
-        params += [_click_option(option, hints[option.name]) for option in fields(record)]
+        params += [click_option(option, hints[option.name]) for option in fields(record)]
     params += [
         click.Option(["--ranks"], type=int, metavar="N", help="Processes that run the engine.  [default: the engine's]"),
         click.Option(
@@ -64,11 +65,13 @@ def command() -> click.Command:
 
 def records(params: dict[str, Any]) -> tuple[ServerOptions, EngineOptions]:
     """Return the options that a command line was parsed to; raises `EngineError` for values that do not fit."""
-    made: list[Any] = []
-    for record in (ServerOptions, EngineOptions):
-        made.append(record(**{option.name: params[_parameter(option)] for option in fields(record)}))
-    server, engine = made
-    return server, engine
+    return record_of(ServerOptions, params), record_of(EngineOptions, params)
+
+
+def record_of(record: type[T], params: dict[str, Any]) -> T:
+    """Return one record of the options that a command line was parsed to."""
+    declared: Any = fields(record)  # type: ignore[arg-type]
+    return record(**{option.name: params[_parameter(option)] for option in declared})
 
 
 def _serve(engine: Path, ranks: int | None, rank_timeout: float, **params: Any) -> None:
@@ -143,7 +146,8 @@ def _parameter(option: Field[Any]) -> str:
     return option_name(option).replace("-", "_")
 
 
-def _click_option(option: Field[Any], hint: Any) -> click.Option:
+def click_option(option: Field[Any], hint: Any) -> click.Option:
+    """The option of a command line for a field that was made by `options.option`."""
     name, kind = option_name(option), _kind(hint)
     multiple = get_origin(hint) is tuple
     declaration = f"--{name}/--no-{name}" if kind is click.BOOL else f"--{name}"

@@ -4,7 +4,7 @@ The field `drain_timeout_s` is `--drain-timeout` on the command line, `BELLE_SER
 `drain-timeout` in the file. Names are those of vLLM where it has the option.
 """
 
-# ruff: noqa: RUF009 (_option returns a field)
+# ruff: noqa: RUF009 (`option` returns a field)
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGE = "server options"
 NO_RESULT_CACHE = "none"
 
 
-def _option(
+def option(
     default: Any, help: str, *, name: str = "", metavar: str = "", least: float = -math.inf, most: float = math.inf,
     above: float = -math.inf, shown: bool = True,
 ) -> Any:  # fmt: skip
@@ -37,51 +37,51 @@ def _option(
     return field(default=default, metadata=metadata, repr=shown)
 
 
-def option_name(option: Field[Any]) -> str:
+def option_name(declared: Field[Any]) -> str:
     """The option's name in the file, and on the command line behind two dashes."""
-    return option.metadata["name"] or option.name.removesuffix("_s").replace("_", "-")
+    return declared.metadata["name"] or declared.name.removesuffix("_s").replace("_", "-")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """What the engine is loaded with; None leaves the choice to it."""
 
-    max_num_seqs: int | None = _option(None, "Answers that are generated at the same time, at most.", least=1)
-    kv_cache_memory: str | None = _option(
+    max_num_seqs: int | None = option(None, "Answers that are generated at the same time, at most.", least=1)
+    kv_cache_memory: str | None = option(
         None, "Memory of the KV cache: bytes, such as 8GiB, or the share of what is free, such as 0.5.", metavar="SIZE"
     )
-    kv_tokens: int | None = _option(None, "Tokens the KV cache holds, in place of --kv-cache-memory.", least=1)
-    max_queue: int | None = _option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=0)
-    slo_ttft_s: float | None = _option(
+    kv_tokens: int | None = option(None, "Tokens the KV cache holds, in place of --kv-cache-memory.", least=1)
+    max_queue: int | None = option(None, "Requests that wait, at most; those beyond it are refused with 429.", least=0)
+    slo_ttft_s: float | None = option(
         None, "Seconds to a request's first token; one that would wait longer is refused with 429.", metavar="S", above=0
     )
-    slo_tpot_s: float | None = _option(
+    slo_tpot_s: float | None = option(
         None, "Seconds between tokens of an answer; so many answers are generated at a time as keep it.", metavar="S", above=0
     )
-    capacity: Path | None = _option(
+    capacity: Path | None = option(
         None,
         "What belle-run benchmark measured, for --slo-ttft and --slo-tpot. By default ENGINE/capacity.json.",
         metavar="FILE",
     )
-    prefix_cache: bool = _option(True, "Reuse keys and values of prompts that begin alike.")
-    result_cache: str = _option(
+    prefix_cache: bool = option(True, "Reuse keys and values of prompts that begin alike.")
+    result_cache: str = option(
         "memory", "Where answers to greedy and seeded requests are stored: memory, sqlite:FILE, redis://HOST or none.",
         metavar="STORE",
     )  # fmt: skip
-    result_cache_bytes: int = _option(256 << 20, "Bytes of stored answers, at most.", least=1)
-    result_cache_ttl_s: float | None = _option(None, "Seconds that an answer stays stored.", metavar="S", above=0)
-    audit_cache: float = _option(0.0, "Share of the hits that idle steps recompute and compare.", least=0, most=1)
-    threads: int | None = _option(None, "Threads of the kernels of a rank.", least=1)
-    isa: str | None = _option(None, "Instruction set: amx, avx512vnni or avx2.")
-    lora: tuple[str, ...] = _option(
+    result_cache_bytes: int = option(256 << 20, "Bytes of stored answers, at most.", least=1)
+    result_cache_ttl_s: float | None = option(None, "Seconds that an answer stays stored.", metavar="S", above=0)
+    audit_cache: float = option(0.0, "Share of the hits that idle steps recompute and compare.", least=0, most=1)
+    threads: int | None = option(None, "Threads of the kernels of a rank.", least=1)
+    isa: str | None = option(None, "Instruction set: amx, avx512vnni or avx2.")
+    lora: tuple[str, ...] = option(
         (), "LoRA adapter that requests choose as their model by NAME; may be given several times.", metavar="NAME=DIR"
     )
-    max_loras: int | None = _option(None, "Adapters that can be loaded at the same time. By default those of --lora.", least=1)
-    verify: bool = _option(False, "Check the digest of every file, weights included, before loading.")
+    max_loras: int | None = option(None, "Adapters that can be loaded at the same time. By default those of --lora.", least=1)
+    verify: bool = option(False, "Check the digest of every file, weights included, before loading.")
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
-        _check_ranges(self)
+        check_ranges(self)
         KvMemory.parse(self.kv_tokens, self.kv_cache_memory)
         self.cache_options()
         parse_named(self.lora)
@@ -108,67 +108,67 @@ class EngineOptions:
 class ServerOptions:
     """How the engine is served."""
 
-    host: str = _option("127.0.0.1", "Address to listen on.")
-    port: int = _option(8000, "Port to listen on; 0 lets the system choose.", least=0, most=65535)
-    uds: Path | None = _option(None, "Unix socket to listen on, in place of host and port.", metavar="PATH")
-    root_path: str = _option("", "Path under which a proxy offers the server.", metavar="PATH")
-    forwarded_allow_ips: tuple[str, ...] = _option(
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on; 0 lets the system choose.", least=0, most=65535)
+    uds: Path | None = option(None, "Unix socket to listen on, in place of host and port.", metavar="PATH")
+    root_path: str = option("", "Path under which a proxy offers the server.", metavar="PATH")
+    forwarded_allow_ips: tuple[str, ...] = option(
         (), "Address of a proxy whose X-Forwarded-For and -Proto are believed, or *; may be given several times.",
         metavar="IP",
     )  # fmt: skip
-    ssl_certfile: Path | None = _option(None, "Certificate chain for HTTPS, in PEM.", metavar="FILE")
-    ssl_keyfile: Path | None = _option(None, "The certificate's private key, in PEM.", metavar="FILE")
-    allowed_origins: tuple[str, ...] = _option(
+    ssl_certfile: Path | None = option(None, "Certificate chain for HTTPS, in PEM.", metavar="FILE")
+    ssl_keyfile: Path | None = option(None, "The certificate's private key, in PEM.", metavar="FILE")
+    allowed_origins: tuple[str, ...] = option(
         (), "Origin whose pages may call the server, or *; may be given several times. None by default.", metavar="ORIGIN"
     )
-    served_model_names: tuple[str, ...] = _option(
+    served_model_names: tuple[str, ...] = option(
         (), "Name of the model in the API; may be given several times. By default that of the engine.",
         name="served-model-name", metavar="NAME",
     )  # fmt: skip
-    default_chat_template_kwargs: str | None = _option(
+    default_chat_template_kwargs: str | None = option(
         None, "Variables of the prompt template, as a JSON object, that chats have unless they set them otherwise.",
         metavar="JSON",
     )  # fmt: skip
 
-    api_keys: tuple[str, ...] = _option(
+    api_keys: tuple[str, ...] = option(
         (), "Key that clients must send; may be given several times.", name="api-key", metavar="KEY", shown=False
     )
-    api_key_file: Path | None = _option(
+    api_key_file: Path | None = option(
         None, "TOML or JSON file of keys with names, limits and priorities; read again on SIGHUP.", metavar="FILE"
     )
-    admin_key: str | None = _option(
+    admin_key: str | None = option(
         None, "Key of administrators, who may replace the engine (POST /admin/engine); no other key opens /admin/.",
         metavar="KEY", shown=False,
     )  # fmt: skip
-    allow_lora_updates: bool = _option(
+    allow_lora_updates: bool = option(
         False, "Let clients load adapters from the server's disk, and unload them (POST /v1/load_lora_adapter)."
     )  # fmt: skip
-    metrics_auth: bool = _option(False, "Let /metrics need a key too.")
+    metrics_auth: bool = option(False, "Let /metrics need a key too.")
 
-    request_timeout_s: float | None = _option(
+    request_timeout_s: float | None = option(
         600.0, "Seconds from a request's arrival to its last token; requests may ask for less.", metavar="S", above=0
     )
-    drain_timeout_s: float = _option(
+    drain_timeout_s: float = option(
         120.0, "Seconds that requests under way have to end after SIGTERM or SIGINT.", metavar="S", least=0
     )
-    header_timeout_s: float = _option(
+    header_timeout_s: float = option(
         10.0, "Seconds in which a request's headers must arrive, and its body must go on.", metavar="S", above=0
     )
-    keep_alive_timeout_s: float = _option(75.0, "Seconds that a connection without requests is kept.", metavar="S", above=0)
-    max_connections: int = _option(4096, "Open connections; those beyond it are refused with 503.", least=1)
-    max_body_bytes: int = _option(4 << 20, "Bytes of a request's body.", least=1)
-    max_messages: int = _option(2048, "Messages of a chat.", least=1)
-    max_prompts: int = _option(512, "Prompts of a completion request.", least=1)
-    max_n: int = _option(128, "Answers to a prompt.", least=1)
+    keep_alive_timeout_s: float = option(75.0, "Seconds that a connection without requests is kept.", metavar="S", above=0)
+    max_connections: int = option(4096, "Open connections; those beyond it are refused with 503.", least=1)
+    max_body_bytes: int = option(4 << 20, "Bytes of a request's body.", least=1)
+    max_messages: int = option(2048, "Messages of a chat.", least=1)
+    max_prompts: int = option(512, "Prompts of a completion request.", least=1)
+    max_n: int = option(128, "Answers to a prompt.", least=1)
 
-    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least level of what is logged.")
-    log_format: Literal["json", "text"] = _option("json", "Form of the log's lines, on stderr.")
-    access_log: bool = _option(True, "Log each request.")
-    log_prompts: bool = _option(False, "Log prompts and answers too.")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level of what is logged.")
+    log_format: Literal["json", "text"] = option("json", "Form of the log's lines, on stderr.")
+    access_log: bool = option(True, "Log each request.")
+    log_prompts: bool = option(False, "Log prompts and answers too.")
 
     def __post_init__(self) -> None:
         """Raise `EngineError` for a value outside of its range, or for options that do not go together."""
-        _check_ranges(self)
+        check_ranges(self)
         if self.ssl_keyfile and not self.ssl_certfile:
             raise EngineError(STAGE, "ssl-keyfile", found="a key", expected="its certificate too", remedy="give ssl-certfile")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -186,13 +186,14 @@ class ServerOptions:
         return parse_variables(text, "default-chat-template-kwargs", STAGE) if text is not None else {}
 
 
-def _check_ranges(options: EngineOptions | ServerOptions) -> None:
-    for option in fields(options):
-        value, limits = getattr(options, option.name), option.metadata
+def check_ranges(options: Any) -> None:
+    """Raise `EngineError` for the first option of a record whose value is outside of its range."""
+    for declared in fields(options):
+        value, limits = getattr(options, declared.name), declared.metadata
         if not isinstance(value, (int, float)):
             continue
         if not (math.isfinite(value) and limits["least"] <= value <= limits["most"] and value > limits["above"]):
-            raise EngineError(STAGE, option_name(option), found=str(value), expected=_range_text(limits))
+            raise EngineError(STAGE, option_name(declared), found=str(value), expected=_range_text(limits))
 
 
 def _range_text(limits: Any) -> str:
