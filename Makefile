@@ -19,7 +19,7 @@ REQUESTS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint accuracy bench bench-presets bench-scaling bench-peers bench-serving gpu-check clean
+.PHONY: help demo test test-ray lint accuracy bench bench-presets bench-scaling bench-peers bench-serving gpu-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,11 @@ $(DEMO)/manifest.json: build/smollm2/$(MODEL) | $(VENV)/.installed
 	$(BIN)/belle-compile build $< --target cpu --force -o $(DEMO)
 
 test: $(VENV)/.installed ## Run the tests, by JOBS processes.
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not alone and not ray"
 	$(BIN)/python -m pytest -q -m alone
+
+test-ray: $(VENV)-ray/.installed ## Run the tests with a Ray cluster on this host, in an environment of its own.
+	RAY_USAGE_STATS_ENABLED=0 $(VENV)-ray/bin/python -m pytest -q -m ray
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
@@ -104,4 +107,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,gpu,onnxruntime,tensorrt,test,ranks,redis,serve,clients,bench]'
+	@touch $@
+
+# The packages of Ray Serve are many, and no other target needs them.
+$(VENV)-ray/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,test,redis,serve,clients,ray]'
 	@touch $@

@@ -96,8 +96,8 @@ class IngressDeployment:
 def _samples(text: str) -> dict[str, float]:
     """The values of metrics in Prometheus' text format by their names; those with several values have their sums."""
     samples: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
+    for metric in text_string_to_metric_families(text):
+        for sample in metric.samples:
             samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
     return samples
 

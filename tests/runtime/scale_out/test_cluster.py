@@ -31,7 +31,8 @@ from tests.runtime import ranked  # noqa: E402
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[3]
-NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
+OBJECTS = {"object_store_memory": 100 << 20}
+HOSTS = ("127.0.0.2", "127.0.0.3")  # Ray takes 127.0.0.1 for the address of the host outside
 WAIT_S = 240.0  # the longest that a test waits for anything, on a busy host
 PROMPTS = [f"prompt {number}: " for number in range(24)]
 
@@ -87,9 +88,11 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     root = tmp_path_factory.mktemp("scale-out")
     first, second = ranked.build(root / "first", 1), ranked.build(root / "second", 1, seed=1)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args=OBJECTS | {"num_cpus": 1, "include_dashboard": False, "node_ip_address": HOSTS[0]}
+    )
     try:
-        cluster.add_node(**NODE, num_cpus=2)
+        cluster.add_node(**OBJECTS, num_cpus=2, node_ip_address=HOSTS[1])
         ray.init(address=cluster.address, log_to_driver=False)
         port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
@@ -122,7 +125,7 @@ def test_answers_are_the_engines_own(deployed: Deployed) -> None:
     from belle_compile.runtime import Engine, SamplingParams
 
     with Engine.load(deployed.first) as engine:
-        expected = [engine.generate(prompt, SamplingParams(temperature=0, max_tokens=8)).text for prompt in PROMPTS[:4]]
+        expected = [result.text for result in engine.generate(PROMPTS[:4], SamplingParams(temperature=0, max_new_tokens=8))]
     assert [deployed.ask(prompt).json()["choices"][0]["text"] for prompt in PROMPTS[:4]] == expected
     with deployed.client.stream(
         "POST", "/v1/completions", json={"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 8, "stream": True}
