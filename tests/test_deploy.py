@@ -1,4 +1,4 @@
-"""The files of deploy/: manifests, the systemd unit and the image say what docs/deploy.md says, and fit the options of the server."""
+"""The files of deploy/ say what docs/deploy.md says, and fit the options of the server."""
 
 from __future__ import annotations
 

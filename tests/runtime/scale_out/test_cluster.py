@@ -48,16 +48,19 @@ class Deployed:
 
     def deploy(self, engine: Path, *options: str) -> None:
         """Run belle-run scale-out until the application runs."""
-        command = [sys.executable, "-m", "belle_compile.runtime", "scale-out", str(engine), "--address", self.address]
-        serve_options = ["--", "--result-cache", "none", "--drain-timeout", "20", "--no-access-log"]
-        done = subprocess.run(
-            [*command, "--cpus", "0.8", *options, *serve_options], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
-        )
+        done = self.try_deploy(engine, *options)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    def ask(self, prompt: str, **fields: Any) -> httpx.Response:
+    def try_deploy(self, engine: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "belle_compile.runtime", "scale-out", str(engine), "--address", self.address]
+        serve_options = ["--", "--result-cache", "none", "--drain-timeout", "20", "--no-access-log"]
+        return subprocess.run(
+            [*command, "--cpus", "0.8", *options, *serve_options], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
+        )
+
+    def ask(self, prompt: str, timeout: float = WAIT_S, **fields: Any) -> httpx.Response:
         body = {"prompt": prompt, "temperature": 0, "max_tokens": 8, **fields}
-        return self.client.post("/v1/completions", json=body)
+        return self.client.post("/v1/completions", json=body, timeout=timeout)
 
     def servers(self) -> list[int]:
         """The process numbers of the servers of replicas."""
@@ -125,7 +128,9 @@ def test_answers_are_the_engines_own(deployed: Deployed) -> None:
     from belle_compile.runtime import Engine, SamplingParams
 
     with Engine.load(deployed.first) as engine:
-        expected = [result.text for result in engine.generate(PROMPTS[:4], SamplingParams(temperature=0, max_new_tokens=8))]
+        expected = [
+            result.text for result in engine.generate(PROMPTS[:4], SamplingParams(temperature=0, max_new_tokens=8), raw=True)
+        ]
     assert [deployed.ask(prompt).json()["choices"][0]["text"] for prompt in PROMPTS[:4]] == expected
     with deployed.client.stream(
         "POST", "/v1/completions", json={"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 8, "stream": True}
@@ -154,6 +159,30 @@ def test_a_killed_server_loses_only_its_own_requests(deployed: Deployed) -> None
     assert {response.status_code for response in later} == {200}
     wait_until(lambda: len(deployed.servers()) == 2 and killed not in deployed.servers())
     wait_until(lambda: len(set(replicas_of([deployed.ask(prompt) for prompt in PROMPTS]))) == 2)
+
+
+def test_a_client_that_goes_takes_its_request_along(deployed: Deployed) -> None:
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs/serve"
+    stopped = deployed.servers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            gone = [pool.submit(deployed.ask, prompt, timeout=1.0) for prompt in PROMPTS]
+            errors = [future.exception(timeout=WAIT_S) for future in gone]
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert any(isinstance(error, httpx.ReadTimeout) for error in errors)
+    wait_until(lambda: any("CALL forward CANCELLED" in log.read_text() for log in logs.glob("replica_belle_replicas_*.log")))
+    wait_until(lambda: {deployed.ask(prompt).status_code for prompt in PROMPTS} == {200})
+
+
+def test_an_engine_that_does_not_load_changes_nothing(deployed: Deployed) -> None:
+    before = deployed.servers()
+    done = deployed.try_deploy(deployed.first.parent / "missing", "--replicas", "2")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("belle-run: scale-out: the replicas cannot be started: found ")
+    assert deployed.servers() == before
+    assert {deployed.ask(prompt).status_code for prompt in PROMPTS} == {200}
 
 
 def test_another_engine_replaces_one_without_a_lost_request(deployed: Deployed) -> None:
