@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.scale_out import autoscaling
 from belle_compile.runtime.scale_out.ingress import Ingress
-from belle_compile.runtime.scale_out.options import STAGE, Arguments
+from belle_compile.runtime.scale_out.options import Arguments
 from belle_compile.runtime.scale_out.process import Forwarded, Head, Lost, ServerProcess, serve_command
 from belle_compile.runtime.server.metrics import PREFIX
 
@@ -45,9 +45,9 @@ class ReplicaDeployment:
         self._server = ServerProcess(serve_command(arguments.engine, arguments.serve))
         try:
             await self._server.wait_ready(arguments.options.start_timeout_s)
-        except EngineError:
+        except EngineError as error:
             await self._server.stop(self._stop_s)
-            raise
+            raise RuntimeError(str(error)) from None  # Ray shows the sentence of one that can be made from it
 
     async def forward(self, request: Forwarded) -> AsyncIterator[Head | bytes | Lost]:
         """Yield the response of the server, and in its head which replica this is."""
@@ -55,9 +55,9 @@ class ReplicaDeployment:
             yield replace(message, headers=(*message.headers, (_HEADER, self._id))) if isinstance(message, Head) else message
 
     async def check_health(self) -> None:
-        """Raise `EngineError` where the server has ended or is not ready; Ray then replaces the replica."""
+        """Raise `RuntimeError` where the server has ended or is not ready; Ray then replaces the replica."""
         if not await self._server.ready():
-            raise EngineError(STAGE, "the server of a replica is not ready")
+            raise RuntimeError("the server of the replica has ended or is not ready")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The mean queue time of the requests that ended since the last call."""
