@@ -11,9 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "artifacts/README.md")] + sorted((ROOT / "docs").glob("*.md"))
-TOP = (
-    "compiler|passes|runtime|deploy|benchmarks|tests|docs|artifacts/README.md|belle_compile|constraints.txt|pyproject.toml|Makefile"
-)
+TOP = "compiler|passes|runtime|benchmarks|tests|docs|deploy|belle_compile|artifacts/README.md"
+TOP += "|constraints.txt|pyproject.toml|Makefile"
 PATH = re.compile(rf"(?<![\w./-])(?:{TOP})(?:/[\w.-]+)*/?")
 MADE = re.compile(r"^(?:artifacts|build|tests/golden)/")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")

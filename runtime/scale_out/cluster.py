@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
-import threading
+from typing import NoReturn
 
 import ray
 from ray import serve
@@ -14,7 +15,9 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.scale_out.application import build
 from belle_compile.runtime.scale_out.options import STAGE, Arguments
 
-_WAIT_S = 1.0
+
+class _Ended(BaseException):
+    """A signal ends the cluster of this process."""
 
 
 def deploy(arguments: Arguments, *, name: str, address: str | None, host: str, port: int) -> None:
@@ -28,11 +31,14 @@ def deploy(arguments: Arguments, *, name: str, address: str | None, host: str, p
     except ConnectionError as error:
         raise EngineError(STAGE, "no Ray cluster", found=str(error).splitlines()[0], expected="one at --address") from None
     try:
+        if address is None:
+            _end_by_signal()
         serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
         _run(arguments, name)
-        if address is None:
-            _wait_for_signal()
-            serve.shutdown()
+        while address is None:
+            signal.pause()
+    except _Ended:
+        serve.shutdown()  # once the requests under way have ended
     finally:
         ray.shutdown()
 
@@ -50,9 +56,14 @@ def _run(arguments: Arguments, name: str) -> None:
         ) from None  # fmt: skip
 
 
-def _wait_for_signal() -> None:
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(_WAIT_S):
-        pass
+def _end_by_signal() -> None:
+    """Let SIGTERM and SIGINT raise `_Ended` in the main thread, and a second one end the process at once."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def end(*_: object) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+        raise _Ended
+
+    for number in numbers:
+        signal.signal(number, end)

@@ -16,6 +16,7 @@ from belle_compile.runtime.server.formats import event
 _OF_ONE_SERVER = ("/admin", "/metrics", "/stats", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ATTEMPTS = 8
 _PAUSE_S = 0.25  # from the third attempt on, in which lost replicas are taken off the ring
+_OF_THE_PROXY = ("date", "x-request-id")  # which adds them to every response; the id is the one that the server was sent
 _EVENTS = "text/event-stream"
 
 # Sends a request to the replica that the key chooses; an empty key is any replica's. Ends with `Lost` where it does.
@@ -81,7 +82,8 @@ class Ingress:
 
 
 async def _pass_on(head: Head, messages: AsyncIterator[Head | bytes | Lost], send: Send) -> None:
-    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
+    names = [(name.lower(), value) for name, value in head.headers]
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in names if name not in _OF_THE_PROXY]
     await send({"type": "http.response.start", "status": head.status, "headers": headers})
     async for message in messages:
         if isinstance(message, bytes):
