@@ -2,7 +2,8 @@
 
     python -m benchmarks.fleet CAPACITY TRACE [--costs benchmarks/results/scale-out-costs.json] [--ingresses 1] [--load 0.8]
 
-CAPACITY is what belle-run benchmark measured on a host, TRACE has a JSON object a line with the fields of `Request`; it is
+CAPACITY is what belle-run benchmark measured on a host, or step times of benchmarks/speed.py (speed-*.json, with --isa). TRACE
+has a JSON object a line with the fields of `Request`, or with a `question` each, which is then asked by Zipf's law. It is
 repeated as often as needed, with new beginnings and requests each time unless --shared. Requests arrive at random, at `load`
 times what the replicas could do without caches. --costs are the seconds that an entrance takes for a request and for a piece of
 a stream, and Redis for a round trip (benchmarks/scale_out_costs.py). It prints a table, and who is busy most.
@@ -27,11 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from belle_compile.runtime.capacity.curve import Capacity, read_capacity
+from belle_compile.runtime.capacity.curve import Capacity, Latency, Level, read_capacity
 from belle_compile.runtime.scale_out.options import ScaleOutOptions
+from benchmarks.result_cache import EXPONENT as ZIPF_EXPONENT
+from benchmarks.result_cache import REQUESTS as ZIPF_REQUESTS
+from benchmarks.result_cache import trace as zipf_trace
 
 REPLICAS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SIMULATED_S = 60.0
+PROMPT_TOKENS, ANSWER_TOKENS, SYSTEM_TOKENS = 128, 64, 32  # of requests where step times and questions are given
 VIRTUAL_NODES = 100  # a replica, as in Ray's router
 
 
@@ -258,6 +263,36 @@ class Fleet:
             self._routed(now, self._outside.popleft())
 
 
+def capacity_of_steps(path: Path, isa: str) -> Capacity:
+    """The curve that follows from measured times of steps and of a prompt, where prompts are computed one after another."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    prompt_per_s = measured["median"]["prefill 512"][isa]["tokens_per_second"]
+    levels = []
+    for task in ("decode", "decode, batch 8"):
+        step_s, users = measured["median"][task][isa]["seconds"], measured["tasks"][task]["batch"]
+        round_s = users * PROMPT_TOKENS / prompt_per_s + ANSWER_TOKENS * step_s
+        first, token, whole = Latency(0.0, 0.0), Latency(step_s, step_s), Latency(round_s, round_s)
+        per_s = users / round_s
+        levels.append(Level(users, users, round_s, per_s, per_s * ANSWER_TOKENS, first, token, whole, 1.0))
+    host, date = measured["machine"]["processor"], measured["machine"]["date"]
+    return Capacity(
+        measured["engine"], isa, host, measured["threads"], "", date, PROMPT_TOKENS, ANSWER_TOKENS, prompt_per_s, tuple(levels)
+    )
+
+
+def read_trace(path: Path) -> list[Request]:
+    """The requests of a file. Questions are prompts of a token for three bytes, behind a system prompt that all share."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if "question" not in lines[0]:
+        return [Request(**line) for line in lines]
+    texts = [line["question"] for line in lines]
+    tokens = [SYSTEM_TOKENS + len(text.encode()) // 3 for text in texts]
+    return [
+        Request(str(number), str(number), tokens[number], SYSTEM_TOKENS, ANSWER_TOKENS)
+        for number in zipf_trace(len(texts), ZIPF_REQUESTS, ZIPF_EXPONENT)
+    ]
+
+
 def arrivals(trace: Sequence[Request], per_s: float, seconds: float, *, shared: bool) -> list[tuple[float, Request]]:
     """Poisson arrivals of the trace, over and over. Unless `shared`, each round has beginnings and requests of its own."""
     generator, at, result = random.Random(0), 0.0, list[tuple[float, Request]]()
@@ -292,15 +327,17 @@ def main() -> None:
     parser.add_argument("capacity", type=Path)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--costs", type=Path, default=Path("benchmarks/results/scale-out-costs.json"))
+    parser.add_argument("--isa", help="CAPACITY has times of steps, and these are taken")
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--seconds", type=float, default=SIMULATED_S)
     parser.add_argument("--shared", action="store_true", help="all rounds of the trace have the same requests")
     parser.add_argument("--replicas", type=int, nargs="+", default=REPLICAS)
     given = parser.parse_args()
-    capacity, stored = read_capacity(given.capacity), json.loads(given.costs.read_text())
+    capacity = capacity_of_steps(given.capacity, given.isa) if given.isa else read_capacity(given.capacity)
+    stored = json.loads(given.costs.read_text())
     costs = Costs(**{name: stored[name] for name in Costs.__dataclass_fields__})
-    trace = [Request(**json.loads(line)) for line in given.trace.read_text(encoding="utf-8").splitlines()]
+    trace = read_trace(given.trace)
     outcomes = []
     for replicas in given.replicas:
         fleet = Fleet(capacity, costs, replicas, given.ingresses, ScaleOutOptions().max_requests)

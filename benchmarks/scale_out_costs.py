@@ -3,7 +3,7 @@
     python -m benchmarks.scale_out_costs ENGINE [--out benchmarks/results/scale-out-costs.json]
 
 Needs the extra `ray` and redis-server. A Ray cluster on this host serves one replica. Processor times of Ray's HTTP proxy and
-of the entrance are read before and after requests for one token, and streams of several; the one that takes more counts, since
+of the entrance are read before and after requests for one token, and streams of 64; the one that takes more counts, since
 they are processes of their own. Redis gets and sets entries of 2 KiB. Processor time depends little on what else runs.
 """
 
@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks import machine
 
-REQUESTS, ROUND_TRIPS, ENTRY = 300, 5000, b"x" * 2048
-PORT, TOKENS = 18765, 12
+REQUESTS, ROUND_TRIPS, ENTRY = 100, 5000, b"x" * 2048
+PORT, TOKENS = 18765, 64
 
 
 def processor_s(pid: int) -> float:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 from belle_compile.runtime.capacity.curve import Capacity, Latency, Level
-from benchmarks.fleet import Costs, Fleet, Outcome, Request, Ring, arrivals
+from benchmarks.fleet import (
+    ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    Costs,
+    Fleet,
+    Outcome,
+    Request,
+    Ring,
+    arrivals,
+    capacity_of_steps,
+    read_trace,
+)
 
 FREE = Costs(0.0, 0.0, 0.0)
 
@@ -67,3 +79,20 @@ def test_throughput_grows_with_replicas_until_the_entrance_is_busy() -> None:
     assert at_load(10, Costs(1 / 20, 0.0, 0.0), ingresses=8).ended_per_s == pytest.approx(ten.ended_per_s, rel=0.05)
     redis = at_load(10, Costs(0.0, 0.0, 1 / 40))
     assert redis.ended_per_s < 25 and redis.redis_busy > 0.95
+
+
+def test_a_curve_follows_from_step_times() -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/speed-llama-1b.json"
+    capacity = capacity_of_steps(path, "avx512vnni")
+    assert [level.users for level in capacity.levels] == [1, 8]
+    alone = PROMPT_TOKENS / capacity.prompt_tokens_per_s + ANSWER_TOKENS * capacity.levels[0].token_s.p50
+    assert capacity.levels[0].requests_per_s == pytest.approx(1 / alone) and capacity.levels[1].requests_per_s > 1 / alone
+
+
+def test_a_trace_is_read_or_made_of_questions(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"beginning": "b", "request": "r", "prompt_tokens": 5, "shared_tokens": 2, "answer_tokens": 3}\n')
+    assert read_trace(path) == [Request("b", "r", 5, 2, 3)]
+    path.write_text('{"question": "one"}\n{"question": "two"}\n')
+    counts = [sum(request.request == number for request in read_trace(path)) for number in ("0", "1")]
+    assert counts[0] > counts[1] > 0
