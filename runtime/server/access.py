@@ -140,9 +140,9 @@ class Access:
                 capacity = getattr(key, limit)
                 if capacity is not None and (wait_s := use.allowance(limit, capacity, now).wait_s(1, now)):
                     raise RateLimited(key.name, limit, capacity, wait_s)
-            use.running += 1
             if key.requests_per_minute is not None:
                 use.allowance("requests_per_minute", key.requests_per_minute, now).left -= 1
+            use.running += 1
 
     def leave(self, key: ApiKey, tokens: int) -> None:
         """Count the end of a request and the tokens of its prompt and answer."""

@@ -91,6 +91,7 @@ class EventStream(Response):
             if watcher.done():
                 if started:
                     return
+                watcher.result()
                 raise ClientGone
             failure = self._write(streams, events, chunks)
             if failure and not started and not chunks:
@@ -152,14 +153,17 @@ async def _gone(receive: Receive) -> None:
 
 async def _unless_gone(receive: Receive, waiting: Awaitable[T]) -> T:
     """Return what is waited for. Where the client goes first, cancel it and raise `ClientGone`."""
-    task, watcher = asyncio.ensure_future(waiting), asyncio.ensure_future(_gone(receive))
+    task, watcher = asyncio.ensure_future(waiting), None
     try:
+        watcher = asyncio.ensure_future(_gone(receive))
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        watcher.result()
         raise ClientGone
     finally:
-        watcher.cancel()
+        if watcher:
+            watcher.cancel()
         if not task.done():
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -63,12 +63,16 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport, self._watch)
         self._count()
-        if len(self.connections) > self._most_connections:
-            self._service.metrics.refused_connection()
-            message, headers = "The server has too many connections.", {"Retry-After": "1"}
-            self._refuse(ApiError(503, message, type=SERVER, code="too_many_connections", headers=headers))
-        else:
-            self._expect(self._idle_s)
+        try:
+            if len(self.connections) > self._most_connections:
+                self._service.metrics.refused_connection()
+                message, headers = "The server has too many connections.", {"Retry-After": "1"}
+                self._refuse(ApiError(503, message, type=SERVER, code="too_many_connections", headers=headers))
+            else:
+                self._expect(self._idle_s)
+        except BaseException:  # the event loop would keep the connection, which no timer would ever close
+            transport.abort()
+            raise
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
@@ -165,7 +169,10 @@ class Connection(HttpToolsProtocol):
         try:
             await app(scope, receive, send)
         finally:
-            if not (cycle.response_complete or cycle.disconnected):  # then uvicorn closes the connection
+            context_of(scope).settle()
+            if not (cycle.response_started or cycle.disconnected):
+                self._refuse(ApiError(500, "The server failed to handle the request.", type=SERVER, code="internal_error"))
+            elif not (cycle.response_complete or cycle.disconnected):  # then uvicorn closes the connection
                 self._expect(self._idle_s)
 
     def _read(self) -> None:

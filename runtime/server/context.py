@@ -41,18 +41,23 @@ class RequestContext:
 
     def announce(self, arrivals: Arrivals) -> None:
         """Announce the request, which was read whole, to the engine until `settle`."""
+        end = arrivals.end
         arrivals.begin()
-        self._settle = arrivals.end
+        self._settle = end
 
     def settle(self) -> None:
         """Take the announcement back: the request was submitted or refused, or it takes longer. A second call does nothing.
 
         It takes effect after the event loop has read what has arrived meanwhile, so that those requests are announced first.
         """
-        if self._settle:
+        settle, self._settle = self._settle, None
+        if settle:
             event_loop = asyncio.get_running_loop()
-            event_loop.call_soon(event_loop.call_soon, self._settle)
-            self._settle = None
+            try:
+                event_loop.call_soon(event_loop.call_soon, settle)
+            except BaseException:
+                settle()
+                raise
 
 
 def context_of(scope: Scope) -> RequestContext:

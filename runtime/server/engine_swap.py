@@ -78,7 +78,12 @@ class EngineSwap:
             found = f"{self._loading} is being loaded" if self._loading else "requests that the engine before still answers"
             raise SwapBusy(STAGE, "one replacement at a time", found=found, remedy="try again when it is complete")
         self._loading, self._error = directory, None
-        await asyncio.shield(self._start(self._replace(directory, self._load)))
+        try:
+            replacing = self._start(self._replace(directory, self._load))
+        except BaseException:
+            self._loading = None
+            raise
+        await asyncio.shield(replacing)
 
     async def reload(self) -> None:
         """Replace the engine where its directory, or the link that leads there, holds another one since it was loaded. What
@@ -94,14 +99,17 @@ class EngineSwap:
             log(_LOG, logging.ERROR, "the engine stays as it was", error=str(error))
 
     async def _replace(self, directory: Path, load: Loader) -> None:
+        served: ServedEngine | None = None
         try:
             served = await asyncio.to_thread(self._open, directory, load)
             await served.run_self_test()
             if not served.ready:
-                await asyncio.to_thread(served.engine.close)
                 raise EngineError(STAGE, f"{directory} fails its self-test", found=str(served.self_test["reason"]).rstrip("."))
-        except BelleError as error:
+            self._start(self._retire(self.current))  # which begins once this one waits or ends
+        except BaseException as error:
             self._error = str(error)
+            if served:
+                await _close(served)
             raise
         finally:
             self._loading = None
@@ -109,7 +117,6 @@ class EngineSwap:
         self._metrics.attach(served.base_names[0], served.engine)
         log(_LOG, logging.INFO, "the engine was replaced", at=str(directory), digest=served.engine.identity.digest,
             requests_of_the_old_one=self._previous.requests)  # fmt: skip
-        self._start(self._retire(self._previous))
 
     def _open(self, directory: Path, load: Loader) -> ServedEngine:
         """Load an engine beside the running one, adapters included."""
@@ -133,11 +140,15 @@ class EngineSwap:
 
     async def _retire(self, served: ServedEngine) -> None:
         """Close an engine once its requests have ended."""
-        while served.requests:
-            await asyncio.sleep(_TICK_S)
-        self._metrics.detach(served.engine)
-        await asyncio.to_thread(served.engine.close)
-        self._previous = None
+        try:
+            while served.requests:
+                await asyncio.sleep(_TICK_S)
+        finally:
+            self._metrics.detach(served.engine)
+            try:
+                await _close(served)
+            finally:
+                self._previous = None
         del served
         # What lives as long as the process was taken out of garbage collection; parts of the old engine are among it.
         gc.unfreeze()
@@ -156,6 +167,14 @@ class EngineSwap:
         """Close the engines that are served, the one of before included."""
         for served in filter(None, (self._previous, self.current)):
             served.engine.close()
+
+
+async def _close(served: ServedEngine) -> None:
+    """Close an engine on another thread, or here where there is none for it."""
+    try:
+        await asyncio.to_thread(served.engine.close)
+    finally:
+        served.engine.close()  # for the second time, which does nothing
 
 
 def _kv_bytes(engine: Engine) -> int:

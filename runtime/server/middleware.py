@@ -57,7 +57,6 @@ class Observer:
             await self._app(scope, receive, send)
             return
         exchange, headers = _begin(scope), Headers(scope=scope)
-        hold(scope, self._service.current)
         token = current.set(exchange)
 
         async def observed_send(message: Message) -> None:
@@ -69,13 +68,13 @@ class Observer:
                 exchange.complete = True
 
         try:
+            hold(scope, self._service.current)
             with span(self._tracer, exchange, headers) if self._tracer else nullcontext():
                 try:
                     await self._run(exchange, scope, receive, observed_send)
                 finally:
                     exchange.route = _route(scope)
         finally:
-            exchange.context.settle()
             release(scope)
             self._end(exchange)
             current.reset(token)

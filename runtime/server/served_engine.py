@@ -124,14 +124,15 @@ class ServedEngine:
 
 def hold(scope: Scope, served: ServedEngine) -> None:
     """Let a request use an engine until `release`. The outermost middleware calls this once a request."""
-    served.requests += 1
     scope.setdefault("state", {})[_SERVED_BY] = served
+    served.requests += 1
 
 
 def release(scope: Scope) -> None:
-    """Give up the engine of a request that has ended."""
-    served: ServedEngine = scope["state"].pop(_SERVED_BY)  # an idle connection keeps its last request's scope
-    served.requests -= 1
+    """Give up the engine of a request that has ended, if it holds one."""
+    served = scope["state"].pop(_SERVED_BY, None)  # an idle connection keeps its last request's scope
+    if served is not None:
+        served.requests -= 1
 
 
 def served_by(scope: Scope) -> ServedEngine:

@@ -75,6 +75,11 @@ class Gate:
         if self._waiting.pop(sequence, sequence) is None and not self._waiting:
             self._pace.left(0, now, 0)
 
+    def taken_back(self, sequences: Iterable[Sequence]) -> None:
+        """Take notice that sequences were let in and could not be submitted. Called on the thread of who submits."""
+        for sequence in sequences:
+            self._waiting.pop(sequence, None)
+
     def set_free(self, free: int) -> None:
         """Set how many sequences can be admitted at once."""
         self._free = free

@@ -32,10 +32,16 @@ class Channel:
         self._calls.append((function, argument))
 
     def flush(self) -> None:
-        """Wake the event loop for the calls that wait; raises RuntimeError where it is closed."""
+        """Wake the event loop for the calls that wait; raises RuntimeError where it is closed.
+
+        Where the memory for that is short, it tries again once: without it nobody would run the calls.
+        """
         if self._calls and not self._scheduled:
             self._scheduled = True
-            self.event_loop.call_soon_threadsafe(self._run)
+            try:
+                self.event_loop.call_soon_threadsafe(self._run)
+            except MemoryError:
+                self.event_loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
         """Run the calls that wait, on the event loop. What is put meanwhile is flushed by whoever puts it."""

@@ -273,7 +273,9 @@ class Generation:
         return None if self._prompt_logprobs is None else tuple(self._prompt_logprobs)
 
     def fail(self, error: BaseException) -> None:
-        """End the request; `result` raises `error`."""
+        """End the request, unless it has ended; `result` raises `error`."""
+        if self.done.is_set():
+            return
         self._error = error
         self._end(None)
 
@@ -316,18 +318,23 @@ class Generation:
         self._end(reason)
 
     def _end(self, reason: FinishReason | None) -> None:
-        if reason and (on_piece := self._on_piece) and self._emitted < self.sequence.length:
-            on_piece(("", self.sequence.length))
-        self._finish_reason = reason
-        self._kept = []
-        if self._constraint:
-            self._constraint.close()
-        self._record(reason)
-        if self.observer:
-            self.observer.on_end(reason, None if reason else self._error)
-        self.done.set()
-        if on_end := self._on_end:
-            on_end()
+        try:
+            if reason and (on_piece := self._on_piece) and self._emitted < self.sequence.length:
+                on_piece(("", self.sequence.length))
+            self._finish_reason = reason
+            self._kept = []
+            if self._constraint:
+                self._constraint.close()
+            self._record(reason)
+            if self.observer:
+                self.observer.on_end(reason, None if reason else self._error)
+        except BaseException as error:
+            self._error = self._error or error
+            raise
+        finally:  # whoever waits must not wait forever
+            self.done.set()
+            if on_end := self._on_end:
+                on_end()
 
     def _record(self, reason: FinishReason | None) -> None:
         """Report the end of the request, once. One that was refused for lack of room has not begun."""

@@ -29,13 +29,18 @@ class BlockPool:
     def __init__(self, num_blocks: int, most_references: int | None = None) -> None:
         self.num_blocks = num_blocks
         self.evictions = 0
+        self._most_references = math.inf if most_references is None else most_references
+        self._on_eviction: Callable[[int], None] = lambda block: None
+        self.reset()
+
+    def reset(self) -> None:
+        """Let all blocks be free; nobody may use a block that was taken before."""
         # The block freed last is taken next, because its pages are in memory already; unused blocks are taken from the low end.
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
-        self.references_left = math.inf if most_references is None else most_references
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._references = [0] * self.num_blocks
+        self.references_left = self._most_references
         self._kept: set[int] = set()  # blocks that stay cached when they lose their last reference
         self._cached: OrderedDict[int, None] = OrderedDict()  # kept blocks without references, in the order of eviction
-        self._on_eviction: Callable[[int], None] = lambda block: None
 
     @property
     def available(self) -> int:

@@ -130,18 +130,22 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool, engine: EngineIdentity) -> None:
         self.hits = self.queries = 0  # tokens that sequences found here, and that they looked for
+        self._pool = pool
+        self._engine = astuple(engine)
+        self.reset()
+        pool.on_eviction(self._forget)
+
+    def reset(self) -> None:
+        """Forget all blocks and all sequences, as the pool does."""
         # Copies (source block, destination block) that the next step must make before its kernels run, in this order. The
         # scheduler clears them once the step has run or failed.
         self.copies: list[tuple[int, int]] = []
-        self._pool = pool
-        self._engine = astuple(engine)
         self._entries: dict[int, _Entry] = {}  # by block
         self._blocks: dict[bytes, int] = {}  # full blocks by digest
         self._by_tokens: dict[tuple[bytes, bytes], int] = {}  # blocks by the digest before them and their tokens
         self._children: dict[bytes, _Siblings] = {}  # by digest
         self._announced: dict[bytes, _Siblings] = {}  # blocks that sequences under way will compute, likewise
         self._announced_digests: Counter[bytes] = Counter()
-        pool.on_eviction(self._forget)
 
     def chain(self, tokens: NDArray[np.int32], salt: str = "", adapter: str = "") -> Chain:
         """The chain of a sequence whose known tokens are, or will be, the first ones of `tokens`.

@@ -59,16 +59,9 @@ class Scheduler:
         self.batch = batch
         self.pool = BlockPool(num_blocks, num_blocks if batch.blocks_per_row else None)
         self.prefixes = PrefixCache(self.pool, identity) if identity and options.prefix_cache else None
-        if self.prefixes:
-            batch.copies = self.prefixes.copies
         self.limits = Limits(batch.max_context, num_blocks * BLOCK_SIZE)
-        self.waiting = WaitingQueue()
         self.adapters: dict[str, int] = {}  # the slots of loaded adapters, by digest
-        self.held: list[Sequence] = []  # sequences that wait for others to compute their prefix
-        self.running: list[Sequence] = []  # in order
-        self.begun: list[Sequence] = []  # sequences whose first step is the one of the last call of `schedule`
-        self.picked: list[Sequence] = []  # those that this call took out of the queue for the first time
-        self.prompt_tokens = 0  # tokens in its step that are not the next ones of answers
+        self.prompt_tokens = 0  # tokens in the step of the last call of `schedule` that are not the next ones of answers
         self.preemptions = self.recomputed_tokens = 0
         self._dynamic_rope_from = batch.max_context if dynamic_rope_from is None else dynamic_rope_from
         # Each step has room for one token of every running answer and for its logits; sequences beyond that wait.
@@ -81,14 +74,34 @@ class Scheduler:
                 raise EngineError("engine", "max_num_seqs", found=str(options.max_num_seqs), expected=expected)
             most = options.max_num_seqs
         self.most_sequences = most  # that run at the same time
-        self._free_slots = list(range(most - 1, -1, -1))
         self._arrivals = 0
         self._steps = 0
+        self._reserved = 0  # tokens of this step that the next fixed chunk needs beyond one
+        self._forget_sequences()
+
+    def reset(self) -> None:
+        """Forget all sequences, and all that is cached: an error has left it open which blocks and rows are in use. Counters go
+        on, and adapters stay loaded."""
+        self.pool.reset()
+        if self.prefixes:
+            self.prefixes.reset()
+        if self.batch.adapters is not None:
+            self.batch.adapters[:] = NO_ADAPTER
+        self._forget_sequences()
+
+    def _forget_sequences(self) -> None:
+        self.waiting = WaitingQueue()
+        self.held: list[Sequence] = []  # sequences that wait for others to compute their prefix
+        self.running: list[Sequence] = []  # in order
+        self.begun: list[Sequence] = []  # sequences whose first step is the one of the last call of `schedule`
+        self.picked: list[Sequence] = []  # those that this call took out of the queue for the first time
+        self._free_slots = list(range(self.most_sequences - 1, -1, -1))
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and how many blocks were available
         self._stopped = False  # whether a sequence has stopped since those that wait for a prefix were looked at
         self._scheduled: list[Sequence] = []
         self._needing_logits: list[Sequence] = []
-        self._reserved = 0  # tokens of this step that the next fixed chunk needs beyond one
+        if self.prefixes:
+            self.batch.copies = self.prefixes.copies
 
     @property
     def has_work(self) -> bool:

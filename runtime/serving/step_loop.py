@@ -118,9 +118,9 @@ class StepLoop:
     A job that waits for something of its own, such as what its grammar allows next, keeps its rows of the step and is in no
     further step until it has taken them; the steps of the others go on meanwhile.
 
-    A step that fails ends the jobs under way with its error, and the loop goes on with those that come after. A job that
-    fails with its rows of a step ends alone. Any other error ends the thread: all jobs end with one error, and so do those that
-    are submitted later.
+    A step or a message that fails ends the jobs under way with its error, and the loop goes on with those that come after, with
+    an empty cache unless the executor has failed: which blocks are in use is not known then. A job that fails with its rows of
+    a step ends alone. Any other error ends the thread: all jobs end with one error, and so do those that come later.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class StepLoop:
         self._stopping = False
         self._death: EngineError | None = None
         self._run_step: Callable[[], None] = self._step
+        self._executing = False  # whether the executor computes, or has failed to
         self._starved = False  # whether there was nothing to compute when the last message was handled
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._token_gaps: list[float] = []  # that were not reported yet
@@ -168,7 +169,11 @@ class StepLoop:
         """Queue jobs, all before the next step; raises `EngineError` when stopped, and `QueueFull`."""
         submitted = tuple(jobs)
         sequences = [job.sequence for job in submitted]
-        self._send(_Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
+        try:
+            self._send(_Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
+        except BaseException:
+            self._gate.taken_back(sequences)
+            raise
         self.arrivals.submitted(sum(sequence.length for sequence in sequences))
 
     def withdraw(self, job: Job, error: EngineError | None = None) -> None:
@@ -288,10 +293,9 @@ class StepLoop:
                 try:
                     self._run_step()
                 except Exception as error:
-                    self.scheduler.discard()
                     self._fail_all(error)
                 self._after_step()
-        except BaseException as error:  # not of a step: what the loop would do next is not known
+        except BaseException as error:  # not of a step or a message: what the loop would do next is not known
             self._die(error)
             return
         self._end(_closed())
@@ -305,7 +309,7 @@ class StepLoop:
         while not self._stopping:
             now = time.monotonic()
             for job in self._deadlines.over(now):
-                self.give_up(job, DeadlineExceeded())
+                self._try(partial(self.give_up, job, DeadlineExceeded()))
                 most = self._messages.qsize()  # it may have left a message
             empty = not self.scheduler.has_work
             idle = empty or self._starved
@@ -313,7 +317,8 @@ class StepLoop:
             if not idle and (most <= 0 or now > until) and patience_s <= 0:
                 break
             with contextlib.suppress(queue.Empty):
-                self._handle(self._messages.get(timeout=self._deadlines.wait_s(now) if idle else max(0.0, patience_s)))
+                message = self._messages.get(timeout=self._deadlines.wait_s(now) if idle else max(0.0, patience_s))
+                self._try(partial(self._handle, message))
             most -= 1
             if idle:
                 if empty and self.scheduler.has_work:
@@ -326,6 +331,7 @@ class StepLoop:
         self._starved = False
         match message:
             case _Submitted(jobs):
+                self._jobs.update((job.sequence, job) for job in jobs)  # so that all end, should one of them not be added
                 for job in jobs:
                     self._add(job)
             case _Withdrawn(job, error):
@@ -358,7 +364,9 @@ class StepLoop:
             for sequence in sequences_needing_logits:
                 start, stop = stop, stop + sequence.logit_rows
                 batch.candidates[start:stop] = jobs[sequence].candidates()
+        self._executing = True
         logits = self.executor.step(batch)
+        self._executing = False
         scheduler.commit()
         stop = 0
         for sequence in sequences_needing_logits:
@@ -385,7 +393,15 @@ class StepLoop:
             self._drop(job, Withdrawn())
         elif awaited:
             self._awaited.add(awaited)
-            awaited.add_done_callback(lambda future: self._messages.put(_Resumed(job, future)))
+            awaited.add_done_callback(partial(self._resume, job))
+
+    def _resume(self, job: Job, awaited: Future[Any]) -> None:
+        """Let a job take the rows that it keeps. Called on the thread that has what it waited for."""
+        resumed = _Resumed(job, awaited)
+        try:
+            self._messages.put(resumed)
+        except MemoryError:  # it tries again once: without the message the job would wait forever
+            self._messages.put(resumed)
 
     def _note_step(self, started: float) -> None:
         """Count a step and report it."""
@@ -404,10 +420,8 @@ class StepLoop:
         try:
             self.scheduler.add(job.sequence)
         except EngineError as error:
-            self._gate.gave_up(job.sequence, time.monotonic())
-            job.fail(error)
+            self._drop(job, error)
         else:
-            self._jobs[job.sequence] = job
             if job.sequence.deadline < math.inf:
                 self._deadlines.add(job)
 
@@ -419,7 +433,7 @@ class StepLoop:
         return users
 
     def _drop(self, job: Job, error: EngineError) -> None:
-        if self._jobs.pop(job.sequence, None):
+        if job.sequence in self._jobs:
             scheduler = self.scheduler
             scheduler.remove(job.sequence)
             if not job.sequence.picked:
@@ -428,11 +442,29 @@ class StepLoop:
                 self._gate.set_free(scheduler.free_slots - len(scheduler.held))
             if not job.done.is_set():
                 job.fail(error)
+            del self._jobs[job.sequence]  # now that nothing has failed that all jobs are to end with
+
+    def _try(self, handle: Callable[[], None]) -> None:
+        """Do what a message or the time asks for; where it fails, all jobs end."""
+        try:
+            handle()
+        except Exception as error:
+            self._fail_all(error)
 
     def _fail_all(self, error: BaseException) -> None:
-        for job in list(self._jobs.values()):
-            job.fail(error)
-            self._drop(job, Withdrawn())
+        """End all jobs with the error of a step or a message."""
+        scheduler, jobs, self._jobs = self.scheduler, tuple(self._jobs.values()), {}
+        if self._executing:
+            scheduler.discard()
+            for job in jobs:
+                scheduler.remove(job.sequence)
+        else:
+            scheduler.reset()
+        self._executing = False
+        for job in jobs:
+            self._gate.gave_up(job.sequence, time.monotonic())
+        self._gate.set_free(scheduler.free_slots)
+        _end_all(jobs, error)
 
     def _die(self, error: BaseException) -> None:
         """End all jobs because of an error that is not one of a step, and refuse those that come."""
@@ -451,13 +483,17 @@ class StepLoop:
                         self._jobs[job.sequence] = job
                 case _Task():
                     message.set_exception(error)
-        while self._jobs:
-            _, job = self._jobs.popitem()
-            try:
-                job.fail(error)
-            except Exception:  # of whoever is told about it; the other jobs must end nevertheless
-                _log.exception("A request could not be told that it has ended")
+        left, self._jobs = tuple(self._jobs.values()), {}
+        _end_all(left, error)
         self._after_step()
+
+
+def _end_all(jobs: Iterable[Job], error: BaseException) -> None:
+    for job in jobs:
+        try:
+            job.fail(error)
+        except Exception:  # of whoever is told about it; the other jobs must end nevertheless
+            _log.exception("A request could not be told that it has ended")
 
 
 def _closed() -> EngineError:

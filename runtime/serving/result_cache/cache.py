@@ -195,9 +195,14 @@ class ResultCache:
         scored = entry.logprobs is not None or entry.prompt_logprobs is not None  # which take a millisecond to encode
         if not self._store.waits and not scored:
             task()
-        elif not self._background.put(task):
-            self._counters.add("errors")
-            self._flights.release(flight)
+            return
+        queued = False
+        try:
+            queued = self._background.put(task)
+        finally:
+            if not queued:
+                self._counters.add("errors")
+                self._flights.release(flight)
 
     def _write(self, flight: Flight, entry: Entry) -> None:
         def put() -> bool:
