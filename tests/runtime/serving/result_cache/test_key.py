@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import belle_compile
@@ -19,6 +19,8 @@ from tests.runtime.fakes import make_engine
 # Of a kind whose sources are any text.
 st.register_type_strategy(Grammar, st.builds(Grammar, st.sampled_from(["regex", "lark"]), st.text()))
 
+# A busy machine takes longer for an example than hypothesis allows by default, and to draw one.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ENGINE = EngineIdentity("ab" * 32, "0.1.0", "kernels-avx2", 1)
 
 
@@ -27,6 +29,7 @@ def strategies(record: type) -> dict[str, st.SearchStrategy[Any]]:
     return {name: st.from_type(kind) for name, kind in typing.get_type_hints(record).items()}
 
 
+@UNHURRIED
 @given(st.data())
 def test_any_changed_field_changes_the_key(data: st.DataObject) -> None:
     of_field = strategies(Request)
@@ -38,6 +41,7 @@ def test_any_changed_field_changes_the_key(data: st.DataObject) -> None:
     assert (changed.key(ENGINE) == request.key(ENGINE)) == (name in NOT_IN_KEY)
 
 
+@UNHURRIED
 @given(st.data())
 def test_any_change_of_the_engine_changes_the_key(data: st.DataObject) -> None:
     request = data.draw(st.builds(Request, **strategies(Request)))
