@@ -11,9 +11,23 @@ from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
 from belle_compile.compiler.backends.tvm.kernels.rowwise import Values, each
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
-from belle_compile.runtime.program import BLOCK_ROWS, COLUMNS, FACTOR_BYTES, LANES, RANK_STEP, RegionParts, padded, rank_rows
+from belle_compile.runtime.program import (
+    ALIGNMENT,
+    BLOCK_ROWS,
+    COLUMNS,
+    FACTOR_BYTES,
+    LANES,
+    RANK_STEP,
+    RegionParts,
+    padded,
+    rank_rows,
+)
 
 _Named = dict[str, Buffer]
+
+# Bytes by which factors are prefetched. The parts of a region, the regions of a call's linears and those of the next call
+# follow each other in a slot, so this also fetches what comes first in them. Processors do not: they prefetch within a page.
+_AHEAD = 8192
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,12 @@ class LowRank(Kernel, kernels.LowRank):
         """Neighbouring factors in float32."""
         return tir.bind(T.cast(tir.load(part.factors, index, lanes), tir.float_type(lanes)))
 
+    def _prefetch(self, part: _Part, place: Expr, count: int) -> None:
+        """While `count` factors are read, prefetch as many of those that follow."""
+        size = FACTOR_BYTES[self.factors]
+        for line in range(0, count * size, ALIGNMENT):
+            tir.prefetch(part.factors, place + (_AHEAD + line) // size)
+
     def _reduce(self, group: Expr, part: _Part, kept: Buffer, sums: Buffer, rows: int) -> None:
         """For each row, scale * (a @ x) + addend for a group of ranks."""
         width, chunk_size = padded(self.inputs), RANK_STEP * LANES
@@ -117,6 +137,7 @@ class LowRank(Kernel, kernels.LowRank):
 
         def step(chunk: Expr) -> None:
             place = tir.bind(start + chunk * chunk_size)
+            self._prefetch(part, place, chunk_size)
             values = [tir.bind(tir.load(kept, chunk * LANES + i * width)) for i in range(rows)]
             for rank in range(RANK_STEP):
                 factor = self._factor(part, place + rank * LANES)
@@ -147,6 +168,7 @@ class LowRank(Kernel, kernels.LowRank):
             def step(rank: Expr) -> None:
                 values = [tir.bind(tir.splat(sums[rank + row * stride], lanes)) for row in range(len(targets))]
                 place = tir.bind(start + rank * COLUMNS)
+                self._prefetch(part, place, count * lanes)
                 for i in range(count):
                     factor = self._factor(part, place + i * LANES, lanes)
                     for row, value in enumerate(values):
