@@ -247,7 +247,10 @@ def test_a_server_ends_with_what_it_has_started(tmp_path: Path) -> None:
         (child,) = descendants(server.process)
         assert set(cpu_seconds(server.process)) == {server.process, child}
         server.pause()
-        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        end = time.monotonic() + 10
+        while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "T":  # a signal takes effect later
+            assert time.monotonic() < end, "the child goes on"
+            time.sleep(0.01)
         server.resume()
         server.wait()
     assert gone(server.process) and gone(child)

@@ -122,7 +122,7 @@ def test_kernels_of_an_engine_that_lists_none(capsys: pytest.CaptureFixture[str]
 def test_names_that_are_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "buidl")[2].endswith("Did you mean 'build'? See `belle-compile --help`.\n")
     assert run(capsys, "build", "--trget", "cpu")[2].endswith("'--tune'?) See `belle-compile build --help`.\n")
-    assert run(capsys, "build", "--no-such")[2].endswith("No such option '--no-such'; see `belle-compile build --help`.\n")
+    assert run(capsys, "build", "--xyzzy")[2].endswith("No such option '--xyzzy'; see `belle-compile build --help`.\n")
 
 
 def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

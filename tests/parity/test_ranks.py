@@ -29,6 +29,7 @@ REFUSED = {
     ("llama_gqa", 3): "key/value heads for 3 ranks: found 2 of 3 query heads each, .*; build for 2 ranks",
     ("llama_head_dim", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
     ("llama_theta", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
+    ("llama_yarn", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
     ("qwen2", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
     ("internlm2", 3): "key/value heads for 3 ranks: found 2 of 2 query heads each",
     ("qwen3", 3): "key/value heads for 3 ranks: found 2 of 3 query heads each",

@@ -25,6 +25,10 @@ SHARED = [
 ]
 
 
+# The kind of the first kernel where a backend has several for what is one elsewhere.
+FIRST_OF_SEVERAL = {(TritonLowering, "LowRank"): "shrink"}
+
+
 @pytest.mark.parametrize("shared", SHARED, ids=lambda shared: shared.__name__)
 @pytest.mark.parametrize("backend", [TvmLowering, TritonLowering])
 def test_kernels_of_backends_derive_from_one_description(
@@ -34,7 +38,7 @@ def test_kernels_of_backends_derive_from_one_description(
     if made is None:  # for what the backend refuses
         assert backend.kernels.__dataclass_fields__[shared.__name__].default is None
         return
-    assert issubclass(made, shared) and made.kind == shared.kind
+    assert issubclass(made, shared) and made.kind == FIRST_OF_SEVERAL.get((backend, shared.__name__), shared.kind)
     assert list(made.__dataclass_fields__)[: len(shared.__dataclass_fields__)] == list(shared.__dataclass_fields__)
 
 
