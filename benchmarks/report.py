@@ -27,11 +27,17 @@ token after a 32-token prompt, file cache warm. Peak memory includes the mapped 
 _KERNELS = {"qlinear T": "linear layers", "qlinear R": "head", "attention T": "attention (keys and values)"}
 
 
+def read_files(folder: Path, pattern: str, benchmark: str) -> list[Result]:
+    """The results of a benchmark by name; raises SystemExit when there is none."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
+    if not found:
+        raise SystemExit(f"{benchmark}: no {pattern} in {folder}: run python -m benchmarks.{benchmark} first.")
+    return found
+
+
 def read_results(folder: Path, pattern: str = "speed-*.json") -> list[Result]:
     """Results of one kind, smallest model first; raises SystemExit when there is none."""
-    found = [json.loads(path.read_text()) for path in folder.glob(pattern)]
-    if not found:
-        raise SystemExit(f"report: no {pattern} in {folder}: run python -m benchmarks.speed first.")
+    found = read_files(folder, pattern, "speed")
     return sorted(found, key=lambda result: (result["cost"]["weight_bytes_per_step"], result["threads"]))
 
 

@@ -1,7 +1,7 @@
 """The ladder: from a model answered one request at a time to this server, step by step, under one load.
 
     python -m benchmarks.ladder smollm2-135m --requests FILE.jsonl           # everything, hours
-    python -m benchmarks.ladder smollm2-135m --requests FILE.jsonl --quick   # 20 minutes: fewer rounds, shorter samples
+    python -m benchmarks.ladder smollm2-135m --requests FILE.jsonl --quick   # fewer rounds, shorter samples
     python -m benchmarks.ladder CHECKPOINT --requests FILE.jsonl --only int8 padded continuous
     python -m benchmarks.ladder --report                                     # table and plot again
 

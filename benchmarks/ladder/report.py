@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import import_pyplot, save, table
+from benchmarks.report import Result, import_pyplot, read_files, save, table
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/performance.md")
 BEGIN, END = (
     "<!-- python -m benchmarks.ladder --report writes this part -->",
     "<!-- end of the ladder -->",
 )
-Result = dict[str, Any]
 
 _COLUMNS = (
     "step", "requests/s", "over the step before", "over the first", "request p50, p99", "first token p50, p99",
     "alone: request p50", "users held", "kernels busy",
 )  # fmt: skip
-
-
-def read_results(folder: Path) -> list[Result]:
-    """The results of a folder by name; raises SystemExit when there is none."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("ladder-*.json"))]
-    if not found:
-        raise SystemExit(f"ladder: no results in {folder}: run python -m benchmarks.ladder first.")
-    return found
 
 
 def rows(result: Result) -> list[Result]:
@@ -157,7 +147,7 @@ def write(folder: Path, page: Path) -> Path:
     if not begin or not end:
         raise SystemExit(f"ladder: {page} has no place for the ladder, between {BEGIN} and {END}.")
     parts = []
-    for result in read_results(folder):
+    for result in read_files(folder, "ladder-*.json", "ladder"):
         picture = folder / f"ladder-{result['model']}.svg"
         plot(result, picture)
         up = "../" * len(page.resolve().parent.relative_to(_common(page, picture)).parts)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
-from typing import Any
 
-from benchmarks.report import table
+from benchmarks.report import Result, read_files, table
 
 RESULTS = Path("benchmarks/results/serving")
-Result = dict[str, Any]
 
 HEAD = """# Servers under load
 
@@ -25,14 +22,6 @@ _COLUMNS = (
     "server", "tokens/s", "ratio", "requests/s", "first token p50, p99", "a token p50, p99", "request p50, p99", "good",
     "cores: server, client, other", "sent late", "failed",
 )  # fmt: skip
-
-
-def read_results(folder: Path) -> list[Result]:
-    """The results of a folder by name; raises SystemExit when there is none."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    if not found:
-        raise SystemExit(f"serving: no results in {folder}: run python -m benchmarks.serving first.")
-    return found
 
 
 def markdown(results: list[Result]) -> str:
@@ -105,5 +94,5 @@ def _row(result: Result, workload: str, server: str) -> list[str]:
 def write(folder: Path) -> Path:
     """Write README.md of a folder of results."""
     path = folder / "README.md"
-    path.write_text(markdown(read_results(folder)), encoding="utf-8")
+    path.write_text(markdown(read_files(folder, "*.json", "serving")), encoding="utf-8")
     return path

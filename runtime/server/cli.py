@@ -103,7 +103,7 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
     configure(options)
     # Mistakes that can be found are found before the engine is loaded, which may take minutes.
     check_certificate(options)
-    Access(options.api_keys, options.api_key_file)
+    Access(options.api_keys, options.api_key_file, options.admin_key)
     place = ranks.place()
     sockets = bind(options) if place is None or place.rank == 0 else None
     metrics = Metrics()

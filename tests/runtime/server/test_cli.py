@@ -89,6 +89,12 @@ def test_options_of_the_command_line(served: Served) -> None:
     assert served.load["verify"] == "full"
 
 
+def test_a_key_of_clients_is_refused_as_the_administrators_before_the_engine_is_loaded(served: Served) -> None:
+    result = invoke("--api-key", "k", "--admin-key", "k")
+    assert result.exit_code == 1 and "the key of 'admin': found another key with the same" in result.output
+    assert not hasattr(served, "load")
+
+
 def test_limits_of_latency(served: Served) -> None:
     result = invoke("--slo-ttft", "0.8", "--capacity", "c.json")
     assert result.exit_code == 7, result.output
