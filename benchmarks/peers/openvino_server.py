@@ -26,6 +26,14 @@ CACHE_GB = 2  # of keys and values
 Tokens = list[int]
 
 
+class Answer:
+    """The tokens of an answer as they come, None after the last, and whether nobody waits for them any more."""
+
+    def __init__(self) -> None:
+        self.received: queue.SimpleQueue[Tokens | None] = queue.SimpleQueue()
+        self.given_up = False
+
+
 class Pipeline:
     """The pipeline and the thread that runs its steps."""
 
@@ -34,21 +42,20 @@ class Pipeline:
         scheduler.cache_size, scheduler.max_num_seqs, scheduler.enable_prefix_caching = CACHE_GB, users, prefix_cache
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(engine, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads})
         self.tokenizer = self._pipeline.get_tokenizer()
-        self._waiting: queue.SimpleQueue[tuple[str, Any, queue.SimpleQueue[Tokens | None]]] = queue.SimpleQueue()
-        self._cancelled: set[int] = set()
+        self._waiting: queue.SimpleQueue[tuple[str, Any, Answer]] = queue.SimpleQueue()
         threading.Thread(target=self._run_or_end, daemon=True).start()
 
     def answer(self, prompt: str, tokens: int, ignore_eos: bool) -> Generator[Tokens, None, None]:
         """Yield the new tokens of each step; leaving the loop gives the request up."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.do_sample, config.ignore_eos = tokens, False, ignore_eos
-        received: queue.SimpleQueue[Tokens | None] = queue.SimpleQueue()
-        self._waiting.put((prompt, config, received))
+        answer = Answer()
+        self._waiting.put((prompt, config, answer))
         try:
-            while (new := received.get()) is not None:
+            while (new := answer.received.get()) is not None:
                 yield new
         finally:
-            self._cancelled.add(id(received))
+            answer.given_up = True
 
     def _run_or_end(self) -> None:
         """Run steps for ever; a failure ends the server, whose clients would wait for ever otherwise."""
@@ -59,23 +66,22 @@ class Pipeline:
             os._exit(1)
 
     def _run(self) -> None:
-        running: dict[int, tuple[Any, queue.SimpleQueue[Tokens | None]]] = {}
+        running: dict[int, tuple[Any, Answer]] = {}
         count = 0
         while True:
             while not running or not self._waiting.empty():
-                prompt, config, received = self._waiting.get()
-                running[count] = self._pipeline.add_request(count, prompt, config), received
+                prompt, config, answer = self._waiting.get()
+                running[count] = self._pipeline.add_request(count, prompt, config), answer
                 count += 1
             self._pipeline.step()
-            for number, (handle, received) in list(running.items()):
+            for number, (handle, answer) in list(running.items()):
                 while handle.can_read():
                     for output in handle.read().values():
-                        received.put(list(output.generated_ids))
-                if id(received) in self._cancelled:
+                        answer.received.put(list(output.generated_ids))
+                if answer.given_up:
                     handle.cancel()
                 if handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
-                    received.put(None)
-                    self._cancelled.discard(id(received))
+                    answer.received.put(None)
                     del running[number]
 
 
