@@ -30,7 +30,16 @@ from belle_compile.runtime import Engine, host
 from benchmarks import machine
 from benchmarks.engines import SHAPES
 from benchmarks.ladder import claims, report
-from benchmarks.ladder.steps import ENGINES, STEPS, Step, make_engine, write_requests
+from benchmarks.ladder.steps import (
+    BATCHING,
+    ENGINES,
+    LONGEST_ANSWER,
+    LONGEST_BATCHED_ANSWER,
+    STEPS,
+    Step,
+    make_engine,
+    write_requests,
+)
 from benchmarks.ladder.workers import StepError, Worker
 from benchmarks.peers.rounds import wait_until_quiet
 from benchmarks.ranks import source
@@ -38,6 +47,7 @@ from benchmarks.serving.aiperf import FIRST_TOKEN_LIMIT_S, TOKEN_LIMIT_S
 from benchmarks.serving.workloads import CHATS, Closed, Question, Workload, chats, read_questions
 
 WORKLOAD = Workload("ladder", Closed(16), caches=True, repeats=True, shared_system_prompt=True)
+BATCHED_WORKLOAD = Workload("batching", Closed(16))
 MOST_USERS = 256  # that are tried
 HELD = 0.99  # the share of answers within the limits that users must get to be held
 LONGEST = 1024  # tokens of prompt and answer
@@ -48,15 +58,19 @@ Line = dict[str, Any]
 class Requests:
     """Files of requests: no two of them share a prompt, so that what one sample leaves in caches does not help the next."""
 
-    def __init__(self, folder: Path, engine: Path, questions: Sequence[Question]) -> None:
+    def __init__(
+        self, folder: Path, engine: Path, questions: Sequence[Question], workload: Workload, longest_answer: int
+    ) -> None:
         self._folder, self._engine, self._questions = folder, engine, questions
+        self._workload, self._longest_answer = workload, longest_answer
 
     def new(self, number: int) -> Path:
         """The file of this number, the same whenever it is asked for."""
-        path = self._folder / f"{number}.jsonl"
+        path = self._folder / f"{self._workload.name}-{number}.jsonl"
         if not path.exists():
+            sent = chats(self._workload, self._questions, number, CHATS)
             with Engine.load(self._engine, kv_tokens=LONGEST) as engine:
-                write_requests(engine, chats(WORKLOAD, self._questions, number, CHATS), min(LONGEST, engine.max_context), path)
+                write_requests(engine, sent, min(LONGEST, engine.max_context), self._longest_answer, path)
         return path
 
 
@@ -76,33 +90,64 @@ def held(worker: Worker, requests: Iterator[Path], seconds: float) -> tuple[int,
     return good, samples
 
 
+def in_turns(workers: Sequence[Worker], number: int, file: Path, users: int, seconds: float) -> dict[str, Line]:
+    """A sample of each worker, every other round backwards."""
+    found = {}
+    for worker in workers if number % 2 == 0 else workers[::-1]:
+        wait_until_quiet(QUIET_LIMIT_S)
+        found[worker.name] = worker.sample(file, users, seconds)
+        print(json.dumps({"step": worker.name, "round": number, **found[worker.name]}), flush=True)
+    return found
+
+
 def measure_pair(pair: Sequence[Worker], requests: Requests, arguments: argparse.Namespace) -> Line:
-    """Samples of two steps in turns, and how many users each holds."""
-    samples: dict[str, list[Line]] = {worker.name: [] for worker in pair}
-    alone: dict[str, list[Line]] = {worker.name: [] for worker in pair}
+    """Samples of two steps in turns, with one user and with many."""
+    alone, samples = [], []
     for number in range(arguments.rounds):
-        for found, users, seconds in ((alone, 1, arguments.seconds / 2), (samples, arguments.users, arguments.seconds)):
-            for worker in pair if number % 2 == 0 else pair[::-1]:
-                wait_until_quiet(QUIET_LIMIT_S)
-                file = requests.new(2 * number + (users > 1))
-                found[worker.name].append(worker.sample(file, users, seconds))
-                print(json.dumps({"step": worker.name, "round": number, **found[worker.name][-1]}), flush=True)
-    return {"steps": [worker.name for worker in pair], "samples": samples, "alone": alone}
+        alone.append(in_turns(pair, number, requests.new(2 * number), 1, arguments.seconds / 2))
+        samples.append(in_turns(pair, number, requests.new(2 * number + 1), arguments.users, arguments.seconds))
+    names = [worker.name for worker in pair]
+    return {"steps": names, "samples": _by_name(names, samples), "alone": _by_name(names, alone)}
+
+
+def _by_name(names: Sequence[str], rounds: Sequence[dict[str, Line]]) -> dict[str, list[Line]]:
+    return {name: [found[name] for found in rounds] for name in names}
+
+
+def measure_batching(folder: Path, requests: Requests, arguments: argparse.Namespace) -> Line:
+    """Samples of padded and continuous batches on one engine, in turns."""
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(Worker(step.name, step.settings(folder, arguments.threads), _log(f"batching-{step.name}")))
+            for step in BATCHING
+        ]
+        samples = [
+            in_turns(workers, number, requests.new(number), arguments.users, arguments.seconds)
+            for number in range(arguments.rounds)
+        ]
+    names = [worker.name for worker in workers]
+    titles = {step.name: step.title for step in BATCHING}
+    return {"titles": titles, "workload": BATCHED_WORKLOAD.describe(), "samples": _by_name(names, samples)}
+
+
+def _log(name: str) -> Path:
+    """The file for what a worker prints to the standard error."""
+    logs = Path("build/ladder")
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"{name}.log"
 
 
 def measure(
     steps: Sequence[Step], folders: dict[str, Path], requests: Requests, arguments: argparse.Namespace
 ) -> Iterator[Line]:
     """Yield the results of each pair of neighbours; each step's users are found once, in its first pair."""
-    logs = Path("build/ladder")
-    logs.mkdir(parents=True, exist_ok=True)
     known: set[str] = set()
     for pair in pairwise(steps):
         with ExitStack() as stack:
             workers = []
             for step in pair:
                 settings = step.settings(folders[step.engine], arguments.threads, arguments.device)
-                workers.append(stack.enter_context(Worker(step.name, settings, logs / f"{step.name}.log")))
+                workers.append(stack.enter_context(Worker(step.name, settings, _log(step.name))))
             found = measure_pair(workers, requests, arguments)
             found["held"] = {}
             for worker in workers:
@@ -160,7 +205,13 @@ def run(arguments: argparse.Namespace) -> Path:
         print(json.dumps(result["claims"]), flush=True)
         write()
     with scratch() as folder:
-        for found in measure(steps, folders, Requests(folder, folders["int8"], questions), arguments):
+        if not arguments.no_claims:
+            varied = read_questions(arguments.requests, LONGEST_BATCHED_ANSWER)
+            files = Requests(folder, folders["int8"], varied, BATCHED_WORKLOAD, LONGEST_BATCHED_ANSWER)
+            result["claims"]["batching"] = measure_batching(folders["int8"], files, arguments)
+            write()
+        files = Requests(folder, folders["int8"], questions, WORKLOAD, LONGEST_ANSWER)
+        for found in measure(steps, folders, files, arguments):
             result["pairs"].append(found)
             write()
     return path
@@ -197,6 +248,7 @@ def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process of a step is left behind
     try:
+        report.check(arguments.page)
         if not arguments.report:
             print(run(arguments))
         print(report.write(arguments.out, arguments.page))

@@ -53,16 +53,24 @@ class Sample:
     busy: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """Rates of the answers that ended within the time, and times of those after each user's first, in milliseconds."""
-        within = [answer for answer in self.answers if answer.end <= self.seconds]
-        steady = sorted(self.answers, key=lambda answer: answer.end)
-        steady = steady[self.users :] or steady  # at first all ask at once
+        """Rates and times, in milliseconds, without the first answers, as many as there are users: at first all ask at once.
+
+        Rates are those between the last of these first answers and the last one within the time, so that they depend neither
+        on answers that are under way at the end nor on whether answers end one by one or together.
+        """
+        answers = sorted(self.answers, key=lambda answer: answer.end)
+        started = answers[min(self.users, len(answers)) - 1].end
+        steady = [answer for answer in answers if answer.end > started]
+        if not steady:
+            started, steady = 0.0, answers
+        within = [answer for answer in steady if answer.end <= self.seconds] or steady
+        seconds = within[-1].end - started
         found: dict[str, Any] = {
             "users": self.users,
             "answers": len(self.answers),
             "seconds": round(self.seconds, 3),
-            "requests_per_second": round(len(within) / self.seconds, 4),
-            "tokens_per_second": round(sum(answer.tokens for answer in within) / self.seconds, 3),
+            "requests_per_second": round(len(within) / seconds, 4),
+            "tokens_per_second": round(sum(answer.tokens for answer in within) / seconds, 3),
             "good": round(sum(answer.good for answer in steady) / len(steady), 4),
             "busy": None if self.busy is None else round(self.busy, 4),
         }

@@ -105,6 +105,7 @@ def _claims(claims: Result) -> list[str]:
     for precision, found in claims.get("fusion", {}).items():
         calls = found["kernel_calls"]
         lines += [f"- **Fusion**, {precision}: {calls['before']} kernel calls a step before, {calls['after']} after it."]
+    lines += _batching(claims["batching"]) if "batching" in claims else []
     groups = [
         [precision, group, *(f"{found[which]['calls']:.0f}" for which in ("unfused", "fused")),
          *(f"{found[which]['ms']:.3f}" for which in ("unfused", "fused"))]
@@ -115,6 +116,31 @@ def _claims(claims: Result) -> list[str]:
         header = ["decoding step, one sequence", "group", "calls before", "after", "ms before", "after"]
         lines += ["", *table(header, groups)]
     return [*lines, ""]
+
+
+def _batching(found: Result) -> list[str]:
+    """Continuous batches beside padded ones."""
+    samples = found["samples"]
+
+    def median(name: str, key: str) -> float:
+        return float(statistics.median(sample[key] for sample in samples[name]))
+
+    continuous = samples["continuous"]
+    padded = [name for name in samples if name != "continuous"]
+    ratio = statistics.median(
+        ours["tokens_per_second"] / max(samples[name][number]["tokens_per_second"] for name in padded)
+        for number, ours in enumerate(continuous)
+    )
+    words = "; ".join(
+        f"{found['titles'][name]}: {median(name, 'tokens_per_second'):,.0f} tokens/s, "
+        f"a request p50 {median(name, 'latency_p50'):,.0f} and p99 {median(name, 'latency_p99'):,.0f} ms"
+        for name in samples
+    )
+    busy = f", kernels busy {median('continuous', 'busy'):.0%} of the time" if continuous[0]["busy"] is not None else ""
+    return [
+        f"- **Continuous over padded batches**, answers as long as in the file, up to 256 tokens: {ratio:.2f} times the "
+        f"better of the padded ones ({words}){busy}."
+    ]
 
 
 def plot(result: Result, path: Path) -> None:
@@ -139,13 +165,20 @@ def plot(result: Result, path: Path) -> None:
     save(figure, path)
 
 
-def write(folder: Path, page: Path) -> Path:
-    """Write a plot beside each result, and the part of the page between its two comments; raises SystemExit without these."""
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+def check(page: Path) -> tuple[str, str]:
+    """Return what the page has before and after the ladder; raises SystemExit where it has no place for it."""
+    if not page.is_file():
+        raise SystemExit(f"ladder: there is no page {page}; --page names one with a place for the ladder.")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"ladder: {page} has no place for the ladder, between {BEGIN} and {END}.")
+    return before, after
+
+
+def write(folder: Path, page: Path) -> Path:
+    """Write a plot beside each result, and the part of the page between its two comments; raises SystemExit without these."""
+    before, after = check(page)
     parts = []
     for result in read_files(folder, "ladder-*.json", "ladder"):
         picture = folder / f"ladder-{result['model']}.svg"

@@ -35,7 +35,8 @@ ENGINES = {
 class Step:
     """A way to answer requests, which differs from the step before in what `title` says.
 
-    `way` is a class of benchmarks/ladder/ways.py, `engine` one of `ENGINES`; Transformers has the checkpoint itself.
+    `way` is a class of benchmarks/ladder/ways.py, `engine` one of `ENGINES`; Transformers has the checkpoint itself. Padded
+    batches have up to `largest_batch` requests.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Step:
     way: str
     engine: str = ""
     kv_cache: bool = True
+    largest_batch: int = 8
     prefix_cache: bool = False
     result_cache: bool = False
 
@@ -79,7 +81,14 @@ def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool
     return out
 
 
+# Ways to batch requests whose answers differ as much as real ones do: most of the ladder's answers are equally long.
+BATCHING = (
+    Step("padded-8", "padded, batches of up to 8", "padded", "int8"),
+    Step("padded-16", "padded, batches of up to 16", "padded", "int8", largest_batch=16),
+    Step("continuous", "continuous", "continuous", "int8"),
+)
 LONGEST_ANSWER = 32  # tokens: the first step computes all tokens again for each
+LONGEST_BATCHED_ANSWER = 256  # tokens, of `BATCHING`
 
 
 class Asked(NamedTuple):
@@ -89,13 +98,13 @@ class Asked(NamedTuple):
     tokens: int
 
 
-def write_requests(engine: Engine, chats: Sequence[Chat], longest: int, path: Path) -> None:
-    """Write the first question of each chat in the tokens of an engine, for all steps; those that are longer with their answers
-    are left out. Raises SystemExit where none is left."""
+def write_requests(engine: Engine, chats: Sequence[Chat], longest: int, longest_answer: int, path: Path) -> None:
+    """Write the first question of each chat in the tokens of an engine, for all steps; those with more than `longest` tokens
+    are left out, answers included, which get at most `longest_answer`. Raises SystemExit where none is left."""
     lines = []
     for system, (question, *_) in chats:
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question.text}]
-        prompt, tokens = engine.encode(messages), min(question.answer_tokens, LONGEST_ANSWER)
+        prompt, tokens = engine.encode(messages), min(question.answer_tokens, longest_answer)
         if len(prompt) + tokens <= longest:
             lines.append(json.dumps([prompt, tokens]) + "\n")
     if not lines:

@@ -17,7 +17,6 @@ from belle_compile.runtime import Engine, EngineError, SamplingParams
 from benchmarks.ladder.load import Answer, Sample, Served, batched, replay
 from benchmarks.ladder.steps import Asked
 
-LARGEST_BATCH = 8  # of padded batches
 LEAST = 2  # requests that are timed, however long they take
 _clock = time.perf_counter
 
@@ -140,9 +139,13 @@ class Padded(_Engine, Way):
     prompt lacks, and as many tokens after its answer as the longest answer has more. So the answers stay what they are.
     """
 
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self._largest_batch = settings["largest_batch"]
+
     def sample(self, requests: Sequence[Asked], users: int, seconds: float) -> Sample:
         with self.timed():
-            found = batched(requests, users, seconds, LARGEST_BATCH, self._serve)
+            found = batched(requests, users, seconds, self._largest_batch, self._serve)
         return replace(found, busy=self.busy)
 
     def _serve(self, batch: Sequence[Asked]) -> Served:

@@ -117,8 +117,11 @@ class Question(NamedTuple):
     answer_tokens: int
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Read a file of JSON lines; questions that are too long are left out. Raises SystemExit where none is left."""
+def read_questions(path: Path, longest_answer: int = LONGEST_ANSWER) -> list[Question]:
+    """Read a file of JSON lines; questions that are too long are left out, and answers get at most `longest_answer` tokens.
+
+    Raises SystemExit where no question is left.
+    """
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -129,7 +132,7 @@ def read_questions(path: Path) -> list[Question]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SystemExit(f"serving: {path}, line {number}: expected a JSON object with a question.") from None
         if 0 < len(text) <= LONGEST_QUESTION:
-            length = min(max(len(expected), SHORTEST_ANSWER), LONGEST_ANSWER) if expected else USUAL_ANSWER
+            length = min(max(len(expected), SHORTEST_ANSWER), longest_answer) if expected else USUAL_ANSWER
             questions.append(Question(text, length))
     if not questions:
         raise SystemExit(f"serving: {path} has no question of at most {LONGEST_QUESTION} characters.")

@@ -19,7 +19,7 @@ from belle_compile.runtime.artifact import read_manifest
 from belle_compile.runtime.profiling import KernelTime
 from benchmarks.ladder import claims, report
 from benchmarks.ladder.load import REPLAYED, Answer, Sample, Served, batched, replay
-from benchmarks.ladder.steps import ENGINES, STEPS, Asked, read_requests, write_requests
+from benchmarks.ladder.steps import BATCHING, ENGINES, STEPS, Asked, read_requests, write_requests
 from benchmarks.ladder.ways import WAYS
 from benchmarks.ladder.workers import StepError, Worker
 from benchmarks.serving.workloads import Chat, Question
@@ -61,7 +61,8 @@ def test_batches_are_sorted_by_length_and_end_together() -> None:
 def test_a_sample_counts_what_ended_in_time_and_leaves_out_the_first_answers() -> None:
     answers = [Answer(0, 3, 5, 3), Answer(0, 0.5, 0.54, 3), Answer(1, 1.5, 1.56, 3), Answer(9, 9.5, 11, 31)]
     plain = Sample(2, answers, 10.0).to_plain()
-    assert plain["requests_per_second"] == 0.3 and plain["tokens_per_second"] == 0.9 and plain["busy"] is None
+    assert plain["requests_per_second"] == pytest.approx(1 / (5 - 1.56), abs=1e-4)  # from the second end to the third
+    assert plain["tokens_per_second"] == pytest.approx(3 / (5 - 1.56), abs=1e-3) and plain["busy"] is None
     assert plain["answers"] == 4 and plain["first_token_p99"] < 3000  # the third and fourth to end count
     assert [answer.good for answer in answers] == [False, True, True, True]
     assert Sample(8, answers, 10.0).to_plain()["latency_p50"] > 0
@@ -123,6 +124,10 @@ def result() -> dict[str, Any]:
             },
             "int8": {"decode": {"ratio": 3.5, "float32_ms": 7.0, "int8_ms": 2.0}},
             "fusion": {"int8": {"kernel_calls": {"before": 106, "after": 55}, "groups": groups}},
+            "batching": {
+                "titles": {step.name: step.title for step in BATCHING},
+                "samples": pair("padded-8", "continuous", [(1, 3), (2, 8), (3, 6)])["samples"],
+            },
         },
     }  # fmt: skip
 
@@ -147,8 +152,11 @@ def test_the_ladder_replaces_its_part_of_a_page(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "![The ladder of m](../results/ladder-m.svg)" in text and (tmp_path / "results" / "ladder-m.svg").is_file()
     assert "| KV cache | 5.00 | 5.00 | 5.0 |" in text and "98.0% saved" in text and "106 kernel calls a step before, 55" in text
+    assert "3.00 times the better of the padded ones" in text and "kernels busy 50% of the time" in text
     with pytest.raises(SystemExit, match=r"no .*\.json in"):
         report.write(tmp_path, page)
+    with pytest.raises(SystemExit, match=r"no page .*missing\.md; --page names one"):
+        report.check(tmp_path / "missing.md")
     page.write_text("nothing")
     with pytest.raises(SystemExit, match="has no place for the ladder"):
         report.write(tmp_path / "results", page)
@@ -174,7 +182,7 @@ def requests(engine: Path) -> Path:
     path = engine.parent / "requests.jsonl"
     with Engine.load(engine) as loaded:
         chats = [Chat("Be brief.", (Question(f"What is {number}" + "?" * number, 3 + number % 2),)) for number in range(12)]
-        write_requests(loaded, [*chats, Chat("", (Question("far too long " * 200, 3),))], 150, path)
+        write_requests(loaded, [*chats, Chat("", (Question("far too long " * 200, 3),))], 150, 32, path)
     return path
 
 
@@ -185,11 +193,13 @@ def test_requests_are_the_same_tokens_for_all_steps(engine: Path, requests: Path
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 0"}]
         assert found[0].prompt == loaded.encode(messages)
         with pytest.raises(SystemExit, match="no request has at most 3 tokens"):
-            write_requests(loaded, [Chat("", (Question("What", 3),))], 3, requests.with_name("none"))
+            write_requests(loaded, [Chat("", (Question("What", 3),))], 3, 32, requests.with_name("none"))
 
 
 @pytest.mark.parametrize(
-    "step", [step for step in STEPS if step.way != "transformers" and step.ranks == 1], ids=lambda step: step.name
+    "step",
+    [step for step in (*STEPS, BATCHING[1]) if step.way != "transformers" and step.ranks == 1],
+    ids=lambda step: step.name,
 )
 def test_a_way_of_our_engine(step: Any, engine: Path, requests: Path) -> None:
     way = WAYS[step.way](step.settings(engine, 1))
