@@ -1,11 +1,13 @@
 """A server under mixed load for a long time: memory and descriptors stay flat, no answer is wrong, no request is stuck.
 
-    python -m benchmarks.soak ENGINE --minutes 60 [--rate 4] [--redis] [--out benchmarks/results/soak.json]
+    python -m benchmarks.soak ENGINE --minutes 60 [--rate 4] [--kv-tokens N] [--redis] [--out benchmarks/results/soak.json]
 
 `belle-run serve` runs in a process of its own. This process sends requests of many kinds (`benchmarks.soak_load`) at random
 times, `--rate` a second, and has an engine too: it computes each hundredth answer alone and compares it. Every 30 seconds it
 notes the server's resident memory, descriptors and threads, and the requests by kind and outcome. The engine is replaced by
-itself now and then; with `--redis` the result cache is a Redis server, which is started here and restarted now and then.
+itself now and then; with `--redis` the result cache is a Redis server, which is started here and restarted now and then. The
+KV cache is small, so that it has been in use to its end before memory is compared: memory that is reserved becomes resident
+when it is first written.
 
 The exit status is 1 where a check fails: resident memory within 2% of what it is after the first five minutes, descriptors not
 above their number then by more than connections explain, no wrong answer, no request without an end in time.
@@ -224,17 +226,19 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=4, help="requests a second")
+    parser.add_argument("--kv-tokens", type=int, default=16_384, help="of the server's KV cache")
     parser.add_argument("--redis", action="store_true", help="let the result cache be a Redis server that is restarted")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with redis_of(options.redis) as redis:
         store = f"redis://127.0.0.1:{redis.port}" if redis else "memory"
-        arguments = ("--admin-key", ADMIN_KEY, "--result-cache", store)
+        arguments = ("--admin-key", ADMIN_KEY, "--result-cache", store, "--kv-tokens", str(options.kv_tokens))
         with Server(options.engine, *arguments) as server, Engine.load(options.engine, threads=1) as engine:
             soak = Soak(server, engine, options.engine, options.rate, redis)
             asyncio.run(soak.run(60 * options.minutes))
     found = faults_of(soak.samples, soak.outcomes)
-    facts = {"engine": options.engine.name, "minutes": options.minutes, "rate": options.rate, "redis": options.redis}
+    names = ("minutes", "rate", "kv_tokens", "redis")
+    facts = {"engine": options.engine.name, **{name: getattr(options, name) for name in names}}
     result = {"machine": machine.describe(), **facts, "faults": found, "samples": [asdict(each) for each in soak.samples]}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
