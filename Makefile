@@ -38,7 +38,7 @@ test: $(VENV)/.installed ## Run the tests, by JOBS processes.
 	$(BIN)/python -m pytest -q -m alone
 
 test-ray: $(VENV)-ray/.installed ## Run the tests with a Ray cluster on this host, in an environment of its own.
-	RAY_USAGE_STATS_ENABLED=0 $(VENV)-ray/bin/python -m pytest -q -m ray
+	RAY_USAGE_STATS_ENABLED=0 $(VENV)-ray/bin/python -m pytest -q -m ray tests/runtime/scale_out
 
 lint: $(VENV)/.installed-dev ## Check style, imports and types.
 	$(BIN)/ruff check .
