@@ -52,6 +52,14 @@ def give_back(array: NDArray[np.float32]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
+def trim_heap() -> None:
+    """Give the C heap's free memory back to the system, where the C library can: glibc keeps what lies below memory in use, in
+    each of the heaps that its threads have. Takes some milliseconds."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _request_huge_pages(mapped: mmap.mmap) -> None:
     """Request huge pages for a large mapping. Linux maps a file with huge pages only where its page cache holds pieces of that
     size: where the file was written in such pieces, or is read after this call."""

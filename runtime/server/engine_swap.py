@@ -14,6 +14,7 @@ from belle_compile.runtime.artifact import Manifest, read_manifest
 from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.errors import BelleError, EngineError
 from belle_compile.runtime.executors import AdaptableExecutor, executor_of
+from belle_compile.runtime.memory import trim_heap
 from belle_compile.runtime.server.logs import log
 from belle_compile.runtime.server.metrics import Metrics
 from belle_compile.runtime.server.schemas.responses import EngineState, SwapState
@@ -155,6 +156,7 @@ class EngineSwap:
         await asyncio.sleep(_SETTLE_S)
         gc.collect()
         gc.freeze()
+        trim_heap()  # which has 50 MB of a tokenizer of 49,152 tokens free; threads take turns in loading engines
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine as a task that goes on whoever waits for it."""

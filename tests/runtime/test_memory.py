@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from belle_compile.runtime.errors import EngineError
-from belle_compile.runtime.memory import WeightsFile, anonymous
+from belle_compile.runtime.memory import WeightsFile, anonymous, trim_heap
 
 
 def write_weights(path: Path, tensors: dict[str, np.ndarray], align: int = 64) -> Path:
@@ -143,6 +144,28 @@ def mapped_bytes(path: Path) -> int:
         if line.endswith(str(path)):
             return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
     raise AssertionError(f"{path} is not mapped")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_free_memory_of_the_heap_is_given_back() -> None:
+    """Also below memory that is still in use, which keeps it otherwise."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    size = 64 << 10  # small enough for the heap
+    blocks = [library.malloc(size) for _ in range(512)]
+    for block in blocks:
+        ctypes.memset(ctypes.c_void_p(block), 1, size)
+    for block in blocks[:-1]:
+        library.free(ctypes.c_void_p(block))
+    before = resident_bytes()
+    trim_heap()
+    assert resident_bytes() <= before - (24 << 20)
+    library.free(ctypes.c_void_p(blocks[-1]))
+
+
+def resident_bytes() -> int:
+    """The memory of this process that is not swapped out."""
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_anonymous_memory_is_zero_writable_and_free_until_touched() -> None:

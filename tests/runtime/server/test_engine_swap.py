@@ -163,7 +163,9 @@ def test_requests_under_way_end_with_the_engine_that_they_began_with(tmp_path: P
     assert not service.engine.alive(0)  # the engine that replaced it is closed with the server
 
 
-def test_nothing_is_left_of_an_engine_that_was_replaced(tmp_path: Path) -> None:
+def test_nothing_is_left_of_an_engine_that_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[None] = []
+    monkeypatch.setattr("belle_compile.runtime.server.engine_swap.trim_heap", lambda: trimmed.append(None))
     places = [directory_of(tmp_path / name, name) for name in ("one", "two")]
     with serving(make_executor()) as service:
 
@@ -177,6 +179,7 @@ def test_nothing_is_left_of_an_engine_that_was_replaced(tmp_path: Path) -> None:
             assert (await ask(client))["model"] == "two"
             await until(lambda: service.swap.state["previous"] is None)
             await until(lambda: replaced() is None)
+            await until(lambda: len(trimmed) == 2)
 
         run(service, use)
     gc.unfreeze()
