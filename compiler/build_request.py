@@ -20,7 +20,8 @@ from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.kv_types import AUTO
 from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 from belle_compile.compiler.reading import PLAIN, Reading
-from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
+from belle_compile.compiler.self_written import SelfWritten
+from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, Recipe, find_preset, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
 MOST_RANK = 512  # of an adapter
@@ -42,15 +43,17 @@ class BuildRequest:
     With a `lora_rank`, the engine takes adapters of up to that rank at run time, for the linears whose names are or end with
     one of `lora_targets` (empty: all but the head).
 
-    Calibration: `calibration` is a file of requests or a set made by calibrate-set. It guides the rounding of weights, and the
+    Calibration: `calibration` is a file of requests, a set made by calibrate-set, or says that the model writes them itself
+    (None: the build is not calibrated). It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
     without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
     weights have grown by that factor.
 
     Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
     report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is
-    called with (stage, done, total) during the build, with total 0 for a stage of unknown length. `on_weight` is called with
-    one line for each weight before the weights are written, see `ir.lazy.describe`.
+    called with (stage, done, total) during the build, with total 0 for a stage of unknown length. `on_note` is called with
+    sentences on what the build decides, and `on_weight` with one line for each weight before the weights are written, see
+    `ir.lazy.describe`.
     """
 
     checkpoint: str | Path
@@ -71,12 +74,13 @@ class BuildRequest:
     fuse: bool = True
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
-    calibration: Path | None = None
+    calibration: Path | SelfWritten | None = None
     raw_requests: bool = False
     size_budget: float = 1.0
     gate: Gate | None = DEFAULT_GATE
     drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    on_note: Callable[[str], None] = lambda note: None
     on_weight: Callable[[str], None] | None = None
 
 
@@ -95,6 +99,15 @@ class Job:
         """The job with another recipe, such as one that suits the checkpoint."""
         return replace(self, recipe=recipe, applied=recipe.applied(calibrated=self.request.calibration is not None))
 
+    @property
+    def self_written(self) -> SelfWritten | None:
+        """How the model writes its own requests; None where it does not."""
+        return self.request.calibration if isinstance(self.request.calibration, SelfWritten) else None
+
+    def uncalibrated(self) -> Job:
+        """The job without requests."""
+        return replace(self, request=replace(self.request, calibration=None)).following(self.recipe)
+
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """The callback with which a stage reports (done, total)."""
         return lambda done, total: self.request.on_progress(stage, done, total)
@@ -107,6 +120,7 @@ def resolve(request: BuildRequest) -> Job:
     """Look up the names in the request, and look whether its files are there; raises CompileError for everything that can be
     refused before the checkpoint is opened. It takes a fraction of a second: no package of the extra `build` is imported."""
     target, backend = targets.choose(request.target, request.backend, request.isas)
+    request = _without_idle_default(request, target, backend)
     recipe = recipe_of(request.quantization, request.methods, calibrated=request.calibration is not None)
     applied = recipe.applied(calibrated=request.calibration is not None)
     backends.check(backend, target, applied)
@@ -123,8 +137,21 @@ def resolve(request: BuildRequest) -> Job:
     check_template(request.template)
     check_reading(request.reading)
     changed_defaults(GenerationDefaults(), request.generation)  # those of the checkpoint are not known yet
-    check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
+    if isinstance(request.calibration, Path):
+        check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return Job(request, target, backend, recipe, applied)
+
+
+def _without_idle_default(request: BuildRequest, target: Target, backend: Backend) -> BuildRequest:
+    """The request without self-written requests that nobody chose, where its preset would not use them: methods were named,
+    none needs requests, or the backend does not carry those that do."""
+    if not isinstance(request.calibration, SelfWritten) or not request.calibration.by_default:
+        return request
+    recipe = find_preset(request.quantization).recipe
+    used = request.methods is None and any(METHODS[name].needs_requests for name in recipe.methods)
+    if used and request.size_budget <= 1 and not backend.refusal(target, recipe.applied(calibrated=True)):
+        return request
+    return replace(request, calibration=None)
 
 
 def _check_adapters(request: BuildRequest, target: Target, backend: Backend) -> None:

@@ -14,7 +14,7 @@ from belle_compile.compiler.accuracy import Sample
 from belle_compile.compiler.checkpoint import Checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import registry
-from belle_compile.compiler.requests import Request, open_set
+from belle_compile.compiler.requests import CalibrationSet, Request, open_set
 from belle_compile.runtime.artifact import PromptTemplate, SpecialTokens
 from belle_compile.runtime.chat import ChatEncoder
 from belle_compile.runtime.prompt import ChatTemplate
@@ -107,10 +107,14 @@ class Calibration:
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -> Calibration:
-    """Open a set or a file of requests and encode it for a checkpoint; raises CompileError if no request is left to calibrate
-    with or none to hold out."""
+    """Open a set or a file of requests and encode it for a checkpoint, see `encode_set`."""
+    return encode_set(open_set(path), str(path), checkpoint, raw=raw, remedy="give more requests")
+
+
+def encode_set(opened: CalibrationSet, name: str, checkpoint: Checkpoint, *, raw: bool, remedy: str) -> Calibration:
+    """Encode a set of requests for a checkpoint; raises CompileError, which calls the set `name`, if no request is left to
+    calibrate with or none to hold out."""
     config = registry.by_name(checkpoint.family, checkpoint.path).read_config(checkpoint.config)
-    opened = open_set(path)
     encoder = Encoder(checkpoint, config.vocab_size, raw=raw)
     most = min(MOST_TOKENS, config.max_position)
     used, held_out = (tuple(encoder.samples(requests, most)) for requests in (opened.calibration, opened.holdout))
@@ -118,9 +122,9 @@ def read_calibration(path: Path, checkpoint: Checkpoint, *, raw: bool = False) -
     if not used or not held_out:
         raise CompileError(
             "calibration",
-            str(path),
+            name,
             found="; ".join([f"{len(used)} requests to calibrate with and {len(held_out)} held out", *notes]),
             expected="at least one of each",
-            remedy="give more requests",
+            remedy=remedy,
         )
     return Calibration(opened.digest, used, held_out, notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from belle_compile.compiler.backends.base import FIXED_BYTES
 from belle_compile.compiler.build_request import BuildRequest, Job, resolve
 from belle_compile.compiler.calibration import Calibration, prompt_template, read_calibration, special_tokens
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
+from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.footprint import check_memory
 from belle_compile.compiler.golden import golden_answers
@@ -39,6 +41,7 @@ from belle_compile.compiler.report import (
     pass_effects,
     render,
 )
+from belle_compile.compiler.request_writer import Written, write
 from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
 from belle_compile.compiler.work_folder import keep_report, work_folder
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
@@ -47,6 +50,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
 from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
 from belle_compile.passes.presets import Recipe, manifest_words
+from belle_compile.runtime import host
 from belle_compile.runtime.adapters.basis import BASIS_NAME
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
 from belle_compile.runtime.selftest import SELF_TEST_NAME
@@ -65,12 +69,13 @@ _WORST = 5  # layers that the gate's error names
 @dataclass(frozen=True)
 class _Source:
     """The input of a build. `graph` is the float32 graph; no stage changes it, they all work on copies. `integers` says what
-    becomes of integers that the checkpoint holds."""
+    becomes of integers that the checkpoint holds. `written` are the requests in `calibration` where the model wrote them."""
 
     checkpoint: Checkpoint
     calibration: Calibration | None
     graph: ir.Model
     integers: IntegerPlan
+    written: Written | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,13 @@ def build(request: BuildRequest) -> Path:
     with EngineWriter(request.output, force=request.force) as writer, work_folder(request.output) as folder:
         job.begin("open")
         source = _open(job, writer)
-        job = job.following(source.integers.recipe)
+        job, uncalibrated = _decided(job.following(source.integers.recipe), source)
         planned = _plan(job, source.graph)
         digests = source.checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
         model = _model_info(request, source, digests)
+        if job.self_written is not None:
+            written = write(request, job.self_written, source.checkpoint, digests, folder, build)
+            source = replace(source, calibration=written.calibration, written=written)
 
         job.begin("optimize")
         data = _calibration_data(job, source.calibration, digests, folder)
@@ -123,19 +131,19 @@ def build(request: BuildRequest) -> Path:
 
         manifest = _manifest(job, source, model, optimized, payloads)
         damage = _damage(job, source.calibration, optimized.unquantized, folder)
-        coverage = _coverage(request, source.calibration, model.dimensions["vocab_size"])
+        coverage = _coverage(job, source, model.dimensions["vocab_size"])
         memory, ranks = memory_of_ranks(payloads)
 
         def report() -> bytes:
-            return render(Report(manifest, dict(writer.files), optimized.effects, memory, damage, coverage, ranks)).encode()
+            files, effects = dict(writer.files), optimized.effects
+            return render(Report(manifest, files, effects, memory, damage, coverage, ranks, uncalibrated)).encode()
 
         if (accuracy := _accuracy(job, writer, manifest, source, folder)) is not None:
-            assert request.gate is not None, "only a gate measures"
-            manifest = replace(manifest, accuracy=accuracy.to_plain() | {"limits": request.gate.to_plain()})
-            if misses := request.gate.misses(accuracy):
+            manifest = replace(manifest, accuracy=_judgement(job, source, accuracy))
+            if missed := _missed(job, accuracy):
                 kept = keep_report(folder / REPORT_NAME, report())
                 worst = [layer.name for layer in damage[:_WORST]]
-                raise request.gate.missed(accuracy, misses, worst, request.size_budget, kept)
+                raise missed(worst, request.size_budget, kept)
 
         job.begin("self-test")
         kv_type = payloads[0].footprint.kv.dtype
@@ -179,10 +187,27 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
     )
     writer.check_space(_estimated_bytes(checkpoint, job.recipe))
     calibration = None
-    if request.calibration is not None:
+    if isinstance(request.calibration, Path):
         calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
     graph = build_graph(checkpoint)
     return _Source(checkpoint, calibration, graph, integer_plan(graph, job.recipe, request.methods))
+
+
+def _decided(job: Job, source: _Source) -> tuple[Job, str]:
+    """The job, without self-written requests where nobody asked for them and they would take too long; and the reason."""
+    options = job.self_written
+    if options is None:
+        return job, ""
+    parameters, cores = _parameters(source), len(host.usable_cores())
+    reason = options.reason_against(parameters, cores)
+    job.request.on_note(reason or options.reason_for(parameters, cores))
+    return (job.uncalibrated(), reason) if reason else (job, "")
+
+
+def _parameters(source: _Source) -> int:
+    """The parameters of the graph, so that tied tensors count once."""
+    initializers = source.graph.graph.initializers
+    return sum(prod(tensor.shape) for name, tensor in source.checkpoint.tensors.items() if name in initializers)
 
 
 def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
@@ -269,13 +294,36 @@ def _accuracy(job: Job, writer: EngineWriter, manifest: Manifest, source: _Sourc
     return accuracy_of(writer.draft(manifest), job.target.ranks, source.graph, holdout, folder / "gate", progress)
 
 
-def _coverage(request: BuildRequest, calibration: Calibration | None, vocabulary: int) -> dict[str, Any] | None:
+def _judgement(job: Job, source: _Source, accuracy: Accuracy) -> dict[str, Any]:
+    """The manifest's entry on accuracy."""
+    assert job.request.gate is not None, "only a gate measures"
+    origin = {"requests_written_by": "the model itself"} if source.written else {}
+    return accuracy.to_plain() | {"limits": job.request.gate.to_plain()} | origin
+
+
+def _missed(job: Job, accuracy: Accuracy) -> Callable[[Sequence[str], float, str], CompileError] | None:
+    """The error of an engine that misses limits, for `Gate.missed`'s last arguments; None if it keeps them. Limits that are
+    missed on requests which nobody chose end no build: a note says so."""
+    gate = job.request.gate
+    misses = gate.misses(accuracy) if gate else []
+    if not gate or not misses:
+        return None
+    if job.self_written is not None and job.self_written.by_default:
+        found = ", ".join(f"{found} ({expected})" for found, expected in misses)
+        job.request.on_note(f"the engine misses limits of the gate on requests that the model wrote: {found}; see the report")
+        return None
+    return partial(gate.missed, accuracy, misses)
+
+
+def _coverage(job: Job, source: _Source, vocabulary: int) -> dict[str, Any] | None:
     """The coverage of the requests for the report; None without requests."""
-    if calibration is None or request.calibration is None:
+    if (calibration := source.calibration) is None:
         return None
     used, held_out = ([sample.tokens for sample in samples] for samples in (calibration.calibration, calibration.holdout))
     coverage = {"digest": calibration.digest} | coverage_of(used, held_out, vocabulary)
-    return coverage | coverage_of_set(request.calibration)
+    if source.written is not None:
+        return {"origin": source.written.sentence} | coverage
+    return coverage | (coverage_of_set(job.request.calibration) if isinstance(job.request.calibration, Path) else {})
 
 
 def _estimated_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -284,12 +332,12 @@ def _estimated_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 
 def _model_info(request: BuildRequest, source: _Source, digests: dict[str, str]) -> ModelInfo:
-    """Describe the model for the manifest; parameters are those of the graph, so that tied tensors count once."""
+    """Describe the model for the manifest."""
     path, checkpoint, graph = Path(request.checkpoint), source.checkpoint, source.graph
     return ModelInfo(
         family=checkpoint.family,
         name=checkpoint_name(path),
-        parameters=sum(prod(t.shape) for name, t in checkpoint.tensors.items() if name in graph.graph.initializers),
+        parameters=_parameters(source),
         dimensions={name: int(value) for name, value in sorted(graph.metadata_props.items()) if value.isdecimal()},
         source_digests=digests,
     )
@@ -300,11 +348,12 @@ def _manifest(job: Job, source: _Source, model: ModelInfo, optimized: _Optimized
     notes = *checkpoint.notes, *source.integers.notes, *(source.calibration.notes if source.calibration else ())
     opened = PassRecord("open-checkpoint", {"template": checkpoint.template.name} | job.request.reading.facts, 0, notes)
     damage = damage_record(optimized.whole)
+    written = source.written.record if source.written else None
     calibrated = job.request.calibration is not None
     return Manifest(
         model=model,
         target=target_info(job.target, job.backend, payloads),
-        passes=(opened, *pass_records(optimized.records), *filter(None, (damage, first.tuning))),
+        passes=(*filter(None, (opened, written)), *pass_records(optimized.records), *filter(None, (damage, first.tuning))),
         quantization=manifest_words(job.recipe, calibrated)
         | dict(first.quantization)
         | {"kv_cache": KV_TYPES[first.footprint.kv.dtype].manifest},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from belle_compile.passes.calibration.state import STATE_NAME
 
@@ -33,6 +35,23 @@ def keep_report(path: Path, report: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(report)
     return "; ".join(filter(None, (kept_words(path.parent), f"the report is {path}")))
+
+
+def kept_result(folder: Path, key: str) -> dict[str, Any] | None:
+    """The result that `keep_result` kept in `folder` with this key; None if there is none."""
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state["result"] if isinstance(state, dict) and state.get("key") == key else None
+
+
+def keep_result(folder: Path, key: str, result: dict[str, Any]) -> None:
+    """Keep a result for the next build, in place of one with another key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = (folder / STATE_NAME).with_suffix(".new")
+    fresh.write_text(json.dumps({"key": key, "result": result}, ensure_ascii=False), encoding="utf-8")
+    fresh.replace(folder / STATE_NAME)
 
 
 def kept_words(folder: Path) -> str:

@@ -39,7 +39,7 @@ _WHAT = options.together(
     ),
 )  # fmt: skip
 _CALIBRATION = options.together(
-    options.calibration("the engine"),
+    options.calibration_or_self,
     options.raw_requests,
     options.gate,
     click.option(
@@ -78,7 +78,7 @@ def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **reques
 
     With --calibration, weights are rounded so that outputs on these requests change least, and the finished engine runs the
     held-out ones beside the unquantized model. If it misses a limit of this gate, there is no engine. A build that was killed
-    continues where calibration stopped.
+    continues where calibration stopped. With --calibration self, the model writes the requests itself.
 
     \b
     Examples:
@@ -86,6 +86,7 @@ def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **reques
       belle-compile build BelleGroup/BELLE-LLaMA-7B-2M-enc --key llama-7B/consolidated.00.pth -o artifacts/belle-llama-7b
       belle-compile build model.gguf --target cpu -o artifacts/model --force
       belle-compile build /models/BELLE-7B-2M --calibration requests.jsonl.zst -o artifacts/belle-7b-cpu
+      belle-compile build model.gguf --calibration self -o artifacts/model-calibrated
       belle-compile build model.gguf --tune -o artifacts/model-tuned
       belle-compile build /models/BELLE-7B-2M --target a100x4 --backend triton -o artifacts/belle-7b-a100x4
       belle-compile build /models/my-llama --template belle-llama -o artifacts/my-llama --dump-ir /tmp/ir
@@ -99,7 +100,7 @@ def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **reques
 
     with run.following() as progress:
         on_weight = progress.say if run.verbosity == VERBOSE else None
-        path = driver.build(replace(build_request, on_progress=progress, on_weight=on_weight))
+        path = driver.build(replace(build_request, on_progress=progress, on_note=progress.say, on_weight=on_weight))
     engine = inspection.inspect(path)
     engine["build"] = run.to_plain()
     terminal.show(engine, headline(engine, run.words()), as_json)

@@ -14,6 +14,7 @@ import click
 from belle_compile.compiler.cli.progress import NORMAL, QUIET, VERBOSE, Run
 from belle_compile.compiler.kv_types import AUTO, AUTO_SUMMARY, KV_CHOICES, KV_TYPES
 from belle_compile.compiler.reading import AdapterChoice, Reading
+from belle_compile.compiler.self_written import DEFAULT_WITHIN_S, LEAST_PARAMETERS, SELF, SelfWritten
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS, Preset
 from belle_compile.runtime.artifact import GenerationDefaults
 from belle_compile.runtime.usage import json_option
@@ -150,13 +151,38 @@ def output(what: str) -> Decorator:
     )
 
 
+_REQUESTS = (
+    "Requests to calibrate with (JSON Lines or text, .gz or .zst), or a set made by `belle-compile calibrate-set`.{} "
+    "Some are held out, and {} must pass the gate on them."
+)
+
+
 def calibration(what: str) -> Decorator:
-    """--calibration: requests for methods that need some, and for the gate that `what` ("the engine") must pass."""
-    return click.option(
-        "--calibration", type=PATH, metavar="FILE|SET",
-        help="Requests to calibrate with (JSON Lines or text, .gz or .zst), or a set made by `belle-compile calibrate-set`. "
-        f"Some are held out, and {what} must pass the gate on them.",
-    )  # fmt: skip
+    """--calibration: requests for methods that need some, and for the gate that `what` ("the export") must pass."""
+    return click.option("--calibration", type=PATH, metavar="FILE|SET", help=_REQUESTS.format("", what))
+
+
+def _calibration(calibration: Path | None, no_calibration: bool) -> Path | SelfWritten | None:
+    if calibration is not None and no_calibration:
+        raise click.UsageError("--calibration and --no-calibration exclude each other", click.get_current_context())
+    if no_calibration:
+        return None
+    if calibration is None:
+        return SelfWritten(within_s=DEFAULT_WITHIN_S)
+    return SelfWritten() if str(calibration) == SELF else calibration
+
+
+calibration_or_self = collected(
+    "calibration",
+    _calibration,
+    click.option(
+        "--calibration", type=PATH, metavar=f"FILE|SET|{SELF}",
+        help=_REQUESTS.format(f" {SELF}: the model writes them itself.", "the engine")
+        + f"  [default: {SELF}, for presets that use requests and models of {LEAST_PARAMETERS / 1e6:.0f} M parameters or more, "
+        f"where that should take at most {DEFAULT_WITHIN_S:.0f} s; the gate then only measures]",
+    ),
+    click.option("--no-calibration", is_flag=True, help="Build without requests, where the model would write its own."),
+)  # fmt: skip
 
 
 def target(*, required: bool = False) -> Decorator:

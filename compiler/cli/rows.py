@@ -87,7 +87,10 @@ def _verdict(accuracy: Mapping[str, Any] | None) -> str:
     ]
     if accuracy["accuracy_kept"] is not None:
         measured.append(f"accuracy kept {accuracy['accuracy_kept']:.4f} (at least {limits['min_accuracy_kept']:g})")
-    return f"passed on {accuracy['requests']} held-out requests: {', '.join(measured)}"
+    kept = accuracy["perplexity_ratio"] <= limits["max_perplexity_ratio"] and accuracy["top1_agreement"] >= limits["min_top1"]
+    origin = f" written by {accuracy['requests_written_by']}" if "requests_written_by" in accuracy else ""
+    verdict = "passed" if kept else "limits missed"
+    return f"{verdict} on {accuracy['requests']} held-out requests{origin}: {', '.join(measured)}"
 
 
 def _self_test(golden: Mapping[str, Any]) -> str:

@@ -103,6 +103,13 @@ def open_set(
     return CalibrationSet(selection.calibration, selection.holdout, made.description["digest"], made.description)
 
 
+def set_of(calibration: Sequence[Request], holdout: Sequence[Request], description: Mapping[str, Any]) -> CalibrationSet:
+    """A set of requests that are in memory, with the digest that its directory would have."""
+    contents = {CALIBRATION: _lines(calibration), HOLDOUT: _lines(holdout)}
+    digest = _digest({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+    return CalibrationSet(tuple(calibration), tuple(holdout), digest, description)
+
+
 def is_set(path: Path) -> bool:
     """Whether `path` is a directory that `write_set` made, in this or another format."""
     try:
