@@ -96,7 +96,8 @@ def build(request: BuildRequest) -> Path:
     """Compile a checkpoint to an engine directory, whole or not at all; returns its path.
 
     Raises CompileError for a checkpoint, target or output that cannot be built. The same request, checkpoint and toolchain give
-    the same bytes, except for the choices of `tune`, and for results of calibration and drift that were computed on another
+    the same bytes, except for the choices of `tune`, for calibration that nobody chose, which depends on the host's cores, and
+    for results of calibration and drift that were computed on another
     kind of processor. Peak memory is a few tensors, whatever the checkpoint's size.
     """
     job = resolve(request)

@@ -30,8 +30,8 @@ class SelfWritten:
     so many seconds, and a limit of the gate that the engine misses is shown in the report and ends no build.
     """
 
-    size: int = 128
-    holdout: int = 32
+    size: int = 64
+    holdout: int = 16
     seed: int = 0
     within_s: float | None = None
 

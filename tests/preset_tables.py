@@ -12,7 +12,7 @@ def markdown() -> str:
     """A table of presets and one of methods, with how they belong together."""
     return f"""{_presets()}
 
-Methods that need requests are applied in builds with `--calibration` only.
+Methods that need requests are applied only where a build has some: with `--calibration`, or those that a model writes.
 
 {_methods()}
 """

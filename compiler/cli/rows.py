@@ -77,20 +77,22 @@ def export_headline(made: dict[str, Any], spent: str) -> Rows:
 
 
 def _verdict(accuracy: Mapping[str, Any] | None) -> str:
-    """The measured accuracy of an engine that passed the gate, with the limits."""
+    """The measured accuracy of an engine, with the limits, and whether it keeps them: an engine that was calibrated without
+    being asked may miss some."""
     if accuracy is None:
         return "not measured, since that needs requests and the model's own answers"
-    limits = accuracy["limits"]
+    limits, share = accuracy["limits"], accuracy["accuracy_kept"]
     measured = [
         f"perplexity ratio {accuracy['perplexity_ratio']:.4f} (at most {limits['max_perplexity_ratio']:g})",
         f"top-1 agreement {accuracy['top1_agreement']:.4f} (at least {limits['min_top1']:g})",
     ]
-    if accuracy["accuracy_kept"] is not None:
-        measured.append(f"accuracy kept {accuracy['accuracy_kept']:.4f} (at least {limits['min_accuracy_kept']:g})")
-    kept = accuracy["perplexity_ratio"] <= limits["max_perplexity_ratio"] and accuracy["top1_agreement"] >= limits["min_top1"]
+    passed = accuracy["perplexity_ratio"] <= limits["max_perplexity_ratio"] and accuracy["top1_agreement"] >= limits["min_top1"]
+    if share is not None:
+        measured.append(f"accuracy kept {share:.4f} (at least {limits['min_accuracy_kept']:g})")
+        passed = passed and share >= limits["min_accuracy_kept"]
     origin = f" written by {accuracy['requests_written_by']}" if "requests_written_by" in accuracy else ""
-    verdict = "passed" if kept else "limits missed"
-    return f"{verdict} on {accuracy['requests']} held-out requests{origin}: {', '.join(measured)}"
+    verdict = f"{'passed' if passed else 'limits missed'} on {accuracy['requests']} held-out requests{origin}"
+    return f"{verdict}: {', '.join(measured)}"
 
 
 def _self_test(golden: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.reading import Reading
 from belle_compile.compiler.requests import SelectOptions
+from belle_compile.compiler.self_written import DEFAULT_WITHIN_S, SelfWritten
 from belle_compile.passes.presets import DEFAULT_PRESET, METHODS, PRESETS
 from belle_compile.runtime import artifact, host
 from tests.compiler.engines import write_engine
@@ -434,16 +435,23 @@ def test_defaults_of_build_are_those_of_a_request(capsys: pytest.CaptureFixture[
     seen: list[driver.BuildRequest] = []
 
     def build(request: driver.BuildRequest) -> None:
-        seen.append(replace(request, on_progress=print))
+        seen.append(replace(request, on_progress=print, on_note=print))
         raise CompileError("test", "seen")
 
     monkeypatch.setattr(driver, "build", build)
     fail(capsys, "build", "tests", "-o", "engine-new")
-    assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print)
+    expected = driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print, on_note=print)
+    assert seen.pop() == replace(expected, calibration=SelfWritten(within_s=DEFAULT_WITHIN_S))
+    fail(capsys, "build", "tests", "-o", "engine-new", "--no-calibration")
+    assert seen.pop() == expected
+    fail(capsys, "build", "tests", "-o", "engine-new", "--calibration", "self")
+    assert seen.pop() == replace(expected, calibration=SelfWritten())
+    status, _, err = run(capsys, "build", "tests", "-o", "engine-new", "--calibration", "self", "--no-calibration")
+    assert status == 2 and "--calibration and --no-calibration exclude each other" in err
     arguments = "--methods", "rotate,smooth", "--calibration", "README.md", "--min-top1", "0.9", "--backend", "tvm"
     fail(capsys, "build", "tests", "-o", "engine-new", *arguments)
     given = {"methods": ("rotate", "smooth"), "gate": Gate(min_top1=0.9), "backend": "tvm", "calibration": Path("README.md")}
-    assert seen.pop() == driver.BuildRequest(Path("tests"), Path("engine-new"), on_progress=print, **given)
+    assert seen.pop() == replace(expected, **given)
     keys = "--ignore-config-key", "a", "--ignore-config-key", "b", "--generation-defaults", "top_k=3", "--ignore-adapter"
     fail(capsys, "build", "tests", "-o", "engine-new", *keys)
     assert (seen[0].reading, seen.pop().generation) == (
