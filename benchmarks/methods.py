@@ -25,6 +25,7 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.ir.stream import ActivationStream
+from belle_compile.compiler.self_written import SelfWritten
 from belle_compile.passes.presets import METHODS
 from belle_compile.runtime import Engine
 from benchmarks import machine, outliers
@@ -36,15 +37,18 @@ RESULTS = Path("benchmarks/results")
 
 @dataclass(frozen=True)
 class Row:
-    """One way: a preset, and the methods in place of its own (None: its own, with calibration)."""
+    """One way: a preset, and the methods in place of its own (None: its own, with calibration, by requests that the model
+    writes where `self_written`)."""
 
     preset: str
     methods: tuple[str, ...] | None = None
+    self_written: bool = False
 
     @property
     def name(self) -> str:
         """As the command line takes it."""
-        return self.preset if self.methods is None else f"{self.preset}: {'+'.join(self.methods) or 'plain'}"
+        own = f"{self.preset}, requests of its own" if self.self_written else self.preset
+        return own if self.methods is None else f"{self.preset}: {'+'.join(self.methods) or 'plain'}"
 
     @property
     def calibrated(self) -> bool:
@@ -55,7 +59,7 @@ class Row:
 ROWS = (
     Row("int8", ()), Row("int8", ("smooth",)), Row("int8", ("gptq",)), Row("int8", ("smooth", "gptq")),
     Row("int8", ("rotate",)), Row("int8", ("rotate", "rotate-online")), Row("int8"),
-    Row("int8", ("static",)), Row("int8", ("rotate", "rotate-online", "gptq", "static")),
+    Row("int8", self_written=True), Row("int8", ("static",)), Row("int8", ("rotate", "rotate-online", "gptq", "static")),
     Row("int8-accurate", ()), Row("int8-accurate", ("rotate",)), Row("int8-accurate"),
     Row("int4", ()), Row("int4", ("rotate", "rotate-online")), Row("int4"),
 )  # fmt: skip
@@ -76,7 +80,7 @@ def measure(checkpoint: Path, rows: tuple[Row, ...], calibration: int, held_out:
             engines[row.name] = build(
                 BuildRequest(
                     checkpoint, folder / f"engine-{i}", quantization=row.preset, methods=row.methods, gate=None,
-                    calibration=requests if row.calibrated else None,
+                    calibration=SelfWritten() if row.self_written else requests if row.calibrated else None,
                 )
             )  # fmt: skip
             print(f"{checkpoint.name}: built {row.name}", flush=True)

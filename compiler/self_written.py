@@ -14,10 +14,10 @@ SELF = "self"  # in place of a file of requests
 DEFAULT_WITHIN_S = 120.0  # a build without requests calibrates itself where that is estimated to take at most so long
 LEAST_PARAMETERS = 20_000_000  # smaller models are built in seconds, and hardly write text
 
-# Parts of the estimate, measured with SmolLM2-135M on two cores of a Sapphire Rapids: kernels of the engine that writes, then
-# seconds for each token of the requests, each parameter and each core, of writing, calibrating and judging together.
-_FIXED_CORE_S = 30.0
-_CORE_S = 8.0e-11
+# The estimate, measured with SmolLM2-135M on two cores of a Sapphire Rapids: seconds on one core for the kernels of the engine
+# that writes, and core-seconds for each parameter and each token of the requests, 80% of them for calibration.
+_KERNELS_S = 20.0
+_CORE_S = 1.2e-10
 _TOKENS_A_REQUEST = 200
 
 
@@ -50,7 +50,7 @@ class SelfWritten:
     def estimated_s(self, parameters: int, cores: int) -> float:
         """The seconds that writing the requests, calibrating with them and judging the engine take on this host."""
         tokens = (self.size + self.holdout) * _TOKENS_A_REQUEST
-        return (_FIXED_CORE_S + _CORE_S * parameters * tokens) / cores
+        return _KERNELS_S + _CORE_S * parameters * tokens / cores
 
     def reason_against(self, parameters: int, cores: int) -> str:
         """Why a build without requests is not calibrated by itself, as a phrase; empty where it is."""

@@ -115,7 +115,8 @@ def test_the_default_is_decided_by_the_estimated_time() -> None:
     assert "built without calibration unless --calibration names requests or self" in by_default.reason_against(MILLIONS, 2)
     assert by_default.reason_against(25 * MILLIONS, 2) == ""
     assert "estimated to take" in by_default.reason_against(7000 * MILLIONS, 2)
-    assert by_default.reason_against(7000 * MILLIONS, 1 << 12) == "", "more cores take less time"
+    assert by_default.reason_against(300 * MILLIONS, 64) == "", "more cores take less time"
+    assert by_default.reason_against(300 * MILLIONS, 2)
     assert SelfWritten().reason_against(MILLIONS, 2) == SelfWritten().reason_against(7000 * MILLIONS, 2) == ""
 
 
