@@ -3,6 +3,8 @@ cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
@@ -12,6 +14,7 @@ from belle_compile.compiler.backends.tvm.kernels.part_sums import LOWEST
 from belle_compile.compiler.backends.tvm.kernels.rowwise import each
 from belle_compile.compiler.backends.tvm.tir import LANES, Expr, T
 
+FEW_BLOCKS = 2  # blocks whose scores are computed at once at the end of a context
 Columns = list[tuple[int, int]]  # (first column, lanes) of vectors
 
 
@@ -52,6 +55,23 @@ class VectorAttention(FlashAttention):
     def end(self) -> None:
         """Emit nothing."""
 
+    def _following(self, index: Expr, first: Expr, last: Expr) -> Callable[[Expr], Expr]:
+        """The same; where a thread goes from row to row, the blocks of a row are followed by the first ones of the next row."""
+        task, named = self.task, self.task.named
+        if self.heads_in_turn or self.rows > 1 or self.shape.window is not None:
+            return super()._following(index, first, last)
+        row = tir.opaque(T.min(task.row + 1, tir.rows_of(named["rows"]) - 1))
+        table = tir.opaque(tir.i64(named["sequences"][row]) * self.shape.max_blocks)
+        final = tir.opaque(table + T.floordiv(tir.i64(named["positions"][row]), BLOCK))
+
+        def start(block: Expr) -> Expr:
+            own = tir.opaque(task.table + (index + 1) * BLOCKS + block)
+            others = tir.opaque(T.min(table + (own - task.final - 1), final))
+            entry = tir.opaque(T.Select(own <= task.final, own, others))
+            return self.cache.start(named["block_table"][entry], task.kv_head)
+
+        return start
+
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
         return tir.bind(T.cast(tir.load(self.task.named[cache], index, lanes), tir.float_type(lanes)))
 
@@ -61,21 +81,29 @@ class VectorAttention(FlashAttention):
         return tir.of_pair(tir.load(as_pairs(self.task.named[cache]), place, lanes), lanes)
 
     def _score(self, chunk: Chunk) -> None:
-        wide = self.blocks_at_once
+        """Emit steps of as many blocks as have sums in registers; where those are many, the last blocks are taken a few at a
+        time, since a short context would multiply as much as a whole chunk."""
+        wide, few = self.blocks_at_once, min(FEW_BLOCKS, self.blocks_at_once)
+        whole = tir.opaque(T.floordiv(chunk.blocks, wide)) if few < wide else tir.i64(0)
+        rest = tir.opaque(chunk.blocks - whole * wide)
+        if few < wide:
+            tir.for_range(whole, lambda step: self._score_blocks(chunk, tir.opaque(step * wide), wide))
+        tir.for_range(T.floordiv(rest + (few - 1), few),
+                      lambda step: self._score_blocks(chunk, tir.opaque(whole * wide + step * few), few))  # fmt: skip
 
-        def some_blocks(step: Expr) -> None:
-            starts = [chunk.base(step * wide + i) for i in range(wide)]
-            scales = [self.cache.scales_before(start) for start in starts] if self.cache.quantized else []
-            if self.rows == 1:
-                for scale in scales:
-                    tir.prefetch(self.value_scales, scale)
-            tir.for_range(self.task.tiles, lambda tile: self._score_tile(tile, step, starts, scales))
+    def _score_blocks(self, chunk: Chunk, block: Expr, wide: int) -> None:
+        """The scores of all queries for the tokens of `wide` blocks from `block`, a number in the chunk."""
+        starts = [chunk.base(block + i) for i in range(wide)]
+        scales = [self.cache.scales_before(start) for start in starts] if self.cache.quantized else []
+        if self.rows == 1:
+            for scale in scales:
+                tir.prefetch(self.value_scales, scale)
+        tir.for_range(self.task.tiles, lambda tile: self._score_tile(tile, block, starts, scales))
 
-        tir.for_range(T.floordiv(chunk.blocks + (wide - 1), wide), some_blocks)
-
-    def _score_tile(self, tile: Expr, step: Expr, starts: list[Expr], scales_at: list[Expr]) -> None:
-        """The scores of `tall` queries for the tokens of the blocks at `starts`, whose scales lie at `scales_at`."""
-        tall, wide = self.tall, self.blocks_at_once
+    def _score_tile(self, tile: Expr, block: Expr, starts: list[Expr], scales_at: list[Expr]) -> None:
+        """The scores of `tall` queries for the tokens of the blocks at `starts`, the first of which is number `block`, and
+        whose scales lie at `scales_at`."""
+        tall, wide = self.tall, len(starts)
         unroll = self.cache.line // BLOCK
         acc = tir.Registers(tall * wide, tir.F16, tir.splat(0.0))
         queries = tir.bind((self.task.first_query + tile * tall) * self.dim)
@@ -105,7 +133,7 @@ class VectorAttention(FlashAttention):
         scales = [tir.bind(tir.load(self.key_scales, at)) for at in scales_at]
         for m in range(tall):
             for i in range(wide):
-                target = (tile * tall + m) * CHUNK + (step * wide + i) * BLOCK
+                target = (tile * tall + m) * CHUNK + (block + i) * BLOCK
                 score = acc[m * wide + i]
                 tir.store(self.scores, target, score * scales[i] if scales else score)
 
@@ -116,14 +144,18 @@ class VectorAttention(FlashAttention):
             whole = last >= CHUNK - 1
             if self.shape.window is not None:
                 whole = T.And(whole, last < self.shape.window)
-            tir.either(whole, lambda: self._soften_query(m, line, last, False),
-                       lambda: self._soften_query(m, line, last, True))  # fmt: skip
+
+            def masked() -> None:
+                tir.either(chunk.blocks <= FEW_BLOCKS, lambda: self._soften_query(m, line, last, FEW_BLOCKS, True),
+                           lambda: self._soften_query(m, line, last, BLOCKS, True))  # fmt: skip
+
+            tir.either(whole, lambda: self._soften_query(m, line, last, BLOCKS, False), masked)
 
         tir.for_range(self.task.used, soften)
 
-    def _soften_query(self, m: Expr, line: Expr, last: Expr, masked: bool) -> None:
-        """Set scores[m] to exp(score - maximum) times the scale of the value, if any; 0 for tokens after `last`, and for those
-        before the window that ends there."""
+    def _soften_query(self, m: Expr, line: Expr, last: Expr, blocks: int, masked: bool) -> None:
+        """Set scores[m] of the first `blocks` blocks to exp(score - maximum) times the scale of the value, if any; 0 for tokens
+        after `last`, and for those before the window that ends there. Blocks left out would add exact zeros."""
 
         def visible(v: int, seen: Expr, hidden: Expr) -> Expr:
             return self._visible(v * LANES, last, seen, hidden)
@@ -135,7 +167,7 @@ class VectorAttention(FlashAttention):
                 value = value + tir.splat(self.slopes[self.task.first_query + m]) * distance
             return tir.bind(visible(v, value, tir.splat(LOWEST)) if masked else value)
 
-        scores = [score(v) for v in range(BLOCKS)]
+        scores = [score(v) for v in range(blocks)]
         old = tir.bind(self.maxima[m])
         maximum = tir.bind(T.max(tir.reduce_lanes(tir.pairwise(scores, T.max), T.max), old))
         shrink = tir.bind(tir.exp(old - maximum, 1))
