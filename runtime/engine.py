@@ -19,17 +19,20 @@ from belle_compile.runtime.adapters.basis import check_takes_adapters
 from belle_compile.runtime.artifact import Manifest, Progress
 from belle_compile.runtime.capacity.slo import Slo, limited
 from belle_compile.runtime.chat import ChatEncoder
+from belle_compile.runtime.drafting import Draft, load_both
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
 from belle_compile.runtime.forks import finalize
-from belle_compile.runtime.loading import Options, load_parts
+from belle_compile.runtime.loading import Options
 from belle_compile.runtime.profiling import ProfileHandle, Recorder
 from belle_compile.runtime.prompt import ChatTemplate
 from belle_compile.runtime.selftest import SelfTest, read_golden_answers, run_self_test
 from belle_compile.runtime.serving.adapters import open_adapters
 from belle_compile.runtime.serving.async_streams import AsyncStreams
 from belle_compile.runtime.serving.asynchronous import AsyncStream, Handover, generate_async
+from belle_compile.runtime.serving.draft_model import DraftModel
 from belle_compile.runtime.serving.generation import Delta, Generation, Result, Timings
+from belle_compile.runtime.serving.messages import Job
 from belle_compile.runtime.serving.prompts import (
     Encoding,
     Prompt,
@@ -46,7 +49,7 @@ from belle_compile.runtime.serving.result_cache.cache import ResultCache
 from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 from belle_compile.runtime.serving.scheduling import SchedulerOptions, Scheduling
 from belle_compile.runtime.serving.scoring import Scoring
-from belle_compile.runtime.serving.step_loop import Job, StepLoop
+from belle_compile.runtime.serving.step_loop import StepLoop
 from belle_compile.runtime.serving.streams import Stream
 from belle_compile.runtime.serving.telemetry import EngineStats, RequestLog, Telemetry
 from belle_compile.runtime.tokenizer import Tokenizer
@@ -75,6 +78,7 @@ class Engine:
         scheduler: SchedulerOptions | None = None,
         telemetry: Telemetry | None = None,
         directory: Path | None = None,
+        drafts: DraftModel | None = None,
     ) -> None:
         """Assemble an engine from loaded parts, those of `directory` if they come from one. `Engine.load` loads a directory."""
         self.manifest = manifest
@@ -89,9 +93,11 @@ class Engine:
         dynamic_rope_from = manifest.model.dimensions.get("dynamic_rope_from")
         self.identity = EngineIdentity(manifest.digest, __version__, executor.kernels, manifest.target.ranks)
         try:
-            self._loop = StepLoop(executor, scheduler, self.identity, dynamic_rope_from, after_answers, telemetry)
+            self._loop = StepLoop(executor, scheduler, self.identity, dynamic_rope_from, after_answers, telemetry, drafts)
         except EngineError:  # an option that the engine was not built for
             executor.close()
+            if drafts:
+                drafts.close()
             raise
         # Those that were loaded; None for an engine without room for any.
         self.adapters = open_adapters(directory, executor, self._loop) if directory else None
@@ -126,6 +132,8 @@ class Engine:
         lora: Mapping[str, str | Path] | None = None,
         max_loras: int | None = None,
         slo: Slo | None = None,
+        draft: str | Path | None = None,
+        draft_tokens: int | None = None,
     ) -> Engine:
         """Check and load an engine directory; raises `EngineError` for whatever does not fit.
 
@@ -147,24 +155,22 @@ class Engine:
         `lora` are directories of LoRA adapters as PEFT saves them, by the names that `SamplingParams.adapter` chooses them by.
         There is room for `max_loras`, by default as many as these; `Engine.adapters` loads and unloads others. The engine must
         have been built with --lora-rank.
+        `draft` is a smaller engine of the same vocabulary, which guesses the next tokens of answers; this engine verifies
+        several of them in a step. No answer changes. As many are guessed as pay by measured times, or always `draft_tokens`.
 
         An engine of several ranks is loaded by as many processes, started with mpiexec or srun. In rank 0 this returns the
         engine. In the others it does not return: they run its steps until it is closed, and end with `SystemExit`. By default
         the ranks of a host share its cores evenly.
         """
-        if verify not in ("header", "full"):
-            raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
-        if not isinstance(directory, (str, Path)):
-            raise EngineError("engine", "directory", found=type(directory).__name__, expected="a path")
+        _check_arguments(directory, verify, isa)
         threads = None if threads is None else as_whole("threads", threads, "engine")
-        require("isa", isa, str, "engine")
-        cache_options = ResultCacheOptions.of(result_cache)
+        path, cache_options = Path(directory), ResultCacheOptions.of(result_cache)
         require("result_cache", cache_options, ResultCacheOptions, "engine")
-        scheduler = limited(SchedulerOptions(max_num_seqs, max_queue, prefix_cache), slo, Path(directory), threads)
-        started, lora = time.perf_counter(), lora or {}
-        slots = max(len(lora), as_whole("max_loras", max_loras or 0, "engine"))
-        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory, slots)
-        engine = cls(*load_parts(Path(directory), options), cache_options, scheduler, telemetry, Path(directory))
+        scheduler = limited(SchedulerOptions(max_num_seqs, max_queue, prefix_cache), slo, path, threads)
+        started, lora, least = time.perf_counter(), lora or {}, as_whole("max_loras", max_loras or 0, "engine")
+        options = Options(threads, isa, kv_tokens, verify == "full", progress, kv_cache_memory, max(len(lora), least))
+        manifest, tokenizer, executor, drafts = load_both(path, options, Draft.of(draft, draft_tokens), prefix_cache)
+        engine = cls(manifest, tokenizer, executor, cache_options, scheduler, telemetry, path, drafts)
         engine._load_adapters(lora)
         engine.load_s = time.perf_counter() - started
         return engine
@@ -402,6 +408,12 @@ class Engine:
         """Raise `EngineError` in a process that was forked from the one that loaded the engine: it has no step thread."""
         self._loop.owner.check()
 
+    @property
+    def draft_bytes(self) -> int:
+        """The memory that the draft engine takes, its cache included; 0 without one."""
+        drafts = self._loop.scheduler.drafts
+        return drafts.memory_bytes if drafts else 0
+
     def alive(self, within_s: float) -> bool:
         """Whether the engine is open and its steps go on: one ended in the last `within_s` seconds, or the step thread answers
         a message in as many. Waits no longer than that."""
@@ -434,6 +446,15 @@ class Engine:
             for job in jobs:
                 if not job.done.is_set():
                     self.withdraw(job)
+
+
+def _check_arguments(directory: object, verify: object, isa: object) -> None:
+    """Raise `EngineError` for arguments of `Engine.load` of another type or value."""
+    if verify not in ("header", "full"):
+        raise EngineError("engine", "verify", found=repr(verify), expected='"header" or "full"')
+    if not isinstance(directory, (str, Path)):
+        raise EngineError("engine", "directory", found=type(directory).__name__, expected="a path")
+    require("isa", isa, str, "engine")
 
 
 def _pass_on(handover: Handover, requests: RequestLog) -> None:

@@ -104,6 +104,11 @@ class Tokenizer:
         }
         return ControlTokens(self._tokenizer, self._text, sentencepiece_rule.load, ids)
 
+    def vocabulary(self) -> dict[str, int]:
+        """The numbers of all tokens, added ones included, by how the tokenizer writes them."""
+        numbers: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return numbers
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for, which need not be whole characters; the name of a special token, and
         nothing for an id that is no token."""

@@ -79,6 +79,8 @@ loading = _together(
     click.option("--kv-tokens", type=int, help="Tokens the KV cache holds.  [default: by the host's memory]"),
     click.option("--kv-cache-memory", metavar="SIZE", help="In its place, the cache's memory: 4GiB, or 50% of what is free."),
     click.option("--lora", metavar="DIR", help="Answer with this LoRA adapter, as PEFT saves it (engines of --lora-rank)."),
+    click.option("--draft", type=PATH, metavar="DIR", help="Guess tokens with this smaller engine of the same vocabulary."),
+    click.option("--draft-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens it guesses.  [default: what pays]"),
     click.option("--ranks", "count", type=int, metavar="N", help="Processes that run it together.  [default: the engine's]"),
     click.option(
         "--rank-timeout", type=float, envvar=ranks.TIMEOUT, default=ranks.TIMEOUT_S, metavar="S", show_default=True,
@@ -110,7 +112,7 @@ def encoding_of(given: dict[str, Any]) -> Encoding:
 
 def load_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Engine.load` for the options of `loading`."""
-    names = ("threads", "isa", "kv_tokens", "kv_cache_memory")
+    names = ("threads", "isa", "kv_tokens", "kv_cache_memory", "draft", "draft_tokens")
     lora = {} if given["lora"] is None else {"lora": {_ADAPTER: given["lora"]}}
     return {name: given[name] for name in names} | {"verify": "full" if given["verify"] else "header"} | lora
 

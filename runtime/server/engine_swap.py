@@ -186,6 +186,7 @@ def _kv_bytes(engine: Engine) -> int:
 def _check_memory(running: Engine, manifest: Manifest, kv_cache_bytes: int) -> None:
     """Raise `EngineError` where the host has too little memory for another engine with a KV cache of this size."""
     held = running.manifest.target.requires.memory_bytes + _kv_bytes(running)
+    held += 2 * running.draft_bytes  # the other engine gets a draft of its own
     executor_of(manifest).check_host(manifest.target, held_bytes=held + kv_cache_bytes)
 
 

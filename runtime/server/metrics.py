@@ -71,6 +71,8 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prefix_cache_hits": ("Tokens of prompts that came from the prefix cache.", lambda stats: stats.prefix_hits),
     "prompt_tokens": ("Tokens of prompts that were computed.", lambda stats: stats.prompt_tokens),
     "generation_tokens": ("Tokens of answers that were generated.", lambda stats: stats.generated_tokens),
+    "spec_decode_num_draft_tokens": ("Tokens that were guessed and verified.", lambda stats: stats.drafted_tokens),
+    "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", lambda stats: stats.accepted_tokens),
     "recomputed_tokens": ("Tokens that were computed again after a preemption.", lambda stats: stats.recomputed_tokens),
     "kv_cache_evictions": ("Blocks kept for later prompts that made room for others.", lambda stats: stats.evictions),
     "queue_refusals": ("Requests that found the queue full, or its wait too long.", lambda stats: stats.refusals),

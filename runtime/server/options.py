@@ -77,6 +77,12 @@ class EngineOptions:
         (), "LoRA adapter that requests choose as their model by NAME; may be given several times.", metavar="NAME=DIR"
     )
     max_loras: int | None = option(None, "Adapters that can be loaded at the same time. By default those of --lora.", least=1)
+    draft: Path | None = option(
+        None, "Smaller engine of the same vocabulary, which guesses tokens for this one to verify.", metavar="DIR"
+    )
+    draft_tokens: int | None = option(
+        None, "Tokens that it guesses a step. By default as many as pay, by measured times.", metavar="N", least=1
+    )
     verify: bool = option(False, "Check the digest of every file, weights included, before loading.")
 
     def __post_init__(self) -> None:
@@ -96,7 +102,8 @@ class EngineOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Engine.load`."""
-        names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa")
+        names = ("max_num_seqs", "kv_cache_memory", "kv_tokens", "max_queue", "prefix_cache", "threads", "isa", "draft",
+                 "draft_tokens")  # fmt: skip
         passed = {name: getattr(self, name) for name in names}
         passed |= {"lora": parse_named(self.lora), "max_loras": self.max_loras}
         if self.slo_ttft_s is not None or self.slo_tpot_s is not None:

@@ -46,8 +46,8 @@ class Result:
     """An answer. `token_ids` are all tokens generated, an end-of-sequence or stop token included; `text` ends before that one.
 
     `finish_reason` is "stop" (end-of-sequence token, stop token, stop string or the end of what a grammar allows) or "length"
-    (max_new_tokens or the context's end). With prompt lookup, `drafted` tokens were guessed, of which `accepted` are in the
-    answer.
+    (max_new_tokens or the context's end). With prompt lookup or a draft model, `drafted` tokens were guessed, of which
+    `accepted` are in the answer.
 
     `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs` one for each of `prompt_token_ids`: None for the
     first, which follows nothing. Both are None unless they were asked for.
@@ -132,6 +132,7 @@ class Generation:
         self._finish_reason: FinishReason | None = None
         self._error: BaseException | None = None
         self._sampler = Sampler(request)
+        self.sequence.sampler_ahead = self._sampler.ahead
         grammar = request.grammar
         self._constraint = tokenizer.grammars.constraint(grammar, request.end_ids, request.min_tokens) if grammar else None
         self._kept: list[Row] = []  # that wait for the grammar
@@ -296,8 +297,7 @@ class Generation:
         decode_s = self._last - self._first
         rate = (len(tokens) - 1) / decode_s if len(tokens) > 1 and decode_s > 0 else 0.0
         timings = Timings(self._first - self._started, decode_s, self._first - self._arrived, rate)
-        lookup = self.sequence.lookup
-        counts = (lookup.drafted, lookup.accepted) if lookup else (0, 0)
+        counts = (self.sequence.guessed_tokens, self.sequence.accepted_tokens)
         text, prompt = self._whole_text(tokens), list(self.request.prompt)
         scores = (self._logprobs, self._prompt_logprobs)
         return Result(prompt, tokens, text, self._finish_reason, timings, *counts, *scores, self.cached, self.cached_tokens)

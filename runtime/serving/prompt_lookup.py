@@ -38,12 +38,17 @@ class PromptLookup:
         self._pending = False  # whether the outcome of the last draft has not been looked at yet
         self._accepted_before = 0  # value of `accepted` when the last draft was made
 
+    def finds(self, length: int) -> bool:
+        """Whether `draft` with room for a guess will make one after the first `length` tokens."""
+        self._look_back(length)
+        if length < self._resume_at:
+            return False
+        self._index(length)
+        return self._find(length) is not None
+
     def draft(self, length: int, room: int) -> int:
         """Write up to `room` guesses after the first `length` tokens of the buffer; returns their number."""
-        if self._pending:
-            self._pending = False
-            self._pause = 0 if self.accepted > self._accepted_before else min(max(1, 2 * self._pause), LONGEST_PAUSE)
-            self._resume_at = length + self._pause
+        self._look_back(length)
         count = min(self.most, room)
         if count < 1 or length < self._resume_at:
             return 0
@@ -60,6 +65,13 @@ class PromptLookup:
         self._pending, self._accepted_before = True, self.accepted
         self.drafted += count
         return count
+
+    def _look_back(self, length: int) -> None:
+        """Begin or end a pause by the outcome of the last draft."""
+        if self._pending:
+            self._pending = False
+            self._pause = 0 if self.accepted > self._accepted_before else min(max(1, 2 * self._pause), LONGEST_PAUSE)
+            self._resume_at = length + self._pause
 
     def _index(self, length: int) -> None:
         for position in range(self._indexed, length):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +31,8 @@ class Sampler:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._greedy = request.greedy
-        self._random = None if self._greedy else np.random.default_rng(_seed(request))
+        self._random: _Uniforms | _UniformsAhead | None
+        self._random = None if self._greedy else _Uniforms(np.random.default_rng(_seed(request)))
         self._bias_ids = np.array([token for token, _ in request.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in request.logit_bias], np.float32)
         self._end_ids = np.array(sorted(set(request.end_ids)), np.int64)
@@ -58,6 +61,20 @@ class Sampler:
             self._early = max(0, self._early - 1)
         return token
 
+    def ahead(self) -> Sampler:
+        """Return a sampler that chooses the tokens which come next from the logits of another model, and leaves this one as it
+        is. It uses the random numbers that this one will use for the same tokens: where both models agree about what is
+        likely, the same numbers mostly choose the same tokens."""
+        other = copy.copy(self)
+        other._seen, other._generated = copy.deepcopy(self._seen), copy.deepcopy(self._generated)
+        if isinstance(self._random, _Uniforms):
+            other._random = _UniformsAhead(self._random)
+        return other
+
+    def ends(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        return token in self._request.end_ids
+
     def candidates(self, more: int = 0) -> int:
         """Return n such that the n largest raw logits, and those equal to the n-th, decide the next token; 0 if all may.
 
@@ -81,7 +98,7 @@ class Sampler:
         assert self._random is not None, "an answer that is not greedy has random numbers"
         ids, weights = self.distribution(logits)
         cumulative = weights.astype(np.float64).cumsum()
-        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        index = int(np.searchsorted(cumulative, self._random.next() * cumulative[-1], side="right"))
         index = min(index, len(weights) - 1)
         return index if ids is None else int(ids[index])
 
@@ -124,6 +141,34 @@ class Sampler:
         if self._early:
             values[_locate(logits, self._end_ids)[0]] = -np.inf
         return values
+
+
+class _Uniforms:
+    """Random numbers in [0, 1), each used once. Those that were looked at ahead come next."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self._random = random
+        self._drawn: deque[float] = deque()
+
+    def next(self) -> float:
+        return self._drawn.popleft() if self._drawn else self._random.random()
+
+    def peek(self, place: int) -> float:
+        """The number that is `place` numbers behind the next one."""
+        while len(self._drawn) <= place:
+            self._drawn.append(self._random.random())
+        return self._drawn[place]
+
+
+class _UniformsAhead:
+    """The random numbers that another one will use, from its next one on. They are valid until it uses one."""
+
+    def __init__(self, uniforms: _Uniforms) -> None:
+        self._uniforms, self._place = uniforms, -1
+
+    def next(self) -> float:
+        self._place += 1
+        return self._uniforms.peek(self._place)
 
 
 class _Tokens:

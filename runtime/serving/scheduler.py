@@ -10,9 +10,9 @@ from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.executors.batch import NO_ADAPTER
 from belle_compile.runtime.program import BLOCK_SIZE
+from belle_compile.runtime.serving.draft_model import DraftModel, Wish
 from belle_compile.runtime.serving.kv_blocks import BlockPool, BlockTable, blocks_for
 from belle_compile.runtime.serving.prefix_cache import Prefix, PrefixCache
-from belle_compile.runtime.serving.prompt_lookup import PromptLookup
 from belle_compile.runtime.serving.request import EngineIdentity, Limits
 from belle_compile.runtime.serving.scheduling import SchedulerOptions
 from belle_compile.runtime.serving.sequence import Sequence
@@ -48,12 +48,13 @@ class Scheduler:
         options: SchedulerOptions | None = None,
         dynamic_rope_from: int | None = None,
         identity: EngineIdentity | None = None,
+        drafts: DraftModel | None = None,
     ) -> None:
         """`batch` is filled in place, `num_blocks` is the size of the KV cache.
 
         In sequences longer than `dynamic_rope_from`, the keys and values of a token depend on the last position of its sequence
         that is in the same step. So no token is guessed there, and their steps are divided by their own length alone.
-        `identity` belongs to the digests of the prefix cache; without it there is none.
+        `identity` belongs to the digests of the prefix cache; without it there is none. `drafts` guesses ahead for answers.
         """
         options = options or SchedulerOptions()
         self.batch = batch
@@ -62,7 +63,8 @@ class Scheduler:
         self.limits = Limits(batch.max_context, num_blocks * BLOCK_SIZE)
         self.adapters: dict[str, int] = {}  # the slots of loaded adapters, by digest
         self.prompt_tokens = 0  # tokens in the step of the last call of `schedule` that are not the next ones of answers
-        self.preemptions = self.recomputed_tokens = 0
+        self.preemptions = self.recomputed_tokens = self.drafted_tokens = 0
+        self.drafts = drafts
         self._dynamic_rope_from = batch.max_context if dynamic_rope_from is None else dynamic_rope_from
         # Each step has room for one token of every running answer and for its logits; sequences beyond that wait.
         most = min(batch.max_sequences, batch.max_rows, batch.max_tokens)
@@ -85,6 +87,8 @@ class Scheduler:
         self.pool.reset()
         if self.prefixes:
             self.prefixes.reset()
+        if self.drafts:
+            self.drafts.reset()
         if self.batch.adapters is not None:
             self.batch.adapters[:] = NO_ADAPTER
         self._forget_sequences()
@@ -148,11 +152,13 @@ class Scheduler:
         self._steps += 1
         self._scheduled, self._needing_logits, self.begun, self.picked = [], [], [], []
         self._reserved = self._next_fixed_chunk()
+        if self.drafts:
+            self._guess(self.drafts)
         for sequence in tuple(self.running):  # answers under way first: a long prompt must not make them wait
             if sequence.length - sequence.computed == 1 and (table := sequence.blocks):  # None: it was preempted just now
                 if sequence.length <= BLOCK_SIZE * len(table.blocks) or self._take_block(sequence, table):
-                    if sequence.lookup:
-                        self._draft(sequence, sequence.lookup)
+                    if sequence.lookup or sequence.guesses:
+                        self._draft(sequence)
                     self._schedule_tokens(sequence, 1 + sequence.drafted)
         answers = batch.tokens
         for sequence in self.running:
@@ -203,6 +209,8 @@ class Scheduler:
         """Free the row and the blocks of a running sequence."""
         self.running.remove(sequence)
         assert sequence.blocks is not None, "a running sequence has blocks"
+        if self.drafts:
+            self.drafts.release(sequence)
         if sequence.chain and self.prefixes:
             self.prefixes.release(sequence.chain, min(sequence.computed, sequence.exact_length))
         else:
@@ -313,19 +321,44 @@ class Scheduler:
         elif sequence.computed >= sequence.length - 1:
             sequence.publish_at = computed // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
 
-    def _draft(self, sequence: Sequence, lookup: PromptLookup) -> None:
+    def _guess(self, drafts: DraftModel) -> None:
+        """Let the draft model guess ahead for the answers that prompt lookup does not, as far as the step will have room."""
+        batch, answers, wishes = self.batch, 0, []
+        for sequence in self.running:
+            if sequence.length - sequence.computed == 1:
+                answers += 1
+                if sequence.sampler_ahead and not (sequence.lookup and sequence.lookup.finds(sequence.length)):
+                    wishes.append(Wish(sequence, self._draft_end(sequence) - sequence.length))
+        waiting = min(len(self.waiting) + len(self.held), len(self._free_slots))
+        room = min(batch.max_tokens - self._reserved, batch.max_rows) - len(self.running) - waiting
+        if wishes and room > 0:
+            drafts.guess(wishes, answers, room)
+
+    def _draft_end(self, sequence: Sequence) -> int:
+        """The number of tokens up to which an answer may be guessed ahead. The step's last logits give one more token, which is
+        never computed if it is the answer's last."""
+        return 0 if self.batch.answers_apart else min(sequence.max_length - 1, self._dynamic_rope_from)
+
+    def _draft(self, sequence: Sequence) -> None:
         """Let an answer guess ahead as far as the step has room that no other sequence may need, and as far as there are free
         blocks."""
         batch, table = self.batch, sequence.blocks
         assert table is not None, "a running sequence has blocks"
         tokens, rows = batch.max_tokens - batch.tokens - self._reserved, batch.max_rows - batch.rows
         room = min(tokens, rows) - self._unscheduled()
-        # The step's last logits give one more token, which is never computed if it is the answer's last.
-        end = 0 if batch.answers_apart else min(sequence.max_length - 1, self._dynamic_rope_from)
-        count = min(room, end - sequence.length)
-        if sequence.length + count > table.capacity and count > 0 and not table.grow(sequence.length + min(count, lookup.most)):
-            count = table.capacity - sequence.length
-        sequence.drafted = lookup.draft(sequence.length, count)
+        lookup, guesses, length = sequence.lookup, sequence.guesses, sequence.length
+        most = max(lookup.most if lookup else 0, len(guesses))
+        count = min(room, self._draft_end(sequence) - length)
+        if length + count > table.capacity and count > 0 and not table.grow(length + min(count, most)):
+            count = table.capacity - length
+        sequence.drafted = lookup.draft(length, count) if lookup else 0
+        sequence.drafted_by = lookup
+        if not sequence.drafted and guesses and count > 0:
+            sequence.drafted, sequence.drafted_by = min(count, len(guesses)), sequence.draft_acceptance
+            sequence.tokens[length : length + sequence.drafted] = guesses[: sequence.drafted]
+        sequence.guesses = []
+        sequence.guessed_tokens += sequence.drafted
+        self.drafted_tokens += sequence.drafted
 
     def _chunk(self, sequence: Sequence) -> tuple[int, int | None]:
         """Return how many tokens of a prompt this step takes, and of them the number of rows of logits, None for all that are

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from belle_compile.runtime.serving.draft_lengths import Acceptance
 from belle_compile.runtime.serving.kv_blocks import BlockTable
 from belle_compile.runtime.serving.prompt_lookup import PromptLookup
 from belle_compile.runtime.serving.scheduling import Scheduling
 
 if TYPE_CHECKING:
     from belle_compile.runtime.serving.prefix_cache import Chain
+    from belle_compile.runtime.serving.sampling import Sampler
 
 
 class Sequence:
@@ -24,10 +27,10 @@ class Sequence:
     a prompt that is scored needs those after many of its tokens. No row of logits is needed twice, also if the sequence is
     preempted and computed anew.
 
-    With `prompt_lookup`, a step may also hold up to that many `drafted` tokens: guesses, stored in `tokens` after the known
-    ones. Each needs logits too, and `append` returns whether it confirms one. Keys and values that a step cached for wrong
-    guesses stay in the cache until the step that reaches their positions overwrites them. No token reads them before, since
-    a token attends only to its own position and lower ones.
+    With `prompt_lookup`, or a draft model, a step may also hold some `drafted` tokens: guesses, stored in `tokens` after the
+    known ones. Each needs logits too, and `append` returns whether it confirms one. Keys and values that a step cached for
+    wrong guesses stay in the cache until the step that reaches their positions overwrites them. No token reads them before,
+    since a token attends only to its own position and lower ones.
     """
 
     def __init__(
@@ -48,7 +51,13 @@ class Sequence:
         self.length = len(prompt)
         self.logits_from = self.length - 1 if logits_from is None else logits_from
         self.lookup = PromptLookup(self.tokens, self.length, prompt_lookup) if prompt_lookup else None
+        # A sampler for the draft model, which chooses the next tokens as the answer will; None where nothing is chosen.
+        self.sampler_ahead: Callable[[], Sampler] | None = None
+        self.draft_acceptance = Acceptance()
+        self.guesses: list[int] = []  # of the draft model, for the next step
         self.drafted = 0  # tokens in the step under way that are guesses and not confirmed
+        self.drafted_by: PromptLookup | Acceptance | None = None  # who has guessed them
+        self.guessed_tokens = self.accepted_tokens = 0  # guesses in steps so far, and those of them that were right
         # What the caller asks of the scheduler.
         self.salt = salt  # sequences with different salts share no blocks
         self.adapter = adapter  # digest of the adapter that it is computed with; "" for none
@@ -89,8 +98,9 @@ class Sequence:
         self.logits_from = self.length
         self.length += 1
         if confirmed:
-            assert self.lookup is not None, "a draft comes from a lookup"
-            self.lookup.accepted += 1
+            self.accepted_tokens += 1
+            if self.drafted_by:
+                self.drafted_by.accepted += 1
             self.computed += 1
             self.drafted -= 1
         else:

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors import Executor, ProfilableExecutor
@@ -21,7 +20,8 @@ from belle_compile.runtime.forks import Owner
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.serving.admission import Deadlines, Gate
 from belle_compile.runtime.serving.arrivals import Arrivals
-from belle_compile.runtime.serving.candidates import Rows
+from belle_compile.runtime.serving.draft_model import DraftModel
+from belle_compile.runtime.serving.messages import Job, Message, Resumed, Submitted, Task, Watched, Withdrawal
 from belle_compile.runtime.serving.request import EngineIdentity
 from belle_compile.runtime.serving.result_cache.store import CacheStats
 from belle_compile.runtime.serving.scheduler import Scheduler
@@ -38,75 +38,6 @@ ARRIVALS_S = 0.01  # for which the first step of an idle loop waits until what a
 _PATIENCE_S, _PATIENCE_SHARE = 0.001, 0.05
 
 T = TypeVar("T")
-
-
-class Job(Protocol):
-    """A sequence, and what is done with its logits. All methods are called on the loop's thread."""
-
-    sequence: Sequence
-    done: threading.Event
-
-    def start(self) -> None:
-        """Take notice that the first step of the sequence is about to run."""
-        ...
-
-    def candidates(self) -> int:
-        """Return how many of the largest logits of each row of the next step matter; 0 for all."""
-        ...
-
-    def accept(self, logits: Rows) -> Future[Any] | None:
-        """Take the rows of a step, which are valid during this call and may be overwritten; set `done` after the last.
-
-        Where not all can be taken yet, the others are kept, and what they wait for is returned.
-        """
-        ...
-
-    def resume(self) -> Future[Any] | None:
-        """Take the rows that were kept, as `accept` does: what they waited for may be there."""
-        ...
-
-    def fail(self, error: BaseException) -> None:
-        """End with an error, and set `done`."""
-        ...
-
-
-class _Task(Future[Any]):
-    """A function that the loop runs for another thread."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def run(self) -> None:
-        try:
-            self.set_result(self._function())
-        except BaseException as error:
-            self.set_exception(error)
-
-
-@dataclass(frozen=True)
-class _Submitted:
-    jobs: tuple[Job, ...]
-
-
-@dataclass(frozen=True)
-class _Withdrawn:
-    job: Job
-    error: EngineError
-
-
-@dataclass(frozen=True)
-class _Watched:
-    job: Job
-
-
-@dataclass(frozen=True)
-class _Resumed:
-    job: Job
-    awaited: Future[Any]
-
-
-_Message = _Submitted | _Withdrawn | _Watched | _Resumed | _Task | None
 
 
 class StepLoop:
@@ -131,18 +62,20 @@ class StepLoop:
         dynamic_rope_from: int | None = None,
         after_step: Callable[[], None] = lambda: None,
         telemetry: Telemetry | None = None,
+        drafts: DraftModel | None = None,
     ) -> None:
-        """`options`, `dynamic_rope_from` and `identity` are passed to the scheduler. `after_step` is called on the loop's
-        thread after each step and message."""
+        """`options`, `dynamic_rope_from`, `identity` and `drafts` are passed to the scheduler. `after_step` is called on the
+        loop's thread after each step and message."""
         options = options or SchedulerOptions()
         self.executor = executor
         self.owner = Owner()
         self.arrivals = Arrivals(executor.batch.max_tokens)
-        self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity)
+        self.scheduler = Scheduler(executor.batch, executor.num_blocks, options, dynamic_rope_from, identity, drafts)
+        self._drafts = drafts
         # What is done with a job whose time is over, which may be one that was not submitted here but only watched.
         self.give_up: Callable[[Job, EngineError], None] = self.withdraw
         self._jobs: dict[Sequence, Job] = {}
-        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._after_step = after_step
         self._telemetry = telemetry
         self._gate = Gate(options.max_queue, self.scheduler.free_slots, options.first_token)
@@ -154,7 +87,7 @@ class StepLoop:
         self._run_step: Callable[[], None] = self._step
         self._executing = False  # whether the executor computes, or has failed to
         self._starved = False  # whether there was nothing to compute when the last message was handled
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = self._accepted_tokens = 0
         self._token_gaps: list[float] = []  # that were not reported yet
         self._awaited: set[Future[Any]] = set()  # what jobs wait for since the last step
         self._patient_until = 0.0
@@ -170,7 +103,7 @@ class StepLoop:
         submitted = tuple(jobs)
         sequences = [job.sequence for job in submitted]
         try:
-            self._send(_Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
+            self._send(Submitted(submitted), lambda: self._gate.enter(sequences, time.monotonic()))
         except BaseException:
             self._gate.taken_back(sequences)
             raise
@@ -181,19 +114,19 @@ class StepLoop:
 
         Takes no lock: the garbage collector may call it anywhere.
         """
-        self._messages.put(_Withdrawn(job, error or Withdrawn()))
+        self._messages.put(Withdrawal(job, error or Withdrawn()))
 
     def watch(self, job: Job) -> None:
         """Call `give_up` when the time of a job that is not submitted here is over, unless it has ended before."""
-        self._send(_Watched(job))
+        self._send(Watched(job))
 
     def wake(self) -> None:
         """Let the loop's thread, if it runs, call `after_step`. Takes no lock: the garbage collector may call it anywhere."""
-        self._messages.put(_Task(lambda: None))
+        self._messages.put(Task(lambda: None))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two steps and return what it does; raises `EngineError` when stopped."""
-        task = _Task(function)
+        task = Task(function)
         self._send(task)
         result: T = task.result()
         return result
@@ -230,6 +163,8 @@ class StepLoop:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
             requests=requests,
             last_step_at=self._last_step_at,
             result_cache=result_cache,
@@ -250,7 +185,7 @@ class StepLoop:
         last = self._last_step_at
         if self._thread is None or (last is not None and time.monotonic() - last <= within_s):
             return True
-        task = _Task(lambda: None)
+        task = Task(lambda: None)
         try:
             self._send(task)
             task.result(within_s)
@@ -267,13 +202,18 @@ class StepLoop:
             self._messages.put(None)  # wakes the thread up
         if self._thread is None:
             self._end(_closed())
-            self.executor.close()
+            self._close_executors()
         elif self._thread is not threading.current_thread():  # the garbage collector may call this on the loop's thread
             self._thread.join()
             if self._death:
-                self.executor.close()
+                self._close_executors()
 
-    def _send(self, message: _Submitted | _Watched | _Task, check: Callable[[], None] = lambda: None) -> None:
+    def _close_executors(self) -> None:
+        self.executor.close()
+        if self._drafts:
+            self._drafts.close()
+
+    def _send(self, message: Submitted | Watched | Task, check: Callable[[], None] = lambda: None) -> None:
         self.owner.check()  # before the lock, which another thread may have held at the fork
         with self._lock:  # so that no message comes after the end
             if self._stopping:
@@ -299,7 +239,7 @@ class StepLoop:
             self._die(error)
             return
         self._end(_closed())
-        self.executor.close()
+        self._close_executors()
 
     def _receive(self) -> bool:
         """Handle the messages that are there before a step, wait for more while there is nothing to compute, and a moment for
@@ -327,22 +267,22 @@ class StepLoop:
             self._after_step()
         return not self._stopping
 
-    def _handle(self, message: _Message) -> None:
+    def _handle(self, message: Message) -> None:
         self._starved = False
         match message:
-            case _Submitted(jobs):
+            case Submitted(jobs):
                 self._jobs.update((job.sequence, job) for job in jobs)  # so that all end, should one of them not be added
                 for job in jobs:
                     self._add(job)
-            case _Withdrawn(job, error):
+            case Withdrawal(job, error):
                 self._drop(job, error)
-            case _Watched(job):
+            case Watched(job):
                 self._deadlines.add(job)
-            case _Resumed(job, awaited):
+            case Resumed(job, awaited):
                 self._awaited.discard(awaited)
                 if job.sequence in self._jobs:
                     self._advance(job, job.resume)
-            case _Task():
+            case Task():
                 message.run()
 
     def _step(self) -> None:
@@ -364,9 +304,11 @@ class StepLoop:
             for sequence in sequences_needing_logits:
                 start, stop = stop, stop + sequence.logit_rows
                 batch.candidates[start:stop] = jobs[sequence].candidates()
-        self._executing = True
+        self._executing, began = True, time.perf_counter()
         logits = self.executor.step(batch)
         self._executing = False
+        if self._drafts and not scheduler.prompt_tokens:
+            self._drafts.lengths.verify.add(batch.tokens, time.perf_counter() - began)
         scheduler.commit()
         stop = 0
         for sequence in sequences_needing_logits:
@@ -378,13 +320,14 @@ class StepLoop:
     def _advance(self, job: Job, take: Callable[[], Future[Any] | None]) -> None:
         """Let a job take rows of logits, and count the tokens that it gets from them."""
         sequence, awaited = job.sequence, None
-        length = sequence.length
+        length, accepted = sequence.length, sequence.accepted_tokens
         try:
             awaited = take()
         except Exception as error:  # an error of this job alone, such as logits that are not finite
             job.fail(error)
         if sequence.length > length:
             self._generated_tokens += sequence.length - length
+            self._accepted_tokens += sequence.accepted_tokens - accepted
             now = time.monotonic()
             if sequence.last_token_at:
                 self._token_gaps.append(now - sequence.last_token_at)
@@ -397,7 +340,7 @@ class StepLoop:
 
     def _resume(self, job: Job, awaited: Future[Any]) -> None:
         """Let a job take the rows that it keeps. Called on the thread that has what it waited for."""
-        resumed = _Resumed(job, awaited)
+        resumed = Resumed(job, awaited)
         try:
             self._messages.put(resumed)
         except MemoryError:  # it tries again once: without the message the job would wait forever
@@ -478,10 +421,10 @@ class StepLoop:
         """End all jobs, those that were not received yet included."""
         while not self._messages.empty():
             match message := self._messages.get():
-                case _Submitted(jobs):
+                case Submitted(jobs):
                     for job in jobs:
                         self._jobs[job.sequence] = job
-                case _Task():
+                case Task():
                     message.set_exception(error)
         left, self._jobs = tuple(self._jobs.values()), {}
         _end_all(left, error)

@@ -39,7 +39,8 @@ class EngineStats:
     Of `kv_blocks` blocks, `kv_blocks_used` are referenced by running sequences, and `kv_blocks_cached` are kept for later
     prompts without being used; `evictions` of those made room for others. `prefix_hits` of the `prefix_queries` tokens of the
     prompts that began came from the prefix cache. `prompt_tokens` are the tokens of prompts that steps computed, those again
-    included, and `generated_tokens` are those that steps added to answers.
+    included, and `generated_tokens` are those that steps added to answers. `drafted_tokens` were guessed by prompt
+    lookup or a draft model, and of them `accepted_tokens` were right.
 
     `requests` counts the requests that have ended. `last_step_at` is the time on `time.monotonic()` at which the last step
     ended; None before the first. `result_cache` is None without one, and `adapters` without room for some.
@@ -63,6 +64,8 @@ class EngineStats:
     last_step_at: float | None
     result_cache: CacheStats | None
     adapters: AdapterStats | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def cancellations(self) -> int:
@@ -94,7 +97,7 @@ def combine(before: EngineStats | None, stats: EngineStats) -> EngineStats:
 # The fields of `EngineStats` that count, or are at one moment parts of what all engines of a server do.
 _SUMS = (
     "running", "waiting", "preemptions", "recomputed_tokens", "refusals", "evictions", "prefix_hits", "prefix_queries",
-    "prompt_tokens", "generated_tokens", "steps",
+    "prompt_tokens", "generated_tokens", "steps", "drafted_tokens", "accepted_tokens",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from belle_compile.runtime.executors import StepBatch
 from belle_compile.runtime.profiling import Recorder
 from belle_compile.runtime.program import BLOCK_SIZE, Call, FusionCalls, KVLayout, Logits, Program
 from belle_compile.runtime.serving.candidates import Few, Row, Rows
+from belle_compile.runtime.serving.draft_model import DraftModel
 from belle_compile.runtime.serving.request import Limits, Request, RequestDefaults, SamplingParams
 from belle_compile.runtime.serving.result_cache.options import ResultCacheOptions
 from belle_compile.runtime.serving.scheduling import SchedulerOptions
@@ -220,11 +221,12 @@ def make_engine(
     result_cache: ResultCacheOptions | None = None,
     scheduler: SchedulerOptions | None = None,
     telemetry: Telemetry | None = None,
+    drafts: DraftModel | None = None,
     **changes: Any,
 ) -> Engine:
     changed = manifest(**changes)
     tokenizer = Tokenizer(byte_tokenizer(), changed.special_tokens)
-    return Engine(changed, tokenizer, executor or FakeExecutor(), result_cache, scheduler, telemetry)
+    return Engine(changed, tokenizer, executor or FakeExecutor(), result_cache, scheduler, telemetry, drafts=drafts)
 
 
 def make_directory(path: Path, contents: dict[str, bytes], **changes: Any) -> Path:

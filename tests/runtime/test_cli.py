@@ -156,7 +156,8 @@ def test_log_probabilities_are_for_json() -> None:
 def test_load_options_reach_the_engine(loads: list[dict[str, Any]]) -> None:
     run("x", "--threads", "3", "--isa", "avx2", "--kv-tokens", "64", "--verify")
     run("x", "--kv-cache-memory", "50%")
-    unset = {"directory": ENGINE[-1], "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None}
+    unset = {"directory": ENGINE[-1], "threads": None, "isa": None, "kv_tokens": None, "kv_cache_memory": None,
+             "draft": None, "draft_tokens": None}  # fmt: skip
     assert loads[0] == unset | {"threads": 3, "isa": "avx2", "kv_tokens": 64, "verify": "full"}
     assert loads[1] == unset | {"kv_cache_memory": "50%", "verify": "header"}
     result = run("x", "--lora", "law")

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.generation import FinishReason, Generation
+from belle_compile.runtime.serving.messages import Job
 from belle_compile.runtime.serving.request import EngineIdentity, Request
 from belle_compile.runtime.serving.result_cache.audit import Auditor, Hit
 from belle_compile.runtime.serving.result_cache.background import Background
@@ -24,7 +25,7 @@ from belle_compile.runtime.serving.result_cache.entry import DamagedEntry, Entry
 from belle_compile.runtime.serving.result_cache.options import CachePolicy, ResultCacheOptions
 from belle_compile.runtime.serving.result_cache.single_flight import Flight, Flights
 from belle_compile.runtime.serving.result_cache.store import CacheStats, StoreUnavailable
-from belle_compile.runtime.serving.step_loop import Job, StepLoop
+from belle_compile.runtime.serving.step_loop import StepLoop
 from belle_compile.runtime.tokenizer import Tokenizer
 
 _T = TypeVar("_T")

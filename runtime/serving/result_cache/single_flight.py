@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.serving.generation import FinishReason, Generation
 from belle_compile.runtime.serving.logprobs import TokenLogprob
+from belle_compile.runtime.serving.messages import Job
 from belle_compile.runtime.serving.scheduling import Withdrawn
-from belle_compile.runtime.serving.step_loop import Job, StepLoop
+from belle_compile.runtime.serving.step_loop import StepLoop
 
 Scored = tuple[int, TokenLogprob | None]  # a token, with its log probability if that was asked for
 

@@ -27,6 +27,7 @@ STATS = EngineStats(
     prompt_tokens=1000, generated_tokens=2000, steps=50,
     requests={"stop": 7, "length": 8, "cancelled": 4, "deadline": 6, "error": 0},
     last_step_at=None, result_cache=CacheStats(hits=11, misses=12, shared=1, audits=2, audit_differences=1, bytes=512),
+    drafted_tokens=40, accepted_tokens=30,
 )  # fmt: skip
 
 
