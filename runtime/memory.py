@@ -23,6 +23,7 @@ from belle_compile.runtime.schema import parse_json
 DTYPE_BYTES = {"I8": 1, "U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
 _HUGE_PAGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Linux's value; the module mmap has the name only since Python 3.12
+_M_ARENA_MAX = -8  # glibc's value
 _REMEDY = "copy the engine again or rebuild it"
 
 
@@ -52,9 +53,17 @@ def give_back(array: NDArray[np.float32]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
+def share_heap() -> None:
+    """Let threads that begin later share one C heap, where the C library can. glibc gives each thread a heap of its own, in
+    which memory that another one needs stays free. A process of Python waits for a heap rarely: it has another lock."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_ARENA_MAX, 1)
+
+
 def trim_heap() -> None:
-    """Give the C heap's free memory back to the system, where the C library can: glibc keeps what lies below memory in use, in
-    each of the heaps that its threads have. Takes some milliseconds."""
+    """Give the C heap's free memory back to the system, where the C library can: glibc keeps what lies below memory in use.
+    Takes some milliseconds."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))

@@ -92,6 +92,7 @@ def _serve(engine: Path, ranks: int | None, rank_timeout: float, **params: Any) 
 def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
     """Serve until a signal; in a rank other than 0, run its share of the steps until then."""
     _check_extra()
+    from belle_compile.runtime.memory import share_heap
     from belle_compile.runtime.server.access import Access
     from belle_compile.runtime.server.app import create_app
     from belle_compile.runtime.server.logs import configure
@@ -101,6 +102,7 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
 
     options, engine_options = records(params)
     configure(options)
+    share_heap()  # engines are loaded on one thread after the other
     # Mistakes that can be found are found before the engine is loaded, which may take minutes.
     check_certificate(options)
     Access(options.api_keys, options.api_key_file, options.admin_key)

@@ -156,7 +156,7 @@ class EngineSwap:
         await asyncio.sleep(_SETTLE_S)
         gc.collect()
         gc.freeze()
-        trim_heap()  # which has 50 MB of a tokenizer of 49,152 tokens free; threads take turns in loading engines
+        trim_heap()  # which has 50 MB of a tokenizer of 49,152 tokens free
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine as a task that goes on whoever waits for it."""

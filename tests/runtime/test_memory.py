@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,27 @@ def test_free_memory_of_the_heap_is_given_back() -> None:
     trim_heap()
     assert resident_bytes() <= before - (24 << 20)
     library.free(ctypes.c_void_p(blocks[-1]))
+
+
+_SHARED = """
+import ctypes, threading
+from belle_compile.runtime.memory import share_heap
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+share_heap()
+found = []
+thread = threading.Thread(target=lambda: found.append(library.malloc(100_000)))
+thread.start()
+thread.join()
+(heap,) = (line for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+start, stop = (int(word, 16) for word in heap.split()[0].split("-"))
+assert start <= found[0] < stop, (hex(found[0]), heap)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_threads_share_a_heap() -> None:
+    subprocess.run([sys.executable, "-c", _SHARED], check=True, timeout=60)
 
 
 def resident_bytes() -> int:
