@@ -61,7 +61,7 @@ def test_programs_with_other_places_are_refused(base: Path, tmp_path: Path) -> N
 
 
 def test_refusals_write_nothing(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> None:
-    command = "build", base, "-o", tmp_path / "out"
+    command = "build", base, "--no-calibration", "-o", tmp_path / "out"
     assert "option lora-rank: found lora-targets without a rank" in fail(capsys, *command, "--lora-targets", "q_proj")
     assert "expected 0 (none) to 512" in fail(capsys, *command, "--lora-rank", "600")
     assert "found query, expected linear layers such as down_proj" in fail(
