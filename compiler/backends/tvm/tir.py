@@ -199,20 +199,14 @@ def lane_numbers(first: Expr = 0, lanes: int = LANES) -> Expr:
     return T.ramp(first, T.int32(1), lanes) if lanes > 1 else first
 
 
-def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """The 16 float32 lanes combined pairwise, always in the same order, as a scalar."""
-    lanes = local(LANES)
-    store(lanes, 0, vector)
-    values = [lanes[i64(i)] for i in range(LANES)]
-    while len(values) > 1:
-        half = len(values) // 2
-        values = [combine(values[i], values[i + half]) for i in range(half)]
-    return bind(values[0])
+def sum_lanes(vector: Expr) -> Expr:
+    """The sum of the 16 float32 lanes, added pairwise, always in the same order, as a scalar."""
+    return bind(T.Shuffle([_folded(vector, add)], [T.int32(0)]))
 
 
 def reduce_each(vectors: Sequence[Expr]) -> Expr:
     """A vector with the sum of the 16 float32 lanes of each of the vectors, whose number is a power of two; lanes are added in
-    the order of `reduce_lanes`."""
+    the order of `sum_lanes`."""
     vectors, width, sums = list(vectors), LANES, len(vectors)
     while width > 1:
         half, pairs = width // 2, []
@@ -238,10 +232,15 @@ def pairwise(values: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> E
 
 def highest_lane(vector: Expr) -> Expr:
     """A vector whose 16 lanes all have the largest lane of `vector`."""
+    return _folded(vector, T.max)
+
+
+def _folded(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """A vector whose 16 lanes all have the lanes of `vector` combined: each with that 8 further, then 4, 2 and 1."""
     for step in (8, 4, 2, 1):
         vector = bind(vector)
         turned = T.Shuffle([vector, vector], [T.int32(lane ^ step) for lane in range(LANES)])
-        vector = T.max(vector, turned)
+        vector = combine(vector, turned)
     return bind(vector)
 
 

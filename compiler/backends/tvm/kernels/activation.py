@@ -12,7 +12,7 @@ from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
 from belle_compile.compiler.backends.tvm.kernels.hadamard import transform_row
-from belle_compile.compiler.backends.tvm.kernels.rowwise import each, quantize_row
+from belle_compile.compiler.backends.tvm.kernels.rowwise import AbsMax, each, quantize_row
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr
 
 
@@ -36,12 +36,15 @@ class Activation(Kernel, kernels.Activation):
                 return _silu(x, lanes) * up[0] if up else _gelu(x, lanes)
 
             kept, start = (tir.local(self.width), tir.i64(0)) if self.quantize else (named["out"], tir.bind(self.out.row(row)))
-            each(self.width, lambda c, lanes: tir.store(kept, start + c, value(c, lanes), lanes))
+            highest = AbsMax() if self.hadamard and self.quantize and not self.step else None
             if self.hadamard:
-                transform_row(self.width, self.hadamard, kept, start, kept, start)
+                on_result = highest.take if highest else None
+                transform_row(self.width, self.hadamard, lambda c: value(c, tir.LANES), kept, start, on_result)
+            else:
+                each(self.width, lambda c, lanes: tir.store(kept, start + c, value(c, lanes), lanes))
             if self.quantize:
                 quantize_row(self.width, lambda c, lanes: tir.load(kept, c, lanes), named["xq"], self.out, row, named["xs"],
-                             self.planes, named.get("step"))  # fmt: skip
+                             self.planes, named.get("step"), highest.value() if highest else None)  # fmt: skip
 
         tir.for_rows(tir.rows_of(named["rows"]), activate)
 

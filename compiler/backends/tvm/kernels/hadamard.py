@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from belle_compile.compiler.backends.program import kernels
@@ -22,13 +23,24 @@ class BlockHadamard(Kernel, kernels.BlockHadamard):
         rows, x, out = buffers
 
         def transform(row: Expr) -> None:
-            transform_row(self.width, self.block, x, tir.bind(self.x.row(row)), out, tir.bind(self.out.row(row)))
+            start, target = tir.bind(self.x.row(row)), tir.bind(self.out.row(row))
+            transform_row(self.width, self.block, lambda c: tir.load(x, start + c), out, target)
 
         tir.for_rows(tir.rows_of(rows), transform)
 
 
-def transform_row(width: int, block: int, x: Buffer, start: Expr, out: Buffer, target: Expr) -> None:
-    """Transform one row of x from `start` and write it to `out` from `target`, which may be the same memory.
+def transform_row(
+    width: int,
+    block: int,
+    read: Callable[[Expr], Expr],
+    out: Buffer,
+    target: Expr,
+    on_result: Callable[[Expr], None] | None = None,
+) -> None:
+    """Transform a row and write it to `out` from `target`.
+
+    `read(column)` gives 16 values of the row, each of which is read once and before its place in the row is written;
+    `on_result` is called with every 16 results.
 
     The butterflies are those of the op's meaning; how many stages are done between two visits to memory changes no bit.
     """
@@ -40,14 +52,17 @@ def transform_row(width: int, block: int, x: Buffer, start: Expr, out: Buffer, t
         """Do the stages across vectors that lie `stride` apart, scale after the last one, and store."""
         last = stride * len(values) == vectors
         for number, value in enumerate(_across(values)):
-            tir.store(out, first + number * stride * LANES, value * scale if last else value)
+            result = tir.bind(value * scale) if last else value
+            tir.store(out, first + number * stride * LANES, result)
+            if last and on_result:
+                on_result(result)
 
     radix = min(_AT_ONCE, vectors)
 
     def begin(group: Expr) -> None:
         column = tir.bind(group * radix * LANES)
         signs = _group_signs(group, vectors // radix, radix)
-        signed = [tir.load(x, start + column + u * LANES) * sign for u, sign in enumerate(signs)]
+        signed = [read(column + u * LANES) * sign for u, sign in enumerate(signs)]
         store([_within(vector) for vector in signed], target + column, 1)
 
     tir.for_range(width // (radix * LANES), begin)

@@ -64,6 +64,6 @@ class PartSums:
 
     def write_mean(self, total: Buffer, at: Expr, out: Buffer, target: Expr) -> None:
         """out[target:] = sums / weights"""
-        inverse = tir.bind(T.float32(1.0) / tir.reduce_lanes(tir.load(total, at + self.weights), tir.add))
+        inverse = tir.bind(T.float32(1.0) / tir.sum_lanes(tir.load(total, at + self.weights)))
         each(self.dim, lambda c, lanes: tir.store(
             out, target + c, tir.load(total, at + c, lanes) * tir.splat(inverse, lanes), lanes))  # fmt: skip

@@ -24,31 +24,48 @@ def absolute(value: Expr, lanes: int = tir.LANES) -> Expr:
     return tir.pure(tir.float_type(lanes), "llvm.fabs", value)
 
 
-def _reduce(width: int, values: Values, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """Combine the values of a row, starting from 0, always in the same order."""
+def row_sum(width: int, values: Values) -> Expr:
+    """The sum of a row, always in the same order."""
     acc = tir.Registers(CHAINS, tir.F16, tir.splat(0.0))
     rest = tir.scalar(0.0)
     chain = cycle(range(CHAINS))
 
     def vector(column: Expr) -> None:
         slot = next(chain)
-        acc[slot] = combine(acc[slot], values(column, tir.LANES))
+        acc[slot] = acc[slot] + values(column, tir.LANES)
 
     def tail(column: Expr) -> None:
-        rest[0] = combine(rest[0], values(column, 1))
+        rest[0] = rest[0] + values(column, 1)
 
     tir.for_width(width, vector, tail, unroll=CHAINS)
-    total = combine(combine(acc[0], acc[1]), combine(acc[2], acc[3]))
-    return tir.bind(combine(tir.reduce_lanes(total, combine), rest[0]))
+    total = (acc[0] + acc[1]) + (acc[2] + acc[3])
+    return tir.bind(tir.sum_lanes(total) + rest[0])
 
 
-def row_sum(width: int, values: Values) -> Expr:
-    return _reduce(width, values, tir.add)
+class AbsMax:
+    """The largest magnitude of a row, found while another loop passes over it."""
+
+    def __init__(self) -> None:
+        self._highest = tir.Registers(CHAINS, tir.F16, tir.splat(0.0))
+        self._rest = tir.scalar(0.0)
+        self._chain = cycle(range(CHAINS))
+
+    def take(self, value: Expr, lanes: int = tir.LANES) -> None:
+        """Emit the comparison with `lanes` values, 16 or one."""
+        highest, slot = (self._rest, 0) if lanes == 1 else (self._highest, next(self._chain))
+        highest[slot] = T.max(highest[slot], absolute(value, lanes))
+
+    def value(self) -> Expr:
+        """The largest magnitude, as a scalar."""
+        highest = tir.highest_lane(tir.pairwise([self._highest[i] for i in range(CHAINS)], T.max))
+        return tir.bind(T.max(T.Shuffle([highest], [T.int32(0)]), self._rest[0]))
 
 
 def row_absmax(width: int, values: Values) -> Expr:
     """The largest magnitude in a row."""
-    return _reduce(width, lambda c, lanes: absolute(values(c, lanes), lanes), T.max)
+    highest = AbsMax()
+    tir.for_width(width, lambda c: highest.take(values(c, tir.LANES)), lambda c: highest.take(values(c, 1), 1), unroll=CHAINS)
+    return highest.value()
 
 
 def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
@@ -58,17 +75,25 @@ def inverse_scale(absmax: Expr, lanes: int = 1, limit: float = 127.0) -> Expr:
 
 
 def quantize_row(
-    width: int, values: Values, xq: Buffer, out: View, row: Expr, xs: Buffer, planes: int = 1, step: Buffer | None = None
+    width: int,
+    values: Values,
+    xq: Buffer,
+    out: View,
+    row: Expr,
+    xs: Buffer,
+    planes: int = 1,
+    step: Buffer | None = None,
+    absmax: Expr | None = None,
 ) -> None:
     """belle::QuantizeTokens for one row: integers rint(value * limit / absmax) and the scale absmax / limit; with a `step`,
-    integers rint(value / step) clamped to the limit, and the step as scale.
+    integers rint(value / step) clamped to the limit, and the step as scale. `absmax` is computed here unless it is known.
 
     8 bits are stored as one byte, integer + 128. 16 bits are two: integer = 256 * high + low with both signed; the row has
     the bytes high + 128 in its first half and low + 128 in its second.
     """
     start, limit = tir.bind(out.row(row)), float(LIMITS[8 * planes])
     if step is None:
-        absmax = row_absmax(width, values)
+        absmax = row_absmax(width, values) if absmax is None else absmax
         inverse, scale = inverse_scale(absmax, limit=limit), absmax / T.float32(limit)
     else:
         scale = tir.bind(tir.load(step, tir.i64(0), 1))

@@ -30,7 +30,9 @@ class VectorAttention(FlashAttention):
     def __init__(self, shape: kernels.Attention, isa: Isa, rows: int, heads_in_turn: bool = False) -> None:
         super().__init__(shape, isa, rows, heads_in_turn)
         accumulators = 24 if isa.dot == "vnni" else 6  # of 32 registers of 16 floats, or of 16 registers of 8
-        self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * self.tall <= accumulators)
+        # Beside its sums, a block of keys has one register, or two where a load gives two elements of each key.
+        of_block, most = self.tall + 1 + self.cache.paired, accumulators + accumulators // 4
+        self.blocks_at_once = max(b for b in (1, 2, 4, 8) if b == 1 or b * of_block <= most)
         self.columns_at_once = max(1, accumulators // self.tall)
 
     def _at_once(self, queries: int) -> int:
@@ -139,47 +141,58 @@ class VectorAttention(FlashAttention):
 
     def _soften(self, chunk: Chunk) -> None:
         def soften(m: Expr) -> None:
-            line = tir.bind(m * CHUNK)
             last = self._position_in(chunk, m)
             whole = last >= CHUNK - 1
             if self.shape.window is not None:
                 whole = T.And(whole, last < self.shape.window)
-
-            def masked() -> None:
-                tir.either(chunk.blocks <= FEW_BLOCKS, lambda: self._soften_query(m, line, last, FEW_BLOCKS, True),
-                           lambda: self._soften_query(m, line, last, BLOCKS, True))  # fmt: skip
-
-            tir.either(whole, lambda: self._soften_query(m, line, last, BLOCKS, False), masked)
+            pairs = tir.opaque(T.floordiv(chunk.blocks + 1, 2))
+            tir.either(whole, lambda: self._soften_query(m, last, BLOCKS // 2, masked=False),
+                       lambda: self._soften_query(m, last, pairs, masked=True))  # fmt: skip
 
         tir.for_range(self.task.used, soften)
 
-    def _soften_query(self, m: Expr, line: Expr, last: Expr, blocks: int, masked: bool) -> None:
-        """Set scores[m] of the first `blocks` blocks to exp(score - maximum) times the scale of the value, if any; 0 for tokens
-        after `last`, and for those before the window that ends there. Blocks left out would add exact zeros."""
+    def _soften_query(self, m: Expr, last: Expr, pairs: Expr, masked: bool) -> None:
+        """Set scores[m] of the first `pairs` pairs of blocks to exp(score - maximum) times the scale of the value, if any.
 
-        def visible(v: int, seen: Expr, hidden: Expr) -> Expr:
-            return self._visible(v * LANES, last, seen, hidden)
+        They are 0 for tokens after `last`, and for those before the window that ends there. Blocks left out would add zeros.
+        """
+        line = tir.bind(m * CHUNK)
+        slope = tir.bind(tir.splat(self.slopes[self.task.first_query + m])) if self.shape.alibi else None
 
-        def score(v: int) -> Expr:
-            value = tir.load(self.scores, line + v * LANES)
-            if self.shape.alibi:  # distances instead of positions: the softmax is the same, and no number grows large
-                distance = T.cast(tir.lane_numbers(v * LANES) - tir.splat(last), tir.F16)
-                value = value + tir.splat(self.slopes[self.task.first_query + m]) * distance
-            return tir.bind(visible(v, value, tir.splat(LOWEST)) if masked else value)
+        def visible(first: Expr, seen: Expr, hidden: Expr) -> Expr:
+            return self._visible(first, last, seen, hidden) if masked else seen
 
-        scores = [score(v) for v in range(blocks)]
+        def score(first: Expr) -> Expr:
+            """The scores of 16 tokens, in numbers of the chunk."""
+            value = tir.load(self.scores, line + first)
+            if slope is not None:  # distances instead of positions: the softmax is the same, and no number grows large
+                value = value + slope * T.cast(tir.lane_numbers(first) - tir.splat(last), tir.F16)
+            return tir.bind(visible(first, value, tir.splat(LOWEST)))
+
+        highest, totals = tir.Registers(2, tir.F16, tir.splat(LOWEST)), tir.Registers(2, tir.F16, tir.splat(0.0))
+
+        def compare(pair: Expr) -> None:
+            for i in range(2):
+                highest[i] = T.max(highest[i], score(tir.bind((pair * 2 + i) * LANES)))
+
+        tir.for_range(pairs, compare)
         old = tir.bind(self.maxima[m])
-        maximum = tir.bind(T.max(tir.reduce_lanes(tir.pairwise(scores, T.max), T.max), old))
-        shrink = tir.bind(tir.exp(old - maximum, 1))
-        powers = [tir.bind(tir.exp(value - tir.splat(maximum))) for value in scores]
-        if masked:
-            powers = [tir.bind(visible(v, power, tir.splat(0.0))) for v, power in enumerate(powers)]
-        for v, power in enumerate(powers):
-            scale = tir.load(self.scales, v * LANES) if self.cache.quantized else None
-            tir.store(self.scores, line + v * LANES, power if scale is None else power * scale)
-        weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + tir.pairwise(powers, tir.add)
+        maximum = tir.bind(T.max(tir.highest_lane(T.max(highest[0], highest[1])), tir.splat(old)))
+        single = tir.bind(T.Shuffle([maximum], [T.int32(0)]))
+
+        def raise_to(pair: Expr) -> None:
+            for i in range(2):
+                first = tir.bind((pair * 2 + i) * LANES)
+                power = tir.bind(visible(first, tir.exp(score(first) - maximum), tir.splat(0.0)))
+                scale = tir.load(self.scales, first) if self.cache.quantized else None
+                tir.store(self.scores, line + first, power if scale is None else power * scale)
+                totals[i] = totals[i] + power
+
+        tir.for_range(pairs, raise_to)
+        shrink = tir.bind(tir.exp(old - single, 1))
+        weights = tir.load(self.weights, m * LANES) * tir.splat(shrink) + (totals[0] + totals[1])
         tir.store(self.weights, m * LANES, weights)
-        tir.store(self.maxima, m, maximum, 1)
+        tir.store(self.maxima, m, single, 1)
         tir.store(self.shrink, m, shrink, 1)
 
     def _accumulate(self, chunk: Chunk) -> None:
