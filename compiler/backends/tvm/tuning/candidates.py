@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from belle_compile.compiler.backends.tvm.isa import Isa
-from belle_compile.compiler.backends.tvm.kernels.tiling import Walk
+from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, Walk
 
 Change = dict[str, Any]
 LEAST_TASKS = 16  # a walk must leave this many tasks, since other hosts may have more threads than the one that measures
@@ -22,8 +22,8 @@ TILES = ((2, 4), (2, 8), (3, 3), (3, 6), (3, 12))  # tile products: (panels at a
 class Bucket:
     """A range of row counts up to `most` (None: any) that share a walk, which is measured at the counts in `rows`.
 
-    `blocks` are (panels, rows), each tried with the prefetch distance `prefetch` and without. Then the changes of each of
-    `stages` are tried on the best walk so far.
+    `blocks` are (panels, rows), each tried with the prefetch distance `prefetch`, which goes on into the next group, and
+    without. Then the changes of each of `stages` are tried on the best walk so far.
     """
 
     most: int | None
@@ -34,11 +34,13 @@ class Bucket:
 
     def first(self) -> tuple[Walk, ...]:
         """The walks that are tried first, with and without prefetch: some processors prefetch better by themselves."""
-        return tuple(dict.fromkeys(Walk(wide, tall, ahead) for ahead in (self.prefetch, 0) for wide, tall in self.blocks))
+        every = (Walk(wide, tall, ahead, chain=ahead > 0) for ahead in (self.prefetch, 0) for wide, tall in self.blocks)
+        return tuple(dict.fromkeys(every))
 
     def following(self, stage: int, best: Walk) -> tuple[Walk, ...]:
-        """The best walk so far with each change of a stage."""
-        return tuple(dict.fromkeys(replace(best, **change) for change in self.stages[stage]))
+        """The best walk so far with each change of a stage that it allows."""
+        allowed = (c for c in self.stages[stage] if c.get("places", best.places) * c.get("unroll", best.unroll) <= LINE // 4)
+        return tuple(dict.fromkeys(replace(best, **change) for change in allowed))
 
 
 # Streams for one row: some processors prefetch best by themselves, and more so with more streams.
@@ -48,7 +50,9 @@ _STREAMS: tuple[Change, ...] = (
     {"places": 8, "prefetch": 0},
     {"places": 2},
 )
-# Prefetches for few rows, whose weights come from memory; "chain" matters if panels are short.
+# Prefetches for few rows, whose weights come from memory; "chain" matters if panels are short. Where several blocks of rows
+# pass over a panel, only the first one waits for memory, and only a distance about as long as a panel or longer lets the others
+# prefetch meanwhile.
 _PREFETCH: tuple[Change, ...] = (
     {"prefetch": 0},
     {"prefetch": 512},
@@ -57,10 +61,20 @@ _PREFETCH: tuple[Change, ...] = (
     {"prefetch": 4096},
     {"prefetch": 1024, "chain": True},
     {"prefetch": 2048, "chain": True},
+    {"prefetch": 4096, "chain": True},
+    {"prefetch": 8192, "chain": True},
+    {"prefetch": 16384, "chain": True},
     {"prefetch": 2048, "temporal": False},
     {"prefetch": 1024, "chain": True, "temporal": False},
+    {"prefetch": 8192, "chain": True, "temporal": False},
 )
-_FEW_PREFETCHES: tuple[Change, ...] = ({"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 1024, "chain": True})
+_FEW_PREFETCHES: tuple[Change, ...] = (
+    {"prefetch": 0},
+    {"prefetch": 1024},
+    {"prefetch": 1024, "chain": True},
+    {"prefetch": 4096, "chain": True},
+    {"prefetch": 16384, "chain": True},
+)
 _LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"unroll": 4}, {"interleave": True}, {"task_groups": 4}, {"task_groups": 16})
 _FEW_LOOPS: tuple[Change, ...] = ({"unroll": 2}, {"interleave": True})
 # Passes for prefill: over rows, so that their activations stay in the L2 cache; over inputs, so that weights stay in L1.
@@ -80,10 +94,11 @@ def _without(changes: tuple[Change, ...], left_out: Change) -> tuple[Change, ...
 
 AVX512 = (
     Bucket(1, (1,), ((1, 1), (2, 1), (4, 1), (6, 1), (8, 1), (16, 1)), 2048, (_STREAMS, _PREFETCH, _LOOPS)),
-    Bucket(4, (2, 4), ((2, 4), (3, 4), (4, 4), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
-    Bucket(8, (8,), ((2, 8), (3, 8), (4, 4), (4, 6), (6, 4)), 2048, (_PREFETCH, _FEW_LOOPS)),
-    Bucket(32, (16, 32), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _FEW_LOOPS)),
-    Bucket(None, (128, 512), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 0, (_FEW_PREFETCHES, _PASSES)),
+    Bucket(4, (2, 4), ((1, 4), (2, 4), (3, 4), (4, 4), (6, 4)), 8192, (_PREFETCH, _FEW_LOOPS)),
+    Bucket(8, (8,), ((1, 8), (2, 8), (3, 8), (4, 4), (4, 6), (6, 4)), 8192, (_PREFETCH, _FEW_LOOPS)),
+    Bucket(16, (12, 16), ((1, 16), (2, 8), (2, 12), (3, 8), (4, 6)), 8192, (_FEW_PREFETCHES, _FEW_LOOPS)),
+    Bucket(32, (24, 32), ((1, 16), (2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 8192, (_FEW_PREFETCHES, _FEW_LOOPS)),
+    Bucket(None, (128, 512), ((2, 8), (2, 12), (3, 8), (4, 4), (4, 6)), 8192, (_FEW_PREFETCHES, _PASSES)),
 )
 # With AVX2, an unrolled loop over more than one row spills registers, and so does one row, unrolled by four, over four panels.
 AVX2 = (
@@ -91,7 +106,7 @@ AVX2 = (
     Bucket(8, (2, 4, 8), ((1, 2), (1, 4), (2, 1), (2, 2)), 2048, (_PREFETCH, _without(_FEW_LOOPS, {"unroll": 2}))),
     Bucket(None, (16, 32, 128, 512), ((1, 2), (1, 3), (1, 4), (2, 2)), 0, (_FEW_PREFETCHES, _without(_PASSES, {"unroll": 2}))),
 )
-AMX = (*AVX512[:3], replace(AVX512[3], most=None, rows=(16,)))  # tile products take larger row counts
+AMX = (*AVX512[:3], replace(AVX512[3], most=None))  # tile products take larger row counts
 TILE_ROWS = (4, 8, 16, 32, 128, 512)
 
 

@@ -53,14 +53,14 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[int]]:
 def test_the_fastest_of_each_bucket_wins(times: Callable[[Cost], list[int]]) -> None:
     def cost(tiling: LinearTiling, rows: int) -> float:
         walk = tiling.walk_for(rows)
-        wanted = {1: Walk(6, 1, 1024, chain=True, unroll=2), 2: Walk(4, 4, 2048)}.get(min(rows, 2), walk)
+        wanted = {1: Walk(6, 1, 1024, chain=True, unroll=2), 2: Walk(4, 4, 8192, chain=True)}.get(min(rows, 2), walk)
         return 1 + sum(getattr(walk, name) != getattr(wanted, name) for name in ("wide", "tall", "prefetch", "chain", "unroll"))
 
     compiled = times(cost)
     heard: list[tuple[int, int]] = []
     table = search({Shape(64, 64): 8}, AVX512VNNI, threads=1, progress=lambda *told: heard.append(told))
     (entry,) = table.entries
-    assert entry.tiling.walks == ((1, Walk(6, 1, 1024, chain=True, unroll=2)), (None, Walk(4, 4, 2048))), (
+    assert entry.tiling.walks == ((1, Walk(6, 1, 1024, chain=True, unroll=2)), (None, Walk(4, 4, 8192, chain=True))), (
         "equal ones are merged"
     )
     assert heard == [(0, 1), (1, 1)] and len(compiled) == 5
