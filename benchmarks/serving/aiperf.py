@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ FIRST_TOKEN_LIMIT_S, TOKEN_LIMIT_S = 0.8, 0.05  # the limit of goodput
 _GRACE_S = 60.0  # in which answers that were begun may end
 _STARTING_S = 180.0  # that AIPerf's own processes may take to start and to end
 _FIELDS = {"temperature": 0, "ignore_eos": True}
+_MOST_OF_ERROR = 200  # characters of a request's error
 
 
 class AIPerfError(Exception):
@@ -36,6 +38,7 @@ class Sample:
     `time_per_token` is the mean time between the tokens of an answer, `client_queue` the time by which requests were sent later
     than they were due, which no other time contains. `good` is the share of requests within the limits of goodput. Cores are
     those busy on average: AIPerf's (`client`), on the same machine as the server, and those of what should not run meanwhile.
+    `errors` maps what requests failed with to their number.
     """
 
     requests: int
@@ -58,6 +61,7 @@ class Sample:
     client_cores: float
     server_cores: float
     other_cores: float
+    errors: dict[str, int]
 
     def to_plain(self) -> dict[str, Any]:
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
@@ -65,7 +69,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Request:
-    """A record of AIPerf. Times are seconds of the wall clock; a request that was cancelled or failed has no answer."""
+    """A record of AIPerf. Times are seconds of the wall clock; a request that was cancelled or failed has no answer.
+
+    `error` says why it failed, and is empty if it did not.
+    """
 
     issued: float
     started: float
@@ -75,7 +82,11 @@ class Request:
     prompt_tokens: int
     good: bool
     cancelled: bool
-    failed: bool
+    error: str
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.error)
 
     @property
     def answered(self) -> bool:
@@ -199,8 +210,15 @@ def _request(record: dict[str, Any]) -> Request:
         prompt_tokens=int(value("input_sequence_length") or 0),
         good=bool(value("good_request_count")),
         cancelled=bool(about.get("was_cancelled")),
-        failed=bool(record.get("error")) and not about.get("was_cancelled"),
+        error="" if about.get("was_cancelled") else _error(record.get("error")),
     )
+
+
+def _error(details: dict[str, Any] | None) -> str:
+    """AIPerf's error in one line."""
+    if not details:
+        return ""
+    return " ".join(str(details[name]) for name in ("code", "type", "message") if details.get(name))[:_MOST_OF_ERROR]
 
 
 def sample(requests: Sequence[Request], seconds: float, meter: CpuMeter) -> Sample:
@@ -209,8 +227,9 @@ def sample(requests: Sequence[Request], seconds: float, meter: CpuMeter) -> Samp
     Later, when no new requests come, a server has less and less to do; what it does then counts in no rate.
     """
     if not any(request.answered for request in requests):
-        errors = sum(request.failed for request in requests)
-        raise AIPerfError(f"no request was answered ({len(requests)} sent, {errors} failed)")
+        why = next((f", the first with {request.error}" for request in requests if request.failed), "")
+        failed = sum(request.failed for request in requests)
+        raise AIPerfError(f"no request was answered ({len(requests)} sent, {failed} failed{why})")
     start = min(request.started for request in requests)
     end = min(start + seconds, max(request.ended for request in requests))
     answered = [request for request in requests if request.answered]
@@ -245,4 +264,5 @@ def sample(requests: Sequence[Request], seconds: float, meter: CpuMeter) -> Samp
         client_cores=client,
         server_cores=server,
         other_cores=max(meter.cores(MACHINE, start, end) - client - server, 0.0),
+        errors=dict(Counter(request.error for request in requests if request.failed)),
     )

@@ -160,6 +160,7 @@ def test_rates_count_what_came_within_the_measured_time(tmp_path: Path, meter: C
     assert [(each.answered, each.cancelled, each.failed) for each in found[2:]] == [(False, True, False), (False, False, True)]
     sample = aiperf.sample(found, 10.0, meter)
     assert sample.seconds == pytest.approx(10.0) and (sample.requests, sample.cancelled, sample.failed) == (2, 1, 1)
+    assert sample.errors == {"500 no": 1}
     assert sample.output_tokens_per_second == pytest.approx((10 + 5) / 10, abs=1e-3)
     assert sample.requests_per_second == 0 and sample.good == 0.5
     assert sample.first_token_p50 == pytest.approx(1000) and sample.time_per_token_p99 == pytest.approx(1000)
@@ -176,7 +177,7 @@ def test_an_answer_of_one_token_has_no_time_per_token(tmp_path: Path) -> None:
 
 def test_a_run_without_answers_is_an_error(tmp_path: Path, meter: CpuMeter) -> None:
     found = records(tmp_path / "records.jsonl", line(1, 1, 1, error={"code": 400}), line(1, 1, 1, cancelled=True))
-    with pytest.raises(aiperf.AIPerfError, match=r"no request was answered \(2 sent, 1 failed\)"):
+    with pytest.raises(aiperf.AIPerfError, match=r"no request was answered \(2 sent, 1 failed, the first with 400\)"):
         aiperf.sample(found, 5.0, meter)
 
 
