@@ -16,7 +16,8 @@ import torch
 from belle_compile.compiler.ir.lazy import errors_about
 from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
+from belle_compile.compiler.ir.stream import ActivationStream, OnOutput, Tensor, Weights, linears, quantized
+from belle_compile.compiler.ir.torch_meanings import linear
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
@@ -24,6 +25,7 @@ from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product
 Progress = Callable[[int, int], None]
 Load = Callable[[int], dict[ir.Value, Tensor]]
 
+_OUTPUTS = 4096  # outputs of a linear whose errors are computed at once, since a head has many
 _KEPT_BYTES = 4 << 30  # float32 weights up to this size are kept from one layer's run to the next's
 
 
@@ -63,25 +65,27 @@ def output_errors(
         rounded = {node: _rounded(node, weights, scheme) for node in linears(segment)}
         errors = {node: [0.0, 0.0] for node in rounded}
 
-        stream.forward(number, weights, on_linear=_observer(weights, rounded, errors, bits))
+        stream.forward(number, weights, on_output=_observer(weights, rounded, errors, bits))
         stream.drop(number)
         layers += [LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30))
                    for node, (error, total) in errors.items()]  # fmt: skip
     return sorted(layers, key=lambda layer: (-layer.output_error, layer.name))
 
 
-def _observer(
-    weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int
-) -> Callable[[ir.Node, Tensor], Tensor]:
+def _observer(weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int) -> OnOutput:
     """A callback that adds to a linear's `errors` the squares of what rounding changes in its outputs, and of the outputs."""
+    biases = {node: None if (bias := operand(node, Role.BIAS)) is None else weights[bias] for node in rounded}
+    inputs: tuple[Tensor, Tensor] | None = None
 
-    def observe(node: ir.Node, x: Tensor) -> Tensor:
-        weight = operand(node, Role.WEIGHT)
-        assert weight is not None
-        exact = x @ weights[weight].T
-        errors[node][0] += float((quantized(x, bits) @ rounded[node].T - exact).square().sum())
-        errors[node][1] += float(exact.square().sum())
-        return x
+    def observe(node: ir.Node, x: Tensor, y: Tensor) -> None:
+        nonlocal inputs
+        if inputs is None or inputs[0] is not x:  # linears that read the same input follow each other
+            inputs = x, quantized(x, bits)
+        bias = biases[node]
+        for outputs in (slice(start, start + _OUTPUTS) for start in range(0, y.shape[1], _OUTPUTS)):
+            exact = y[:, outputs] if bias is None else y[:, outputs] - bias[outputs]
+            errors[node][0] += float(linear(inputs[1], rounded[node][outputs]).sub_(exact).square_().sum())
+            errors[node][1] += float(exact.square().sum())
 
     return observe
 
