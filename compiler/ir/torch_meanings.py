@@ -16,6 +16,8 @@ from belle_compile.compiler.ir import meanings
 
 Tensor = torch.Tensor
 
+_QUERIES = 128  # tokens whose queries are multiplied at once, in sequences of more than that
+
 
 def gather(x: Tensor, indices: Tensor) -> Tensor:
     """Rows of x."""
@@ -143,6 +145,10 @@ def attention(
     result, start = torch.empty_like(q), 0
     for length in torch.unique_consecutive(sequences, return_counts=True)[1].tolist():
         rows = slice(start, start + length)
+        start += length
+        if num_heads > num_kv_heads and length > _QUERIES and slopes is None and not window and q.device.type == "cpu":
+            result[rows] = _grouped_attention(q[rows], k[rows], v[rows], scale)
+            continue
         queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
         mask = None
         if slopes is not None or window:
@@ -154,8 +160,29 @@ def attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
         result[rows] = attended[0].transpose(0, 1)
-        start += length
     return result.reshape(-1, num_heads * head_dim)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention [T, heads, D] of one sequence whose heads share keys and values [T, kv_heads, D].
+
+    The queries of some tokens for all heads that share keys are the rows of one product, over the keys up to the last of these
+    tokens. Torch's own takes twice the time for 400 tokens.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    queries = (q * scale).view(tokens, kv_heads, heads // kv_heads, head_dim)
+    keys, values = k.transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()
+    result, hidden = torch.empty_like(queries), torch.full((_QUERIES, _QUERIES), -torch.inf).triu(1)
+    for start in range(0, tokens, _QUERIES):
+        end = min(start + _QUERIES, tokens)
+        rows = end - start
+        for head in range(kv_heads):
+            scores = linear(queries[start:end, head].reshape(-1, head_dim), keys[head, :end])
+            scores.view(rows, -1, end)[:, :, start:] += hidden[:rows, None, :rows]
+            attended = linear(torch.softmax(scores, -1), values[head, :, :end])
+            result[start:end, head] = attended.view(rows, -1, head_dim)
+    return result.view(q.shape)
 
 
 MEANINGS: Mapping[str, Callable[..., Any]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,3 +44,21 @@ def test_a_rotation_turns_pairs_of_halves() -> None:
     swapped = torch.cat([-x[..., 4:], x[..., :4]], dim=-1)
     expected = x * cos.repeat(1, 2)[:, None] + swapped * sin.repeat(1, 2)[:, None]
     torch.testing.assert_close(torch_meanings.rotate(x, torch.cat([cos, sin], dim=1)), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6], ids=["shared keys", "keys for each head"])
+def test_long_sequences_attend_to_themselves(kv_heads: int) -> None:
+    """Sequences on both sides of the length from which heads with shared keys are multiplied together."""
+    lengths, scale = (1, 300, 128, 129, 40), 0.3
+    q, k, v = random(sum(lengths), 6 * 8), random(sum(lengths), kv_heads * 8), 2 * random(sum(lengths), kv_heads * 8)
+    sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    options: dict[str, Any] = {"layer": 0, "num_heads": 6, "num_kv_heads": kv_heads, "head_dim": 8, "scale": scale}
+    found = torch_meanings.attention(q, k, v, sequences, sequences, None, None, None, **options)
+    for number in range(len(lengths)):
+        own = sequences == number
+        queries = q[own].double().view(-1, 6, 8)
+        keys, values = (x[own].double().view(-1, kv_heads, 8).repeat_interleave(6 // kv_heads, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        weights = torch.softmax(scores + torch.full_like(scores, -torch.inf).triu(1), -1)
+        expected = torch.einsum("hqk,khd->qhd", weights, values).reshape(-1, 48)
+        torch.testing.assert_close(found[own].double(), expected, rtol=1e-4, atol=1e-5)
