@@ -62,8 +62,10 @@ def share_heap() -> None:
 
 
 def reuse_heap() -> None:
-    """Let the C heap keep up to 256 MiB of free memory, and allocate arrays of up to 32 MiB in it, where the C library can.
-    Otherwise glibc gives the memory of each large array back to the system, and takes pages full of zeros for the next one."""
+    """Let all threads share the C heap, which keeps up to 256 MiB of free memory and has room for arrays of up to 32 MiB, where
+    the C library can. Otherwise glibc gives the memory of each large array back to the system and takes pages of zeros for
+    the next one."""
+    share_heap()
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_MMAP_THRESHOLD, 32 << 20)

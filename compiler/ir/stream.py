@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operan
 from belle_compile.compiler.ir.segments import Segment, cut
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.torch_meanings import MEANINGS, coarse_linear, multiplies_bfloat16, unsupported
+from belle_compile.compiler.ir.workers import T, in_order
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]
@@ -29,6 +32,7 @@ OnOutput = Callable[[ir.Node, Tensor, Tensor], None]
 OnLogits = Callable[[int, Tensor], None]
 
 BATCH_TOKENS = 2048
+_AT_ONCE_BYTES = 1 << 30  # for batches that run at the same time
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class ActivationStream:
 
     `forward(n, weights)` runs all batches through segment n, with the weights of `load(n)`, or with others in their place, and
     writes the values that the segment computes for later ones. Segments are those of `cut`, unless others are given. It
-    computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph with ops that
-    `torch_meanings` does not have, and for an empty sequence or none.
+    computes on a CUDA device where torch finds one, else on the `cores` of the CPU that torch uses. Raises CompileError for a
+    graph with ops that `torch_meanings` does not have, and for an empty sequence or none.
     """
 
     def __init__(
@@ -98,7 +102,9 @@ class ActivationStream:
         self.batches = batches(sequences, batch_tokens)
         self.tokens = sum(map(len, sequences))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.cores = torch.get_num_threads()
         self._files = ActivationFiles(folder)
+        self._ahead: dict[int, Future[dict[ir.Value, Tensor]]] = {}
 
     def branch(self, folder: Path) -> ActivationStream:
         """Return a stream that writes values to `folder`, and reads those missing in it from the folder of this stream."""
@@ -108,7 +114,18 @@ class ActivationStream:
 
     def load(self, number: int) -> dict[ir.Value, Tensor]:
         """Read or compute the weights of a segment, as tensors on the stream's device."""
+        ahead = self._ahead.pop(number, None)
+        return self._load(number) if ahead is None else ahead.result()
+
+    def _load(self, number: int) -> dict[ir.Value, Tensor]:
         return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
+
+    def load_ahead(self, number: int) -> None:
+        """Begin to read the weights that `load` returns next on another thread, if there is such a segment."""
+        if number < len(self.segments):
+            with_one = ThreadPoolExecutor(1)
+            self._ahead[number] = with_one.submit(self._load, number)
+            with_one.shutdown(wait=False)
 
     def forward(
         self,
@@ -119,24 +136,48 @@ class ActivationStream:
         on_output: OnOutput | None = None,
         on_logits: OnLogits | None = None,
     ) -> None:
-        """Run all batches through a segment, and write what it gives; the last segment calls `on_logits` instead."""
+        """Run all batches through a segment, and write what it gives; the last segment calls `on_logits` instead.
+
+        `on_linear` and `on_logits` are called batch by batch on this thread. Without `on_linear`, segments before the last run
+        several batches at a time, each of which calls `on_output` on its own thread."""
         segment = self.segments[number]
         last = number + 1 == len(self.segments)
-        for index, batch in enumerate(self.batches):
-            taken = self._read(number, index)
-            values = run(segment, weights, batch.inputs(self.device), taken, on_linear, on_output=on_output)
+
+        def run_batch(index: int) -> dict[ir.Value, Tensor]:
+            inputs, taken = self.batches[index].inputs(self.device), self._read(number, index)
+            values = run(segment, weights, inputs, taken, on_linear, on_output=on_output)
             if not last:
                 self._write(index, {value: tensor for value, tensor in values.items() if value not in segment.takes})
-            elif on_logits is not None:
+            return values if last else {}
+
+        if not last and on_linear is None:
+            deque(self._each_batch(number, weights, run_batch), maxlen=0)
+            return
+        for index, batch in enumerate(self.batches):
+            values = run_batch(index)
+            if last and on_logits is not None:
                 rows = torch.split(values[segment.gives[0]].cpu(), list(batch.lengths))
                 for sequence, logits in zip(batch.numbers, rows, strict=True):
                     on_logits(sequence, logits)
 
-    def observe(self, number: int, weights: Weights, on_linear: OnLinear, last: ir.Node) -> None:
-        """Run all batches through a segment as far as the linear `last` of it, which `on_linear` is invoked before and which is
-        not computed. Nothing is written."""
-        for index, batch in enumerate(self.batches):
-            run(self.segments[number], weights, batch.inputs(self.device), self._read(number, index), on_linear, until=last)
+    def observe(self, number: int, weights: Weights, linear: ir.Node, observation: Callable[[Tensor], T]) -> Iterator[T]:
+        """Run all batches through a segment as far as a linear; yields the `observation` of what it reads [tokens, inputs] for
+        each batch, in order. Observations are made on several threads at a time. Nothing is written."""
+
+        def run_batch(index: int) -> T:
+            inputs, taken = self.batches[index].inputs(self.device), self._read(number, index)
+            (x,) = run(self.segments[number], weights, inputs, taken, until=linear).values()
+            with torch.inference_mode():
+                return observation(x)
+
+        return self._each_batch(number, weights, run_batch)
+
+    def _each_batch(self, number: int, weights: Weights, run_batch: Callable[[int], T]) -> Iterator[T]:
+        """Yield `run_batch` of the number of each batch, in order; on a CPU, as many run at once as `_AT_ONCE_BYTES` allow."""
+        width = _width(self.segments[number], weights)
+        needed = 16 * width * max(len(batch.token_ids) for batch in self.batches) + 4 * width * width
+        workers = min(self.cores, max(1, _AT_ONCE_BYTES // needed)) if self.device.type == "cpu" else 1
+        return in_order(run_batch, len(self.batches), workers, self.cores)
 
     def coarse(self, number: int, weights: Weights) -> Weights:
         """The weights with those of linears rounded to bfloat16, where the device multiplies these faster than float32. Such
@@ -191,7 +232,8 @@ def run(
 ) -> dict[ir.Value, Tensor]:
     """The values that a segment gives for a batch, from the step's `inputs` and the values `taken` from earlier segments.
 
-    With `until`, a linear, the run ends before it is computed, with no values. Linears with bfloat16 weights are coarse.
+    With `until`, a linear, the run ends before it is computed, with the one value that it reads. Linears with bfloat16 weights
+    are coarse.
     """
     values: dict[ir.Value, Tensor] = dict(taken)
     last_use = {value: i for i, node in enumerate(segment.nodes) for value in node.inputs if value is not None}
@@ -207,11 +249,12 @@ def run(
         spec = spec_of(node)
         arguments = [read(value) for value in node.inputs]
         arguments += [None] * (len(spec.inputs) - len(arguments))
+        if node is until:
+            assert node.inputs[0] is not None and arguments[0] is not None
+            return {node.inputs[0]: arguments[0]}
         if on_linear is not None and spec.is_float_linear:
             assert arguments[0] is not None
             arguments[0] = on_linear(node, arguments[0])
-        if node is until:
-            return {}
         produced = _meaning(node, arguments)(*arguments, **_options(node))
         if on_output is not None and spec.is_float_linear:
             assert arguments[0] is not None
@@ -221,6 +264,11 @@ def run(
             if last_use[value] == i and value not in segment.gives:
                 del values[value]
     return {value: values[value] for value in segment.gives}
+
+
+def _width(segment: Segment, weights: Weights) -> int:
+    """The inputs and outputs of the widest linear of a segment."""
+    return max((sum(weights[value].shape) for node in linears(segment) if (value := operand(node, Role.WEIGHT))), default=0)
 
 
 def _meaning(node: ir.Node, arguments: Sequence[Tensor | None]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import fsum, prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
 Progress = Callable[[int, int], None]
+Errors = dict[ir.Node, list[tuple[float, float]]]
 Load = Callable[[int], dict[ir.Value, Tensor]]
 
 _OUTPUTS = 4096  # outputs of a linear whose errors are computed at once, since a head has many
@@ -63,29 +64,25 @@ def output_errors(
         on_progress(number, len(stream.segments))
         weights = stream.load(number)
         rounded = {node: _rounded(node, weights, scheme) for node in linears(segment)}
-        errors = {node: [0.0, 0.0] for node in rounded}
-
+        errors: Errors = {node: [] for node in rounded}
         stream.forward(number, weights, on_output=_observer(weights, rounded, errors, bits))
         stream.drop(number)
-        layers += [LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30))
-                   for node, (error, total) in errors.items()]  # fmt: skip
+        for node, squares in errors.items():
+            error, total = (fsum(each) for each in zip(*squares, strict=True))  # the same in any order
+            layers.append(LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30)))
     return sorted(layers, key=lambda layer: (-layer.output_error, layer.name))
 
 
-def _observer(weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int) -> OnOutput:
+def _observer(weights: Weights, rounded: dict[ir.Node, Tensor], errors: Errors, bits: int) -> OnOutput:
     """A callback that adds to a linear's `errors` the squares of what rounding changes in its outputs, and of the outputs."""
     biases = {node: None if (bias := operand(node, Role.BIAS)) is None else weights[bias] for node in rounded}
-    inputs: tuple[Tensor, Tensor] | None = None
 
     def observe(node: ir.Node, x: Tensor, y: Tensor) -> None:
-        nonlocal inputs
-        if inputs is None or inputs[0] is not x:  # linears that read the same input follow each other
-            inputs = x, quantized(x, bits)
-        bias = biases[node]
+        read, bias = quantized(x, bits), biases[node]
         for outputs in (slice(start, start + _OUTPUTS) for start in range(0, y.shape[1], _OUTPUTS)):
             exact = y[:, outputs] if bias is None else y[:, outputs] - bias[outputs]
-            errors[node][0] += float(linear(inputs[1], rounded[node][outputs]).sub_(exact).square_().sum())
-            errors[node][1] += float(exact.square().sum())
+            changed = linear(read, rounded[node][outputs]).sub_(exact)
+            errors[node].append((float(changed.square_().sum()), float(exact.square().sum())))
 
     return observe
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 
+from belle_compile.compiler.ir.workers import in_order, torch_threads
 from belle_compile.passes.quantization import groups
 
 Tensor = torch.Tensor
@@ -13,7 +15,8 @@ Tensor = torch.Tensor
 BLOCK = 128  # inputs whose errors are carried to the rest at once
 INNER = 16  # of these, those whose errors are carried to the others of the block at once
 TILE = 1 << 18  # weights whose scales are chosen at a time, so that they stay in the cache
-ROWS = 16_384  # outputs rounded at a time, so that a head of 250,880 rows is not in memory twice
+ROWS = 2048  # outputs that one thread rounds at a time
+SMALL = 2048  # moments of fewer inputs are factored on one core
 CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.90)  # scales tried, as fractions of absmax / 127
 
 
@@ -65,6 +68,7 @@ def round_weight(
     *,
     group: int | None = None,
     bits: int = 4,
+    cores: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Round a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
@@ -72,24 +76,32 @@ def round_weight(
     [N, G], one for every `group` inputs. Inputs are rounded in descending order of their second moment. The error of each is
     subtracted from the weights of later ones, as far as these can compensate for it, before they are rounded. Scales are chosen
     before the first rounding: groups are neighbours in the order in which inputs lie, not in the order in which they are
-    rounded.
+    rounded. Rows do not depend on each other and are divided among the `cores`.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    shares = compensation(hessian[order][:, order], damping)
+    with torch_threads(cores if len(order) >= SMALL else 1):
+        shares = compensation(hessian[order][:, order], damping)
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     size = group or len(order)
     scales = torch.empty(len(weight), -(-len(order) // size), device=weight.device)
     importance, group_of = diagonal / diagonal.sum().clamp(min=1e-30), (order // size).tolist()
     limits = (groups.LOWEST, groups.HIGHEST) if group and bits == 4 else (-groups.LIMIT, groups.LIMIT)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
+    restored = torch.argsort(order)
+
+    @torch.inference_mode()
+    def round_part(number: int) -> None:
+        rows = slice(number * ROWS, (number + 1) * ROWS)
         part = weight[rows]
         scales[rows] = (
             groups.group_scales(part, importance, group, bits) if group else scales_of(part, importance, clips)[:, None]
         )
         steps = scales[rows].T.contiguous()
-        integers[rows] = _round_rows(part.T[order], shares, steps, group_of, limits)[torch.argsort(order)].T
+        integers[rows] = _round_rows(part.T[order], shares, steps, group_of, limits)[restored].T
+
+    parts = -(-len(weight) // ROWS)
+    workers = min(cores, parts)
+    deque(in_order(round_part, parts, workers, cores=workers), maxlen=0)
     return integers, scales.half() if group else scales[:, 0]
 
 

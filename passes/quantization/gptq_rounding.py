@@ -20,13 +20,14 @@ from belle_compile.compiler.ir.ops import is_float_linear, operand, spec_of
 from belle_compile.compiler.ir.segments import cut_by_inputs
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears
+from belle_compile.compiler.ir.workers import torch_threads
 from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.scheme import INT4, INT8, INT8_BLOCKS, WeightScheme
-from belle_compile.passes.quantization.second_moments import SecondMoments
+from belle_compile.passes.quantization.second_moments import SecondMoments, products
 from belle_compile.passes.quantization.weights import BEFORE, GROUPED, INTEGERS, check_groups, product
 
 _SUFFIX = "rounded"
@@ -76,7 +77,8 @@ class GptqRounding(Pass):
         work, segments = walk(self.data, model, self.name, key, cut_by_inputs)
         files = {node: work.file(f"{i:05d}") for i, node in enumerate(todo) if node not in reasons}
         for stream, number in segments():
-            self._segment(stream, number, files)
+            with torch_threads(1):  # what takes long is divided among the cores by workers
+                self._segment(stream, number, files)
         for node in replaced:
             _replace(node, files[node], model.graph, self._group(node))
         return PassResult(len(replaced), refusals)
@@ -91,14 +93,16 @@ class GptqRounding(Pass):
     def _segment(self, stream: ActivationStream, number: int, files: dict[ir.Node, Path]) -> None:
         """Round a segment's linears, and write the activations that the next segment reads."""
         weights = stream.load(number)
+        stream.load_ahead(number + 1)
         rounded = [node for node in linears(stream.segments[number]) if node in files]
         if rounded:
-            self._round(rounded, _moments(stream, number, weights, rounded[0]), weights, files)
+            moments = _moments(stream, number, weights, rounded[0])
+            self._round(rounded, moments, weights, files, stream.cores)
         if number + 1 < len(stream.segments):
             stream.forward(number, stream.coarse(number, weights))
 
     def _round(
-        self, nodes: list[ir.Node], moments: Tensor, weights: dict[ir.Value, Tensor], files: dict[ir.Node, Path]
+        self, nodes: list[ir.Node], moments: Tensor, weights: dict[ir.Value, Tensor], files: dict[ir.Node, Path], cores: int
     ) -> None:
         """Round the weights of linears that read the same input, as one matrix, whose rows do not depend on each other."""
         read, group = [_weight(node) for node in nodes], self._group(nodes[0])
@@ -110,7 +114,7 @@ class GptqRounding(Pass):
                     check_groups(weights[weight], f"the weight of {node.name}")
         rows = [len(weights[weight]) for weight in read]
         stacked = torch.cat([weights[weight] for weight in read])
-        both = round_weight(stacked, moments, self.damping, group=group, bits=self.weights.bits)
+        both = round_weight(stacked, moments, self.damping, group=group, bits=self.weights.bits, cores=cores)
         parts = zip(*(torch.split(each, rows) for each in both), strict=True)
         for node, weight, (integers, scales) in zip(nodes, read, parts, strict=True):
             save_file({"integers": integers.cpu().contiguous(), "scales": scales.cpu().contiguous()}, files[node])
@@ -120,13 +124,8 @@ class GptqRounding(Pass):
 def _moments(stream: ActivationStream, number: int, weights: Weights, linear: ir.Node) -> Tensor:
     """The second moments [K, K] of the input of a linear, which all linears of the segment read."""
     moments = SecondMoments()
-
-    def observe(node: ir.Node, x: Tensor) -> Tensor:
-        if node is linear:
-            moments.add(x)
-        return x
-
-    stream.observe(number, weights, observe, last=linear)
+    for blocks in stream.observe(number, weights, linear, products):
+        moments.add(blocks)
     return moments.matrix()
 
 

@@ -11,22 +11,28 @@ Tensor = torch.Tensor
 _BLOCK = 128  # rows of the matrix that one product computes
 
 
+def products(x: Tensor) -> list[Tensor]:
+    """The blocks of rows of x^T x [K, K] for x [tokens, K]; of each, only what is not left of the diagonal."""
+    columns = x.T.contiguous()
+    return [linear(columns[start : start + _BLOCK], columns[start:]) for start in range(0, len(columns), _BLOCK)]
+
+
 class SecondMoments:
-    """The float32 matrix sum x x^T [K, K]. It is symmetric: of each block of rows, only what is not left of it is computed."""
+    """The float32 matrix sum x x^T [K, K], which is symmetric: half of it is kept."""
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of x [tokens, K]."""
-        columns = x.T.contiguous()
-        products = (linear(columns[start : start + _BLOCK], columns[start:]) for start in range(0, len(columns), _BLOCK))
+    @torch.inference_mode()
+    def add(self, blocks: list[Tensor]) -> None:
+        """Add the `products` of some tokens."""
         if not self._blocks:
-            self._blocks = list(products)
+            self._blocks = blocks
             return
-        for block, product in zip(self._blocks, products, strict=True):
+        for block, product in zip(self._blocks, blocks, strict=True):
             block += product
 
+    @torch.inference_mode()
     def matrix(self) -> Tensor:
         """float32 [K, K]."""
         inputs = self._blocks[0].shape[1]

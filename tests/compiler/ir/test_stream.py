@@ -98,7 +98,7 @@ def test_observing_ends_before_the_linear_and_writes_nothing(name: str, tmp_path
     model = MODELS[name]()
     activations = ActivationStream(model, SEQUENCES, tmp_path, batch_tokens=24, segments=cut_by_inputs(model.graph))
     first, seen, forward = next(linears(activations.segments[0])), list[torch.Tensor](), list[torch.Tensor]()
-    activations.observe(0, activations.load(0), lambda node, x: seen.append(x) or x, first)  # type: ignore[func-returns-value]
+    seen += activations.observe(0, activations.load(0), first, torch.clone)
     assert len(seen) == 3 and not list(tmp_path.iterdir())
     activations.forward(0, activations.load(0), on_output=lambda node, x, y: forward.append(x) if node is first else None)
     assert all(torch.equal(one, other) for one, other in zip(seen, forward, strict=True))

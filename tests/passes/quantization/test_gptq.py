@@ -271,6 +271,22 @@ def test_it_goes_on_where_it_was_killed_while_it_wrote(last: int, tmp_path: Path
     assert all(np.array_equal(one, other) for one, other in zip(products_of(resumed), products_of(whole), strict=True))
 
 
+def test_batches_at_the_same_time_change_nothing(tmp_path: Path) -> None:
+    """Four batches, run one after the other and by three threads."""
+    chosen, before = [], torch.get_num_threads()
+    sequences = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 1500).tolist()) for n in range(4))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            model = llama(layers=1)
+            GptqRounding(data(tmp_path / str(threads), sequences=sequences)).run(model)
+            chosen.append(products_of(model))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one, other) for one, other in zip(*chosen, strict=True))
+
+
 def products_of(model: ir.Model) -> list[np.ndarray]:
     """The weights of the linears."""
     return [node.inputs[1].const_value.numpy() for node in model.graph if node.op_type == "Gemm"]
