@@ -79,15 +79,16 @@ class Comparison:
     def add(self, reference: Tensor, other: Tensor, ids: Sequence[int], answer: int = 0) -> None:
         """Add the logits [tokens, vocabulary] of the model (`reference`) and of the engine (`other`) after each of `ids`, the
         last `answer` of which are an expected answer."""
-        p, q = (torch.log_softmax(logits.double(), -1) for logits in (reference, other))
-        top, reference_top = q.argmax(-1), p.argmax(-1)
+        p, q = (torch.log_softmax(logits.float(), -1) for logits in (reference, other))
+        top, reference_top = other.argmax(-1), reference.argmax(-1)
+        targets = torch.tensor(ids[1:], dtype=torch.int64)
+        losses = [log.double().sum() for log in (each[:-1].gather(1, targets[:, None]) for each in (p, q))]
         self.tokens += len(ids)
         self.agree += int((top == reference_top).sum())
-        self.kl += float((p.exp() * (p - q)).sum())
-        targets = torch.tensor(ids[1:], dtype=torch.int64)
         self.predicted += len(targets)
-        self.reference_loss -= float(p[:-1].gather(1, targets[:, None]).sum())
-        self.loss -= float(q[:-1].gather(1, targets[:, None]).sum())
+        self.reference_loss -= float(losses[0])
+        self.loss -= float(losses[1])
+        self.kl += float(torch.sub(p, q, out=q).mul_(p.exp_()).sum(-1).double().sum())
         if answer:
             self.answer_tokens += answer
             self.reference_right += int((reference_top[:-1] == targets)[-answer:].sum())
@@ -139,19 +140,21 @@ def measure(
     max_context = engine.max_context
     samples = [sample for sample in samples if len(sample.tokens) <= max_context]
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=greedy, ignore_eos=True)
-    continued = [sample.prompt for sample in samples if len(sample.prompt) + greedy <= max_context]
-    answers = engine.generate([list(prompt) for prompt in continued], params) if continued else []
-    tails = [(*prompt, *result.token_ids) for prompt, result in zip(continued, answers, strict=True)]
-    stream = ActivationStream(model, [*(sample.tokens for sample in samples), *tails], folder)
+    continued = [sample for sample in samples if len(sample.prompt) + greedy <= max_context]
+    answers = engine.generate([list(sample.prompt) for sample in continued], params) if continued else []
+    tails = [(*sample.prompt, *result.token_ids) for sample, result in zip(continued, answers, strict=True)]
+    # The model's logits over a prompt without an answer are the first ones over its continuation.
+    whole = [sample for sample in samples if sample.answer or len(sample.prompt) + greedy > max_context]
+    stream = ActivationStream(model, [*(sample.tokens for sample in whole), *tails], folder)
     comparison = Comparison()
 
     def compare(number: int, logits: Tensor) -> None:
-        if number >= len(samples):
-            comparison.add_continuation(logits, tails[number - len(samples)], greedy)
-            return
-        ids = samples[number].tokens
-        engine_logits = torch.from_numpy(engine.logits(ids))
-        comparison.add(logits, engine_logits, ids, len(samples[number].answer))
+        sample = whole[number] if number < len(whole) else continued[number - len(whole)]
+        if number >= len(whole):
+            comparison.add_continuation(logits, tails[number - len(whole)], greedy)
+        if number < len(whole) or not sample.answer:
+            ids = sample.tokens
+            comparison.add(logits[: len(ids)], torch.from_numpy(engine.logits(ids)), ids, len(sample.answer))
 
     for number in range(len(stream.segments)):
         on_progress(number, len(stream.segments))

@@ -53,6 +53,7 @@ from belle_compile.passes.presets import Recipe, manifest_words
 from belle_compile.runtime import host
 from belle_compile.runtime.adapters.basis import BASIS_NAME
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
+from belle_compile.runtime.memory import reuse_heap
 from belle_compile.runtime.selftest import SELF_TEST_NAME
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def _calibration_data(
     """The requests for the passes that calibrate."""
     if calibration is None:
         return None
+    reuse_heap()
     sequences = tuple(sample.tokens for sample in calibration.calibration)
     return CalibrationData.of_files(
         sequences, calibration.digest, digests, job.request.reading.facts, folder, job.progress("calibrate")

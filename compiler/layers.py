@@ -26,6 +26,7 @@ from belle_compile.passes.presets import DEFAULT_PRESET, find_preset
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
+from belle_compile.runtime.memory import reuse_heap
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,6 +63,7 @@ def rank(
     sequences = _first_tokens(requests, tokens)
     graph = build_graph(opened)
     on_progress("optimize", 0, 0)
+    reuse_heap()
     linears = before_linears(passes_of(integer_plan(graph, recipe, None).recipe))
     run_pipeline(graph, linears.before)
     with tempfile.TemporaryDirectory(prefix="belle-sensitivity-") as name:

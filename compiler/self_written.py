@@ -14,10 +14,10 @@ SELF = "self"  # in place of a file of requests
 DEFAULT_WITHIN_S = 120.0  # a build without requests calibrates itself where that is estimated to take at most so long
 LEAST_PARAMETERS = 20_000_000  # smaller models are built in seconds, and hardly write text
 
-# The estimate, from one build of SmolLM2-135M on two cores of an AMD EPYC (Zen 5) that other work shared: seconds on one core
-# for the kernels of the engine that writes, and core-seconds for each parameter and each token of the requests.
-_KERNELS_S = 20.0
-_CORE_S = 1.2e-10
+# The estimate, from builds of SmolLM2-135M on two cores of an AMD EPYC (Zen 5): seconds on one core for the engine that writes,
+# and core-seconds for each parameter and each token of the requests.
+_KERNELS_S = 30.0
+_CORE_S = 4.5e-11
 _TOKENS_A_REQUEST = 200
 
 

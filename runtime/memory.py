@@ -23,7 +23,7 @@ from belle_compile.runtime.schema import parse_json
 DTYPE_BYTES = {"I8": 1, "U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
 _HUGE_PAGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Linux's value; the module mmap has the name only since Python 3.12
-_M_ARENA_MAX = -8  # glibc's value
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's values
 _REMEDY = "copy the engine again or rebuild it"
 
 
@@ -59,6 +59,17 @@ def share_heap() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_ARENA_MAX, 1)
+
+
+def reuse_heap() -> None:
+    """Let all threads share the C heap, which keeps up to 256 MiB of free memory and has room for arrays of up to 32 MiB, where
+    the C library can. Otherwise glibc gives the memory of each large array back to the system and takes pages of zeros for
+    the next one."""
+    share_heap()
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)
+        set_option(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def trim_heap() -> None:

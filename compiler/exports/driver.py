@@ -28,6 +28,7 @@ from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.passes.presets import UNQUANTIZED, manifest_words
 from belle_compile.runtime.artifact import GenerationDefaults
+from belle_compile.runtime.memory import reuse_heap
 from belle_compile.runtime.schema import to_plain
 
 _SPARE_BYTES = 32 << 20  # tokenizer, configs, record
@@ -102,6 +103,7 @@ def _calibration_data(
 ) -> CalibrationData | None:
     if calibration is None:
         return None
+    reuse_heap()
     sequences = tuple(sample.tokens for sample in calibration.calibration)
     return CalibrationData.of_files(
         sequences, calibration.digest, digests, job.request.reading.facts, folder, job.progress("calibrate")

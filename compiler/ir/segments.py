@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -39,16 +40,39 @@ def cut(graph: ir.Graph) -> list[Segment]:
     attentions = [i for i, node in enumerate(nodes) if node.op_type == "Attention"]
     between = alive[attentions[0] : attentions[-1]] if len(attentions) > 1 else alive[:-1]
     fewest = min((_count(values, tables) for values in between), default=0)
+    ends: list[int] = []
+    for end, values in enumerate(alive[:-1], 1):
+        start = ends[-1] if ends else 0
+        if any(map(is_float_linear, nodes[start:end])) and _count(values, tables) <= fewest:
+            ends.append(end)
+    return _segments(graph, nodes, alive, ends)
+
+
+def cut_by_inputs(graph: ir.Graph) -> list[Segment]:
+    """Cut a graph into segments whose linears read the same value each.
+
+    Between two linears with different inputs, the cut lies where the fewest values are alive, and of several such places at the
+    last. A transformer layer becomes four segments, which end before the output projection, the feed-forward and its last
+    linear, and after that.
+    """
+    nodes = list(graph)
+    alive, tables = _alive(nodes), _tables(nodes)
+    linears = [i for i, node in enumerate(nodes) if is_float_linear(node)]
+    ends = [
+        min(range(first, second), key=lambda i: (_count(alive[i], tables), -i)) + 1
+        for first, second in pairwise(linears)
+        if nodes[first].inputs[0] is not nodes[second].inputs[0]
+    ]
+    return _segments(graph, nodes, alive, ends)
+
+
+def _segments(graph: ir.Graph, nodes: list[ir.Node], alive: list[list[ir.Value]], ends: list[int]) -> list[Segment]:
+    """The segments that end before the nodes with the numbers `ends`, and the last one."""
     segments: list[Segment] = []
-    start = 0
-    for end, values in enumerate(alive, 1):
-        last = end == len(nodes)
-        linears = any(map(is_float_linear, nodes[start:end]))
-        if not last and not (linears and _count(values, tables) <= fewest):
-            continue
-        takes = tuple(alive[start - 1]) if start else ()
-        segments.append(Segment(tuple(nodes[start:end]), takes, tuple(graph.outputs) if last else tuple(values)))
-        start = end
+    for start, end in pairwise([0, *ends, len(nodes)]):
+        takes = alive[start - 1] if start else ()
+        gives = alive[end - 1] if end < len(nodes) else graph.outputs
+        segments.append(Segment(tuple(nodes[start:end]), tuple(takes), tuple(gives)))
     return segments
 
 

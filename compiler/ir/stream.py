@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import load_file, save_file
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir.activation_files import ActivationFiles
 from belle_compile.compiler.ir.meanings import LIMITS
 from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operand, spec_of
 from belle_compile.compiler.ir.segments import Segment, cut
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.torch_meanings import MEANINGS, unsupported
+from belle_compile.compiler.ir.torch_meanings import MEANINGS, coarse_linear, multiplies_bfloat16, unsupported
+from belle_compile.compiler.ir.workers import T, in_order
 
 Tensor = torch.Tensor
 Weights = Mapping[ir.Value, Tensor]
 # Callback invoked before each float linear with (node, its input [tokens, inputs]); returns the input that the linear reads.
 OnLinear = Callable[[ir.Node, Tensor], Tensor]
+# Callback invoked after each float linear with (node, its input [tokens, inputs], its output [tokens, outputs]).
+OnOutput = Callable[[ir.Node, Tensor, Tensor], None]
 # Callback invoked with the number of a sequence and its logits, float32 [tokens, vocabulary].
 OnLogits = Callable[[int, Tensor], None]
 
 BATCH_TOKENS = 2048
+_AT_ONCE_BYTES = 1 << 30  # for batches that run at the same time
 
 
 @dataclass(frozen=True)
@@ -70,35 +76,56 @@ def batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
 
 
 class ActivationStream:
-    """Runs sequences through a graph. Seam n is the values that cross from segment n - 1 into segment n, as files in `folder`.
+    """Runs sequences through a graph. The values that cross from one segment into later ones are files in `folder`.
 
-    `forward(n, weights)` runs all batches through segment n, from seam n to seam n + 1, with the weights of `load(n)`, or with
-    others in their place. It computes on a CUDA device where torch finds one, else on the CPU. Raises CompileError for a graph
-    with ops that `torch_meanings` does not have, and for an empty sequence or none.
+    `forward(n, weights)` runs all batches through segment n, with the weights of `load(n)`, or with others in their place, and
+    writes the values that the segment computes for later ones. Segments are those of `cut`, unless others are given. It
+    computes on a CUDA device where torch finds one, else on the `cores` of the CPU that torch uses. Raises CompileError for a
+    graph with ops that `torch_meanings` does not have, and for an empty sequence or none.
     """
 
     def __init__(
-        self, model: ir.Model, sequences: Sequence[Sequence[int]], folder: Path, batch_tokens: int = BATCH_TOKENS
+        self,
+        model: ir.Model,
+        sequences: Sequence[Sequence[int]],
+        folder: Path,
+        batch_tokens: int = BATCH_TOKENS,
+        segments: list[Segment] | None = None,
     ) -> None:
         if unknown := unsupported([node.op_type for node in model.graph]):
             raise CompileError("calibrate", "the graph", found=f"op {', '.join(unknown)}", expected="a graph of float32 ops")
         if not sequences or not all(map(len, sequences)):
             raise CompileError("calibrate", "the sequences", found="none, or an empty one", expected="tokens in each")
-        self.segments = cut(model.graph)
+        self.segments = cut(model.graph) if segments is None else segments
+        crossing = dict.fromkeys(value for segment in self.segments[:-1] for value in segment.gives)
+        self._numbers = {value: number for number, value in enumerate(crossing)}
         self.batches = batches(sequences, batch_tokens)
         self.tokens = sum(map(len, sequences))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._folder, self._base = folder, folder
+        self.cores = torch.get_num_threads()
+        self._files = ActivationFiles(folder)
+        self._ahead: dict[int, Future[dict[ir.Value, Tensor]]] = {}
 
     def branch(self, folder: Path) -> ActivationStream:
-        """Return a stream that writes seams to `folder`, and reads seams missing in it from the folder of this stream."""
+        """Return a stream that writes values to `folder`, and reads those missing in it from the folder of this stream."""
         branched = copy(self)
-        branched._folder = folder
+        branched._files = ActivationFiles(folder, self._files)
         return branched
 
     def load(self, number: int) -> dict[ir.Value, Tensor]:
         """Read or compute the weights of a segment, as tensors on the stream's device."""
+        ahead = self._ahead.pop(number, None)
+        return self._load(number) if ahead is None else ahead.result()
+
+    def _load(self, number: int) -> dict[ir.Value, Tensor]:
         return {value: _tensor(value).to(self.device) for value in self.segments[number].weights}
+
+    def load_ahead(self, number: int) -> None:
+        """Begin to read the weights that `load` returns next on another thread, if there is such a segment."""
+        if number < len(self.segments):
+            with_one = ThreadPoolExecutor(1)
+            self._ahead[number] = with_one.submit(self._load, number)
+            with_one.shutdown(wait=False)
 
     def forward(
         self,
@@ -106,24 +133,63 @@ class ActivationStream:
         weights: Weights,
         *,
         on_linear: OnLinear | None = None,
+        on_output: OnOutput | None = None,
         on_logits: OnLogits | None = None,
-        keep: bool = True,
     ) -> None:
-        """Run all batches through a segment. With `keep` the next seam is written; the last segment calls `on_logits`."""
+        """Run all batches through a segment, and write what it gives; the last segment calls `on_logits` instead.
+
+        `on_linear` and `on_logits` are called batch by batch on this thread. Without `on_linear`, segments before the last run
+        several batches at a time, each of which calls `on_output` on its own thread."""
         segment = self.segments[number]
         last = number + 1 == len(self.segments)
+
+        def run_batch(index: int) -> dict[ir.Value, Tensor]:
+            inputs, taken = self.batches[index].inputs(self.device), self._read(number, index)
+            values = run(segment, weights, inputs, taken, on_linear, on_output=on_output)
+            if not last:
+                self._write(index, {value: tensor for value, tensor in values.items() if value not in segment.takes})
+            return values if last else {}
+
+        if not last and on_linear is None:
+            deque(self._each_batch(number, weights, run_batch), maxlen=0)
+            return
         for index, batch in enumerate(self.batches):
-            values = run(segment, weights, batch.inputs(self.device), self._read(number, index), on_linear)
+            values = run_batch(index)
             if last and on_logits is not None:
                 rows = torch.split(values[segment.gives[0]].cpu(), list(batch.lengths))
                 for sequence, logits in zip(batch.numbers, rows, strict=True):
                     on_logits(sequence, logits)
-            elif keep and not last:
-                self._write(number + 1, index, values)
+
+    def observe(self, number: int, weights: Weights, linear: ir.Node, observation: Callable[[Tensor], T]) -> Iterator[T]:
+        """Run all batches through a segment as far as a linear; yields the `observation` of what it reads [tokens, inputs] for
+        each batch, in order. Observations are made on several threads at a time. Nothing is written."""
+
+        def run_batch(index: int) -> T:
+            inputs, taken = self.batches[index].inputs(self.device), self._read(number, index)
+            (x,) = run(self.segments[number], weights, inputs, taken, until=linear).values()
+            with torch.inference_mode():
+                return observation(x)
+
+        return self._each_batch(number, weights, run_batch)
+
+    def _each_batch(self, number: int, weights: Weights, run_batch: Callable[[int], T]) -> Iterator[T]:
+        """Yield `run_batch` of the number of each batch, in order; on a CPU, as many run at once as `_AT_ONCE_BYTES` allow."""
+        width = _width(self.segments[number], weights)
+        needed = 16 * width * max(len(batch.token_ids) for batch in self.batches) + 4 * width * width
+        workers = min(self.cores, max(1, _AT_ONCE_BYTES // needed)) if self.device.type == "cpu" else 1
+        return in_order(run_batch, len(self.batches), workers, self.cores)
+
+    def coarse(self, number: int, weights: Weights) -> Weights:
+        """The weights with those of linears rounded to bfloat16, where the device multiplies these faster than float32. Such
+        products are precise enough to observe activations by, and to compute what a model predicts they are not."""
+        if not multiplies_bfloat16(self.device):
+            return weights
+        rounded = {operand(node, Role.WEIGHT) for node in linears(self.segments[number])}
+        return {value: tensor.bfloat16() if value in rounded else tensor for value, tensor in weights.items()}
 
     def logits(self, sequence: int, weights: Weights, on_linear: OnLinear | None = None) -> Tensor:
-        """float32 [tokens, vocabulary]: the logits of the sequence with this number, from the seam of the last segment, whose
-        `weights` these are."""
+        """float32 [tokens, vocabulary]: the logits of the sequence with this number, from what the last segment takes,
+        whose `weights` these are."""
         last = len(self.segments) - 1
         index, batch = next((index, batch) for index, batch in enumerate(self.batches) if sequence in batch.numbers)
         values = run(self.segments[last], weights, batch.inputs(self.device), self._read(last, index), on_linear)
@@ -131,27 +197,26 @@ class ActivationStream:
         return rows[batch.numbers.index(sequence)]
 
     def drop(self, number: int) -> None:
-        """Remove the files of a seam."""
-        shutil.rmtree(self._seam(number), ignore_errors=True)
+        """Remove the values that this segment takes and none after it. Their files are kept for values that are written later,
+        until the last segment is dropped."""
+        segment = self.segments[number]
+        for value in segment.takes:
+            if value not in segment.gives:
+                for index in range(len(self.batches)):
+                    self._files.release(self._name(value, index))
+        if number + 1 == len(self.segments):
+            self._files.remove_released()
 
-    def _seam(self, number: int) -> Path:
-        return self._folder / f"seam-{number:04d}"
+    def _name(self, value: ir.Value, index: int) -> str:
+        return f"value-{self._numbers[value]:05d}-{index:05d}"
 
     def _read(self, number: int, index: int) -> dict[ir.Value, Tensor]:
         takes = self.segments[number].takes
-        if not takes:
-            return {}
-        path = self._seam(number) / f"{index:05d}.safetensors"
-        named = load_file(path if path.exists() else self._base / path.relative_to(self._folder))
-        return {value: named[str(value.name)].to(self.device) for value in takes}
+        return {value: self._files.read(self._name(value, index)).to(self.device) for value in takes}
 
-    def _write(self, number: int, index: int, values: Mapping[ir.Value, Tensor]) -> None:
-        folder = self._seam(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {str(value.name): tensor.contiguous().cpu() for value, tensor in values.items()},
-            folder / f"{index:05d}.safetensors",
-        )
+    def _write(self, index: int, values: Mapping[ir.Value, Tensor]) -> None:
+        for value, tensor in values.items():
+            self._files.write(self._name(value, index), tensor.cpu())
 
 
 @torch.inference_mode()
@@ -161,8 +226,15 @@ def run(
     inputs: Mapping[str, Tensor | None],
     taken: Mapping[ir.Value, Tensor],
     on_linear: OnLinear | None = None,
+    *,
+    on_output: OnOutput | None = None,
+    until: ir.Node | None = None,
 ) -> dict[ir.Value, Tensor]:
-    """The values that a segment gives for a batch, from the step's `inputs` and the values `taken` from earlier segments."""
+    """The values that a segment gives for a batch, from the step's `inputs` and the values `taken` from earlier segments.
+
+    With `until`, a linear, the run ends before it is computed, with the one value that it reads. Linears with bfloat16 weights
+    are coarse.
+    """
     values: dict[ir.Value, Tensor] = dict(taken)
     last_use = {value: i for i, node in enumerate(segment.nodes) for value in node.inputs if value is not None}
 
@@ -177,16 +249,37 @@ def run(
         spec = spec_of(node)
         arguments = [read(value) for value in node.inputs]
         arguments += [None] * (len(spec.inputs) - len(arguments))
+        if node is until:
+            assert node.inputs[0] is not None and arguments[0] is not None
+            return {node.inputs[0]: arguments[0]}
         if on_linear is not None and spec.is_float_linear:
             assert arguments[0] is not None
             arguments[0] = on_linear(node, arguments[0])
-        options = {name: value for name, value in attributes_of(node).items() if name in spec.meaningful}
-        produced = MEANINGS[node.op_type](*arguments, **options)
+        produced = _meaning(node, arguments)(*arguments, **_options(node))
+        if on_output is not None and spec.is_float_linear:
+            assert arguments[0] is not None
+            on_output(node, arguments[0], produced)
         values.update(zip(node.outputs, produced if isinstance(produced, tuple) else (produced,), strict=True))
         for value in {value for value in node.inputs if value in values}:
             if last_use[value] == i and value not in segment.gives:
                 del values[value]
     return {value: values[value] for value in segment.gives}
+
+
+def _width(segment: Segment, weights: Weights) -> int:
+    """The inputs and outputs of the widest linear of a segment."""
+    return max((sum(weights[value].shape) for node in linears(segment) if (value := operand(node, Role.WEIGHT))), default=0)
+
+
+def _meaning(node: ir.Node, arguments: Sequence[Tensor | None]) -> Callable[..., Any]:
+    """The function that computes a node; for a linear with a bfloat16 weight, the coarse one."""
+    coarse = is_float_linear(node) and any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in arguments)
+    return coarse_linear if coarse else MEANINGS[node.op_type]
+
+
+def _options(node: ir.Node) -> dict[str, Any]:
+    meaningful = spec_of(node).meaningful
+    return {name: value for name, value in attributes_of(node).items() if name in meaningful}
 
 
 def quantized(x: Tensor, bits: int) -> Tensor:

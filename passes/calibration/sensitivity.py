@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import fsum, prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,14 +16,17 @@ import torch
 from belle_compile.compiler.ir.lazy import errors_about
 from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears, quantized
+from belle_compile.compiler.ir.stream import ActivationStream, OnOutput, Tensor, Weights, linears, quantized
+from belle_compile.compiler.ir.torch_meanings import linear
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
 Progress = Callable[[int, int], None]
+Errors = dict[ir.Node, list[tuple[float, float]]]
 Load = Callable[[int], dict[ir.Value, Tensor]]
 
+_OUTPUTS = 4096  # outputs of a linear whose errors are computed at once, since a head has many
 _KEPT_BYTES = 4 << 30  # float32 weights up to this size are kept from one layer's run to the next's
 
 
@@ -61,27 +64,25 @@ def output_errors(
         on_progress(number, len(stream.segments))
         weights = stream.load(number)
         rounded = {node: _rounded(node, weights, scheme) for node in linears(segment)}
-        errors = {node: [0.0, 0.0] for node in rounded}
-
-        stream.forward(number, weights, on_linear=_observer(weights, rounded, errors, bits))
+        errors: Errors = {node: [] for node in rounded}
+        stream.forward(number, weights, on_output=_observer(weights, rounded, errors, bits))
         stream.drop(number)
-        layers += [LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30))
-                   for node, (error, total) in errors.items()]  # fmt: skip
+        for node, squares in errors.items():
+            error, total = (fsum(each) for each in zip(*squares, strict=True))  # the same in any order
+            layers.append(LayerDamage(str(node.name), rounded[node].numel(), error / max(total, 1e-30)))
     return sorted(layers, key=lambda layer: (-layer.output_error, layer.name))
 
 
-def _observer(
-    weights: Weights, rounded: dict[ir.Node, Tensor], errors: dict[ir.Node, list[float]], bits: int
-) -> Callable[[ir.Node, Tensor], Tensor]:
+def _observer(weights: Weights, rounded: dict[ir.Node, Tensor], errors: Errors, bits: int) -> OnOutput:
     """A callback that adds to a linear's `errors` the squares of what rounding changes in its outputs, and of the outputs."""
+    biases = {node: None if (bias := operand(node, Role.BIAS)) is None else weights[bias] for node in rounded}
 
-    def observe(node: ir.Node, x: Tensor) -> Tensor:
-        weight = operand(node, Role.WEIGHT)
-        assert weight is not None
-        exact = x @ weights[weight].T
-        errors[node][0] += float((quantized(x, bits) @ rounded[node].T - exact).square().sum())
-        errors[node][1] += float(exact.square().sum())
-        return x
+    def observe(node: ir.Node, x: Tensor, y: Tensor) -> None:
+        read, bias = quantized(x, bits), biases[node]
+        for outputs in (slice(start, start + _OUTPUTS) for start in range(0, y.shape[1], _OUTPUTS)):
+            exact = y[:, outputs] if bias is None else y[:, outputs] - bias[outputs]
+            changed = linear(read, rounded[node][outputs]).sub_(exact)
+            errors[node].append((float(changed.square_().sum()), float(exact.square().sum())))
 
     return observe
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from belle_compile.compiler.ir.segments import Segment, cut
 from belle_compile.compiler.ir.stream import ActivationStream
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.state import STATE_NAME
@@ -21,7 +22,7 @@ class Work:
         self._state, self._folder, self._key = folder / STATE_NAME, folder, key
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
-            self.done = int(state["segments"]) if state["key"] == key else 0
+            self.done = int(state["done"]) if state["key"] == key else 0
         except (OSError, ValueError, KeyError, TypeError):
             self.done = 0
         if not self.done:
@@ -35,14 +36,15 @@ class Work:
     def finish(self, number: int) -> None:
         """Record that segments up to this one are done."""
         fresh = self._state.with_suffix(".new")
-        fresh.write_text(json.dumps({"key": self._key, "segments": number + 1}), encoding="utf-8")
+        fresh.write_text(json.dumps({"key": self._key, "done": number + 1}), encoding="utf-8")
         fresh.replace(self._state)
 
 
 def walk(
-    data: CalibrationData, model: ir.Model, name: str, key: str
+    data: CalibrationData, model: ir.Model, name: str, key: str, segments_of: Callable[[ir.Graph], list[Segment]] = cut
 ) -> tuple[Work, Callable[[], Iterator[tuple[ActivationStream, int]]]]:
     """The work of the pass `name`, and a function that iterates over (stream, number) of each segment that is not done yet.
+    `segments_of` cuts the graph.
 
     A segment is recorded as done, and the activations before it are removed, when the iteration goes on to the next one.
     """
@@ -50,7 +52,7 @@ def walk(
     work = Work(folder, key)
 
     def segments() -> Iterator[tuple[ActivationStream, int]]:
-        stream = ActivationStream(model, data.sequences, folder)
+        stream = ActivationStream(model, data.sequences, folder, segments=segments_of(model.graph))
         total = len(stream.segments) * stream.tokens
         for number in range(work.done, len(stream.segments)):
             data.on_progress(number * stream.tokens, total)

@@ -17,14 +17,17 @@ from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.ir.build import make_initializer
 from belle_compile.compiler.ir.lazy import Shared, errors_about, lazy
 from belle_compile.compiler.ir.ops import is_float_linear, operand, spec_of
+from belle_compile.compiler.ir.segments import cut_by_inputs
 from belle_compile.compiler.ir.signature import Role
-from belle_compile.compiler.ir.stream import ActivationStream, Tensor, linears
+from belle_compile.compiler.ir.stream import ActivationStream, Tensor, Weights, linears
+from belle_compile.compiler.ir.workers import torch_threads
 from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_readers
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
 from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.scheme import INT4, INT8, INT8_BLOCKS, WeightScheme
+from belle_compile.passes.quantization.second_moments import SecondMoments, products
 from belle_compile.passes.quantization.weights import BEFORE, GROUPED, INTEGERS, check_groups, product
 
 _SUFFIX = "rounded"
@@ -34,8 +37,9 @@ _SUFFIX = "rounded"
 class GptqRounding(Pass):
     """y = Gemm(x, w)   becomes   y = Gemm(x, w.rounded), w.rounded = integers * scales
 
-    The calibration sequences run through the model segment by segment, with the weights of earlier segments rounded. The second
-    moments of a linear's inputs say which errors matter, and later weights of a row compensate for earlier ones (GPTQ).
+    The calibration sequences run through the model segment by segment, with the weights of earlier segments rounded; linears of
+    one segment read the same input. Its second moments say which errors matter, and later weights of a row compensate for
+    earlier ones (GPTQ). Products are of bfloat16 where the processor multiplies that faster, sums and moments are float32.
     QuantizeLinears keeps these integers; where `weights` are INT4 in groups, QuantizeGroups keeps those of all linears but the
     head. INT8 in groups is for exports, which find the integers in the meta of the weights. Linears whose names match a glob
     pattern of `keep` keep their float32 weights; the others are rounded as if these were rounded too. Results of finished
@@ -70,10 +74,11 @@ class GptqRounding(Pass):
             return PassResult(0, refusals)
         # What is kept changes no result, so that a build with another size budget continues from the results of this one.
         key = self.data.key(model, {name: value for name, value in self.options.items() if name != "keep"})
-        work, segments = walk(self.data, model, self.name, key)
+        work, segments = walk(self.data, model, self.name, key, cut_by_inputs)
         files = {node: work.file(f"{i:05d}") for i, node in enumerate(todo) if node not in reasons}
         for stream, number in segments():
-            self._segment(stream, number, files)
+            with torch_threads(1):  # what takes long is divided among the cores by workers
+                self._segment(stream, number, files)
         for node in replaced:
             _replace(node, files[node], model.graph, self._group(node))
         return PassResult(len(replaced), refusals)
@@ -87,34 +92,48 @@ class GptqRounding(Pass):
 
     def _segment(self, stream: ActivationStream, number: int, files: dict[ir.Node, Path]) -> None:
         """Round a segment's linears, and write the activations that the next segment reads."""
-        rounded = [node for node in linears(stream.segments[number]) if node in files]
         weights = stream.load(number)
-        first = {node.inputs[0]: node for node in reversed(rounded)}  # linears with the same input share its moments
-        moments: dict[ir.Value | None, Tensor] = {}
-
-        def observe(node: ir.Node, x: Tensor) -> Tensor:
-            source = node.inputs[0]
-            if first.get(source) is node:
-                known = moments.get(source)
-                moments[source] = x.T @ x if known is None else known.addmm_(x.T, x)
-            return x
-
+        stream.load_ahead(number + 1)
+        rounded = [node for node in linears(stream.segments[number]) if node in files]
         if rounded:
-            stream.forward(number, weights, on_linear=observe, keep=False)
-        for node in rounded:
-            weight, group = operand(node, Role.WEIGHT), self._group(node)
-            assert weight is not None and weight.const_value is not None
+            moments = _moments(stream, number, weights, rounded[0])
+            self._round(rounded, moments, weights, files, stream.cores)
+        if number + 1 < len(stream.segments):
+            stream.forward(number, stream.coarse(number, weights))
+
+    def _round(
+        self, nodes: list[ir.Node], moments: Tensor, weights: dict[ir.Value, Tensor], files: dict[ir.Node, Path], cores: int
+    ) -> None:
+        """Round the weights of linears that read the same input, as one matrix, whose rows do not depend on each other."""
+        read, group = [_weight(node) for node in nodes], self._group(nodes[0])
+        for node, weight in zip(nodes, read, strict=True):
+            assert weight.const_value is not None
             with errors_about(weight.const_value):
                 _check(weights[weight], node)
                 if group:
                     check_groups(weights[weight], f"the weight of {node.name}")
-            integers, scales = round_weight(
-                weights[weight], moments[node.inputs[0]], self.damping, group=group, bits=self.weights.bits
-            )
-            save_file({"integers": integers.cpu(), "scales": scales.cpu()}, files[node])
+        rows = [len(weights[weight]) for weight in read]
+        stacked = torch.cat([weights[weight] for weight in read])
+        both = round_weight(stacked, moments, self.damping, group=group, bits=self.weights.bits, cores=cores)
+        parts = zip(*(torch.split(each, rows) for each in both), strict=True)
+        for node, weight, (integers, scales) in zip(nodes, read, parts, strict=True):
+            save_file({"integers": integers.cpu().contiguous(), "scales": scales.cpu().contiguous()}, files[node])
             weights[weight] = product(integers, scales, group)
-        if number + 1 < len(stream.segments):
-            stream.forward(number, weights)
+
+
+def _moments(stream: ActivationStream, number: int, weights: Weights, linear: ir.Node) -> Tensor:
+    """The second moments [K, K] of the input of a linear, which all linears of the segment read."""
+    moments = SecondMoments()
+    for blocks in stream.observe(number, weights, linear, products):
+        moments.add(blocks)
+    return moments.matrix()
+
+
+def _weight(node: ir.Node) -> ir.Value:
+    """The weight of a linear that is rounded."""
+    weight = operand(node, Role.WEIGHT)
+    assert weight is not None
+    return weight
 
 
 def _rounds(node: ir.Node) -> bool:

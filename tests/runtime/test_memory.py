@@ -186,6 +186,29 @@ def test_threads_share_a_heap() -> None:
     subprocess.run([sys.executable, "-c", _SHARED], check=True, timeout=60)
 
 
+_REUSED = """
+import resource, sys
+import numpy as np
+from belle_compile.runtime.memory import reuse_heap
+if sys.argv[1] == "reused":
+    reuse_heap()
+np.ones(1 << 21)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    np.ones(1 << 21)  # 16 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_of_large_arrays_is_reused() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", _REUSED, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+    assert faults("reused") < 20 <= faults("given back")
+
+
 def resident_bytes() -> int:
     """The memory of this process that is not swapped out."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.ir import stream
+from belle_compile.compiler.ir.activation_files import ActivationFiles
 from belle_compile.compiler.ir.constants import GROUP
 from belle_compile.passes.base import PassResult
 from belle_compile.passes.calibration.data import CalibrationData
@@ -52,6 +55,30 @@ def test_outputs_change_less_than_with_the_nearest_integers() -> None:
     rounded = gptq.round_weight(weight, x.T @ x, 0.01)
     assert rounded[0].dtype == torch.int8 and rounded[0].abs().max() <= 127
     assert error(weight, rounded, x) < 0.25 * error(weight, nearest(weight), x)
+
+
+def simple_gptq(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """The integers of GPTQ as its paper has it: one input after the other, by the factor of the inverse, in float64."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    left, matrix = weight[:, order].double(), hessian[order][:, order].double()
+    matrix += damping * matrix.diagonal().mean() * torch.eye(len(matrix))
+    factor = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True)
+    scales, integers = nearest(weight)[1].double(), torch.empty_like(left)
+    for k in range(len(matrix)):
+        integers[:, k] = torch.round(left[:, k] / scales).clamp(-127, 127)
+        error = (left[:, k] - integers[:, k] * scales) / factor[k, k]
+        left[:, k:] -= error[:, None] * factor[k, k:]
+    return integers[:, torch.argsort(order)]
+
+
+@pytest.mark.parametrize("inputs", [16, 160, 296])
+def test_it_comes_to_the_integers_of_the_paper(inputs: int) -> None:
+    """Blocks, and a factor of the matrix in place of its inverse, change hardly an integer: where float32 rounds otherwise."""
+    weight, x = correlated(inputs=inputs)
+    found, scales = gptq.round_weight(weight, x.T @ x, 0.01, clips=(1.0,))
+    expected = simple_gptq(weight, x.T @ x, 0.01)
+    assert (found != expected).float().mean() < 0.01
+    assert error(weight, (found, scales), x) == pytest.approx(error(weight, (expected.float(), scales), x), rel=0.01)
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:
@@ -213,13 +240,81 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         GptqRounding(data(tmp_path / "a", on_progress=kill_at_three)).run(llama())
     resumed, whole, other = llama(), llama(), llama()
     GptqRounding(data(tmp_path / "a", on_progress=lambda done, total: heard.append(done // (16 * 24)))).run(resumed)
-    assert heard == [3, 4, 5]
+    assert heard == [3, 4, 5, 6, 7, 8, 9]  # of each layer four segments, and the head
     GptqRounding(data(tmp_path / "b")).run(whole)
     assert all(np.array_equal(array, chosen(whole)[name]) for name, array in chosen(resumed).items())
     heard.clear()
     again = data(tmp_path / "a", digest="another set", on_progress=lambda done, total: heard.append(done // (16 * 24)))
     GptqRounding(again).run(other)
-    assert heard == [0, 1, 2, 3, 4, 5]
+    assert heard == list(range(10))
+
+
+@pytest.mark.parametrize("last", [1, 4, 7, 9])
+def test_it_goes_on_where_it_was_killed_while_it_wrote(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed build left in a file that it wrote over another is not read."""
+    write, written = ActivationFiles.write, 0
+
+    def write_half(self: ActivationFiles, name: str, tensor: torch.Tensor) -> None:
+        nonlocal written
+        written += 1
+        write(self, name, tensor if written < last else torch.zeros_like(tensor))
+        if written == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ActivationFiles, "write", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        GptqRounding(data(tmp_path / "a")).run(llama())
+    monkeypatch.undo()
+    resumed, whole = llama(), llama()
+    GptqRounding(data(tmp_path / "a")).run(resumed)
+    GptqRounding(data(tmp_path / "b")).run(whole)
+    assert all(np.array_equal(one, other) for one, other in zip(products_of(resumed), products_of(whole), strict=True))
+
+
+def test_batches_at_the_same_time_change_nothing(tmp_path: Path) -> None:
+    """Four batches, run one after the other and by three threads."""
+    chosen, before = [], torch.get_num_threads()
+    sequences = tuple(tuple(np.random.default_rng(n).integers(0, VOCABULARY, 1500).tolist()) for n in range(4))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            model = llama(layers=1)
+            GptqRounding(data(tmp_path / str(threads), sequences=sequences)).run(model)
+            chosen.append(products_of(model))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one, other) for one, other in zip(*chosen, strict=True))
+
+
+def products_of(model: ir.Model) -> list[np.ndarray]:
+    """The weights of the linears."""
+    return [node.inputs[1].const_value.numpy() for node in model.graph if node.op_type == "Gemm"]
+
+
+def test_products_of_bfloat16_observe_as_well_as_those_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictions of the rounded model are as near to those of the model, whichever the processor has."""
+    exact = every_logit(llama(last_norm=True), tmp_path / "exact")
+    divergences, weights = [], []
+    for coarse in (False, True):
+        monkeypatch.setattr(stream, "multiplies_bfloat16", lambda device, coarse=coarse: coarse)
+        model = llama(last_norm=True)
+        GptqRounding(data(tmp_path / str(coarse))).run(model)
+        weights.append(products_of(model))
+        found = every_logit(model, tmp_path / "rounded")
+        divergences.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
+    assert any(not np.array_equal(fine, coarse) for fine, coarse in zip(*weights, strict=True))
+    assert divergences[1] == pytest.approx(divergences[0], rel=0.1)
+
+
+def every_logit(model: ir.Model, folder: Path) -> torch.Tensor:
+    """The log-probabilities after every token that calibrates."""
+    found: dict[int, torch.Tensor] = {}
+    activations = stream.ActivationStream(model, SEQUENCES, folder)
+    for number in range(len(activations.segments)):
+        activations.forward(number, activations.load(number), on_logits=found.__setitem__)
+        activations.drop(number)
+    return torch.log_softmax(torch.stack([found[i] for i in range(len(SEQUENCES))]), -1)
 
 
 def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
