@@ -6,8 +6,14 @@
 Weights are rounded by a format and dequantized, activations are rounded as the runtime does it: int8 with a scale a token.
 llama.cpp's files are dequantized into the same model and computed with float32 activations, which is in their favour. Each row
 is compared with the float32 model on the answers to the prompts of `benchmarks.peers.agree`, on Python's language
-documentation and on Python code. Needs the peers' checkpoint of SmolLM2 and environments "llama" and "hf"; `--writer` is an
-INT8 engine of it, which writes the requests that stand for calibration without requests. Writes results/int4-schemes.json.
+documentation and on Python code.
+
+The checkpoint of SmolLM2 is a Q4_1 file expanded to float32: 32 neighbours of a row have at most 16 values, and a format with
+such groups and minimums finds them again at no loss. So all rows but those of the table "aligned" are of a model that computes
+the same with its channels shuffled, in which no group is a group of that file; llama.cpp's files are made of it as well.
+
+Needs the peers' checkpoint of SmolLM2 and environments "llama" and "hf"; `--writer` is an INT8 engine of it, which writes the
+requests that stand for calibration without requests. Writes results/int4-schemes.json.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import argparse
 import copy
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -215,6 +222,34 @@ def fisher(basis: Basis, sequences: list[list[int]]) -> dict[str, Tensor]:
     return {name: total / tokens for name, total in found.items()}
 
 
+@torch.no_grad()
+def shuffled(source: Any) -> Any:
+    """A LLaMA model that computes the same with other neighbours: its residual stream, feed-forward channels and the values of
+    each head are permuted."""
+    model, generator = copy.deepcopy(source), torch.Generator().manual_seed(0)
+    config = model.config
+    stream = torch.randperm(config.hidden_size, generator=generator)
+    values = torch.randperm(config.head_dim, generator=generator)
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, stream])
+    model.model.norm.weight.copy_(model.model.norm.weight[stream])
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        channels = torch.randperm(config.intermediate_size, generator=generator)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(norm.weight[stream])
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[:, stream])
+        for linear in (attention.o_proj, mlp.down_proj):
+            linear.weight.copy_(linear.weight[stream])
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.copy_(linear.weight[channels])
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, channels])
+        value, output = attention.v_proj.weight, attention.o_proj.weight
+        value.copy_(value.view(-1, config.head_dim, value.shape[1])[:, values].reshape(value.shape))
+        output.copy_(output.view(len(output), -1, config.head_dim)[:, :, values].reshape(output.shape))
+    return model
+
+
 def unit(name: str) -> str:
     """The linears that the compiler fuses into one share a format."""
     parent, _, child = name.rpartition(".")
@@ -275,8 +310,8 @@ def _choose(
 ) -> list[str]:  # fmt: skip
     """The units that get the better format within `spare` bytes: those with the greatest damage for each byte.
 
-    The damage is the expected change of log p by the outputs' errors: sum over n of fisher[n] * (error H error^T)[n, n]. Without
-    calibration it is the squared error of the weights relative to their squares, times the number of outputs."""
+    The damage is the expected change of log p by the outputs' errors: sum over n of fisher[n] * (error H error^T)[n, n].
+    Without calibration it is the squared error of the weights relative to their squares, times the number of outputs."""
     assert scheme.better is not None
     if spare < 0:
         raise SystemExit(f"int4_schemes: {scheme} does not fit: {-spare:,.0f} bytes too many.")
@@ -350,21 +385,23 @@ ZERO64_8, ZERO32_8 = Format(4, 64, zeros=True, scale_bits=8), Format(4, 32, zero
 MIN32_6 = Format(4, 32, scale_bits=6, minimums=True)
 R24, R124 = ("R2", "R4"), ("R1", "R2", "R4")
 TABLES: dict[str, tuple[Scheme, ...]] = {
-    "activations": tuple(
-        Scheme(None, None, activations=group, rotations=rotations)
-        for group, rotations in ((0, ()), (64, ()), (0, R24), (64, R24), (0, R124))
-    ),
+    "aligned": tuple(Scheme(form, activations=None) for form in (ZERO32, MIN32_6)),
     "formats": tuple(
         Scheme(form, activations=None) for form in (SYM128, SYM64, SYM32, ZERO64, ZERO32, ZERO64_8, ZERO32_8, MIN32_6)
     ),
     "tables": tuple(Scheme(None, table, activations=None) for table in (INT8, Format(6, 32), ZERO32)),
+    "activations": tuple(
+        Scheme(None, None, activations=group, rotations=rotations)
+        for group, rotations in ((0, ()), (64, ()), (0, R24), (64, R24), (0, R124))
+    ),
     "budgets": (
         *(
             Scheme(form, INT8, INT8, budget, calibration, 0, R124)
-            for calibration in ("none", "self", "requests")
-            for form in (SYM32, ZERO32_8)
+            for calibration in ("requests", "self", "none")
+            for form in (ZERO32_8, MIN32_6)
             for budget in ("q4_0", "q4_k_m")
         ),
+        *(Scheme(SYM32, INT8, INT8, budget, "requests", 0, R124) for budget in ("q4_0", "q4_k_m")),
         *(
             Scheme(ZERO32_8, INT8, INT8, budget, "requests", activations, R24)
             for budget in ("q4_0", "q4_k_m")
@@ -405,26 +442,33 @@ def main() -> None:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    source = load_fp32(path)
-    texts = judged_texts(source, path, encode)
-    exact = [logits(source, text) for text in texts]
+    aligned = load_fp32(path)
+    texts = judged_texts(aligned, path, encode)
+    exact = [logits(aligned, text) for text in texts]
+    source = shuffled(aligned)
+    checkpoint = Path("build/checkpoints") / f"{SMOLLM2}-shuffled"
+    source.save_pretrained(checkpoint)
+    for name in ("config.json", "tokenizer.json"):  # Transformers writes a newer form of config.json than the converter reads
+        shutil.copyfile(path / name, checkpoint / name)
     try:
-        rows, budgets = peers(path, texts, exact)
+        rows, budgets = peers(checkpoint, texts, exact)
+        aligned_rows, _ = peers(path, texts, exact)
     except PeersError as error:
         raise SystemExit(f"int4_schemes: {error}.") from None
     calibration = {"self": own_requests(arguments.writer, encode), "requests": windows(encode, CALIBRATION, 0)[0]}
     report = {"model": SMOLLM2, "questions": len(QUESTIONS), "held_out": HELD_OUT, "code": CODE_WINDOWS,
               "calibration": {name: len(given) for name, given in calibration.items()}, "machine": machine.describe(),
-              "peers": rows, "tables": {}}  # fmt: skip
+              "shuffled": judge(source, texts, exact), "peers": rows, "aligned_peers": aligned_rows, "tables": {}}  # fmt: skip
     if arguments.only and arguments.out.is_file():
         report["tables"] = json.loads(arguments.out.read_text())["tables"]
     chosen = [(title, each) for title in arguments.only or TABLES for each in TABLES[title]]
     for title in dict.fromkeys(title for title, _ in chosen):
         report["tables"][title] = {}
-    for rotations in dict.fromkeys(scheme.rotations for _, scheme in chosen):
-        basis = in_basis(source, rotations)
+    bases = [(title == "aligned", scheme.rotations) for title, scheme in chosen]
+    for is_aligned, rotations in dict.fromkeys(bases):
+        basis = in_basis(aligned if is_aligned else source, rotations)
         for title, scheme in chosen:
-            if scheme.rotations == rotations:
+            if (title == "aligned", scheme.rotations) == (is_aligned, rotations):
                 start = time.perf_counter()
                 row = apply(basis, scheme, calibration, budgets) | judge(basis.model, texts, exact)
                 report["tables"][title][str(scheme)] = row | {"seconds": round(time.perf_counter() - start, 1)}

@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 DAMPING = 0.01  # of Hessians, as a share of their mean diagonal
 BLOCK = 128  # inputs whose errors GPTQ carries to the rest at once
-SHRINKS = tuple(round(1.02 - 0.04 * i, 2) for i in range(8))  # ranges tried, as fractions of the range of a group's weights
+SHRINKS = tuple(round(1 - 0.04 * i, 2) for i in range(8))  # ranges tried, as fractions of the range of a group's weights
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,15 @@ class Format:
 
     def _stored(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and offsets as the format represents them."""
-        if self.scale_bits == 16:
-            return scales.half().float() if self.group else scales, offsets
-        exact, scales = scales, _steps(scales, self.scale_bits, signed=not (self.zeros or self.minimums))
+        exact = scales
+        if self.scale_bits < 16:
+            scales = _steps(scales, self.scale_bits, signed=not (self.zeros or self.minimums))
+        elif self.group:
+            scales = scales.half().float()
         if not self.minimums:
             return scales, offsets
-        minimums = -_steps(-exact * offsets, self.scale_bits, signed=False)
+        minimums = exact * offsets
+        minimums = -_steps(-minimums, self.scale_bits, signed=False) if self.scale_bits < 16 else minimums.half().float()
         return scales, torch.where(scales == 0, 0, minimums / torch.where(scales == 0, 1, scales))
 
     def _nearest(self, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
