@@ -24,7 +24,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,10 @@ class RoundedLinear(torch.nn.Module):
 
 
 def _rounded(x: Tensor, group: int) -> Tensor:
-    parts = x.unflatten(-1, (-1, group or x.shape[-1]))
+    parts = x.view(*x.shape[:-1], -1, group or x.shape[-1])
     steps = parts.abs().amax(dim=-1, keepdim=True) / 127
-    return (torch.round(parts / torch.where(steps == 0, 1, steps)) * steps).flatten(-2)
+    rounded: Tensor = torch.round(parts / torch.where(steps == 0, 1, steps)) * steps
+    return rounded.flatten(-2)
 
 
 @dataclass
@@ -187,7 +188,7 @@ def moments(basis: Basis, sequences: list[list[int]]) -> dict[str, Tensor]:
 
     first = ("q_proj", "o_proj", "gate_proj", "down_proj")
     for name, linear in basis.linears.items():
-        linear.on_input = (lambda x, name=name: add(name, x)) if name.endswith(first) else None  # type: ignore[misc]
+        linear.on_input = (lambda x, name=name: add(name, x)) if name.endswith(first) else None
     with torch.inference_mode():
         for ids in sequences:
             basis.model.model(torch.tensor([ids]), use_cache=False)
@@ -206,16 +207,16 @@ def fisher(basis: Basis, sequences: list[list[int]]) -> dict[str, Tensor]:
         def add(gradient: Tensor) -> None:
             found[name] += gradient.flatten(0, -2).square().sum(0)
 
-        y.register_hook(add)
+        y.register_hook(add)  # type: ignore[no-untyped-call]
 
     for name in found:
-        basis.linears[name].on_output = lambda y, name=name: watch(name, y)  # type: ignore[misc]
+        basis.linears[name].on_output = lambda y, name=name: watch(name, y)
     generator, tokens = torch.Generator().manual_seed(0), 0
     for ids in sequences:
         values = basis.model.model.embed_tokens(torch.tensor([ids])).requires_grad_()
         logits = basis.model(inputs_embeds=values, use_cache=False).logits[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
         tokens += len(ids)
     for name in found:
         basis.linears[name].on_output = None
@@ -379,21 +380,11 @@ def own_requests(writer: Path, encode: Callable[[str], list[int]]) -> list[list[
     return [encode(template.render([{"role": "user", "content": each.text or ""}]) + each.answer) for each in requests]
 
 
-SYM128, SYM64, SYM32 = (Format(4, group) for group in (128, 64, 32))
-ZERO64, ZERO32 = Format(4, 64, zeros=True), Format(4, 32, zeros=True)
+SYM128, SYM32, ZERO32 = Format(4, 128), Format(4, 32), Format(4, 32, zeros=True)
 ZERO64_8, ZERO32_8 = Format(4, 64, zeros=True, scale_bits=8), Format(4, 32, zeros=True, scale_bits=8)
 MIN32_6 = Format(4, 32, scale_bits=6, minimums=True)
 R24, R124 = ("R2", "R4"), ("R1", "R2", "R4")
 TABLES: dict[str, tuple[Scheme, ...]] = {
-    "aligned": tuple(Scheme(form, activations=None) for form in (ZERO32, MIN32_6)),
-    "formats": tuple(
-        Scheme(form, activations=None) for form in (SYM128, SYM64, SYM32, ZERO64, ZERO32, ZERO64_8, ZERO32_8, MIN32_6)
-    ),
-    "tables": tuple(Scheme(None, table, activations=None) for table in (INT8, Format(6, 32), ZERO32)),
-    "activations": tuple(
-        Scheme(None, None, activations=group, rotations=rotations)
-        for group, rotations in ((0, ()), (64, ()), (0, R24), (64, R24), (0, R124))
-    ),
     "budgets": (
         *(
             Scheme(form, INT8, INT8, budget, calibration, 0, R124)
@@ -402,12 +393,15 @@ TABLES: dict[str, tuple[Scheme, ...]] = {
             for budget in ("q4_0", "q4_k_m")
         ),
         *(Scheme(SYM32, INT8, INT8, budget, "requests", 0, R124) for budget in ("q4_0", "q4_k_m")),
-        *(
-            Scheme(ZERO32_8, INT8, INT8, budget, "requests", activations, R24)
-            for budget in ("q4_0", "q4_k_m")
-            for activations in (0, 64)
-        ),
+        *(Scheme(ZERO32_8, INT8, INT8, "q4_k_m", "requests", activations, R24) for activations in (0, 64)),
     ),
+    "aligned": tuple(Scheme(form, activations=None) for form in (ZERO32, MIN32_6)),
+    "formats": tuple(Scheme(form, activations=None) for form in (SYM128, SYM32, ZERO64_8, ZERO32, ZERO32_8, MIN32_6)),
+    "activations": tuple(
+        Scheme(None, None, activations=group, rotations=rotations)
+        for group, rotations in ((0, ()), (64, ()), (0, R24), (64, R24), (0, R124))
+    ),
+    "tables": tuple(Scheme(None, table, activations=None) for table in (INT8, Format(6, 32), ZERO32)),
 }
 
 
@@ -422,6 +416,21 @@ def peers(model: Path, texts: list[Judged], exact: list[Tensor]) -> tuple[dict[s
         )
         _show(ready.row.name, found[ready.row.name])
     return found, budgets
+
+
+def measured(
+    titles: list[str], models: dict[bool, Any], judged: tuple[list[Judged], list[Tensor]],
+    calibration: dict[str, list[list[int]]], budgets: dict[str, float],
+) -> Iterator[tuple[str, Scheme, dict[str, Any]]]:  # fmt: skip
+    """Every row of the tables, those of one basis after each other; `models` by whether their channels lie as in the file."""
+    chosen = [(title, scheme) for title in titles for scheme in TABLES[title]]
+    for is_aligned, rotations in dict.fromkeys((title == "aligned", scheme.rotations) for title, scheme in chosen):
+        basis = in_basis(models[is_aligned], rotations)
+        for title, scheme in chosen:
+            if (title == "aligned", scheme.rotations) == (is_aligned, rotations):
+                start = time.perf_counter()
+                row = apply(basis, scheme, calibration, budgets) | judge(basis.model, *judged)
+                yield title, scheme, row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def _show(name: str, row: dict[str, Any]) -> None:
@@ -456,24 +465,17 @@ def main() -> None:
     except PeersError as error:
         raise SystemExit(f"int4_schemes: {error}.") from None
     calibration = {"self": own_requests(arguments.writer, encode), "requests": windows(encode, CALIBRATION, 0)[0]}
-    report = {"model": SMOLLM2, "questions": len(QUESTIONS), "held_out": HELD_OUT, "code": CODE_WINDOWS,
+    report: dict[str, Any] = {"model": SMOLLM2, "questions": len(QUESTIONS), "held_out": HELD_OUT, "code": CODE_WINDOWS,
               "calibration": {name: len(given) for name, given in calibration.items()}, "machine": machine.describe(),
               "shuffled": judge(source, texts, exact), "peers": rows, "aligned_peers": aligned_rows, "tables": {}}  # fmt: skip
     if arguments.only and arguments.out.is_file():
         report["tables"] = json.loads(arguments.out.read_text())["tables"]
-    chosen = [(title, each) for title in arguments.only or TABLES for each in TABLES[title]]
-    for title in dict.fromkeys(title for title, _ in chosen):
-        report["tables"][title] = {}
-    bases = [(title == "aligned", scheme.rotations) for title, scheme in chosen]
-    for is_aligned, rotations in dict.fromkeys(bases):
-        basis = in_basis(aligned if is_aligned else source, rotations)
-        for title, scheme in chosen:
-            if (title == "aligned", scheme.rotations) == (is_aligned, rotations):
-                start = time.perf_counter()
-                row = apply(basis, scheme, calibration, budgets) | judge(basis.model, texts, exact)
-                report["tables"][title][str(scheme)] = row | {"seconds": round(time.perf_counter() - start, 1)}
-                _show(f"{title}: {scheme}", row)
-                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    titles = arguments.only or list(TABLES)
+    report["tables"] |= {title: {} for title in titles}
+    for title, scheme, row in measured(titles, {True: aligned, False: source}, (texts, exact), calibration, budgets):
+        report["tables"][title][str(scheme)] = row
+        _show(f"{title}: {scheme}", row)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(arguments.out)
 
 

@@ -137,4 +137,5 @@ def _steps(values: Tensor, bits: int, *, signed: bool) -> Tensor:
     """Values [N, G] as integers of `bits` bits times a float16 number for each row."""
     top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     step = (values.abs().amax(dim=1, keepdim=True) / top).half().float()
-    return torch.round(values / torch.where(step == 0, 1, step)).clamp_(-top if signed else 0, top) * step
+    rounded: Tensor = torch.round(values / torch.where(step == 0, 1, step)).clamp_(-top if signed else 0, top) * step
+    return rounded
