@@ -47,7 +47,8 @@ class BuildRequest:
     (None: the build is not calibrated). It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
     without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
-    weights have grown by that factor.
+    weights have grown by that factor. `weight_budget` is for INT4 weights: the linears that they hurt most get INT8 ones, while
+    all weights of the engine take at most that many bytes (None: all linears have INT4 weights).
 
     Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
     report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is
@@ -77,6 +78,7 @@ class BuildRequest:
     calibration: Path | SelfWritten | None = None
     raw_requests: bool = False
     size_budget: float = 1.0
+    weight_budget: int | None = None
     gate: Gate | None = DEFAULT_GATE
     drift: bool | None = None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
@@ -132,6 +134,7 @@ def resolve(request: BuildRequest) -> Job:
     if request.size_budget > 1 and (request.calibration is None or not recipe.quantizes):
         found, remedy = "no requests to rank layers by", "give some with --calibration"
         raise CompileError("quantization", "a size budget", found=found, expected="an INT8 preset and requests", remedy=remedy)
+    _check_weight_budget(request, recipe)
     check_output(request.output, force=request.force)
     check_checkpoint(request.checkpoint)
     check_template(request.template)
@@ -149,9 +152,25 @@ def _without_idle_default(request: BuildRequest, target: Target, backend: Backen
         return request
     recipe = find_preset(request.quantization).recipe
     used = request.methods is None and any(METHODS[name].needs_requests for name in recipe.methods)
-    if used and request.size_budget <= 1 and not backend.refusal(target, recipe.applied(calibrated=True)):
+    ranks_layers = request.size_budget > 1 or request.weight_budget is not None
+    if used and not ranks_layers and not backend.refusal(target, recipe.applied(calibrated=True)):
         return request
     return replace(request, calibration=None)
+
+
+def _check_weight_budget(request: BuildRequest, recipe: Recipe) -> None:
+    """Raise CompileError for a weight budget that nothing can be done with."""
+    if request.weight_budget is None:
+        return
+    what = "a weight budget"
+    if recipe.weights.group is None:
+        expected, remedy = "INT4 weights", "build with --quant int4"
+        raise CompileError("quantization", what, found=f"weights that are {recipe.weights}", expected=expected, remedy=remedy)
+    if request.size_budget > 1:
+        raise CompileError("quantization", what, found="a size budget too", remedy="leave one of them out")
+    if request.calibration is None:
+        remedy = "give some with --calibration, or let the model write them with --calibration self"
+        raise CompileError("quantization", what, found="no requests to rank layers by", expected="requests", remedy=remedy)
 
 
 def _check_adapters(request: BuildRequest, target: Target, backend: Backend) -> None:

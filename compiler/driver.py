@@ -43,6 +43,7 @@ from belle_compile.compiler.report import (
 )
 from belle_compile.compiler.request_writer import Written, write
 from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
+from belle_compile.compiler.weight_budget import check_least, int8_within
 from belle_compile.compiler.work_folder import keep_report, work_folder
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.adapters.linears import adapted_linears
@@ -116,8 +117,9 @@ def build(request: BuildRequest) -> Path:
         job.begin("optimize")
         data = _calibration_data(job, source.calibration, digests, folder)
         keep = _kept(job, planned, source.calibration, data)
+        int8 = _int8_linears(job, planned, source, data)
         observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
-        optimized = _optimize(job, source.graph, _passes(job, data, keep), observer)
+        optimized = _optimize(job, source.graph, _passes(job, data, keep, int8), observer)
 
         job.begin("compile")
         tune = job.progress("tune") if request.tune else None
@@ -155,10 +157,12 @@ def build(request: BuildRequest) -> Path:
         return writer.finish(manifest)
 
 
-def _passes(job: Job, data: CalibrationData | None = None, keep: tuple[str, ...] = ()) -> tuple[Pass, ...]:
+def _passes(
+    job: Job, data: CalibrationData | None = None, keep: tuple[str, ...] = (), int8: tuple[str, ...] = ()
+) -> tuple[Pass, ...]:
     """The passes of a build; without requests (`data` None), only those that need none."""
     rank, targets = job.request.lora_rank, job.request.lora_targets
-    return passes_of(job.recipe, data, keep, job.target.ranks, lora_rank=rank, lora_targets=targets)
+    return passes_of(job.recipe, data, keep, job.target.ranks, int8=int8, lora_rank=rank, lora_targets=targets)
 
 
 def _write_graph(job: Job, whole: ir.Model, writer: EngineWriter) -> None:
@@ -192,7 +196,11 @@ def _open(job: Job, writer: EngineWriter) -> _Source:
     if isinstance(request.calibration, Path):
         calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
     graph = build_graph(checkpoint)
-    return _Source(checkpoint, calibration, graph, integer_plan(graph, job.recipe, request.methods))
+    integers = integer_plan(graph, job.recipe, request.methods)
+    if request.weight_budget is not None and integers.recipe.keeps_integers:
+        found, remedy = "a checkpoint whose integers are kept", "leave it out"
+        raise CompileError("quantization", "a weight budget", found=found, expected="weights to choose bits for", remedy=remedy)
+    return _Source(checkpoint, calibration, graph, integers)
 
 
 def _decided(job: Job, source: _Source) -> tuple[Job, str]:
@@ -213,9 +221,9 @@ def _parameters(source: _Source) -> int:
 
 
 def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
-    """Raise CompileError, before anything takes long, if the model exceeds the target's memory or cannot be divided among the
-    ranks. Only passes that need no requests are run for that. Returns the graph before its linears are quantized, None if they
-    are not."""
+    """Raise CompileError, before anything takes long, if the model exceeds the target's memory, cannot be divided among the
+    ranks, or needs more than the weight budget. Only passes that need no requests are run for that. Returns the graph before
+    its linears are quantized, None if they are not."""
     before, fusions = carried(_passes(job), job.backend, job.applied, fuse=job.request.fuse)
     stages = _Stages(before, job.recipe)
     whole = graph.clone()
@@ -225,6 +233,8 @@ def _plan(job: Job, graph: ir.Model) -> Unquantized | None:
         return job.backend.footprint(divided(whole, fusions, ranks), job.target.with_ranks(ranks), job.request.kv_cache)
 
     check_memory(job.target, footprints)
+    if job.request.weight_budget is not None:
+        check_least(job.request.weight_budget, sum(rank.weights for rank in footprints(job.target.ranks)))
     return stages.unquantized()
 
 
@@ -249,6 +259,22 @@ def _kept(
         return ()
     assert planned and calibration and data, "resolve refuses a size budget without them"
     return layers.kept(planned, job.request.size_budget, calibration, data, job.request.on_progress)
+
+
+def _int8_linears(job: Job, planned: Unquantized | None, source: _Source, data: CalibrationData | None) -> tuple[str, ...]:
+    """The names of the linears that get INT8 weights beside INT4 ones within the weight budget."""
+    if (budget := job.request.weight_budget) is None:
+        return ()
+    assert planned and source.calibration and data, "resolve refuses a weight budget without them"
+
+    def weight_bytes(int8: tuple[str, ...]) -> int:
+        before, fusions = carried(_passes(job, int8=int8), job.backend, job.applied, fuse=job.request.fuse)
+        whole = source.graph.clone()
+        run_pipeline(whole, before)
+        ranks = divided(whole, fusions, job.target.ranks)
+        return sum(rank.weights for rank in job.backend.footprint(ranks, job.target, job.request.kv_cache))
+
+    return int8_within(budget, layers.int8_order(planned, source.calibration, data, job.request.on_progress), weight_bytes)
 
 
 def _optimize(job: Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:

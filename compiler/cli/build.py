@@ -46,6 +46,11 @@ _CALIBRATION = options.together(
         "--size-budget", type=click.FloatRange(min=1), default=1.0, metavar="FACTOR",
         help="Let the INT8 weights grow by this factor: the layers that INT8 hurts most stay float32. Needs --calibration.",
     ),
+    click.option(
+        "--weight-budget", callback=options.size, metavar="SIZE",
+        help="With --quant int4: the bytes that all weights may take, such as 3.6GB. The layers that 4 bits hurt most get 8. "
+        "Needs --calibration.  [default: 4 bits for all]",
+    ),
 )  # fmt: skip
 _HOW = options.together(
     click.option("--dump-ir", type=options.PATH, metavar="DIR", help="Write the graph after each pass, as text and as ONNX."),
@@ -87,6 +92,7 @@ def build(checkpoint: Path, gate: Gate | None, run: Run, as_json: bool, **reques
       belle-compile build model.gguf --target cpu -o artifacts/model --force
       belle-compile build /models/BELLE-7B-2M --calibration requests.jsonl.zst -o artifacts/belle-7b-cpu
       belle-compile build model.gguf --calibration self -o artifacts/model-calibrated
+      belle-compile build model.gguf --quant int4 --weight-budget 104MB --calibration self -o artifacts/model-int4
       belle-compile build model.gguf --tune -o artifacts/model-tuned
       belle-compile build /models/BELLE-7B-2M --target a100x4 --backend triton -o artifacts/belle-7b-a100x4
       belle-compile build /models/my-llama --template belle-llama -o artifacts/my-llama --dump-ir /tmp/ir

@@ -206,6 +206,13 @@ def names(context: click.Context, parameter: click.Parameter, value: str | None)
     return None if value is None else tuple(name for name in value.split(",") if name not in ("", "none"))
 
 
+def size(context: click.Context, parameter: click.Parameter, value: str | int | None) -> int | None:
+    """Bytes from text with a unit; a configuration file may give a number."""
+    from belle_compile.compiler.weight_budget import parse_size
+
+    return None if value is None else parse_size(str(value))
+
+
 methods = click.option(
     "--methods", callback=names, metavar="NAMES",
     help="Methods in place of the preset's own, with commas between them: "

@@ -17,7 +17,8 @@ _INLINE = 16  # int64 initializers with at most this many elements are printed w
 
 
 def to_text(model: ir.Model) -> str:
-    """One line for each input, weight and node, in graph order, without attributes that equal their default.
+    """One line for each input, weight and node, in graph order, without attributes that equal their default. What passes noted
+    about a node for later ones is a comment.
 
     Example::
 
@@ -91,5 +92,6 @@ def _node(node: ir.Node) -> str:
     results = ", ".join(str(value.name) for value in node.outputs)
     types = ", ".join(str(TensorSpec.of(value)) for value in node.outputs)
     named = all(f"{value.name}.".startswith(f"{node.name}.") for value in node.outputs)
-    called = "" if named else f"  # {node.name}"
-    return f"{results} = {f'{spec.domain}::' if spec.domain else ''}{node.op_type}({given}){braces}: {types}{called}"
+    notes = ([] if named else [str(node.name)]) + [f"{key}: {node.metadata_props[key]}" for key in sorted(node.metadata_props)]
+    comment = f"  # {', '.join(notes)}" if notes else ""
+    return f"{results} = {f'{spec.domain}::' if spec.domain else ''}{node.op_type}({given}){braces}: {types}{comment}"

@@ -16,9 +16,18 @@ CANDIDATES_INT8 = tuple(round(1.02 - 0.005 * i, 3) for i in range(13))  # 1.02 t
 LARGEST = 65_504.0 * HIGHEST  # the largest weight that a float16 scale is enough for
 
 
+_WEIGHTS, _INT8 = "weights", "int8"  # the metadata of a linear that does not get INT4 weights
+
+
 def in_groups(linear: ir.Node) -> bool:
-    """Whether a linear gets INT4 weights where its model has some: all do but the head, which computes the graph's output."""
-    return not linear.outputs[0].is_graph_output()
+    """Whether a linear gets INT4 weights where its model has some: all do but the head, which computes the graph's output, and
+    those that `leave_int8` marked."""
+    return not linear.outputs[0].is_graph_output() and linear.metadata_props.get(_WEIGHTS) != _INT8
+
+
+def leave_int8(linear: ir.Node) -> None:
+    """Mark a linear: where its model has INT4 weights, it gets INT8 ones with a scale for each output."""
+    linear.metadata_props[_WEIGHTS] = _INT8
 
 
 def group_scales(weight: Tensor, importance: Tensor, group: int, bits: int = 4) -> Tensor:

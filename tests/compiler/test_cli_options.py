@@ -14,9 +14,9 @@ LIBRARY = {"--library", "--version-compatible", "--timing-cache"}
 OPTIONS = {
     "build": {
         "--target", "-o", "--output", "--quant", "--methods", "--kv-cache", "--backend", "--isa", "--template", "--dump-ir",
-        "--no-calibration", "--calibration", "--raw-requests", "--size-budget", "--max-ppl-ratio", "--min-top1",
-        "--min-accuracy-kept", "--no-gate", "--tune", "--fuse", "--drift", "--force", "--generation-defaults", "--lora-rank",
-        "--lora-targets", *LIBRARY, *READING, *REPORTING,
+        "--no-calibration", "--calibration", "--raw-requests", "--size-budget", "--weight-budget", "--max-ppl-ratio",
+        "--min-top1", "--min-accuracy-kept", "--no-gate", "--tune", "--fuse", "--drift", "--force", "--generation-defaults",
+        "--lora-rank", "--lora-targets", *LIBRARY, *READING, *REPORTING,
     },
     "edit": {"--generation-defaults"},
     "calibrate-set": {

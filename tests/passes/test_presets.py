@@ -42,7 +42,7 @@ def test_the_guide_has_the_tables_of_the_registries(request: pytest.FixtureReque
 
 
 def test_every_pass_of_the_pipeline_is_used_by_something_that_there_is() -> None:
-    others = {pipeline.ALWAYS, pipeline.INTEGERS, pipeline.GROUPS, pipeline.KEPT, pipeline.ADAPTERS}
+    others = {pipeline.ALWAYS, pipeline.INTEGERS, pipeline.GROUPS, pipeline.MIXED, pipeline.KEPT, pipeline.ADAPTERS}
     assert {step.used_by for step in PIPELINE} == others | set(METHODS)
     assert {name for preset in PRESETS.values() for name in preset.recipe.methods} <= set(METHODS)
     assert DEFAULT_PRESET in PRESETS

@@ -9,12 +9,14 @@ import onnx_ir as ir
 import pytest
 
 from belle_compile.passes.base import PassResult
+from belle_compile.passes.pipeline import run_pipeline
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
 from belle_compile.passes.rotation.hadamard import Rotation
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 from tests.passes.helpers import Tiny, assert_same_results, bloom, check_pass, llama, run_steps, side_by_side
+from tests.pipelines import PIPELINES
 
 ROUNDING = 2e-6  # float32 sums in another order
 
@@ -65,17 +67,44 @@ def test_values_of_a_fused_projection_with_biases() -> None:
     assert_same_results(before, model, rtol=ROUNDING)
 
 
-def test_a_tied_head_gets_its_own_weight() -> None:
+def tied_head() -> ir.Model:
     b = Tiny()
     x = b.op("Add", b.linear(b.norm(b.x, "norm", "rms"), "mlp", 32, bias=True), b.x, name="add")
-    rows = b.op("Gather", x, b.inputs.logit_rows, name="rows")
-    normed = b.norm(rows, "last_norm", "rms")
-    model = b.finish(b.op("Gemm", normed, b.graph.initializers["embed.weight"], name="lm_head", transB=1))
+    normed = b.norm(b.op("Gather", x, b.inputs.logit_rows, name="rows"), "last_norm", "rms")
+    return b.finish(b.op("Gemm", normed, b.graph.initializers["embed.weight"], name="lm_head", transB=1))
+
+
+def test_a_tied_head_gets_its_own_weight() -> None:
+    model = tied_head()
     before, result = check_pass(RotateResidual(), model)
     assert result == PassResult(4)
     assert {"embed.weight.rotated", "lm_head.weight.rotated"} <= set(model.graph.initializers)
     assert "embed.weight" not in model.graph.initializers
     assert_same_results(before, model, rtol=ROUNDING)
+
+
+def test_a_tied_head_keeps_the_table(golden: Callable[[str, str], None]) -> None:
+    model = tied_head()
+    step = RotateResidual(keeps_tied=True)
+    before, result = check_pass(step, model)
+    assert result == PassResult(4) and step.options == {"seed": 0, "keeps_tied": True}
+    tables = [value for value in model.graph.initializers.values() if value.shape is not None and value.shape[0] == 40]
+    assert [value.name for value in tables] == ["embed.weight.rotated"] and len(list(tables[0].uses())) == 2
+    assert_same_results(before, model, rtol=ROUNDING)
+    golden("rotate-residual-tied", side_by_side(before, step, model))
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8"])
+def test_int4_stores_a_tied_table_once(preset: str) -> None:
+    """The product before the head has INT8 weights, as the head has."""
+    model = tied_head()
+    run_pipeline(model, PIPELINES[preset])
+    tables = [name for name, value in model.graph.initializers.items() if value.shape is not None and value.shape[0] == 40
+              and len(value.shape) == 2]  # fmt: skip
+    assert len(tables) == (1 if preset == "int4" else 2)
+    assert_same_results(tied_head(), model, rtol=0.3 if preset == "int4" else 0.06)
+    names = {str(node.name) for node in model.graph if node.op_type == "QuantizedLinear"}
+    assert {"lm_head", "lm_head.gain"} <= names if preset == "int4" else "lm_head.gain" not in names
 
 
 def test_layer_norms_are_refused() -> None:
