@@ -116,8 +116,7 @@ def build(request: BuildRequest) -> Path:
 
         job.begin("optimize")
         data = _calibration_data(job, source.calibration, digests, folder)
-        keep = _kept(job, planned, source.calibration, data)
-        int8 = _int8_linears(job, planned, source, data)
+        keep, int8 = _kept(job, planned, source.calibration, data), _int8_linears(job, planned, source, data)
         observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
         optimized = _optimize(job, source.graph, _passes(job, data, keep, int8), observer)
 

@@ -16,15 +16,14 @@ from belle_compile.compiler.checkpoint import open_checkpoint
 from belle_compile.compiler.errors import CompileError
 from belle_compile.compiler.families import build_graph
 from belle_compile.compiler.integers import integer_plan
-from belle_compile.compiler.ir.ops import is_float_linear
 from belle_compile.compiler.reading import DECRYPT, PLAIN, Reading
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
+from belle_compile.passes.calibration.stream_noise import stream_noise
 from belle_compile.passes.calibration.work import Work
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import DEFAULT_PRESET, find_preset
-from belle_compile.passes.quantization.groups import in_groups
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
@@ -39,7 +38,6 @@ Progress = Callable[[str, int, int], None]
 
 _TRIED_PARAMETERS = 500_000_000  # in models of up to this size, layers are tried one by one
 _RANKED_TOKENS = 1024  # tokens of requests by which layers are ranked for a size budget
-_COMPARED_TOKENS = 384  # tokens of requests by which INT4 layers are ranked, whose damage is larger and so needs fewer
 _JUDGED_REQUESTS = 16  # held-out requests on which the errors of layers are measured for the report
 
 
@@ -117,7 +115,7 @@ def kept(
     """The sorted names of the linears that stay float32 within the size budget: those with the greatest damage for each weight.
     The damage is that to the predictions where the model is small enough to try each linear, else the error of its outputs.
     The ranking is stored in the data's folder, so that a build with another budget reads it."""
-    layers = _stored_ranking(model, calibration, data, on_progress, _RANKED_TOKENS)
+    layers = _stored_ranking(model, calibration, data, on_progress)
     spare_bytes = (size_budget - 1) * sum(layer.weights for layer in layers)
     names = []
     for layer in sorted(layers, key=lambda layer: -(layer.output_error if layer.kl is None else layer.kl) / layer.weights):
@@ -130,42 +128,39 @@ def kept(
 def int8_order(
     model: Unquantized, calibration: Calibration, data: CalibrationData, on_progress: Progress
 ) -> list[tuple[str, ...]]:
-    """The names of the linears in the order in which they should get INT8 weights in place of INT4 ones: those with the
-    greatest damage for each weight first. Linears that read the same input, which are fused, stay together. The damage is that
-    of `kept`, by fewer tokens, and stored as it is."""
-    layers = {layer.name: layer for layer in _stored_ranking(model, calibration, data, on_progress, _COMPARED_TOKENS)}
-    units: dict[ir.Value | None, list[LayerDamage]] = {}
-    for node in model.graph.graph:
-        if is_float_linear(node) and in_groups(node):
-            units.setdefault(node.inputs[0], []).append(layers[str(node.name)])
-
-    def damage(unit: Sequence[LayerDamage]) -> float:
-        harm = sum(layer.output_error if layer.kl is None else layer.kl for layer in unit)
-        return harm / sum(layer.weights for layer in unit)
-
-    return [tuple(layer.name for layer in unit) for unit in sorted(units.values(), key=damage, reverse=True)]
+    """The names of the linears in the order in which they should get INT8 weights in place of INT4 ones: those whose INT4
+    weights add most noise to the residual stream, for each weight, come first. Linears that are fused stay together. The
+    order is stored in the data's folder, so that a build with another budget reads it."""
+    graph, linears = model
+    options = {"scheme": str(linears.scheme), "tokens": _RANKED_TOKENS}
+    work = Work(data.folder / "bits", data.key(graph, options))
+    file = work.file("order", ".json")
+    if not work.done:
+        sequences = _first_tokens(calibration, _RANKED_TOKENS)
+        units = stream_noise(graph, sequences, data.folder / "layers", linears.scheme, partial(on_progress, "layers"))
+        file.write_text(json.dumps([unit.linears for unit in units]), encoding="utf-8")
+        work.finish(0)
+    return [tuple(names) for names in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _stored_ranking(
-    model: Unquantized, calibration: Calibration, data: CalibrationData, on_progress: Progress, tokens: int
+    model: Unquantized, calibration: Calibration, data: CalibrationData, on_progress: Progress
 ) -> list[LayerDamage]:
     graph, linears = model
-    options = {"bits": linears.bits, "scheme": str(linears.scheme), "tokens": tokens}
+    options = {"bits": linears.bits, "scheme": str(linears.scheme), "tokens": _RANKED_TOKENS}
     work = Work(data.folder / "ranking", data.key(graph, options))
     file = work.file("layers", ".json")
     if not work.done:
-        layers = _ranking(model, calibration, data.folder / "layers", on_progress, tokens)
+        layers = _ranking(model, calibration, data.folder / "layers", on_progress)
         file.write_text(json.dumps([asdict(layer) for layer in layers]), encoding="utf-8")
         work.finish(0)
     return [LayerDamage(**layer) for layer in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _ranking(
-    model: Unquantized, calibration: Calibration, folder: Path, on_progress: Progress, tokens: int
-) -> list[LayerDamage]:
+def _ranking(model: Unquantized, calibration: Calibration, folder: Path, on_progress: Progress) -> list[LayerDamage]:
     graph, linears = model
     parameters = sum(prod(value.shape.numpy()) for value in graph.graph.initializers.values() if value.shape is not None)
-    sequences = _first_tokens(calibration, tokens)
+    sequences = _first_tokens(calibration, _RANKED_TOKENS)
     measure = damage_alone if parameters <= _TRIED_PARAMETERS else output_errors
     return measure(
         graph, sequences, folder, bits=linears.bits, scheme=linears.scheme, on_progress=partial(on_progress, "layers")
