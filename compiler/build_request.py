@@ -47,8 +47,8 @@ class BuildRequest:
     (None: the build is not calibrated). It guides the rounding of weights, and the
     engine must pass `gate` on the held-out requests (None: the engine is not run). With `raw_requests`, their texts are encoded
     without the prompt template. With a `size_budget` above 1, the linears that INT8 hurts most stay float32, until the INT8
-    weights have grown by that factor. `weight_budget` is for INT4 weights: the linears that they hurt most get INT8 ones, while
-    all weights of the engine take at most that many bytes (None: all linears have INT4 weights).
+    weights have grown by that factor. `weight_budget` is for INT4 weights: the linears that they hurt most get 6 or 8
+    bits, while all weights of the engine take at most that many bytes (None: all linears have INT4 weights).
 
     Output: `force` replaces an existing engine. `dump_ir` is a directory for the graph after each pass. With `drift`, the
     report shows how far each pass moves the logits (None: for small models only, where that takes seconds). `on_progress` is

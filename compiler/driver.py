@@ -43,14 +43,16 @@ from belle_compile.compiler.report import (
 )
 from belle_compile.compiler.request_writer import Written, write
 from belle_compile.compiler.stages import Snapshots, carried, divided, unfused_calls
-from belle_compile.compiler.weight_budget import check_least, int8_within
+from belle_compile.compiler.weight_budget import check_least
 from belle_compile.compiler.work_folder import keep_report, work_folder
 from belle_compile.compiler.writer import GRAPH_NAME, EngineWriter, write_ranks
 from belle_compile.passes.adapters.linears import adapted_linears
+from belle_compile.passes.calibration.choose_bits import bits_within, steps_of
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage
 from belle_compile.passes.pipeline import passes_of, run_for, run_pipeline
 from belle_compile.passes.presets import Recipe, manifest_words
+from belle_compile.passes.quantization.scheme import ONE_SIZE, MoreBits
 from belle_compile.runtime import host
 from belle_compile.runtime.adapters.basis import BASIS_NAME
 from belle_compile.runtime.artifact import GenerationDefaults, Manifest, ModelInfo, PassRecord
@@ -116,9 +118,9 @@ def build(request: BuildRequest) -> Path:
 
         job.begin("optimize")
         data = _calibration_data(job, source.calibration, digests, folder)
-        keep, int8 = _kept(job, planned, source.calibration, data), _int8_linears(job, planned, source, data)
+        keep, more_bits = _kept(job, planned, source.calibration, data), _more_bits(job, planned, source, data)
         observer = pass_effects(job.backend, source.checkpoint.tokenizer_json, model.parameters, request.drift)
-        optimized = _optimize(job, source.graph, _passes(job, data, keep, int8), observer)
+        optimized = _optimize(job, source.graph, _passes(job, data, keep, more_bits), observer)
 
         job.begin("compile")
         tune = job.progress("tune") if request.tune else None
@@ -157,11 +159,11 @@ def build(request: BuildRequest) -> Path:
 
 
 def _passes(
-    job: Job, data: CalibrationData | None = None, keep: tuple[str, ...] = (), int8: tuple[str, ...] = ()
+    job: Job, data: CalibrationData | None = None, keep: tuple[str, ...] = (), more_bits: MoreBits = ONE_SIZE
 ) -> tuple[Pass, ...]:
     """The passes of a build; without requests (`data` None), only those that need none."""
     rank, targets = job.request.lora_rank, job.request.lora_targets
-    return passes_of(job.recipe, data, keep, job.target.ranks, int8=int8, lora_rank=rank, lora_targets=targets)
+    return passes_of(job.recipe, data, keep, job.target.ranks, more_bits=more_bits, lora_rank=rank, lora_targets=targets)
 
 
 def _write_graph(job: Job, whole: ir.Model, writer: EngineWriter) -> None:
@@ -260,20 +262,21 @@ def _kept(
     return layers.kept(planned, job.request.size_budget, calibration, data, job.request.on_progress)
 
 
-def _int8_linears(job: Job, planned: Unquantized | None, source: _Source, data: CalibrationData | None) -> tuple[str, ...]:
-    """The names of the linears that get INT8 weights beside INT4 ones within the weight budget."""
+def _more_bits(job: Job, planned: Unquantized | None, source: _Source, data: CalibrationData | None) -> MoreBits:
+    """The linears that get more than 4 bits within the weight budget."""
     if (budget := job.request.weight_budget) is None:
-        return ()
+        return ONE_SIZE
     assert planned and source.calibration and data, "resolve refuses a weight budget without them"
 
-    def weight_bytes(int8: tuple[str, ...]) -> int:
-        before, fusions = carried(_passes(job, int8=int8), job.backend, job.applied, fuse=job.request.fuse)
+    def weight_bytes(more_bits: MoreBits) -> int:
+        before, fusions = carried(_passes(job, more_bits=more_bits), job.backend, job.applied, fuse=job.request.fuse)
         whole = source.graph.clone()
         run_pipeline(whole, before)
         ranks = divided(whole, fusions, job.target.ranks)
         return sum(rank.weights for rank in job.backend.footprint(ranks, job.target, job.request.kv_cache))
 
-    return int8_within(budget, layers.int8_order(planned, source.calibration, data, job.request.on_progress), weight_bytes)
+    units = layers.noise_of_int4(planned, source.calibration, data, job.request.on_progress)
+    return bits_within(budget, steps_of(units), weight_bytes)
 
 
 def _optimize(job: Job, graph: ir.Model, passes: Sequence[Pass], effects: PassEffects) -> _Optimized:

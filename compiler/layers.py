@@ -20,7 +20,7 @@ from belle_compile.compiler.reading import DECRYPT, PLAIN, Reading
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.sensitivity import LayerDamage, output_errors
 from belle_compile.passes.calibration.sensitivity import alone as damage_alone
-from belle_compile.passes.calibration.stream_noise import stream_noise
+from belle_compile.passes.calibration.stream_noise import UnitNoise, stream_noise
 from belle_compile.passes.calibration.work import Work
 from belle_compile.passes.pipeline import passes_of, run_pipeline
 from belle_compile.passes.presets import DEFAULT_PRESET, find_preset
@@ -125,22 +125,22 @@ def kept(
     return tuple(sorted(names))
 
 
-def int8_order(
+def noise_of_int4(
     model: Unquantized, calibration: Calibration, data: CalibrationData, on_progress: Progress
-) -> list[tuple[str, ...]]:
-    """The names of the linears in the order in which they should get INT8 weights in place of INT4 ones: those whose INT4
-    weights add most noise to the residual stream, for each weight, come first. Linears that are fused stay together. The
-    order is stored in the data's folder, so that a build with another budget reads it."""
+) -> list[UnitNoise]:
+    """The noise that INT4 weights add to the residual stream, by linears that are fused, the greatest for each weight first. It
+    is stored in the data's folder, so that a build with another budget reads it."""
     graph, linears = model
     options = {"scheme": str(linears.scheme), "tokens": _RANKED_TOKENS}
-    work = Work(data.folder / "bits", data.key(graph, options))
-    file = work.file("order", ".json")
+    work = Work(data.folder / "noise", data.key(graph, options))
+    file = work.file("units", ".json")
     if not work.done:
         sequences = _first_tokens(calibration, _RANKED_TOKENS)
         units = stream_noise(graph, sequences, data.folder / "layers", linears.scheme, partial(on_progress, "layers"))
-        file.write_text(json.dumps([unit.linears for unit in units]), encoding="utf-8")
+        file.write_text(json.dumps([asdict(unit) for unit in units]), encoding="utf-8")
         work.finish(0)
-    return [tuple(names) for names in json.loads(file.read_text(encoding="utf-8"))]
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return [UnitNoise(tuple(unit["linears"]), unit["weights"], unit["noise"]) for unit in stored]
 
 
 def _stored_ranking(

@@ -1,9 +1,8 @@
-"""INT4 weights within a number of bytes: what is left beyond 4 bits for all goes to INT8 weights where they help most."""
+"""The bytes that a user gives to the weights of an engine, and whether 4 bits for each are within them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 from belle_compile.compiler.errors import CompileError
@@ -30,23 +29,3 @@ def check_least(budget: int, least: int) -> None:
             _STAGE, "a weight budget below what 4 bits need", found=size(budget), expected=f"at least {size(least)}",
             remedy="give a larger --weight-budget, or leave it out",
         )  # fmt: skip
-
-
-def int8_within(
-    budget: int, order: Sequence[tuple[str, ...]], weight_bytes: Callable[[tuple[str, ...]], int]
-) -> tuple[str, ...]:
-    """The sorted names of the linears that get INT8 weights: the most of `order`, from its beginning, that fit the budget.
-
-    `weight_bytes(names)` are the bytes of an engine in which these linears have INT8 weights and the others INT4 ones."""
-    fitting, too_many = 0, len(order) + 1
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        if weight_bytes(_names(order[:middle])) <= budget:
-            fitting = middle
-        else:
-            too_many = middle
-    return _names(order[:fitting])
-
-
-def _names(units: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(sorted(name for unit in units for name in unit))

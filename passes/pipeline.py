@@ -32,10 +32,10 @@ from belle_compile.passes.quantization.keep_integers import KeepIntegers
 from belle_compile.passes.quantization.quantize_embedding import QuantizeEmbedding
 from belle_compile.passes.quantization.quantize_groups import QuantizeGroups
 from belle_compile.passes.quantization.quantize_linears import QuantizeLinears
-from belle_compile.passes.quantization.scheme import INT8, WeightScheme
+from belle_compile.passes.quantization.scheme import INT8, ONE_SIZE, MoreBits, WeightScheme
 from belle_compile.passes.quantization.smooth_activations import SmoothActivations
 from belle_compile.passes.quantization.static_activations import StaticActivations
-from belle_compile.passes.quantization.use_int8 import UseInt8
+from belle_compile.passes.quantization.use_more_bits import UseMoreBits
 from belle_compile.passes.rotation.fold_embedding_norm import FoldEmbeddingNorm
 from belle_compile.passes.rotation.fold_layer_norms import FoldLayerNorms
 from belle_compile.passes.rotation.reorder_channels import ReorderChannels
@@ -44,8 +44,8 @@ from belle_compile.passes.rotation.rotate_centered_residual import RotateCentere
 from belle_compile.passes.rotation.rotate_residual import RotateResidual
 from belle_compile.passes.rotation.rotate_values import RotateValues
 
-# What uses a pass of no method: every recipe, recipes with integer weights, with scales for groups of inputs, with some linears
-# in INT8 beside such groups, and with integers that the checkpoint holds; exports with a rotation of a residual stream that
+# What uses a pass of no method: every recipe, recipes with integer weights, with scales for groups of inputs, with more
+# bits for some linears, and with integers that the checkpoint holds; exports with a rotation of a residual stream that
 # norms of these ops read, and with integers in embedding and head; and engines that take adapters
 ALWAYS, INTEGERS, GROUPS, MIXED, TABLES, KEPT = "always", "integers", "groups", "mixed bits", "tables", "kept integers"
 ADAPTERS = "adapters"
@@ -56,8 +56,8 @@ RMS_NORM, LAYER_NORM = "RMSNormalization", "LayerNormalization"
 class Options:
     """Arguments for the constructors of passes. `PIPELINE` names those that each pass takes; others keep their defaults.
 
-    `data` are the calibration requests, `keep` glob patterns of linears that stay float32, `linears` the names of those that
-    get INT8 weights where others get INT4 ones, and `ranks` is the number of ranks that the model will be divided among.
+    `data` are the calibration requests, `keep` glob patterns of linears that stay float32, `more_bits` the linears that get
+    more than others, and `ranks` is the number of ranks that the model will be divided among.
     `weights`, `activation_bits` and `group` (channels that stay together in a rank) come from the recipe. `lora_rank` is the
     largest rank of adapters (0: none), `lora_targets` the linears that they may change.
     """
@@ -69,7 +69,7 @@ class Options:
     activation_bits: int
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
-    linears: tuple[str, ...] = ()
+    more_bits: MoreBits = ONE_SIZE
 
     @property
     def group(self) -> int:
@@ -111,7 +111,7 @@ PIPELINE: tuple[Step, ...] = (
     # A rotation that no weight can absorb costs a little time in every step; 8-bit activations are worth it.
     Step(RotateActivations, "rotate-online", ("ranks", "group")),
     # Choose the bits of each linear.
-    Step(UseInt8, MIXED, ("linears",)),
+    Step(UseMoreBits, MIXED, ("more_bits",)),
     # Integers of the checkpoint come first: other passes choose those of the weights that are left.
     Step(KeepIntegers, KEPT, ("keep", "weights", "activation_bits")),
     # Calibrate: choose integers of weights and scales of activations by requests, while everything is float32.
@@ -165,17 +165,17 @@ def passes_of(
     keep: tuple[str, ...] = (),
     ranks: int = 1,
     *,
-    int8: tuple[str, ...] = (),
+    more_bits: MoreBits = ONE_SIZE,
     lora_rank: int = 0,
     lora_targets: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """The passes of a recipe, in order. Without requests (`data` None), those of methods that need requests are left out.
     The other arguments are those of `Options`."""
-    options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits, lora_rank, lora_targets, int8)
+    options = Options(data, keep, ranks, recipe.weights, recipe.activation_bits, lora_rank, lora_targets, more_bits)
     uses = {ALWAYS, *recipe.methods_used(calibrated=data is not None)}
     uses |= {INTEGERS} if recipe.quantizes else set()
     uses |= {GROUPS} if recipe.weights.group is not None else set()
-    uses |= {MIXED} if int8 else set()
+    uses |= {MIXED} if more_bits else set()
     uses |= {KEPT} if recipe.keeps_integers else set()
     uses |= {ADAPTERS} if lora_rank else set()
     return tuple(step.with_options(options) for step in PIPELINE if step.used_by in uses)

@@ -48,8 +48,8 @@ _CALIBRATION = options.together(
     ),
     click.option(
         "--weight-budget", callback=options.size, metavar="SIZE",
-        help="With --quant int4: the bytes that all weights may take, such as 3.6GB. The layers that 4 bits hurt most get 8. "
-        "Needs --calibration.  [default: 4 bits for all]",
+        help="With --quant int4: the bytes that all weights may take, such as 3.6GB. The layers that 4 bits hurt most get 6 or "
+        "8. Needs --calibration.  [default: 4 bits for all]",
     ),
 )  # fmt: skip
 _HOW = options.together(

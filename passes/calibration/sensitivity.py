@@ -18,7 +18,7 @@ from belle_compile.compiler.ir.ops import operand
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.compiler.ir.stream import ActivationStream, OnOutput, Tensor, Weights, linears, quantized
 from belle_compile.compiler.ir.torch_meanings import linear
-from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.groups import group_bits, in_groups
 from belle_compile.passes.quantization.scheme import INT8, WeightScheme
 from belle_compile.passes.quantization.weights import GROUPED, INTEGERS, product, quantize_groups, quantize_rows
 
@@ -132,7 +132,9 @@ def _rounded(node: ir.Node, weights: dict[ir.Value, Tensor], scheme: WeightSchem
         return weights[value]
     group, array, name = scheme.group if in_groups(node) else None, weights[value].cpu().numpy(), str(value.name)
     with errors_about(value.const_value):
-        integers, scales = quantize_rows(array, name) if group is None else quantize_groups(array, name, group)
+        integers, scales = (
+            quantize_rows(array, name) if group is None else quantize_groups(array, name, group, bits=group_bits(node, scheme))
+        )
     return product(torch.from_numpy(integers), torch.from_numpy(scales), group).to(weights[value].device)
 
 

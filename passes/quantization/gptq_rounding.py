@@ -25,7 +25,7 @@ from belle_compile.passes.base import Pass, PassResult, Phase, is_weight, other_
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.calibration.work import walk
 from belle_compile.passes.quantization.gptq import round_weight
-from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.groups import group_bits, in_groups
 from belle_compile.passes.quantization.scheme import INT4, INT8, INT8_BLOCKS, WeightScheme
 from belle_compile.passes.quantization.second_moments import SecondMoments, products
 from belle_compile.passes.quantization.weights import BEFORE, GROUPED, INTEGERS, check_groups, product
@@ -114,7 +114,8 @@ class GptqRounding(Pass):
                     check_groups(weights[weight], f"the weight of {node.name}")
         rows = [len(weights[weight]) for weight in read]
         stacked = torch.cat([weights[weight] for weight in read])
-        both = round_weight(stacked, moments, self.damping, group=group, bits=self.weights.bits, cores=cores)
+        bits = group_bits(nodes[0], self.weights)
+        both = round_weight(stacked, moments, self.damping, group=group, bits=bits, cores=cores)
         parts = zip(*(torch.split(each, rows) for each in both), strict=True)
         for node, weight, (integers, scales) in zip(nodes, read, parts, strict=True):
             save_file({"integers": integers.cpu().contiguous(), "scales": scales.cpu().contiguous()}, files[node])

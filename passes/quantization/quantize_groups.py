@@ -14,7 +14,7 @@ from belle_compile.compiler.ir.ops import attributes_of, is_float_linear, operan
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Phase, Replacement, RewritePass, is_weight
 from belle_compile.passes.quantization.activations import quantize_tokens, quantizer_of
-from belle_compile.passes.quantization.groups import in_groups
+from belle_compile.passes.quantization.groups import group_bits, in_groups
 from belle_compile.passes.quantization.scheme import INT4, WeightScheme
 from belle_compile.passes.quantization.weights import grouped_weight
 
@@ -23,10 +23,11 @@ from belle_compile.passes.quantization.weights import grouped_weight
 class QuantizeGroups(RewritePass[ir.Node]):
     """y = Gemm(x, w, b)   becomes   xq, xs = QuantizeTokens(x); y = GroupQuantizedLinear(xq, xs, w.int4, w.scales, b)
 
-    Weights are INT4, with a float16 scale for each output and group of `weights.group` inputs; activations are INT8 with one
-    scale per token, computed at run time. Linears that read the same x share one QuantizeTokens; linears that read the same w
-    share its integers and scales. The head, whose few weights decide between all words, is left to QuantizeLinears, as are
-    linears whose names match a glob pattern of `keep`. Refuses a computed weight, and an input that has 16 bits already.
+    Weights are INT4, or have the 6 bits that UseMoreBits gave them, with a float16 scale for each output and group of
+    `weights.group` inputs; activations are INT8 with one scale per token, computed at run time. Linears that read the same x
+    share one QuantizeTokens; linears that read the same w share its integers and scales. The head, whose few weights decide
+    between all words, is left to QuantizeLinears, as are linears that were given 8 bits or whose names match a glob pattern of
+    `keep`. Refuses a computed weight, and an input that has 16 bits already.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZATION
@@ -59,7 +60,9 @@ class QuantizeGroups(RewritePass[ir.Node]):
         group = self.weights.group
         assert x is not None and weight is not None and group is not None
         quantize, new = quantize_tokens(x, 8, graph)
-        inputs = [*quantize.outputs, *grouped_weight(weight, group, graph), bias]
+        bits = group_bits(match, self.weights)
+        inputs = [*quantize.outputs, *grouped_weight(weight, group, graph, bits), bias]
         attributes = {} if group == INT4.group else {"group": group}
+        attributes |= {} if bits == INT4.bits else {"weight_bits": bits}
         node = make_node("GroupQuantizedLinear", inputs, str(match.name), attributes=attributes)
         return Replacement([match], [*new, node], {match.outputs[0]: node.outputs[0]})

@@ -46,6 +46,19 @@ class WeightScheme:
         return f"int{self.bits} in groups of {self.group} inputs{zeros}{tables}"
 
 
+@dataclass(frozen=True)
+class MoreBits:
+    """The names of the linears that get more bits than the INT4 weights of the others: `int6` in the same groups of inputs, and
+    `int8` with a scale for each output."""
+
+    int6: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.int6 or self.int8)
+
+
+ONE_SIZE = MoreBits()  # all linears have the same bits
 BLOCK = 32  # inputs of llama.cpp's Q8_0 that share a scale
 FLOAT32 = WeightScheme(32)
 INT8 = WeightScheme(8)

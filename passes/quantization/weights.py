@@ -44,8 +44,9 @@ def quantized_weight(weight: ir.Value, graph: ir.Graph) -> tuple[ir.Value, ir.Va
     return graph.initializers[f"{name}.int8"], graph.initializers[f"{name}.scale"]
 
 
-def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Initializers <name>.int4 [N, K] and <name>.scales [N, G] of a float32 weight [N, K], with scales of `group` inputs.
+def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph, bits: int = 4) -> tuple[ir.Value, ir.Value]:
+    """Initializers <name>.int4 [N, K] and <name>.scales [N, G] of a float32 weight [N, K], with scales of `group` inputs; of 6
+    `bits` <name>.int6, whose type is int8.
 
     Integers are the nearest ones unless a pass has chosen some before. A second call for the same weight returns the same two
     initializers.
@@ -53,19 +54,20 @@ def grouped_weight(weight: ir.Value, group: int, graph: ir.Graph) -> tuple[ir.Va
     name, source = str(weight.name), weight.const_value
     assert source is not None
     outputs, inputs = source.shape.numpy()
-    if f"{name}.int4" not in graph.initializers:
+    if f"{name}.int{bits}" not in graph.initializers:
         error = _rounding_error(weight)
-        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group, error))
-        int4 = ir.DataType.INT4
+        both = weight.meta.get(GROUPED) or Shared(lambda: quantize_groups(source.numpy(), name, group, error, bits))
+        dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
         shape, groups_shape = (outputs, inputs), (outputs, -(-inputs // group))
         integers = lazy(
-            f"{name}.int4", lambda: both[0].astype(int4.numpy()), shape, int4, step="int4", sources=[source], basis_of=source
-        )
+            f"{name}.int{bits}", lambda: both[0].astype(dtype.numpy()), shape, dtype,
+            step=f"int{bits}", sources=[source], basis_of=source,
+        )  # fmt: skip
         scales = lazy(f"{name}.scales", lambda: both[1], groups_shape, ir.DataType.FLOAT16, step="scales", sources=[source])
         _measured(integers, error, both, group)
         for tensor in (integers, scales):
             graph.register_initializer(make_initializer(tensor))
-    return graph.initializers[f"{name}.int4"], graph.initializers[f"{name}.scales"]
+    return graph.initializers[f"{name}.int{bits}"], graph.initializers[f"{name}.scales"]
 
 
 def _rounding_error(weight: ir.Value) -> RoundingError | None:

@@ -16,7 +16,7 @@ from belle_compile.compiler.ir.lazy import lazy
 from belle_compile.compiler.ir.ops import operand, spec_of
 from belle_compile.compiler.ir.signature import Role
 from belle_compile.passes.base import Pass, PassResult, Phase
-from belle_compile.passes.quantization.groups import leave_int8
+from belle_compile.passes.quantization.groups import give_bits
 from belle_compile.passes.rotation.hadamard import Rotation
 from belle_compile.passes.rotation.stream import find_stream
 from belle_compile.passes.rotation.weights import replace_weight
@@ -100,7 +100,8 @@ def _keep_tied(head: ir.Node, embedding: ir.Node, rotation: Rotation, graph: ir.
     )  # fmt: skip
     weight = make_initializer(matrix)
     graph.register_initializer(weight)
-    leave_int8(product := make_node("Gemm", [source, weight], name, attributes={"transB": 1}))
+    product = make_node("Gemm", [source, weight], name, attributes={"transB": 1})
+    give_bits(product, 8)
     graph.insert_before(head, [product])
     head.replace_input_with(0, product.outputs[0])
     head.replace_input_with(index, operand(embedding, Role.TABLE))

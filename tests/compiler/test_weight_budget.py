@@ -1,4 +1,4 @@
-"""INT4 weights within a number of bytes: which layers get INT8 ones, and what is refused."""
+"""INT4 weights within a number of bytes: which layers get more bits, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors import safe_open
 from belle_compile.compiler import cli
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
-from belle_compile.compiler.weight_budget import int8_within, parse_size
-from belle_compile.runtime.artifact import Manifest, read_manifest
+from belle_compile.compiler.weight_budget import parse_size
+from belle_compile.runtime.artifact import read_manifest
 from tests.parity.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
@@ -43,22 +43,25 @@ def weight_bytes(engine: Path) -> int:
         return sum(file.get_tensor(name).nbytes for name in file.keys())
 
 
-def int8_linears(manifest: Manifest) -> list[str]:
-    return [name for record in manifest.passes if record.name == "use-int8" for name in record.options["linears"]]
+def more_bits(engine: Path) -> dict[str, int]:
+    """The linears with more than 4 bits, and their bits, by the manifest."""
+    options = [record.options for record in read_manifest(engine).passes if record.name == "use-more-bits"]
+    return {name: bits for each in options for bits in (6, 8) for name in each[f"int{bits}"]}
 
 
-def test_layers_get_int8_weights_within_the_budget(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
-    """A budget of any size is kept, a larger one gives more layers 8 bits, and those of a smaller one keep theirs."""
+def test_layers_get_more_bits_within_the_budget(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    """A budget of any size is kept, a larger one gives more bits, and no layer loses some by it."""
     least = weight_bytes(build(request(checkpoint, tmp_path / "least", requests, None)))
     most = weight_bytes(build(request(checkpoint, tmp_path / "most", requests, 10**9)))
-    assert least < most
-    chosen: list[set[str]] = []
-    for part in (0.0, 0.4, 0.7):
+    assert least < most and set(more_bits(tmp_path / "most").values()) == {8}
+    chosen: list[dict[str, int]] = []
+    for part in (0.0, 0.3, 0.7):
         budget = int(least + part * (most - least))
         engine = build(request(checkpoint, tmp_path / f"engine-{part}", requests, budget))
         assert weight_bytes(engine) <= budget
-        chosen.append(set(int8_linears(read_manifest(engine))))
-    assert not chosen[0] and chosen[0] < chosen[1] < chosen[2] < set(int8_linears(read_manifest(tmp_path / "most")))
+        chosen.append(more_bits(engine))
+    assert not chosen[0] and 6 in chosen[1].values() and set(chosen[2].values()) == {6, 8}
+    assert all(chosen[2][name] >= bits for name, bits in chosen[1].items()) and chosen[1] != chosen[2]
     with pytest.raises(CompileError, match=r"a weight budget below what 4 bits need: found .*B, expected at least .*B; give a"):
         build(request(checkpoint, tmp_path / "none", requests, least - 1))
     assert not (tmp_path / "none").exists()
@@ -66,25 +69,11 @@ def test_layers_get_int8_weights_within_the_budget(checkpoint: Path, requests: P
 
 def test_linears_that_are_fused_stay_together(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
     least = weight_bytes(build(request(checkpoint, tmp_path / "least", requests, None)))
-    chosen = int8_linears(read_manifest(build(request(checkpoint, tmp_path / "engine", requests, least + 8000))))
-    for name in chosen:
+    chosen = more_bits(build(request(checkpoint, tmp_path / "engine", requests, least + 8000)))
+    assert chosen
+    for name, bits in chosen.items():
         for one, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
-            assert not name.endswith(one) or all(name.replace(one, other) in chosen for other in others)
-
-
-def test_the_most_that_fit() -> None:
-    sizes = {"a": 5, "b": 3, "c": 4, "d": 1}
-    order = [("a",), ("b", "c"), ("d",)]
-    for budget, expected in (
-        (9, ()),
-        (10, ()),
-        (14, ()),
-        (15, ("a",)),
-        (21, ("a",)),
-        (22, ("a", "b", "c")),
-        (99, tuple("abcd")),
-    ):
-        assert int8_within(budget, order, lambda names: 10 + sum(sizes[name] for name in names)) == expected
+            assert not name.endswith(one) or all(chosen[name.replace(one, other)] == bits for other in others)
 
 
 @pytest.mark.parametrize(

@@ -238,8 +238,8 @@ class Lowering(ABC):
         """The operands of the int8 linear kernel for a weight and its scales."""
 
     @abstractmethod
-    def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """The operands of the int4 linear kernel for a weight and the scales of its groups."""
+    def group_linear(self, weight: ir.Value | None, scale: ir.Value | None, bits: int) -> list[Operand]:
+        """The operands of the linear kernel for a weight of 4 or 6 `bits` and the scales of its groups."""
 
     def vector(self, value: ir.Value | None) -> Weight:
         """A float32 vector, padded with zeros to 64 bytes."""

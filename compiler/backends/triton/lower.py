@@ -94,7 +94,7 @@ class TritonLowering(Lowering):
     def int8_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
         return [self.int8_matrix(weight), self.vector(scale)]
 
-    def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
+    def group_linear(self, weight: ir.Value | None, scale: ir.Value | None, bits: int) -> list[Operand]:
         raise AssertionError("there is no kernel to take them")
 
     def finish(self, node: ir.Node, logits: Place) -> CandidatePlaces:

@@ -67,11 +67,13 @@ class TvmLowering(Lowering):
         )  # fmt: skip
         return [self.int8_matrix(weight), self.vector(scale), correction]
 
-    def int4_linear(self, weight: ir.Value | None, scale: ir.Value | None) -> list[Operand]:
-        """The int4 weight in panels, two weights in each byte, and its float16 scales [outputs, groups] in panels."""
+    def group_linear(self, weight: ir.Value | None, scale: ir.Value | None, bits: int) -> list[Operand]:
+        """The weight of 4 or 6 bits in panels, and its float16 scales [outputs, groups] in panels."""
         tensor, name, outputs, inputs = self.matrix(weight)
-        shape = packing.int4_panels_shape(outputs, inputs)
-        packed = self.weight(name, "uint8", shape, lambda: packing.pack_int4(tensor.numpy().astype("int8")))
+        shape_of, pack = (
+            (packing.int4_panels_shape, packing.pack_int4) if bits == 4 else (packing.int6_panels_shape, packing.pack_int6)
+        )
+        packed = self.weight(name, "uint8", shape_of(outputs, inputs), lambda: pack(tensor.numpy().astype("int8")))
         scales, scales_name, rows, groups = self.matrix(scale)
         panels = packing.group_scales_shape(rows, groups)
         return [packed, self.weight(scales_name, "float16", panels, lambda: packing.pack_group_scales(scales.numpy()))]

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from belle_compile.passes.calibration.stream_noise import stream_noise
-from belle_compile.passes.quantization.scheme import INT4
-from belle_compile.passes.quantization.use_int8 import UseInt8
+from belle_compile.passes.quantization.scheme import INT4, MoreBits
+from belle_compile.passes.quantization.use_more_bits import UseMoreBits
 from tests.passes.helpers import llama
 
 SEQUENCES = ((1, 2, 3, 4, 5, 6, 7, 8), (9, 10, 11))
@@ -47,7 +47,7 @@ def test_weights_without_rounding_errors_add_none(tmp_path: Path) -> None:
 
 def test_linears_with_int8_weights_are_not_ranked(tmp_path: Path) -> None:
     model = llama(layers=1)
-    UseInt8(("layers.0.mlp.down",)).run(model)
+    UseMoreBits(MoreBits((), ("layers.0.mlp.down",))).run(model)
     done: list[tuple[int, int]] = []
     found = stream_noise(model, SEQUENCES, tmp_path, INT4, lambda *each: done.append(each))
     assert "layers.0.mlp.down" not in [name for unit in found for name in unit.linears]

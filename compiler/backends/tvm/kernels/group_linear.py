@@ -1,4 +1,4 @@
-"""int4 linear layer: tokens quantized per row, weights with a scale per output and group of 128 inputs.
+"""int4 and int6 linear layers: tokens quantized per row, weights with a scale per output and group of 128 inputs.
 
 Weights lie in panels of 16 outputs as in quantized_linear.py, two a byte: [outputs/16][inputs/8][16][4]. The low halves of 64
 bytes are one step (16 outputs x 4 inputs), the high halves the next. They are stored as weight + 8: an `and` (high halves are
@@ -12,10 +12,14 @@ A group's sum is exact in int32. It is scaled and added to the row's float32 tot
 first input on, so a token's bits depend neither on the rows beside it nor on the instruction set.
 
 On AVX2 a product with weights of 0..15 needs no sign trick, and 8 steps fit in 16 bits: 8 * 2 * 15 * 128 < 2^15.
+
+Weights of 6 bits are stored as weight + 32: of each four steps, the low halves are as those of int4, and a third line has the
+upper two bits, see packing.pack_int6. On AVX2 two steps fit in 16 bits: 2 * 2 * 63 * 128 < 2^15.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +53,7 @@ class GroupLinear(Kernel):
     bias: bool
     x: View
     out: View
+    bits: int = 4
 
     def pointers(self) -> Pointers:
         weight = (("weight", "int32"), ("scale", "float16"), *optional(self.bias, "bias"))
@@ -62,11 +67,11 @@ class GroupLinear(Kernel):
 
     def _block(self, block: Block, kind: type[GroupSums], named: dict[str, Buffer]) -> None:
         depth = round_up(self.inputs, INPUT_ALIGNMENT)
-        panel_words, groups = depth // CHUNK * WORDS, -(-depth // GROUP)
+        panel_words, groups = depth // CHUNK * WORDS * self.bits // 4, -(-depth // GROUP)
         starts = [tir.bind(((block.row + m) * self.x.stride + self.x.offset) // 4) for m in range(block.height)]
         bases = [tir.bind((block.panel + p) * panel_words) for p in range(block.width)]
         scale_bases = [tir.bind((block.panel + p) * (groups * PANEL)) for p in range(block.width)]
-        sums = kind(named["xq"], starts, named["weight"], bases, named["scale"], scale_bases)
+        sums = kind(named["xq"], starts, named["weight"], bases, named["scale"], scale_bases, self.bits)
         sums.add(depth)
         for (m, p, lane), slot in sums.slots.items():
             row, column = block.row + m, (block.panel + p) * PANEL + lane
@@ -82,11 +87,12 @@ class GroupSums:
     """Rows x panels of sums in registers of `lanes`: int32 within a group, float32 over the groups before."""
 
     lanes: ClassVar[int]
-    together: ClassVar[int]  # chunks whose products are added up at once
+    chunks_together: ClassVar[Mapping[int, int]]  # by the bits of weights, the chunks whose products are added up at once
 
     def __init__(self, xq: Buffer, starts: list[Expr], weight: Buffer, bases: list[Expr], scale: Buffer,
-                 scale_bases: list[Expr]) -> None:  # fmt: skip
+                 scale_bases: list[Expr], bits: int) -> None:  # fmt: skip
         self.xq, self.starts, self.weight, self.bases = xq, starts, weight, bases
+        self.bits, self.together = bits, self.chunks_together[bits]
         self.scale, self.scale_bases = scale, scale_bases
         self.parts = [(p, lane) for p in range(len(bases)) for lane in range(0, PANEL, self.lanes)]
         self.slots = {
@@ -108,8 +114,8 @@ class GroupSums:
 
     def _group(self, group: Expr, chunks: Expr) -> None:
         for m, start in enumerate(self.starts):
-            eightfold = self._take(m, tir.bind(start + group * (GROUP // 4)), chunks)
-            initial = tir.bind(T.broadcast(T.int32(0) - eightfold, self.lanes))
+            excess = self._take(m, tir.bind(start + group * (GROUP // 4)), chunks)
+            initial = tir.bind(T.broadcast(T.int32(0) - excess, self.lanes))
             for i in range(len(self.parts)):
                 self.acc[m * len(self.parts) + i] = initial
 
@@ -128,7 +134,8 @@ class GroupSums:
                 )
 
     def _take(self, m: int, start: Expr, chunks: Expr) -> Expr:
-        """Store a row's activations of a group as int8 (the upper bit of int8 + 128 is flipped); returns 8 * their sum."""
+        """Store a row's activations of a group as int8 (the upper bit of int8 + 128 is flipped); returns their sum times what
+        weights are stored with in excess, 8 or 32."""
         total = tir.scalar(tir.splat_i32(0, self.lanes), tir.int_type(self.lanes))
         at_once = INPUT_ALIGNMENT // 4
 
@@ -138,7 +145,7 @@ class GroupSums:
                 signs = tir.splat_i32(-0x7F7F7F80, self.lanes)  # 0x80808080
                 words = tir.bind(T.bitwise_xor(tir.load(self.xq, start + place, self.lanes), signs))
                 tir.store(self.signed, place + m * (GROUP // 4), words, self.lanes)
-                total[0] = total[0] + self._fours(T.broadcast(T.int8(8), 4 * self.lanes), self._bytes(words))
+                total[0] = total[0] + self._fours(T.broadcast(T.int8(1 << (self.bits - 1)), 4 * self.lanes), self._bytes(words))
 
         tir.for_range(T.floordiv(chunks, tir.i64(INPUT_ALIGNMENT // CHUNK)), part)
         return tir.bind(tir.pure("int32", "llvm.vector.reduce.add", total[0]))
@@ -158,54 +165,69 @@ class GroupSums:
         """The four activations of a step of the group, repeated for every output."""
         return tir.bind(self._bytes(T.broadcast(self.signed[step + m * (GROUP // 4)], self.lanes)))
 
-    def _weights(self, chunk: Expr, p: int, lane: int) -> tuple[Expr, Expr]:
-        """The weights + 8 of both steps of a chunk."""
+    def _weights(self, chunk: Expr, c: int, p: int, lane: int) -> tuple[Expr, Expr]:
+        """The weights, with what is in excess, of both steps of the chunk `c` of those added up at once from `chunk` on."""
         mask = tir.splat_i32(0x0F0F0F0F, self.lanes)
-        both = tir.bind(tir.load(self.weight, self.bases[p] + chunk * WORDS + lane, self.lanes))
-        high = T.bitwise_and(T.shift_right(both, tir.splat_i32(4, self.lanes)), mask)
-        return tir.bind(self._bytes(T.bitwise_and(both, mask))), tir.bind(self._bytes(high))
+        line = chunk + c if self.bits == 4 else T.floordiv(chunk, tir.i64(2)) * 3 + c
+        both = tir.bind(tir.load(self.weight, self.bases[p] + line * WORDS + lane, self.lanes))
+        steps = [T.bitwise_and(both, mask), T.bitwise_and(T.shift_right(both, tir.splat_i32(4, self.lanes)), mask)]
+        if self.bits == 6:
+            upper = tir.bind(tir.load(self.weight, self.bases[p] + (line - c + 2) * WORDS + lane, self.lanes))
+            steps = [T.bitwise_or(low, self._upper(upper, 2 * c + half)) for half, low in enumerate(steps)]
+        return tir.bind(self._bytes(steps[0])), tir.bind(self._bytes(steps[1]))
+
+    def _upper(self, words: Expr, step: int) -> Expr:
+        """The upper two bits of the weights of one of four steps, in their place."""
+        left = 4 - 2 * step
+        amount = tir.splat_i32(abs(left), self.lanes)
+        moved = T.shift_left(words, amount) if left > 0 else T.shift_right(words, amount) if left else words
+        return T.bitwise_and(moved, tir.splat_i32(0x30303030, self.lanes))
 
 
 class VnniGroups(GroupSums):
     """Products by vpdpbusd, which multiplies 4 inputs of 16 outputs at once."""
 
     lanes = PANEL
-    together = 1
+    chunks_together: ClassVar[Mapping[int, int]] = {4: 1, 6: 2}
 
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
         return _dot(tir.splat_i32(0, self.lanes), unsigned, signed)
 
     def _products(self, chunk: Expr, step: Expr) -> None:
-        weights = [self._weights(chunk, p, lane) for p, lane in self.parts]
-        for half in range(2):
-            for m in range(len(self.starts)):
-                token = self._token(m, step + half)
-                for i, both in enumerate(weights):
-                    slot = m * len(weights) + i
-                    self.acc[slot] = _dot(self.acc[slot], both[half], token)
+        for c in range(self.together):
+            weights = [self._weights(chunk, c, p, lane) for p, lane in self.parts]
+            for half in range(2):
+                for m in range(len(self.starts)):
+                    token = self._token(m, step + 2 * c + half)
+                    for i, both in enumerate(weights):
+                        slot = m * len(weights) + i
+                        self.acc[slot] = _dot(self.acc[slot], both[half], token)
 
 
 class MaddubsGroups(GroupSums):
-    """Products with 256-bit registers: a panel is two halves of 8 outputs, and sums of 8 steps stay in 16 bits."""
+    """Products with 256-bit registers: a panel is two halves of 8 outputs, and sums of 8 steps, of 2 with weights of 6 bits,
+    stay in 16 bits."""
 
     lanes = PANEL // 2
-    together = 4
+    chunks_together: ClassVar[Mapping[int, int]] = {4: 4, 6: 2}
 
     def _fours(self, unsigned: Expr, signed: Expr) -> Expr:
         return self._added(_pairs(unsigned, signed))
 
     def _products(self, chunk: Expr, step: Expr) -> None:
-        pairs = tir.Registers(len(self.slots), f"int16x{2 * self.lanes}", T.broadcast(T.int16(0), 2 * self.lanes))
-        for c in range(self.together):
-            tokens = [[self._token(m, step + 2 * c + half) for half in range(2)] for m in range(len(self.starts))]
-            for i, (p, lane) in enumerate(self.parts):
-                weights = self._weights(chunk + c, p, lane)
-                for m, token in enumerate(tokens):
-                    slot = m * len(self.parts) + i
-                    for half in range(2):
-                        pairs[slot] = pairs[slot] + _pairs(weights[half], token[half])
-        for slot in self.slots.values():
-            self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
+        chunks = list(range(self.together))
+        for part in [chunks] if self.bits == 4 else [[c] for c in chunks]:
+            pairs = tir.Registers(len(self.slots), f"int16x{2 * self.lanes}", T.broadcast(T.int16(0), 2 * self.lanes))
+            for c in part:
+                tokens = [[self._token(m, step + 2 * c + half) for half in range(2)] for m in range(len(self.starts))]
+                for i, (p, lane) in enumerate(self.parts):
+                    weights = self._weights(chunk, c, p, lane)
+                    for m, token in enumerate(tokens):
+                        slot = m * len(self.parts) + i
+                        for half in range(2):
+                            pairs[slot] = pairs[slot] + _pairs(weights[half], token[half])
+            for slot in self.slots.values():
+                self.acc[slot] = self.acc[slot] + self._added(pairs[slot])
 
     def _added(self, pairs: Expr) -> Expr:
         """The int32 sums of each two neighbours."""

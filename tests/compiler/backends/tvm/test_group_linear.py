@@ -1,4 +1,4 @@
-"""The int4 linear kernel against its NumPy meaning, on every instruction set, decode and prefill alike."""
+"""The int4 and int6 linear kernels against its NumPy meaning, on every instruction set, decode and prefill alike."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ CAPACITY = 64
 Array = npt.NDArray[Any]
 
 
-def group_linear(outputs: int, inputs: int, bias: bool = True) -> GroupLinear:
-    return GroupLinear(outputs, inputs, bias, View.of_width(inputs), View.of_width(outputs))
+def group_linear(outputs: int, inputs: int, bias: bool = True, bits: int = 4) -> GroupLinear:
+    return GroupLinear(outputs, inputs, bias, View.of_width(inputs), View.of_width(outputs), bits)
 
 
 @pytest.fixture(scope="module", params=HOST_ISAS, ids=lambda isa: isa.name)
 def library(request: pytest.FixtureRequest) -> Library:
-    return Library([*(group_linear(*shape) for shape in SHAPES), group_linear(*SHAPES[2], bias=False)], request.param)
+    kernels = [group_linear(*shape, bits=bits) for shape in SHAPES for bits in (4, 6)]
+    return Library([*kernels, group_linear(*SHAPES[2], bias=False)], request.param)
 
 
-def operands(shape: tuple[int, int], rows: int, seed: int = 0) -> tuple[Array, Array, Array, Array, Array]:
+def operands(shape: tuple[int, int], rows: int, seed: int = 0, bits: int = 4) -> tuple[Array, Array, Array, Array, Array]:
     """xq, xs, wq, ws, bias; first the extremes of both factors."""
     rng = np.random.default_rng(seed)
     outputs, inputs = shape
-    xq, wq = rng.integers(-127, 128, (rows, inputs)), rng.integers(-8, 8, shape)
+    highest = (1 << (bits - 1)) - 1
+    xq, wq = rng.integers(-127, 128, (rows, inputs)), rng.integers(-highest - 1, highest + 1, shape)
     xq[0], xq[-1, : inputs // 2] = 127, -127
-    wq[0], wq[1] = 7, -8
+    wq[0], wq[1] = highest, -highest - 1
     ws = rng.normal(0, 0.01, (outputs, -(-inputs // meanings.GROUP)))
     ws[2, 0] = 0
     return (xq.astype(np.int8), rng.random(rows, np.float32), wq.astype(np.int8), ws.astype(np.float16),
@@ -57,19 +59,21 @@ def tokens(xq: Array) -> Array:
 def run(library: Library, kernel: GroupLinear, xq: Array, xs: Array, wq: Array, ws: Array, bias: Array) -> Array:
     out = aligned_copy(np.zeros((CAPACITY, kernel.out.stride), np.float32))
     biases = [aligned_copy(pack_vector(bias))] if kernel.bias else []
+    pack = packing.pack_int4 if kernel.bits == 4 else packing.pack_int6
     library.call(
-        kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(packing.pack_int4(wq)),
+        kernel, ints(len(xq)), tokens(xq), aligned_copy(xs), aligned_copy(pack(wq)),
         aligned_copy(packing.pack_group_scales(ws)), *biases, out,
     )  # fmt: skip
     return out[: len(xq), : kernel.outputs]
 
 
+@pytest.mark.parametrize("bits", [4, 6])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_what_its_meaning_says(library: Library, shape: tuple[int, int]) -> None:
+def test_it_is_what_its_meaning_says(library: Library, shape: tuple[int, int], bits: int) -> None:
     """To the bit: sums are exact and every rounding is the meaning's."""
     for rows in ROWS:
-        xq, xs, wq, ws, bias = operands(shape, rows)
-        got = run(library, group_linear(*shape), xq, xs, wq, ws, bias)
+        xq, xs, wq, ws, bias = operands(shape, rows, bits=bits)
+        got = run(library, group_linear(*shape, bits=bits), xq, xs, wq, ws, bias)
         np.testing.assert_array_equal(got, meanings.group_linear(xq, xs, wq, ws, bias), err_msg=f"{rows} rows")
 
 
@@ -105,6 +109,18 @@ def test_packed_weights() -> None:
         byte = packed[n // 16, k // 8, n % 16, k % 4]
         assert (byte >> 4 if k // 4 % 2 else byte & 15) == wq[n, k] + 8
     assert packed[1, 15, 15, 3] == 0x88, "padding is a weight of zero"
+
+
+def test_packed_weights_of_6_bits() -> None:
+    """In blocks of 16 inputs: two lines of low halves, and a line with the upper bits of four steps in each byte."""
+    wq = (np.arange(20 * 70).reshape(20, 70) * 7 % 64 - 32).astype(np.int8)
+    packed = packing.pack_int6(wq)
+    assert packed.shape == packing.int6_panels_shape(20, 70) == (2, 8, 3, 16, 4) and packed.dtype == np.uint8
+    for n, k in ((0, 0), (3, 6), (17, 69), (19, 12), (5, 41)):
+        block, step = packed[n // 16, k // 16, :, n % 16, k % 4], k // 4 % 4
+        low = block[step // 2] >> 4 if step % 2 else block[step // 2] & 15
+        assert (low | (block[2] >> 2 * step & 3) << 4) == wq[n, k] + 32
+    np.testing.assert_array_equal(packing.unpack(packed, wq.shape, "int8"), wq)
 
 
 def test_amx_hosts_take_the_same_kernel() -> None:
