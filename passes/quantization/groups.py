@@ -51,7 +51,7 @@ def group_scales(weight: Tensor, importance: Tensor, group: int, bits: int = 4) 
     groups = torch.nn.functional.pad(weight, (0, padding)).view(outputs, -1, group)
     factors = torch.nn.functional.pad(importance, (0, padding)).view(-1, group, 1)
     low, high = groups.amin(dim=2), groups.amax(dim=2)
-    outermost = torch.maximum(high, -low) / LIMIT if bits == 8 else torch.where(high > -low, high, low) / _range(bits)[0]
+    outermost = torch.maximum(high, -low) / LIMIT if bits == 8 else torch.where(high > -low, high, low) / limits(bits)[0]
     best, least = outermost, torch.full_like(outermost, torch.inf)
     for candidate in CANDIDATES_INT8 if bits == 8 else CANDIDATES:
         scales = (outermost * candidate).half().float()
@@ -63,10 +63,10 @@ def group_scales(weight: Tensor, importance: Tensor, group: int, bits: int = 4) 
 
 def nearest(weight: Tensor, scales: Tensor, bits: int = 4) -> Tensor:
     """weight / scales, rounded half to even and clipped to the range of the integers; 0 where the scale is 0."""
-    return torch.round(weight / torch.where(scales == 0, 1, scales)).clamp_(*_range(bits))
+    return torch.round(weight / torch.where(scales == 0, 1, scales)).clamp_(*limits(bits))
 
 
-def _range(bits: int) -> tuple[int, int]:
+def limits(bits: int) -> tuple[int, int]:
     """The lowest and the highest integer."""
     return (-LIMIT, LIMIT) if bits == 8 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
