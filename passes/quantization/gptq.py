@@ -72,7 +72,7 @@ def round_weight(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight [N, K] whose inputs have the second moments `hessian` = sum x x^T [K, K].
 
-    Returns int8 integers [N, K] and float32 scales [N]; with `group`, integers of `bits` bits, 4 or 8, and float16 scales
+    Returns int8 integers [N, K] and float32 scales [N]; with `group`, integers of `bits` bits, 4, 6 or 8, and float16 scales
     [N, G], one for every `group` inputs. Inputs are rounded in descending order of their second moment. The error of each is
     subtracted from the weights of later ones, as far as these can compensate for it, before they are rounded. Scales are chosen
     before the first rounding: groups are neighbours in the order in which inputs lie, not in the order in which they are
@@ -86,7 +86,7 @@ def round_weight(
     size = group or len(order)
     scales = torch.empty(len(weight), -(-len(order) // size), device=weight.device)
     importance, group_of = diagonal / diagonal.sum().clamp(min=1e-30), (order // size).tolist()
-    limits = (groups.LOWEST, groups.HIGHEST) if group and bits == 4 else (-groups.LIMIT, groups.LIMIT)
+    limits = groups.limits(bits if group else 8)
     restored = torch.argsort(order)
 
     @torch.inference_mode()
