@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from belle_compile.passes.quantization.gptq import inverse_factor
-
 Tensor = torch.Tensor
 
 DAMPING = 0.01  # of Hessians, as a share of their mean diagonal
@@ -116,7 +114,7 @@ class Format:
         """The weight [N, K] rounded by GPTQ with act-order, for inputs with the second moments `hessian` [K, K]."""
         diagonal = hessian.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True)
-        factor = inverse_factor(hessian[order][:, order].clone(), DAMPING)
+        factor = _inverse_factor(hessian[order][:, order])
         scales, offsets = self.grid(weight, diagonal / diagonal.mean())
         left, scales, offsets = (each[:, order].T.contiguous() for each in (weight, scales, offsets))
         rounded = torch.empty_like(left)
@@ -131,6 +129,16 @@ class Format:
         result = torch.empty_like(weight)
         result[:, order] = rounded.T
         return result
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of a damped Hessian, float32 [K, K]; inputs that were always 0 count as 1."""
+    matrix = hessian.double()
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    return factor.float()
 
 
 def _steps(values: Tensor, bits: int, *, signed: bool) -> Tensor:
