@@ -154,10 +154,10 @@ def _group_linear(given: Sequence[TensorSpec | None], node: ir.Node) -> list[Ten
     if group < 1:
         raise CompileError("verify", "attribute group", found=str(group), expected="1 input or more")
     inferred = signature.infer(spec.inputs, spec.outputs, given, {})
-    wq, ws, bits = given[2], given[3], attributes_of(node)["weight_bits"]
+    wq, ws, bits = given[2], given[3], attributes_of(node)["integer_bits"]
     assert wq is not None and ws is not None
     if (wq.dtype == ir.DataType.INT4) != (bits == 4):
-        expected = f"{'int4' if bits == 4 else 'int8'}, as attribute weight_bits is {bits}"
+        expected = f"{'int4' if bits == 4 else 'int8'}, as attribute integer_bits is {bits}"
         raise CompileError("verify", "input wq", found=str(wq), expected=expected)
     inputs = wq.dims[1]
     groups = -(-inputs // group) if isinstance(inputs, int) else None
@@ -254,11 +254,11 @@ SPECS: tuple[OpSpec, ...] = (
            "token_ids@index:int32[T] wq@table:int8[V,K] ws@scale:float32[V] first?:int32[1]",
            "y:float32[T,K]", meanings.quantized_embedding),
     # INT4 weights have a scale, and perhaps a zero point, per output and `group` of inputs. The product is summed group by
-    # group: there is no single integer product to scale. Weights of 6 `weight_bits` are INT8 from -32 to 31.
+    # group: there is no single integer product to scale. Weights of 6 `integer_bits` are INT8 from -32 to 31.
     OpSpec(BELLE, "GroupQuantizedLinear",
            "xq:int8[T,K] xs@token_scale:float32[T] wq@weight:int4/int8[N,K] ws@group_scale:float16[N,G] bias?:float32[N] "
            "zero_point?:int8[N,G]",
-           "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP), "weight_bits": Attribute(int, 4, (4, 6))},
+           "y:float32[T,N]", meanings.group_linear, {"group": Attribute(int, GROUP), "integer_bits": Attribute(int, 4, (4, 6))},
            rule=_group_linear),
     # Changes of low rank by the adapters of a step's sequences, added to the results y of the linears `targets` in place.
     OpSpec(BELLE, "LowRank", "y:float32[T,N] x:float32[T,K] sequences@index:int32[T] sizes?:int64[P]", "sum:float32[T,N]",

@@ -63,6 +63,6 @@ class QuantizeGroups(RewritePass[ir.Node]):
         bits = group_bits(match, self.weights)
         inputs = [*quantize.outputs, *grouped_weight(weight, group, graph, bits), bias]
         attributes = {} if group == INT4.group else {"group": group}
-        attributes |= {} if bits == INT4.bits else {"weight_bits": bits}
+        attributes |= {} if bits == INT4.bits else {"integer_bits": bits}
         node = make_node("GroupQuantizedLinear", inputs, str(match.name), attributes=attributes)
         return Replacement([match], [*new, node], {match.outputs[0]: node.outputs[0]})

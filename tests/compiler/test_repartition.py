@@ -135,7 +135,8 @@ def test_unpacking(shape: tuple[int, int]) -> None:
     int4, scales = random.integers(-8, 8, shape, np.int8), random.random(shape).astype(np.float16)
     for packed, expected, dtype in (
         (packing.pack_int8(int8), int8, "int8"), (packing.pack_float(floats), floats, "float32"),
-        (packing.pack_int4(int4), int4, "int4"), (packing.pack_int6(int8 >> 2), int8 >> 2, "int8"), (packing.pack_group_scales(scales), scales, "float16"),
+        (packing.pack_int4(int4), int4, "int4"), (packing.pack_int6(int8 >> 2), int8 >> 2, "int8"),
+        (packing.pack_group_scales(scales), scales, "float16"),
         (pack_vector(floats[0]), floats[0], "float32"),
     ):  # fmt: skip
         np.testing.assert_array_equal(TvmBackend().unpack(packed, expected.shape, dtype), expected)

@@ -108,7 +108,7 @@ def group_linear(low: Lowering, node: ir.Node, attributes: Attributes) -> None:
         zeros = "no zero points" if operand(node, Role.ZERO_POINT) is None else "zero points"
         found, expected = f"groups of {attributes['group']} inputs and {zeros}", f"groups of {GROUP} inputs and no zero points"
         raise CompileError(low.backend, f"op {node.op_type}", node=str(node.name), found=found, expected=expected)
-    bits = attributes["weight_bits"]
+    bits = attributes["integer_bits"]
     kernel = low.kernels.GroupLinear(out.width, xq.width, bias is not None, xq.view, out.view, bits)
     weight = low.group_linear(operand(node, Role.WEIGHT), operand(node, Role.GROUP_SCALE), bits)
     low.call(kernel, node, out.buffer.rows, xq, xs, *weight, *_optional_vector(low, bias), out)

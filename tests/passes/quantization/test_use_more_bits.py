@@ -49,7 +49,7 @@ def test_the_passes_after_it_follow() -> None:
     run_pipeline(mixed, passes_of(Recipe(INT4), more_bits=CHOSEN))
     assert linears(mixed, "QuantizedLinear") == {"layers.0.mlp.down", "lm_head"}
     bits = {
-        str(node.name): attributes_of(node)["weight_bits"] for node in mixed.graph if node.op_type == "GroupQuantizedLinear"
+        str(node.name): attributes_of(node)["integer_bits"] for node in mixed.graph if node.op_type == "GroupQuantizedLinear"
     }
     assert {name for name, own in bits.items() if own == 6} == set(CHOSEN.int6) and {*bits.values()} == {4, 6}
     weight = mixed.graph.initializers["layers.0.mlp.up.weight.int6"].const_value
