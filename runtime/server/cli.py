@@ -119,17 +119,24 @@ def _serve_rank(directory: Path, params: dict[str, Any]) -> int:
             changed["kv_cache_memory"] = kv_cache_bytes
         return Engine.load(directory, telemetry=metrics, **arguments | changed)
 
-    with Engine.load(directory, telemetry=metrics, **arguments) as engine:
+    engine = Engine.load(directory, telemetry=metrics, **arguments)
+    try:
         service = Service(engine, options, metrics, directory, load if place is None else None)
+    except BaseException:
+        engine.close()
+        raise
+    del engine  # The service has it, so that nothing keeps its memory once another one has replaced it.
+    try:
+        app = create_app(service)
+        # What is here now lives as long as the process. Collecting garbage, which stops all threads, would go through it
+        # again and again: a hundred thousand objects, some tens of milliseconds.
+        gc.collect()
+        gc.freeze()
+        return run(app, service, sockets)
+    finally:
         try:
-            app = create_app(service)
-            # What is here now lives as long as the process. Collecting garbage, which stops all threads, would go through it
-            # again and again: a hundred thousand objects, some tens of milliseconds.
-            gc.collect()
-            gc.freeze()
-            return run(app, service, sockets)
-        finally:
             service.close()
+        finally:
             service.swap.close()
 
 

@@ -68,5 +68,5 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._parsers, function)
 
     def close(self) -> None:
-        """End the threads. The engine belongs to the caller, and those that replaced it are closed by `swap`."""
+        """End the threads. Engines are closed by `swap`."""
         self._parsers.shutdown(wait=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from belle_compile.runtime.engine import Engine
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.server import serve
 from belle_compile.runtime.server.options import EngineOptions, ServerOptions
+from belle_compile.runtime.server.served_engine import ServedEngine
 from belle_compile.runtime.server.service import Service
 from tests.runtime.fakes import make_directory, make_engine
 from tests.runtime.server.live import write
@@ -74,6 +77,26 @@ def test_another_engine_is_loaded_with_the_same_options(
     assert load is not None
     load(Path("next"), kv_cache_bytes=4096, max_loras=7)
     assert served.load == first | {"max_loras": 7, "lora": None} | changed and served.directory == Path("next")
+
+
+def test_the_command_keeps_no_engine_that_was_replaced(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that stays reachable keeps some 40 MB of a tokenizer of 49,152 tokens."""
+    alive: list[bool] = []
+
+    def run(app: Any, service: Service, sockets: Any) -> int:
+        for listener in sockets:
+            listener.close()
+        first = weakref.ref(service.engine)
+        service.metrics.detach(service.engine)
+        service.engine.close()
+        service.swap.current = ServedEngine(make_engine(), service.options, None)
+        gc.unfreeze()
+        gc.collect()
+        alive.append(first() is not None)
+        return 7
+
+    monkeypatch.setattr(serve, "run", run)
+    assert invoke().exit_code == 7 and alive == [False]
 
 
 def test_options_of_the_command_line(served: Served) -> None:
