@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 PROGRAM = "belle-run"  # what its errors begin with
 
 
@@ -20,6 +22,10 @@ class BelleError(Exception):
             sentence += ": " + ", ".join(fact for fact in facts if fact)
         super().__init__(sentence + (f"; {remedy}" if remedy else "") + ".")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle has the sentence and the fields: the constructors of subclasses take other arguments."""
+        return _unpickled, (type(self), self.args), vars(self)
+
     def parts(self) -> dict[str, str]:
         """The arguments that make an equal error."""
         return {name: getattr(self, name) for name in ("stage", "what", "found", "expected", "remedy", "node")}
@@ -27,6 +33,10 @@ class BelleError(Exception):
     def to_plain(self) -> dict[str, str]:
         """The parts of the sentence, those that are empty too, and the sentence as `message`."""
         return self.parts() | {"message": " ".join(str(self).split())}
+
+
+def _unpickled(kind: type[BelleError], args: tuple[Any, ...]) -> BelleError:
+    return kind.__new__(kind, *args)
 
 
 class EngineError(BelleError):
