@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from belle_compile.runtime import Engine, host
+from belle_compile.runtime.artifact import read_manifest
 from benchmarks import machine
 from benchmarks.engines import SHAPES
 from benchmarks.ladder import claims, report
@@ -160,7 +161,7 @@ def measure(
         yield found
 
 
-def prepare(model: str, target: str, wanted: set[str], reuse: bool) -> tuple[str, dict[str, Path]]:
+def prepare(model: str, target: str, wanted: set[str], reuse: bool, requests: Path) -> tuple[str, dict[str, Path]]:
     """Return the model's name and, by their names, the folders of its engines; "" stands for the checkpoint."""
     checkpoint = source(model) if model in SHAPES else Path(model)
     name = model if model in SHAPES else checkpoint.name
@@ -168,7 +169,7 @@ def prepare(model: str, target: str, wanted: set[str], reuse: bool) -> tuple[str
     for engine in (engine for engine in ENGINES if engine in wanted):
         out = Path("build/engines") / f"ladder-{name}-{engine}-{target}"
         print(f"{out.name}: preparing", file=sys.stderr, flush=True)
-        folders[engine] = make_engine(checkpoint, engine, target, out, reuse)
+        folders[engine] = make_engine(checkpoint, engine, target, out, reuse, requests)
     return name, folders
 
 
@@ -184,7 +185,7 @@ def run(arguments: argparse.Namespace) -> Path:
     """Measure, and write the results anew after each pair."""
     steps = [step for step in STEPS if step.name in (arguments.only or [step.name])]
     wanted = {step.engine for step in steps} | {"int8"} | (set() if arguments.no_claims else set(ENGINES) - {"int8-ranks"})
-    name, folders = prepare(arguments.model, arguments.target, wanted, arguments.reuse)
+    name, folders = prepare(arguments.model, arguments.target, wanted, arguments.reuse, arguments.requests)
     questions = read_questions(arguments.requests)
     path: Path = arguments.out / f"ladder-{name}.json"
     result: Line = {
@@ -194,6 +195,7 @@ def run(arguments: argparse.Namespace) -> Path:
         "requests": {"file": arguments.requests.name, "sha256": hashlib.sha256(arguments.requests.read_bytes()).hexdigest()},
         "limits": {"first_token_s": FIRST_TOKEN_LIMIT_S, "token_s": TOKEN_LIMIT_S, "share": HELD},
         "titles": {step.name: step.title for step in steps}, "machine": machine.describe(), "pairs": [], "claims": {},
+        "accuracy": read_manifest(folders["int8"]).accuracy,
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
 

@@ -82,7 +82,18 @@ def section(result: Result, picture: str) -> str:
         f"{limits['first_token_s']:g} s and {limits['token_s']:g} s a token.", "",
         *table(list(_COLUMNS), [_cells(row) for row in rows(result)]), "", f"![The ladder of {result['model']}]({picture})", "",
     ]  # fmt: skip
-    return "\n".join([*lines, *_claims(result["claims"])])
+    return "\n".join([*lines, *_accuracy(result["accuracy"]), *_claims(result["claims"])])
+
+
+def _accuracy(found: Result | None) -> list[str]:
+    """What the accuracy gate found of the INT8 engine."""
+    if found is None or found["accuracy_kept"] is None:
+        return []
+    return [
+        f"- **Accuracy** of the INT8 steps, by the gate on {found['requests']} requests that were held out: "
+        f"{found['accuracy_kept']:.2%} of the model's accuracy on their expected answers, perplexity ratio "
+        f"{found['perplexity_ratio']:.4f}, top-1 agreement {found['top1_agreement']:.2%}."
+    ]
 
 
 def _claims(claims: Result) -> list[str]:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from belle_compile.compiler.driver import BuildRequest, build
-from belle_compile.runtime import Engine
+from belle_compile.compiler.requests import SelectOptions, write_set
+from belle_compile.runtime import Engine, host
 from benchmarks.serving.workloads import Chat
 
 
 @dataclass(frozen=True)
 class Built:
-    """How an engine is built: a preset, with or without fused kernels, for so many ranks."""
+    """How an engine is built: a preset, with or without fused kernels, for so many ranks, calibrated by requests or not."""
 
     quantization: str
     fuse: bool = True
     ranks: int = 1
+    calibrated: bool = False
 
 
+CALIBRATION = SelectOptions(size=64, holdout=64)
 ENGINES = {
     "float32-unfused": Built("none", fuse=False),
     "float32": Built("none"),
     "int8-unfused": Built("int8", fuse=False),
-    "int8": Built("int8"),
+    "int8": Built("int8", calibrated=True),
     "int8-ranks": Built("int8", ranks=2),
 }
 
@@ -71,14 +75,27 @@ STEPS = (
 )
 
 
-def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool) -> Path:
-    """Build an engine for a target of one rank, or for several of them; `reuse` keeps one that is there."""
+def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool, requests: Path) -> Path:
+    """Build an engine for a target of one rank, or for several of them, on a CPU for the best instruction set of this host;
+    `reuse` keeps one that is there.
+
+    Of `requests`, some calibrate the engine that is calibrated, and others are held out for its accuracy gate.
+    """
     built = ENGINES[name]
-    if not (reuse and (out / "manifest.json").is_file()):
-        whole = target if built.ranks == 1 else f"{target}x{built.ranks}"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        build(BuildRequest(checkpoint, out, target=whole, quantization=built.quantization, fuse=built.fuse, force=True))
-    return out
+    if reuse and (out / "manifest.json").is_file():
+        return out
+    whole = target if built.ranks == 1 else f"{target}x{built.ranks}"
+    isas = host.host_isas()[:1] if target == "cpu" else ()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        calibration = Path(folder) / "requests.set" if built.calibrated else None
+        if calibration:
+            write_set(requests, calibration, CALIBRATION, field="question", answer="std_answer")
+        request = BuildRequest(
+            checkpoint, out, target=whole, quantization=built.quantization, isas=isas, fuse=built.fuse,
+            calibration=calibration, force=True,
+        )  # fmt: skip
+        return build(request)
 
 
 # Ways to batch requests whose answers differ as much as real ones do: most of the ladder's answers are equally long.

@@ -117,6 +117,7 @@ def result() -> dict[str, Any]:
         "pairs": [
             pair("recompute", "kv-cache", [(1, 4), (1, 5), (1, 9)]), pair("kv-cache", "compiled", [(4, 8), (5, 10), (6, 18)]),
         ],
+        "accuracy": {"requests": 64, "accuracy_kept": 0.9937, "perplexity_ratio": 1.0021, "top1_agreement": 0.97},
         "claims": {
             "kv_cache": {
                 "context": 100, "pairs_kept": 100, "pairs_again": 5050, "work_saved": 0.98, "attention_kept_ms": 0.1,
@@ -152,6 +153,7 @@ def test_the_ladder_replaces_its_part_of_a_page(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "![The ladder of m](../results/ladder-m.svg)" in text and (tmp_path / "results" / "ladder-m.svg").is_file()
     assert "| KV cache | 5.00 | 5.00 | 5.0 |" in text and "98.0% saved" in text and "106 kernel calls a step before, 55" in text
+    assert "64 requests that were held out: 99.37% of the model's accuracy" in text
     assert "3.00 times the better of the padded ones" in text and "kernels busy 50% of the time" in text
     with pytest.raises(SystemExit, match=r"no .*\.json in"):
         report.write(tmp_path, page)
