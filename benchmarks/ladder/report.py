@@ -90,7 +90,7 @@ def _accuracy(found: Result | None) -> list[str]:
     if found is None or found["accuracy_kept"] is None:
         return []
     return [
-        f"- **Accuracy** of the INT8 steps, by the gate on {found['requests']} requests that were held out: "
+        f"- **Accuracy** of the INT8 engine for one rank, by the gate on {found['requests']} requests that were held out: "
         f"{found['accuracy_kept']:.2%} of the model's accuracy on their expected answers, perplexity ratio "
         f"{found['perplexity_ratio']:.4f}, top-1 agreement {found['top1_agreement']:.2%}."
     ]

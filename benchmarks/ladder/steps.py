@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.requests import SelectOptions, write_set
+from belle_compile.compiler.targets import choose
 from belle_compile.runtime import Engine, host
 from benchmarks.serving.workloads import Chat
 
@@ -76,16 +77,17 @@ STEPS = (
 
 
 def make_engine(checkpoint: Path, name: str, target: str, out: Path, reuse: bool, requests: Path) -> Path:
-    """Build an engine for a target of one rank, or for several of them, on a CPU for the best instruction set of this host;
-    `reuse` keeps one that is there.
+    """Build an engine for a target of one rank, or for several of them; `reuse` keeps one that exists.
 
-    Of `requests`, some calibrate the engine that is calibrated, and others are held out for its accuracy gate.
+    A CPU's engine has kernels for the best instruction set of this host only. If the engine is to be calibrated, the file
+    `requests` (JSON lines with `question` and `std_answer`) has those to calibrate with and to hold out for the accuracy gate.
     """
     built = ENGINES[name]
     if reuse and (out / "manifest.json").is_file():
         return out
     whole = target if built.ranks == 1 else f"{target}x{built.ranks}"
-    isas = host.host_isas()[:1] if target == "cpu" else ()
+    possible = choose(target)[0].isas or ()
+    isas = tuple(isa for isa in host.host_isas() if isa in possible)[:1]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         calibration = Path(folder) / "requests.set" if built.calibrated else None
