@@ -1,8 +1,10 @@
 """int8 products of AMX tiles for many rows: blocks of 32 rows, or 16 rows of two planes, x 2 or 3 panels, 64 inputs a step.
 
-A group of panels stays in the core's cache while the rows pass it. Tile registers are not renamed, so reading sums back at once
-would stall until their products are done. Instead, the sums of a block are stored in memory and become results, one row a step,
-while the products of the next block run.
+Up to 16 rows of one plane are a block of one tile of tokens, which takes half of the products and of the conversions.
+
+A group of panels stays in the core's cache while the rows pass it. Tile registers are not renamed, so reading sums back at
+once would stall until their products are done. Instead, the sums of a block are stored in memory and become results, one row
+a step, while the products of the next block run.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from belle_compile.compiler.backends.program.kernel import View
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.panels import PANEL
-from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, TILE_BYTES, configure, emit
+from belle_compile.compiler.backends.tvm.kernels.tiles import TILE, TILE_BYTES, TILES, configure, emit
 from belle_compile.compiler.backends.tvm.kernels.tiling import LINE
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
@@ -29,8 +31,8 @@ Finish = Callable[[Expr, Expr, list[Expr]], None]
 class TileRows:
     """Emits `finish(row, panel, int32 sums of each plane)` for every row and panel of 16 outputs.
 
-    Tokens are read and results written in whole blocks of rows: buffers have room for a multiple of 32 rows, and the content
-    of rows past the last does not matter.
+    Tokens are read and results written in whole blocks of `rows_of_block` rows, which is 16 or, for one plane, 32: buffers have
+    room for a multiple of 32 rows, and the content of rows past the last does not matter.
     """
 
     isa: Isa
@@ -41,11 +43,11 @@ class TileRows:
     planes: int
     weight: Buffer
     finish: Finish
+    rows_of_block: int
 
     def __post_init__(self) -> None:
-        self.rows_of_block = 2 // self.planes * TILE
-        # The two tiles of tokens of a block: (offset from its first row, plane)
-        self.tokens = [(half * TILE, plane) for half in range(2 // self.planes) for plane in range(self.planes)]
+        # The one or two tiles of tokens of a block: (offset from its first row, plane)
+        self.tokens = [(first, plane) for first in range(0, self.rows_of_block, TILE) for plane in range(self.planes)]
 
     def take(self, rows: Expr, group: int, wide: int) -> None:
         """Emit the loops: a parallel task has `group` panels and multiplies `wide` of them at a time."""
@@ -76,7 +78,7 @@ class TileRows:
         block of rows prefetches the weights, towards its end those of the next panels."""
         steps, wide = self.depth // STEP, waiting.wide
         turn = max(0, steps - AHEAD)
-        for tile in range(2 * wide):
+        for tile in range(len(self.tokens) * wide):
             emit(self.isa, "tilezero", T.int8(tile))
 
         def loops(fetches: bool, finishes: bool) -> None:
@@ -111,19 +113,21 @@ class TileRows:
                 tir.prefetch(self.weight, start + line)
 
     def _step(self, row: Expr, panel: Expr, k: Expr, wide: int) -> None:
-        """One product for each tile of tokens and panel. Sums are in the first tiles; two tiles hold tokens, or one where three
-        panels leave no more."""
-        sums = 2 * wide
+        """One product for each tile of tokens and panel. Sums are in the first tiles; then come the tiles of tokens and
+        those of weights, as many as there are or as the sums leave."""
+        sums = len(self.tokens) * wide
+        token_tiles = min(len(self.tokens), TILES - sums - 1)
+        weight_tiles = min(wide, TILES - sums - token_tiles)
         loaded = -1
         for half, (below, plane) in enumerate(self.tokens):
-            tokens = sums + half if wide < 3 else sums
+            tokens = sums + half % token_tiles
             place = (
                 (row + below) * (self.x.stride // 4) + (self.x.offset + self.x.stride // self.planes * plane) // 4 + k * TILE
             )
             emit(self.isa, "tileloadd64", T.int8(tokens), T.address_of(self.xq[place]), tir.i64(self.x.stride))
             for p in range(wide) if half == 0 else reversed(range(wide)):
-                weights = 7 if wide == 3 else 6 + p
-                if p != loaded and (wide == 3 or half == 0):
+                weights = sums + token_tiles + p % weight_tiles
+                if p != loaded and (half == 0 or weight_tiles < wide):
                     start = T.address_of(self.weight[(panel + p) * (self.depth * PANEL) + k * TILE_BYTES])
                     emit(self.isa, "tileloadd64", T.int8(weights), start, tir.i64(64))
                 loaded = p
@@ -135,7 +139,7 @@ class _Waiting:
 
     def __init__(self, work: TileRows, wide: int, at_once: bool = False) -> None:
         self.work, self.wide, self.at_once = work, wide, at_once
-        self.sums = tir.local(2 * wide * TILE_SUMS, "int32")
+        self.sums = tir.local(len(work.tokens) * wide * TILE_SUMS, "int32")
         if not at_once:
             self._row, self._panel = tir.scalar(tir.i64(-1), "int64"), tir.scalar(tir.i64(0), "int64")
 
@@ -164,7 +168,7 @@ class _Waiting:
 
     def store(self, row: Expr, panel: Expr) -> None:
         """Store the sums of the tile registers; with `at_once`, convert them to results."""
-        for tile in range(2 * self.wide):
+        for tile in range(len(self.work.tokens) * self.wide):
             to = T.address_of(self.sums[tir.i64(tile * TILE_SUMS)])
             emit(self.work.isa, "tilestored64", T.int8(tile), to, tir.i64(64))
         if self.at_once:

@@ -197,15 +197,33 @@ class FlashAttention(ABC):
         return self.cache.start(self.task.named["block_table"][T.min(entry, self.task.final)], head)
 
     def _following(self, index: Expr, first: Expr, last: Expr) -> Callable[[Expr], Expr]:
-        """The starts of the blocks that this thread reads next: those of the next chunk, or of the next head."""
+        """The starts of the blocks that this thread reads next: those of the next chunk; after the last one of a row, those of
+        the next head, or of the next row where a thread goes from row to row."""
         table, kv_head = self.task.table, self.task.kv_head
         if not self.heads_in_turn:
+            if self.rows == 1 and self.shape.window is None:
+                return self._following_row(index)
             return lambda block: self._start_of(table + (index + 1) * BLOCKS + block, kv_head)
         more, wraps = index + 1 < last, kv_head + 1 == self.shape.num_kv_heads
         chunk = T.Select(more, index + 1, T.Select(wraps, last, first))
         head = tir.opaque(T.Select(more, kv_head, T.Select(wraps, tir.i64(0), kv_head + 1)))
         entry = tir.opaque(table + chunk * BLOCKS)
         return lambda block: self._start_of(entry + block, head)
+
+    def _following_row(self, index: Expr) -> Callable[[Expr], Expr]:
+        """The same for rows in turn: the blocks of the row, then the first ones of the next row."""
+        task, named = self.task, self.task.named
+        row = tir.opaque(T.min(task.row + 1, tir.rows_of(named["rows"]) - 1))
+        table = tir.opaque(tir.i64(named["sequences"][row]) * self.shape.max_blocks)
+        final = tir.opaque(table + T.floordiv(tir.i64(named["positions"][row]), BLOCK))
+
+        def start(block: Expr) -> Expr:
+            own = tir.opaque(task.table + (index + 1) * BLOCKS + block)
+            others = tir.opaque(T.min(table + (own - task.final - 1), final))
+            entry = tir.opaque(T.Select(own <= task.final, own, others))
+            return self.cache.start(named["block_table"][entry], task.kv_head)
+
+        return start
 
     def _position_in(self, chunk: Chunk, m: Expr) -> Expr:
         """A query's own token as int32, counted from the chunk."""

@@ -27,6 +27,7 @@ from belle_compile.compiler.backends.tvm.isa import Isa
 from belle_compile.compiler.backends.tvm.kernels.amx import TileRows
 from belle_compile.compiler.backends.tvm.kernels.base import Kernel
 from belle_compile.compiler.backends.tvm.kernels.panels import PANEL, Block, BlockLoop
+from belle_compile.compiler.backends.tvm.kernels.tiles import TILE
 from belle_compile.compiler.backends.tvm.kernels.tiling import LINE, LinearTiling, Walk, built_in
 from belle_compile.compiler.backends.tvm.tir import Buffer, Expr, T
 
@@ -81,8 +82,16 @@ class _Body:
             self._write(row, panel * PANEL, PANEL, self._corrected(sums, panel * PANEL, PANEL))
 
         layer, named = self.layer, self.named
-        products = TileRows(self.isa, self.panels, self.depth, named["xq"], layer.x, layer.planes, named["weight"], done)
-        products.take(self.rows, self.tiling.tile_panels, self.tiling.tile_wide)
+
+        def blocks_of(rows: int) -> None:
+            inputs = (self.depth, named["xq"], layer.x, layer.planes)
+            products = TileRows(self.isa, self.panels, *inputs, named["weight"], done, rows)
+            products.take(self.rows, self.tiling.tile_panels, self.tiling.tile_wide)
+
+        if layer.planes > 1:
+            blocks_of(TILE)
+        else:
+            tir.either(self.rows <= TILE, lambda: blocks_of(TILE), lambda: blocks_of(2 * TILE))
 
     def _walk(self, walk: Walk, least: int, most: int | None) -> None:
         """Emit all outputs for `least` to `most` rows (None: any number)."""

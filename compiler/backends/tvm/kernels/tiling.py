@@ -7,6 +7,7 @@ from typing import Any
 
 from belle_compile.compiler.backends.tvm.isa import Isa
 
+TILES_OF_ONE_PLANE_FROM = 12  # rows; a tile of tokens has 16
 LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
 
 
@@ -94,4 +95,5 @@ def built_in(isa: Isa, planes: int = 1) -> LinearTiling:
     """
     wide, tall = (4, 6 // planes) if isa.dot == "vnni" else (2, 2 // planes)
     few = Walk(wide, tall, prefetch=2048)
-    return LinearTiling(((tall - 1, few), (None, Walk(wide, tall))) if tall > 1 else ((None, few),))
+    walks = ((tall - 1, few), (None, Walk(wide, tall))) if tall > 1 else ((None, few),)
+    return LinearTiling(walks, tiles_from=LinearTiling.tiles_from if planes > 1 else TILES_OF_ONE_PLANE_FROM)

@@ -3,8 +3,6 @@ cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from belle_compile.compiler.backends.program import kernels
 from belle_compile.compiler.backends.tvm import tir
 from belle_compile.compiler.backends.tvm.isa import Isa
@@ -56,23 +54,6 @@ class VectorAttention(FlashAttention):
 
     def end(self) -> None:
         """Emit nothing."""
-
-    def _following(self, index: Expr, first: Expr, last: Expr) -> Callable[[Expr], Expr]:
-        """The same; where a thread goes from row to row, the blocks of a row are followed by the first ones of the next row."""
-        task, named = self.task, self.task.named
-        if self.heads_in_turn or self.rows > 1 or self.shape.window is not None:
-            return super()._following(index, first, last)
-        row = tir.opaque(T.min(task.row + 1, tir.rows_of(named["rows"]) - 1))
-        table = tir.opaque(tir.i64(named["sequences"][row]) * self.shape.max_blocks)
-        final = tir.opaque(table + T.floordiv(tir.i64(named["positions"][row]), BLOCK))
-
-        def start(block: Expr) -> Expr:
-            own = tir.opaque(task.table + (index + 1) * BLOCKS + block)
-            others = tir.opaque(T.min(table + (own - task.final - 1), final))
-            entry = tir.opaque(T.Select(own <= task.final, own, others))
-            return self.cache.start(named["block_table"][entry], task.kv_head)
-
-        return start
 
     def _read(self, cache: str, index: Expr, lanes: int) -> Expr:
         return tir.bind(T.cast(tir.load(self.task.named[cache], index, lanes), tir.float_type(lanes)))

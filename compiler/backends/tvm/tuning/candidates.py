@@ -107,7 +107,7 @@ AVX2 = (
     Bucket(None, (16, 32, 128, 512), ((1, 2), (1, 3), (1, 4), (2, 2)), 0, (_FEW_PREFETCHES, _without(_PASSES, {"unroll": 2}))),
 )
 AMX = (*AVX512[:3], replace(AVX512[3], most=None))  # tile products take larger row counts
-TILE_ROWS = (4, 8, 16, 32, 128, 512)
+TILE_ROWS = (4, 8, 12, 16, 32, 128, 512)
 
 
 def leaves_tasks(walk: Walk, panels: int) -> bool:
