@@ -157,27 +157,34 @@ _REQUESTS = (
 )
 
 
+_WRITTEN = f" {SELF}: the model writes them itself."
+
+
+def _named(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | SelfWritten | None:
+    return SelfWritten() if str(value) == SELF else value
+
+
 def calibration(what: str) -> Decorator:
     """--calibration: requests for methods that need some, and for the gate that `what` ("the export") must pass."""
-    return click.option("--calibration", type=PATH, metavar="FILE|SET", help=_REQUESTS.format("", what))
+    return click.option(
+        "--calibration", type=PATH, callback=_named, metavar=f"FILE|SET|{SELF}", help=_REQUESTS.format(_WRITTEN, what)
+    )
 
 
-def _calibration(calibration: Path | None, no_calibration: bool) -> Path | SelfWritten | None:
+def _calibration(calibration: Path | SelfWritten | None, no_calibration: bool) -> Path | SelfWritten | None:
     if calibration is not None and no_calibration:
         raise click.UsageError("--calibration and --no-calibration exclude each other", click.get_current_context())
     if no_calibration:
         return None
-    if calibration is None:
-        return SelfWritten(within_s=DEFAULT_WITHIN_S)
-    return SelfWritten() if str(calibration) == SELF else calibration
+    return SelfWritten(within_s=DEFAULT_WITHIN_S) if calibration is None else calibration
 
 
 calibration_or_self = collected(
     "calibration",
     _calibration,
     click.option(
-        "--calibration", type=PATH, metavar=f"FILE|SET|{SELF}",
-        help=_REQUESTS.format(f" {SELF}: the model writes them itself.", "the engine")
+        "--calibration", type=PATH, callback=_named, metavar=f"FILE|SET|{SELF}",
+        help=_REQUESTS.format(_WRITTEN, "the engine")
         + f"  [default: {SELF}, for presets that use requests and models of {LEAST_PARAMETERS / 1e6:.0f} M parameters or more, "
         f"where that should take at most {DEFAULT_WITHIN_S:.0f} s; the gate then only measures]",
     ),

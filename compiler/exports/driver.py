@@ -10,10 +10,12 @@ from typing import Any
 import onnx_ir as ir
 
 from belle_compile import __version__
+from belle_compile.compiler.build_request import BuildRequest
 from belle_compile.compiler.calibration import Calibration, read_calibration
 from belle_compile.compiler.checkpoint import Checkpoint, open_checkpoint
 from belle_compile.compiler.checkpoint.tensors import FLOAT_DTYPES
 from belle_compile.compiler.directory import AtomicDirectory
+from belle_compile.compiler.driver import build
 from belle_compile.compiler.exports import from_engine, judging
 from belle_compile.compiler.exports.directory import output_directory, write_record
 from belle_compile.compiler.exports.model import HEAD, ExportedModel
@@ -23,6 +25,8 @@ from belle_compile.compiler.families import build_graph, registry
 from belle_compile.compiler.integers import damage_record, integer_plan
 from belle_compile.compiler.places import checkpoint_name
 from belle_compile.compiler.reading import DECRYPT
+from belle_compile.compiler.request_writer import Written, write
+from belle_compile.compiler.self_written import SelfWritten
 from belle_compile.compiler.work_folder import kept_words, work_folder
 from belle_compile.passes.calibration.data import CalibrationData
 from belle_compile.passes.pipeline import run_pipeline
@@ -55,10 +59,8 @@ def export(request: ExportRequest) -> dict[str, Any]:
         integers = integer_plan(graph, job.recipe if job.format.integers else UNQUANTIZED, request.methods)
         job = replace(job, recipe=integers.recipe) if job.format.integers else job
         plan = plan_of(job, source)
-        calibration = None
-        if request.calibration is not None:
-            calibration = read_calibration(request.calibration, checkpoint, raw=request.raw_requests)
         digests = checkpoint.digests(lambda file, done, total: job.progress("digest")(done, total))
+        calibration, written = _requests(request, checkpoint, digests, folder)
 
         job.begin("optimize")
         model = replace(source, graph=graph.clone())
@@ -74,13 +76,14 @@ def export(request: ExportRequest) -> dict[str, Any]:
             *checkpoint.notes,
             *integers.notes,
             *(calibration.notes if calibration else ()),
+            *((written.sentence,) if written else ()),
             *facts["notes"],
             *_refusals(records),
         ]
         recipe = job.recipe if job.format.integers else UNQUANTIZED
         words = {**manifest_words(recipe, calibration is not None), **plan.words}
         damage = damage_record(model.graph)
-        passes = [*records, *([to_plain(damage)] if damage else [])]
+        passes = [*([to_plain(written.record)] if written else []), *records, *([to_plain(damage)] if damage else [])]
         record = _record(job, model, digests, words, passes) | {"notes": notes, "weights": facts["weights"]}
         record["accuracy"] = judged.to_plain(request.gate)
         complete = write_record(directory.path, record)
@@ -96,6 +99,22 @@ def _write(job: ExportJob, model: ExportedModel, directory: AtomicDirectory) -> 
         return job.format.write(model, directory.path, job.progress("write"))
     except OSError as error:
         raise directory.explain(error) from error
+
+
+def _requests(
+    request: ExportRequest, checkpoint: Checkpoint, digests: Mapping[str, str], folder: Path
+) -> tuple[Calibration | None, Written | None]:
+    """The requests to calibrate with, if any, and what is known of them where the model wrote them."""
+    if isinstance(request.calibration, SelfWritten):
+        writer = BuildRequest(
+            request.source, request.output, template=request.template, reading=request.reading,
+            raw_requests=request.raw_requests, on_progress=request.on_progress,
+        )  # fmt: skip
+        written = write(writer, request.calibration, checkpoint, digests, folder, build)
+        return written.calibration, written
+    if request.calibration is None:
+        return None, None
+    return read_calibration(request.calibration, checkpoint, raw=request.raw_requests), None
 
 
 def _calibration_data(

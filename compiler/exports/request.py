@@ -15,6 +15,7 @@ from belle_compile.compiler.gate import DEFAULT_GATE, Gate
 from belle_compile.compiler.generation import changed_defaults
 from belle_compile.compiler.places import check_checkpoint, check_file, check_reading, check_template
 from belle_compile.compiler.reading import PLAIN, Reading
+from belle_compile.compiler.self_written import SelfWritten
 from belle_compile.passes.presets import DEFAULT_PRESET, Recipe, recipe_of
 from belle_compile.runtime.artifact import GenerationDefaults
 
@@ -47,7 +48,7 @@ class ExportRequest:
     template: str | None = None
     reading: Reading = PLAIN
     generation: tuple[str, ...] = ()
-    calibration: Path | None = None
+    calibration: Path | SelfWritten | None = None
     raw_requests: bool = False
     gate: Gate | None = DEFAULT_GATE
     force: bool = False
@@ -96,7 +97,8 @@ def resolve(request: ExportRequest) -> ExportJob:
     check_template(request.template)
     check_reading(request.reading)
     changed_defaults(GenerationDefaults(), request.generation)  # those of the checkpoint are not known yet
-    check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
+    if not isinstance(request.calibration, SelfWritten):
+        check_file("calibration", request.calibration, "requests, or a set made by belle-compile calibrate-set")
     return ExportJob(request, format, recipe.applied(calibrated), tuple(notes))
 
 

@@ -12,6 +12,8 @@ from belle_compile.compiler import self_written
 from belle_compile.compiler.build_request import resolve
 from belle_compile.compiler.driver import BuildRequest, build
 from belle_compile.compiler.errors import CompileError
+from belle_compile.compiler.exports.driver import export
+from belle_compile.compiler.exports.request import ExportRequest
 from belle_compile.compiler.gate import Gate
 from belle_compile.compiler.request_writer import write_requests
 from belle_compile.compiler.self_written import SelfWritten
@@ -85,6 +87,18 @@ def test_a_model_without_a_template_writes_plain_texts(checkpoint: Path, tmp_pat
     assert written(manifest) is not None
     note = "the prompt template adds nothing to a text, so that the model wrote plain texts to calibrate with, not chats"
     assert manifest.passes[0].refusals.count(note) == 1
+
+
+def test_an_export_is_calibrated_by_requests_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    asked = ExportRequest(checkpoint, tmp_path / "one", "compressed-tensors", calibration=FEW, gate=None)
+    first, again = export(asked), export(replace(asked, output=tmp_path / "two"))
+    record = first["passes"][0]
+    assert first == again and record["name"] == "write-requests" and record["options"]["synthetic"] is True
+    assert "The requests are synthetic" in " ".join(first["notes"])
+    assert first["quantization"]["rounding"] == "by calibration requests (GPTQ)"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    with pytest.raises(CompileError, match="gate: the export is too far from the unquantized model"):
+        export(replace(asked, output=tmp_path / "three", gate=STRICT))
 
 
 def test_a_default_that_misses_a_limit_ends_no_build(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
