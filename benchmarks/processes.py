@@ -19,14 +19,22 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 def descendants(process: int) -> list[int]:
     """Return the ids of the processes that `process` has started, and of those that they have."""
     found: list[int] = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
+    for thread in _threads(process):
         try:
-            started = list(map(int, children.read_text().split()))
-        except OSError:  # the process has ended meanwhile
+            started = list(map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split()))
+        except OSError:  # the thread or the process has ended meanwhile
             continue
         for child in started:
             found += [child, *descendants(child)]
     return found
+
+
+def _threads(process: int) -> list[str]:
+    """The ids of the threads of a process; none of one that has ended, even while they are listed."""
+    try:
+        return os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return []
 
 
 def signal_tree(process: int, number: signal.Signals) -> None:
