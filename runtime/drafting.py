@@ -57,7 +57,7 @@ def load_both(
         raise _several_ranks("several processes")
     drafts = _load_draft(directory, options, draft, prefix_cache)
     try:
-        manifest, tokenizer, executor = load_parts(directory, options)
+        manifest, tokenizer, executor = load_parts(directory, options, beside=drafts.executor)
     except BaseException:
         drafts.close()
         raise

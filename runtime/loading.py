@@ -31,8 +31,10 @@ class Options:
     adapter_slots: int = 0
 
 
-def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, Executor]:
-    """Check and load an engine.
+def load_parts(
+    directory: Path, options: Options, beside: Executor | None = None
+) -> tuple[Manifest, Tokenizer, Executor]:
+    """Check and load an engine, in one process `beside` the executor of another one, which never runs at the same time.
 
     Of several ranks only rank 0 returns: the others run the steps that it sends until it closes its executor, and end their
     process with `SystemExit`.
@@ -44,7 +46,7 @@ def load_parts(directory: Path, options: Options) -> tuple[Manifest, Tokenizer, 
     if (count := manifest.target.ranks) > 1:
         remedy = f"use belle-run --ranks {count}, or start this program with mpiexec -n {count}"
         raise _other_ranks("1 process", count, remedy)
-    return manifest, *_load_rank(directory, manifest, options, None)
+    return manifest, *_load_rank(directory, manifest, options, None, beside)
 
 
 def check_ranks(manifest: Manifest, requested: int) -> None:
@@ -60,7 +62,7 @@ def _other_ranks(found: str, count: int, remedy: str) -> EngineError:
 
 
 def _load_rank(
-    directory: Path, manifest: Manifest, options: Options, collectives: Collectives | None
+    directory: Path, manifest: Manifest, options: Options, collectives: Collectives | None, beside: Executor | None = None
 ) -> tuple[Tokenizer, Executor]:
     """Check host and files, then load one rank. No kernel is loaded before the checks have passed."""
     kv_memory = KvMemory.parse(options.kv_tokens, options.kv_cache_memory)
@@ -72,7 +74,8 @@ def _load_rank(
     verify_files(directory, manifest, full=options.full, progress=options.progress, rank=rank)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
     request = LoadRequest(
-        directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives, options.adapter_slots
+        directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives, options.adapter_slots,
+        beside,
     )
     return tokenizer, factory.load(request)
 

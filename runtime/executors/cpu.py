@@ -18,6 +18,7 @@ from belle_compile.runtime.adapters.factors import AdapterMemory, AdapterSlots
 from belle_compile.runtime.distributed.collectives import Collectives
 from belle_compile.runtime.errors import EngineError
 from belle_compile.runtime.executors.adapted import NO_LINEARS, AdaptedRows, is_needed
+from belle_compile.runtime.executors.base import Executor
 from belle_compile.runtime.executors.batch import NO_ADAPTER, StepBatch
 from belle_compile.runtime.executors.kv_memory import KvMemory
 from belle_compile.runtime.executors.native import CallList, FailedCall, KernelLibrary, ThreadPool
@@ -68,12 +69,14 @@ class CpuExecutor:
         kv_memory: KvMemory | None = None,
         collectives: Collectives | None = None,
         adapter_slots: int = 0,
+        beside: Executor | None = None,
     ) -> None:
         """Map the weights in `directory` (such as ENGINE/rank0) of an engine with kernels for the `carried` instruction sets.
 
         `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_memory` to half of the memory
         beside the weights. A program of several ranks needs `collectives` for its sums. `adapter_slots` are for as many
-        adapters, if the program takes any.
+        adapters, if the program takes any. The threads are those of the executor `beside`, which never runs at the same time, if
+        it has as many.
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)
@@ -112,7 +115,8 @@ class CpuExecutor:
         self._bounds = {rows: _row_bounds(program.calls, rows) for rows in ("T", "R")}
         self._lists: dict[_Key, tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
         self._recorder: Recorder | None = None
-        self._pool = ThreadPool(library, threads if threads is not None else len(host.usable_cores()))
+        count = threads if threads is not None else len(host.usable_cores())
+        self._pool = ThreadPool(library, count, beside._pool if isinstance(beside, CpuExecutor) else None)
         self.threads = self._pool.threads
         self._adapted = AdaptedRows(self.adapters, self._inputs["adapted"], self.threads) if self.adapters else None
 

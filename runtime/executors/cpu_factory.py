@@ -47,5 +47,5 @@ class CpuFactory(ExecutorFactory):
             _log.warning("%s share %d usable cores and will wait for each other; at most %d are faster", asked, cores, most)
         return CpuExecutor(
             request.directory, request.manifest.target.isas, threads=threads, isa=request.isa, kv_memory=request.kv_memory,
-            collectives=request.collectives, adapter_slots=request.adapter_slots,
+            collectives=request.collectives, adapter_slots=request.adapter_slots, beside=request.beside,
         )  # fmt: skip

@@ -26,7 +26,8 @@ class LoadRequest:
     """One rank to load: its `directory` (`ENGINE/rank0`), and the options of `Engine.load`; None leaves one to the executor.
 
     `kv_memory` is the size of this rank's KV cache. `collectives` connect it to the other ranks of an engine that has several.
-    An engine that takes adapters gets `adapter_slots` for them.
+    An engine that takes adapters gets `adapter_slots` for them. `beside` is another executor of this process, which never runs at
+    the same time: threads can be shared with it.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class LoadRequest:
     kv_memory: KvMemory = field(default_factory=KvMemory)
     collectives: Collectives | None = None
     adapter_slots: int = 0
+    beside: Executor | None = None
 
     @property
     def local_rank(self) -> int:

@@ -58,6 +58,12 @@ class KernelLibrary:
             raise EngineError("engine", f"kernel {kernel} is missing from {self.path}", remedy=_COPY_AGAIN) from None
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
+    def pool_layout(self) -> int:
+        """The version of the layout of pools, which libraries that share one have in common; 0 for a library that was compiled
+        before there were versions, and shares none."""
+        function = getattr(self.functions, "belle_pool_layout", None)
+        return int(function()) if function else 0
+
     def sum_address(self) -> int:
         """The address of the function that sums over the ranks of a host; raises `EngineError` when the library has none."""
         try:
@@ -94,36 +100,67 @@ def _load_copy(path: Path) -> ctypes.CDLL:
         return _loaded[digest][0]
 
 
-class ThreadPool:
-    """Threads that share the loops of kernels with the thread that runs a list of calls; one list runs at a time.
+class _Workers:
+    """The threads of one pool or of several, and the memory by which they are given work.
 
-    They sleep when nothing has run for a millisecond, and end with `close` or with this object.
+    They end with the last pool that uses them.
     """
 
     def __init__(self, library: KernelLibrary, threads: int) -> None:
-        """`threads` counts the one that runs a list of calls; the others are started here."""
-        self.functions, self.threads = library.functions, threads
-        most = int(self.functions.belle_most_threads())
+        functions = library.functions
+        most = int(functions.belle_most_threads())
         if not 1 <= threads <= most:
             raise EngineError("cpu", "threads", found=str(threads), expected=f"1 to {most}")
-        memory = np.zeros(int(self.functions.belle_pool_bytes()) + 64, np.uint8)
+        self.count, self.layout, self.pools = threads, library.pool_layout(), 0
+        memory = np.zeros(int(functions.belle_pool_bytes()) + 64, np.uint8)
         self.address = memory.ctypes.data + -memory.ctypes.data % 64
-        self.functions.belle_pool_init(self.address, threads)
+        functions.belle_pool_init(self.address, threads)
         self._memory = memory
-        self._threads = [
+        self.threads = [
             # The threads hold a reference to the memory and none to this object, which may be collected while they sleep.
-            threading.Thread(target=_work, args=(self.functions, self.address, i, memory), name=f"kernels-{i}", daemon=True)
+            threading.Thread(target=_work, args=(functions, self.address, i, memory), name=f"kernels-{i}", daemon=True)
             for i in range(1, threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
-        self._stop = finalize(self, self.functions.belle_stop, self.address)
+        self._stop = finalize(self, functions.belle_stop, self.address)
+
+    def fit(self, library: KernelLibrary, threads: int) -> bool:
+        """Whether they can run the loops of a library, in this number."""
+        return self.count == threads and self.layout == library.pool_layout() != 0
+
+    def release(self) -> None:
+        """End them where no pool uses them any more."""
+        self.pools -= 1
+        if not self.pools:
+            self._stop()
+            for thread in self.threads:
+                thread.join()
+
+
+class ThreadPool:
+    """Threads that share the loops of a library's kernels with the thread that runs a list of calls; one list runs at a time.
+
+    They sleep when nothing has run for a millisecond, and end with `close` or with this object. Where lists of two libraries
+    take turns, as those of a model and of its draft model do, their pools have the same threads: those of the one that waits
+    would be polling for work on the cores that the other one needs.
+    """
+
+    def __init__(self, library: KernelLibrary, threads: int, beside: ThreadPool | None = None) -> None:
+        """`threads` counts the one that runs a list of calls; the others are started here, or are those of the pool `beside`,
+        whose lists never run at the same time. That has to have as many, for a library of the same layout of pools."""
+        self.functions, self.threads = library.functions, threads
+        shared = beside._workers if beside and beside._workers.fit(library, threads) else None
+        self._workers = shared or _Workers(library, threads)
+        self._workers.pools += 1
+        self.address, self.workers = self._workers.address, tuple(self._workers.threads)
+        self._closed = False
 
     def close(self) -> None:
-        """End the threads."""
-        self._stop()
-        for thread in self._threads:
-            thread.join()
+        """End the threads, unless another pool has them too. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._workers.release()
 
 
 def _work(functions: Any, address: int, number: int, memory: NDArray[np.uint8]) -> None:

@@ -207,7 +207,7 @@ def test_every_address_is_aligned(built: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_steps_on_whatever_thread(built: Path, weights: dict[str, np.ndarray], threads: int) -> None:
     executor, found = load(built, threads=threads), []
-    workers = executor._pool._threads
+    workers = executor._pool.workers
     assert executor.threads == threads == 1 + sum(worker.is_alive() for worker in workers)
     for _ in range(2):
         thread = threading.Thread(target=lambda: found.append(step(executor, [1, 2], [0]).copy()))
@@ -217,6 +217,18 @@ def test_steps_on_whatever_thread(built: Path, weights: dict[str, np.ndarray], t
     np.testing.assert_allclose(found, [[expected]] * 2, rtol=1e-5, atol=2e-3)
     executor.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_executors_beside_each_other_share_threads(built: Path) -> None:
+    first = load(built)
+    second, third = load(built, beside=first), load(built)
+    assert first._pool.workers == second._pool.workers != third._pool.workers
+    logits = step(first, [1, 2], [0]).copy()
+    first.close()
+    np.testing.assert_array_equal(step(second, [1, 2], [0]), logits)
+    for executor in (second, third):
+        executor.close()
+    assert not any(worker.is_alive() for worker in (*second._pool.workers, *third._pool.workers))
 
 
 def test_a_library_for_this_processor_is_taken(rank: Path, monkeypatch: pytest.MonkeyPatch) -> None:

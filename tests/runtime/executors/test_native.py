@@ -128,6 +128,64 @@ def test_two_pools_side_by_side(library: KernelLibrary) -> None:
     assert all((counter.out == 2000).all() for counter in counters)
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    path = tmp_path_factory.mktemp("other") / "kernels.so"
+    path.write_bytes(compile_functions({"uneven": uneven()}, AVX2))
+    return KernelLibrary(path)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_two_libraries_take_turns_on_the_same_threads(library: KernelLibrary, other: KernelLibrary, threads: int) -> None:
+    first = ThreadPool(library, threads)
+    second = ThreadPool(other, threads, beside=first)
+    assert second.workers == first.workers and len(first.workers) == threads - 1
+    counters = Counter(library, "count", SIZE), Counter(other, "uneven", SIZE)
+    lists = [CallList(pool, [counter.call] * 5) for pool, counter in zip((first, second), counters, strict=True)]
+    for _ in range(20):
+        for calls in lists:
+            calls.run()
+    assert (counters[0].out == 100).all()
+    np.testing.assert_array_equal(counters[1].out, np.arange(SIZE) * np.arange(1, SIZE + 1) // 2)
+    short = CallList(second, [(counters[1].call[0], counters[1].call[1][:1])])
+    with pytest.raises(FailedCall, match="call 0: .*arguments"):  # the message of its own library
+        short.run()
+    first.close()
+    first.close()
+    lists[1].run()
+    assert all(worker.is_alive() for worker in second.workers)
+    second.close()
+    assert not any(worker.is_alive() for worker in second.workers)
+
+
+@pytest.mark.parametrize(("threads", "layout"), [(3, 1), (2, 2), (2, None)])
+def test_threads_that_do_not_fit_are_not_shared(
+    library: KernelLibrary, tmp_path: Path, threads: int, layout: int | None
+) -> None:
+    """Of a pool of another size, or for a library in which a pool is, or may be, laid out in another way."""
+
+    class Functions:
+        """The library's functions, with another version of the layout, or none as before there were versions."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "belle_pool_layout":
+                return getattr(library.functions, name)
+            if layout is None:
+                raise AttributeError(name)
+            return lambda: layout
+
+    other: Any = object.__new__(KernelLibrary)
+    other.path, other.functions = library.path, Functions()
+    pools = [ThreadPool(library, 2)]
+    pools.append(ThreadPool(other, threads, beside=pools[0]))
+    assert not set(pools[0].workers) & set(pools[1].workers)
+    counter = Counter(library, "count", SIZE)
+    for pool in pools:
+        CallList(pool, [counter.call] * 3).run()
+        pool.close()
+    assert (counter.out == 6).all()
+
+
 def test_times_ascend(library: KernelLibrary, pool: ThreadPool) -> None:
     counter = Counter(library, "count", SIZE)
     times = CallList(pool, [counter.call] * 4).run_timed()
@@ -144,7 +202,7 @@ def test_a_call_that_fails_ends_the_list(library: KernelLibrary, pool: ThreadPoo
 
 def test_threads_end_with_their_pool(library: KernelLibrary) -> None:
     pool = ThreadPool(library, 4)
-    workers = pool._threads
+    workers = pool.workers
     assert len(workers) == 3 and all(worker.is_alive() for worker in workers)
     del pool
     gc.collect()

@@ -216,12 +216,14 @@ class Backend(ExecutorFactory):
 
     def __init__(self) -> None:
         self.loaded: list[FakeExecutor] = []
+        self.beside: list[Executor | None] = []
 
     def load(self, request: LoadRequest) -> Executor:
         executor = FakeExecutor(near_rule if request.kv_memory.share else sharp_rule, **PLAIN)
         executor.vocab_size += len(request.manifest.model.name) - len("tiny")
         executor.batch.answers_apart = request.manifest.target.name == "apart"
         self.loaded.append(executor)
+        self.beside.append(request.beside)
         return executor
 
 
@@ -249,6 +251,7 @@ def test_an_engine_and_its_draft_are_loaded_and_closed(tmp_path: Path, backend: 
         assert guessed.accepted > 0 and both.draft_bytes > 1 << 20 and alone.draft_bytes == 0
         assert both.identity == alone.identity
     assert all(executor.closed for executor in backend.loaded)
+    assert backend.beside == [None, backend.loaded[0], None]  # the engine may share the threads of its draft
 
 
 @pytest.mark.parametrize(

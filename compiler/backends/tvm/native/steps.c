@@ -23,6 +23,7 @@ enum {
   YIELDS = 3000,       // polls of a worker between loops, with yields, before it sleeps: about a millisecond
   FETCHED = 8,         // cache lines of weights that are prefetched between two polls
   USUAL_CACHE = 512 * 1024,
+  POOL_LAYOUT = 1,     // to be raised when Pool changes, or what a thread does with it: libraries that agree can share a pool
 };
 
 typedef struct {
@@ -159,6 +160,7 @@ HIDDEN void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **par
 
 API size_t belle_pool_bytes(void) { return sizeof(Pool); }
 API int32_t belle_most_threads(void) { return MOST_THREADS; }
+API int32_t belle_pool_layout(void) { return POOL_LAYOUT; }
 API const char *belle_error(void) { return message; }
 
 // `memory` has belle_pool_bytes() zeros and starts at a multiple of 64.
