@@ -1,9 +1,12 @@
-"""Decoding with a draft engine against decoding without it, in turns.
+"""Decoding with a draft engine against decoding without it: whether the answers are the same, and the rates of both, in turns.
 
-    python -m benchmarks.draft ENGINE DRAFT requests.jsonl [--draft-tokens 4] [--out benchmarks/results/draft.json]
+    python -m benchmarks.draft ENGINE DRAFT requests.jsonl --out benchmarks/results/draft.json
+    python -m benchmarks.draft ENGINE DRAFT requests.jsonl --compare --requests 300 --draft-tokens 4 --out …
 
-The requests are JSON lines with `question`. Both ways are loaded at the same time; batches of requests are answered by one and
-then by the other, every round beginning with the other way. Rates are of whole batches, all tokens of answers per second.
+The requests are JSON lines with `question`. Both ways are loaded at the same time. For rates, batches of requests are answered
+by one and then by the other, in turns, every round beginning with the other way: all tokens of answers per second, prompts
+included. With `--compare`, every request is answered once alone without the draft, and with it alone and in batches; no rates.
+One run measures some ways and batch sizes, so that it can be short. It replaces an equal one in the file, or is added to it.
 """
 
 from __future__ import annotations
@@ -12,63 +15,79 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from belle_compile.runtime import Engine, SamplingParams
+from belle_compile.runtime import Engine, Result, SamplingParams
 from benchmarks import machine
 
-REQUESTS, NEW_TOKENS, ROUNDS, BATCHES = 16, 128, 3, (1, 4, 16)
+REQUESTS, NEW_TOKENS, ROUNDS, BATCHES = 16, 128, 5, (1, 4, 16)
 WAYS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.7, "top_p": 0.9}}
+SETTINGS = ("engine", "draft", "data", "draft_tokens", "new_tokens", "prefix_cache", "threads", "requests", "rounds", "note")
 
 
-def measure(engines: dict[str, Engine], prompts: list[str], way: str, batch: int, rounds: int, tokens: int) -> dict[str, Any]:
-    """Rates of both engines in batches of this size, and how many answers are identical."""
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    drafted = accepted = identical = answers = 0
+class Requests:
+    """Prompts with their parameters, answered in one of `WAYS`; the seed of a request is its number."""
+
+    def __init__(self, prompts: list[str], way: str, tokens: int) -> None:
+        self._prompts = prompts
+        self._params = [
+            SamplingParams(**WAYS[way], repetition_penalty=1.0, seed=number, max_new_tokens=tokens)
+            for number in range(len(prompts))
+        ]
+
+    def batches(self, size: int) -> Iterable[tuple[list[str], list[SamplingParams]]]:
+        for first in range(0, len(self._prompts), size):
+            yield self._prompts[first : first + size], self._params[first : first + size]
+
+    def answers(self, engine: Engine, batch: int) -> list[Result]:
+        return [result for part in self.batches(batch) for result in engine.generate(*part)]
+
+
+def rates(plain: Engine, both: Engine, requests: Requests, batch: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second without and with the draft in batches of this size, and how many answers are identical."""
+    engines = {"plain": plain, "draft": both}
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    guessed: list[Result] = []
+    same = 0
     for turn in range(rounds):
-        found: dict[str, list[list[int]]] = {}
-        for name in list(engines)[:: 1 if turn % 2 else -1]:
-            found[name], generated, seconds = [], 0, 0.0
-            for first in range(0, len(prompts), batch):
-                part = prompts[first : first + batch]
-                params = [
-                    SamplingParams(**WAYS[way], repetition_penalty=1.0, seed=first + n, max_new_tokens=tokens)
-                    for n in range(len(part))
-                ]
+        tokens, seconds = dict.fromkeys(engines, 0), dict.fromkeys(engines, 0.0)
+        for number, part in enumerate(requests.batches(batch)):
+            results: dict[str, list[Result]] = {}
+            for name in list(engines)[:: 1 if (turn + number) % 2 else -1]:
                 started = time.perf_counter()
-                results = engines[name].generate(part, params)
-                seconds += time.perf_counter() - started
-                generated += sum(len(result.token_ids) for result in results)
-                found[name] += [result.token_ids for result in results]
-                drafted += sum(result.drafted for result in results)
-                accepted += sum(result.accepted for result in results)
-            rates[name].append(round(generated / seconds, 2))
-        identical += sum(one == other for one, other in zip(found["plain"], found["draft"], strict=True))
-        answers += len(prompts)
-    medians = {name: statistics.median(samples) for name, samples in rates.items()}
-    return {
-        "way": way, "batch": batch, "tokens_per_second": rates, "ratio": round(medians["draft"] / medians["plain"], 3),
-        "drafted": drafted, "accepted": accepted, "acceptance": round(accepted / (drafted or 1), 3),
-        "answers": answers, "identical": identical,
-    }  # fmt: skip
+                results[name] = engines[name].generate(*part)
+                seconds[name] += time.perf_counter() - started
+                tokens[name] += sum(len(result.token_ids) for result in results[name])
+            guessed += results["draft"]
+            same += identical(results["plain"], results["draft"])
+        for name in engines:
+            samples[name].append(round(tokens[name] / seconds[name], 2))
+    medians = {name: statistics.median(found) for name, found in samples.items()}
+    ratio = {"tokens_per_second": samples, "ratio": round(medians["draft"] / medians["plain"], 3)}
+    return ratio | guesses(guessed) | {"answers": len(guessed), "identical": same}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", type=Path)
-    parser.add_argument("draft", type=Path)
-    parser.add_argument("data", type=Path, help="JSON lines with question")
-    parser.add_argument("--draft-tokens", type=int, help="guess always so many (default: as many as pay)")
-    parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--batch", type=int, action="append", help=f"may be given several times (default: {BATCHES})")
-    parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--kv-tokens", type=int, default=32768, help="of each of the three caches")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+def identical(expected: list[Result], found: list[Result]) -> int:
+    return sum(one.token_ids == other.token_ids for one, other in zip(expected, found, strict=True))
+
+
+def guesses(results: list[Result]) -> dict[str, Any]:
+    """What was guessed for answers, and what of it was right."""
+    drafted, accepted = (sum(getattr(result, name) for result in results) for name in ("drafted", "accepted"))
+    tokens = sum(len(result.token_ids) for result in results)
+    acceptance = round(accepted / drafted, 3) if drafted else None
+    return {"tokens": tokens, "drafted": drafted, "accepted": accepted, "acceptance": acceptance}
+
+
+def compare(plain: list[Result], both: Engine, requests: Requests, batch: int) -> dict[str, Any]:
+    """How many answers in batches of this size with the draft are those alone without it."""
+    found = requests.answers(both, batch)
+    return guesses(found) | {"answers": len(found), "identical": identical(plain, found)}
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     lines = arguments.data.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["question"] for line in lines if line.strip()][: arguments.requests]
     options: dict[str, Any] = {
@@ -77,23 +96,61 @@ def main() -> None:
     drafting = {"draft": arguments.draft, "draft_tokens": arguments.draft_tokens}
     rows = []
     with Engine.load(arguments.engine, **options) as plain, Engine.load(arguments.engine, **options, **drafting) as both:
-        engines = {"plain": plain, "draft": both}
-        for engine in engines.values():  # prepares kernels
+        for engine in (plain, both):  # prepares kernels
             engine.generate(prompts[:1], SamplingParams(temperature=0, max_new_tokens=16))
-        for way in WAYS:
+        for way in arguments.way or WAYS:
+            requests = Requests(prompts, way, arguments.new_tokens)
+            expected = requests.answers(plain, 1) if arguments.compare else []
             for batch in arguments.batch or BATCHES:
-                sizes = (arguments.rounds, arguments.new_tokens)
-                rows.append(row := measure(engines, prompts, way, batch, *sizes))
-                print(f"{way}, batch {batch}: {row['ratio']}x; {row['accepted']} of {row['drafted']} guesses accepted; "
-                      f"{row['identical']} of {row['answers']} answers identical")  # fmt: skip
-    report = {
-        "engine": arguments.engine.name, "draft": arguments.draft.name, "data": arguments.data.name,
-        "draft_tokens": arguments.draft_tokens, "new_tokens": arguments.new_tokens, "prefix_cache": arguments.prefix_cache,
-        "rows": rows, "machine": machine.describe(),
-    }  # fmt: skip
+                if arguments.compare:
+                    row = compare(expected, both, requests, batch)
+                else:
+                    row = rates(plain, both, requests, batch, arguments.rounds)
+                rows.append({"way": way, "batch": batch} | row)
+                speed = f"{row['ratio']}x; " if "ratio" in row else ""
+                print(f"{way}, batch {batch}: {speed}{row['accepted']} of {row['drafted']} guesses accepted; "
+                      f"{row['identical']} of {row['answers']} answers identical", flush=True)  # fmt: skip
+    return rows
+
+
+def add(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add a run to a file of results, in place of what was measured before with the same settings, way and batch size."""
+    key = ("way", "batch")
+    runs = json.loads(out.read_text()) if out.exists() else []
+    new = {tuple(row[name] for name in key) for row in rows}
+    for other in runs:
+        if {name: other[name] for name in settings} == settings:
+            other["rows"] = [row for row in other["rows"] if tuple(row[name] for name in key) not in new]
+    runs = [other for other in runs if other["rows"]] + [settings | {"rows": rows, "machine": machine.describe()}]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(runs, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("draft", type=Path)
+    parser.add_argument("data", type=Path, help="JSON lines with question")
+    parser.add_argument("--compare", action="store_true", help="compare answers, and measure no rates")
+    parser.add_argument("--draft-tokens", type=int, help="guess always so many (default: as many as pay)")
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--way", choices=WAYS, action="append", help="may be given several times (default: all)")
+    parser.add_argument("--batch", type=int, action="append", help=f"may be given several times (default: {BATCHES})")
+    parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--kv-tokens", type=int, default=32768, help="of each of the three caches")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--note", default="", help="what ran beside it")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = run(arguments)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings |= {name: getattr(arguments, name).name for name in ("engine", "draft", "data")}
+    if arguments.compare:
+        settings["rounds"] = 0
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        add(arguments.out, settings, rows)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,7 @@ class Options:
     adapter_slots: int = 0
 
 
-def load_parts(
-    directory: Path, options: Options, beside: Executor | None = None
-) -> tuple[Manifest, Tokenizer, Executor]:
+def load_parts(directory: Path, options: Options, beside: Executor | None = None) -> tuple[Manifest, Tokenizer, Executor]:
     """Check and load an engine, in one process `beside` the executor of another one, which never runs at the same time.
 
     Of several ranks only rank 0 returns: the others run the steps that it sends until it closes its executor, and end their
@@ -74,7 +72,13 @@ def _load_rank(
     verify_files(directory, manifest, full=options.full, progress=options.progress, rank=rank)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.special_tokens)
     request = LoadRequest(
-        directory / f"rank{rank}", manifest, options.threads, options.isa, kv_memory, collectives, options.adapter_slots,
+        directory / f"rank{rank}",
+        manifest,
+        options.threads,
+        options.isa,
+        kv_memory,
+        collectives,
+        options.adapter_slots,
         beside,
     )
     return tokenizer, factory.load(request)
