@@ -6,12 +6,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 MOST_DRAFTED = 12  # tokens of an answer in one step
 _FIRST_RATE, _FIRST_WEIGHT = 0.7, 4.0  # share of guesses expected to be right while little is known, counted as so many guesses
 _OWN_WEIGHT = 6.0  # guesses of all answers that the estimate of a single one begins with
-_MEMORY, _OWN_MEMORY = 0.995, 0.97  # part of the counts that is kept at each step: of all answers, and of a single one
-_SMOOTHING = 0.2  # weight of the latest time in a mean
+_MEMORY, _OWN_MEMORY = 0.998, 0.97  # part of the counts that is kept at each step: of all answers, and of a single one
+_PACE, _SMOOTHING = 0.15, 0.1  # weights of the latest time in the host's pace, and in the mean of its size
+_MOST_CHANGE = 1.25  # by which a time may differ from the expected one; what takes longer was interrupted
+_SLOPE_ALONE, _LEAST_SLOPE = 1 / 8, 1 / 32  # time of a further token in a step larger than those measured, in smallest steps
+_SMALL = 16  # tokens of a step, up to which its size is not rounded
+_GAIN = 1.05  # tokens a second that guesses must promise, in proportion to those without: less is lost in what is not exact
+_TRIAL = 8  # guesses tried, until which those for one answer are enough to judge a draft model by
+_NO_BACKLOG = 2  # tokens that the draft model has to compute for an answer that it has followed until now
 _PLAIN_EVERY = 64  # steps after which one is run without guesses, to measure it
 
 Seconds = Callable[[int], float]  # the time of a step by its number of tokens
@@ -27,6 +34,11 @@ class Acceptance:
         self.accepted = 0  # counted by the sequence
         self._tried = self._right = 0.0
 
+    @property
+    def tried(self) -> float:
+        """How many guesses were tried, of which old ones count less."""
+        return self._tried
+
     def fade(self, memory: float) -> None:
         """Forget a part of the counts."""
         self._tried, self._right = self._tried * memory, self._right * memory
@@ -41,48 +53,71 @@ class Acceptance:
         return (self._right + expected * weight) / (self._tried + weight)
 
 
+class Pace:
+    """How long steps take now, in proportion to the times that are kept of them: other work on the host makes all of them slower,
+    those that were not run since too."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+
 class StepTimes:
     """Mean times of steps by their number of tokens, which is rounded to an eighth of its size."""
 
-    def __init__(self) -> None:
-        self._times: dict[int, float] = {}
-        self._seen: set[int] = set()
-        self._known: list[int] = []
+    def __init__(self, pace: Pace | None = None) -> None:
+        self._pace = pace or Pace()
+        self._means: dict[int, float] = {}  # at a pace of 1
+        self._counts: dict[int, int] = {}
+        self._sizes: list[int] = []
+        self._times: list[float] = []  # of these sizes; none is more than that of a larger size
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Take notice of a step. The first one of its size is left out: it may prepare kernels."""
+        """Take notice of a step. The first one of its size may prepare kernels: it is left out where the step is small, else it
+        counts until the second one."""
         size = _rounded(tokens)
-        if size not in self._seen:
-            self._seen.add(size)
-        elif size in self._times:
-            mean = self._times[size]
-            self._times[size] = mean + _SMOOTHING * (min(seconds, 3 * mean) - mean)
+        count = self._counts[size] = self._counts.get(size, 0) + 1
+        if count == 1 and size <= _SMALL:
+            return
+        if count <= 2:
+            self._means[size] = seconds / self._pace.value
+            self._sizes = sorted(self._means)
         else:
-            self._times[size] = seconds
-            self._known = sorted(self._times)
+            change = seconds / (self._means[size] * self._pace.value)
+            change = min(max(change, 1 / _MOST_CHANGE), _MOST_CHANGE)
+            self._means[size] *= change**_SMOOTHING
+            self._pace.value *= change**_PACE
+        least, self._times = math.inf, []
+        for size in reversed(self._sizes):
+            least = min(least, self._means[size])
+            self._times.append(least)
+        self._times.reverse()
+
+    def knows(self, tokens: int) -> bool:
+        """Whether steps of as many tokens, or of fewer, were measured."""
+        return bool(self._sizes) and self._sizes[0] <= tokens
 
     def seconds(self, tokens: int) -> float:
-        """The expected time of a step: between those of smaller and larger steps, and where there are none, that of the nearest
-        size, for a larger step in proportion to what it has more than another one; 0 while nothing is known."""
-        known, times = self._known, self._times
-        place = bisect_left(known, tokens)
-        if not known:
+        """The expected time of a step: between those of smaller and larger steps; for a smaller one that of the smallest known
+        size, for a larger one in proportion to what it has more than the largest; 0 while nothing is known."""
+        return self._pace.value * self._usual(tokens)
+
+    def _usual(self, tokens: int) -> float:
+        sizes, times = self._sizes, self._times
+        place = bisect_left(sizes, tokens)
+        if not sizes:
             return 0.0
         if place == 0:
-            return times[known[0]]
-        if place == len(known) and place == 1:
-            return times[known[0]]
-        low, high = known[min(place, len(known) - 1) - 1], known[min(place, len(known) - 1)]
-        slope = max(0.0, (times[high] - times[low]) / (high - low))
-        return times[low] + slope * (tokens - low) if place == len(known) else _between(tokens, low, high, times)
-
-
-def _between(tokens: int, low: int, high: int, times: dict[int, float]) -> float:
-    return times[low] + (times[high] - times[low]) * (tokens - low) / (high - low)
+            return times[0]
+        if place < len(sizes):
+            low, high = sizes[place - 1], sizes[place]
+            return times[place - 1] + (times[place] - times[place - 1]) * (tokens - low) / (high - low)
+        alone = times[0] / sizes[0]
+        slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else alone * _SLOPE_ALONE
+        return times[-1] + max(slope, alone * _LEAST_SLOPE) * (tokens - sizes[-1])
 
 
 def _rounded(tokens: int) -> int:
-    return tokens if tokens <= 16 else round(2 ** (round(8 * math.log2(tokens)) / 8))
+    return tokens if tokens <= _SMALL else round(2 ** (round(8 * math.log2(tokens)) / 8))
 
 
 @dataclass(frozen=True)
@@ -104,7 +139,8 @@ class DraftLengths:
     """
 
     def __init__(self, fixed: int | None = None) -> None:
-        self.verify, self.draft = StepTimes(), StepTimes()
+        pace = Pace()
+        self.verify, self.draft = StepTimes(pace), StepTimes(pace)
         self._fixed = fixed
         self._all = Acceptance()
         self._steps = 0
@@ -124,30 +160,39 @@ class DraftLengths:
         expected = self._all.rate(_FIRST_RATE, _FIRST_WEIGHT)
         for candidate in candidates:
             candidate.acceptance.fade(_OWN_MEMORY)
-        if self._steps % _PLAIN_EVERY == 0:
+        if self._steps % _PLAIN_EVERY == 0 or not self.verify.knows(answers):
             return [0] * len(candidates)
         rates = [candidate.acceptance.rate(expected, _OWN_WEIGHT) for candidate in candidates]
-        verify, draft = self.verify.seconds, self.draft.seconds
-        most = [
-            candidate.most if self._pays(candidate, rate, answers) else 0
-            for candidate, rate in zip(candidates, rates, strict=True)
-        ]
-        return allocate(rates, most, answers, room, verify, draft)
+        most = [candidate.most for candidate in candidates]
+        verify, draft = cache(self.verify.seconds), cache(self.draft.seconds)
+        counts = allocate(rates, most, answers, room, verify, draft)
+        if any(count and candidate.backlog > _NO_BACKLOG for count, candidate in zip(counts, candidates, strict=True)):
+            gains = [sum(rate**place for place in range(1, count + 1)) for rate, count in zip(rates, counts, strict=True)]
+            saved = _saved(counts, gains, answers, verify, draft)
+            most = [
+                count if _pays(candidate, gain, saved, draft) else 0
+                for candidate, count, gain in zip(candidates, most, gains, strict=True)
+            ]
+            counts = allocate(rates, most, answers, room, verify, draft)
+        if self._all.tried < _TRIAL and any(counts):  # one answer shows whether the guesses of this draft are ever right
+            first = min((candidates[i].backlog, i) for i, count in enumerate(counts) if count)[1]
+            counts = [count if i == first else 0 for i, count in enumerate(counts)]
+        return counts
 
-    def _pays(self, candidate: Candidate, rate: float, answers: int) -> bool:
-        """Whether the time that the draft model needs to catch up with an answer is less than what its guesses may save on the
-        rest of it, were it alone among the answers to be guessed."""
-        if candidate.backlog <= 2:
-            return True
-        verify, draft = self.verify.seconds, self.draft.seconds
-        (count,) = allocate([rate], [candidate.most], answers, candidate.most, verify, draft)
-        if not count:
-            return False
-        more = sum(rate**place for place in range(1, count + 1))
-        plain = verify(answers)
-        guessed = (verify(answers + count) + count * draft(1)) / (1 + more / answers)
-        saved = candidate.left * max(0.0, plain - guessed) / answers
-        return draft(candidate.backlog) <= saved or not plain
+
+def _saved(counts: Sequence[int], gains: Sequence[float], answers: int, verify: Seconds, draft: Seconds) -> float:
+    """The time that a step with these guesses saves for each token that they are expected to gain."""
+    guessing = sum(draft(sum(count >= place for count in counts)) for place in range(1, max(counts) + 1))
+    plain = verify(answers) * (1 + sum(gains) / answers)
+    return (plain - guessing - verify(answers + sum(counts))) / sum(gains)
+
+
+def _pays(candidate: Candidate, gain: float, saved: float, draft: Seconds) -> bool:
+    """Whether the time that the draft model needs to catch up with an answer is less than what its guesses may save on the rest
+    of it: `saved` seconds for each of the `gain` tokens that a step gains."""
+    if candidate.backlog <= _NO_BACKLOG or not gain:
+        return True
+    return draft(candidate.backlog) <= saved * gain * candidate.left / (1 + gain)
 
 
 def allocate(
@@ -162,7 +207,7 @@ def allocate(
     counts, best = [0] * len(rates), [0] * len(rates)
     expected, guesses, drafting = float(answers), 0, 0.0
     plain = verify(answers)
-    best_rate = expected / plain if plain else 0.0
+    best_rate = _GAIN * expected / plain if plain else 0.0
     for place in range(1, max(most, default=0) + 1):
         gains = sorted(((rates[i] ** place, i) for i, count in enumerate(counts) if count == place - 1 < most[i]), reverse=True)
         chosen, chosen_rate, gained = 0, 0.0, 0.0
