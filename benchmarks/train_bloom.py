@@ -5,7 +5,7 @@
 The files are eval/eval_set.json and data/1.5M/zh_seed_tasks.json of https://github.com/LianjiaTech/BELLE, a JSON object a
 line. With `--minutes 4` it stops after 4 minutes; the same command goes on where it stopped, to the same weights.
 
-    python -m benchmarks.train_bloom belle_eval_700.jsonl belle_zh_seed_tasks.jsonl --steps 1000 \\
+    python -m benchmarks.train_bloom belle_eval_700.jsonl belle_zh_seed_tasks.jsonl --steps 300 \\
         --distill tests/fixtures/tiny-bloom-trained --layers 2 --hidden 96 --work build/distill --out build/tiny-bloom-student
 
 trains a smaller model of the same vocabulary, to guess tokens for that one: it learns the teacher's probabilities of the next

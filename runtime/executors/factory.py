@@ -26,8 +26,8 @@ class LoadRequest:
     """One rank to load: its `directory` (`ENGINE/rank0`), and the options of `Engine.load`; None leaves one to the executor.
 
     `kv_memory` is the size of this rank's KV cache. `collectives` connect it to the other ranks of an engine that has several.
-    An engine that takes adapters gets `adapter_slots` for them. `beside` is another executor of this process, which never runs at
-    the same time: threads can be shared with it.
+    An engine that takes adapters gets `adapter_slots` for them. `beside` is another executor of this process, which never runs
+    at the same time: threads can be shared with it.
     """
 
     directory: Path

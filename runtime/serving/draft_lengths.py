@@ -12,9 +12,9 @@ MOST_DRAFTED = 12  # tokens of an answer in one step
 _FIRST_RATE, _FIRST_WEIGHT = 0.7, 4.0  # share of guesses expected to be right while little is known, counted as so many guesses
 _OWN_WEIGHT = 6.0  # guesses of all answers that the estimate of a single one begins with
 _MEMORY, _OWN_MEMORY = 0.998, 0.97  # part of the counts that is kept at each step: of all answers, and of a single one
-_PACE, _SMOOTHING = 0.15, 0.1  # weights of the latest time in the host's pace, and in the mean of its size
+_PACE, _SMOOTHING = 0.2, 0.05  # weights of the latest time in the host's pace, and in the mean of its size
 _MOST_CHANGE = 1.25  # by which a time may differ from the expected one; what takes longer was interrupted
-_SLOPE_ALONE, _LEAST_SLOPE = 1 / 8, 1 / 32  # time of a further token in a step larger than those measured, in smallest steps
+_USUAL_SLOPE, _LEAST_SLOPE = 1 / 8, 1 / 32  # time of a token more than in steps that were measured, in times of their tokens
 _SMALL = 16  # tokens of a step, up to which its size is not rounded
 _GAIN = 1.05  # tokens a second that guesses must promise, in proportion to those without: less is lost in what is not exact
 _TRIAL = 8  # guesses tried, until which those for one answer are enough to judge a draft model by
@@ -34,11 +34,6 @@ class Acceptance:
         self.accepted = 0  # counted by the sequence
         self._tried = self._right = 0.0
 
-    @property
-    def tried(self) -> float:
-        """How many guesses were tried, of which old ones count less."""
-        return self._tried
-
     def fade(self, memory: float) -> None:
         """Forget a part of the counts."""
         self._tried, self._right = self._tried * memory, self._right * memory
@@ -54,8 +49,8 @@ class Acceptance:
 
 
 class Pace:
-    """How long steps take now, in proportion to the times that are kept of them: other work on the host makes all of them slower,
-    those that were not run since too."""
+    """How long steps take now, in proportion to the times that are kept of them: other work on the host makes all of them
+    slower, those that were not run since too."""
 
     def __init__(self) -> None:
         self.value = 1.0
@@ -112,7 +107,9 @@ class StepTimes:
             low, high = sizes[place - 1], sizes[place]
             return times[place - 1] + (times[place] - times[place - 1]) * (tokens - low) / (high - low)
         alone = times[0] / sizes[0]
-        slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else alone * _SLOPE_ALONE
+        measured = (times[-1] - times[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
+        weight = min(1.0, (sizes[-1] - sizes[0]) / sizes[0])  # the times of nearly equal steps tell little about larger ones
+        slope = weight * measured + (1 - weight) * alone * _USUAL_SLOPE
         return times[-1] + max(slope, alone * _LEAST_SLOPE) * (tokens - sizes[-1])
 
 
@@ -143,12 +140,13 @@ class DraftLengths:
         self.verify, self.draft = StepTimes(pace), StepTimes(pace)
         self._fixed = fixed
         self._all = Acceptance()
-        self._steps = 0
+        self._steps = self._tried = 0
 
     def note(self, acceptance: Acceptance, drafted: int, accepted: int) -> None:
         """Take notice of the outcome of an answer's guesses."""
         acceptance.note(drafted, accepted)
         self._all.note(drafted, accepted)
+        self._tried += accepted + (accepted < drafted)
 
     def choose(self, candidates: Sequence[Candidate], answers: int, room: int) -> list[int]:
         """Return the number of guesses for each candidate, together at most `room`; `answers` is the number of tokens that the
@@ -174,7 +172,7 @@ class DraftLengths:
                 for candidate, count, gain in zip(candidates, most, gains, strict=True)
             ]
             counts = allocate(rates, most, answers, room, verify, draft)
-        if self._all.tried < _TRIAL and any(counts):  # one answer shows whether the guesses of this draft are ever right
+        if self._tried < _TRIAL and any(counts):  # one answer shows whether the guesses of this draft are ever right
             first = min((candidates[i].backlog, i) for i, count in enumerate(counts) if count)[1]
             counts = [count if i == first else 0 for i, count in enumerate(counts)]
         return counts

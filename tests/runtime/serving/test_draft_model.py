@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from belle_compile.runtime import Engine, EngineError, SamplingParams, artifact
+from belle_compile.runtime.cli import main
 from belle_compile.runtime.executors import EXECUTORS, Executor, ExecutorFactory, LoadRequest, register_executor
-from belle_compile.runtime.serving.draft_lengths import Acceptance, Candidate, DraftLengths, StepTimes, allocate
+from belle_compile.runtime.serving.draft_lengths import Acceptance, Candidate, DraftLengths, Pace, StepTimes, allocate
 from belle_compile.runtime.serving.draft_model import DraftModel
 from belle_compile.runtime.serving.request import EngineIdentity
 from belle_compile.runtime.serving.sampling import Sampler
@@ -203,12 +206,98 @@ def test_lengths_follow_what_is_accepted_and_the_times() -> None:
 
 def test_step_times_are_means_between_known_sizes() -> None:
     times = StepTimes()
-    assert times.seconds(3) == 0
+    assert times.seconds(3) == 0 and not times.knows(3)
     for size, seconds in ((1, 99.0), (1, 10.0), (5, 99.0), (5, 14.0)):
         times.add(size, seconds)
-    assert [times.seconds(size) for size in (1, 3, 5, 9)] == [10, 12, 14, 18]
+    assert [times.seconds(size) for size in (1, 3, 5, 9)] == [10, 12, 14, 18] and times.knows(1)
+    times.add(64, 73.0)  # large steps count from the first one on
+    assert times.seconds(64) == 73 and 14 < times.seconds(30) < 73
+    times.add(64, 40.0)
+    assert times.seconds(64) == 40
+    for _ in range(2):
+        times.add(2, 30.0)  # no step takes longer than a larger one: this one was interrupted
+    assert times.seconds(2) == times.seconds(5) == 14
     times.add(1, 1000.0)
-    assert 10 < times.seconds(1) <= 14
+    assert 10 < times.seconds(1) < 11
+
+
+def test_steps_that_were_not_run_follow_the_pace_of_those_that_were() -> None:
+    pace = Pace()
+    verify, draft = StepTimes(pace), StepTimes(pace)
+    for _ in range(3):
+        verify.add(1, 10.0)
+        verify.add(4, 12.0)
+        draft.add(1, 3.0)
+    for _ in range(60):
+        verify.add(1, 20.0)  # something else runs on the host
+    assert verify.seconds(1) == pytest.approx(20, rel=0.01)
+    assert 4.5 < draft.seconds(1) < 6 and 18 < verify.seconds(4) < 24
+
+
+def test_nothing_is_guessed_before_steps_without_guesses_are_measured() -> None:
+    lengths, acceptance = DraftLengths(), Acceptance()
+    for _ in range(2):
+        assert lengths.choose([Candidate(acceptance, 12, 99, 1)], 1, 20) == [0]
+        lengths.verify.add(1, 10.0)
+    assert lengths.choose([Candidate(acceptance, 12, 99, 1)], 1, 20)[0] > 0
+
+
+def test_one_answer_tries_out_a_draft() -> None:
+    lengths, answers = DraftLengths(), [Acceptance() for _ in range(4)]
+    for _ in range(2):
+        lengths.verify.add(4, 10.0)
+        lengths.draft.add(1, 0.5)
+    backlogs = 300, 30, 40, 50
+    candidates = [Candidate(each, 12, 999, backlog) for each, backlog in zip(answers, backlogs, strict=True)]
+    (count,) = filter(None, counts := lengths.choose(candidates, 4, 60))
+    assert counts == [0, count, 0, 0]
+    lengths.note(answers[1], 8, 8)
+    assert sum(map(bool, lengths.choose(candidates, 4, 60))) > 1
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("right", "draft_ms", "least", "most"),
+    [
+        (0.02, 3.0, 0.99, 1.03),  # never right
+        (0.02, 0.3, 0.99, 1.03),
+        (0.5, 3.0, 0.99, 1.03),  # too slow for what is right of it
+        (0.9, 0.3, 0.3, 0.85),
+    ],
+)
+def test_a_bad_draft_costs_little_and_a_good_one_saves(
+    batch: int, right: float, draft_ms: float, least: float, most: float
+) -> None:
+    """In simulated time, in which the host's pace changes and steps are interrupted."""
+    random, lengths, spent, plain, pace = np.random.default_rng(batch), DraftLengths(), 0.0, 0.0, 1.0
+
+    def elapse(milliseconds: float, times: StepTimes, tokens: int) -> None:
+        nonlocal spent
+        taken = milliseconds * pace * random.lognormal(0, 0.1) + (random.random() < 0.02) * 5
+        spent += milliseconds * pace  # what chance adds to some steps is the same for both
+        times.add(tokens, taken)
+
+    for _ in range(160 // batch):
+        left, backlogs, acceptances = [96] * batch, [64] * batch, [Acceptance() for _ in range(batch)]
+        while live := [i for i in range(batch) if left[i] > 0]:
+            pace *= random.lognormal(0, 0.02) * pace**-0.01
+            candidates = [Candidate(acceptances[i], min(12, left[i] - 1), left[i], backlogs[i]) for i in live]
+            counts = dict(zip(live, lengths.choose(candidates, len(live), 200), strict=True))
+            if first := sum(backlogs[i] for i in live if counts[i]):
+                elapse(draft_ms * (1 + first / 8), lengths.draft, first)
+            for place in range(2, max(counts.values()) + 1):
+                elapse(draft_ms, lengths.draft, sum(count >= place for count in counts.values()))
+            tokens = len(live) + sum(counts.values())
+            elapse(4.7 + 0.2 * tokens, lengths.verify, tokens)
+            for i, count in counts.items():
+                accepted = int(np.argmin(np.append(random.random(count) < right, False)))
+                if count:
+                    lengths.note(acceptances[i], count, accepted)
+                backlogs[i] = min(2, 1 + count) if count else backlogs[i] + 1
+                gained = min(left[i], 1 + accepted)
+                left[i] -= gained
+                plain += gained * (4.7 + 0.2 * len(live)) * pace / len(live)
+    assert least <= spent / plain < most
 
 
 class Backend(ExecutorFactory):
@@ -235,8 +324,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 def directory_of(path: Path, *, tokenizer: str = "", target: str = "cpu", name: str = "tiny", backend: str = "fake",
-                 ranks: int = 1, memory: int = 1 << 20) -> Path:  # fmt: skip
-    info = artifact.TargetInfo(target, backend, (), artifact.Requirements("", (), memory), ranks)
+                 ranks: int = 1, memory: int = 1 << 20, arch: str = "") -> Path:  # fmt: skip
+    info = artifact.TargetInfo(target, backend, (), artifact.Requirements(arch, (), memory), ranks)
     model = artifact.ModelInfo("bloom", name, len(path.name), {}, {})
     text = tokenizer or byte_tokenizer().to_str()
     return make_directory(path, {"tokenizer.json": text.encode()}, target=info, model=model)
@@ -287,3 +376,34 @@ def test_an_engine_is_not_its_own_draft_and_lengths_are_numbers(tmp_path: Path, 
     with pytest.raises(EngineError, match="draft_tokens: found no draft, expected draft too"):
         Engine.load(engine, draft_tokens=3)
     assert not backend.loaded
+
+
+@pytest.mark.parametrize("command", [["{}", "hi"], ["serve", "{}", "--port", "0"], ["benchmark", "{}"],
+                                     ["batch", "{}", "{requests}", "-o", "{out}"]])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere is not an engine: found nothing there; give the directory that belle-compile build wrote."),
+        ("checkpoint", "checkpoint is not an engine: found no manifest.json; give the directory"),
+        ("file", "file is not an engine: found no manifest.json; give the directory"),
+        ("engine", "the draft is the engine itself: found .*; give a smaller engine of the same vocabulary"),
+        ("changed", r"tokenizer\.json"),
+        ("arm", "this host cannot run the engine built for arm64: found Linux .*, expected Linux riscv64"),
+        ("other", "the draft has another vocabulary: found 265 tokens, .*; give a draft of the same model family"),
+    ],
+)
+def test_a_draft_that_cannot_be_used_ends_a_command(
+    tmp_path: Path, backend: Backend, command: list[str], name: str, message: str
+) -> None:
+    directory_of(tmp_path / "engine")
+    directory_of(tmp_path / "other", tokenizer=sentencepiece_tokenizer().to_str())
+    directory_of(tmp_path / "arm", target="arm64", arch="riscv64")
+    (directory_of(tmp_path / "changed") / "tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoint").mkdir()
+    for file, text in (("checkpoint/config.json", "{}"), ("file", "text"), ("requests.jsonl", '{"prompt": "hi"}\n')):
+        (tmp_path / file).write_text(text)
+    words = {"{}": "engine", "{requests}": "requests.jsonl", "{out}": "out.jsonl"}
+    arguments = [str(tmp_path / words[word]) if word in words else word for word in command]
+    result = CliRunner().invoke(main, [*arguments, "--draft", str(tmp_path / name)])
+    assert result.exit_code == 1 and not backend.loaded and not (tmp_path / "out.jsonl").exists()
+    assert re.search(rf"^belle-run: draft: .*{message}", result.stderr) and result.stderr.count("\n") == 1
