@@ -75,8 +75,8 @@ class CpuExecutor:
 
         `threads` defaults to the usable cores, `isa` to the best that host and engine share, `kv_memory` to half of the memory
         beside the weights. A program of several ranks needs `collectives` for its sums. `adapter_slots` are for as many
-        adapters, if the program takes any. The executor `beside` never runs at the same time: its threads are used, if it has as
-        many.
+        adapters, if the program takes any. The executor `beside` never runs at the same time: its threads are used, if they are
+        as many.
         """
         self.isa = choose_isa(tuple(carried), isa)
         self.program = program = read_program(directory)

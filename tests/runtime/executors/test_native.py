@@ -148,7 +148,7 @@ def test_two_libraries_take_turns_on_the_same_threads(library: KernelLibrary, ot
     assert (counters[0].out == 100).all()
     np.testing.assert_array_equal(counters[1].out, np.arange(SIZE) * np.arange(1, SIZE + 1) // 2)
     short = CallList(second, [(counters[1].call[0], counters[1].call[1][:1])])
-    with pytest.raises(FailedCall, match="call 0: .*arguments"):  # the message of its own library
+    with pytest.raises(FailedCall, match=r"call 0: .*arguments"):  # the message of its own library
         short.run()
     first.close()
     first.close()
