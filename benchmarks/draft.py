@@ -46,26 +46,33 @@ class Requests:
 
 
 def rates(plain: Engine, both: Engine, requests: Requests, batch: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second without and with the draft in batches of this size, and how many answers are identical."""
+    """Tokens a second of each round without and with the draft, in batches of this size; the quartiles of their ratio, of each
+    batch with and without it, one right after the other; and how many answers are identical."""
     engines = {"plain": plain, "draft": both}
     samples: dict[str, list[float]] = {name: [] for name in engines}
     guessed: list[Result] = []
-    same = 0
+    pairs, same = [], 0
     for turn in range(rounds):
         tokens, seconds = dict.fromkeys(engines, 0), dict.fromkeys(engines, 0.0)
         for number, part in enumerate(requests.batches(batch)):
             results: dict[str, list[Result]] = {}
+            taken: dict[str, float] = {}
             for name in list(engines)[:: 1 if (turn + number) % 2 else -1]:
                 started = time.perf_counter()
                 results[name] = engines[name].generate(*part)
-                seconds[name] += time.perf_counter() - started
+                taken[name] = time.perf_counter() - started
+                seconds[name] += taken[name]
                 tokens[name] += sum(len(result.token_ids) for result in results[name])
+            pairs.append(taken["plain"] / taken["draft"])
             guessed += results["draft"]
             same += identical(results["plain"], results["draft"])
         for name in engines:
             samples[name].append(round(tokens[name] / seconds[name], 2))
     medians = {name: statistics.median(found) for name, found in samples.items()}
-    ratio = {"tokens_per_second": samples, "ratio": round(medians["draft"] / medians["plain"], 3)}
+    ratio = {
+        "tokens_per_second": samples, "ratio_of_medians": round(medians["draft"] / medians["plain"], 3), "pairs": len(pairs),
+        "ratio": [round(quartile, 3) for quartile in statistics.quantiles(pairs, n=4)],
+    }  # fmt: skip
     return ratio | guesses(guessed) | {"answers": len(guessed), "identical": same}
 
 
@@ -107,7 +114,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 else:
                     row = rates(plain, both, requests, batch, arguments.rounds)
                 rows.append({"way": way, "batch": batch} | row)
-                speed = f"{row['ratio']}x; " if "ratio" in row else ""
+                speed = f"{row['ratio'][1]}x {row['ratio']} (medians: {row['ratio_of_medians']}x); " if "ratio" in row else ""
                 print(f"{way}, batch {batch}: {speed}{row['accepted']} of {row['drafted']} guesses accepted; "
                       f"{row['identical']} of {row['answers']} answers identical", flush=True)  # fmt: skip
     return rows
