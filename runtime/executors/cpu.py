@@ -116,7 +116,7 @@ class CpuExecutor:
         self._lists: dict[_Key, tuple[CallList | SummedLists, NDArray[np.int64]]] = {}
         self._recorder: Recorder | None = None
         count = threads if threads is not None else len(host.usable_cores())
-        self._pool = ThreadPool(library, count, beside._pool if isinstance(beside, CpuExecutor) else None)
+        self._pool: ThreadPool = ThreadPool(library, count, beside._pool if isinstance(beside, CpuExecutor) else None)
         self.threads = self._pool.threads
         self._adapted = AdaptedRows(self.adapters, self._inputs["adapted"], self.threads) if self.adapters else None
 

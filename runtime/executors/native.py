@@ -151,7 +151,7 @@ class ThreadPool:
         whose lists never run at the same time. That has to have as many, for a library of the same layout of pools."""
         self.functions, self.threads = library.functions, threads
         shared = beside._workers if beside and beside._workers.fit(library, threads) else None
-        self._workers = shared or _Workers(library, threads)
+        self._workers: _Workers = shared or _Workers(library, threads)
         self._workers.pools += 1
         self.address, self.workers = self._workers.address, tuple(self._workers.threads)
         self._closed = False
