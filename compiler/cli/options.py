@@ -160,15 +160,16 @@ _REQUESTS = (
 _WRITTEN = f" {SELF}: the model writes them itself."
 
 
-def _named(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | SelfWritten | None:
+def _requests_or_self(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | SelfWritten | None:
     return SelfWritten() if str(value) == SELF else value
 
 
 def calibration(what: str) -> Decorator:
     """--calibration: requests for methods that need some, and for the gate that `what` ("the export") must pass."""
     return click.option(
-        "--calibration", type=PATH, callback=_named, metavar=f"FILE|SET|{SELF}", help=_REQUESTS.format(_WRITTEN, what)
-    )
+        "--calibration", type=PATH, callback=_requests_or_self, metavar=f"FILE|SET|{SELF}",
+        help=_REQUESTS.format(_WRITTEN, what),
+    )  # fmt: skip
 
 
 def _calibration(calibration: Path | SelfWritten | None, no_calibration: bool) -> Path | SelfWritten | None:
@@ -183,7 +184,7 @@ calibration_or_self = collected(
     "calibration",
     _calibration,
     click.option(
-        "--calibration", type=PATH, callback=_named, metavar=f"FILE|SET|{SELF}",
+        "--calibration", type=PATH, callback=_requests_or_self, metavar=f"FILE|SET|{SELF}",
         help=_REQUESTS.format(_WRITTEN, "the engine")
         + f"  [default: {SELF}, for presets that use requests and models of {LEAST_PARAMETERS / 1e6:.0f} M parameters or more, "
         f"where that should take at most {DEFAULT_WITHIN_S:.0f} s; the gate then only measures]",

@@ -7,7 +7,7 @@ from typing import Any
 
 from belle_compile.compiler.backends.tvm.isa import Isa
 
-TILES_OF_ONE_PLANE_FROM = 12  # rows; a tile of tokens has 16
+TILES_OF_ONE_PLANE_FROM = 12  # rows from which a product of one AMX tile of tokens, which has 16, beats vectors
 LINE = 64  # bytes of a cache line, and of one step of a panel of int8 weights
 
 
